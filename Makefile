@@ -1,0 +1,53 @@
+# Every target makes the environment first where it is missing. VENV=DIR puts it elsewhere, PYTHON=... picks the
+# interpreter that it is made with, PIP_ARGS=... goes to pip, ARGS=... to the program that a target runs.
+
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+FIXTURE ?= tests/fixtures/released_step_small
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.jepa_kit_clone
+export VENV WORKERS PIP_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-slow test-gpu lint format parity bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# The stamp names the clone that was installed: an environment shared by two clones is pointed at the one in use.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+$(STAMP): setup.py pyproject.toml
+	dev/make_venv.sh "$(VENV)" "$(PYTHON)"
+
+venv: $(STAMP) ## the environment: jepa_kit from this clone, and the tools of a developer
+
+quickstart: $(STAMP) ## shards of synthetic scenes, a pretrained ViT, its evaluation and pictures, in output/quickstart
+	$(RUN) projects/ijepa/quickstart.py $(ARGS)
+
+test: lint ## lint, types and the quick tests
+	dev/test.sh quick $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes
+	dev/test.sh slow $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device
+	dev/test.sh gpu $(ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy, as the pre-commit hooks run them
+	dev/lint.sh all
+
+format: $(STAMP) ## lets ruff mend and format what it can
+	dev/lint.sh fix
+
+parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)
+	$(RUN) projects/ijepa/check_parity.py $(FIXTURE) $(ARGS)
+
+bench: $(STAMP) ## the benchmarks; results go into benchmarks/, named by device and torch version
+	$(RUN) benchmarks/run.py $(ARGS)
+
+clean: ## removes caches and build folders; keeps the environment and output/
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find jepa_kit tools projects tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,58 @@
+"""Installs `jepa_kit`. The `tools` and `projects` folders are used from the clone and are not packaged."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "jepa_kit" / "__init__.py").read_text(), re.MULTILINE).group(1)
+readme = here / "README.md"
+
+setup(
+    name="jepa_kit",
+    version=version,
+    description="A toolkit for joint-embedding predictive architectures (I-JEPA and its variants) in PyTorch",
+    long_description=readme.read_text() if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["jepa_kit", "jepa_kit.*"]),
+    # With the root named, an editable install puts the clone itself on the path, so that `imports: [projects.x.y]`
+    # in a config works from anywhere; without it, setuptools would map jepa_kit alone.
+    package_dir={"": "."},
+    package_data={"jepa_kit": ["py.typed"]},
+    install_requires=[
+        "torch>=2.10,<2.14",
+        # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels.
+        'xformers>=0.0.35; sys_platform == "linux" and platform_machine == "x86_64"',
+        "einops>=0.8",
+        "fvcore>=0.1.5.post20221221",
+        "iopath>=0.1.10",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+        "tqdm>=4.66",
+        "webdataset>=0.2.86",
+    ],
+    extras_require={
+        "tensorboard": ["tensorboard>=2.16"],
+        "dev": [
+            "hypothesis>=6.100",
+            # Both change their verdicts between releases, and lint is part of `make test`.
+            "mypy>=2.4,<2.5",
+            "ruff>=0.17.5,<0.18",
+            "pre-commit>=3.7",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "transformers>=5.0",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+)
