@@ -1,0 +1,153 @@
+"""Registries of parts: a name in YAML, a class in Python, and the class's signature as the schema.
+
+A part is a class whose constructor takes keyword-only, annotated values:
+
+    @MASKERS.register("checkerboard")
+    class Checkerboard:
+        def __init__(self, *, grid: tuple[int, int], phase: int = 0) -> None: ...
+
+What the recipe supplies (``grid`` here) is declared with the registry and may not be given in a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fvcore.common.registry import Registry
+
+T = TypeVar("T")
+
+REQUIRED: Any = inspect.Parameter.empty
+"""The default of an option that has none."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a part: its type, and its default or ``REQUIRED``."""
+
+    name: str
+    annotation: Any
+    default: Any
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean 'x'?' where a known name is close, else '.': the end of a message's first sentence."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
+    """The keyword-only, annotated arguments of a callable, by name.
+
+    Raises:
+        TypeError: an argument without an annotation, one that is not keyword-only, or ``**kwargs``.
+    """
+    init = factory.__init__ if inspect.isclass(factory) else factory
+    hints = typing.get_type_hints(init)
+    options: dict[str, Option] = {}
+    for name, p in inspect.signature(factory).parameters.items():
+        if p.kind is not inspect.Parameter.KEYWORD_ONLY:
+            raise TypeError(
+                f"{factory.__qualname__}: argument {name!r} must be keyword-only (put a * before it): "
+                "the signature is the schema of its config"
+            )
+        if name not in hints:
+            raise TypeError(f"{factory.__qualname__}: argument {name!r} needs an annotation: it is the option's type")
+        options[name] = Option(name, hints[name], p.default)
+    if dataclasses.is_dataclass(factory):
+        for field in dataclasses.fields(factory):
+            if field.init and field.default_factory is not dataclasses.MISSING:
+                options[field.name] = Option(field.name, options[field.name].annotation, field.default_factory())
+    return options
+
+
+class PartRegistry(Registry):
+    """fvcore's Registry with names of our choice and the contract of a slot.
+
+    Args:
+        slot: the word that names the slot in YAML, in the folders and in the paper.
+        supplied: what the recipe gives a part of this slot, name -> where it comes from.
+    """
+
+    def __init__(self, slot: str, supplied: Mapping[str, str] | None = None) -> None:
+        super().__init__(slot)
+        self.slot = slot
+        self.supplied: dict[str, str] = dict(supplied or {})
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: makes ``name`` choose the class.
+
+        Raises:
+            TypeError: the constructor breaks the contract (see the module's text).
+            ValueError: the name is taken by another class.
+        """
+
+        def add(cls: type[T]) -> type[T]:
+            signature_options(cls)
+            taken = self._obj_map.get(name)
+            if taken is not None:
+                raise ValueError(
+                    f"{self.slot} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}"
+                )
+            self._do_register(name, cls)
+            return cls
+
+        return add
+
+    def names(self) -> list[str]:
+        return sorted(name for name, _ in self)
+
+    def get(self, name: str) -> Any:
+        """The class registered as ``name``.
+
+        Raises:
+            KeyError: there is none; the message lists the names.
+        """
+        if name not in self:
+            raise KeyError(self.unknown(name))
+        return super().get(name)
+
+    def unknown(self, name: object) -> str:
+        """The message for a name that is not registered."""
+        hint = did_you_mean(str(name), self.names())
+        return f"{name!r} is not a registered {self.slot}{hint} Registered: {', '.join(self.names()) or 'none'}"
+
+    def options(self, name: str) -> dict[str, Option]:
+        """What a config may say about the part: its arguments without the supplied ones."""
+        return {k: o for k, o in signature_options(self.get(name)).items() if k not in self.supplied}
+
+    def build(self, name: str, options: Mapping[str, Any], **supplied: Any) -> Any:
+        """Constructs the part from checked options and what the recipe supplies.
+
+        A part takes only those supplied values that its constructor names.
+        """
+        cls = self.get(name)
+        wanted = signature_options(cls)
+        return cls(**options, **{k: v for k, v in supplied.items() if k in wanted})
+
+
+MASKERS = PartRegistry("masker", {"grid": "data.image_size over encoder.patch_size"})
+ENCODERS = PartRegistry("encoder", {"image_size": "data.image_size", "attention": "train.attention"})
+PREDICTORS = PartRegistry(
+    "predictor",
+    {
+        "embed_dim": "the encoder's",
+        "out_dim": "the target's",
+        "grid": "data.image_size over encoder.patch_size",
+        "attention": "train.attention",
+    },
+)
+TARGETS = PartRegistry(
+    "target", {"embed_dim": "the encoder's", "depth": "the encoder's", "patch_size": "the encoder's"}
+)
+LOSSES = PartRegistry("loss")
+TARGET_UPDATES = PartRegistry("target_update")
+
+SLOTS: dict[str, PartRegistry] = {r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, LOSSES, TARGET_UPDATES)}
+"""The six slots of a recipe, in the order in which the data passes them."""

@@ -1,0 +1,116 @@
+"""Random numbers as a pure function of (seed, epoch, sample): no state, so any draw can be had again.
+
+``uniforms`` is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+vectorised over samples in numpy; numpy's own Philox makes one stream at a time, which costs more than the
+masks themselves. ``generator`` is numpy's, for draws that belong to an epoch and not to a sample.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+class Stream(IntEnum):
+    """What a draw is for: two purposes never share numbers."""
+
+    MASK = 1
+    MASK_SIZE = 2
+    CROP = 3
+    ORDER = 4
+    FLIP = 5
+    SCENE = 6
+    EVALUATION = 7
+    STEP = 8
+    MASK_DROP = 9
+
+
+_MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)
+"""Of words 2 and 0 of the counter."""
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
+"""What the two words of the key grow by in each round."""
+_ROUND = np.arange(10, dtype=np.uint64)[:, None]
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """Philox4x32-10.
+
+    Args:
+        counter: [4, ...] words below 2**32.
+        key: below 2**64.
+
+    Returns:
+        [4, ...] words below 2**32, in uint64.
+    """
+    ones = (1,) * (counter.ndim - 1)
+    multipliers = _MULTIPLIERS.reshape(2, *ones)
+    words = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
+    keys = ((words + _ROUND * _WEYL) & _LOW).reshape(10, 2, *ones)
+    # Two words at a time: the even ones as (2, 0), the odd ones as (1, 3), which is how a round pairs them.
+    even, odd = counter[2::-2], counter[1::2]
+    for k in keys:
+        product = even * multipliers
+        high = product >> _32
+        high ^= odd
+        high ^= k
+        product &= _LOW
+        even, odd = high[::-1], product
+    out = np.empty_like(counter)
+    out[2::-2], out[1::2] = even, odd
+    return out
+
+
+def uniforms(stream: Stream, samples: IntArray, count: int, *, seed: int, epoch: int, attempt: int = 0) -> FloatArray:
+    """Independent uniform numbers for each sample.
+
+    Args:
+        stream: what they are for.
+        samples: [B] index of each sample in its data set, 0 to 2**40 - 1.
+        count: how many numbers a sample gets, 1 to 2**18.
+        seed: of the run, 0 to 2**63 - 1.
+        epoch: 0 to 2**32 - 1.
+        attempt: counts redraws, 0 to 2**16 - 1.
+
+    Returns:
+        [B, count] float64 in [0, 1), multiples of 2**-32. Row b depends on samples[b] alone, not on its neighbours,
+        and its first numbers do not depend on ``count``.
+
+    Raises:
+        ValueError: a number outside its range: it would share its draws with another.
+    """
+    samples = np.asarray(samples, dtype=np.int64)
+    _check_range("count", count, 1, 18)
+    _check_range("seed", seed, 0, 63)
+    _check_range("epoch", epoch, 0, 32)
+    _check_range("attempt", attempt, 0, 16)
+    for sample in (samples.min(initial=0), samples.max(initial=0)):
+        _check_range("samples", int(sample), 0, 40)
+    blocks = -(-count // 4)
+    sample_words = samples.view(np.uint64)[:, None]  # [B, 1]
+    counter = np.empty((4, len(samples), blocks), dtype=np.uint64)
+    counter[0] = np.arange(blocks, dtype=np.uint64) | np.uint64(attempt << 16)
+    counter[1] = sample_words & _LOW
+    counter[2] = epoch
+    counter[3] = (sample_words >> _32) | np.uint64(int(stream) << 8)
+    words = philox4x32(counter, seed)  # [4, B, blocks]
+    numbers = np.empty((len(samples), blocks, 4))
+    np.multiply(words.transpose(1, 2, 0), 2.0**-32, out=numbers)
+    return numbers.reshape(len(samples), blocks * 4)[:, :count]
+
+
+def _check_range(name: str, value: int, least: int, bits: int) -> None:
+    top = 2**bits if least else 2**bits - 1
+    if not least <= value <= top:
+        raise ValueError(f"{name} (={value}) must be {least} to {top}")
+
+
+def generator(stream: Stream, *, seed: int, epoch: int = 0, lane: int = 0) -> np.random.Generator:
+    """numpy's Philox generator for draws that belong to (seed, epoch), such as the order of an epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, lane, epoch, 0]))
