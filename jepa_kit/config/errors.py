@@ -1,0 +1,44 @@
+"""What a user is told about a config, and where in the config it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+class ConfigError(ValueError):
+    """Mistakes in a config, all that could be found, one line each.
+
+    Args:
+        problems: the lines.
+        source: the file that they are in.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str | None = None) -> None:
+        self.problems: tuple[str, ...] = tuple(problems)
+        self.source = source
+        if source is None:
+            text = "\n".join(self.problems)
+        else:
+            count = f"{len(self.problems)} mistake{'s' if len(self.problems) > 1 else ''}"
+            text = f"{source}: {count}\n" + "\n".join(f"  {line}" for line in self.problems)
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...], str | None]]:
+        return type(self), (self.problems, self.source)
+
+
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Says which entry of the config made a constructor refuse: ``masker: num_targets (=0) must be ...``.
+
+    Raises:
+        ConfigError: for a ValueError, which is kept as the cause.
+        TypeError: for a TypeError, which is kept as the cause.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error

@@ -1,0 +1,120 @@
+"""``imports:`` of a config: modules that register parts, from anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+_PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates")
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def import_members() -> None:
+    """Imports the package's own parts, so that the registries know them."""
+    for name in _PACKAGES:
+        importlib.import_module(f"jepa_kit.{name}")
+
+
+def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
+    """The entries, with the paths of .py files absolute; none, with a line in ``problems``, for what is no list.
+
+    Args:
+        raw: what the YAML says.
+        folder: what relative paths start from.
+        problems: gets the line.
+    """
+    if not isinstance(raw, list) or not all(isinstance(x, str) and x for x in raw):
+        problems.append(f"imports (={raw!r}) must be a list of modules, such as [projects.my_variant.masker]")
+        return []
+    return [os.path.abspath(os.path.join(folder, x)) if x.endswith(".py") else x for x in raw]
+
+
+def import_parts(name: str, folder: str) -> Exception | None:
+    """Imports a module by its dotted name, or a .py file by its path; returns what made that fail.
+
+    A dotted name is looked for on ``sys.path``, then from the current folder, from the folders above the config
+    and from this package's checkout; the place where it is found joins ``sys.path``, so that loader workers find
+    it too. Errors other than those caught here are bugs of the module and come through with their own traceback.
+
+    Args:
+        name: dotted, or an absolute path.
+        folder: of the config.
+    """
+    try:
+        if name.endswith(".py"):
+            _import_file(name)
+        else:
+            _import_dotted(name, folder)
+    except (ImportError, SyntaxError, TypeError, ValueError, FileNotFoundError) as error:
+        return error
+    return None
+
+
+def _import_dotted(name: str, folder: str) -> None:
+    try:
+        importlib.import_module(name)
+        return
+    except ModuleNotFoundError as error:
+        if not _is_itself(name, error):
+            raise
+    for root in _roots(folder):
+        path = os.path.join(root, *name.split("."))
+        if root in sys.path or not (os.path.isfile(f"{path}.py") or os.path.isdir(path)):
+            continue
+        sys.path.append(root)
+        importlib.invalidate_caches()
+        try:
+            importlib.import_module(name)
+            return
+        except ModuleNotFoundError as error:
+            if not _is_itself(name, error):
+                raise
+    raise ModuleNotFoundError(
+        f"no module of this name on sys.path, in {os.getcwd()}, or in a folder above the config", name=name
+    )
+
+
+def _is_itself(name: str, error: ModuleNotFoundError) -> bool:
+    """The module that was not found is the one asked for (or a package of it), not one that it imports."""
+    return error.name is not None and f"{name}.".startswith(f"{error.name}.")
+
+
+def _roots(folder: str) -> Iterator[str]:
+    yield os.getcwd()
+    while folder and os.path.dirname(folder) != folder:
+        yield folder
+        folder = os.path.dirname(folder)
+    yield _REPOSITORY
+
+
+def _import_file(path: str) -> None:
+    real = os.path.realpath(path)
+    if not os.path.isfile(real):
+        raise FileNotFoundError("there is no such file")
+    known = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    if any(file is not None and os.path.realpath(file) == real for file in known):
+        return
+    folder, file = os.path.split(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    # The plain name can be imported in a loader worker as well; another module may have it already.
+    name = os.path.splitext(file)[0]
+    found = importlib.util.find_spec(name) if name.isidentifier() and name not in sys.modules else None
+    if found is None or found.origin is None or os.path.realpath(found.origin) != real:
+        name = f"{name}_{zlib.crc32(real.encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

@@ -1,0 +1,127 @@
+"""The config after all checks, and the ways to get one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from iopath.common.file_io import g_pathmgr
+
+from jepa_kit.config.checking import Part, check_config
+from jepa_kit.config.errors import ConfigError
+from jepa_kit.config.imports import import_members, import_parts, resolve_imports
+from jepa_kit.config.merging import apply_overrides
+from jepa_kit.config.sections import DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config.sources import RUN_CONFIG, read_config
+from jepa_kit.config.typed import plain
+from jepa_kit.config.versions import versions
+from jepa_kit.config.yaml_text import dump_yaml
+from jepa_kit.registry import LOSSES, SLOTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a run is made of; checked, converted, with every default written out.
+
+    Args:
+        slots: slot -> part, for every slot but ``loss``.
+        losses: the terms of the loss, each with its weight; at least one.
+        data, optim, train: the sections.
+        imports: modules (dotted) and .py files (absolute) that registered parts.
+        written_by: the versions of whoever wrote the file, where it was a resolved config; not compared.
+    """
+
+    slots: Mapping[str, Part]
+    losses: Sequence[tuple[Part, float]]
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    imports: tuple[str, ...] = ()
+    written_by: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``config_from_dict`` turns into an equal Config; with the present ``versions``."""
+        resolved: dict[str, Any] = {"imports": list(self.imports)} if self.imports else {}
+        for slot in SLOTS:
+            if slot == LOSSES.slot:
+                terms = [_part(part) | {"weight": weight} for part, weight in self.losses]
+                resolved[slot] = terms[0] if len(terms) == 1 else terms
+            else:
+                resolved[slot] = _part(self.slots[slot])
+        for name in ("data", "optim", "train"):
+            resolved[name] = plain(asdict(getattr(self, name)))
+        return resolved | {"versions": versions()}
+
+    def to_yaml(self) -> str:
+        """``to_dict`` as text."""
+        return dump_yaml(self.to_dict())
+
+    def save(self, folder: str | os.PathLike[str]) -> str:
+        """Writes ``config.yaml`` into a run folder, which is made where it is missing; returns the file's path."""
+        g_pathmgr.mkdirs(os.fspath(folder))
+        path = os.path.join(os.fspath(folder), RUN_CONFIG)
+        with g_pathmgr.open(path, "w", encoding="utf-8") as file:
+            file.write(self.to_yaml())
+        return path
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"name": part.name} | plain(dict(part.options))
+
+
+def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads, merges, imports and checks a config.
+
+    Args:
+        file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint.
+        overrides: ``key.key=value`` with the value in YAML, as in ``masker.num_targets=8`` or
+            ``masker={name: random, ratio: 0.6}``.
+
+    Raises:
+        ConfigError: with every mistake of the file and the overrides. A file that cannot be read at all, or a base
+            of it, is reported alone.
+    """
+    path = os.fspath(file)
+    folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
+    problems: list[str] = []
+    raw = read_config(path, problems)
+    return _check(raw, overrides, folder, path, problems)
+
+
+def config_from_dict(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, folder: str = ".", source: str = "config"
+) -> Config:
+    """Checks a plain mapping, such as ``Config.to_dict`` gives, and what is laid over it.
+
+    Args:
+        raw: without ``_BASE_``.
+        overrides: as for ``load_config``.
+        folder: where modules of ``imports`` are looked for besides ``sys.path`` and the current folder.
+        source: names the config in messages.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    return _check(raw, overrides, folder, source, [])
+
+
+def _check(raw: Mapping[str, Any], overrides: Sequence[str], folder: str, source: str, problems: list[str]) -> Config:
+    import_members()
+    merged = apply_overrides(dict(raw), overrides, problems)
+    imports, cause = _import_all(merged.get("imports", []), folder, problems)
+    checked = check_config(merged, problems)
+    if problems:
+        raise ConfigError(problems, source) from cause
+    written_by = merged.get("versions")
+    return Config(**checked, imports=imports, written_by=written_by if isinstance(written_by, dict) else {})
+
+
+def _import_all(raw: Any, folder: str, problems: list[str]) -> tuple[tuple[str, ...], Exception | None]:
+    """Imports every entry; the entries, and the cause of the first that failed."""
+    names = resolve_imports(raw, os.getcwd(), problems)
+    results = {name: import_parts(name, folder) for name in names}
+    failed = {name: cause for name, cause in results.items() if cause is not None}
+    problems.extend(f"imports: cannot import {name!r}: {type(e).__name__}: {e}" for name, e in failed.items())
+    return tuple(names), next(iter(failed.values()), None)

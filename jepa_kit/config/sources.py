@@ -1,0 +1,101 @@
+"""Where a config comes from: a YAML file with its bases, a run folder, or a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import Any
+
+import torch
+from iopath.common.file_io import g_pathmgr
+
+from jepa_kit.config.errors import ConfigError
+from jepa_kit.config.imports import resolve_imports
+from jepa_kit.config.merging import merge
+from jepa_kit.config.yaml_text import parse_yaml
+
+RUN_CONFIG = "config.yaml"
+"""The file in a run folder that holds the resolved config."""
+
+_TAKES = "a config is a YAML file, a run folder or a checkpoint"
+_ZIP = b"PK\x03\x04"
+
+
+def read_config(file: str, problems: list[str]) -> dict[Any, Any]:
+    """The raw mapping that a file holds, laid over its bases; ``imports`` of all of them, the base's first.
+
+    Args:
+        file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``), at any place
+            that iopath knows.
+        problems: gets lines about what does not keep the rest from being checked.
+
+    Raises:
+        ConfigError: the file is missing or none of these, a base is, or the bases go round in a circle.
+    """
+    return _read_over_bases(file, (), problems)
+
+
+def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str]) -> dict[Any, Any]:
+    path = _config_file(file, above)
+    if path in above:
+        raise ConfigError([f"_BASE_ goes round in a circle: {' -> '.join([*above[above.index(path) :], path])}"], path)
+    raw = _read_mapping(path)
+    if "imports" in raw:
+        raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
+    if "_BASE_" not in raw:
+        return raw
+    base = raw.pop("_BASE_")
+    if not isinstance(base, str) or not base:
+        raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file"], path)
+    lower = _read_over_bases(os.path.join(os.path.dirname(path), os.path.expanduser(base)), (*above, path), problems)
+    lower.pop("versions", None)
+    merged = merge(lower, raw)
+    if "imports" in lower and "imports" in raw:
+        merged["imports"] = list(dict.fromkeys([*lower["imports"], *raw["imports"]]))
+    return merged
+
+
+def _config_file(file: str, above: tuple[str, ...]) -> str:
+    """The file itself, for a folder the config in it; absolute where it is local."""
+    path = file if "://" in file else os.path.abspath(file)
+    if g_pathmgr.isdir(path):
+        inside = os.path.join(path, RUN_CONFIG)
+        if not g_pathmgr.isfile(inside):
+            raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
+        return inside
+    if not g_pathmgr.isfile(path):
+        base = f", the _BASE_ of {above[-1]!r}," if above else ""
+        raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}"])
+    return path
+
+
+def _read_mapping(path: str) -> dict[Any, Any]:
+    with g_pathmgr.open(path, "rb") as file:
+        start = file.read(len(_ZIP))
+        data = b"" if start == _ZIP else start + file.read()
+    if start == _ZIP:
+        return _read_checkpoint(path)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"neither text nor a checkpoint that torch.save wrote; {_TAKES}"], path) from error
+    raw = parse_yaml(text, path)
+    if not isinstance(raw, dict):
+        raise ConfigError([f"the file holds {_kind(raw)}, but a config is a mapping with keys such as masker"], path)
+    return raw
+
+
+def _read_checkpoint(path: str) -> dict[Any, Any]:
+    try:
+        held = torch.load(g_pathmgr.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError([f"the checkpoint cannot be read: {str(error).splitlines()[0]}"], path) from error
+    config = held.get("config") if isinstance(held, dict) else None
+    if not isinstance(config, dict):
+        entries = f"entries {', '.join(map(str, held))}" if isinstance(held, dict) else _kind(held)
+        raise ConfigError([f"the checkpoint has no config (it holds {entries}); give the YAML file of its run"], path)
+    return config
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jepa_kit.config import SECTIONS, DataConfig, OptimConfig, TrainConfig
+
+DATA: dict[str, Any] = {"image_size": (32, 32)}
+
+OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
+    ("data", "image_size", (0, 32), "image_size (=(0, 32)) must be at least 1 pixel each way"),
+    ("data", "crop_scale", (0.5, 0.3), "crop_scale (=(0.5, 0.3)) must be ascending, in (0, 1]"),
+    ("data", "crop_scale", (0.0, 0.3), "crop_scale (=(0.0, 0.3)) must be ascending, in (0, 1]"),
+    ("data", "crop_scale", (0.5, 1.1), "crop_scale (=(0.5, 1.1)) must be ascending, in (0, 1]"),
+    ("data", "crop_ratio", (1.5, 0.5), "crop_ratio (=(1.5, 0.5)) must be ascending, above 0"),
+    ("data", "crop_ratio", (0.0, 0.5), "crop_ratio (=(0.0, 0.5)) must be ascending, above 0"),
+    ("data", "flip", 1.5, "flip (=1.5) must be in [0, 1]"),
+    ("data", "flip", math.nan, "flip (=nan) must be in [0, 1]"),
+    ("data", "mean", (0.5, math.inf, 0.5), "mean (=(0.5, inf, 0.5)) must be finite"),
+    ("data", "std", (0.5, 0.0, 0.5), "std (=(0.5, 0.0, 0.5)) must be above 0 each"),
+    ("data", "shuffle_window", 0, "shuffle_window (=0) must be at least 1"),
+    ("data", "num_workers", -1, "num_workers (=-1) must be at least 0"),
+    ("optim", "lr", 0.0, "lr (=0.0) must be above 0"),
+    ("optim", "lr", math.nan, "lr (=nan) must be above 0"),
+    ("optim", "lr", math.inf, "lr (=inf) must be above 0"),
+    ("optim", "lr", 1e-4, "start_lr (=0.0002) must not be above lr (=0.0001)"),
+    ("optim", "start_lr", -1.0, "start_lr (=-1.0) must be at least 0"),
+    ("optim", "final_lr", 1.0, "final_lr (=1.0) must not be above lr (=0.001)"),
+    ("optim", "final_lr", -1.0, "final_lr (=-1.0) must be at least 0"),
+    ("optim", "warmup_epochs", -1.0, "warmup_epochs (=-1.0) must be at least 0"),
+    ("optim", "weight_decay", (-0.1, 0.4), "weight_decay (=(-0.1, 0.4)) must be at least 0 each"),
+    ("optim", "betas", (0.9, 1.0), "betas (=(0.9, 1.0)) must be in [0, 1) each"),
+    ("optim", "eps", 0.0, "eps (=0.0) must be above 0"),
+    ("optim", "clip_grad", 0.0, "clip_grad (=0.0) must be above 0"),
+    ("optim", "stretch", 0.5, "stretch (=0.5) must be at least 1"),
+    ("train", "batch_size", 0, "batch_size (=0) must be at least 1"),
+    ("train", "epochs", 0, "epochs (=0) must be at least 1"),
+    ("train", "steps_per_epoch", 0, "steps_per_epoch (=0) must be at least 1"),
+    ("train", "seed", -1, "seed (=-1) must be from 0 to 2**63 - 1"),
+    ("train", "seed", 2**63, f"seed (={2**63}) must be from 0 to 2**63 - 1"),
+    ("train", "output_dir", "", "output_dir (='') must be a path"),
+    ("train", "log_every", 0, "log_every (=0) must be at least 1"),
+    ("train", "checkpoint_every", 0, "checkpoint_every (=0) must be at least 1"),
+    ("train", "keep_checkpoints", 0, "keep_checkpoints (=0) must be at least 1"),
+    ("train", "device", "", "device (='') must be a device"),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "value", "message"), OUT_OF_RANGE)
+def test_ranges_are_checked_when_a_section_is_made(section: str, name: str, value: Any, message: str) -> None:
+    values = (DATA if section == "data" else {}) | {name: value}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SECTIONS[section](**values)
+
+
+def test_every_checked_field_has_a_test() -> None:
+    checked = {(s, f.name) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls) if f.metadata}
+    assert {(section, name) for section, name, _, _ in OUT_OF_RANGE} == checked
+
+
+def test_a_section_names_all_its_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"^batch_size \(=0\) must be at least 1\nepochs \(=-1\) must be at least 1$"):
+        TrainConfig(batch_size=0, epochs=-1)
+
+
+def test_the_edges_of_the_ranges() -> None:
+    DataConfig(image_size=(1, 1), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=1.0, num_workers=0)
+    OptimConfig(lr=1e-6, start_lr=0.0, final_lr=1e-6, warmup_epochs=0.0, weight_decay=(0.0, 0.0), betas=(0.0, 0.0))
+    TrainConfig(batch_size=1, epochs=1, steps_per_epoch=1, seed=2**63 - 1)
+
+
+def test_defaults_are_the_release_s() -> None:
+    """Published: lr 2e-4 -> 1e-3 in 40 epochs, -> 1e-6; weight decay 0.04 -> 0.4; batch 2048; crops of (0.3, 1.0)."""
+    assert OptimConfig() == OptimConfig(
+        lr=1e-3, start_lr=2e-4, final_lr=1e-6, warmup_epochs=40, weight_decay=(0.04, 0.4), betas=(0.9, 0.999), eps=1e-8
+    )
+    assert (TrainConfig().batch_size, TrainConfig().epochs) == (2048, 300)
+    assert DataConfig(image_size=(224, 224)).crop_scale == (0.3, 1.0)
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().epochs = 3  # type: ignore[misc]
+
+
+def test_range_errors_have_the_path_in_a_config(problems: Callable[..., list[str]]) -> None:
+    assert problems("optim: {lr: 0, eps: -1}\ntrain: {epochs: 0}\ndata: {image_size: 0}") == [
+        "data.image_size (=(0, 0)) must be at least 1 pixel each way",
+        "optim.lr (=0.0) must be above 0",
+        "optim.eps (=-1.0) must be above 0",
+        "train.epochs (=0) must be at least 1",
+    ]
+
+
+def test_a_range_error_is_told_beside_an_ill_typed_value(problems: Callable[..., list[str]]) -> None:
+    assert problems("train: {epochs: 0, seed: x}") == [
+        "train.seed (='x') must be an int",
+        "train.epochs (=0) must be at least 1",
+    ]
+
+
+def test_relations(problems: Callable[..., list[str]]) -> None:
+    assert problems("optim: {lr: 1e-4, final_lr: 1}") == [
+        "optim.start_lr (=0.0002) must not be above lr (=0.0001)",
+        "optim.final_lr (=1.0) must not be above lr (=0.0001)",
+    ]
+    assert problems("train: {epochs: 40}") == ["optim.warmup_epochs (=40.0) must be below train.epochs (=40)"]
+    assert problems("train: {epochs: 20}\noptim: {stretch: 1.5}") == [
+        "optim.warmup_epochs (=40.0) must be below optim.stretch times train.epochs (=30.0)"
+    ]

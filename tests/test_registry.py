@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import pytest
+
+from jepa_kit.registry import REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
+
+Pair = tuple[int, int]
+
+
+@pytest.fixture
+def registry() -> PartRegistry:
+    return PartRegistry("masker", {"grid": "data.image_size over encoder.patch_size"})
+
+
+class Checkerboard:
+    def __init__(self, *, grid: Pair, scale: float, phase: int = 0) -> None:
+        self.values = (grid, scale, phase)
+
+
+class Everything:
+    def __init__(self, *, keep: float = 1.0) -> None:
+        self.keep = keep
+
+
+def test_signature_is_the_schema() -> None:
+    assert signature_options(Checkerboard) == {
+        "grid": Option("grid", Pair, REQUIRED),
+        "scale": Option("scale", float, REQUIRED),
+        "phase": Option("phase", int, 0),
+    }
+
+
+def test_signature_of_a_class_without_a_constructor_is_empty() -> None:
+    assert signature_options(type("Plain", (), {})) == {}
+
+
+def test_signature_of_a_dataclass_has_the_values_of_its_factories() -> None:
+    @dataclass(kw_only=True)
+    class Table:
+        rows: dict[str, int] = field(default_factory=lambda: {"a": 1})
+        made: int = field(init=False, default=3)
+
+    assert signature_options(Table) == {"rows": Option("rows", dict[str, int], {"a": 1})}
+
+
+class Positional:
+    def __init__(self, ratio: float) -> None: ...
+
+
+class Bare:
+    def __init__(self, *, ratio) -> None: ...  # type: ignore[no-untyped-def]
+
+
+class Open:
+    def __init__(self, **options: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Positional, "Positional: argument 'ratio' must be keyword-only (put a * before it)"),
+        (Bare, "Bare: argument 'ratio' needs an annotation: it is the option's type"),
+        (Open, "Open: argument 'options' must be keyword-only"),
+    ],
+)
+def test_a_constructor_outside_the_contract_is_refused(registry: PartRegistry, part: type, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        registry.register("x")(part)
+    assert registry.names() == []
+
+
+def test_a_name_is_given_once(registry: PartRegistry) -> None:
+    registry.register("a")(Checkerboard)
+    with pytest.raises(ValueError, match=r"masker 'a' is already registered by \S*\.Checkerboard"):
+        registry.register("a")(Everything)
+    assert registry.get("a") is Checkerboard
+
+
+def test_register_gives_the_class_back(registry: PartRegistry) -> None:
+    assert registry.register("b")(Checkerboard) is Checkerboard
+    registry.register("a")(Everything)
+    assert registry.names() == ["a", "b"]
+
+
+def test_options_leave_out_what_the_recipe_supplies(registry: PartRegistry) -> None:
+    registry.register("checkerboard")(Checkerboard)
+    assert list(registry.options("checkerboard")) == ["scale", "phase"]
+
+
+def test_build_hands_on_only_the_supplied_values_that_the_part_names(registry: PartRegistry) -> None:
+    registry.register("checkerboard")(Checkerboard)
+    registry.register("everything")(Everything)
+    assert registry.build("checkerboard", {"scale": 0.5}, grid=(2, 3)).values == ((2, 3), 0.5, 0)
+    assert registry.build("everything", {"keep": 0.5}, grid=(2, 3)).keep == 0.5
+
+
+def test_an_unknown_name_lists_the_known(registry: PartRegistry) -> None:
+    with pytest.raises(KeyError, match=r"'a' is not a registered masker\. Registered: none"):
+        registry.get("a")
+    registry.register("checkerboard")(Checkerboard)
+    registry.register("everything")(Everything)
+    message = (
+        "'chekerboard' is not a registered masker; did you mean 'checkerboard'? Registered: checkerboard, everything"
+    )
+    with pytest.raises(KeyError, match=re.escape(message)):
+        registry.get("chekerboard")
+
+
+def test_did_you_mean_says_nothing_about_words_that_are_far() -> None:
+    assert did_you_mean("num_targts", ["num_targets", "ratio"]) == "; did you mean 'num_targets'?"
+    assert did_you_mean("zzz", ["num_targets", "ratio"]) == "."
+
+
+def test_the_six_slots() -> None:
+    assert list(SLOTS) == ["masker", "encoder", "predictor", "target", "loss", "target_update"]
+    assert all(registry.slot == slot for slot, registry in SLOTS.items())
