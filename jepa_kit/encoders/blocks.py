@@ -1,0 +1,165 @@
+"""The transformer block that encoder and predictor share, over packed tokens.
+
+P = packed tokens of all sets    D = width    h = heads    d = D / h
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.encoders.attention import Backend, attend
+from jepa_kit.structures import SetLengths
+
+Init = Literal["released", "depth_scaled"]
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises: ValueError: ``value`` is none of a Literal's words."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, get_args(choices)))}")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each set, with one projection for q, k and v."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, backend: Backend = "auto") -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads (={num_heads}) must divide the width (={dim})")
+        self.num_heads = num_heads
+        self.backend: Backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # 3 x [P, h, d]
+        return self.proj(attend(q, k, v, lengths, self.backend).flatten(1))  # [P, D]
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, a residual branch is dropped for a whole set.
+
+    Args:
+        rate: probability of dropping, 0 to below 1. What is kept is scaled by 1 / (1 - rate).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path (={rate}) must be in [0, 1)")
+        self.rate = rate
+
+    def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        kept = torch.rand(len(lengths), device=x.device) >= self.rate
+        scale = kept.to(x.dtype) / (1.0 - self.rate)
+        return x * scale[lengths.set_of_token, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, backend=backend)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        # The ratios of ViT-g and ViT-G are fractions whose product must come out whole.
+        self.mlp = MLP(dim, round(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), lengths), lengths)
+        return x + self.drop_path(self.mlp(self.norm2(x)), lengths)
+
+
+def make_blocks(
+    dim: int,
+    depth: int,
+    num_heads: int,
+    *,
+    mlp_ratio: float,
+    qkv_bias: bool = True,
+    norm_eps: float = 1e-6,
+    drop_path: float = 0.0,
+    backend: Backend = "auto",
+) -> nn.ModuleList:
+    """``depth`` blocks; the drop rate rises linearly from 0 to ``drop_path`` at the last one.
+
+    Raises:
+        ValueError: a depth below 1, heads that do not divide the width, an MLP without a unit, a drop rate
+            outside [0, 1), an unknown backend.
+    """
+    if depth < 1:
+        raise ValueError(f"depth (={depth}) must be at least 1")
+    if round(dim * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0: the MLP needs a unit")
+    DropPath(drop_path)  # refuses what the user gave, and not a block's share of it
+    check_choice("attention", backend, Backend)
+    rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+    return nn.ModuleList(
+        Block(
+            dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            norm_eps=norm_eps,
+            drop_path=rate,
+            backend=backend,
+        )
+        for rate in rates
+    )
+
+
+def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> None:
+    """Sets every Linear to a truncated normal (0.02) with zero bias, and every LayerNorm to one and zero.
+
+    ``released`` stops there: so does the released code, in effect (its constructor scales by depth, and
+    a second initialisation undoes it). ``depth_scaled`` also divides what each block adds to the stream
+    (attn.proj, mlp.fc2 of block l = 1, 2, ...) by sqrt(2 l), as BEiT does and the release means to.
+
+    Raises:
+        ValueError: another ``init``.
+    """
+    check_choice("init", init, Init)
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.LayerNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+    if init == "depth_scaled":
+        with torch.no_grad():
+            for i, block in enumerate(blocks, start=1):
+                assert isinstance(block, Block)
+                block.attn.proj.weight.div_(math.sqrt(2.0 * i))
+                block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))

@@ -1,0 +1,221 @@
+"""The Vision Transformer of I-JEPA, over sets of patches.
+
+B = images    N = H * W patches of an image    P = packed patches of all sets
+C = channels  p = patch size in pixels         D = width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from jepa_kit.encoders.attention import Backend
+from jepa_kit.encoders.blocks import Init, check_choice, init_transformer, make_blocks
+from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
+from jepa_kit.registry import ENCODERS
+from jepa_kit.structures import Grid, PatchSets, SetLengths
+
+PatchInit = Literal["released", "xavier"]
+Size = Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+
+
+SIZES: dict[str, _Shape] = {
+    "tiny": _Shape(192, 12, 3),  # DeiT, Touvron et al. 2021, table 1
+    "small": _Shape(384, 12, 6),  # DeiT, table 1
+    "base": _Shape(768, 12, 12),  # ViT, Dosovitskiy et al. 2021, table 1
+    "large": _Shape(1024, 24, 16),  # ViT, table 1
+    "huge": _Shape(1280, 32, 16),  # ViT, table 1
+    "giant": _Shape(1408, 40, 16, 48 / 11),  # ViT-g, Zhai et al. 2022, table 2: MLP 6144
+    "gigantic": _Shape(1664, 48, 16, 64 / 13),  # ViT-G, Zhai et al. 2022, table 2: MLP 8192
+}
+
+
+class PatchEmbed(nn.Module):
+    """A linear map from the pixels of a patch to a token; only the patches asked for are touched.
+
+    The weight has the shape of the convolution that other code bases use, [D, C, p, p].
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, patches: PatchSets | None) -> Tensor:
+        """[B, C, H * p, W * p] -> [P, D], or [B * N, D] where ``patches`` is None."""
+        p = self.patch_size
+        if patches is None:
+            pixels = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
+        else:
+            w = images.shape[-1] // p
+            view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
+            pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
+        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+
+
+@ENCODERS.register("vit")
+class ViT(nn.Module):
+    """Pre-norm ViT with fixed sine-cosine positions and without a class token (I-JEPA, section 3 and A.1).
+
+    Args:
+        image_size: (h, w) pixels of the images to train on; supplied by the recipe.
+        patch_size: side of a patch in pixels; divides both sides of the image.
+        size: a size of the field (``SIZES`` names its source), or None where the next four are given.
+        embed_dim, depth, num_heads, mlp_ratio: each replaces that value of ``size``. mlp_ratio is 4 by default.
+        in_chans: channels of an image.
+        qkv_bias: a bias for q, k and v.
+        norm_eps: eps of every LayerNorm.
+        drop_path: stochastic depth at the last block, in [0, 1); it rises linearly from 0 at the first.
+        init: weights as released, or scaled down by depth (``init_transformer``).
+        patch_init: the patch embedding as released (truncated normal 0.02), or Xavier-uniform over its
+            flattened pixels as MAE has it. With small patches the released one leaves the content of a token
+            far smaller than its position (a fifth, with 4 x 4 pixels), and training stays at positions.
+        attention: the backend of ``attend``; supplied by the recipe.
+
+    Raises:
+        ValueError: neither a size nor all of width, depth and heads; a patch size that does not divide
+            the image; a width that heads or positions do not divide; any other value outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int,
+        size: Size | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        mlp_ratio: float | None = None,
+        in_chans: int = 3,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        init: Init = "released",
+        patch_init: PatchInit = "xavier",
+        attention: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        shape = _resolve(size, embed_dim, depth, num_heads, mlp_ratio)
+        check_choice("patch_init", patch_init, PatchInit)
+        if in_chans < 1:
+            raise ValueError(f"in_chans (={in_chans}) must be at least 1")
+        self.patch_size = patch_size
+        self.grid: Grid = patch_grid(image_size, patch_size)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.embed_dim, self.depth = shape.embed_dim, shape.depth
+        self.in_chans = in_chans
+        self.init: Init = init
+        self.patch_init = patch_init
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_2d(shape.embed_dim, self.grid), persistent=False)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, shape.embed_dim)
+        self.blocks = make_blocks(
+            shape.embed_dim,
+            shape.depth,
+            shape.num_heads,
+            mlp_ratio=shape.mlp_ratio,
+            qkv_bias=qkv_bias,
+            norm_eps=norm_eps,
+            drop_path=drop_path,
+            backend=attention,
+        )
+        self.norm = nn.LayerNorm(shape.embed_dim, eps=norm_eps)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Sets every parameter and buffer anew."""
+        self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid))
+        init_transformer(self, self.blocks, self.init)
+        if self.patch_init == "xavier":
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        else:
+            nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+
+    def forward(self, images: Tensor, patches: PatchSets | None = None) -> Tensor:
+        """Tokens of the patches asked for; each set attends to itself alone.
+
+        Args:
+            images: [B, C, h, w], normalised. Other sizes than ``image_size`` get interpolated positions.
+            patches: the sets to encode; None is every patch of every image.
+
+        Returns:
+            [P, D], packed as ``patches``; [B * N, D] where it is None.
+
+        Raises:
+            ValueError: another number of channels, or sides that the patch size does not divide.
+        """
+        return self.forward_layers(images, patches, last=1)[0]
+
+    def forward_layers(self, images: Tensor, patches: PatchSets | None = None, *, last: int) -> list[Tensor]:
+        """The outputs of the last ``last`` blocks, each through the final norm: ``last`` tensors [P, D]."""
+        if not 1 <= last <= self.depth:
+            raise ValueError(f"last (={last}) must be from 1 to the encoder's depth (={self.depth})")
+        x, lengths = self.embed(images, patches)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, lengths)
+            if i >= self.depth - last:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
+        """Content plus position of each patch: [P, D], and the lengths of the sets."""
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be [B, {self.in_chans}, h, w], not {tuple(images.shape)}")
+        grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
+        table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
+        content = self.patch_embed(images, patches)  # [P, D]
+        if patches is None:
+            lengths = SetLengths([len(table)] * len(images), images.device)
+            return (content.view(len(images), *table.shape) + table).flatten(0, 1), lengths
+        return content + table.index_select(0, patches.index), patches.lengths
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:
+    """(H, W): how many patches an image has.
+
+    Raises:
+        ValueError: the patch size does not divide both sides.
+    """
+    h, w = image_size
+    if patch_size < 1 or h < patch_size or w < patch_size or h % patch_size or w % patch_size:
+        raise ValueError(f"patch_size (={patch_size}) must divide the height (={h}) and the width (={w}) of an image")
+    return h // patch_size, w // patch_size
+
+
+def _resolve(
+    size: str | None, embed_dim: int | None, depth: int | None, num_heads: int | None, mlp_ratio: float | None
+) -> _Shape:
+    given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    if size is None:
+        missing = [k for k, v in given.items() if v is None]
+        if missing:
+            raise ValueError(f"size (=None) needs {', '.join(missing)} to be given; sizes: {', '.join(SIZES)}")
+        base = _Shape(0, 0, 0)
+    elif size not in SIZES:
+        raise ValueError(f"size (={size!r}) must be one of {', '.join(SIZES)}")
+    else:
+        base = SIZES[size]
+    return _Shape(
+        base.embed_dim if embed_dim is None else embed_dim,
+        base.depth if depth is None else depth,
+        base.num_heads if num_heads is None else num_heads,
+        base.mlp_ratio if mlp_ratio is None else mlp_ratio,
+    )

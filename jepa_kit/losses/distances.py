@@ -1,0 +1,68 @@
+"""Distances between a prediction and a target: one value a patch, then ``Prediction.mean``.
+
+P = target patches    D = width of a target
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_kit.registry import LOSSES
+from jepa_kit.structures import Prediction
+
+
+@LOSSES.register("smooth_l1")
+class SmoothL1(nn.Module):
+    """Smooth L1, mean over the width: the released code's loss (the paper says L2).
+
+    Args:
+        beta: errors below it are squared (over 2 beta), errors above it count as they are (less beta / 2).
+    """
+
+    def __init__(self, *, beta: float = 1.0) -> None:
+        super().__init__()
+        if beta <= 0:
+            raise ValueError(f"beta (={beta}) must be above 0; for beta 0 take the loss 'l1'")
+        self.beta = beta
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """[P, D] twice -> []."""
+        error = F.smooth_l1_loss(prediction.prediction, prediction.target, beta=self.beta, reduction="none")
+        return prediction.mean(error.mean(-1))
+
+
+@LOSSES.register("l2")
+class L2(nn.Module):
+    """Squared error, mean over the width (the paper's distance, section 3, up to the factor D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """[P, D] twice -> []."""
+        return prediction.mean(F.mse_loss(prediction.prediction, prediction.target, reduction="none").mean(-1))
+
+
+@LOSSES.register("l1")
+class L1(nn.Module):
+    """Absolute error, mean over the width (V-JEPA, Bardes et al. 2024)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """[P, D] twice -> []."""
+        return prediction.mean(F.l1_loss(prediction.prediction, prediction.target, reduction="none").mean(-1))
+
+
+@LOSSES.register("cosine")
+class Cosine(nn.Module):
+    """One minus the cosine between prediction and target, in [0, 2]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """[P, D] twice -> []."""
+        return prediction.mean(1.0 - F.cosine_similarity(prediction.prediction, prediction.target, dim=-1))

@@ -1,0 +1,128 @@
+"""The narrow ViT that predicts one target block at a time.
+
+P_c, P_t = packed context and target patches    S_t = target sets    D = encoder's width    E = own width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.encoders.attention import Backend
+from jepa_kit.encoders.blocks import Init, init_transformer, make_blocks
+from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.registry import PREDICTORS
+from jepa_kit.structures import MaskBatch, SetLengths
+
+
+@PREDICTORS.register("vit")
+class ViTPredictor(nn.Module):
+    """I-JEPA's predictor (section 3, A.1): for each target block, one pass over context and mask tokens.
+
+    The sequence of a target block is the tokens of its context, mapped to the own width and given their
+    positions, then one mask token for each patch of the block, at its position. Blocks do not see each other.
+
+    Args:
+        embed_dim: D; supplied by the recipe.
+        out_dim: width of a target; supplied by the recipe.
+        grid: (H, W) patches of an image; supplied by the recipe.
+        width: E (384 in the paper for every encoder).
+        depth: blocks (6 for ViT-B, 12 for larger ones).
+        num_heads: the release takes as many as the encoder has.
+        mlp_ratio: hidden width of the MLP over E.
+        norm_eps: eps of every LayerNorm.
+        drop_path: stochastic depth, see ``ViT``.
+        init: weights as released, or scaled down by depth.
+        attention: the backend of ``attend``; supplied by the recipe.
+
+    Raises:
+        ValueError: a width that heads or positions do not divide, or any other value outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        out_dim: int,
+        grid: tuple[int, int],
+        width: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        init: Init = "released",
+        attention: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if width < 4 or width % 4:
+            raise ValueError(f"width (={width}) must be a multiple of 4: sine and cosine of rows and columns")
+        self.width, self.grid, self.init = width, grid, init
+        self.embed = nn.Linear(embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, width))
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_2d(width, grid), persistent=False)
+        self.blocks = make_blocks(
+            width,
+            depth,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
+            drop_path=drop_path,
+            backend=attention,
+        )
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.proj = nn.Linear(width, out_dim)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Sets every parameter and buffer anew."""
+        self.pos_embed.copy_(sincos_2d(self.width, self.grid))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        init_transformer(self, self.blocks, self.init)
+
+    def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
+        """Predictions for every target patch.
+
+        Args:
+            context: s_x [P_c, D], packed as ``masks.context``.
+            masks: of the grid that the predictor was made for.
+
+        Returns:
+            s_hat_y [P_t, out_dim], packed as ``masks.targets``.
+
+        Raises:
+            ValueError: masks of another grid.
+        """
+        if masks.grid != self.grid:
+            raise ValueError(f"masks.grid (={masks.grid}) must be the predictor's (={self.grid})")
+        seen = self.embed(context) + self.pos_embed[masks.context.index]  # [P_c, E]
+        hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
+        order, is_target, lengths = sequences(masks)
+        x = torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order)  # [P, E]
+        for block in self.blocks:
+            x = block(x, lengths)
+        return self.proj(self.norm(x.index_select(0, is_target)))  # [P_t, out_dim]
+
+
+def sequences(masks: MaskBatch) -> tuple[Tensor, Tensor, SetLengths]:
+    """The sequence of each target set: the patches of its context, then its own.
+
+    Returns:
+        order [P]: which row of the P_c context and P_t target tokens stands at each place.
+        is_target [P_t]: the places of the target tokens, in the order of ``masks.targets``.
+        lengths of the S_t sequences.
+    """
+    context, targets = masks.context.lengths, masks.targets.lengths
+    device = masks.context_of.device
+    context_of = masks.context_of_on_host
+    lengths = SetLengths([context.on_host[c] + n for c, n in zip(context_of, targets.on_host, strict=True)], device)
+    sequence, place = lengths.set_of_token, lengths.position  # [P]
+    num_seen = (context.offsets[1:] - context.offsets[:-1])[masks.context_of][sequence]  # [P]
+    first_seen = context.offsets[masks.context_of][sequence]
+    first_hidden = targets.offsets[sequence] + context.total
+    order = torch.where(place < num_seen, first_seen + place, first_hidden + place - num_seen)
+    own = targets.set_of_token
+    is_target = lengths.offsets[own] + (context.offsets[1:] - context.offsets[:-1])[masks.context_of][own]
+    return order, is_target + targets.position, lengths

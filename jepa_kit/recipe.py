@@ -1,0 +1,188 @@
+"""JEPA: the equations, and their assembly from a config.
+
+s_y     = target(images)            at the target patches      (no gradient)
+s_x     = encoder(images)           at the context patches
+s_hat_y = predictor(s_x, positions) at the target patches
+loss    = D(s_hat_y, s_y);  target encoder <- target_update(encoder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+# The members of each slot register themselves.
+import jepa_kit.losses
+import jepa_kit.predictors
+import jepa_kit.targets  # noqa: F401
+from jepa_kit.config import Config, Part, located
+from jepa_kit.encoders import Encoder
+from jepa_kit.maskers import Masker
+from jepa_kit.registry import SLOTS
+from jepa_kit.structures import Grid, MaskBatch, Prediction
+from jepa_kit.target_updates import TargetUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """loss [] is the weighted sum of the terms [], by name; prediction is what they were taken from."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    prediction: Prediction
+
+
+class JEPA(nn.Module):
+    """A joint-embedding predictive architecture out of exchangeable parts.
+
+    Args:
+        encoder: the context encoder.
+        predictor: context tokens and target positions to predictions.
+        target: what is predicted.
+        losses: (name, module, weight) of each term.
+        target_update: makes the target encoder and moves it.
+
+    Raises:
+        ValueError: no loss, two losses of one name, or a target that needs a target encoder where the
+            update makes none.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        predictor: nn.Module,
+        target: nn.Module,
+        losses: Sequence[tuple[str, nn.Module, float]],
+        target_update: TargetUpdate,
+    ) -> None:
+        super().__init__()
+        names = [name for name, _, _ in losses]
+        if not names:
+            raise ValueError("losses (=[]) must hold at least one term")
+        if len(set(names)) < len(names):
+            raise ValueError(f"losses (={names}) must have names of their own")
+        self.encoder = encoder
+        self.predictor = predictor
+        self.target = target
+        self.losses = nn.ModuleDict({name: module for name, module, _ in losses})
+        self.weights = {name: weight for name, _, weight in losses}
+        self.target_update = target_update
+        # A tied target encoder is not registered a second time.
+        self.target_encoder: nn.Module | None = target_update.make(encoder)
+        if getattr(target, "needs_encoder", False) and self.target_network is None:
+            raise ValueError(
+                "target needs a target encoder, and target_update makes none; "
+                "take target_update={name: ema}, or target={name: pixel}"
+            )
+        self.train()
+
+    @property
+    def target_network(self) -> nn.Module | None:
+        """The module that makes targets: the target encoder, or the context encoder where it is tied to it."""
+        return self.encoder if self.target_update.tied else self.target_encoder
+
+    def forward(self, images: Tensor, masks: MaskBatch) -> Output:
+        """The equations, for a batch of normalised images [B, C, h, w].
+
+        Raises:
+            ValueError: masks of another grid than the images have.
+        """
+        p = cast(Encoder, self.encoder).patch_size
+        grid = (images.shape[-2] // p, images.shape[-1] // p)
+        if grid != masks.grid:
+            raise ValueError(f"masks.grid (={masks.grid}) must be that of the images (={grid})")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.target_update.stop_gradient):
+            s_y = self.target(images, masks.targets, self.target_network)  # [P_t, D]
+        s_x = self.encoder(images, masks.context)  # [P_c, D_e]
+        s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
+        # Distances and their sums are taken in the targets' precision or better, never in half.
+        prediction = Prediction(_at_least_float32(s_hat_y), _at_least_float32(s_y), s_x, masks)
+        terms = {name: loss(prediction) for name, loss in self.losses.items()}
+        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return Output(total, terms, prediction)
+
+    def update_target(self, momentum: float) -> None:
+        """target encoder <- target_update(encoder)."""
+        self.target_update.update(self.target_encoder, self.encoder, momentum)
+
+    def momentum(self, where: float) -> float:
+        """The momentum when a share ``where`` in [0, 1] of the planned updates is done."""
+        return self.target_update.momentum(where)
+
+    def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
+        """The encoder to evaluate. The paper evaluates the target encoder; a recipe without one has the context's."""
+        if which not in ("target", "context"):
+            raise ValueError(f"which (={which!r}) must be 'target' or 'context'")
+        network = self.target_network if which == "target" else self.encoder
+        return self.encoder if network is None else network
+
+    def train(self, mode: bool = True) -> JEPA:
+        """As ``nn.Module.train``, but a target encoder of its own stays as it is evaluated: no stochastic depth."""
+        super().train(mode)
+        if self.target_encoder is not None:
+            self.target_encoder.eval()
+        return self
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def build_masker(config: Config) -> Masker:
+    """The masker of a config, for its grid of patches.
+
+    Raises:
+        ValueError: what the masker cannot satisfy; the message begins with ``masker``.
+    """
+    part = config.slots["masker"]
+    with located("masker"):
+        return SLOTS["masker"].build(part.name, part.options, grid=patch_grid_of(config))
+
+
+def build_recipe(config: Config) -> JEPA:
+    """The JEPA of a config, with fresh weights from torch's current random state.
+
+    Raises:
+        ValueError: what a part refuses; the message begins with its slot.
+    """
+    encoder = _build_encoder(config)
+    target = _build(
+        config.slots["target"],
+        "target",
+        embed_dim=encoder.embed_dim,
+        depth=encoder.depth,
+        patch_size=encoder.patch_size,
+    )
+    predictor = _build(
+        config.slots["predictor"],
+        "predictor",
+        embed_dim=encoder.embed_dim,
+        out_dim=target.out_dim,
+        grid=encoder.grid,
+        attention=config.train.attention,
+    )
+    losses = [(part.name, _build(part, "loss"), weight) for part, weight in config.losses]
+    update = _build(config.slots["target_update"], "target_update")
+    with located("target_update"):
+        return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=update)
+
+
+def _build(part: Part, slot: str, **supplied: object) -> Any:
+    with located(slot):
+        return SLOTS[slot].build(part.name, part.options, **supplied)
+
+
+def patch_grid_of(config: Config) -> Grid:
+    """(H, W) patches of the config's images, as its encoder cuts them (made without memory for its weights)."""
+    with torch.device("meta"):
+        return _build_encoder(config).grid
+
+
+def _build_encoder(config: Config) -> Any:
+    part = config.slots["encoder"]
+    return _build(part, "encoder", image_size=config.data.image_size, attention=config.train.attention)

@@ -1,0 +1,145 @@
+"""How the target encoder follows the context encoder."""
+
+from __future__ import annotations
+
+import copy
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from jepa_kit.registry import TARGET_UPDATES
+
+
+class TargetUpdate(Protocol):
+    """What a recipe asks of a target update (a class that is registered in ``TARGET_UPDATES``).
+
+    Attributes:
+        tied: the target encoder is the context encoder itself.
+        stop_gradient: targets carry no gradient.
+    """
+
+    tied: bool
+    stop_gradient: bool
+
+    def make(self, encoder: nn.Module) -> nn.Module | None:
+        """The target encoder as a module of its own, or None where there is none (or ``tied``)."""
+        ...
+
+    def momentum(self, where: float) -> float:
+        """The momentum when a share ``where`` in [0, 1] of the planned updates is done."""
+        ...
+
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """Moves the target encoder after an optimiser step."""
+        ...
+
+
+@TARGET_UPDATES.register("ema")
+class EMA:
+    """An exponential moving average of the context encoder, from a copy of it (I-JEPA, A.1).
+
+    theta_target <- m theta_target + (1 - m) theta, with m rising linearly.
+
+    Args:
+        momentum: (first, last) m, each in [0, 1]; the released run goes from 0.996 to 1.
+
+    Raises:
+        ValueError: a momentum outside [0, 1].
+    """
+
+    tied = False
+    stop_gradient = True
+
+    def __init__(self, *, momentum: tuple[float, float] = (0.996, 1.0)) -> None:
+        for m in momentum:
+            if not 0.0 <= m <= 1.0:
+                raise ValueError(f"momentum (={momentum}) must go from one number in [0, 1] to another")
+        self.first, self.last = momentum
+
+    def make(self, encoder: nn.Module) -> nn.Module:
+        """A copy of the encoder that no optimiser trains."""
+        return copy.deepcopy(encoder).requires_grad_(False)
+
+    def momentum(self, where: float) -> float:
+        """first + where * (last - first)."""
+        return self.first + where * (self.last - self.first)
+
+    @torch.no_grad()
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """One step of the average, over all parameters at once."""
+        assert target_encoder is not None
+        targets: list[torch.Tensor] = list(target_encoder.parameters())
+        sources: list[torch.Tensor] = list(encoder.parameters())
+        torch._foreach_mul_(targets, momentum)
+        torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
+
+
+@TARGET_UPDATES.register("tied")
+class Tied:
+    """The context encoder is its own target encoder, as in SimSiam (Chen and He 2021).
+
+    Args:
+        stop_gradient: without it, targets are trained too, and the easiest answer is a constant: a run that
+            is made to collapse, to see what collapse looks like.
+    """
+
+    tied = True
+
+    def __init__(self, *, stop_gradient: bool = True) -> None:
+        self.stop_gradient = stop_gradient
+
+    def make(self, encoder: nn.Module) -> None:
+        """None: it is the encoder itself."""
+        return None
+
+    def momentum(self, where: float) -> float:
+        """1: nothing moves."""
+        return 1.0
+
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """Does nothing."""
+
+
+@TARGET_UPDATES.register("frozen")
+class Frozen:
+    """A copy of the first weights that stays as it is: targets are random features, or loaded ones."""
+
+    tied = False
+    stop_gradient = True
+
+    def __init__(self) -> None:
+        pass
+
+    def make(self, encoder: nn.Module) -> nn.Module:
+        """A copy of the encoder that nothing changes."""
+        return copy.deepcopy(encoder).requires_grad_(False)
+
+    def momentum(self, where: float) -> float:
+        """1: nothing moves."""
+        return 1.0
+
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """Does nothing."""
+
+
+@TARGET_UPDATES.register("none")
+class NoTargetEncoder:
+    """No target encoder: for targets that need none, such as pixels."""
+
+    tied = False
+    stop_gradient = True
+
+    def __init__(self) -> None:
+        pass
+
+    def make(self, encoder: nn.Module) -> None:
+        """None."""
+        return None
+
+    def momentum(self, where: float) -> float:
+        """1: nothing moves."""
+        return 1.0
+
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """Does nothing."""

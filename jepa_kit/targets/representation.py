@@ -1,0 +1,75 @@
+"""Targets in representation space: what makes a JEPA.
+
+B = images    N = patches of an image    P = target patches    D = width
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_kit.encoders import Encoder
+from jepa_kit.encoders.blocks import check_choice
+from jepa_kit.registry import TARGETS
+from jepa_kit.structures import PatchSets
+
+Norm = Literal["layer", "none"]
+MaskedAt = Literal["output", "input"]
+
+
+@TARGETS.register("representation")
+class RepresentationTarget(nn.Module):
+    """The target encoder's tokens of the whole image, normalised, at the target patches (I-JEPA, section 3).
+
+    Args:
+        embed_dim: D; supplied by the recipe.
+        depth: the encoder's blocks, for the check of ``layers``; supplied by the recipe.
+        norm: ``layer`` puts a LayerNorm without parameters (eps 1e-5) over each token, as the released code
+            does and the paper does not say; ``none`` leaves the target encoder's output alone.
+        layers: targets are the mean of the last ``layers`` blocks' outputs, each through the final norm and
+            ``norm`` (data2vec, Baevski et al. 2022, averages layers; 1 is I-JEPA).
+        masked_at: ``output`` encodes the whole image and takes the target patches out; ``input`` shows the target
+            encoder nothing but each target block (I-JEPA, table 11: 67.3 against 56.1).
+
+    Raises:
+        ValueError: another word, or ``layers`` below 1 or above the encoder's depth (where no ``depth`` is
+            given, at the first call).
+    """
+
+    needs_encoder = True
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        norm: Norm = "layer",
+        layers: int = 1,
+        depth: int | None = None,
+        masked_at: MaskedAt = "output",
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, Norm)
+        check_choice("masked_at", masked_at, MaskedAt)
+        if layers < 1:
+            raise ValueError(f"layers (={layers}) must be at least 1")
+        if depth is not None and layers > depth:
+            raise ValueError(f"layers (={layers}) must be at most the encoder's depth (={depth})")
+        self.out_dim = embed_dim
+        self.norm = norm
+        self.layers = layers
+        self.masked_at = masked_at
+
+    def forward(self, images: Tensor, patches: PatchSets, encoder: Encoder | None) -> Tensor:
+        """[B, C, h, w] -> [P, D], packed as ``patches``."""
+        assert encoder is not None
+        seen = patches if self.masked_at == "input" else None
+        outputs = encoder.forward_layers(images, seen, last=self.layers)  # [B * N, D] or [P, D] each
+        if seen is None:
+            # Normalising a token commutes with taking it out, and P is less than B * N where targets do not overlap.
+            outputs = [patches.gather(x.unflatten(0, (len(images), -1))) for x in outputs]
+        if self.norm == "layer":
+            outputs = [F.layer_norm(x, (x.shape[-1],), eps=1e-5) for x in outputs]
+        return outputs[0] if self.layers == 1 else torch.stack(outputs).mean(0)
