@@ -36,21 +36,28 @@ class SetLengths:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.on_host: tuple[int, ...] = tuple(int(n) for n in lengths)
-        if not self.on_host:
+        each = np.asarray(lengths, dtype=np.int64)
+        if not each.size:
             raise ValueError("lengths (=()) must name at least one set")
-        if min(self.on_host) < 1:
-            at = self.on_host.index(min(self.on_host))
-            raise ValueError(f"lengths[{at}] (={self.on_host[at]}) must be at least 1: a set holds at least one patch")
-        self.total: int = sum(self.on_host)
-        self.longest: int = max(self.on_host)
-        self.uniform: bool = self.longest == min(self.on_host)
-        offsets = np.zeros(len(self.on_host) + 1, dtype=np.int32)
-        np.cumsum(self.on_host, out=offsets[1:])
-        owner = np.repeat(np.arange(len(self.on_host)), self.on_host)
-        self.offsets: Tensor = torch.from_numpy(offsets).to(device)
+        self.longest: int = int(each.max())
+        shortest = int(each.min())
+        if shortest < 1:
+            at = int(each.argmin())
+            raise ValueError(f"lengths[{at}] (={shortest}) must be at least 1: a set holds at least one patch")
+        self.on_host: tuple[int, ...] = tuple(each.tolist())
+        self.total: int = int(each.sum())
+        self.uniform: bool = self.longest == shortest
+        self.offsets: Tensor
         """[S + 1] int32: set s is tokens offsets[s] to offsets[s + 1]."""
-        self.set_of_token: Tensor = torch.from_numpy(owner).to(device)
+        self.set_of_token: Tensor
+        if self.uniform:  # made on the device: no copy that it would wait for
+            self.offsets = torch.arange(each.size + 1, device=device, dtype=torch.int32) * self.longest
+            self.set_of_token = torch.arange(self.total, device=device) // self.longest
+        else:
+            offsets = np.zeros(each.size + 1, dtype=np.int32)
+            np.cumsum(each, out=offsets[1:])
+            self.offsets = torch.from_numpy(offsets).to(device)
+            self.set_of_token = torch.from_numpy(np.repeat(np.arange(each.size), each)).to(device)
         """[P] int64: the set that each token belongs to."""
         self.layouts: dict[str, Any] = {}
         """What an attention backend derives from the lengths, made once and used by every layer."""
@@ -197,18 +204,18 @@ class MaskBatch:
     targets: PatchSets
     grid: Grid
     context_of: Tensor
-    context_of_on_host: tuple[int, ...] = field(init=False)
+    sequences: SetLengths = field(init=False)
+    """For each target set, the length of its context plus its own: what a predictor reads at once."""
 
     def __post_init__(self) -> None:
         h, w = self.grid
-        object.__setattr__(self, "context_of_on_host", tuple(self.context_of.tolist()))
+        if self.context_of.device.type != "cpu":
+            raise ValueError(f"context_of is on {self.context_of.device}: make masks on the host, then call to(device)")
         if self.context_of.dtype != torch.int64 or self.context_of.shape != self.targets.image.shape:
             raise ValueError(
                 f"context_of must be int64 with one entry for each of the {len(self.targets)} target sets, "
                 f"not {self.context_of.dtype} of shape {tuple(self.context_of.shape)}"
             )
-        if self.context_of.device.type != "cpu":
-            return
         for name, sets in (("context", self.context), ("targets", self.targets)):
             lowest, highest = (int(v) for v in torch.aminmax(sets.index))
             if lowest < 0 or highest >= h * w:
@@ -220,6 +227,8 @@ class MaskBatch:
             raise ValueError(f"context_of names context set {bad}, but there are sets 0 to {len(self.context) - 1}")
         if not torch.equal(self.context.image[self.context_of], self.targets.image):
             raise ValueError("context_of pairs a target set with the context of another image")
+        context, own = np.asarray(self.context.lengths.on_host), np.asarray(self.targets.lengths.on_host)
+        object.__setattr__(self, "sequences", SetLengths(context[self.context_of.numpy()] + own))
 
     def map_tensors(self, fn: Any) -> MaskBatch:
         other = object.__new__(MaskBatch)
@@ -228,7 +237,7 @@ class MaskBatch:
             ("targets", self.targets.map_tensors(fn)),
             ("grid", self.grid),
             ("context_of", fn(self.context_of)),
-            ("context_of_on_host", self.context_of_on_host),
+            ("sequences", self.sequences.map_tensors(fn)),
         ):
             object.__setattr__(other, name, value)
         return other

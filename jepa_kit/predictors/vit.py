@@ -99,30 +99,26 @@ class ViTPredictor(nn.Module):
             raise ValueError(f"masks.grid (={masks.grid}) must be the predictor's (={self.grid})")
         seen = self.embed(context) + self.pos_embed[masks.context.index]  # [P_c, E]
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
-        order, is_target, lengths = sequences(masks)
+        order, is_target = sequence_order(masks)
         x = torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order)  # [P, E]
         for block in self.blocks:
-            x = block(x, lengths)
+            x = block(x, masks.sequences)
         return self.proj(self.norm(x.index_select(0, is_target)))  # [P_t, out_dim]
 
 
-def sequences(masks: MaskBatch) -> tuple[Tensor, Tensor, SetLengths]:
-    """The sequence of each target set: the patches of its context, then its own.
+def sequence_order(masks: MaskBatch) -> tuple[Tensor, Tensor]:
+    """How the sequences of ``masks.sequences`` are made of context and target tokens: the context first.
 
     Returns:
-        order [P]: which row of the P_c context and P_t target tokens stands at each place.
+        order [P]: which row of the P_c context and P_t target tokens, one after another, stands at each place.
         is_target [P_t]: the places of the target tokens, in the order of ``masks.targets``.
-        lengths of the S_t sequences.
     """
-    context, targets = masks.context.lengths, masks.targets.lengths
-    device = masks.context_of.device
-    context_of = masks.context_of_on_host
-    lengths = SetLengths([context.on_host[c] + n for c, n in zip(context_of, targets.on_host, strict=True)], device)
+    context, targets, lengths = masks.context.lengths, masks.targets.lengths, masks.sequences
+    seen = (context.offsets[1:] - context.offsets[:-1])[masks.context_of]  # [S_t] length of each one's context
     sequence, place = lengths.set_of_token, lengths.position  # [P]
-    num_seen = (context.offsets[1:] - context.offsets[:-1])[masks.context_of][sequence]  # [P]
-    first_seen = context.offsets[masks.context_of][sequence]
-    first_hidden = targets.offsets[sequence] + context.total
-    order = torch.where(place < num_seen, first_seen + place, first_hidden + place - num_seen)
-    own = targets.set_of_token
-    is_target = lengths.offsets[own] + (context.offsets[1:] - context.offsets[:-1])[masks.context_of][own]
-    return order, is_target + targets.position, lengths
+    of_context = context.offsets[masks.context_of][sequence] + place
+    of_target = context.total + targets.offsets[sequence] + place - seen[sequence]
+    order = torch.where(place < seen[sequence], of_context, of_target)
+    own = targets.set_of_token  # [P_t]
+    is_target = lengths.offsets[own] + seen[own] + targets.position
+    return order, is_target

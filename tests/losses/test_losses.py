@@ -1,0 +1,121 @@
+"""Losses against their formulae in float64, uniform and ragged, with gradients by finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_kit.losses import L1, L2, Cosine, SmoothL1
+from jepa_kit.registry import LOSSES
+from jepa_kit.structures import MaskBatch, PatchSets, Prediction, SetLengths
+
+WIDTH = 6
+RAGGED, UNIFORM = (1, 5, 2), (3, 3, 3)
+
+
+def make_prediction(lengths: tuple[int, ...], scale: float = 1.5, dtype: torch.dtype = torch.float64) -> Prediction:
+    torch.manual_seed(0)
+    total, sets = sum(lengths), len(lengths)
+    one_each = PatchSets(torch.zeros(sets).long(), torch.arange(sets), SetLengths([1] * sets))
+    targets = PatchSets(torch.arange(total) % 16, torch.arange(sets), SetLengths(lengths))
+    masks = MaskBatch(one_each, targets, (4, 4), torch.arange(sets))
+    a, b = (scale * torch.randn(total, WIDTH, dtype=torch.float64) for _ in range(2))
+    return Prediction(a.to(dtype).requires_grad_(), b.to(dtype), torch.zeros(sets, WIDTH, dtype=dtype), masks)
+
+
+def smooth_l1(a: list[float], b: list[float], beta: float = 1.0) -> float:
+    errors = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return sum(e * e / (2 * beta) if e < beta else e - beta / 2 for e in errors) / len(errors)
+
+
+def l2(a: list[float], b: list[float]) -> float:
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def l1(a: list[float], b: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return 1 - dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+OF_A_TOKEN: dict[str, Callable[[list[float], list[float]], float]] = {
+    "smooth_l1": smooth_l1,
+    "l2": l2,
+    "l1": l1,
+    "cosine": cosine,
+}
+BUILT_IN = [name for name in LOSSES.names() if LOSSES.get(name).__module__.startswith("jepa_kit.")]
+
+
+def expected_loss(name: str, p: Prediction) -> float:
+    """Mean over the tokens of a set, then mean over the sets."""
+    pairs = zip(p.prediction.tolist(), p.target.tolist(), strict=True)
+    tokens = iter([OF_A_TOKEN[name](a, b) for a, b in pairs])
+    return math.fsum(sum(next(tokens) for _ in range(n)) / n for n in p.masks.targets.lengths) / len(p.masks.targets)
+
+
+@pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_is_its_formula(name: str, lengths: tuple[int, ...]) -> None:
+    p = make_prediction(lengths)
+    loss = LOSSES.build(name, {})(p)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected_loss(name, p), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("loss", "theirs"),
+    [
+        (SmoothL1(), F.smooth_l1_loss),
+        (L2(), F.mse_loss),
+        (L1(), F.l1_loss),
+        (Cosine(), lambda a, b: F.cosine_embedding_loss(a, b, torch.ones(len(a)))),
+    ],
+    ids=["smooth_l1", "l2", "l1", "cosine"],
+)
+def test_with_sets_of_one_length_it_is_torchs_mean(
+    loss: Callable[[Prediction], Tensor], theirs: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    p = make_prediction(UNIFORM)
+    assert loss(p).item() == pytest.approx(theirs(p.prediction, p.target).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_smooth_l1_with_another_beta(beta: float) -> None:
+    p = make_prediction(UNIFORM)
+    pairs = zip(p.prediction.tolist(), p.target.tolist(), strict=True)
+    expected = math.fsum(smooth_l1(a, b, beta) for a, b in pairs) / 9
+    assert SmoothL1(beta=beta)(p).item() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("name", LOSSES.names())
+def test_gradient_by_finite_differences(name: str, lengths: tuple[int, ...]) -> None:
+    p, loss = make_prediction(lengths), LOSSES.build(name, {})
+    assert torch.autograd.gradcheck(lambda x: loss(Prediction(x, p.target, p.context, p.masks)), [p.prediction])
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES.names() if n in OF_A_TOKEN])
+def test_a_perfect_prediction_costs_nothing(name: str) -> None:
+    p = make_prediction(RAGGED)
+    assert LOSSES.build(name, {})(Prediction(p.target, p.target, p.context, p.masks)).item() == pytest.approx(
+        0, abs=1e-15
+    )
+
+
+def test_every_built_in_loss_has_its_formula_here() -> None:
+    assert set(BUILT_IN) == set(OF_A_TOKEN)
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0])
+def test_smooth_l1_refuses_a_beta_that_is_not_positive(beta: float) -> None:
+    with pytest.raises(ValueError, match=rf"beta \(={beta}\) must be above 0; for beta 0 take the loss 'l1'"):
+        SmoothL1(beta=beta)

@@ -1,0 +1,197 @@
+"""The packed predictor against a plain one that runs torch's own layers, one target block after another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.encoders.blocks import Block
+from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.predictors.vit import sequence_order
+from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
+
+GRID = (4, 6)
+DIM, WIDTH, HEADS, OUT = 20, 24, 3, 16
+SMALL: dict[str, Any] = {
+    "embed_dim": DIM,
+    "out_dim": OUT,
+    "grid": GRID,
+    "width": WIDTH,
+    "depth": 2,
+    "num_heads": HEADS,
+}
+
+
+def make_predictor(**options: Any) -> ViTPredictor:
+    torch.manual_seed(0)
+    predictor = ViTPredictor(**{**SMALL, **options}).double()
+    for p in predictor.parameters():
+        nn.init.normal_(p, std=0.3)
+    return predictor.eval()
+
+
+def draw_sets(lengths: tuple[int, ...], image: tuple[int, ...]) -> PatchSets:
+    index = torch.cat([torch.randperm(GRID[0] * GRID[1])[:n].sort().values for n in lengths])
+    return PatchSets(index, torch.tensor(image), SetLengths(lengths))
+
+
+def ragged_masks() -> MaskBatch:
+    """Two images: two contexts of the first, one of the second; blocks in an order of their own."""
+    context = draw_sets((7, 1, 12), (0, 0, 1))
+    targets = draw_sets((3, 5, 1, 4, 2), (1, 0, 0, 1, 0))
+    return MaskBatch(context, targets, GRID, torch.tensor([2, 0, 1, 2, 1]))
+
+
+def uniform_masks() -> MaskBatch:
+    context = draw_sets((6, 6), (0, 1))
+    return MaskBatch(context, draw_sets((4, 4, 4, 4), (0, 1, 0, 1)), GRID, torch.tensor([0, 1, 0, 1]))
+
+
+def torch_layer(block: Block) -> nn.TransformerEncoderLayer:
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+    ).double()
+    ours = block.state_dict()
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.fc1.",
+        "linear2.": "mlp.fc2.",
+        "norm1.": "norm1.",
+        "norm2.": "norm2.",
+    }
+    layer.load_state_dict({t + p: ours[o + p] for t, o in names.items() for p in ("weight", "bias")})
+    return layer
+
+
+def plain_predictor(predictor: ViTPredictor, context: Tensor, masks: MaskBatch) -> Tensor:
+    """For each target block: its context's tokens and its mask tokens, each at its position, through the layers."""
+    layers = [torch_layer(block) for block in predictor.blocks]  # type: ignore[arg-type]
+    positions = sincos_2d(WIDTH, GRID).double()
+    tokens, seen = context.split(masks.context.lengths.on_host), masks.context.split()
+    out = []
+    for own, c in zip(masks.targets.split(), masks.context_of.tolist(), strict=True):
+        known = tokens[c] @ predictor.embed.weight.T + predictor.embed.bias + positions[seen[c]]
+        hidden = predictor.mask_token + positions[own]
+        x = torch.cat([known, hidden])[None]
+        for layer in layers:
+            x = layer(x)
+        x = nn.functional.layer_norm(x[0, len(known) :], (WIDTH,), predictor.norm.weight, predictor.norm.bias, 1e-6)
+        out.append(x @ predictor.proj.weight.T + predictor.proj.bias)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("make_masks", [ragged_masks, uniform_masks])
+def test_equals_one_block_after_another(make_masks: Any) -> None:
+    predictor, masks = make_predictor(), make_masks()
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64)
+    out = predictor(context, masks)
+    assert out.shape == (masks.targets.num_patches, OUT)
+    torch.testing.assert_close(out, plain_predictor(predictor, context, masks), rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_context_and_mask_token_too() -> None:
+    predictor, masks = make_predictor(), ragged_masks()
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64, requires_grad=True)
+    inputs = (context, predictor.mask_token, predictor.embed.weight)
+    ours = torch.autograd.grad(predictor(context, masks).square().sum(), inputs)
+    theirs = torch.autograd.grad(plain_predictor(predictor, context, masks).square().sum(), inputs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_do_not_see_each_other() -> None:
+    predictor, masks = make_predictor(), ragged_masks()
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64)
+    lengths = masks.targets.lengths.on_host
+    before = predictor(context, masks).split(lengths)
+    moved = masks.targets.index.clone()
+    moved[3:8] = (moved[3:8] + 1) % (GRID[0] * GRID[1])  # the second block
+    targets = PatchSets(moved, masks.targets.image, masks.targets.lengths)
+    after = predictor(context, MaskBatch(masks.context, targets, GRID, masks.context_of)).split(lengths)
+    for i in (0, 2, 3, 4):
+        torch.testing.assert_close(after[i], before[i], rtol=0, atol=1e-14)
+    assert float((after[1] - before[1]).detach().abs().amin(-1).max()) > 1e-3
+
+
+def test_a_block_sees_its_own_context_alone() -> None:
+    predictor, masks = make_predictor(), ragged_masks()
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64)
+    lengths = masks.targets.lengths.on_host
+    before = predictor(context, masks).split(lengths)
+    context[7] += 1.0  # the only token of context 1, which blocks 2 and 4 are predicted from
+    after = predictor(context, masks).split(lengths)
+    changed = [not torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(after, before, strict=True)]
+    assert changed == [False, False, True, False, True]
+
+
+def test_positions_of_context_and_target_matter() -> None:
+    predictor, masks = make_predictor(), uniform_masks()
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64)
+    before = predictor(context, masks)
+    for part in ("context", "targets"):
+        sets = getattr(masks, part)
+        moved = PatchSets((sets.index + 5) % 24, sets.image, sets.lengths)
+        other = {"context": masks.context, "targets": masks.targets, part: moved}
+        after = predictor(context, MaskBatch(other["context"], other["targets"], GRID, masks.context_of))
+        assert float((after - before).detach().abs().mean()) > 1e-3
+
+
+def test_sequences_are_context_then_targets() -> None:
+    masks = ragged_masks()
+    order, is_target = sequence_order(masks)
+    lengths = masks.sequences
+    assert list(lengths) == [12 + 3, 7 + 5, 1 + 1, 12 + 4, 1 + 2]
+    parts = order.split(lengths.on_host)
+    # Rows 0 to 19 are the context tokens, 20 to 34 the target tokens.
+    assert parts[0].tolist() == [*range(8, 20), 20, 21, 22]
+    assert parts[2].tolist() == [7, 28]
+    assert parts[4].tolist() == [7, 33, 34]
+    assert order[is_target].tolist() == list(range(20, 35))
+
+
+# --- initialisation ---
+
+
+@pytest.mark.parametrize("init", ["released", "depth_scaled"])
+def test_init_leaves_nothing_as_it_was(init: str) -> None:
+    predictor = ViTPredictor(**SMALL, init=init)  # type: ignore[arg-type]
+    for x in (*predictor.parameters(), *predictor.buffers()):
+        nn.init.constant_(x, math.nan)
+    predictor.init_weights()
+    for name, x in (*predictor.named_parameters(), *predictor.named_buffers()):
+        assert torch.isfinite(x).all(), name
+    assert float(predictor.mask_token.detach().std()) == pytest.approx(0.02, rel=0.5)
+    assert torch.equal(predictor.pos_embed, sincos_2d(WIDTH, GRID))
+
+
+# --- refusals ---
+
+
+def test_refuses_masks_of_another_grid() -> None:
+    masks = ragged_masks()
+    other = MaskBatch(masks.context, masks.targets, (6, 4), masks.context_of)
+    with pytest.raises(ValueError, match=r"masks.grid \(=\(6, 4\)\) must be the predictor's \(=\(4, 6\)\)"):
+        make_predictor()(torch.zeros(20, DIM, dtype=torch.float64), other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 26, "num_heads": 2}, r"width \(=26\) must be a multiple of 4: sine and cosine of rows and columns"),
+        ({"width": 0}, r"width \(=0\) must be a multiple of 4"),
+        ({"num_heads": 5}, r"num_heads \(=5\) must divide the width \(=24\)"),
+        ({"depth": 0}, r"depth \(=0\) must be at least 1"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio \(=0.0\) must be above 0"),
+        ({"drop_path": -0.5}, r"drop_path \(=-0.5\) must be in \[0, 1\)"),
+        ({"init": "mae"}, r"init \(='mae'\) must be one of 'released', 'depth_scaled'"),
+        ({"attention": "flash"}, r"attention \(='flash'\) must be one of"),
+    ],
+)
+def test_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViTPredictor(**{**SMALL, **options})

@@ -1,0 +1,229 @@
+"""Sets of patches: what they refuse, and what they give back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jepa_kit.structures import MaskBatch, PatchSets, Prediction, SetLengths
+
+LENGTHS = (3, 1, 4)
+
+
+def make_sets(lengths: tuple[int, ...] = LENGTHS, num_patches: int = 12) -> PatchSets:
+    torch.manual_seed(0)
+    index = torch.cat([torch.randperm(num_patches)[:n].sort().values for n in lengths])
+    return PatchSets(index, torch.arange(len(lengths)), SetLengths(lengths))
+
+
+def make_masks(context: PatchSets | None = None, targets: PatchSets | None = None) -> MaskBatch:
+    context = make_sets() if context is None else context
+    targets = make_sets((2, 3, 1)) if targets is None else targets
+    return MaskBatch(context, targets, (3, 4), torch.arange(len(targets)))
+
+
+# --- SetLengths ---
+
+
+def test_lengths_know_their_boundaries() -> None:
+    lengths = SetLengths(LENGTHS)
+    assert list(lengths) == [3, 1, 4]
+    assert len(lengths) == 3
+    assert (lengths.total, lengths.longest, lengths.uniform) == (8, 4, False)
+    assert lengths.offsets.tolist() == [0, 3, 4, 8]
+    assert lengths.offsets.dtype == torch.int32
+    assert lengths.set_of_token.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert lengths.position.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert lengths.device.type == "cpu"
+
+
+def test_lengths_of_one_size_are_uniform() -> None:
+    assert SetLengths([5]).uniform
+    assert SetLengths([2, 2, 2]).uniform
+    assert not SetLengths([2, 2, 3]).uniform
+
+
+def test_lengths_compare_by_value() -> None:
+    assert SetLengths([1, 2]) == SetLengths((1, 2))
+    assert hash(SetLengths([1, 2])) == hash(SetLengths((1, 2)))
+    assert SetLengths([1, 2]) != SetLengths([2, 1])
+    assert SetLengths([1, 2]) != (1, 2)
+    assert repr(SetLengths([1, 2])) == "SetLengths(2 sets, 3 tokens, uniform=False)"
+
+
+def test_lengths_moved_elsewhere_drop_what_was_derived_for_the_old_place() -> None:
+    lengths = SetLengths(LENGTHS)
+    lengths.layouts["padded"] = object()
+    moved = lengths.map_tensors(lambda x: x.to("meta"))
+    assert moved == lengths
+    assert moved.device.type == "meta"
+    assert moved.layouts == {}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((), r"lengths \(=\(\)\) must name at least one set"),
+        ((2, 0), r"lengths\[1\] \(=0\) must be at least 1: a set holds at least one patch"),
+        ((2, 3, -1), r"lengths\[2\] \(=-1\) must be at least 1"),
+    ],
+)
+def test_lengths_refuse(lengths: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SetLengths(lengths)
+
+
+# --- PatchSets ---
+
+
+@pytest.mark.parametrize(
+    ("index", "image", "lengths", "message"),
+    [
+        (torch.zeros(3), torch.zeros(1).long(), [3], r"index must be a 1-D int64 tensor, not torch.float32 of shape"),
+        (torch.zeros(3, 1).long(), torch.zeros(1).long(), [3], r"index must be a 1-D int64 tensor, .* \(3, 1\)"),
+        (torch.zeros(3).long(), torch.zeros(1).int(), [3], r"image must be a 1-D int64 tensor, not torch.int32"),
+        (torch.zeros(3).long(), torch.zeros(1).long(), [2], r"lengths add up to 2, but index holds 3 patches"),
+        (torch.zeros(3).long(), torch.zeros(2).long(), [3], r"image names 2 sets, but there are 1 lengths"),
+        (torch.zeros(3).long(), torch.zeros(2).long(), [3, 0], r"lengths\[1\] \(=0\) must be at least 1"),
+    ],
+)
+def test_patch_sets_refuse(index: torch.Tensor, image: torch.Tensor, lengths: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PatchSets(index, image, lengths)  # type: ignore[arg-type]
+
+
+def test_patch_sets_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        make_sets().index = torch.zeros(8).long()  # type: ignore[misc]
+
+
+def test_full_holds_every_patch_of_every_image() -> None:
+    sets = PatchSets.full(2, 3)
+    assert sets.index.tolist() == [0, 1, 2, 0, 1, 2]
+    assert sets.image_of_token.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sets.uniform
+    assert (len(sets), sets.num_patches) == (2, 6)
+
+
+def test_from_padded_is_a_table_set_by_set() -> None:
+    table = torch.tensor([[1, 2], [0, 5], [3, 4]])
+    sets = PatchSets.from_padded(table)
+    assert sets.image.tolist() == [0, 1, 2]
+    assert [s.tolist() for s in sets.split()] == table.tolist()
+    assert PatchSets.from_padded(table, torch.tensor([1, 0, 1])).image.tolist() == [1, 0, 1]
+
+
+def test_split_gives_the_sets_back() -> None:
+    sets = make_sets()
+    assert [len(s) for s in sets.split()] == list(LENGTHS)
+    assert torch.equal(torch.cat(sets.split()), sets.index)
+
+
+def test_gather_takes_patches_out_of_their_own_image() -> None:
+    sets = PatchSets(torch.tensor([5, 0, 2, 7]), torch.tensor([1, 0]), SetLengths([1, 3]))
+    x = torch.randn(2, 8, 3, requires_grad=True)
+    taken = sets.gather(x)
+    assert torch.equal(taken, torch.stack([x[1, 5], x[0, 0], x[0, 2], x[0, 7]]))
+    taken.sum().backward()
+    assert x.grad is not None
+    assert x.grad.sum() == 12
+    assert sets.gather(torch.arange(16).view(2, 8)).tolist() == [13, 0, 2, 7]
+
+
+# --- MaskBatch ---
+
+
+def test_a_sequence_is_a_context_and_its_target() -> None:
+    masks = make_masks()
+    context, targets = masks.context.lengths.on_host, masks.targets.lengths.on_host
+    assert masks.sequences.on_host == tuple(context[c] + n for c, n in zip((0, 1, 2), targets, strict=True))
+
+
+def test_masks_are_born_on_the_host() -> None:
+    masks = make_masks()
+    with pytest.raises(ValueError, match="context_of is on meta: make masks on the host, then call to"):
+        MaskBatch(masks.context, masks.targets, masks.grid, masks.context_of.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (12, r"context holds patch 12, but a grid of 3 x 4 has patches 0 to 11"),
+        (-1, r"context holds patch -1, but a grid of 3 x 4"),
+    ],
+)
+def test_masks_refuse_a_context_patch_outside_the_grid(index: int, message: str) -> None:
+    context = PatchSets(torch.tensor([0, index, 1]), torch.arange(3), SetLengths([1, 1, 1]))
+    with pytest.raises(ValueError, match=message):
+        make_masks(context)
+
+
+def test_masks_refuse_a_target_patch_outside_the_grid() -> None:
+    targets = PatchSets(torch.tensor([0, 1, 40]), torch.arange(3), SetLengths([1, 1, 1]))
+    with pytest.raises(ValueError, match=r"targets holds patch 40, but a grid of 3 x 4 has patches 0 to 11"):
+        make_masks(targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("context_of", "message"),
+    [
+        (torch.arange(2), r"context_of must be int64 with one entry for each of the 3 target sets, not .* \(2,\)"),
+        (torch.arange(3).int(), r"context_of must be int64 .* not torch.int32 of shape \(3,\)"),
+        (torch.tensor([0, 1, 3]), r"context_of names context set 3, but there are sets 0 to 2"),
+        (torch.tensor([0, 1, -1]), r"context_of names context set -1, but there are sets 0 to 2"),
+        (torch.tensor([0, 2, 1]), r"context_of pairs a target set with the context of another image"),
+    ],
+)
+def test_masks_refuse_a_wrong_pairing(context_of: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskBatch(make_sets(), make_sets((2, 3, 1)), (3, 4), context_of)
+
+
+def test_masks_move_and_stay_the_same() -> None:
+    masks = make_masks()
+    moved = masks.to("meta")
+    assert {x.device.type for x in (moved.context.index, moved.targets.image, moved.context_of)} == {"meta"}
+    assert moved.targets.lengths.offsets.device.type == "meta"
+    assert moved.grid == masks.grid
+    assert moved.sequences == masks.sequences
+    assert moved.sequences.offsets.device.type == "meta"
+    same = masks.to("cpu")
+    assert torch.equal(same.targets.index, masks.targets.index)
+    assert same.context.lengths == masks.context.lengths
+
+
+@pytest.mark.gpu
+def test_masks_pin_and_move_to_a_device() -> None:
+    masks = make_masks()
+    pinned = masks.pin_memory()
+    assert pinned.context.index.is_pinned()
+    moved = pinned.to("cuda", non_blocking=True)
+    assert moved.context.lengths.offsets.is_cuda
+    assert torch.equal(moved.targets.index.cpu(), masks.targets.index)
+
+
+# --- Prediction ---
+
+
+def prediction_of(lengths: tuple[int, ...]) -> Prediction:
+    targets = make_sets(lengths)
+    masks = MaskBatch(make_sets((2,) * len(lengths)), targets, (3, 4), torch.arange(len(lengths)))
+    x = torch.randn(targets.num_patches, 5)
+    return Prediction(x, x, torch.randn(2 * len(lengths), 5), masks)
+
+
+def test_prediction_refuses_unlike_shapes() -> None:
+    with pytest.raises(ValueError, match=r"prediction \(6, 5\) and target \(6, 4\) differ in shape"):
+        Prediction(torch.zeros(6, 5), torch.zeros(6, 4), torch.zeros(8, 5), make_masks())
+
+
+def test_every_set_counts_the_same_in_a_mean() -> None:
+    lengths = (1, 7, 2)
+    values = torch.randn(10, dtype=torch.float64)
+    expected = sum(float(part.mean()) for part in values.split(lengths)) / len(lengths)
+    assert float(prediction_of(lengths).mean(values)) == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_mean_over_sets_of_one_length_is_the_plain_mean() -> None:
+    values = torch.randn(12)
+    assert torch.equal(prediction_of((4, 4, 4)).mean(values), values.mean())
