@@ -1,0 +1,171 @@
+"""Rectangular blocks of patches: their sizes, their places, and the patches they cover.
+
+Legend of shapes:
+
+    B  images in a batch        H, W  rows and columns of patches, the grid
+    K  blocks of an image       N     patches of an image, H * W
+
+Sizes come from two numbers in [0, 1): one for the scale (area over the grid's), one for the aspect ratio (height
+over width):
+
+    area   = H * W * scale
+    height = round(sqrt(area * ratio)), width = round(sqrt(area / ratio))
+
+What happens at the end of the grid is decided by ``edges``:
+
+    inclusive  a side that is too long becomes the grid's and the other side grows, so that the area stays; every
+               place inside the grid can be drawn
+    released   the area is first rounded down to whole patches; height is kept below H and width below W; the corner
+               is drawn below H - height, W - width, never at it. So no block ever touches the last row or the last
+               column (facebookresearch/ijepa, commit 52c1ae9)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepa_kit.maskers.checks import Range
+from jepa_kit.rng import FloatArray, IntArray
+from jepa_kit.structures import Grid
+
+BoolArray = NDArray[np.bool_]
+Edges = Literal["inclusive", "released"]
+Size = tuple[int, int]
+"""(height, width) in patches."""
+
+_SEGMENTS = 512
+"""Pieces of the unit interval that bounds on sizes look at."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What sizes a block may have: a pure function from uniform numbers to (height, width).
+
+    Args:
+        grid: (H, W).
+        scale: range of the block's area over the grid's.
+        aspect_ratio: range of height over width.
+        edges: see the module's text.
+    """
+
+    grid: Grid
+    scale: Range
+    aspect_ratio: Range
+    edges: Edges
+
+    def size(self, u_scale: FloatArray, u_aspect: FloatArray) -> tuple[IntArray, IntArray]:
+        """Height and width of blocks; of one shape as the arguments, numbers in [0, 1].
+
+        ``size(u, u)`` is the release's coupling: one number for both draws, so that bigger is always taller.
+        """
+        area = self._area(u_scale)
+        low, high = self.aspect_ratio
+        return self._height_width(area, low + u_aspect * (high - low))
+
+    def _area(self, u: FloatArray) -> FloatArray:
+        low, high = self.scale
+        patches = self.grid[0] * self.grid[1]
+        area = patches * (low + u * (high - low))
+        return np.maximum(np.floor(area) if self.edges == "released" else area, 1.0)
+
+    def _height_width(self, area: FloatArray, ratio: FloatArray) -> tuple[IntArray, IntArray]:
+        rows, columns = self.grid
+        height, width = np.sqrt(area * ratio), np.sqrt(area / ratio)
+        if self.edges == "inclusive":
+            # max: where the other side does not fit, this one takes what is left of the area.
+            height, width = np.maximum(height, area / columns), np.maximum(width, area / rows)
+        margin = 1 if self.edges == "released" else 0
+        height = np.clip(np.rint(height), 1, rows - margin)
+        width = np.clip(np.rint(width), 1, columns - margin)
+        return height.astype(np.int64), width.astype(np.int64)
+
+    def bounds(self, *, largest: bool, coupled: bool) -> list[Size]:
+        """Sizes (height, width) such that every block fits into one of them (or, smallest, holds one of them).
+
+        Height grows with area and ratio, width grows with area and shrinks with ratio. So over a short piece of
+        ratios both are bounded by their values at its ends, and only the largest (smallest) area matters, unless the
+        ratio is coupled to it.
+        """
+        u = np.linspace(0.0, 1.0, _SEGMENTS + 1)
+        ratio = self.aspect_ratio[0] + u * (self.aspect_ratio[1] - self.aspect_ratio[0])
+        area = self._area(u) if coupled else self._area(np.full_like(u, float(largest)))
+        short, tall = ratio[:-1], ratio[1:]
+        end = area[1:] if largest else area[:-1]
+        height, _ = self._height_width(end, tall if largest else short)
+        _, width = self._height_width(end, short if largest else tall)
+        return sorted(set(zip(height.tolist(), width.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a batch of images: [K, B] int64 each, in patches; all inside the grid."""
+
+    top: IntArray
+    left: IntArray
+    height: IntArray
+    width: IntArray
+    grid: Grid
+
+    def cells(self) -> BoolArray:
+        """[K, B, N]: the patches that each block covers."""
+        below, right = _half_planes(self.grid)
+        # A block is where two half planes differ, twice; taking whole rows of a table is what makes this fast.
+        rows = below.take(self.top, axis=0)
+        rows ^= below.take(self.top + self.height, axis=0)
+        columns = right.take(self.left, axis=0)
+        columns ^= right.take(self.left + self.width, axis=0)
+        rows &= columns
+        return rows
+
+
+@lru_cache(maxsize=16)
+def _half_planes(grid: Grid) -> tuple[BoolArray, BoolArray]:
+    """[H + 1, N] and [W + 1, N]: patches from row (column) k on, k = 0 to H (W)."""
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])  # [N] each
+    return row >= np.arange(grid[0] + 1)[:, None], column >= np.arange(grid[1] + 1)[:, None]
+
+
+def corners(u: FloatArray, size: IntArray, side: int, edges: Edges) -> IntArray:
+    """First row (or column) of blocks, uniform over the places that ``edges`` allows.
+
+    Args:
+        u: in [0, 1).
+        size: height (or width), of the same shape.
+        side: H (or W).
+    """
+    places = side - size + (1 if edges == "inclusive" else 0)
+    return (u * places).astype(np.int64)
+
+
+def reach(grid: Grid, edges: Edges) -> Grid:
+    """Rows and columns that a block can touch at all."""
+    margin = 1 if edges == "released" else 0
+    return grid[0] - margin, grid[1] - margin
+
+
+def fewest_left(contexts: Sequence[Size], targets: Sequence[Size], within: Grid, *, stacked: bool) -> tuple[Size, int]:
+    """The worst case of contexts in one corner of a rectangle and targets in the opposite one.
+
+    Args:
+        contexts: sizes (height, width) that contexts may have.
+        targets: sizes that targets may have; none: nothing is taken from a context.
+        within: height and width of the rectangle.
+        stacked: an image's targets may have several of the sizes at once, one on top of another.
+
+    Returns:
+        The context's size, and the patches it is left with.
+    """
+    rows, columns = within
+    free: BoolArray = np.ones((max(len(targets), 1), rows, columns), dtype=bool)
+    for cells, (h, w) in zip(free, targets, strict=False):
+        cells[:h, :w] = False
+    if stacked:
+        free = np.logical_and.reduce(free, axis=0, keepdims=True)
+    left = {size: int(free[:, rows - size[0] :, columns - size[1] :].sum(axis=(1, 2)).min()) for size in contexts}
+    return min(left.items(), key=lambda item: item[1])

@@ -1,0 +1,67 @@
+"""What a masker's options may be: the checks that the maskers share. Every failure is a ValueError at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jepa_kit.structures import Grid
+
+SMALLEST_SIDE = 4
+"""A grid has at least this many rows and columns."""
+
+Range = tuple[float, float]
+"""(low, high)."""
+
+
+def check_grid(grid: Sequence[int]) -> Grid:
+    """The grid as two ints.
+
+    Raises:
+        ValueError: not two numbers, or a side below 4.
+    """
+    if len(grid) != 2 or min(grid) < SMALLEST_SIDE:
+        raise ValueError(f"grid (={tuple(grid)}) must be (rows, columns) with at least {SMALLEST_SIDE} of each")
+    return int(grid[0]), int(grid[1])
+
+
+def check_at_least(name: str, value: int, least: int) -> int:
+    """Raises: ValueError: ``value`` is below ``least``."""
+    if value < least:
+        raise ValueError(f"{name} (={value}) must be at least {least}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises: ValueError: ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}")
+
+
+def check_scale(name: str, scale: Sequence[float], grid: Grid) -> Range:
+    """A range of areas, as shares of the grid.
+
+    Raises:
+        ValueError: not 0 < low <= high <= 1, or the largest area is less than one patch.
+    """
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"{name} (={tuple(scale)}) must be (low, high) with 0 < low <= high <= 1")
+    low, high = float(scale[0]), float(scale[1])
+    patches = grid[0] * grid[1]
+    if int(patches * high) < 1:
+        raise ValueError(
+            f"{name} (={(low, high)}) is less than one of the {patches} patches of a {grid[0]} x {grid[1]} grid; "
+            f"its upper end must be at least {1 / patches:.2g}"
+        )
+    return low, high
+
+
+def check_aspect_ratio(name: str, ratio: Sequence[float]) -> Range:
+    """A range of height over width.
+
+    Raises:
+        ValueError: not 0 < low <= high, or not finite.
+    """
+    if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] or not math.isfinite(ratio[1]):
+        raise ValueError(f"{name} (={tuple(ratio)}) must be (low, high), height over width, with 0 < low <= high")
+    return float(ratio[0]), float(ratio[1])
