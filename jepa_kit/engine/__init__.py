@@ -1,0 +1,1 @@
+"""Training: step and loop, optimiser and schedules, checkpoints, processes, telemetry. Start at loop.py."""

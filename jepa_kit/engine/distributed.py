@@ -1,0 +1,206 @@
+"""Any number of processes, started by torchrun; one process without it.
+
+torchrun tells each process who it is through the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). Nothing here guesses: a start that would leave every process training alone is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class StartError(RuntimeError):
+    """The processes of a run could not join one another."""
+
+
+# The buffers of a JEPA are constant tables. torch 2.13 renames the argument.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is.
+
+    Args:
+        rank: 0 to size - 1 over all machines.
+        local_rank: the same on this machine; chooses the GPU.
+        size: processes over all machines.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"WORLD_SIZE (={self.size}) must be at least 1")
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"RANK (={self.rank}) must be from 0 to {self.size - 1}, as WORLD_SIZE is {self.size}")
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes."""
+        return self.rank == 0
+
+
+def read_environment(environ: Mapping[str, str] = os.environ) -> World:
+    """What torchrun set, or a world of one process where it set nothing.
+
+    Raises:
+        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm without torchrun,
+            each of which would train alone.
+    """
+    missing = [name for name in TORCHRUN if name not in environ]
+    if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise ValueError(
+                f"Slurm started {tasks} tasks, but each would train alone: start one torchrun for each node "
+                "(srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
+            )
+        return World()
+    if missing:
+        raise ValueError(f"the environment holds a part of torchrun's variables, but not {', '.join(missing)}")
+    numbers = {}
+    for name in TORCHRUN[:3]:
+        if not environ[name].isdigit():
+            raise ValueError(f"{name} (={environ[name]!r}) must be a whole number")
+        numbers[name] = int(environ[name])
+    return World(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
+
+
+def choose_device(name: str, world: World) -> torch.device:
+    """The device of this process.
+
+    Args:
+        name: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        world: local ranks take GPUs in turn.
+
+    Raises:
+        ValueError: an unknown device, CUDA where there is none, or more processes than GPUs.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
+        raise ValueError(f"device (={name!r}) must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device (={name!r}) needs CUDA, which torch {torch.__version__} does not see here")
+    index = int(number) if number else world.local_rank
+    if number and world.size > 1:
+        raise ValueError(f"device (={name!r}) names one GPU for {world.size} processes; 'cuda' gives each its own")
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"GPU {index} was asked for, but there are {torch.cuda.device_count()}: start fewer processes")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
+    """Joins the other processes, and leaves them at the end; does nothing for one process.
+
+    NCCL on CUDA, gloo on the CPU.
+
+    Raises:
+        StartError: they could not be joined; names the rank and the cause.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world.size == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        raise StartError(
+            f"rank {world.rank} of {world.size} could not join the others over {backend} "
+            f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def joined() -> bool:
+    """Whether this process runs with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes."""
+    return not joined() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if joined():
+        dist.barrier()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, or DDP around it where there are several processes.
+
+    DDP starts every process from rank 0's weights and averages gradients. Parameters without a gradient (the target
+    encoder) take no part in it: each process moves its own copy by the same rule.
+    """
+    if not joined():
+        return model
+    options: dict[str, Any] = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Means of a tensor over the processes; a new tensor."""
+    values = values.detach().clone()
+    if joined():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What ``decide`` gives on rank 0, on every rank.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: what it raised on rank 0, on every rank, so that none waits for it.
+    """
+    if not joined():
+        return decide()
+    message: list[Any] = [None, None]
+    if is_main():
+        try:
+            message[0] = decide()
+        except (ValueError, OSError, FloatingPointError) as error:
+            message[1] = error
+    dist.broadcast_object_list(message)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]

@@ -1,0 +1,130 @@
+"""Learning rate, weight decay and momentum as pure functions of the step.
+
+The rules are those of the released I-JEPA code; its numbers are in ``tests/fixtures/released_schedules.json``.
+With n = epochs * steps_per_epoch updates in the run, T = int(stretch * n), W = int(warmup_epochs * steps_per_epoch),
+update i = 0, 1, ..., n - 1 uses:
+
+    learning rate  start_lr -> lr, linear in (i + 1) / W, while i + 1 < W;
+                   then lr -> final_lr, cosine in (i + 1 - W) / (T - W)
+    weight decay   cosine in (i + 1) / T
+    momentum       i / (stretch * n): as released, this one starts at 0 and its length is not rounded
+
+The release counts before it uses a value, hence i + 1. The paper (appendix A) has weight decay linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What one update runs with.
+
+    Args:
+        lr: learning rate.
+        weight_decay: AdamW's, for the parameters that are decayed.
+        momentum: how much of the target encoder stays, in [0, 1].
+    """
+
+    lr: float
+    weight_decay: float
+    momentum: float
+
+
+class WarmupThenCosine(ParamScheduler):
+    """Linear from ``start`` to ``peak``, then half a cosine from ``peak`` to ``end``.
+
+    fvcore's CompositeParamScheduler would do it, but moves the joint by 1e-6 of the run, which is a step in long runs.
+
+    Args:
+        start: value at 0.
+        peak: value at the end of the warm-up.
+        end: value at 1.
+        warmup: share of the whole that is warm-up, 0 and up; from 1 on the peak is not reached.
+    """
+
+    def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
+        self.warmup = warmup
+        self.rise = LinearParamScheduler(start, peak)
+        self.fall = CosineParamScheduler(peak, end)
+
+    def __call__(self, where: float) -> float:
+        if where < self.warmup:
+            return self.rise(where / self.warmup)
+        return self.fall((where - self.warmup) / (1.0 - self.warmup) if self.warmup < 1.0 else 0.0)
+
+
+class Schedule:
+    """The three schedules of a run: ``schedule(step)`` is what update ``step`` (from 0) runs with.
+
+    Args:
+        epochs: of the run.
+        steps_per_epoch: updates in an epoch.
+        lr: learning rate at the end of the warm-up.
+        start_lr: learning rate before the first update.
+        final_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up, 0 for none.
+        weight_decay: (at the start, at the end).
+        momentum: share of the planned updates [0, 1] -> momentum; ``JEPA.momentum``. Without: always 1.
+        stretch: the schedules are laid out for ``stretch`` times the run, which ends inside them; 1 and up
+            (the release's ``ipe_scale``).
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        lr: float,
+        start_lr: float,
+        final_lr: float,
+        warmup_epochs: float,
+        weight_decay: tuple[float, float],
+        momentum: Callable[[float], float] | None = None,
+        stretch: float = 1.0,
+    ) -> None:
+        for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if count < 1:
+                raise ValueError(f"{name} (={count}) must be at least 1")
+        if stretch < 1.0:
+            raise ValueError(f"stretch (={stretch}) must be at least 1: a run cannot be longer than its schedules")
+        values = (("lr", lr), ("start_lr", start_lr), ("final_lr", final_lr), ("warmup_epochs", warmup_epochs))
+        decays = tuple((f"weight_decay[{k}]", value) for k, value in enumerate(weight_decay))
+        for name, value in (*values, *decays):
+            if not value >= 0.0:  # also catches nan
+                raise ValueError(f"{name} (={value}) must be 0 or more")
+        self.steps = epochs * steps_per_epoch
+        self.planned = int(stretch * self.steps)
+        self.warmup_steps = int(warmup_epochs * steps_per_epoch)
+        self._unrounded = stretch * self.steps
+        self._lr = WarmupThenCosine(start_lr, lr, final_lr, self.warmup_steps / self.planned)
+        self._weight_decay = CosineParamScheduler(*weight_decay)
+        self._momentum = momentum or ConstantParamScheduler(1.0)
+
+    def __call__(self, step: int) -> Hyper:
+        """Raises ValueError for a step outside the run."""
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step (={step}) must be from 0 to {self.steps - 1}: the run has {self.steps} updates")
+        where = (step + 1) / self.planned
+        return Hyper(self._lr(where), self._weight_decay(where), self._momentum(step / self._unrounded))
+
+
+def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:
+    """Gives the optimiser its learning rate and, in the groups that are decayed, its weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = hyper.lr
+        if group["decayed"]:
+            group["weight_decay"] = hyper.weight_decay

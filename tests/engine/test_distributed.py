@@ -1,0 +1,150 @@
+import socket
+import textwrap
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import nn
+
+from jepa_kit.engine import distributed
+from jepa_kit.engine.distributed import (
+    StartError,
+    World,
+    choose_device,
+    from_main,
+    is_main,
+    mean_over_ranks,
+    process_group,
+    read_environment,
+    wrap,
+)
+
+ENVIRONMENT = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+def test_alone_without_torchrun():
+    assert read_environment({"PATH": "/bin"}) == World(rank=0, local_rank=0, size=1)
+
+
+def test_torchrun_says_who_this_is():
+    assert read_environment(ENVIRONMENT) == World(rank=3, local_rank=1, size=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": None}, "the environment holds a part of torchrun's variables, but not MASTER_PORT"),
+        ({"WORLD_SIZE": None, "LOCAL_RANK": None}, "a part of torchrun's variables, but not LOCAL_RANK, WORLD_SIZE"),
+        ({"RANK": "x"}, r"RANK \(='x'\) must be a whole number"),
+        ({"RANK": "4"}, r"RANK \(=4\) must be from 0 to 3, as WORLD_SIZE is 4"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE \(=0\) must be at least 1"),
+    ],
+)
+def test_a_broken_environment(changes, message):
+    environment = {name: value for name, value in (ENVIRONMENT | changes).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        read_environment(environment)
+
+
+def test_slurm_tasks_that_would_each_train_alone():
+    with pytest.raises(ValueError, match="Slurm started 8 tasks, but each would train alone: start one torchrun for"):
+        read_environment({"SLURM_STEP_NUM_TASKS": "8"})
+    assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) == World()
+    assert read_environment({"SLURM_STEP_NUM_TASKS": "8", **ENVIRONMENT}).size == 4
+
+
+def see_gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_devices(monkeypatch):
+    see_gpus(monkeypatch, 2)
+    assert choose_device("auto", World(rank=3, local_rank=1, size=4)) == torch.device("cuda", 1)
+    assert choose_device("cuda:1", World()) == torch.device("cuda", 1)
+    assert choose_device("cpu", World()) == torch.device("cpu")
+    see_gpus(monkeypatch, 0)
+    assert choose_device("auto", World()) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "gpus", "message"),
+    [
+        ("gpu", World(), 1, r"device \(='gpu'\) must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ("cpu:1", World(), 1, r"device \(='cpu:1'\) must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ("cuda:x", World(), 1, r"device \(='cuda:x'\) must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ("cuda", World(), 0, r"device \(='cuda'\) needs CUDA, which torch .* does not see here"),
+        ("cuda:0", World(size=2), 2, r"device \(='cuda:0'\) names one GPU for 2 processes; 'cuda' gives each its own"),
+        ("cuda", World(3, 3, 4), 2, r"GPU 3 was asked for, but there are 2: start fewer processes"),
+    ],
+)
+def test_devices_that_there_are_not(monkeypatch, name, world, gpus, message):
+    see_gpus(monkeypatch, gpus)
+    with pytest.raises(ValueError, match=message):
+        choose_device(name, world)
+
+
+def test_a_failed_start_names_rank_and_cause(monkeypatch):
+    with socket.socket() as taken:  # a port where nothing answers in time
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for name, value in (ENVIRONMENT | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        message = rf"(?s)rank 3 of 4 could not join the others over gloo at 127.0.0.1:{port}: .+"
+        with (
+            pytest.raises(StartError, match=message),
+            process_group(read_environment(), torch.device("cpu"), timeout=timedelta(seconds=1)),
+        ):
+            pass
+
+
+def test_alone_everything_is_itself():
+    model = nn.Linear(2, 2)
+    with process_group(World(), torch.device("cpu")):
+        assert wrap(model, torch.device("cpu")) is model
+        assert is_main()
+        assert from_main(lambda: 5) == 5
+        assert mean_over_ranks(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
+        distributed.barrier()
+
+
+SCRIPT = """
+import sys, torch
+from jepa_kit.engine.distributed import *
+world = read_environment()
+device = choose_device("cpu", world)
+with process_group(world, device):
+    assert is_main() == (world.rank == 0) == world.is_main
+    assert mean_over_ranks(torch.tensor([float(world.rank)])).tolist() == [0.5]
+    assert from_main(lambda: f"from {world.rank}") == "from 0"
+    def refuse():
+        raise ValueError(f"refused by {world.rank}")
+    try:
+        from_main(refuse)
+    except ValueError as error:
+        assert str(error) == "refused by 0"
+    else:
+        raise SystemExit("not refused")
+    torch.manual_seed(world.rank)  # DDP starts both from rank 0's weights, the frozen ones too
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 1), "b": torch.nn.Linear(2, 1).requires_grad_(False)})
+    model.forward = lambda x: model["a"](x)
+    wrapped = wrap(model, device)
+    weights = torch.cat([p.flatten() for p in model.parameters()])
+    assert torch.equal(mean_over_ranks(weights), weights.detach())
+    wrapped(torch.full((1, 2), float(world.rank))).backward()
+    assert model["a"].weight.grad.tolist() == [[0.5, 0.5]]  # the mean of 0 and 1
+    barrier()
+"""
+
+
+@pytest.mark.integration
+def test_two_processes(tmp_path, torchrun):
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    torchrun(2, script)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import nn
+
+from jepa_kit.engine.optimizer import build_optimizer, is_decayed, parameter_groups
+from jepa_kit.engine.schedules import Hyper, set_hyper
+
+
+class Toy(nn.Module):
+    """Names and shapes as a JEPA has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.predictor = nn.Linear(4, 3)
+        self.predictor.mask_token = nn.Parameter(torch.zeros(1, 1, 3))
+        self.loss = nn.Linear(2, 2)
+        self.encoder_head = nn.Linear(2, 2)  # begins like the encoder, but is not of it
+        self.target_encoder = nn.Linear(3, 4).requires_grad_(False)
+
+
+def names(group):
+    return [name for name, _ in group["params"]]
+
+
+def test_groups_of_the_release():
+    first, second, third, fourth = parameter_groups(Toy())
+    assert names(first) == ["encoder.0.weight"]
+    assert names(second) == ["predictor.weight", "predictor.mask_token", "loss.weight", "encoder_head.weight"]
+    assert names(third) == ["encoder.0.bias", "encoder.1.weight", "encoder.1.bias"]
+    assert names(fourth) == ["predictor.bias", "loss.bias", "encoder_head.bias"]
+    assert [group["decayed"] for group in (first, second, third, fourth)] == [True, True, False, False]
+
+
+def test_every_trained_parameter_once_and_no_other():
+    model = Toy()
+    grouped = [name for group in parameter_groups(model) for name in names(group)]
+    assert sorted(grouped) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_empty_groups_are_left_out():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2, bias=False), "predictor": nn.LayerNorm(2)})
+    assert [names(group) for group in parameter_groups(model)] == [
+        ["encoder.weight"],
+        ["predictor.weight", "predictor.bias"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decayed"),
+    [
+        ("encoder.blocks.0.attn.qkv.weight", (6, 2), True),
+        ("predictor.mask_token", (1, 1, 2), True),
+        ("encoder.norm.weight", (2,), False),
+        ("encoder.scale", (), False),
+        ("encoder.relative_position_bias", (4, 4), False),
+        ("encoder.unbiased.weight", (4, 4), True),
+    ],
+)
+def test_is_decayed(name, shape, decayed):
+    assert is_decayed(name, torch.zeros(shape)) is decayed
+
+
+def test_nothing_to_train():
+    with pytest.raises(ValueError, match="the model has no parameter that requires a gradient: there is nothing to"):
+        build_optimizer(Toy().requires_grad_(False))
+
+
+def test_adamw_equals_its_equations():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "predictor": nn.Linear(2, 2)}).double()
+    optimizer = build_optimizer(model, betas=(0.8, 0.95), eps=1e-6)
+    state = {name: [p.detach().clone(), 0.0, 0.0] for name, p in model.named_parameters()}
+    for t in range(1, 4):
+        hyper = Hyper(lr=0.1 / t, weight_decay=0.2 * t, momentum=1.0)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            theta, m, v = state[name]
+            theta = theta * (1 - hyper.lr * (hyper.weight_decay if name.endswith("weight") else 0.0))
+            m, v = 0.8 * m + 0.2 * p.grad, 0.95 * v + 0.05 * p.grad**2
+            theta = theta - hyper.lr * (m / (1 - 0.8**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
+            state[name] = [theta, m, v]
+        set_hyper(optimizer, hyper)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), state[name][0], rtol=0, atol=1e-14)
+
+
+def test_bit_reproducible():
+    def run():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"encoder": nn.Linear(64, 64), "predictor": nn.Linear(64, 64)})
+        optimizer = build_optimizer(model)
+        set_hyper(optimizer, Hyper(lr=0.1, weight_decay=0.2, momentum=1.0))
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

@@ -1,0 +1,178 @@
+"""tools/train_net.py as a user meets it: examples, messages and exit statuses."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.engine.distributed import StartError
+from jepa_kit.engine.telemetry import read_metrics
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
+
+CONFIG = """\
+masker: {name: multiblock}
+encoder: {name: vit, embed_dim: 16, depth: 1, num_heads: 2, patch_size: 4}
+predictor: {name: vit, width: 8, depth: 1, num_heads: 2}
+target: {name: representation}
+loss: {name: smooth_l1}
+target_update: {name: ema}
+data: {image_size: 16, num_workers: 0}
+optim: {warmup_epochs: 0}
+train: {batch_size: 4, epochs: 2, precision: float32, log_every: 1, device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("train_net", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    samples = []
+    for number in range(8):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20), (number * 30, 100, 200 - number * 20)).save(buffer, "PNG")
+        samples.append(Sample(str(number), "png", buffer.getvalue()))
+    shard, rows = write_shard(str(folder / "shard-000000.tar"), samples)
+    write_index(str(folder), [shard], [rows], classes={}, refused=[], made_by={})
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, shards):
+    """The arguments of a tiny run into tmp_path/run."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG)
+    return ["--config-file", str(file), "--output-dir", str(tmp_path / "run"), f"data.shards={shards}"]
+
+
+@pytest.fixture
+def refused(tool, capsys):
+    """Runs the tool, which must fail with the status, without a traceback; its message."""
+
+    def run(status, *arguments):
+        assert tool.main(list(arguments)) == status
+        message = capsys.readouterr().err
+        assert message.startswith("train_net.py")
+        assert "Traceback" not in message
+        return message
+
+    return run
+
+
+def test_help_has_examples(tool, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "examples:\n  # shards first" in printed
+    assert "torchrun --nproc-per-node 8 tools/train_net.py" in printed
+
+
+def test_without_a_config_file(tool, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main([])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: --config-file" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_runs_from_any_directory(command, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, str(TOOL), *command],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"done: {tmp_path / 'run'}\n")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_overrides_may_stand_anywhere(tool, command, tmp_path):
+    assert tool.main(["train.epochs=1", *command, "optim.lr=2e-3", "--resume"]) == 0
+    assert [line["lr"] for line in read_metrics(tmp_path / "run")] == pytest.approx([1e-3, 1e-6], rel=1e-2)
+
+
+def test_a_run_folder_goes_on_where_it_is(tool, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command[3] = "a run's folder"  # relative, and not plain in YAML
+    assert tool.main(command) == 0
+    monkeypatch.chdir("/")
+    folder = tmp_path / "a run's folder"
+    (folder / "checkpoint_00000004.pt").unlink()
+    assert tool.main(["--config-file", str(folder), "--resume"]) == 0
+    assert (folder / "checkpoint_00000004.pt").exists()
+    assert [line["step"] for line in read_metrics(folder)] == [0, 1, 2, 3]
+
+
+def test_mistakes_in_a_config_are_listed(refused, command):
+    message = refused(2, *command, "masker.num_targts=3", "train.epochs=many")
+    assert "masker.num_targts is not an option of 'multiblock'; did you mean 'num_targets'?" in message
+    assert "train.epochs" in message
+
+
+def test_a_config_file_that_is_not_there(refused):
+    assert "'/none.yaml' does not exist" in refused(2, "--config-file", "/none.yaml")
+
+
+def test_no_data(refused, command):
+    assert "data.shards (=None) must name a folder of shards to train" in refused(2, *command, "data.shards=null")
+
+
+def test_a_folder_that_holds_a_run(tool, refused, command):
+    assert tool.main([*command, "train.epochs=1"]) == 0
+    assert "already holds a run (checkpoint_00000002.pt): give --resume" in refused(2, *command)
+    assert "has another config, so it cannot be resumed:\n  train.epochs: 1 in" in refused(2, *command, "--resume")
+
+
+def test_an_output_folder_that_is_a_file(refused, command, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert "must be a folder, but it is a file" in refused(2, *command)
+
+
+def test_a_checkpoint_cut_short(tool, refused, command, tmp_path):
+    assert tool.main(command) == 0
+    path = tmp_path / "run" / "checkpoint_00000004.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "checkpoint_00000004.pt (1000 bytes) is cut short: its end is missing" in refused(2, *command, "--resume")
+
+
+def test_a_run_that_diverges(refused, command):
+    assert "the run has diverged" in refused(1, *command, "optim.lr=1e30")
+
+
+def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
+    def no_one(config, *, resume):
+        raise StartError("rank 1 of 2 could not join the others")
+
+    monkeypatch.setattr(tool, "train", no_one)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused(1, *command) == "train_net.py (rank 1): rank 1 of 2 could not join the others\n"
+
+
+def test_an_interruption(refused, command, tool, monkeypatch):
+    def interrupted(config, *, resume):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "train", interrupted)
+    message = "train_net.py: interrupted; --resume goes on from the latest checkpoint\n"
+    assert refused(130, *command) == message
