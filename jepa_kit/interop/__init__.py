@@ -1,0 +1,1 @@
+"""Weights in and out: the names of other code bases, and back."""

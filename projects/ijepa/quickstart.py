@@ -1,0 +1,161 @@
+"""From nothing to an I-JEPA that has learned: scenes, pretraining, evaluation and pictures in one command.
+
+1. renders synthetic scenes into shards (training and test);
+2. pretrains the small ViT of configs/quickstart.yaml on them, without labels;
+3. evaluates frozen features of its target encoder, of the same network untrained, and of raw pixels, with a
+   linear probe and nearest neighbours, on three labels: how many objects, how far the nearest, of which shape;
+4. prints one table and saves it as JSON, beside pictures of masks, training curves and patch features.
+
+What is there already is kept: a second call goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch
+
+from jepa_kit.config import Config, load_config
+from jepa_kit.data.loader import TrainLoader
+from jepa_kit.data.shards import INDEX, ShardDataset
+from jepa_kit.engine.distributed import choose_device, read_environment
+from jepa_kit.engine.loop import train
+from jepa_kit.evaluation.features import LoadedRun, load_run, untrained_encoder
+from jepa_kit.evaluation.pictures import mask_gallery, patch_pca
+from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
+from jepa_kit.recipe import build_masker
+from tools import make_shards
+
+CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
+TEST_SEED = 1_000_003
+"""Test scenes are a series of their own: no training scene is among them."""
+
+EXAMPLE = """examples:
+  python projects/ijepa/quickstart.py
+  python projects/ijepa/quickstart.py --output-dir output/random_masks masker='{name: random}'
+"""
+
+
+def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: int) -> tuple[Path, Path]:
+    """Shards of training and of test scenes; those that are complete are kept.
+
+    Raises:
+        RuntimeError: make_shards refused; it has said why.
+    """
+    parts = {"train": (train_scenes, 0), "test": (test_scenes, TEST_SEED)}
+    for name, (count, seed) in parts.items():
+        if (folder / name / INDEX).exists():
+            print(f"shards: {folder / name} is there already")
+            continue
+        arguments = ["--num-scenes", count, "--image-size", image_size, "--seed", seed, "--overwrite"]
+        if make_shards.main(["synthetic:scenes", str(folder / name), *map(str, arguments)]):
+            raise RuntimeError(f"no shards in {folder / name}")
+    return folder / "train", folder / "test"
+
+
+def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.device) -> list[Row]:
+    """Every network under every protocol on every label; the rows are also written as JSON."""
+    training, test = (ShardDataset(str(path)) for path in shards)
+    rows = evaluate(
+        run_networks(run, device=device),
+        training,
+        test,
+        image_size=run.config.data.image_size,
+        seed=run.config.train.seed,
+        progress=True,
+    )
+    seed = run.config.train.seed
+    content = results(rows, run=run, checkpoint=run.config.train.output_dir, train=training, test=test, seed=seed)
+    write_results(content, file)
+    return rows
+
+
+def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Path]:
+    """A mask gallery over training samples, and a PCA of patch features beside them."""
+    data = config.data
+    loader = TrainLoader(
+        dataset=ShardDataset(str(shards)),
+        masker=build_masker(config),
+        batch_size=8,
+        image_size=data.image_size,
+        seed=config.train.seed,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+    )
+    _, batch = next(loader.batches(0))
+    assert batch.masks is not None
+    encoders = {
+        "target encoder": run.jepa.encoder_for("target"),
+        "untrained": untrained_encoder(config, config.train.seed),
+    }
+    return [
+        mask_gallery(batch.images, batch.masks, folder / "masks.png"),
+        patch_pca(batch.images, encoders, folder / "patch_pca.png", mean=data.mean, std=data.std),
+    ]
+
+
+def margins(rows: Sequence[Row]) -> list[str]:
+    """In words: how far the target encoder is ahead of the better baseline, for each protocol and label."""
+    lines = []
+    for row in rows:
+        if row.network == "target":
+            others = [r for r in rows if (r.protocol, r.label) == (row.protocol, row.label) and r.network != "target"]
+            best = max(others, key=lambda r: r.accuracy)
+            gap = 100 * (row.accuracy - best.accuracy)
+            noise = 100 * (row.standard_error**2 + best.standard_error**2) ** 0.5
+            lines.append(f"{row.protocol}, {row.label}: {gap:+.1f} points against {best.network} (noise {noise:.1f})")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs all of it; 0, or 2 where something was refused."""
+    text = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=text[0], epilog=text[1] + "\n" + EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
+    parser.add_argument("--train-scenes", type=int, default=8064, help="default: %(default)s")
+    parser.add_argument("--test-scenes", type=int, default=1920, help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to configs/quickstart.yaml")
+    args = parser.parse_args(argv)
+    folder: Path = args.output_dir
+    start = time.perf_counter()
+    try:
+        own = [f"train.output_dir={folder / 'run'}", f"data.shards={folder / 'shards/train'}"]
+        config = load_config(CONFIG, [*own, *args.overrides])
+        shards = make_data(
+            folder / "shards",
+            train_scenes=args.train_scenes,
+            test_scenes=args.test_scenes,
+            image_size=config.data.image_size[0],
+        )
+        made = time.perf_counter()
+        train(config, resume=True)
+        trained = time.perf_counter()
+        run = load_run(config.train.output_dir)
+        rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
+        pictures = draw(config, run, shards[0], folder)
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    done = time.perf_counter()
+    print(f"\nfrozen features on {len(ShardDataset(str(shards[1]))):,} test scenes, accuracy in %\n")
+    print(format_table(rows))
+    print("\ntarget encoder against the better of untrained and pixels:")
+    print("\n".join(f"  {line}" for line in margins(rows)))
+    print(f"\nscenes {made - start:.0f} s, training {trained - made:.0f} s, evaluation {done - trained:.0f} s")
+    for path in (folder / "results.json", *pictures, Path(config.train.output_dir) / "curves.png"):
+        print(f"  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
