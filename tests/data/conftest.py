@@ -1,0 +1,37 @@
+"""Small data sets for the tests of this room."""
+
+import json
+
+import pytest
+from small_shards import make_samples, write_shards
+
+from jepa_kit.data.shards import ShardDataset
+
+
+@pytest.fixture
+def samples():
+    return make_samples(23)
+
+
+@pytest.fixture
+def folder(tmp_path, samples):
+    """23 samples in shards of 10, 10 and 3."""
+    return write_shards(tmp_path / "shards", samples, 10, {"class": ("a", "b", "c", "d")})
+
+
+@pytest.fixture
+def dataset(folder):
+    return ShardDataset(folder)
+
+
+@pytest.fixture
+def edit_index(folder):
+    """Changes index.json by a function of its content."""
+
+    def edit(change):
+        path = folder / "index.json"
+        index = json.loads(path.read_text())
+        change(index)
+        path.write_text(json.dumps(index))
+
+    return edit

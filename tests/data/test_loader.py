@@ -1,0 +1,272 @@
+"""Batches are pure functions of (seed, step): for any number of workers and ranks, and from any step on."""
+
+import os
+import pickle
+import signal
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_shards import encoded, make_samples, picture, write_shards
+
+from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
+from jepa_kit.data.order import epoch_order
+from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.transforms import CentreCrop, RandomCrop
+from jepa_kit.rng import Stream, uniforms
+from jepa_kit.structures import MaskBatch, PatchSets
+
+
+@dataclass
+class Halves:
+    """A masker: one row of a 4 x 4 grid is the context, and the next the target; drawn by (seed, epoch, sample)."""
+
+    grid: tuple = (4, 4)
+
+    def __call__(self, samples, *, seed, epoch, step=0):
+        row = (uniforms(Stream.MASK, samples, 1, seed=seed, epoch=epoch)[:, 0] * 3).astype(np.int64)
+        cells = torch.from_numpy(row[:, None] * 4 + np.arange(4))
+        context, targets = PatchSets.from_padded(cells), PatchSets.from_padded(cells + 4)
+        return MaskBatch(context, targets, self.grid, torch.arange(len(samples)))
+
+
+@dataclass
+class Steps(Halves):
+    """A masker that puts the step it was told into the first patch of its context."""
+
+    def __call__(self, samples, *, seed, epoch, step=0):
+        cells = torch.full((len(samples), 1), step % 16)
+        sets = PatchSets.from_padded(cells)
+        return MaskBatch(sets, sets, self.grid, torch.arange(len(samples)))
+
+
+def loader(dataset, **options):
+    defaults = {
+        "masker": Halves(),
+        "batch_size": 6,
+        "image_size": (12, 16),
+        "seed": 3,
+        "flip": 0.5,
+        "shuffle_window": 8,
+    }
+    return TrainLoader(dataset=dataset, **(defaults | options))
+
+
+def take(a_loader, count, start=0):
+    return list(islice(a_loader.batches(start), count))
+
+
+def assert_same(a, b):
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.samples, b.samples)
+    for x, y in ((a.masks.context, b.masks.context), (a.masks.targets, b.masks.targets)):
+        assert torch.equal(x.index, y.index)
+        assert torch.equal(x.image, y.image)
+        assert x.lengths == y.lengths
+
+
+def test_a_batch_is_what_the_parts_make_of_it(dataset):
+    """Order, crop, flip and masks of step 7 = batch 1 of epoch 2, put together by hand."""
+    step, batch = take(loader(dataset), 1, start=7)[0]
+    assert step == 7
+    samples = epoch_order([10, 10, 3], seed=3, epoch=2, window=8)[6:12]
+    np.testing.assert_array_equal(batch.samples, samples)
+    crop = RandomCrop(image_size=(12, 16), flip=0.5)
+    draws, flips = crop.draws(samples, seed=3, epoch=2)
+    for b, i in enumerate(samples):
+        expected = crop.apply(dataset.image(i), draws[b], flips[b])
+        np.testing.assert_array_equal(batch.images[b].permute(1, 2, 0), np.asarray(expected))
+    masks = Halves()(samples, seed=3, epoch=2)
+    assert torch.equal(batch.masks.context.index, masks.context.index)
+    assert batch.images.dtype == torch.uint8
+    assert len(batch) == 6
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_any_number_of_workers(dataset, num_workers):
+    for (step, a), (_, b) in zip(
+        take(loader(dataset), 8), take(loader(dataset, num_workers=num_workers), 8), strict=True
+    ):
+        assert_same(a, b)
+        assert a.images.shape == (6, 3, 12, 16), step
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_together_are_one(dataset, world_size):
+    whole = take(loader(dataset), 7)
+    parts = [take(loader(dataset, rank=r, world_size=world_size), 7) for r in range(world_size)]
+    for step, batch in whole:
+        ranks = [part[step][1] for part in parts]
+        assert torch.equal(batch.images, torch.cat([b.images for b in ranks]))
+        assert torch.equal(batch.samples, torch.cat([b.samples for b in ranks]))
+        assert torch.equal(batch.masks.context.index, torch.cat([b.masks.context.index for b in ranks]))
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 10])
+def test_from_any_step_on(dataset, start):
+    whole, rest = take(loader(dataset), start + 3)[start:], take(loader(dataset, num_workers=1), 3, start)
+    for (step, a), (again, b) in zip(whole, rest, strict=True):
+        assert step == again
+        assert_same(a, b)
+
+
+def test_what_a_spawned_worker_is_sent_gives_the_same_batches(dataset):
+    a_loader = loader(dataset)
+    sent = pickle.loads(pickle.dumps(a_loader._batches))
+    for request, (_, batch) in zip(a_loader.requests(4), take(a_loader, 2, start=4), strict=False):
+        assert_same(sent[pickle.loads(pickle.dumps(request))], batch)
+
+
+def test_an_epoch_uses_each_sample_at_most_once(dataset):
+    a_loader = loader(dataset)
+    assert a_loader.steps_per_epoch == 3
+    batches = take(a_loader, 6)
+    epochs = [torch.cat([b.samples for _, b in batches[k : k + 3]]).tolist() for k in (0, 3)]
+    for samples in epochs:
+        assert len(set(samples)) == 18
+    assert epochs[0] != epochs[1]
+
+
+def test_the_masker_hears_the_step_of_the_run(dataset):
+    for step, batch in take(loader(dataset, masker=Steps(), num_workers=2), 5, start=2):
+        assert batch.masks.context.index[0] == step
+
+
+def test_without_a_masker(dataset):
+    assert take(loader(dataset, masker=None), 1)[0][1].masks is None
+
+
+def test_the_runs_own_random_numbers_are_left_alone(dataset):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    take(loader(dataset, num_workers=1), 2)
+    list(eval_batches(dataset, image_size=(8, 8)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_batches_move(dataset):
+    _, batch = take(loader(dataset), 1)[0]
+    moved = batch.to("meta")
+    assert {moved.images.device.type, moved.samples.device.type, moved.masks.targets.index.device.type} == {"meta"}
+    assert Batch(batch.images, None, batch.samples).to("meta").masks is None
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_and_copied(dataset):
+    (_, plain), (_, pinned) = take(loader(dataset), 1)[0], take(loader(dataset, pin_memory=True, num_workers=1), 1)[0]
+    assert pinned.images.is_pinned()
+    assert pinned.masks.context.index.is_pinned()
+    assert_same(plain, pinned.to("cuda", non_blocking=True).to("cpu"))
+    assert Batch(plain.images, None, plain.samples).pin_memory().images.is_pinned()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_sees_each_sample_once_in_order(dataset, num_workers):
+    batches = list(eval_batches(dataset, image_size=(10, 14), batch_size=9, num_workers=num_workers, share=0.9))
+    assert [len(b) for b in batches] == [9, 9, 5]
+    assert torch.cat([b.samples for b in batches]).tolist() == list(range(23))
+    images = torch.cat([b.images for b in batches])
+    crop = CentreCrop(image_size=(10, 14), share=0.9)
+    for i in range(23):
+        np.testing.assert_array_equal(images[i].permute(1, 2, 0), np.asarray(crop.apply(dataset.image(i))))
+    assert batches[0].masks is None
+
+
+def test_evaluation_of_chosen_samples(dataset):
+    chosen = np.array([20, 3, 3, 7])
+    batches = list(eval_batches(dataset, image_size=(8, 8), batch_size=3, samples=chosen))
+    assert [b.samples.tolist() for b in batches] == [[20, 3, 3], [7]]
+    assert torch.equal(batches[0].images[1], batches[0].images[2])
+
+
+@dataclass
+class Deadly(Halves):
+    """Kills its own process, as the kernel does when memory runs out."""
+
+    def __call__(self, samples, *, seed, epoch, step=0):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(samples, seed=seed, epoch=epoch, step=step)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_dies_is_an_error_and_no_hang(dataset, num_workers):
+    with pytest.raises(RuntimeError, match=r"a loader worker died \(.*\). Often memory ran out: fewer num_workers"):
+        take(loader(dataset, masker=Deadly(), num_workers=num_workers), 6)
+
+
+@dataclass
+class Faulty(Halves):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        raise RuntimeError("of its own")
+
+
+def test_other_errors_of_a_worker_keep_their_text(dataset):
+    with pytest.raises(RuntimeError, match="of its own") as caught:
+        take(loader(dataset, masker=Faulty(), num_workers=1), 1)
+    assert "worker died" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_sample_that_cannot_be_decoded_is_named(tmp_path, num_workers):
+    samples = [*make_samples(3), Sample("broken/one", "jpg", encoded(picture(0, 90, 90))[:-2000])]
+    dataset = ShardDataset(write_shards(tmp_path / "s", samples, 4, {"class": tuple("abcd")}))
+    with pytest.raises(ValueError, match=r"sample 3 \('broken/one'\) of .* cannot be decoded: "):
+        take(loader(dataset, batch_size=4, num_workers=num_workers), 1)
+
+
+def test_images_of_any_size_and_mode(tmp_path):
+    images = [
+        picture(0, 5, 90),
+        picture(1, 90, 5),
+        picture(2).convert("L"),
+        picture(3).convert("RGBA"),
+        picture(4, 1, 1),
+    ]
+    samples = [Sample(str(k), "png", encoded(image, "PNG")) for k, image in enumerate(images)]
+    samples.append(Sample("cmyk", "jpg", encoded(Image.new("CMYK", (9, 9)), "JPEG")))
+    dataset = ShardDataset(write_shards(tmp_path / "s", samples, 6, {}))
+    assert take(loader(dataset), 1)[0][1].images.shape == (6, 3, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size \(=0\) must be at least 1"),
+        ({"batch_size": 24}, r"batch_size \(=24\) must be at most the data set's 23 samples"),
+        ({"world_size": 4}, r"batch_size \(=6\) must be divisible by the number of ranks \(=4\)"),
+        ({"world_size": 2, "rank": 2}, r"rank \(=2\) must be 0 to 1: there are 2 ranks"),
+        ({"shuffle_window": 0}, r"shuffle_window \(=0\) must be at least 1"),
+        ({"num_workers": -1}, r"num_workers \(=-1\) must be at least 0"),
+        ({"flip": -0.1}, r"flip \(=-0.1\) must be a probability"),
+        ({"crop_scale": (0.0, 1.0)}, r"crop_scale \(=\(0.0, 1.0\)\) must be ascending shares"),
+        ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio \(=\(0.0, 1.0\)\) must be ascending ratios"),
+        ({"image_size": (0, 4)}, r"image_size \(=\(0, 4\)\) must be at least 1 pixel each way"),
+    ],
+)
+def test_options_outside_their_range(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader(dataset, **options)
+
+
+def test_a_negative_step(dataset):
+    with pytest.raises(ValueError, match=r"start_step \(=-1\) must be at least 0"):
+        loader(dataset).batches(-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"batch_size \(=0\) must be at least 1"),
+        ({"num_workers": -1}, r"num_workers \(=-1\) must be at least 0"),
+        ({"share": 2.0}, r"share \(=2.0\) must be above 0 and at most 1"),
+    ],
+)
+def test_evaluation_options_outside_their_range(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        eval_batches(dataset, **({"image_size": (8, 8)} | options))
