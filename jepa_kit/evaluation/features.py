@@ -1,0 +1,213 @@
+"""One feature for each image: from an encoder, from a run read back, and the baselines beside it.
+
+B  images of a batch    n  patches of an image    D  width of a feature
+N  images of all        h, w  sides in pixels
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from jepa_kit.config import Config, DataConfig, config_from_dict
+from jepa_kit.data.transforms import normalize
+from jepa_kit.encoders import Encoder
+from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint, restore
+from jepa_kit.recipe import JEPA, build_recipe
+
+Float32 = NDArray[np.float32]
+Pooling = Literal["mean", "none"]
+Precision = Literal["float32", "bf16"]
+Source = Callable[[Tensor], Tensor]
+"""uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
+
+PIXEL_SIDE = 16
+"""Images are averaged down to this side for the baseline of raw pixels."""
+
+
+def layer_count(layers: str) -> int:
+    """How many of the last layers are concatenated: 1 for ``last``, 4 for ``last4``.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = re.fullmatch(r"last([1-9]\d*)?", layers)
+    if match is None:
+        raise ValueError(f"layers (={layers!r}) must be 'last', or 'last4' (any number) for the last 4 concatenated")
+    return int(match[1] or 1)
+
+
+def extract_features(
+    encoder: Encoder,
+    images: Tensor | Iterable[Tensor],
+    *,
+    pooling: Pooling = "mean",
+    layers: str = "last",
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    mean: Sequence[float] = DataConfig.mean,
+    std: Sequence[float] = DataConfig.std,
+    batch_size: int = 256,
+) -> Float32:
+    """Frozen features of images (I-JEPA, A.2: the target encoder's patch tokens, averaged over the image).
+
+    The encoder is moved to the device, runs as it is evaluated (no stochastic depth) and without gradients, and gets
+    back its mode.
+
+    Args:
+        encoder: which one counts: the paper evaluates the target encoder.
+        images: uint8 [N, 3, h, w], or batches of them.
+        pooling: ``mean`` over the patch tokens, or ``none``.
+        layers: ``last``, or ``last4`` for the last four layers, each through the final norm, concatenated, the
+            last layer last. The paper reports the better of the two.
+        device: where the encoder runs.
+        precision: of the matrix products; the mean is float32.
+        mean, std: of the channels, as in training; ImageNet's by default.
+        batch_size: images at a time, where ``images`` is one tensor.
+
+    Returns:
+        [N, D], or [N, n, D] without pooling; D is the encoder's width times the number of layers.
+
+    Raises:
+        ValueError: no image, images that are not uint8, or an option outside its values.
+    """
+    source = encoder_source(
+        encoder, pooling=pooling, layers=layers, device=device, precision=precision, mean=mean, std=std
+    )
+    batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    return extract_all(batches, {"features": source})["features"]
+
+
+def encoder_source(
+    encoder: Encoder,
+    *,
+    pooling: Pooling = "mean",
+    layers: str = "last",
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    mean: Sequence[float] = DataConfig.mean,
+    std: Sequence[float] = DataConfig.std,
+) -> Source:
+    """The function that ``extract_features`` applies to each batch."""
+    count = layer_count(layers)
+    if count > encoder.depth:
+        raise ValueError(f"layers (={layers!r}) asks for {count} layers, but the encoder has {encoder.depth}")
+    if pooling not in ("mean", "none"):
+        raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"precision (={precision!r}) must be 'float32' or 'bf16'")
+    device = torch.device(device)
+    assert isinstance(encoder, nn.Module)
+    network = encoder.to(device)
+
+    @torch.inference_mode()
+    def source(images: Tensor) -> Tensor:
+        x = normalize(images.to(device, non_blocking=True), mean, std)
+        with evaluating(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            tokens = network.forward_layers(x, last=count)  # count tensors [B * n, D']
+        features = torch.cat([t.float() for t in tokens], dim=1).unflatten(0, (len(images), -1))  # [B, n, D]
+        return (features.mean(dim=1) if pooling == "mean" else features).cpu()
+
+    return source
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network as it is evaluated; each of its modules gets back the mode that it had."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def pixel_features(images: Tensor, side: int | None = PIXEL_SIDE) -> Tensor:
+    """The baseline of raw pixels: uint8 images [B, 3, h, w] -> float32 [B, 3 * side * side] in [0, 1].
+
+    Args:
+        images: uint8.
+        side: images are averaged down to this side, if theirs are longer; None keeps every pixel. A linear probe does
+            as well or better with fewer pixels than with all, and is much faster.
+    """
+    x = images.float() / 255
+    if side is not None and min(x.shape[2:]) > side:
+        x = F.adaptive_avg_pool2d(x, side)
+    return x.flatten(1)
+
+
+def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dict[str, Float32]:
+    """Features of every source in one pass over the images, so that each image is read and decoded once.
+
+    Args:
+        batches: uint8 [B, 3, h, w] each, on the host.
+        sources: by name.
+
+    Returns:
+        name -> [N, ...] float32.
+
+    Raises:
+        ValueError: no image, or images of another kind.
+    """
+    parts: dict[str, list[Float32]] = {name: [] for name in sources}
+    for images in batches:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be uint8 [B, 3, h, w], not {images.dtype} of shape {tuple(images.shape)}")
+        for name, source in sources.items():
+            parts[name].append(source(images).numpy())
+    if not all(len(part) for part in parts.values()):
+        raise ValueError("images must hold at least one batch")
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+class LoadedRun(NamedTuple):
+    """A run read back: its config, its networks, and how many updates they have had."""
+
+    config: Config
+    jepa: JEPA
+    step: int
+
+
+def latest_checkpoint(checkpoint: str | Path) -> Path:
+    """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so)."""
+    path = Path(checkpoint)
+    return next(reversed(checkpoints(path)), path)
+
+
+def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
+    """The recipe of a checkpoint with its weights, on the CPU, as it is evaluated.
+
+    Args:
+        checkpoint: a file, or a run folder, whose latest checkpoint is taken.
+        overrides: of the config, as on the command line: ``train.attention=reference``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not a checkpoint, or (after an override of a part) does not fit its config.
+        ConfigError: an override that the config does not take.
+    """
+    held = load_checkpoint(latest_checkpoint(checkpoint))
+    config = config_from_dict(held.config, overrides, folder=str(Path(checkpoint).parent), source=str(checkpoint))
+    jepa = build_recipe(config)
+    restore(held, jepa)
+    return LoadedRun(config, jepa.eval(), held.step)
+
+
+def untrained_encoder(config: Config, seed: int) -> nn.Module:
+    """The encoder of a config with fresh weights, a function of the seed alone; torch's random state stays as it is.
+
+    With the seed of a run, these are the weights that the run began with.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_recipe(config).encoder.eval()

@@ -1,0 +1,203 @@
+"""tools/eval_net.py as a user meets it: a run is trained, evaluated, and its results are read back."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jepa_kit.config import config_from_dict
+from jepa_kit.data.shard_writing import write_index, write_shard
+from jepa_kit.data.sources import Scenes
+from jepa_kit.engine.loop import train
+
+TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("eval_net", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def scene_shards(folder, samples, seed, labelled=True):
+    source = Scenes(num_scenes=samples, size=(16, 16), seed=seed)
+    folder.mkdir(parents=True)
+    shard, rows = write_shard(str(folder / "shard-000000.tar"), [source.sample(i) for i in range(samples)])
+    write_index(str(folder), [shard], [rows], classes=source.classes if labelled else {}, refused=[], made_by={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder of two steps; its shards, and others to test on beside them."""
+    folder = tmp_path_factory.mktemp("eval_net")
+    shards = scene_shards(folder / "scenes" / "train", 96, seed=0)
+    scene_shards(folder / "scenes" / "val", 32, seed=1)
+    scene_shards(folder / "elsewhere", 16, seed=2)
+    scene_shards(folder / "unlabelled", 16, seed=3, labelled=False)
+    config = {
+        "masker": {"name": "multiblock"},
+        "encoder": {"name": "vit", "embed_dim": 16, "depth": 4, "num_heads": 2, "patch_size": 4},
+        "predictor": {"name": "vit", "width": 8, "depth": 1, "num_heads": 2},
+        "target": {"name": "representation"},
+        "loss": {"name": "smooth_l1"},
+        "target_update": {"name": "ema"},
+        "data": {"image_size": 16, "num_workers": 0, "shards": str(shards)},
+        "optim": {"warmup_epochs": 0},
+        "train": {"batch_size": 48, "epochs": 1, "precision": "float32", "device": "cpu"},
+    }
+    config["train"]["output_dir"] = str(folder / "run")
+    return train(config_from_dict(config))
+
+
+@pytest.fixture
+def refused(tool, capsys):
+    """Runs the tool, which must refuse without a traceback; its message."""
+
+    def refuse(*arguments):
+        assert tool.main([str(a) for a in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("eval_net.py: ")
+        assert "Traceback" not in printed.err
+        assert printed.out == ""
+        return printed.err.removeprefix("eval_net.py: ").rstrip("\n")
+
+    return refuse
+
+
+def test_help_has_examples_and_waits_for_nothing():
+    code = f"import sys; sys.argv = ['eval_net.py', '--help']; sys.path[0] = {str(TOOL.parent)!r}; import eval_net\n"
+    code += "try: eval_net.main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("0 False\n")
+    assert "examples:\n  # a run of tools/train_net.py" in done.stdout
+    assert "--protocol linear,knn" in done.stdout
+
+
+def test_without_a_checkpoint_or_a_protocol(tool, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main([])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: --checkpoint, --protocol" in capsys.readouterr().err
+
+
+@pytest.mark.integration
+def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--checkpoint", str(run), "--protocol", "linear,knn", "--output", "r/a.json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.splitlines()
+    heads = ["protocol", "features", "width", "count", "distance", "shape"]
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == heads
+    assert [line.split("|")[1:3] for line in table[2:]] == [
+        [" linear   ", " target encoder "],
+        [" linear   ", " untrained      "],
+        [" linear   ", " pixels         "],
+        [" knn      ", " target encoder "],
+        [" knn      ", " untrained      "],
+        [" knn      ", " pixels         "],
+        ["          ", " chance         "],
+    ]
+    content = json.loads((tmp_path / "r" / "a.json").read_text())
+    checkpoint = run / "checkpoint_00000002.pt"
+    assert content["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert content["data"]["test"]["shards"] == str(run.parent / "scenes" / "val")
+    assert len(content["rows"]) == 18
+    for line in content["rows"]:
+        cell = f"{100 * line['accuracy']:.1f} ± {100 * line['standard_error']:.1f}"
+        assert any(cell in text for text in table), line
+
+
+def test_the_same_numbers_again(tool, run, tmp_path):
+    command = ["--checkpoint", str(run / "checkpoint_00000002.pt"), "--protocol", "linear", "--label", "count"]
+    contents = []
+    for name in ("a.json", "b.json"):
+        assert tool.main([*command, "--output", str(tmp_path / name)]) == 0
+        contents.append(json.loads((tmp_path / name).read_text()))
+    assert contents[0] == contents[1]
+
+
+def test_options_reach_the_evaluation(tool, run, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    command = ["train.device=cpu", "--checkpoint", str(run), "--protocol", "knn", "--protocol", "linear"]
+    command += ["--encoder", "both", "--layers", "last4", "--baselines", "untrained", "--untrained-seed", "9"]
+    command += ["--train-shards", str(run.parent / "scenes/train"), "--test-shards", str(run.parent / "elsewhere")]
+    command += ["--label", "shape,count", "--seed", "3", "--output", str(output), "--batch-size", "5"]
+    assert tool.main(command) == 0
+    content = json.loads(output.read_text())
+    assert [(r["protocol"], r["network"], r["label"], r["width"]) for r in content["rows"]] == [
+        (protocol, network, label, 64)
+        for protocol in ("knn", "linear")
+        for network in ("target", "context", "untrained")
+        for label in ("shape", "count")
+    ]
+    assert {r["seed"] for r in content["rows"]} == {None, 9}
+    assert content["data"]["train"]["samples"] == 96
+    assert content["data"]["test"]["samples"] == 16
+    assert content["seeds"] == {"run": 0, "probes": 3}
+    assert "context encoder, last4" in capsys.readouterr().out
+
+
+def test_no_baselines(tool, run, capsys):
+    assert tool.main(["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "liner"], "protocols (='liner') must be of linear, knn; did you mean 'linear'?"),
+        (["--protocol", "knn", "--label", "colour"], "label (='colour') is not among the labels of"),
+        (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', or 'last4' (any number)"),
+        (["--protocol", "knn", "--layers", "last9"], "layers (='last9') asks for 9 layers, but the encoder has 4"),
+        (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels."),
+        (["--protocol", "knn", "--seed", "-1"], "seed (=-1) must be at least 0"),
+        (["--protocol", "knn", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
+        (["--protocol", "knn", "train.device=tpu"], "device (='tpu') must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        (["--protocol", "knn", "--test-shards", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(refused, run, options, message):
+    found = refused("--checkpoint", run, *options)
+    assert message in found
+    assert len(found.splitlines()) == 1
+
+
+def test_checkpoints_that_cannot_be_used(refused, run, tmp_path):
+    assert "there is no checkpoint" in refused("--checkpoint", tmp_path / "absent.pt", "--protocol", "knn")
+    assert "holds no checkpoint" in refused("--checkpoint", tmp_path, "--protocol", "knn")
+    assert "is not a checkpoint" in refused("--checkpoint", run / "config.yaml", "--protocol", "knn")
+    found = refused("--checkpoint", run, "--protocol", "knn", "encoder.embed_dmi=3")
+    assert "encoder.embed_dmi is not an option of 'vit'; did you mean 'embed_dim'?" in found
+    found = refused("--checkpoint", run, "--protocol", "knn", "encoder.embed_dim=32")
+    assert found.startswith("the model does not fit the checkpoint; misshapen: encoder.")
+
+
+def test_unlabelled_shards(refused, run):
+    unlabelled = run.parent / "unlabelled"
+    found = refused("--checkpoint", run, "--protocol", "knn", "--train-shards", unlabelled, "--test-shards", unlabelled)
+    assert found == f"labels (=[]) must name at least one; the shards in {unlabelled} carry none"
+    found = refused("--checkpoint", run, "--protocol", "knn", "--test-shards", unlabelled)
+    assert found == f"label (='count') cannot be read: the shards in {unlabelled} are unlabelled"
+
+
+def test_shards_that_nobody_named(refused, run):
+    elsewhere = run.parent / "elsewhere"
+    found = refused("--checkpoint", run, "--protocol", "knn", "--train-shards", elsewhere)
+    assert found == f"--test-shards must name a folder of shards: there is no test or val in {elsewhere.parent}"
+    found = refused("--checkpoint", run, "--protocol", "knn", "data.shards=null")
+    assert found == "--train-shards must name a folder of shards: the run's config has none (data.shards is null)"
