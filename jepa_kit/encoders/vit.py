@@ -15,12 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, check_choice, init_transformer, make_blocks
+from jepa_kit.encoders.blocks import Init, add_rows, check_choice, fill_rows, init_transformer, make_blocks
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
 from jepa_kit.registry import ENCODERS
 from jepa_kit.structures import Grid, PatchSets, SetLengths
 
 PatchInit = Literal["released", "xavier"]
+InputNorm = Literal["none", "image"]
 Size = Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"]
 
 
@@ -55,7 +56,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, patches: PatchSets | None) -> Tensor:
-        """[B, C, H * p, W * p] -> [P, D], or [B * N, D] where ``patches`` is None."""
+        """[B, C, H * p, W * p] -> [R, D]: P patches, or B * N where ``patches`` is None, and ``fill_rows``."""
         p = self.patch_size
         if patches is None:
             pixels = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
@@ -63,7 +64,7 @@ class PatchEmbed(nn.Module):
             w = images.shape[-1] // p
             view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
             pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
-        return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
 
 
 @ENCODERS.register("vit")
@@ -79,10 +80,15 @@ class ViT(nn.Module):
         qkv_bias: a bias for q, k and v.
         norm_eps: eps of every LayerNorm.
         drop_path: stochastic depth at the last block, in [0, 1); it rises linearly from 0 at the first.
+        input_norm: ``image`` takes each image's own mean from each of its channels and divides by its own deviation
+            (plus 0.1), so that colour and brightness of the whole image are not what is easiest to predict; ``none``
+            takes images as they come, as the release does.
         init: weights as released, or scaled down by depth (``init_transformer``).
         patch_init: the patch embedding as released (truncated normal 0.02), or Xavier-uniform over its
             flattened pixels as MAE has it. With small patches the released one leaves the content of a token
             far smaller than its position (a fifth, with 4 x 4 pixels), and training stays at positions.
+        compile: torch.compile for all of a block but attention: fewer kernels, and minutes before the first step
+            is done.
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
@@ -104,13 +110,16 @@ class ViT(nn.Module):
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
+        input_norm: InputNorm = "none",
         init: Init = "released",
         patch_init: PatchInit = "xavier",
+        compile: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
         shape = _resolve(size, embed_dim, depth, num_heads, mlp_ratio)
         check_choice("patch_init", patch_init, PatchInit)
+        check_choice("input_norm", input_norm, InputNorm)
         if in_chans < 1:
             raise ValueError(f"in_chans (={in_chans}) must be at least 1")
         self.patch_size = patch_size
@@ -118,6 +127,7 @@ class ViT(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.embed_dim, self.depth = shape.embed_dim, shape.depth
         self.in_chans = in_chans
+        self.input_norm = input_norm
         self.init: Init = init
         self.patch_init = patch_init
         self.pos_embed: Tensor
@@ -132,6 +142,7 @@ class ViT(nn.Module):
             norm_eps=norm_eps,
             drop_path=drop_path,
             backend=attention,
+            compiled=compile,
         )
         self.norm = nn.LayerNorm(shape.embed_dim, eps=norm_eps)
         self.init_weights()
@@ -172,20 +183,26 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, lengths)
             if i >= self.depth - last:
-                outputs.append(self.norm(x))
+                outputs.append(self.norm(x)[: lengths.total])
         return outputs
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
-        """Content plus position of each patch: [P, D], and the lengths of the sets."""
+        """Content plus position of each patch: [R, D], of which the first P are tokens, and the lengths of the sets."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, h, w], not {tuple(images.shape)}")
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
+        if self.input_norm == "image":
+            centred = images - images.mean((2, 3), keepdim=True)
+            images = centred / (centred.std((1, 2, 3), keepdim=True) + 0.1)
         table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
-        content = self.patch_embed(images, patches)  # [P, D]
+        content = self.patch_embed(images, patches)  # [R, D]
         if patches is None:
             lengths = SetLengths([len(table)] * len(images), images.device)
-            return (content.view(len(images), *table.shape) + table).flatten(0, 1), lengths
-        return content + table.index_select(0, patches.index), patches.lengths
+            position = table.repeat(len(images), 1)
+        else:
+            lengths = patches.lengths
+            position = table.index_select(0, patches.index)
+        return content + add_rows(position, len(content)), lengths
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:

@@ -1,6 +1,7 @@
 """The narrow ViT that predicts one target block at a time.
 
 P_c, P_t = packed context and target patches    S_t = target sets    D = encoder's width    E = own width
+P = tokens of all sequences    R = P rows or a few more (``fill_rows``)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, init_transformer, make_blocks
+from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.registry import PREDICTORS
 from jepa_kit.structures import MaskBatch, SetLengths
@@ -33,6 +34,8 @@ class ViTPredictor(nn.Module):
         norm_eps: eps of every LayerNorm.
         drop_path: stochastic depth, see ``ViT``.
         init: weights as released, or scaled down by depth.
+        compile: torch.compile for all of a block but attention: fewer kernels, and minutes before the first step
+            is done.
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
@@ -52,6 +55,7 @@ class ViTPredictor(nn.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         init: Init = "released",
+        compile: bool = False,
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -70,6 +74,7 @@ class ViTPredictor(nn.Module):
             norm_eps=norm_eps,
             drop_path=drop_path,
             backend=attention,
+            compiled=compile,
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.proj = nn.Linear(width, out_dim)
@@ -97,13 +102,13 @@ class ViTPredictor(nn.Module):
         """
         if masks.grid != self.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be the predictor's (={self.grid})")
-        seen = self.embed(context) + self.pos_embed[masks.context.index]  # [P_c, E]
+        seen = self.embed(fill_rows(context))[: len(context)] + self.pos_embed[masks.context.index]  # [P_c, E]
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
         order, is_target = sequence_order(masks)
-        x = torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order)  # [P, E]
+        x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order))  # [R, E]
         for block in self.blocks:
             x = block(x, masks.sequences)
-        return self.proj(self.norm(x.index_select(0, is_target)))  # [P_t, out_dim]
+        return self.proj(fill_rows(self.norm(x.index_select(0, is_target))))[: len(is_target)]  # [P_t, out_dim]
 
 
 def sequence_order(masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,13 @@ def test_gradients_by_finite_differences(backend: str, case: str) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, lengths, backend), qkv)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("lengths", [(1, 2, 4, 5), (2, 5, 1, 4), (3, 1, 3, 1)], ids=["in order", "not", "two lengths"])
+def test_sets_may_come_in_any_order_of_length(lengths: tuple[int, ...]) -> None:
+    """Sets of one length are attended to together, which must not show."""
+    q, k, v, _ = (x.requires_grad_() for x in draw(lengths, heads=2, width=3))
+    torch.testing.assert_close(attend(q, k, v, lengths, "sdpa"), torch_attention(q, k, v, lengths), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_equals_multihead_attention_set_by_set(backend: str) -> None:
     lengths, heads, dim = (4, 11, 1), 2, 12

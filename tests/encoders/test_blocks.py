@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.encoders.blocks import Attention, Block, DropPath, init_transformer, make_blocks
+from jepa_kit.encoders.blocks import (
+    ROWS,
+    Attention,
+    Block,
+    DropPath,
+    add_rows,
+    fill_rows,
+    init_transformer,
+    make_blocks,
+)
 from jepa_kit.structures import SetLengths
 
 DIM, HEADS = 24, 3
@@ -62,6 +71,38 @@ def test_its_gradients_too() -> None:
     ):
         assert ours.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_norm_eps_is_that_of_every_norm() -> None:
+    blocks = make_blocks(8, 2, 2, mlp_ratio=4.0, norm_eps=1e-4)
+    assert {m.eps for m in blocks.modules() if isinstance(m, nn.LayerNorm)} == {1e-4}
+
+
+# --- rows that are no tokens ---
+
+
+def test_rows_are_added_only_where_half_precision_on_a_cpu_gains_from_them() -> None:
+    x = torch.randn(ROWS + 3, 4)
+    assert fill_rows(x) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = fill_rows(x)
+        assert fill_rows(x[:ROWS]).shape == (ROWS, 4)
+    assert filled.shape == (2 * ROWS, 4)
+    assert torch.equal(filled[: len(x)], x)
+    assert not filled[len(x) :].any()
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_rows_that_are_no_tokens_change_nothing(drop_path: float) -> None:
+    block, lengths = random_block(), SetLengths([5, 1, 9])
+    block.drop_path = DropPath(drop_path)
+    x = torch.randn(lengths.total, DIM, dtype=torch.float64, requires_grad=True)
+    runs = []
+    for rows in (lengths.total, lengths.total + 7):
+        torch.manual_seed(1)
+        out = block(add_rows(x, rows), lengths)[: lengths.total]
+        runs.append((out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-12, atol=1e-12)
 
 
 # --- stochastic depth ---

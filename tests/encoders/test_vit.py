@@ -296,6 +296,7 @@ def test_with_small_patches_the_released_init_drowns_content_in_position() -> No
         ({"in_chans": 0}, r"in_chans \(=0\) must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path \(=1.0\) must be in \[0, 1\)"),
         ({"init": "xavier"}, r"init \(='xavier'\) must be one of 'released', 'depth_scaled'"),
+        ({"input_norm": "layer"}, r"input_norm \(='layer'\) must be one of 'none', 'image'"),
         ({"patch_init": "mae"}, r"patch_init \(='mae'\) must be one of 'released', 'xavier'"),
         ({"attention": "flash"}, r"attention \(='flash'\) must be one of 'auto', 'xformers', 'sdpa', 'reference'"),
     ],
@@ -326,3 +327,16 @@ def test_refuses_layers_that_it_has_not(last: int) -> None:
 
 def test_patch_grid_is_rows_by_columns() -> None:
     assert patch_grid((48, 32), 8) == (6, 4)
+
+
+def test_input_norm_takes_away_the_colour_and_scale_of_an_image() -> None:
+    vit = ViT(**SMALL, input_norm="image").double()  # type: ignore[arg-type]
+    plain = ViT(**SMALL).double()  # type: ignore[arg-type]
+    plain.load_state_dict(vit.state_dict())
+    images = torch.randn(2, 3, *SMALL["image_size"], dtype=torch.float64) * 3  # type: ignore[call-overload]
+    centred = images - images.mean((2, 3), keepdim=True)
+    by_hand = torch.stack([x / (x.flatten().std() + 0.1) for x in centred])
+    torch.testing.assert_close(vit(images), plain(by_hand))
+    tinted = images + torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(vit(tinted), vit(images))
+    assert torch.isfinite(vit(torch.zeros_like(images))).all()

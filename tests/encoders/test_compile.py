@@ -1,0 +1,130 @@
+"""Compiled blocks: the same numbers, and how often they are compiled when lengths change at every step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from jepa_kit.encoders import ViT, compiled
+from jepa_kit.encoders.blocks import Block
+from jepa_kit.losses import SmoothL1
+from jepa_kit.maskers import RELEASED, MultiBlock
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.recipe import JEPA
+from jepa_kit.structures import SetLengths
+from jepa_kit.target_updates import EMA
+from jepa_kit.targets import RepresentationTarget
+
+MOST = 8
+"""Compilations of a whole recipe: two parts of a block, for encoder, target encoder and predictor, and two to spare."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled before; a compiler that is quick, except where a test takes another."""
+    monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def recipe(*, compile: bool, drop_path: float = 0.0) -> JEPA:
+    torch.manual_seed(0)
+    encoder = ViT(
+        image_size=(32, 32), patch_size=4, embed_dim=16, depth=2, num_heads=2, compile=compile, drop_path=drop_path
+    )
+    predictor = ViTPredictor(
+        embed_dim=16, out_dim=16, grid=encoder.grid, width=8, depth=2, num_heads=2, compile=compile, drop_path=drop_path
+    )
+    target = RepresentationTarget(embed_dim=16)
+    losses = [("smooth_l1", SmoothL1(), 1.0)]
+    return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=EMA())
+
+
+def steps(jepa: JEPA, masker: MultiBlock, count: int, batch_size: int = 3, seed: int = 0) -> Tensor:
+    """Losses of so many training steps."""
+    optimizer = torch.optim.SGD(jepa.parameters(), lr=1e-2)
+    torch.manual_seed(seed)
+    losses = []
+    for step in range(count):
+        samples = np.arange(step * batch_size, (step + 1) * batch_size)
+        loss = jepa(torch.randn(batch_size, 3, 32, 32), masker(samples, seed=seed, epoch=0, step=step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        jepa.update_target(0.9)
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+RAGGED = MultiBlock(grid=(8, 8))
+STATIC = MultiBlock(grid=(8, 8), truncation="fixed", context_length=12, target_length=4)
+TRUNCATED = MultiBlock(grid=(8, 8), **{**RELEASED, "min_keep": 4, "min_keep_target": 1})
+MASKERS = pytest.mark.parametrize("masker", [RAGGED, STATIC, TRUNCATED], ids=["ragged", "static", "truncated"])
+
+
+@MASKERS
+def test_a_handful_of_compilations_in_200_steps(masker: MultiBlock) -> None:
+    """Counted, and after three steps forbidden."""
+    jepa = recipe(compile=True)
+    steps(jepa, masker, 3, seed=1)
+    warm = compilations()
+    assert 0 < warm <= MOST
+    with torch.compiler.set_stance("fail_on_recompile"):
+        losses = steps(jepa, masker, 197)
+    assert torch.isfinite(losses).all()
+    assert compilations() == warm
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_training_is_the_same(drop_path: float) -> None:
+    expected = steps(recipe(compile=False, drop_path=drop_path), RAGGED, 4)
+    torch.testing.assert_close(steps(recipe(compile=True, drop_path=drop_path), RAGGED, 4), expected, rtol=1e-5, atol=0)
+    assert compilations() > 0
+
+
+def test_nothing_is_compiled_unless_asked() -> None:
+    steps(recipe(compile=False), RAGGED, 1)
+    assert compilations() == 0
+
+
+def test_a_copied_block_has_its_own_weights() -> None:
+    """A target encoder is a copy: the compiled block must not remember the one it was copied from."""
+    block, x, lengths = Block(8, 2, compiled=True), torch.randn(5, 8), SetLengths([2, 3])
+    before = block(x, lengths)
+    other = copy.deepcopy(block)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1.0)
+    plain = copy.deepcopy(other)
+    plain.compiled = False
+    assert torch.equal(block(x, lengths), before)
+    torch.testing.assert_close(other(x, lengths), plain(x, lengths), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_have_the_same_names() -> None:
+    assert list(recipe(compile=True).state_dict()) == list(recipe(compile=False).state_dict())
+
+
+@pytest.mark.slow
+@MASKERS
+def test_the_same_with_inductor(masker: MultiBlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILER", "inductor")
+    expected = steps(recipe(compile=False), masker, 20)
+    jepa = recipe(compile=True)
+    first = steps(jepa, masker, 20)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-6)
+    assert compilations() <= MOST
+    with torch.compiler.set_stance("fail_on_recompile"):
+        steps(jepa, masker, 180)
