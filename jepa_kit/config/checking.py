@@ -113,7 +113,16 @@ def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str])
     options = registry.options(name)
     given = {k: v for k, v in raw.items() if k != "name"}
     problems.extend(unknown_key(path, key, name, options, registry) for key in given if key not in options)
-    return Part(name, check_options(path, given, options, repr(name), problems))
+    values = check_options(path, given, options, repr(name), problems)
+    for option, slot in getattr(registry.get(name), "nested", {}).items():
+        values[option] = _check_nested(f"{path}.{option}", values[option], SLOTS[slot], problems)
+    return Part(name, values)
+
+
+def _check_nested(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> list[Any]:
+    """Parts that another part lists (its class names such options in ``nested``), with their defaults written out."""
+    parts = [check_part(f"{path}[{i}]", part, registry, problems) for i, part in enumerate(raw or [])]
+    return [{"name": part.name, **part.options} for part in parts if part is not None]
 
 
 def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:

@@ -5,13 +5,31 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from jepa_kit.maskers.block import Block
+from jepa_kit.maskers.blockwise import Blockwise
+from jepa_kit.maskers.causal import Causal
+from jepa_kit.maskers.inverse_block import InverseBlock
+from jepa_kit.maskers.mixture import Mixture
 from jepa_kit.maskers.multiblock import RELEASED, MultiBlock, Placement
+from jepa_kit.maskers.multigroup import MultiGroup
 from jepa_kit.maskers.random import Random
 from jepa_kit.maskers.rasterized import Rasterized
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import Grid, MaskBatch
 
-__all__ = ["RELEASED", "Block", "Masker", "MultiBlock", "Placement", "Random", "Rasterized"]
+__all__ = [
+    "RELEASED",
+    "Block",
+    "Blockwise",
+    "Causal",
+    "InverseBlock",
+    "Masker",
+    "Mixture",
+    "MultiBlock",
+    "MultiGroup",
+    "Placement",
+    "Random",
+    "Rasterized",
+]
 
 
 @runtime_checkable

@@ -131,13 +131,13 @@ def _half_planes(grid: Grid) -> tuple[BoolArray, BoolArray]:
     return row >= np.arange(grid[0] + 1)[:, None], column >= np.arange(grid[1] + 1)[:, None]
 
 
-def corners(u: FloatArray, size: IntArray, side: int, edges: Edges) -> IntArray:
+def corners(u: FloatArray, size: IntArray, side: int | IntArray, edges: Edges) -> IntArray:
     """First row (or column) of blocks, uniform over the places that ``edges`` allows.
 
     Args:
         u: in [0, 1).
         size: height (or width), of the same shape.
-        side: H (or W).
+        side: H (or W), or an array of them.
     """
     places = side - size + (1 if edges == "inclusive" else 0)
     return (u * places).astype(np.int64)

@@ -38,6 +38,21 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}")
 
 
+def check_ratio(name: str, ratio: float, grid: Grid) -> int:
+    """How many patches a share of them is, rounded.
+
+    Raises:
+        ValueError: no patch, or all of them.
+    """
+    patches = grid[0] * grid[1]
+    if not 0 < round(patches * ratio) < patches:
+        raise ValueError(
+            f"{name} (={ratio}) must leave a target and a context among the {patches} patches of a "
+            f"{grid[0]} x {grid[1]} grid: from {1 / patches:.3g} to {1 - 1 / patches:.3g}"
+        )
+    return round(patches * ratio)
+
+
 def check_scale(name: str, scale: Sequence[float], grid: Grid) -> Range:
     """A range of areas, as shares of the grid.
 

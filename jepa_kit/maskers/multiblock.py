@@ -8,6 +8,7 @@ Legend of shapes:
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,6 +165,13 @@ class MultiBlock:
         """
         placement = self.place(samples, *self.sizes(samples, seed=seed, epoch=epoch, step=step), seed=seed, epoch=epoch)
         return self.cut(samples, placement, seed=seed, epoch=epoch)
+
+    def before_truncation(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
+        """The masks that truncation would cut: those of a call, with all their patches."""
+        placement = self.place(samples, *self.sizes(samples, seed=seed, epoch=epoch, step=step), seed=seed, epoch=epoch)
+        whole = copy.copy(self)
+        whole.truncation = "none"
+        return whole.cut(samples, placement, seed=seed, epoch=epoch)
 
     def sizes(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> tuple[IntArray, IntArray]:
         """Height and width of all blocks, [K, B] each, the contexts first."""

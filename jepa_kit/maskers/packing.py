@@ -7,6 +7,8 @@ Legend of shapes: as in blocks.py, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -15,15 +17,17 @@ from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
 
 
-def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid) -> MaskBatch:
+def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequence[int] | None = None) -> MaskBatch:
     """Packs the masks of a batch, block by block as the release orders them.
 
     Args:
         context: [C, B, N], the patches of each context.
         targets: [M, B, N], the patches of each target block.
+        of: for each of the M blocks the context that it is predicted from; None for every one of the C.
 
     Returns:
-        Context set c * B + b; target set (m * C + c) * B + b, predicted from context set c * B + b. Patches ascend.
+        Context set c * B + b; target set (m * C + c) * B + b, predicted from context set c * B + b. With ``of``,
+        target set m * B + b, predicted from context set of[m] * B + b. Patches ascend.
 
     Raises:
         ValueError: an empty set, or no image.
@@ -31,10 +35,12 @@ def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid) -> MaskBatch:
     contexts, batch_size, patches = context.shape
     if not batch_size:
         raise ValueError("samples (=[]) must name at least one image")
-    blocks = len(targets)
-    if contexts > 1:
-        targets = np.repeat(targets, contexts, axis=0)  # [M * C, B, N]
-    pair = torch.arange(contexts * batch_size).repeat(blocks)
+    if of is not None:
+        pair = (torch.tensor(of)[:, None] * batch_size + torch.arange(batch_size)).flatten()  # [M * B]
+    else:
+        pair = torch.arange(contexts * batch_size).repeat(len(targets))
+        if contexts > 1:
+            targets = np.repeat(targets, contexts, axis=0)  # [M * C, B, N]
     return MaskBatch(
         _pack(context.reshape(-1, patches), batch_size),
         _pack(targets.reshape(-1, patches), batch_size),
@@ -57,8 +63,8 @@ def _pack(sets: BoolArray, batch_size: int) -> PatchSets:
     )
 
 
-def keep_first(sets: BoolArray, count: int) -> BoolArray:
-    """The first ``count`` patches of each set in row-major order. [..., N] -> [..., N]"""
+def keep_first(sets: BoolArray, count: int | IntArray) -> BoolArray:
+    """The first ``count`` patches (one number, or [..., 1]) of each set in row-major order. [..., N] -> [..., N]"""
     return sets & (np.cumsum(sets, axis=-1, dtype=np.int32) <= count)
 
 
@@ -85,3 +91,44 @@ def lengths_of(sets: BoolArray) -> IntArray:
 def shortest(sets: BoolArray) -> int:
     """[..., N]: patches in the smallest of the sets; N where there is none."""
     return int(lengths_of(sets).min(initial=sets.shape[-1]))
+
+
+def join(parts: Sequence[tuple[MaskBatch, IntArray]], grid: Grid) -> MaskBatch:
+    """The masks of a batch whose images were masked apart.
+
+    Args:
+        parts: masks, and which image of the batch each of theirs is; every image once.
+
+    Returns:
+        The first context set of every image, then the second of those that have one, and so on; targets likewise.
+
+    Raises:
+        ValueError: no image.
+    """
+    if not parts:
+        raise ValueError("samples (=[]) must name at least one image")
+    context, place = _interleave([(masks.context, at) for masks, at in parts])
+    targets, target_place = _interleave([(masks.targets, at) for masks, at in parts])
+    first = np.cumsum([0, *(len(masks.context) for masks, _ in parts)])
+    of = np.concatenate([masks.context_of.numpy() + start for (masks, _), start in zip(parts, first, strict=False)])
+    pair = np.empty(len(targets), dtype=np.int64)
+    pair[target_place] = place[of]
+    return MaskBatch(context, targets, grid, torch.from_numpy(pair))
+
+
+def _interleave(parts: Sequence[tuple[PatchSets, IntArray]]) -> tuple[PatchSets, IntArray]:
+    """The sets of all parts, ordered by their number within their image, then by image; and where each went, [S]."""
+    image = np.concatenate([at[sets.image.numpy()] for sets, at in parts])
+    lengths = np.concatenate([sets.lengths.on_host for sets, _ in parts])
+    by_image = np.argsort(image, kind="stable")
+    count = np.bincount(image)
+    number = np.empty_like(image)  # of each set within its image
+    number[by_image] = np.arange(len(image)) - np.repeat(np.cumsum(count) - count, count)
+    order = np.lexsort((image, number))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    starts = np.cumsum(lengths) - lengths
+    moved = lengths[order]
+    token = np.arange(moved.sum()) + np.repeat(starts[order] - (np.cumsum(moved) - moved), moved)  # [P]
+    index = np.concatenate([sets.index.numpy() for sets, _ in parts])[token]
+    return PatchSets(torch.from_numpy(index), torch.from_numpy(image[order]), SetLengths(moved.tolist())), place

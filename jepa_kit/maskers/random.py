@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jepa_kit.maskers.checks import check_grid
+from jepa_kit.maskers.checks import check_grid, check_ratio
 from jepa_kit.maskers.packing import keep_random, mask_batch
 from jepa_kit.registry import MASKERS
 from jepa_kit.rng import IntArray, Stream, uniforms
@@ -30,15 +30,9 @@ class Random:
 
     def __init__(self, *, grid: Grid, ratio: float = 0.6) -> None:
         self.grid = check_grid(grid)
-        patches = self.grid[0] * self.grid[1]
         self.ratio = ratio
-        self.num_targets = round(patches * ratio)
+        self.num_targets = check_ratio("ratio", ratio, self.grid)
         """Patches of an image that are targets."""
-        if not 0 < self.num_targets < patches:
-            raise ValueError(
-                f"ratio (={ratio}) must leave a target and a context among the {patches} patches of a "
-                f"{self.grid[0]} x {self.grid[1]} grid: from {1 / patches:.3g} to {1 - 1 / patches:.3g}"
-            )
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks of a batch; see ``Masker``. ``step`` is not looked at."""

@@ -1,0 +1,71 @@
+"""Causal masking: the first patches in raster order are the context, those after them the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jepa_kit.maskers.checks import check_at_least, check_grid
+from jepa_kit.maskers.packing import mask_batch
+from jepa_kit.registry import MASKERS
+from jepa_kit.rng import IntArray, Stream, uniforms
+from jepa_kit.structures import Grid, MaskBatch
+
+
+@MASKERS.register("causal")
+class Causal:
+    """A raster prefix of random length is the context of an image; the patches after it are its one target.
+
+    Source: the prefix of AIM (El-Nouby et al. 2024, arXiv 2401.08541), whose length is drawn uniformly and whose loss
+    is taken on the rest; raster order is that of iGPT (Chen et al. 2020). Departure: the target patches are predicted
+    together, each from the prefix alone, and not each from all before it.
+
+    The bottom of the image is never context unless the top is: that is what the strategy means. Results with I-JEPA
+    are not published and not yet measured here.
+
+    Args:
+        grid: (H, W), each at least 4.
+        context_ratio: (low, high), share of the patches in the context, 0 to 1. Whole lengths between are equally
+            likely; at least one patch is left for the context and ``target_length`` (or one) for the target.
+        target_length: patches in the target, those next after the context; None takes all the rest.
+
+    Raises:
+        ValueError: the grid is too small, or an option is out of its range.
+    """
+
+    def __init__(
+        self, *, grid: Grid, context_ratio: tuple[float, float] = (0.0, 1.0), target_length: int | None = None
+    ) -> None:
+        self.grid = check_grid(grid)
+        patches = self.grid[0] * self.grid[1]
+        self.target_length = target_length
+        if target_length is not None:
+            check_at_least("target_length", target_length, 1)
+            if target_length >= patches:
+                raise ValueError(
+                    f"target_length (={target_length}) must be at most {patches - 1}: "
+                    f"a grid of {self.grid[0]} x {self.grid[1]} has {patches} patches, and one is context"
+                )
+        self.context_ratio = _check_ratio(context_ratio)
+        low, high = (round(patches * share) for share in self.context_ratio)
+        most = patches - (target_length or 1)
+        self.shortest, self.longest = min(max(low, 1), most), min(max(high, 1), most)
+        """Patches of the shortest and of the longest context that can be drawn."""
+
+    def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
+        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        u = uniforms(Stream.MASK, samples, 1, seed=seed, epoch=epoch)  # [B, 1]
+        length = self.shortest + (u * (self.longest - self.shortest + 1)).astype(np.int64)
+        place = np.arange(self.grid[0] * self.grid[1])
+        context = place < length  # [B, N]
+        target = ~context
+        if self.target_length is not None:
+            target &= place < length + self.target_length
+        return mask_batch(context[None], target[None], self.grid)
+
+
+def _check_ratio(ratio: Sequence[float]) -> tuple[float, float]:
+    if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
+        raise ValueError(f"context_ratio (={tuple(ratio)}) must be (low, high) with 0 <= low <= high <= 1")
+    return float(ratio[0]), float(ratio[1])

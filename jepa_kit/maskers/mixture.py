@@ -1,0 +1,96 @@
+"""A mixture of maskers: each image gets its masks from one of several, drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jepa_kit.maskers.checks import check_grid
+from jepa_kit.maskers.packing import join
+from jepa_kit.registry import MASKERS, did_you_mean
+from jepa_kit.rng import IntArray, Stream, uniforms
+from jepa_kit.structures import Grid, MaskBatch
+
+CHOICE = 2**16 - 1
+"""The attempt whose numbers choose the member: no masker redraws so often."""
+
+
+@MASKERS.register("mixture")
+class Mixture:
+    """A union of maskers with weights; which one an image gets is a pure function of (seed, epoch, sample).
+
+    The context sets of a batch are the first of every image, then the second of those that have one, and so on; target
+    sets likewise. Where members give an image unlike numbers of target sets, an image with more of them has more weight
+    in the loss, which is a mean over target sets (and ranks then average means over unlike numbers).
+
+    Training on several masking strategies at once is that of V-JEPA's groups (arXiv 2404.08471), drawn here image by
+    image instead of all for each. Results are not yet measured here.
+
+    Args:
+        grid: (H, W), each at least 4.
+        maskers: of each member its name and its options, as the config's masker slot takes them.
+        weights: of the members, in proportion to how often each is drawn; None for equal ones.
+
+    Raises:
+        ValueError: no member, one that is not registered, is a mixture or refuses its options (the message begins with
+            ``maskers[i]``); weights that are not one above 0 for each member.
+    """
+
+    nested: ClassVar[dict[str, str]] = {"maskers": "masker"}
+    """Options that list parts, and the slot these belong to: what the config's checks need to know."""
+
+    def __init__(
+        self,
+        *,
+        grid: Grid,
+        maskers: Sequence[dict[str, Any]] = ({"name": "multiblock"}, {"name": "block"}),
+        weights: tuple[float, ...] | None = None,
+    ) -> None:
+        self.grid = check_grid(grid)
+        if not maskers:
+            raise ValueError("maskers (=[]) must hold at least one masker")
+        self.members = [_build(f"maskers[{i}]", part, self.grid) for i, part in enumerate(maskers)]
+        share = np.ones(len(maskers)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if share.shape != (len(maskers),) or not np.isfinite(share).all() or not (share > 0).all():
+            raise ValueError(f"weights (={weights}) must be one number above 0 for each of the {len(maskers)} maskers")
+        self.bounds = np.cumsum(share)[:-1] / share.sum()
+        """[members - 1]: where the numbers of one member end in [0, 1) and those of the next begin."""
+
+    def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
+        """The masks of a batch; see ``Masker``. ``step`` goes to the members."""
+        samples = np.asarray(samples)
+        member = self.member_of(samples, seed=seed, epoch=epoch)
+        images = [np.flatnonzero(member == i) for i in range(len(self.members))]
+        parts = [
+            (masker(samples[at], seed=seed, epoch=epoch, step=step), at)
+            for masker, at in zip(self.members, images, strict=True)
+            if at.size
+        ]
+        return join(parts, self.grid)
+
+    def member_of(self, samples: IntArray, *, seed: int, epoch: int) -> IntArray:
+        """[B]: which member draws the masks of each sample."""
+        u = uniforms(Stream.MASK_SIZE, samples, 1, seed=seed, epoch=epoch, attempt=CHOICE)[:, 0]
+        return np.searchsorted(self.bounds, u, side="right")
+
+
+def _build(path: str, part: Mapping[str, Any], grid: Grid) -> Any:
+    options = dict(part)
+    name = options.pop("name", None)
+    if name not in MASKERS.names():
+        raise ValueError(f"{path}.name: {MASKERS.unknown(name)}")
+    if name == "mixture":  # its choice would be the same number as the outer one's
+        raise ValueError(f"{path}.name (='mixture') must not be a mixture: put its maskers into the outer list")
+    known = MASKERS.options(name)
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"{path}.{key} is not an option of {name!r}{did_you_mean(str(key), known)} "
+                f"It takes: {', '.join(known) or 'nothing'}"
+            )
+    try:
+        return MASKERS.build(name, options, grid=grid)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
