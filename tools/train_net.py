@@ -12,6 +12,12 @@ examples:
   # go on after a stop, exactly
   python tools/train_net.py --config-file runs/first --resume
 
+  # go on with a run of the released code: its weights, the moments of its optimiser and its epoch
+  python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --resume jepa-ep100.pth.tar
+
+  # a new run from weights of any format (docs/checkpoints.md)
+  python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
+
   # another masker, other values: YAML after key=
   python tools/train_net.py --config-file ... masker='{name: random, ratio: 0.6}' optim.lr=5e-4 train.epochs=100
 
@@ -24,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -36,6 +43,9 @@ from jepa_kit.config import load_config
 from jepa_kit.engine.distributed import StartError
 from jepa_kit.engine.loop import train
 
+OVERRIDE = re.compile(r"[\w.\[\]]+=")
+"""How ``key=value`` begins; neither an address nor a path with a folder does."""
+
 
 def parser() -> argparse.ArgumentParser:
     description, _, examples = (__doc__ or "").partition("\n\nexamples:")
@@ -46,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint")
-    p.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of the run folder")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on from the latest checkpoint of the run folder; where it has none, from FILE, a released checkpoint",
+    )
     p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
     return p
@@ -55,14 +71,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
+    resume, resume_from = arguments.resume is not None, arguments.resume or None
+    if resume_from is not None and OVERRIDE.match(resume_from):  # `--resume key=value` names no file
+        overrides, resume_from = [resume_from, *overrides], None
     output_dir = arguments.output_dir
-    if output_dir is None and arguments.resume and os.path.isdir(arguments.config_file):
+    if output_dir is None and resume and os.path.isdir(arguments.config_file):
         # The config in a run folder names the folder as it was seen from where the run was started.
         output_dir = arguments.config_file
     if output_dir is not None:
         overrides.append(f"train.output_dir={json.dumps(output_dir)}")
     try:
-        train(load_config(arguments.config_file, overrides), resume=arguments.resume)
+        train(load_config(arguments.config_file, overrides), resume=resume, resume_from=resume_from)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return fail(2, str(error))
     except (FloatingPointError, StartError) as error:

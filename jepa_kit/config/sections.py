@@ -143,6 +143,7 @@ class TrainConfig(_Section):
         precision: of the matrix products; weights and optimiser are float32 either way.
         seed: of everything random, 0 to 2**63 - 1.
         output_dir: the run folder.
+        init_from: weights to start from, in any format that ``jepa_kit.interop`` reads; None for fresh ones.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints; None for one each epoch.
         keep_checkpoints: how many of the latest checkpoints stay.
@@ -159,6 +160,7 @@ class TrainConfig(_Section):
     precision: Literal["float32", "bf16"] = "bf16"
     seed: int = _option("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, 0)
     output_dir: str = _option("a path", bool, "output")
+    init_from: str | None = _option("a path or an address", bool, None)
     log_every: int = _at_least(1, 10)
     checkpoint_every: int | None = _at_least(1, None)
     keep_checkpoints: int = _at_least(1, 2)

@@ -9,6 +9,7 @@ A file ``checkpoint_<step>.pt`` holds a mapping of plain values and tensors, rea
     config     the resolved config as a mapping
     versions   jepa_kit, torch, python, git commit, ... that wrote the file
     data       what tells the data set apart: ``samples`` and a digest
+    origin     for weights that did not begin here: ``source``, ``licence`` (jepa_kit.interop); else empty
 
 The state of a run is weights, optimiser and step: schedules, masks, crops, order and random numbers follow from those.
 
@@ -16,7 +17,8 @@ Resume policy; the order counts:
 
 1. ``resume`` and the folder has a checkpoint: go on from the latest, exactly. It is an error if its config differs from
    the given one in anything but ``FREE``, if the data set is another one, or if names or shapes do not fit.
-2. ``resume`` and the folder has none: start at step 0, and say so.
+2. ``resume`` and the folder has none: go on from the released checkpoint that was named with it
+   (jepa_kit/interop/start.py); where none was, start at step 0, and say so.
 3. No ``resume`` and the folder holds a run (a checkpoint or metrics): an error asks for ``resume`` or another folder.
 4. No ``resume`` and no run there: start at step 0.
 """
@@ -28,7 +30,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ FREE = frozenset(
         "train.attention",
         "train.checkpoint_every",
         "train.device",
+        "train.init_from",
         "train.keep_checkpoints",
         "train.log_every",
         "train.output_dir",
@@ -70,6 +73,7 @@ class Checkpoint:
     config: dict[str, Any]
     versions: dict[str, str]
     data: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """State of a child of the model, such as ``target_encoder``, under the child's own names.
@@ -85,6 +89,7 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint after ``step`` updates."""
     return folder / f"checkpoint_{step:08d}.pt"
 
 
@@ -174,7 +179,8 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
             f"(it holds: {keys}); tools/convert_checkpoint.py reads those of other code"
         )
-    return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__})
+    required = [name for name in Checkpoint.__dataclass_fields__ if name != "origin"]
+    return Checkpoint(**{name: content[name] for name in required}, origin=content.get("origin", {}))
 
 
 def _names(names: Iterable[str], most: int = 10) -> str:

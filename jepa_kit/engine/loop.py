@@ -25,6 +25,7 @@ from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.checkpoint import (
     Checkpoint,
+    CheckpointError,
     check_resumable,
     load_checkpoint,
     optimizer_state,
@@ -45,16 +46,18 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.engine.telemetry import Journal, Meter, plot_curves
+from jepa_kit.interop.start import Start, init_from, resume_official
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 from jepa_kit.rng import Stream, generator
 
 
-def train(config: Config, *, resume: bool = False) -> Path:
+def train(config: Config, *, resume: bool = False, resume_from: str | None = None) -> Path:
     """Trains a config, in this process or, under torchrun, in all of its processes.
 
     Args:
         config: checked.
         resume: go on with the run in ``train.output_dir``; the policy is in checkpoint.py.
+        resume_from: a released checkpoint to go on from, while the run folder holds none of its own.
 
     Returns:
         the run folder.
@@ -68,11 +71,11 @@ def train(config: Config, *, resume: bool = False) -> Path:
     device = choose_device(config.train.device, world)
     with process_group(world, device):
         folder = Path(config.train.output_dir)
-        latest = from_main(lambda: plan_resume(folder, resume))
+        latest = from_main(lambda: plan_resume(folder, resume or resume_from is not None))
         run = build_run(config, world, device)
-        first = start_from(run, latest)
-        from_main(lambda: announce(run, folder, first, resume))
-        run_steps(run, folder, first)
+        start = start_from(run, latest, resume_from)
+        from_main(lambda: announce(run, folder, start, resume))
+        run_steps(run, folder, start)
         if world.is_main:
             plot_curves(folder)
             print(f"done: {folder}", flush=True)
@@ -161,21 +164,35 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     )
 
 
-def start_from(run: Run, latest: Path | None) -> int:
-    """Restores the checkpoint, if there is one; the number of the next step.
+def start_from(run: Run, latest: Path | None, resume_from: str | None = None) -> Start:
+    """Gives the run its weights: of its own checkpoint, of a released one, of ``train.init_from``, or the first ones.
 
     Raises:
-        CheckpointError: it cannot be read, or does not fit.
+        CheckpointError: a file that cannot be read, or does not fit.
+        FileNotFoundError: there is no such file.
     """
-    if latest is None:
-        return 0
-    checkpoint = load_checkpoint(latest)
-    check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
-    restore(checkpoint, run.jepa, run.optimizer)
-    return checkpoint.step
+    if latest is not None:
+        checkpoint = load_checkpoint(latest)
+        check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
+        restore(checkpoint, run.jepa, run.optimizer)
+        origin: dict[str, Any] = {
+            key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin
+        }
+        return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
+    if resume_from is not None:
+        start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)
+        if start.step >= run.schedule.steps:
+            raise CheckpointError(
+                f"{resume_from} is at step {start.step}, and a run of train.epochs (={run.config.train.epochs}) ends "
+                f"at step {run.schedule.steps}: there is nothing left to do"
+            )
+        return start
+    if run.config.train.init_from is not None:
+        return init_from(run.jepa, run.config.train.init_from)
+    return Start(0, {}, [])
 
 
-def announce(run: Run, folder: Path, first: int, resume: bool) -> None:
+def announce(run: Run, folder: Path, start: Start, resume: bool) -> None:
     """Prints and saves what runs where: ``config.yaml`` and ``run.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     run.config.save(folder)
@@ -190,7 +207,8 @@ def announce(run: Run, folder: Path, first: int, resume: bool) -> None:
         "parameters": {name: count for name, count in parameters.items() if count},
         "steps": run.schedule.steps,
         "steps_per_epoch": run.steps_per_epoch,
-        "first_step": first,
+        "first_step": start.step,
+        "origin": start.origin,
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
@@ -201,9 +219,9 @@ def announce(run: Run, folder: Path, first: int, resume: bool) -> None:
     print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
     print(f"parameters: {counts}")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
-    if resume and first:
-        print(f"resumed at step {first:,}")
-    elif resume:
+    for line in start.lines:
+        print(line)
+    if resume and not start.step:
         print(f"nothing to resume: {folder} holds no checkpoint; starting at step 0")
     print(f"run folder: {folder}", flush=True)
 
@@ -213,13 +231,13 @@ def seed_torch(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(generator(Stream.STEP, seed=seed, epoch=step, lane=rank).integers(2**63)))
 
 
-def run_steps(run: Run, folder: Path, first: int) -> None:
-    """Steps ``first`` to the last, with lines and checkpoints.
+def run_steps(run: Run, folder: Path, start: Start) -> None:
+    """All steps from the start's to the last, with lines and checkpoints.
 
     Raises:
         FloatingPointError: loss or weights are no longer finite; no checkpoint is written after it.
     """
-    settings, last = run.config.train, run.schedule.steps - 1
+    settings, first, last = run.config.train, start.step, run.schedule.steps - 1
     every = settings.checkpoint_every or run.steps_per_epoch
     autocast: Any = nullcontext
     if settings.precision == "bf16":
@@ -256,11 +274,11 @@ def run_steps(run: Run, folder: Path, first: int) -> None:
                 journal.advance()
             if saving:
                 with meter.pausing():
-                    from_main(partial(save, run, folder, step + 1))
+                    from_main(partial(save, run, folder, step + 1, start.origin))
 
 
-def save(run: Run, folder: Path, step: int) -> None:
-    """Writes the checkpoint of ``step`` updates.
+def save(run: Run, folder: Path, step: int, origin: dict[str, Any]) -> None:
+    """Writes the checkpoint of ``step`` updates; ``origin`` is where the run's weights came from.
 
     Raises:
         FloatingPointError: weights are not finite, so that nothing could go on from them.
@@ -279,5 +297,6 @@ def save(run: Run, folder: Path, step: int) -> None:
         config=run.config.to_dict(),
         versions=versions(),
         data=data_identity(run.dataset),
+        origin=origin,
     )
     save_checkpoint(folder, checkpoint, keep=run.config.train.keep_checkpoints)

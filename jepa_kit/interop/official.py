@@ -1,17 +1,51 @@
-"""The parameter names of the released I-JEPA code, and ours.
+"""The released I-JEPA checkpoints (``.pth.tar``): names, layout, optimiser; read whole, and written back as they were.
+
+A file holds ``encoder``, ``predictor``, ``target_encoder`` (names with ``module.`` where DDP wrote them), ``opt``,
+``scaler``, ``epoch`` (those done), ``loss``, ``batch_size`` (of one process), ``world_size`` and ``lr``.
 
 Encoders have the same names in both, but for the position table, which the release stores and we compute.
 The release's predictor puts ``predictor_`` before most of its names, and its mask token has one more axis.
+
+The released AdamW numbers its parameters group by group: encoder weights, predictor weights, encoder biases and 1-D,
+predictor biases and 1-D, each in the order of the state dict. The position tables are among the first two, and never
+get a state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from jepa_kit.config import Config
+from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError
+from jepa_kit.engine.schedules import Schedule
+from jepa_kit.interop.files import open_archive
+from jepa_kit.interop.native import architecture_of, config_of, released_config, steps_per_epoch
+from jepa_kit.interop.weights import ABOUT, Architecture, check_positions, check_shapes, shapes_to_architecture
 
 PREFIX = "predictor_"
 POSITIONS = ("pos_embed", "predictor_pos_embed")
+MODULE = "module."
+PARTS = ("encoder", "predictor", "target_encoder")
+TABLE = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
+
+LICENCE = "CC-BY-NC-4.0"
+RELEASED_FILES = frozenset(
+    {
+        "IN1K-vit.h.14-300e.pth.tar",
+        "IN1K-vit.h.16-448px-300e.pth.tar",
+        "IN22K-vit.h.14-900e.pth.tar",
+        "IN22K-vit.g.16-600e.pth.tar",
+    }
+)
+"""The files at dl.fbaipublicfiles.com/ijepa, whose repository states the licence."""
 
 
 def encoder_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -31,3 +65,301 @@ def predictor_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def predictor_name_to_official(name: str) -> str:
     """Our name of a predictor's parameter as the release has it."""
     return name if name == "mask_token" else PREFIX + name
+
+
+def licence_of(path: Path) -> str:
+    """What is known of the licence of a file in the released layout, which does not state one itself."""
+    return LICENCE if path.name in RELEASED_FILES else f"not stated ({LICENCE} if these are weights released by Meta)"
+
+
+def read(path: Path, *, num_heads: int | None = None) -> Checkpoint:
+    """Reads a file in the released layout, with the parts that it has.
+
+    A file that ``write`` made of a run of ours carries config, step and origin. For another one they are: the released
+    recipe with the sizes of the weights; ``epoch`` times the fewest updates an epoch that AdamW's count allows
+    (the release skips an update whose gradients overflow, so its count may lag); and the file itself.
+
+    Args:
+        path: of the file.
+        num_heads: of encoder and predictor, where the encoder is not of a known size.
+
+    Raises:
+        CheckpointError: it cannot be read, or parts of it do not belong together.
+    """
+    held = open_archive(path)
+    named = {part: held[part] for part in PARTS if isinstance(held.get(part), dict)}
+    if not named.keys() & {"encoder", "target_encoder"}:
+        raise CheckpointError(f"{path} has no encoder and no target_encoder; it holds {', '.join(held)}")
+    prefix = {part: MODULE if all(n.startswith(MODULE) for n in state) else "" for part, state in named.items()}
+    parts = {part: {n.removeprefix(prefix[part]): v for n, v in state.items()} for part, state in named.items()}
+    note = held.get(ABOUT)
+    shape = _encoders(parts, path, note, num_heads)
+    positions = _positions(parts, shape, path)
+    model = {
+        f"{part}.{name}": value
+        for part, state in parts.items()
+        for name, value in (predictor_from_official if part == "predictor" else encoder_from_official)(state).items()
+    }
+    optimizer = _optimizer(held.get("opt"), parts, path)
+    if note is not None:
+        origin = {**note["origin"], **({"positions": positions} if positions else {})}
+        return Checkpoint(model=model, optimizer=optimizer, **{**note, "origin": origin})
+    epoch = int(held.get("epoch") or 0)
+    count = max((int(state["step"]) for state in optimizer.values() if "step" in state), default=0)
+    per_epoch = max(1, math.ceil(count / epoch)) if epoch else None
+    origin = {
+        "source": f"{path.name} (released layout)",
+        "licence": licence_of(path),
+        "released": {
+            "step": epoch * per_epoch if per_epoch else count,
+            "keys": list(held),
+            "prefix": prefix,
+            "param_groups": (held.get("opt") or {}).get("param_groups"),
+            "values": {key: value for key, value in held.items() if key not in (*PARTS, "opt")},
+        },
+        **({"positions": positions} if positions else {}),
+    }
+    config = released_config(
+        shape,
+        predictor=_predictor_options(parts, shape, path),
+        optim=_optim_options(held.get("lr")),
+        train={
+            "batch_size": int(held.get("batch_size") or 2048) * int(held.get("world_size") or 1),
+            "epochs": max(300, epoch),
+            "steps_per_epoch": per_epoch,
+        },
+    )
+    step = origin["released"]["step"]
+    return Checkpoint(step=step, model=model, optimizer=optimizer, config=config, versions={}, data={}, origin=origin)
+
+
+def _encoders(parts: Mapping[str, Any], path: Path, note: Any, num_heads: int | None) -> Architecture:
+    """The architecture of the encoders, which must be one."""
+    if note is not None:
+        bare = Checkpoint(0, {}, {}, note["config"], {}, {})
+        shape = architecture_of(config_of(bare, str(path)))
+    else:
+        part = "target_encoder" if "target_encoder" in parts else "encoder"
+        table = parts[part].get("pos_embed")
+        shape = shapes_to_architecture(
+            encoder_from_official(parts[part]),
+            f"{part} of {path}",
+            table=None if table is None else table[0],
+            num_heads=num_heads,
+        )
+    for part in parts.keys() & {"encoder", "target_encoder"}:
+        check_shapes(shape, encoder_from_official(parts[part]), f"{part} of {path}")
+    return shape
+
+
+def _positions(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dict[str, Tensor]:
+    """The position tables [N, D] that are not bit for bit the formula's; each part must have one."""
+    found = {}
+    for part, state in parts.items():
+        table = state.get(TABLE[part])
+        if table is None or table.ndim != 3:
+            raise CheckpointError(f"{part} of {path} has no {TABLE[part]} [1, N, D], which the released layout has")
+        own = check_positions(table[0], shape.grid, f"{TABLE[part]} in {part} of {path}")
+        if own is not None:
+            found[part] = own
+    return found
+
+
+def _predictor_options(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dict[str, Any]:
+    """Sizes of the predictor; the release gives it as many heads as the encoder has."""
+    if "predictor" not in parts:
+        return {}
+    state = predictor_from_official(parts["predictor"])
+    numbers = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    if "embed.weight" not in state or "blocks.0.mlp.fc1.weight" not in state:
+        some = ", ".join(list(parts["predictor"])[:6])
+        raise CheckpointError(
+            f"predictor of {path} is not the released one: no predictor_embed.weight; it holds {some}"
+        )
+    width = state["embed.weight"].shape[0]
+    return {
+        "width": width,
+        "depth": 1 + max(numbers),
+        "num_heads": shape.num_heads,
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "norm_eps": shape.norm_eps,
+    }
+
+
+def _optim_options(lr: Any) -> dict[str, Any]:
+    if not isinstance(lr, float) or lr <= 0:
+        return {}
+    return {"lr": lr, "start_lr": min(2e-4, lr), "final_lr": min(1e-6, lr)}
+
+
+def _groups(parts: Mapping[str, Mapping[str, Tensor]]) -> list[list[tuple[str, str]]]:
+    """(part, released name) of each parameter, in the released optimiser's four groups."""
+
+    def decayed(name: str, value: Tensor) -> bool:
+        return "bias" not in name and value.ndim != 1
+
+    return [
+        [(part, name) for name, value in parts[part].items() if decayed(name, value) == want]
+        for want in (True, False)
+        for part in ("encoder", "predictor")
+    ]
+
+
+def _our_name(part: str, name: str) -> str:
+    return f"{part}.{name if part == 'encoder' else name.removeprefix(PREFIX)}"
+
+
+def _optimizer(opt: Any, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by our names; empty where the file has no optimiser."""
+    if opt is None:
+        return {}
+    missing = [part for part in ("encoder", "predictor") if part not in parts]
+    if missing:
+        raise CheckpointError(f"{path} has an optimiser, but no {' and no '.join(missing)} whose moments it would be")
+    groups = _groups(parts)
+    found = [len(group["params"]) for group in opt["param_groups"]]
+    if found != [len(group) for group in groups]:
+        raise CheckpointError(
+            f"the optimiser of {path} has groups of {found} parameters, but its weights make "
+            f"{[len(group) for group in groups]}"
+        )
+    order = [number for group in opt["param_groups"] for number in group["params"]]
+    state: dict[str, dict[str, Tensor]] = {}
+    for number, (part, name) in zip(order, (at for group in groups for at in group), strict=True):
+        held, value = opt["state"].get(number, {}), parts[part][name]
+        if name in POSITIONS:
+            if held:
+                raise CheckpointError(f"the optimiser of {path} has trained {name}, which the release never does")
+            continue
+        wrong = [key for key in ("exp_avg", "exp_avg_sq") if held and held[key].shape != value.shape]
+        if wrong:
+            raise CheckpointError(
+                f"the optimiser of {path} does not fit: {wrong[0]} of {part}.{name} is "
+                f"{tuple(held[wrong[0]].shape)}, not {tuple(value.shape)}"
+            )
+        state[_our_name(part, name)] = {key: _moment(key, name, x) for key, x in held.items()}
+    return state
+
+
+def _moment(key: str, name: str, value: Any) -> Tensor:
+    if key == "step":
+        return torch.as_tensor(value, dtype=torch.float32)  # a number before torch 1.12
+    return value.reshape(1, -1) if name == "mask_token" else value
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes the released layout. What came from such a file and had no update since is written as it was.
+
+    Raises:
+        CheckpointError: parts or weights that the released layout has no place for.
+    """
+    what = f"the checkpoint of step {checkpoint.step}"
+    config = config_of(checkpoint, what)
+    strange = [name for name in checkpoint.model if name.partition(".")[0] not in PARTS]
+    if config.slots["predictor"].name != "vit" or strange:
+        name = config.slots["predictor"].name
+        raise CheckpointError(
+            f"{what} has no place in the released layout: predictor.name (={name!r}) must be 'vit', and weights beside "
+            f"{', '.join(PARTS)} cannot be kept: {', '.join(strange) or 'none'}"
+        )
+    kept = checkpoint.origin.get("released")
+    kept = kept if kept and kept["step"] == checkpoint.step else None
+    parts = _to_parts(checkpoint, architecture_of(config))
+    prefix = kept["prefix"] if kept else {}
+    content: dict[str, Any] = {
+        part: {prefix.get(part, MODULE) + name: value for name, value in state.items()} for part, state in parts.items()
+    }
+    if checkpoint.optimizer:
+        content["opt"] = _to_opt(checkpoint, config, parts, kept)
+    if kept:
+        content |= kept["values"]
+        content = {key: content[key] for key in kept["keys"] if key in content} | content
+    else:
+        content |= _values(checkpoint, config)
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
+def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str, Tensor]]:
+    """Each part under the released names and in the released order, with its position table."""
+    tables = checkpoint.origin.get("positions", {})
+    parts: dict[str, dict[str, Tensor]] = {}
+    for part in PARTS:
+        state = {k[len(part) + 1 :]: v for k, v in checkpoint.model.items() if k.startswith(f"{part}.")}
+        if not state:
+            continue
+        first = state["embed.bias" if part == "predictor" else "patch_embed.proj.bias"]
+        table = tables.get(part, sincos_2d(len(first), shape.grid).to(_stored(first)))[None]
+        if part == "predictor":
+            token = state.pop("mask_token")
+            named = {PREFIX + name: value for name, value in state.items()}
+            parts[part] = {"mask_token": token.reshape(1, 1, -1), TABLE[part]: table, **named}
+        else:
+            parts[part] = {TABLE[part]: table, **state}
+    return parts
+
+
+def _stored(weight: Tensor) -> torch.dtype:
+    # The release makes its tables in float32 whatever the model's precision is.
+    return torch.float32 if weight.dtype == torch.float64 else weight.dtype
+
+
+def _to_opt(checkpoint: Checkpoint, config: Config, parts: Mapping[str, Any], kept: Any) -> dict[str, Any]:
+    groups = _groups(parts)
+    state = {}
+    for number, (part, name) in enumerate(at for group in groups for at in group):
+        held = checkpoint.optimizer.get(_our_name(part, name))
+        if held:
+            shape = parts[part][name].shape
+            state[number] = {key: x if key == "step" else x.reshape(shape) for key, x in held.items()}
+    if kept:
+        return {"state": state, "param_groups": kept["param_groups"]}
+    lr, decay = _last_hyper(checkpoint, config)
+    blank = [torch.nn.Parameter(torch.empty(0)) for group in groups for _ in group]
+    ends = [sum(map(len, groups[:i])) for i in range(len(groups) + 1)]
+    held_groups: list[dict[str, Any]] = [
+        {"params": blank[a:b]} | ({"WD_exclude": True, "weight_decay": 0} if i > 1 else {"weight_decay": decay})
+        for i, (a, b) in enumerate(pairwise(ends))
+    ]
+    optimizer = torch.optim.AdamW(held_groups, lr=lr, betas=config.optim.betas, eps=config.optim.eps)
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _last_hyper(checkpoint: Checkpoint, config: Config) -> tuple[float, float]:
+    """Learning rate and weight decay of the last update, as far as the length of an epoch is known."""
+    per_epoch, optim = steps_per_epoch(config, checkpoint.data), config.optim
+    if not per_epoch:
+        return optim.lr, optim.weight_decay[0]
+    schedule = Schedule(
+        epochs=config.train.epochs,
+        steps_per_epoch=per_epoch,
+        lr=optim.lr,
+        start_lr=optim.start_lr,
+        final_lr=optim.final_lr,
+        warmup_epochs=optim.warmup_epochs,
+        weight_decay=optim.weight_decay,
+        stretch=optim.stretch,
+    )
+    hyper = schedule(min(max(checkpoint.step - 1, 0), schedule.steps - 1))
+    return hyper.lr, hyper.weight_decay
+
+
+def _values(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
+    """The numbers beside the weights, and our note, which the released code does not look at."""
+    per_epoch = steps_per_epoch(config, checkpoint.data)
+    origin = {key: value for key, value in checkpoint.origin.items() if key not in ("positions", "released")}
+    return {
+        "scaler": None,
+        "epoch": checkpoint.step // per_epoch if per_epoch else 0,
+        "loss": None,
+        "batch_size": config.train.batch_size,
+        "world_size": 1,
+        "lr": config.optim.lr,
+        ABOUT: {
+            "step": checkpoint.step,
+            "config": checkpoint.config,
+            "versions": checkpoint.versions,
+            "data": checkpoint.data,
+            "origin": origin,
+        },
+    }

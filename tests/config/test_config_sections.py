@@ -44,6 +44,7 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("train", "seed", -1, "seed (=-1) must be from 0 to 2**63 - 1"),
     ("train", "seed", 2**63, f"seed (={2**63}) must be from 0 to 2**63 - 1"),
     ("train", "output_dir", "", "output_dir (='') must be a path"),
+    ("train", "init_from", "", "init_from (='') must be a path or an address"),
     ("train", "log_every", 0, "log_every (=0) must be at least 1"),
     ("train", "checkpoint_every", 0, "checkpoint_every (=0) must be at least 1"),
     ("train", "keep_checkpoints", 0, "keep_checkpoints (=0) must be at least 1"),

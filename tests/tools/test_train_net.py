@@ -13,6 +13,7 @@ from PIL import Image
 from jepa_kit.data.shard_writing import Sample, write_index, write_shard
 from jepa_kit.engine.distributed import StartError
 from jepa_kit.engine.telemetry import read_metrics
+from jepa_kit.interop.formats import convert
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
 
@@ -111,6 +112,25 @@ def test_overrides_may_stand_anywhere(tool, command, tmp_path):
     assert [line["lr"] for line in read_metrics(tmp_path / "run")] == pytest.approx([1e-3, 1e-6], rel=1e-2)
 
 
+def test_resume_before_an_override(tool, command, tmp_path):
+    """What follows --resume is a file only if it does not look like key=value."""
+    assert tool.main([*command, "--resume", "train.epochs=1"]) == 0
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_released_checkpoint_to_go_on_from(tool, command, refused, tmp_path, capsys):
+    assert tool.main(command) == 0
+    run = tmp_path / "run"
+    convert(run / "checkpoint_00000002.pt", tmp_path / "epoch1.pth.tar", to="official")
+    for file in run.iterdir():
+        file.unlink()
+    assert tool.main([*command, "--resume", str(tmp_path / "epoch1.pth.tar")]) == 0
+    assert [line["step"] for line in read_metrics(run)] == [2, 3]
+    assert "after 1 epochs, step 2" in capsys.readouterr().out
+    command[3] = str(tmp_path / "other")
+    assert "there is no file nothing.pth.tar" in refused(2, *command, "--resume", "nothing.pth.tar")
+
+
 def test_a_run_folder_goes_on_where_it_is(tool, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command[3] = "a run's folder"  # relative, and not plain in YAML
@@ -160,7 +180,7 @@ def test_a_run_that_diverges(refused, command):
 
 
 def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
-    def no_one(config, *, resume):
+    def no_one(config, *, resume, resume_from):
         raise StartError("rank 1 of 2 could not join the others")
 
     monkeypatch.setattr(tool, "train", no_one)
@@ -170,7 +190,7 @@ def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
 
 
 def test_an_interruption(refused, command, tool, monkeypatch):
-    def interrupted(config, *, resume):
+    def interrupted(config, *, resume, resume_from):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tool, "train", interrupted)

@@ -1,0 +1,161 @@
+"""Files of weights: where they come from, what they are by their content, and opening them without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from iopath.common.file_io import HTTPURLHandler, PathManager
+
+from jepa_kit.engine.checkpoint import FORMAT, CheckpointError, checkpoints
+from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
+
+Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
+
+FORMATS = "official, jepa_kit, hf (a folder), timm, safetensors, onnx"
+
+path_manager = PathManager()
+path_manager.register_handler(HTTPURLHandler())
+
+
+def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Path:
+    """The file or folder, downloaded through iopath's cache where it is an address.
+
+    Args:
+        path_or_url: a path, or an http address of one file.
+        sha256: what the file's SHA-256 must be, in hex; None where it is not known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: another checksum (a download is deleted then), or an address that gave nothing.
+    """
+    text = os.fspath(path_or_url)
+    remote = "://" in text
+    try:
+        path = Path(path_manager.get_local_path(text)) if remote else Path(text).expanduser()
+    except OSError as error:
+        raise CheckpointError(f"{text} could not be downloaded: {error}") from error
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {text}")
+    if sha256 is None:
+        return path
+    if path.is_dir():
+        raise CheckpointError(f"{text} is a folder, and sha256 is of one file")
+    with path.open("rb") as file:
+        found = _sha256(file)
+    if found != sha256.lower():
+        if remote:
+            path.unlink()  # the cache would give the same file again
+        raise CheckpointError(f"{text} has SHA-256 {found}, not {sha256.lower()}: it is damaged, or another file")
+    return path
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def recognise(path: Path) -> Format:
+    """The format of a file or folder, by its content.
+
+    Raises:
+        CheckpointError: none of the formats; the message says what it looks like instead.
+    """
+    if path.is_dir():
+        return _recognise_folder(path)
+    with path.open("rb") as file:
+        start = file.read(512)
+    what = f"{path} ({path.stat().st_size} bytes)"
+    if start.startswith(b"PK\x03\x04"):
+        return _recognise_archive(path)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
+        return "safetensors" if read_header(path).get("__metadata__", {}).get("format_name") == FORMAT_NAME else "timm"
+    if start[:1] == b"\x08":  # the field ir_version of a protobuf
+        return "onnx"
+    if not start:
+        raise CheckpointError(f"{what} is empty")
+    if start.lstrip()[:1] == b"<":
+        raise CheckpointError(
+            f"{what} is a web page, not weights: the address leads to a page (a login, an error, a file browser)"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{what} is a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
+    if start[:1] == b"\x80":
+        raise CheckpointError(
+            f"{what} is a bare pickle, which can run code as it is read, and is refused. A checkpoint of torch before "
+            "1.6 is one: load it where you trust it, and save it anew"
+        )
+    raise CheckpointError(f"{what} is none of the formats {FORMATS}: it begins with {start[:8]!r}")
+
+
+def _recognise_folder(path: Path) -> Format:
+    if checkpoints(path):
+        return "jepa_kit"
+    config = path / "config.json"
+    if config.is_file():
+        held = read_json(config)
+        return "timm" if "architecture" in held and "model_type" not in held else "hf"
+    raise CheckpointError(
+        f"the folder {path} is neither a run folder (checkpoint_<step>.pt) nor one of transformers (config.json)"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        CheckpointError: it is another thing.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path} must hold a mapping, not a {type(held).__name__}")
+    return held
+
+
+def _recognise_archive(path: Path) -> Format:
+    held = open_archive(path)
+    if held.get("format") == FORMAT:
+        return "jepa_kit"
+    if any(isinstance(held.get(part), dict) for part in ("encoder", "target_encoder")):
+        return "official"
+    return "timm"
+
+
+def open_archive(path: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, its tensors mapped from the file; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: a file cut short, damaged, with objects that could run code, or without a mapping.
+    """
+    what = f"{path} ({path.stat().st_size} bytes)"
+    if not zipfile.is_zipfile(path):  # the archive's directory is at its end
+        raise CheckpointError(f"{what} is cut short: its end is missing")
+    try:
+        held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{what} holds other things than tensors and plain values, which could run code, and is refused: "
+            f"{_reason(error)}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {_reason(error)}") from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{what} must hold a mapping of names to tensors, not a {type(held).__name__}")
+    return {str(key): value for key, value in held.items()}
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return (telling or lines or [type(error).__name__])[0][:200]

@@ -1,0 +1,182 @@
+"""Any format in, any format out: ``read``, ``read_encoder``, ``write``, and ``convert`` from file to file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import get_args
+
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
+from jepa_kit.interop.files import Format, fetch, recognise
+from jepa_kit.interop.weights import EncoderWeights, Positions, choose
+
+WHOLE = ("official", "jepa_kit")
+"""Formats of a whole run; the others hold one encoder."""
+
+
+def read(
+    path: Path,
+    format: Format | None = None,
+    *,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    positions: Positions = "formula",
+) -> Checkpoint | EncoderWeights:
+    """What a file or folder holds.
+
+    Args:
+        path: of it.
+        format: what it must be; None for whatever its content says.
+        num_heads: for official and timm, where it is not a known size.
+        image_size: for timm, where the position table does not tell it.
+        positions: see ``check_positions``.
+
+    Returns:
+        a Checkpoint from official and jepa_kit, EncoderWeights from the others.
+
+    Raises:
+        CheckpointError: it is another format, or cannot be read.
+    """
+    found = recognise(path)
+    if format is not None and found != format:
+        raise CheckpointError(f"{path} is not in the format {format!r}: by its content it is {found!r}")
+    if found == "official":
+        return official.read(path, num_heads=num_heads)
+    if found == "jepa_kit":
+        return load_checkpoint(path)
+    if found == "hf":
+        return hf.read(path, positions=positions)
+    if found == "timm":
+        return timm.read(path, positions=positions, num_heads=num_heads, image_size=image_size)
+    return (safetensors if found == "safetensors" else onnx).read(path, positions=positions)
+
+
+def read_encoder(
+    path_or_url: str | os.PathLike[str],
+    encoder: str | None = "target",
+    *,
+    sha256: str | None = None,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    positions: Positions = "formula",
+) -> EncoderWeights:
+    """The weights of one encoder, from any format.
+
+    Args:
+        path_or_url: see ``fetch``.
+        encoder: ``target``, ``context``, or None for what the file holds (the target encoder where it has both).
+        sha256: of the file.
+        (others): see ``read``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read, or does not hold this encoder.
+        ValueError: another word for ``encoder``.
+    """
+    path = fetch(path_or_url, sha256)
+    held = read(path, num_heads=num_heads, image_size=image_size, positions=positions)
+    return encoder_from(held, encoder, path.name)
+
+
+def encoder_from(held: Checkpoint | EncoderWeights, encoder: str | None, source: str) -> EncoderWeights:
+    """One encoder of what ``read`` gave."""
+    if isinstance(held, Checkpoint):
+        return native.encoder_of(held, encoder, f"{source} (jepa_kit)")
+    return choose(held, encoder)
+
+
+def write(
+    held: Checkpoint | EncoderWeights,
+    path: Path,
+    format: Format,
+    *,
+    encoder: str | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> str:
+    """Writes it in a format; says in words what was written.
+
+    Args:
+        held: what ``read`` gave. An encoder alone becomes a checkpoint with that encoder alone.
+        path: of a file, for hf of a folder; nothing may be there.
+        format: to write.
+        encoder: which, for formats of one encoder; None for the target encoder, or what there is.
+        image_size: for onnx, (h, w) that the graph takes.
+
+    Raises:
+        FileExistsError: something is there.
+        CheckpointError: what the format has no place for.
+        ValueError: options that the format does not take.
+    """
+    if image_size is not None and format != "onnx":
+        raise ValueError(
+            f"image_size (={image_size}) is for onnx, whose graphs have one size; {format} keeps the trained"
+        )
+    if path.exists():
+        raise FileExistsError(f"{path} is there already")
+    if format in WHOLE:
+        if isinstance(held, Checkpoint) and encoder is not None:
+            raise ValueError(f"encoder (={encoder!r}) is for formats of one encoder; {format} keeps all parts")
+        whole = held if isinstance(held, Checkpoint) else native.checkpoint_of(choose(held, encoder))
+        _in_one_piece(path, lambda at: (official if format == "official" else native).write(whole, at))
+        return _words(whole)
+    weights = encoder_from(held, encoder, "a checkpoint")
+    if format == "onnx":
+        onnx.write(weights, path, image_size=image_size)
+        note = (
+            "" if image_size in (None, weights.architecture.image_size) else f"; positions interpolated to {image_size}"
+        )
+        return weights.words() + note
+    writers = {"hf": hf.write, "timm": timm.write, "safetensors": safetensors.write}
+    _in_one_piece(path, lambda at: writers[format](weights, at))
+    return weights.words()
+
+
+def _in_one_piece(path: Path, write: object) -> None:
+    """Writes beside, then renames: a crash leaves nothing under the name."""
+    part = path.with_name(f".{path.name}.part")
+    assert callable(write)
+    try:
+        write(part)
+        part.rename(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _words(checkpoint: Checkpoint) -> str:
+    parts = sorted({name.partition(".")[0] for name in checkpoint.model})
+    words = [f"{', '.join(parts)} of {native.origin_words(checkpoint)}", f"step {checkpoint.step}"]
+    moments = sum(1 for state in checkpoint.optimizer.values() if state)
+    words.append(f"moments of {moments} parameters" if moments else "no optimiser")
+    return "; ".join([*words, f"licence {checkpoint.origin.get('licence', 'not stated')}"])
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: Format,
+    from_: Format | None = None,
+    encoder: str | None = None,
+    sha256: str | None = None,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    positions: Positions = "formula",
+) -> str:
+    """From one file or folder to another; see ``read`` and ``write``.
+
+    Returns:
+        what was written, in words.
+    """
+    for name, value in (("from", from_), ("to", to)):
+        if value is not None and value not in get_args(Format):
+            raise ValueError(f"{name} (={value!r}) must be one of {', '.join(get_args(Format))}")
+    path = fetch(source, sha256)
+    held = read(path, from_, num_heads=num_heads, positions=positions)
+    if isinstance(held, Checkpoint) and to not in WHOLE:
+        held, encoder = encoder_from(held, encoder, path.name), None
+    return write(held, Path(target), to, encoder=encoder, image_size=image_size)

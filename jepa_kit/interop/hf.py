@@ -1,0 +1,247 @@
+"""Hugging Face: a folder that ``transformers.IJepaModel.from_pretrained`` loads, with config and preprocessor.
+
+transformers keeps q, k and v apart, and stores a position table [1, N, D]. Its file names of the weights have been
+the same since its first I-JEPA (``encoder.layer.0...``); version 5 has others in memory (``layers.0...``), and both
+are read. What it offers of the release (``facebook/ijepa_*``) is the context encoder, with a preprocessor
+that normalises with 0.5, not with ImageNet's mean and standard deviation as the release did in training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kit.config import DataConfig
+from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.files import open_archive, read_json
+from jepa_kit.interop.safetensors import read_file, write_file
+from jepa_kit.interop.weights import (
+    ABOUT,
+    Architecture,
+    EncoderWeights,
+    Positions,
+    Provenance,
+    check_positions,
+    check_shapes,
+    read_about,
+)
+
+TABLE = "embeddings.position_embeddings"
+ENDS = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+"""Theirs -> ours, outside of the blocks."""
+
+BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+"""Theirs (in files) -> ours, in a block; beside q, k and v."""
+
+IN_MEMORY = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+"""Theirs in memory since transformers 5 -> theirs in files."""
+
+QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+HEADS = ("classifier.", "pooler.", "embeddings.mask_token")
+
+
+def write(weights: EncoderWeights, folder: Path) -> None:
+    """Writes config, weights, preprocessor and a card that says what they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = weights.about()
+    _write_json(folder / "config.json", {**to_config(weights.architecture), ABOUT: json.loads(about)})
+    _write_json(folder / "preprocessor_config.json", _preprocessor(weights))
+    write_file(folder / "model.safetensors", to_names(weights), {"format": "pt", ABOUT: about})
+    licence = weights.provenance.licence
+    lines = ["---", *([f"license: {licence.lower()}"] if licence and " " not in licence else [])]
+    lines += ["library_name: transformers", "pipeline_tag: image-feature-extraction", "---", "", "# I-JEPA encoder", ""]
+    lines += [
+        weights.words(),
+        "",
+        "Written by jepa_kit; `transformers.IJepaModel.from_pretrained` loads this folder.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _write_json(path: Path, held: dict[str, Any]) -> None:
+    path.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def to_config(shape: Architecture) -> dict[str, Any]:
+    """The mapping that ``IJepaConfig`` takes."""
+    h, w = shape.image_size
+    return {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": shape.embed_dim,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.num_heads,
+        "intermediate_size": shape.mlp_hidden,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": shape.norm_eps,
+        "image_size": h if h == w else [h, w],
+        "patch_size": shape.patch_size,
+        "num_channels": shape.in_chans,
+        "qkv_bias": shape.qkv_bias,
+    }
+
+
+def _preprocessor(weights: EncoderWeights) -> dict[str, Any]:
+    h, w = weights.architecture.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": h, "width": w},
+        "resample": 2,  # bilinear, as in training
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(weights.provenance.mean),
+        "image_std": list(weights.provenance.std),
+    }
+
+
+def to_names(weights: EncoderWeights) -> dict[str, Tensor]:
+    """The weights under the names of transformers' files; q, k and v are views."""
+    out = {TABLE: weights.table[None]}
+    ends, inside = ({ours: theirs for theirs, ours in names.items()} for names in (ENDS, BLOCK))
+    for name, value in weights.state.items():
+        stem, _, kind = name.rpartition(".")
+        if not stem.startswith("blocks."):
+            out[f"{ends[stem]}.{kind}"] = value
+            continue
+        _, number, part = stem.split(".", 2)
+        at = f"encoder.layer.{number}"
+        if part == "attn.qkv":
+            out.update({f"{at}.{to}.{kind}": x for to, x in zip(QKV, value.chunk(3), strict=True)})
+        else:
+            out[f"{at}.{inside[part]}.{kind}"] = value
+    return out
+
+
+def from_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under our names; a name that is not transformers' stays as it is."""
+    ends, out = ENDS, {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        stem, _, kind = name.rpartition(".")
+        match = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", stem)
+        inner = IN_MEMORY.get(match[2], match[2]) if match else ""
+        if match and inner in QKV:
+            parts.setdefault(f"blocks.{match[1]}.attn.qkv.{kind}", {})[inner] = value
+        elif match and inner in BLOCK:
+            out[f"blocks.{match[1]}.{BLOCK[inner]}.{kind}"] = value
+        else:
+            out[f"{ends[stem]}.{kind}" if stem in ends else name] = value
+    for name, found in parts.items():
+        if set(found) == set(QKV):
+            out[name] = torch.cat([found[part] for part in QKV])
+        else:
+            out.update({f"{name} ({part})": value for part, value in found.items()})
+    return out
+
+
+def read(folder: Path, *, positions: Positions = "formula") -> EncoderWeights:
+    """Reads a folder of transformers.
+
+    Raises:
+        CheckpointError: another architecture, missing files, weights that do not fit the config.
+    """
+    config = read_json(folder / "config.json")
+    architecture = _architecture(config, folder)
+    state = {name.removeprefix("ijepa."): value for name, value in _open(folder).items()}
+    left_out = [name for name in state if name.startswith(HEADS)]
+    state = {name: value for name, value in state.items() if name not in left_out}
+    table = state.pop(TABLE, None)
+    if table is None or table.ndim != 3 or len(table) != 1:
+        shape = "missing" if table is None else f"{tuple(table.shape)}"
+        raise CheckpointError(f"{TABLE} of {folder} must be [1, N, D], but it is {shape}")
+    state = from_names(state)
+    check_shapes(architecture, state, str(folder))
+    own = check_positions(table[0], architecture.grid, f"{TABLE} of {folder}", positions)
+    provenance = _provenance(config, folder)
+    if left_out:
+        provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
+    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+
+
+def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
+    if config.get("model_type") != "ijepa":
+        raise CheckpointError(f"{folder}: model_type (={config.get('model_type')!r}) must be 'ijepa'")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(f"{folder}: hidden_act (={config['hidden_act']!r}) must be 'gelu'")
+    patch, image = config.get("patch_size", 16), config.get("image_size", 224)
+    if isinstance(patch, list) and len(set(patch)) == 1:
+        patch = patch[0]
+    try:  # the defaults are those of IJepaConfig, which leaves out what is a default in older files
+        return Architecture(
+            image_size=(image, image) if isinstance(image, int) else (int(image[0]), int(image[1])),
+            patch_size=int(patch),
+            embed_dim=int(config.get("hidden_size", 768)),
+            depth=int(config.get("num_hidden_layers", 12)),
+            num_heads=int(config.get("num_attention_heads", 12)),
+            mlp_hidden=int(config.get("intermediate_size", 3072)),
+            in_chans=int(config.get("num_channels", 3)),
+            qkv_bias=bool(config.get("qkv_bias", True)),
+            norm_eps=float(config.get("layer_norm_eps", 1e-12)),
+        )
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{folder}: config.json has a size that is no number: {error}") from error
+
+
+def _open(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder: one file, several with an index, or an old ``pytorch_model.bin``."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    if not index.is_file() and not (folder / names[0]).is_file():
+        if (folder / "pytorch_model.bin").is_file():
+            return open_archive(folder / "pytorch_model.bin")
+        raise CheckpointError(f"the folder {folder} has a config.json, but no model.safetensors")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{index} names {name!r}, which is not in the folder")
+        state |= read_file(folder / name)[0]
+    return state
+
+
+def _provenance(config: dict[str, Any], folder: Path) -> Provenance:
+    """What our note says, or else the card's licence and the preprocessor's mean and standard deviation."""
+    about = read_about(json.dumps(config[ABOUT]) if ABOUT in config else None)
+    if about is not None:
+        return about[1]
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    licence = re.search(r"^license:\s*['\"]?([\w.+-]+)", text, re.MULTILINE)
+    provenance = Provenance(
+        encoder=None, source=f"{folder.name} (Hugging Face)", licence=licence[1] if licence else None
+    )
+    processor = folder / "preprocessor_config.json"
+    held = read_json(processor) if processor.is_file() else {}
+    if "image_mean" not in held or "image_std" not in held:
+        return provenance
+    provenance = replace(provenance, mean=tuple(held["image_mean"]), std=tuple(held["image_std"]))
+    if provenance.mean != DataConfig.mean:
+        note = f"its preprocessor normalises with mean {provenance.mean}; the release trained with ImageNet's"
+        provenance = replace(provenance, notes=(note,))
+    return provenance

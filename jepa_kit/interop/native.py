@@ -1,0 +1,194 @@
+"""jepa_kit's own checkpoints: the encoder of one, and one that holds an encoder alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_kit.config import Config, config_from_dict, versions
+from jepa_kit.encoders import ViT
+from jepa_kit.engine.checkpoint import FORMAT, Checkpoint, CheckpointError
+from jepa_kit.interop.weights import (
+    Architecture,
+    EncoderWeights,
+    Provenance,
+    Which,
+    architecture_of_vit,
+    check_shapes,
+)
+from jepa_kit.maskers.multiblock import RELEASED
+from jepa_kit.registry import ENCODERS
+
+PARTS = {"target": "target_encoder", "context": "encoder"}
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes a checkpoint under any name."""
+    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def config_of(checkpoint: Checkpoint, what: str) -> Config:
+    """The config of a checkpoint whose encoder is a ViT.
+
+    Raises:
+        CheckpointError: another encoder, for which other formats have no names.
+        ConfigError: a config that is not one.
+    """
+    config = config_from_dict(checkpoint.config, source=f"the config of {what}")
+    part = config.slots["encoder"]
+    if part.name != "vit":
+        raise CheckpointError(f"{what}: encoder.name (={part.name!r}) must be 'vit', the only one that formats share")
+    return config
+
+
+def architecture_of(config: Config) -> Architecture:
+    """The architecture of a config's encoder, a ViT."""
+    with torch.device("meta"):
+        vit = ENCODERS.build(
+            "vit", config.slots["encoder"].options, image_size=config.data.image_size, attention="auto"
+        )
+    assert isinstance(vit, ViT)
+    return architecture_of_vit(vit)
+
+
+def steps_per_epoch(config: Config, data: Mapping[str, Any]) -> int | None:
+    """Updates of an epoch, as far as config and data say it."""
+    if config.train.steps_per_epoch is not None:
+        return config.train.steps_per_epoch
+    return data["samples"] // config.train.batch_size if "samples" in data else None
+
+
+def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> EncoderWeights:
+    """One of the encoders of a checkpoint.
+
+    Args:
+        checkpoint: whole, or with one encoder alone.
+        encoder: ``target``, ``context``, or None for the target encoder where there is one.
+        source: names the file.
+
+    Raises:
+        CheckpointError: the checkpoint does not have it, or its weights do not fit its config.
+        ValueError: another word.
+    """
+    if encoder not in (None, *PARTS):
+        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for what the file holds")
+    config = config_of(checkpoint, source)
+    held = {which: any(k.startswith(f"{part}.") for k in checkpoint.model) for which, part in PARTS.items()}
+    tied = config.slots["target_update"].name == "tied"
+    which = encoder or ("target" if held["target"] or tied else "context")
+    part = PARTS["context"] if which == "target" and tied else PARTS[which]
+    if not any(k.startswith(f"{part}.") for k in checkpoint.model):
+        others = ", ".join(repr(which) for which, there in held.items() if there) or "no encoder"
+        raise CheckpointError(f"{source} has no {which} encoder; it holds {others}")
+    state = checkpoint.part(part)
+    architecture = architecture_of(config)
+    check_shapes(architecture, state, source)
+    positions = checkpoint.origin.get("positions", {}).get(part)
+    provenance = _provenance(checkpoint, config, "target" if which == "target" else "context", source)
+    if which == "target" and tied:
+        provenance = replace(provenance, notes=("the target encoder is the context encoder itself",))
+    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=positions)
+
+
+def _provenance(checkpoint: Checkpoint, config: Config, which: Which, source: str) -> Provenance:
+    origin = checkpoint.origin
+    if "encoder_alone" in origin:  # checkpoint_of kept it
+        return Provenance(**origin["encoder_alone"])
+    per_epoch = steps_per_epoch(config, checkpoint.data)
+    released = origin.get("released")
+    return Provenance(
+        encoder=which,
+        source=origin["source"] if released else source,
+        step=None if released and not checkpoint.optimizer else checkpoint.step,  # AdamW's count tells it
+        epoch=released["values"].get("epoch") if released else checkpoint.step // per_epoch if per_epoch else None,
+        licence=origin.get("licence"),
+        config=None if released else checkpoint.config,  # that of the release is assumed, not known
+        mean=config.data.mean,
+        std=config.data.std,
+        notes=() if released or "source" not in origin else (f"its run began from {origin['source']}",),
+    )
+
+
+def origin_words(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is of, for people."""
+    origin = checkpoint.origin
+    if "released" in origin or "encoder_alone" in origin:
+        return str(origin["source"])
+    return f"a run of jepa_kit that began from {origin['source']}" if "source" in origin else "a run of jepa_kit"
+
+
+def checkpoint_of(weights: EncoderWeights) -> Checkpoint:
+    """A checkpoint that holds one encoder and nothing else: no predictor, no optimiser.
+
+    Raises:
+        CheckpointError: weights that do not say which encoder they are, or with a position table of their own,
+            which such a checkpoint has no place for.
+    """
+    held = weights.provenance
+    if held.encoder is None:
+        raise CheckpointError(
+            f"{held.source} does not say which encoder it holds, and this format has a place for each: "
+            "encoder='context' puts it there"
+        )
+    if weights.positions is not None:
+        raise CheckpointError(
+            f"{held.source} has a position table of its own; this format's positions are the formula's"
+        )
+    config = dict(held.config) if held.config else released_config(weights.architecture, mean=held.mean, std=held.std)
+    origin = {"source": held.source, "licence": held.licence, "encoder_alone": asdict(held)}
+    return Checkpoint(
+        step=held.step or 0,
+        model={f"{PARTS[held.encoder]}.{name}": value for name, value in weights.state.items()},
+        optimizer={},
+        config=config,
+        versions=versions(),
+        data={},
+        origin={key: value for key, value in origin.items() if value is not None},
+    )
+
+
+def released_config(
+    shape: Architecture,
+    *,
+    predictor: Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> dict[str, Any]:
+    """The released recipe around an encoder, resolved: what is assumed of weights whose file has no config."""
+    raw: dict[str, Any] = {
+        "masker": {"name": "multiblock", **RELEASED},
+        "encoder": {
+            "name": "vit",
+            "patch_size": shape.patch_size,
+            "embed_dim": shape.embed_dim,
+            "depth": shape.depth,
+            "num_heads": shape.num_heads,
+            "mlp_ratio": shape.mlp_hidden / shape.embed_dim,
+            "in_chans": shape.in_chans,
+            "qkv_bias": shape.qkv_bias,
+            "norm_eps": shape.norm_eps,
+            "patch_init": "released",
+        },
+        "predictor": {"name": "vit", **(predictor or {})},
+        "target": {"name": "representation"},
+        "loss": {"name": "smooth_l1"},
+        "target_update": {"name": "ema", "momentum": [0.996, 1.0]},
+        "data": {"image_size": list(shape.image_size)},
+        "optim": dict(optim or {}),
+        "train": dict(train or {}),
+    }
+    for key, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            raw["data"][key] = list(value)
+    return config_from_dict(raw, source="the released recipe around the weights").to_dict()

@@ -1,0 +1,211 @@
+"""ONNX: an encoder as a graph that onnxruntime runs, for any number of images of one size.
+
+Input ``images`` [B, C, h, w] float, normalised. Outputs ``tokens`` [B, N, D] and ``features`` [B, D], their mean over
+the patches. The graph is written node by node: it needs the package onnx alone, takes milliseconds, and keeps each
+weight as it is under our name, so that the file can be read back.
+
+B = images    N = H * W patches    D = width    h = heads    d = D / h
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kit.encoders.pos_embed import interpolate_pos_embed
+from jepa_kit.encoders.vit import patch_grid
+from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.safetensors import raw
+from jepa_kit.interop.weights import ABOUT, EncoderWeights, Positions, check_positions, check_shapes, read_about
+
+OPSET = 20
+"""The first with Gelu; onnxruntime 1.17 and later run it."""
+
+IR_VERSION = 9
+LARGE = 1 << 29
+"""Bytes of weights from which they are a file of their own, written one by one: protobuf copies what it holds twice,
+and cannot hold 2 GiB."""
+
+
+def _onnx() -> Any:
+    if find_spec("onnx") is None:
+        raise CheckpointError("ONNX files need the package onnx: pip install 'jepa_kit[onnx]'")
+    import onnx
+
+    return onnx
+
+
+class _Graph:
+    """Nodes and weights as they are added; a node is named by its output."""
+
+    def __init__(self, onnx: Any) -> None:
+        self.onnx = onnx
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def add(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(self.onnx.helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, values: list[Any], dims: list[int] | None = None, kind: str = "INT64") -> str:
+        shape = [len(values)] if dims is None else dims
+        self.constants.append(self.onnx.helper.make_tensor(name, getattr(self.onnx.TensorProto, kind), shape, values))
+        return name
+
+    def weight(self, name: str, value: Tensor) -> str:
+        self.weights[name] = value
+        return name
+
+
+def write(weights: EncoderWeights, path: Path, *, image_size: tuple[int, int] | None = None) -> None:
+    """Writes the graph; with many weights, those go into ``<name>.data`` beside it.
+
+    Args:
+        weights: float32.
+        path: of the .onnx file.
+        image_size: (h, w) that the graph takes; another one than in training gets interpolated positions.
+
+    Raises:
+        CheckpointError: the package onnx is missing, or weights that are not float32.
+        ValueError: an image size that the patches do not divide.
+    """
+    onnx = _onnx()
+    kinds = {value.dtype for value in weights.state.values()}
+    if kinds != {torch.float32}:
+        raise CheckpointError(f"weights must be float32 for onnx, not {', '.join(sorted(map(str, kinds)))}")
+    graph = _Graph(onnx)
+    shape = image_size or weights.architecture.image_size
+    n = _encoder(graph, weights, shape)
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    d, chans = weights.architecture.embed_dim, weights.architecture.in_chans
+    proto = helper.make_graph(
+        graph.nodes,
+        "encoder",
+        [helper.make_tensor_value_info("images", float32, ["batch", chans, *shape])],
+        [
+            helper.make_tensor_value_info("tokens", float32, ["batch", n, d]),
+            helper.make_tensor_value_info("features", float32, ["batch", d]),
+        ],
+        initializer=graph.constants,
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(proto, opset_imports=opset, producer_name="jepa_kit", ir_version=IR_VERSION)
+    helper.set_model_props(model, {ABOUT: weights.about()})
+    _store(onnx, model, graph.weights, path)
+
+
+def _encoder(graph: _Graph, weights: EncoderWeights, image_size: tuple[int, int]) -> int:
+    """Adds the nodes of the whole encoder; the number of patches."""
+    shape = weights.architecture
+    grid = patch_grid(image_size, shape.patch_size)
+    table = interpolate_pos_embed(weights.table, shape.grid, grid)
+    n, p, head = grid[0] * grid[1], shape.patch_size, shape.embed_dim // shape.num_heads
+    for name, value in weights.state.items():
+        graph.weight(name, value)
+    graph.weight("pos_embed", weights.table)
+    if grid != shape.grid:
+        graph.weight("pos_embed.interpolated", table)
+    graph.constant("to_tokens", [0, shape.embed_dim, n])
+    graph.constant("to_heads", [0, n, 3, shape.num_heads, head])
+    graph.constant("to_width", [0, n, shape.embed_dim])
+    graph.constant("scale", [1 / math.sqrt(head)], [], "FLOAT")
+    for i in range(3):
+        graph.constant(f"index.{i}", [i], [])
+    patch = ["images", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+    x = graph.add("Conv", patch, "patches", kernel_shape=[p, p], strides=[p, p])
+    x = graph.add("Reshape", [x, "to_tokens"], "patches.flat")
+    x = graph.add("Transpose", [x], "patches.tokens", perm=[0, 2, 1])  # [B, N, D]
+    x = graph.add("Add", [x, "pos_embed.interpolated" if grid != shape.grid else "pos_embed"], "placed")
+    for i in range(shape.depth):
+        x = _block(graph, x, f"blocks.{i}", weights)
+    x = _norm(graph, x, "norm", shape.norm_eps, output="tokens")
+    graph.constant("over_patches", [1])
+    graph.add("ReduceMean", [x, "over_patches"], "features", keepdims=0)
+    return n
+
+
+def _norm(graph: _Graph, x: str, name: str, eps: float, output: str = "") -> str:
+    return graph.add(
+        "LayerNormalization", [x, f"{name}.weight", f"{name}.bias"], output or f"{name}.out", axis=-1, epsilon=eps
+    )
+
+
+def _linear(graph: _Graph, x: str, name: str) -> str:
+    """x W^T + b; W is kept as torch has it, [out, in]."""
+    turned = graph.add("Transpose", [f"{name}.weight"], f"{name}.turned", perm=[1, 0])
+    y = graph.add("MatMul", [x, turned], f"{name}.product")
+    return graph.add("Add", [y, f"{name}.bias"], f"{name}.out") if f"{name}.bias" in graph.weights else y
+
+
+def _block(graph: _Graph, x: str, name: str, weights: EncoderWeights) -> str:
+    eps = weights.architecture.norm_eps
+    y = _linear(graph, _norm(graph, x, f"{name}.norm1", eps), f"{name}.attn.qkv")
+    y = graph.add("Reshape", [y, "to_heads"], f"{name}.heads")
+    y = graph.add("Transpose", [y], f"{name}.qkv", perm=[2, 0, 3, 1, 4])  # [3, B, h, N, d]
+    q, k, v = (graph.add("Gather", [y, f"index.{i}"], f"{name}.{c}", axis=0) for i, c in enumerate("qkv"))
+    q = graph.add("Mul", [q, "scale"], f"{name}.q.scaled")
+    k = graph.add("Transpose", [k], f"{name}.k.turned", perm=[0, 1, 3, 2])
+    scores = graph.add("Softmax", [graph.add("MatMul", [q, k], f"{name}.scores")], f"{name}.weights", axis=-1)
+    y = graph.add("MatMul", [scores, v], f"{name}.mixed")  # [B, h, N, d]
+    y = graph.add("Transpose", [y], f"{name}.mixed.turned", perm=[0, 2, 1, 3])
+    y = _linear(graph, graph.add("Reshape", [y, "to_width"], f"{name}.mixed.flat"), f"{name}.attn.proj")
+    x = graph.add("Add", [x, y], f"{name}.middle")
+    y = _linear(graph, _norm(graph, x, f"{name}.norm2", eps), f"{name}.mlp.fc1")
+    y = _linear(graph, graph.add("Gelu", [y], f"{name}.gelu"), f"{name}.mlp.fc2")
+    return graph.add("Add", [x, y], f"{name}.end")
+
+
+def _store(onnx: Any, model: Any, weights: dict[str, Tensor], path: Path) -> None:
+    total = sum(value.numel() * 4 for value in weights.values())
+    data = path.with_name(path.name + ".data") if total >= LARGE else None
+    offset = 0
+    with data.open("wb") if data else path.open("wb") as file:
+        for name, value in weights.items():
+            entry = model.graph.initializer.add()
+            entry.name, entry.data_type = name, onnx.TensorProto.FLOAT
+            entry.dims.extend(value.shape)
+            if data is None:
+                entry.raw_data = bytes(raw(value))
+                continue
+            entry.data_location = onnx.TensorProto.EXTERNAL
+            length = file.write(raw(value))
+            for key, held in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
+                pair = entry.external_data.add()
+                pair.key, pair.value = key, held
+            offset += length
+        if data is None:
+            file.write(model.SerializeToString())
+    if data is not None:
+        path.write_bytes(model.SerializeToString())
+
+
+def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
+    """Reads the weights of a file that ``write`` wrote.
+
+    Raises:
+        CheckpointError: the package onnx is missing, or a file that is damaged or not of jepa_kit.
+    """
+    onnx = _onnx()
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path))
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise CheckpointError(f"{path} is damaged, or not an ONNX file: {error}") from error
+    about = read_about({entry.key: entry.value for entry in model.metadata_props}.get(ABOUT))
+    if about is None:
+        raise CheckpointError(f"{path} is an ONNX file, but none of jepa_kit: its weights have no names that are known")
+    architecture, provenance = about
+    held = {entry.name: entry for entry in model.graph.initializer if entry.data_type == onnx.TensorProto.FLOAT}
+    names = [name for name in held if name not in ("scale", "pos_embed.interpolated")]
+    state = {name: torch.from_numpy(onnx.numpy_helper.to_array(held[name]).copy()) for name in names}
+    table = state.pop("pos_embed", None)
+    check_shapes(architecture, state, str(path))
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)

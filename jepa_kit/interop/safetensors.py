@@ -1,0 +1,120 @@
+"""safetensors: an encoder alone under our names, with all that is known of it in the metadata; and the writer itself.
+
+The file has ``pos_embed`` [N, D] beside the parameters, for readers who do not want to compute it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.weights import (
+    ABOUT,
+    EncoderWeights,
+    Positions,
+    check_positions,
+    check_shapes,
+    read_about,
+)
+
+FORMAT_NAME = "jepa_kit.encoder/1"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+def write(weights: EncoderWeights, path: Path) -> None:
+    """Writes the encoder with its metadata."""
+    write_file(
+        path, {**weights.state, "pos_embed": weights.table}, {"format_name": FORMAT_NAME, ABOUT: weights.about()}
+    )
+
+
+def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
+    """Reads what ``write`` wrote.
+
+    Raises:
+        CheckpointError: damaged, without our metadata, or weights that do not fit them.
+    """
+    state, metadata = read_file(path)
+    about = read_about(metadata.get(ABOUT))
+    if about is None:
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not one of jepa_kit: it has no note {ABOUT!r}. "
+            "With the names of timm it is read as timm"
+        )
+    architecture, provenance = about
+    table = state.pop("pos_embed", None)
+    check_shapes(architecture, state, str(path))
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: names, shapes, and ``__metadata__``.
+
+    Raises:
+        CheckpointError: it is not one, or cut short.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path} begins like a safetensors file, but its header is damaged: {error}") from error
+    size, needed = path.stat().st_size, 8 + length + max(ends, default=0)
+    if size < needed:
+        raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed}")
+    return header
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, mapped from it, and its metadata.
+
+    Raises:
+        CheckpointError: cut short or damaged.
+    """
+    read_header(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from error
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file one tensor at a time.
+
+    The library's own writer copies every tensor before it writes the first, so that a file mapped into memory is
+    there twice.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, value in tensors.items():
+        begin, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in tensors.values():
+            file.write(raw(value))
+
+
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major, without a copy where it is contiguous."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,129 @@
+"""Where a run begins: weights of any format (``train.init_from``), or a released checkpoint (``--resume FILE``)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from jepa_kit.encoders import SIZES, ViT
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, check_state, restore
+from jepa_kit.interop import official
+from jepa_kit.interop.files import fetch
+from jepa_kit.interop.formats import encoder_from, read
+from jepa_kit.interop.native import origin_words
+from jepa_kit.interop.weights import Architecture, architecture_of_vit
+from jepa_kit.recipe import JEPA
+
+
+class Start(NamedTuple):
+    """Where a run begins: its next step, what its checkpoints say of the origin, and lines for people."""
+
+    step: int
+    origin: dict[str, Any]
+    lines: list[str]
+
+
+def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
+    """Gives a new run the weights of a file; the optimiser is fresh, and the first step is 0.
+
+    A whole checkpoint gives each part that the run has. An encoder alone becomes the context encoder and the
+    target encoder, and the predictor stays as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read, or does not fit; nothing has been changed then.
+    """
+    path = fetch(path_or_url)
+    held = read(path, num_heads=architecture_of_vit(_vit(jepa)).num_heads)
+    if isinstance(held, Checkpoint) and any(name.startswith("encoder.") for name in held.model):
+        weights = encoder_from(held, "context", path.name)
+        names = {name.partition(".")[0] for name in held.model}
+        parts = {part: held.part(part) for part in official.PARTS if part in names}
+    else:
+        weights = encoder_from(held, None, path.name)
+        parts = {"encoder": weights.state}
+    lines = [f"weights: {weights.words()}", *_check_architecture(jepa, weights.architecture, str(path))]
+    modules = {part: m for part in official.PARTS if isinstance(m := getattr(jepa, part), nn.Module)}
+    if "target_encoder" not in parts:
+        parts["target_encoder"] = parts["encoder"]
+    for part, module in modules.items():
+        if part in parts:
+            check_state(module.state_dict(), parts[part], f"the run's {part} (train.init_from: {path})")
+    for part, module in modules.items():
+        if part in parts:
+            module.load_state_dict(parts[part])
+    fresh = [part for part in modules if part not in parts]
+    lines += [f"not in the file, so fresh: {', '.join(fresh)}"] if fresh else []
+    return Start(
+        0, _origin(held.origin if isinstance(held, Checkpoint) else {}, path.name, weights.provenance.licence), lines
+    )
+
+
+def resume_official(
+    jepa: JEPA, optimizer: torch.optim.Optimizer, path_or_url: str | os.PathLike[str], steps_per_epoch: int
+) -> Start:
+    """Goes on with a run in the released layout: weights, moments of the optimiser, and the epoch.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: another format, a part that is missing, or a run of other sizes; nothing has been changed then.
+    """
+    path = fetch(path_or_url)
+    held = read(path, "official", num_heads=architecture_of_vit(_vit(jepa)).num_heads)
+    assert isinstance(held, Checkpoint)
+    parts = {name.partition(".")[0] for name in held.model}
+    missing = [part for part in official.PARTS if part not in parts] + ([] if held.optimizer else ["opt"])
+    if missing:
+        raise CheckpointError(
+            f"{path} has no {', no '.join(missing)}, so its run cannot go on; train.init_from starts a new run from "
+            "its weights"
+        )
+    weights = encoder_from(held, "context", path.name)
+    lines = _check_architecture(jepa, weights.architecture, str(path))
+    restore(held, jepa, optimizer)
+    released = held.origin.get("released")
+    if released is None:  # written by jepa_kit, which noted the step
+        step, epoch = held.step, held.step // steps_per_epoch
+    else:
+        epoch = int(released["values"].get("epoch") or 0)
+        step = epoch * steps_per_epoch
+    counts = {int(state["step"]) for state in held.optimizer.values() if "step" in state}
+    lines.append(f"resumed from {path} ({origin_words(held)}) after {epoch} epochs, step {step:,}")
+    if counts and max(counts) != step:
+        lines.append(f"note: AdamW has counted {max(counts):,} updates, and {step:,} are {epoch} epochs of this run")
+    return Start(step, _origin(held.origin, path.name, held.origin.get("licence")), lines)
+
+
+def _origin(held: dict[str, Any], name: str, licence: str | None) -> dict[str, Any]:
+    found = {"source": held.get("source", name), "licence": licence}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _vit(jepa: JEPA) -> ViT:
+    if not isinstance(jepa.encoder, ViT):
+        raise CheckpointError(
+            f"the run's encoder is a {type(jepa.encoder).__name__}, and weights of other formats are those of a 'vit'"
+        )
+    return jepa.encoder
+
+
+def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]:
+    """Notes on what may differ; raises CheckpointError for what may not and no shape would tell."""
+    run, lines = architecture_of_vit(_vit(jepa)), []
+    for name, here, there in (
+        ("num_heads", run.num_heads, found.num_heads),
+        ("norm_eps", run.norm_eps, found.norm_eps),
+    ):
+        if here != there:
+            raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as the weights of {what} have it")
+    usual = {s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (run.embed_dim, run.depth)}
+    if usual and run.num_heads not in usual:  # the run's own number is all that is known of a released file's
+        lines.append(f"note: encoders of this width and depth have {usual.pop()} heads; this run has {run.num_heads}")
+    if run.grid != found.grid:
+        (h, w), (a, b) = run.grid, found.grid
+        text = f"note: the weights were trained on {a} x {b} patches; this run has the formula's positions of {h} x {w}"
+        lines.append(text)
+    return lines

@@ -1,0 +1,104 @@
+"""timm's key names for I-JEPA's ViTs: ours, with the position table as ``pos_embed`` [1, N, D].
+
+timm has them as ``vit_huge_patch14_gap_224``, ``vit_huge_patch16_gap_448`` and ``vit_giant_patch16_gap_224``, which are
+its VisionTransformer with ``class_token=False, global_pool="avg", fc_norm=False``: the final norm comes before
+the mean and is called ``norm``. Their weights are the ``encoder`` of the released files: the context encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.files import open_archive, read_json
+from jepa_kit.interop.safetensors import read_file, write_file
+from jepa_kit.interop.weights import (
+    ABOUT,
+    EncoderWeights,
+    Positions,
+    Provenance,
+    check_positions,
+    check_shapes,
+    read_about,
+    shapes_to_architecture,
+)
+
+WRAPPERS = ("state_dict", "model")
+HEADS = ("head.",)
+
+
+def write(weights: EncoderWeights, path: Path) -> None:
+    """Writes a safetensors file that ``timm.create_model(..., checkpoint_path=path)`` is to read."""
+    tensors = {"pos_embed": weights.table[None], **weights.state}
+    write_file(path, tensors, {"format": "pt", ABOUT: weights.about()})
+
+
+def read(
+    path: Path,
+    *,
+    positions: Positions = "formula",
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> EncoderWeights:
+    """Reads a state dict with timm's names: safetensors, a torch archive, or timm's folder of the Hub.
+
+    Args:
+        path: of the file or folder.
+        positions: see ``check_positions``.
+        num_heads: where the file has no note of jepa_kit and the size is not a known one.
+        image_size: likewise, where the position table does not tell it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a ViT of I-JEPA's kind.
+    """
+    known: dict[str, Any] = {}
+    file = path
+    if path.is_dir():
+        known = read_json(path / "config.json").get("pretrained_cfg", {})
+        file = path / "model.safetensors"
+        if not file.is_file():
+            raise CheckpointError(f"the folder {path} has timm's config.json, but no model.safetensors")
+    state, note = _open(file)
+    left_out = [name for name in state if name.startswith(HEADS)]
+    state = {name: value for name, value in state.items() if name not in left_out}
+    table = state.pop("pos_embed", None)
+    if table is not None and (table.ndim != 3 or len(table) != 1):
+        raise CheckpointError(f"pos_embed of {path} must be [1, N, D], not {tuple(table.shape)}")
+    table = None if table is None else table[0]
+    about = read_about(note)
+    if about is not None:
+        architecture, provenance = about
+        check_shapes(architecture, state, str(path))
+    else:
+        architecture = shapes_to_architecture(state, str(path), table=table, num_heads=num_heads, image_size=image_size)
+        provenance = Provenance(encoder=None, source=f"{path.name} (timm)", licence=known.get("license"))
+        if "mean" in known and "std" in known:
+            provenance = replace(provenance, mean=tuple(known["mean"]), std=tuple(known["std"]))
+    if left_out:
+        provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict of a file, and its note of jepa_kit."""
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if not is_archive:
+        tensors, metadata = read_file(path)
+        return tensors, metadata.get(ABOUT)
+    held: Mapping[str, Any] = open_archive(path)
+    for key in WRAPPERS:
+        if isinstance(held.get(key), dict):
+            held = held[key]
+    others = [name for name, value in held.items() if not isinstance(value, Tensor)]
+    if others or not held:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of any known layout: it holds {', '.join(list(held)[:8]) or 'nothing'}"
+        )
+    return {name.removeprefix("module."): value for name, value in held.items()}, None

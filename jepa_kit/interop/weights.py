@@ -1,0 +1,350 @@
+"""One encoder's weights between two formats: names as ours, sizes read from them, and a note of where they come from.
+
+N = H * W patches of an image    D = width    C = channels    p = patch size in pixels
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from jepa_kit.config import DataConfig
+from jepa_kit.encoders import SIZES, ViT
+from jepa_kit.encoders.blocks import Block
+from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.engine.checkpoint import CheckpointError, check_state
+from jepa_kit.structures import Grid
+
+Which = Literal["target", "context"]
+Positions = Literal["formula", "file"]
+
+ABOUT = "jepa_kit"
+"""The key under which every format keeps ``EncoderWeights.about``."""
+
+NOT_STATED = "not stated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a ViT is, beside its weights.
+
+    Args:
+        image_size: (h, w) pixels of the images that it was trained on.
+        mlp_hidden: width of the MLP's inner layer.
+        (others): as for ``ViT``.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_hidden: int
+    in_chans: int = 3
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> Grid:
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def build(self, attention: Literal["auto", "sdpa", "reference"] = "auto") -> ViT:
+        """A ViT of this shape, on torch's default device."""
+        return ViT(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_hidden / self.embed_dim,
+            in_chans=self.in_chans,
+            qkv_bias=self.qkv_bias,
+            norm_eps=self.norm_eps,
+            attention=attention,
+        )
+
+    def words(self) -> str:
+        """In one phrase, for people."""
+        (h, w), p = self.image_size, self.patch_size
+        return (
+            f"ViT of width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads, "
+            f"patches of {p} x {p} in images of {h} x {w}"
+        )
+
+
+def architecture_of_vit(vit: ViT) -> Architecture:
+    """The architecture of a module (which may be on the ``meta`` device)."""
+    (h, w), p, block = vit.grid, vit.patch_size, vit.blocks[0]
+    assert isinstance(block, Block)
+    return Architecture(
+        image_size=(h * p, w * p),
+        patch_size=p,
+        embed_dim=vit.embed_dim,
+        depth=vit.depth,
+        num_heads=block.attn.num_heads,
+        mlp_hidden=block.mlp.fc1.out_features,
+        in_chans=vit.in_chans,
+        qkv_bias=block.attn.qkv.bias is not None,
+        norm_eps=vit.norm.eps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where weights come from, as far as their file says.
+
+    Args:
+        encoder: which one they are, or None where the file does not say.
+        source: the file and its format.
+        step: updates done.
+        epoch: epochs done.
+        licence: as the source states it.
+        config: of the run, as a mapping.
+        mean, std: of the channels, that images are normalised with.
+        notes: what a reader should know besides.
+    """
+
+    encoder: Which | None
+    source: str
+    step: int | None = None
+    epoch: int | None = None
+    licence: str | None = None
+    config: Mapping[str, Any] | None = None
+    mean: tuple[float, float, float] = DataConfig.mean
+    std: tuple[float, float, float] = DataConfig.std
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncoderWeights:
+    """An encoder on its way from one format to another.
+
+    Args:
+        state: its parameters under our names, in the file's precision.
+        architecture: what they are the weights of.
+        positions: [N, D] the file's own position table, where it is not bit for bit the formula's.
+        provenance: where they come from.
+    """
+
+    state: dict[str, Tensor]
+    architecture: Architecture
+    provenance: Provenance
+    positions: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """[N, D] the position table, in the precision of the weights."""
+        if self.positions is not None:
+            return self.positions
+        shape = self.architecture
+        return sincos_2d(shape.embed_dim, shape.grid).to(self.state["patch_embed.proj.weight"].dtype)
+
+    def about(self) -> str:
+        """Provenance and architecture as JSON, for the file's metadata."""
+        return json.dumps({**asdict(self.provenance), "architecture": asdict(self.architecture)}, sort_keys=True)
+
+    def words(self) -> str:
+        """Which encoder this is, from where, under which licence: one line for people."""
+        p = self.provenance
+        which = f"{p.encoder} encoder" if p.encoder else f"encoder (whether target or context is {NOT_STATED})"
+        when = [f"{name} {value}" for name, value in (("epoch", p.epoch), ("step", p.step)) if value is not None]
+        parts = [f"{which} of {p.source}", self.architecture.words(), ", ".join(when) or f"step {NOT_STATED}"]
+        return "; ".join([*parts, f"licence {p.licence or NOT_STATED}", *p.notes])
+
+    def module(self, attention: Literal["auto", "sdpa", "reference"] = "auto") -> ViT:
+        """A ViT with these weights in float32 (float64 where they are), evaluated."""
+        with torch.device("meta"):
+            vit = self.architecture.build(attention)
+        wide = any(value.dtype == torch.float64 for value in self.state.values())
+        vit = vit.to(torch.float64 if wide else torch.float32).to_empty(device="cpu")
+        vit.load_state_dict(self.state)
+        vit.pos_embed.copy_(self.table)
+        return vit.eval()
+
+
+def read_about(text: str | None) -> tuple[Architecture, Provenance] | None:
+    """What ``EncoderWeights.about`` wrote, or None where the file has no such note.
+
+    Raises:
+        CheckpointError: a note that is damaged.
+    """
+    if text is None:
+        return None
+    try:
+        held = json.loads(text)
+        shape = held.pop("architecture")
+        for mapping, keys in ((shape, ("image_size",)), (held, ("mean", "std", "notes"))):
+            mapping.update({key: tuple(mapping[key]) for key in keys})
+        return Architecture(**shape), Provenance(**held)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the file's note {ABOUT!r} is damaged ({error}); it was written by jepa_kit") from error
+
+
+def shapes_to_architecture(
+    state: Mapping[str, Tensor],
+    what: str,
+    *,
+    table: Tensor | None,
+    num_heads: int | None = None,
+    norm_eps: float = 1e-6,
+    image_size: tuple[int, int] | None = None,
+) -> Architecture:
+    """The architecture that weights under our names have.
+
+    Args:
+        state: the parameters.
+        what: names the file in messages.
+        table: [N, D] the file's position table, which tells the grid; with ``image_size`` it may be None.
+        num_heads: which no shape tells; None for that of the size of this width and depth (``SIZES``).
+        norm_eps: which the weights do not tell either; the release has 1e-6.
+        image_size: of the training images, where the file says it.
+
+    Raises:
+        CheckpointError: another architecture; names or shapes that do not belong together; a position table
+            of another length; heads or grid that cannot be told.
+    """
+    patch, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
+    if patch is None or fc1 is None or patch.ndim != 4 or patch.shape[2] != patch.shape[3] or fc1.ndim != 2:
+        some = ", ".join(list(state)[:6]) or "nothing"
+        raise CheckpointError(
+            f"{what} is not a ViT as I-JEPA has it: patch_embed.proj.weight [D, C, p, p] and "
+            f"blocks.0.mlp.fc1.weight [hidden, D] must be there; it holds {some}"
+        )
+    embed_dim, in_chans, p, _ = patch.shape
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    architecture = Architecture(
+        image_size=image_size or _image_size(table, p, what),
+        patch_size=p,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads or _heads(embed_dim, depth, what),
+        mlp_hidden=fc1.shape[0],
+        in_chans=in_chans,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        norm_eps=norm_eps,
+    )
+    check_shapes(architecture, state, what)
+    return architecture
+
+
+def check_shapes(architecture: Architecture, state: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError with every name that is missing, unexpected or misshapen."""
+    try:
+        expected = _parameters(architecture)
+    except ValueError as error:
+        raise CheckpointError(f"{what} has sizes that no encoder has: {error}") from error
+    check_state(expected, state, f"{what}: {architecture.words()}")
+
+
+@lru_cache(maxsize=8)
+def _parameters(architecture: Architecture) -> dict[str, Tensor]:
+    """Names and shapes of an architecture, without memory for the numbers."""
+    with torch.device("meta"):
+        return architecture.build().state_dict()
+
+
+def _heads(embed_dim: int, depth: int, what: str) -> int:
+    found = {s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (embed_dim, depth)}
+    if len(found) != 1:
+        known = ", ".join(f"{name} {s.embed_dim}/{s.depth}" for name, s in SIZES.items())
+        raise CheckpointError(
+            f"{what}: the number of heads is not in the weights, and width {embed_dim}, depth {depth} is none of "
+            f"the known sizes ({known}); give num_heads"
+        )
+    return found.pop()
+
+
+def _image_size(table: Tensor | None, p: int, what: str) -> tuple[int, int]:
+    """The image size from the position table: the grid whose formula it is, or else the square one."""
+    if table is None:
+        raise CheckpointError(f"{what} has no position table, so it does not say its image size; give image_size")
+    n, width = table.shape
+    grids = [(h, n // h) for h in range(1, n + 1) if n % h == 0]
+    grids.sort(key=lambda grid: abs(grid[0] - grid[1]))
+    square = grids[0][0] == grids[0][1]
+    for grid in grids:
+        if width % 4 == 0 and _gap(table, grid) <= tolerance(table):
+            return grid[0] * p, grid[1] * p
+    if not square:
+        raise CheckpointError(
+            f"{what} has positions for {n} patches, which are no square, and the table is that of no grid; "
+            "give image_size"
+        )
+    return grids[0][0] * p, grids[0][1] * p
+
+
+def tolerance(table: Tensor) -> float:
+    """How far a table may be from the formula and still be it: rounding in its precision."""
+    return 1e-2 if table.dtype in (torch.bfloat16, torch.float16) else 1e-6
+
+
+def _gap(table: Tensor, grid: Grid) -> float:
+    return float((table.float() - sincos_2d(table.shape[1], grid)).abs().max())
+
+
+def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Positions = "formula") -> Tensor | None:
+    """Checks a position table [N, D] against the formula; the table where it is not bit for bit the formula's.
+
+    Args:
+        table: of the file; None passes.
+        grid: that the table is for.
+        what: names the table in messages.
+        positions: ``formula`` refuses a table that is another one; ``file`` keeps it (a fine-tuned model's).
+
+    Raises:
+        CheckpointError: another length or, with ``formula``, other numbers.
+        ValueError: another word for ``positions``.
+    """
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions (={positions!r}) must be 'formula' or 'file'")
+    if table is None:
+        return None
+    n, width = grid[0] * grid[1], table.shape[1]
+    if len(table) != n:
+        raise CheckpointError(f"{what} holds {len(table)} positions, but a grid of {grid[0]} x {grid[1]} has {n}")
+    if torch.equal(table, sincos_2d(width, grid).to(table.dtype)):
+        return None
+    gap = _gap(table, grid)
+    if positions == "formula" and not gap <= tolerance(table):
+        raise CheckpointError(
+            f"{what} is not the sine-cosine table of a grid of {grid[0]} x {grid[1]}: it differs by up to {gap:.2g}. "
+            "A fine-tuned or freshly made model has a table of its own: positions='file' keeps it"
+        )
+    return table
+
+
+def choose(weights: EncoderWeights, encoder: str | None) -> EncoderWeights:
+    """The weights, if they are those of the encoder that is asked for.
+
+    Args:
+        weights: the one encoder that a file holds.
+        encoder: ``target``, ``context``, or None for whichever it is.
+
+    Raises:
+        CheckpointError: the file holds the other one, or does not say that it holds the target encoder.
+        ValueError: another word.
+    """
+    if encoder not in (None, *get_args(Which)):
+        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for what the file holds")
+    held = weights.provenance
+    if encoder is None or encoder == held.encoder:
+        return weights
+    if held.encoder is not None:
+        raise CheckpointError(
+            f"{held.source} holds the {held.encoder} encoder alone, not the {encoder} encoder; "
+            f"encoder={held.encoder!r} takes it"
+        )
+    if encoder == "target":
+        raise CheckpointError(
+            f"{held.source} does not say which encoder it holds. What Hugging Face and timm offer of the release is "
+            "the context encoder; the paper evaluates the target encoder, which the released .pth.tar files hold. "
+            "encoder=None takes what is there, encoder='context' if you know that it is that"
+        )
+    note = "that it is the context encoder is what its reader said"
+    return replace(weights, provenance=replace(held, encoder="context", notes=(*held.notes, note)))

@@ -1,0 +1,123 @@
+"""``load_encoder``: one line, any format, the recorded numbers."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import jepa_kit
+from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.formats import write
+
+HEADS = 4
+
+
+@pytest.mark.parametrize("format", ["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"])
+def test_every_format_gives_the_recorded_tokens(converted, recorded, format):
+    heads = HEADS if format == "official" else None
+    encoder = jepa_kit.load_encoder(converted[format], num_heads=heads)
+    tokens = encoder.forward_features(recorded["images"])
+    assert tokens.shape == (2, 64, 48)
+    assert (tokens - recorded["target_encoder_output"]).abs().max() < 1e-5
+    assert (encoder.embed(recorded["images"]) - recorded["target_encoder_output"].mean(dim=1)).abs().max() < 1e-5
+    assert torch.equal(encoder(recorded["images"]), tokens)
+    assert "target encoder of released_layout.pth.tar" in encoder.about or format == "official"
+
+
+def test_the_context_encoder(released, recorded):
+    encoder = jepa_kit.load_encoder(released, encoder="context", num_heads=HEADS)
+    assert (encoder.forward_features(recorded["images"]) - recorded["encoder_output"]).abs().max() < 1e-5
+    assert encoder.about.startswith("context encoder of released_layout.pth.tar (released layout); ViT of width 48")
+
+
+def test_it_is_frozen(released):
+    encoder = jepa_kit.load_encoder(released, num_heads=HEADS)
+    encoder.train()
+    assert not encoder.training
+    assert not encoder.vit.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_preprocessing(make_weights, tmp_path):
+    write(make_weights(), tmp_path / "a", "safetensors")
+    encoder = jepa_kit.load_encoder(tmp_path / "a")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.new("L", (100, 50), 255)]
+    found = encoder.preprocess(images)
+    assert found.shape == (2, 3, 32, 32)
+    middle = Image.fromarray(pixels).resize((51, 32), Image.Resampling.BILINEAR).crop((9, 0, 41, 32))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((torch.from_numpy(np.array(middle)).float() / 255 - mean) / std).permute(2, 0, 1)
+    assert (found[0] - expected).abs().max() < 1e-5
+    assert torch.equal(encoder.preprocess(images[0]), found[:1])
+    assert encoder.embed(found).shape == (2, 16)
+
+
+def test_another_image_size_is_said(make_weights, tmp_path):
+    write(make_weights(), tmp_path / "a", "safetensors")
+    encoder = jepa_kit.load_encoder(tmp_path / "a", image_size=48)
+    assert encoder.about.endswith("positions interpolated from 4 x 4 to 6 x 6 patches")
+    assert encoder.embed(encoder.preprocess(Image.new("RGB", (60, 50)))).shape == (1, 16)
+    assert jepa_kit.load_encoder(tmp_path / "a", image_size=(32, 64)).image_size == (32, 64)
+    table = torch.nn.functional.interpolate(
+        encoder.vit.pos_embed.view(1, 4, 4, 16).permute(0, 3, 1, 2), size=(6, 6), mode="bicubic", align_corners=False
+    )
+    images = torch.randn(1, 3, 48, 48)
+    content = encoder.vit.patch_embed(images, None)
+    placed, _ = encoder.vit.embed(images, None)
+    assert (placed[:36] - content[:36] - table.flatten(2)[0].T).abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"patch_size \(=8\) must divide the height \(=50\) and the width \(=50\)"):
+        jepa_kit.load_encoder(tmp_path / "a", image_size=50)
+
+
+def test_images_of_the_wrong_kind(make_weights, tmp_path):
+    write(make_weights(), tmp_path / "a", "safetensors")
+    encoder = jepa_kit.load_encoder(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"images must be float and normalised, not torch.uint8: encoder.preprocess"):
+        encoder.embed(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images must be uint8 \[B, 3, h, w\], not torch.float32 of shape \(1, 3, 32"):
+        encoder.preprocess(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="images must hold at least one image"):
+        encoder.preprocess([])
+
+
+def test_weights_in_half_precision_run_in_float32(make_weights, tmp_path):
+    write(make_weights(dtype=torch.bfloat16), tmp_path / "a", "safetensors")
+    assert jepa_kit.load_encoder(tmp_path / "a").embed(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+
+
+def test_another_safetensors_file(make_weights, tmp_path):
+    from jepa_kit.interop import safetensors
+
+    weights = make_weights()
+    safetensors.write_file(tmp_path / "a", weights.state, {"format_name": safetensors.FORMAT_NAME})
+    with pytest.raises(
+        CheckpointError, match="is a safetensors file, but not one of jepa_kit: it has no note 'jepa_kit'"
+    ):
+        jepa_kit.load_encoder(tmp_path / "a")
+
+
+def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
+    """Ours writes one tensor at a time; the library's reader says whether it is right."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from jepa_kit.interop import safetensors
+
+    tensors = {
+        "a": torch.randn(3, 5)[:, 1:],
+        "b": torch.arange(3),
+        "c": torch.randn(2, 0),
+        "d": torch.randn(()).bfloat16(),
+        "e": torch.randn(4, dtype=torch.float64),
+    }
+    safetensors.write_file(tmp_path / "x", tensors, {"key": "ü"})
+    found = load_file(tmp_path / "x")
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    with safe_open(tmp_path / "x", "pt") as file:
+        assert file.metadata() == {"key": "ü"}
+
+
+def test_nothing_else_is_offered():
+    with pytest.raises(AttributeError, match="module 'jepa_kit' has no attribute 'load_encoders'"):
+        _ = jepa_kit.load_encoders
