@@ -109,7 +109,7 @@ def encoder_source(
     assert isinstance(encoder, nn.Module)
     network = encoder.to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: tensors that are kept for later would be no use in training
     def source(images: Tensor) -> Tensor:
         x = normalize(images.to(device, non_blocking=True), mean, std)
         with evaluating(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -34,8 +34,8 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official, predictor_name_to_official
-from jepa_kit.recipe import JEPA, build_recipe
-from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
+from jepa_kit.recipe import JEPA, build_recipe, patch_grid_of
+from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
 
 EXAMPLE = """example:
   python projects/ijepa/check_parity.py tests/fixtures/released_step
@@ -179,7 +179,7 @@ def _numbers(pattern: str, text: str, default: list[float]) -> list[float]:
     return [float(x) for x in found[1].split(",")] if found else default
 
 
-def masks_of(fixture: Fixture, step: int, grid: tuple[int, int]) -> MaskBatch:
+def masks_of(fixture: Fixture, step: int, grid: Grid) -> MaskBatch:
     """The masks of a step, in the released order: block by block, then context by context, then image by image."""
     contexts, targets = fixture.sets(step, "context"), fixture.sets(step, "target")
     b, c, m = len(contexts[0]), len(contexts), len(targets)
@@ -234,10 +234,10 @@ def _worse(a: float, b: float) -> float:
     return a if a != a or a > b else b
 
 
-def compare_first_step(fixture: Fixture, jepa: JEPA, report: Report) -> None:
+def compare_first_step(fixture: Fixture, jepa: JEPA, grid: Grid, report: Report) -> None:
     """What each part gives at step 0, and the gradient of every parameter."""
     images = fixture.take("images")[0]
-    masks = masks_of(fixture, 0, jepa.encoder.grid)
+    masks = masks_of(fixture, 0, grid)
     assert jepa.target_encoder is not None
     has = fixture.tensors.__contains__
     with torch.no_grad():
@@ -261,13 +261,13 @@ def compare_first_step(fixture: Fixture, jepa: JEPA, report: Report) -> None:
 
 def released_parameters(jepa: JEPA) -> dict[str, Tensor]:
     """All trained parameters under the released names, ``encoder/`` and ``predictor/`` before them."""
-    encoder = {f"encoder/{name}": p for name, p in jepa.encoder.named_parameters()}
+    encoder: dict[str, Tensor] = {f"encoder/{name}": p for name, p in jepa.encoder.named_parameters()}
     return encoder | {
         f"predictor/{predictor_name_to_official(name)}": p for name, p in jepa.predictor.named_parameters()
     }
 
 
-def compare_run(fixture: Fixture, jepa: JEPA, config: Config, report: Report) -> None:
+def compare_run(fixture: Fixture, jepa: JEPA, config: Config, grid: Grid, report: Report) -> None:
     """Every step's schedules and loss, then the final weights."""
     optim, train = config.optim, config.train
     assert train.steps_per_epoch is not None
@@ -288,7 +288,7 @@ def compare_run(fixture: Fixture, jepa: JEPA, config: Config, report: Report) ->
         hyper = schedule(step)
         for name in ("lr", "weight_decay", "momentum"):
             report.add(f"schedule of {name}", getattr(hyper, name), recorded[name])
-        out = train_step(jepa, optimizer, hyper, images[step % len(images)], masks_of(fixture, step, jepa.encoder.grid))
+        out = train_step(jepa, optimizer, hyper, images[step % len(images)], masks_of(fixture, step, grid))
         report.add(f"loss, step {step}", out.loss, recorded["loss"])
     trained = released_parameters(jepa)
     assert jepa.target_encoder is not None
@@ -325,8 +325,9 @@ def check(fixture: Fixture, tolerance: float) -> Report:
     config = config_of(fixture.meta)
     jepa = build_recipe(config).to(fixture.dtype).train()
     load_first_weights(fixture, jepa, report)
-    compare_first_step(fixture, jepa, report)
-    compare_run(fixture, jepa, config, report)
+    grid = patch_grid_of(config)
+    compare_first_step(fixture, jepa, grid, report)
+    compare_run(fixture, jepa, config, grid, report)
     return report
 
 
@@ -358,7 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     if not fixture.state("final/"):
         print("\nthe fixture has no final weights: they are not compared")
     failed = report.failed()
-    verdict = f"{len(failed)} of {len(report.rows)} quantities differ by more than" if failed else "all quantities within"
+    verdict = (
+        f"{len(failed)} of {len(report.rows)} quantities differ by more than" if failed else "all quantities within"
+    )
     print(f"\n{len(fixture.trajectory)} steps in {fixture.dtype}: {verdict} {args.tolerance:g}")
     return 1 if failed else 0
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -37,6 +38,9 @@ from tools import make_shards
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
 TEST_SEED = 1_000_003
 """Test scenes are a series of their own: no training scene is among them."""
+
+LAYERS = "last4"
+"""The paper reports the better of the last layer and the last four; four are all that this network has."""
 
 EXAMPLE = """examples:
   python projects/ijepa/quickstart.py
@@ -65,7 +69,7 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
     """Every network under every protocol on every label; the rows are also written as JSON."""
     training, test = (ShardDataset(str(path)) for path in shards)
     rows = evaluate(
-        run_networks(run, device=device),
+        run_networks(run, layers=LAYERS, device=device),
         training,
         test,
         image_size=run.config.data.image_size,
@@ -92,7 +96,7 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
     )
     _, batch = next(loader.batches(0))
     assert batch.masks is not None
-    encoders = {
+    encoders: dict[str, Any] = {
         "target encoder": run.jepa.encoder_for("target"),
         "untrained": untrained_encoder(config, config.train.seed),
     }

@@ -80,7 +80,7 @@ def test_nan_is_a_difference(tmp_path: Path) -> None:
         (lambda c, t: t.pop("masks/1/context/0"), "no tensor masks/1/context/0, so step 1 has no context patches"),
         (lambda c, t: c["meta"].update(depth=2), "unexpected: blocks.2.attn.proj.bias"),
         (lambda c, t: c["meta"].update(patch_size=7), "patch_size (=7) must divide"),
-        (lambda c, t: t.update({"step0/target": t["step0/target"][:3]}), "target has 9216 numbers, but the fixture has"),
+        (lambda c, t: t.update({"step0/target": t["step0/target"][:3]}), "target has 9216 numbers, but the fixture"),
     ],
 )
 def test_a_bad_fixture_is_named(change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
