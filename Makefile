@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 WORKERS ?= 2
-FIXTURE ?= tests/fixtures/released_step_small
+FIXTURE ?= tests/fixtures/released_step
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
@@ -45,8 +45,8 @@ format: $(STAMP) ## lets ruff mend and format what it can
 parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)
 	$(RUN) projects/ijepa/check_parity.py $(FIXTURE) $(ARGS)
 
-bench: $(STAMP) ## the benchmarks; results go into benchmarks/, named by device and torch version
-	$(RUN) benchmarks/run.py $(ARGS)
+bench: $(STAMP) ## a training step against plain code; results go into benchmarks/results/
+	$(RUN) benchmarks/bench_step.py $(ARGS)
 
 clean: ## removes caches and build folders; keeps the environment and output/
 	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

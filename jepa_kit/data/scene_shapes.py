@@ -51,6 +51,7 @@ def _turned(x: FloatArray, y: FloatArray, angle: float) -> tuple[FloatArray, Flo
 
 
 def sphere(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
+    """A ball whose globe leans to one side."""
     mask = x * x + y * y < 1.0
     x, y = x[mask], y[mask]
     z = np.sqrt(1.0 - x * x - y * y)
@@ -85,6 +86,7 @@ def _convex(x: FloatArray, y: FloatArray, faces: FloatArray, reach: FloatArray, 
 
 
 def cube(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
+    """A cube that stands on a face, a vertical edge more or less to the front."""
     yaw = np.pi / 4 + (pose[0] - 0.5) * np.deg2rad(56)
     half = 1.0 / (np.cos(PITCH) + np.sin(PITCH) * (abs(np.cos(yaw)) + abs(np.sin(yaw))))
     faces = np.concatenate([np.eye(3), -np.eye(3)])
@@ -102,6 +104,7 @@ def diamond(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def cylinder(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
+    """An upright cylinder, its lid in view."""
     radius = 0.6 + 0.12 * pose[0]
     c, s = np.cos(PITCH), np.sin(PITCH)
     half = (1.0 - radius * s) / c
@@ -121,6 +124,7 @@ def cylinder(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def cone(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
+    """An upright cone on its foot."""
     radius = 0.74 + 0.1 * pose[0]
     c, s = np.cos(PITCH), np.sin(PITCH)
     tall = (2.0 - radius * s) / c  # apex at camera y = 1, the foot's front edge at y = -1
@@ -221,28 +225,34 @@ def _soft_step(x: FloatArray, width: float = 0.25) -> FloatArray:
 
 
 def plain(u: FloatArray, v: FloatArray) -> FloatArray:
+    """One colour."""
     return np.zeros_like(u)
 
 
 def stripes(u: FloatArray, v: FloatArray) -> FloatArray:
+    """Upright stripes."""
     return _soft_step(np.sin(np.pi * u))
 
 
 def checks(u: FloatArray, v: FloatArray) -> FloatArray:
+    """A chessboard."""
     return _soft_step(np.sin(np.pi * u) * np.sin(np.pi * v), 0.12)
 
 
 def dots(u: FloatArray, v: FloatArray) -> FloatArray:
+    """Dots in rows, every other row shifted by half."""
     row = np.floor(v)
     du, dv = (u + 0.5 * (row % 2)) % 1.0 - 0.5, v - row - 0.5
     return _soft_step(0.3 - np.sqrt(du * du + dv * dv), 0.06)
 
 
 def gradient(u: FloatArray, v: FloatArray) -> FloatArray:
+    """From one colour to the other, upwards."""
     return np.clip(0.5 + 0.3 * v, 0.0, 1.0)
 
 
 def waves(u: FloatArray, v: FloatArray) -> FloatArray:
+    """Stripes that wave."""
     return _soft_step(np.sin(np.pi * (u + 0.35 * np.sin(np.pi * v))))
 
 

@@ -33,6 +33,7 @@ path_manager.register_handler(HTTPURLHandler())
 
 
 def is_remote(path: str) -> bool:
+    """Whether a path is an address, such as ``s3://...``, and no local folder."""
     return "://" in path
 
 

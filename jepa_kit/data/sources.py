@@ -113,6 +113,7 @@ class Files:
         return self.names[i].encode("utf-8", "replace").decode()  # a file name need not be text
 
     def sample(self, i: int) -> Sample:
+        """Decodes image i, so that one that cannot be read is refused now and not in a training run."""
         if self._labels and self._labels[i] < 0:
             raise Refused("lies outside every class folder")
         try:
