@@ -13,6 +13,8 @@ from jepa_kit.interop.files import Format, fetch, recognise
 from jepa_kit.interop.weights import EncoderWeights, Positions, choose
 
 WHOLE = ("official", "jepa_kit")
+OUR_OWN = ("jepa_kit", "safetensors")
+"""Formats with a note of ours that every reader of theirs needs; what only jepa_kit does may go into these."""
 """Formats of a whole run; the others hold one encoder."""
 
 
@@ -115,6 +117,8 @@ def write(
         )
     if path.exists():
         raise FileExistsError(f"{path} is there already")
+    if format not in OUR_OWN:
+        _check_input_norm(held, format)
     if format in WHOLE:
         if isinstance(held, Checkpoint) and encoder is not None:
             raise ValueError(f"encoder (={encoder!r}) is for formats of one encoder; {format} keeps all parts")
@@ -131,6 +135,19 @@ def write(
     writers = {"hf": hf.write, "timm": timm.write, "safetensors": safetensors.write}
     _in_one_piece(path, lambda at: writers[format](weights, at))
     return weights.words()
+
+
+def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
+    """Raises CheckpointError for an encoder that prepares its images, which other code would not do."""
+    if isinstance(held, Checkpoint):
+        shape = native.architecture_of(native.config_of(held, "the checkpoint"))
+    else:
+        shape = held.architecture
+    if shape.input_norm != "none":
+        raise CheckpointError(
+            f"encoder.input_norm (={shape.input_norm!r}) has no place in {format}: who loads it would give the encoder "
+            f"images as they are; {' and '.join(OUR_OWN)} keep it"
+        )
 
 
 def _in_one_piece(path: Path, write: object) -> None:

@@ -178,6 +178,7 @@ def released_config(
             "in_chans": shape.in_chans,
             "qkv_bias": shape.qkv_bias,
             "norm_eps": shape.norm_eps,
+            "input_norm": shape.input_norm,
             "patch_init": "released",
         },
         "predictor": {"name": "vit", **(predictor or {})},

@@ -116,6 +116,7 @@ def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]
     for name, here, there in (
         ("num_heads", run.num_heads, found.num_heads),
         ("norm_eps", run.norm_eps, found.norm_eps),
+        ("input_norm", run.input_norm, found.input_norm),
     ):
         if here != there:
             raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as the weights of {what} have it")

@@ -49,6 +49,7 @@ class Architecture:
     in_chans: int = 3
     qkv_bias: bool = True
     norm_eps: float = 1e-6
+    input_norm: str = "none"
 
     @property
     def grid(self) -> Grid:
@@ -66,6 +67,7 @@ class Architecture:
             in_chans=self.in_chans,
             qkv_bias=self.qkv_bias,
             norm_eps=self.norm_eps,
+            input_norm=self.input_norm,  # type: ignore[arg-type]
             attention=attention,
         )
 
@@ -92,6 +94,7 @@ def architecture_of_vit(vit: ViT) -> Architecture:
         in_chans=vit.in_chans,
         qkv_bias=block.attn.qkv.bias is not None,
         norm_eps=vit.norm.eps,
+        input_norm=vit.input_norm,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import jepa_kit
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.interop.formats import convert, read, read_encoder, write
 
@@ -160,5 +161,21 @@ class _Unwritable:
     class provenance:
         encoder, source = "target", "x"
 
+    class architecture:
+        input_norm = "none"
+
     def about(self):
         raise CheckpointError("gone")
+
+
+@pytest.mark.parametrize("format", ["official", "hf", "timm", "onnx"])
+def test_an_encoder_that_prepares_its_images_stays_at_home(make_weights, tmp_path, format):
+    weights = make_weights()
+    weights = replace(weights, architecture=replace(weights.architecture, input_norm="image"))
+    with pytest.raises(CheckpointError, match=rf"input_norm \(='image'\) has no place in {format}: who loads it"):
+        write(weights, tmp_path / "out", format)
+    write(weights, tmp_path / "kept", "safetensors")
+    kept = jepa_kit.load_encoder(tmp_path / "kept")
+    images = torch.randn(2, 3, *kept.image_size)
+    assert kept.vit.input_norm == "image"
+    assert torch.allclose(kept.embed(images + 3.0), kept.embed(images), atol=1e-5)
