@@ -13,7 +13,7 @@ from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.registry import PREDICTORS
-from jepa_kit.structures import MaskBatch, SetLengths
+from jepa_kit.structures import MaskBatch
 
 
 @PREDICTORS.register("vit")
