@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -197,9 +196,11 @@ def step_flops(s: Setting, masks: MaskBatch) -> float:
     return encoder(SetLengths([patches] * s.batch_size)) + 3 * (encoder(context) + predictor)
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def process_memory(which: str) -> int:
+    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at most (Linux)."""
+    # Not getrusage: a process that was spawned begins with the peak of its parent there.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{which}:")))
 
 
 def peak_memory(s: Setting, which: str, out: Any) -> None:
@@ -217,11 +218,10 @@ def peak_memory(s: Setting, which: str, out: Any) -> None:
             step(m)
         out.put((torch.cuda.max_memory_allocated(), before))
         return
-    before = resident()
+    before = process_memory("VmRSS")
     for m in masks:
         step(m)
-    # Kilobytes on Linux.
-    out.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before))
+    out.put((process_memory("VmHWM"), before))
 
 
 def in_own_process(s: Setting, which: str) -> tuple[int, int]:

@@ -131,8 +131,8 @@ def _plain_products(q: Tensor) -> bool:
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention over [S, h, L, d]; mask [S, 1, L] is 0 where there is a key and -inf where there is none."""
     if _plain_products(q):
-        # torch's fused kernel does not use the CPU's matrix units in its backward pass: at these lengths it takes
-        # 1.4 to 9 times as long as two plain products (benchmarks/bench_attention.py).
+        # torch's fused kernel does not use the CPU's matrix units in its backward pass: with 40 to 200 tokens a set it
+        # takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
         qr, kr, vr = (x.flatten(0, 1) for x in (q, k, v))  # 3 x [S * h, L, d], copied once for all products
         scores = torch.baddbmm(qr.new_empty(()), qr, kr.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         if mask is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from jepa_kit.maskers.blocks import Blocks, BoolArray, corners
@@ -59,38 +57,42 @@ class Blockwise:
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
         u = uniforms(Stream.MASK, samples, 4 * ROUNDS + 1, seed=seed, epoch=epoch).T  # [4 * ROUNDS + 1, B]
-        low, high = (math.log(ratio) for ratio in self.aspect_ratio)
-        root = np.exp((low + u[1:-1:4] * (high - low)) / 2)  # [ROUNDS, B], of height over width
+        from_last = u[-1] < 0.5
+        draws = u[:-1].reshape(ROUNDS, 4, -1)  # of each round: area, ratio, top, left
+        low, high = np.log(self.aspect_ratio)
+        root = np.exp((low + draws[:, 1] * (high - low)) / 2)  # [ROUNDS, B], of height over width
+        stretch = np.stack([root, 1 / root], axis=1)  # [ROUNDS, 2, B]
         sides = np.array(self.grid)[:, None]
-        masked = np.zeros((len(u[0]), self.grid[0] * self.grid[1]), dtype=bool)
+        masked = np.empty((u.shape[1], sides.prod()), dtype=bool)
         at = np.arange(len(masked))  # the images that are not done, and of each:
-        so_far, missing = masked.copy(), np.full(len(masked), self.num_targets)
+        so_far, missing = np.zeros_like(masked), np.full(len(masked), self.num_targets)
         for k in range(ROUNDS + 1):
             if k < ROUNDS:
-                side = np.sqrt(self.min_area + u[4 * k, at] * np.maximum(missing - self.min_area, 0))
-                size = np.stack([side * root[k, at], side / root[k, at]])  # [2, B]
-                size = np.minimum(np.maximum(np.rint(size), 1), sides).astype(np.int64)
-                top, left = corners(u[4 * k + 2 : 4 * k + 4].take(at, axis=1), size, sides, "inclusive")
+                drawn = draws[k].take(at, axis=1)
+                side = np.sqrt(self.min_area + drawn[0] * np.maximum(missing - self.min_area, 0))
+                size = np.rint(stretch[k].take(at, axis=1) * side)  # [2, B]
+                size = np.minimum(np.maximum(size, 1), sides).astype(np.int64)
+                top, left = corners(drawn[2:], size, sides, "inclusive")
                 new = Blocks(top, left, size[0], size[1], self.grid).cells()
-                new = np.greater(new, so_far)  # and not masked yet
+                np.greater(new, so_far, out=new)  # and not masked yet
             else:
                 new = ~so_far
-            count = lengths_of(new)
-            over = np.flatnonzero(count > missing)
-            new[over] = _cut(new[over], missing[over], u[-1, at[over]] < 0.5)
+            missing -= lengths_of(new)
+            over = np.flatnonzero(missing < 0)
+            if over.size:
+                new[over] = _cut(new[over], missing[over] + lengths_of(new[over]), from_last[at[over]])
             so_far |= new
-            missing -= count
-            done = missing <= 0
-            if done.any():
+            done = np.flatnonzero(missing <= 0)
+            if done.size:
                 masked[at[done]] = so_far[done]
-                at, so_far, missing = at[~done], so_far[~done], missing[~done]
-            if not at.size:
-                break
+                rest = np.flatnonzero(missing > 0)
+                at, so_far, missing = at[rest], so_far[rest], missing[rest]
+                if not at.size:
+                    break
         return mask_batch(~masked[None], masked[None], self.grid)
 
 
 def _cut(cells: BoolArray, count: IntArray, from_last: BoolArray) -> BoolArray:
-    """``count`` [B] patches of each set [B, N], the first or the last ones in raster order."""
-    order = np.where(from_last[:, None], cells[:, ::-1], cells)
-    order = keep_first(order, count[:, None])
+    """``count`` [B] patches of each set [B, N], its first or its last ones."""
+    order = keep_first(np.where(from_last[:, None], cells[:, ::-1], cells), count[:, None])
     return np.where(from_last[:, None], order[:, ::-1], order)

@@ -1,7 +1,4 @@
-"""Multi-group masking: groups of target blocks, each with a context of its own (V-JEPA).
-
-G  groups of an image    B  images    N = H * W  patches    n  blocks of a group
-"""
+"""Multi-group masking: G groups of n target blocks, each with a context of its own (V-JEPA). B images, N patches."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from jepa_kit.registry import MASKERS
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
-ATTEMPTS = 16
-"""Draws of a group's places before the placement that always leaves a context."""
+ATTEMPTS = 16  # draws of a group's places before the one that always leaves a context
 
 
 @MASKERS.register("multigroup")
@@ -28,8 +24,8 @@ class MultiGroup:
     long-range ones of 0.7, aspect ratios in (0.75, 1.5). The context encoder sees an image once for each group.
     Departure: each block has a size of its own, where V-JEPA has one for a group of a batch.
 
-    A group that leaves less than ``min_keep`` patches has its places drawn again, sizes kept; after 16 draws its
-    blocks are laid on top of one another in a corner. Results on images are not published and not yet measured here.
+    A group that leaves less than ``min_keep`` patches has its places drawn again, sizes kept; after 16 draws its blocks
+    all go into one corner. Results on images: not published, not yet measured here.
 
     Args:
         grid: (H, W), each at least 4.
@@ -40,7 +36,7 @@ class MultiGroup:
         predict: "union": one target set a group, its blocks together, as V-JEPA. "blocks": a set for each block.
 
     Raises:
-        ValueError: an option out of its range, groups that differ in number, or blocks that cannot leave ``min_keep``.
+        ValueError: an option out of its range, groups that differ in number, blocks that cannot leave ``min_keep``.
     """
 
     def __init__(
@@ -61,12 +57,11 @@ class MultiGroup:
             given = f"num_targets (={self.num_targets}) and target_scale (={target_scale})"
             raise ValueError(f"{given} must have an entry for each group")
         ratio = check_aspect_ratio("target_aspect_ratio", target_aspect_ratio)
-        self.shapes = [
-            BlockShape(self.grid, check_scale(f"target_scale[{g}]", scale, self.grid), ratio, "inclusive")
-            for g, scale in enumerate(target_scale)
-        ]
-        for g, (n, shape) in enumerate(zip(num_targets, self.shapes, strict=True)):
+        self.shapes: list[BlockShape] = []
+        for g, (n, scale) in enumerate(zip(num_targets, target_scale, strict=True)):
             check_at_least(f"num_targets[{g}]", n, 1)
+            shape = BlockShape(self.grid, check_scale(f"target_scale[{g}]", scale, self.grid), ratio, "inclusive")
+            self.shapes.append(shape)
             _, most = fewest_left([self.grid], shape.bounds(largest=True, coupled=False), self.grid, stacked=n > 1)
             if most < min_keep:
                 raise ValueError(
@@ -78,17 +73,16 @@ class MultiGroup:
         """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
         blocks = [self._group(g, np.asarray(samples), seed, epoch) for g in range(len(self.shapes))]  # [n, B, N] each
         union = np.stack([cells.any(axis=0) for cells in blocks])  # [G, B, N]
-        if self.predict == "union":
-            return mask_batch(~union, union, self.grid, of=range(len(blocks)))
-        of = [g for g, n in enumerate(self.num_targets) for _ in range(n)]
-        return mask_batch(~union, np.concatenate(blocks), self.grid, of=of)
+        targets = union if self.predict == "union" else np.concatenate(blocks)
+        sets = [1 if self.predict == "union" else n for n in self.num_targets]  # of each group
+        return mask_batch(~union, targets, self.grid, of=np.repeat(range(len(sets)), sets).tolist())
 
     def _group(self, g: int, samples: IntArray, seed: int, epoch: int) -> BoolArray:
         """[n, B, N]: what the blocks of a group cover."""
         n, groups = self.num_targets[g], len(self.shapes)
         u = uniforms(Stream.MASK, samples, 4 * n, seed=seed, epoch=epoch, attempt=g).T  # [4 * n, B]
-        height, width = self.shapes[g].size(u[:n], u[n : 2 * n])
-        cells = self._place(u[2 * n :], height, width)
+        size = np.stack(self.shapes[g].size(u[:n], u[n : 2 * n]))  # [2, n, B]
+        cells = self._place(u[2 * n :], size)
         for attempt in range(1, ATTEMPTS + 1):
             bad = np.flatnonzero(lengths_of(~np.logical_or.reduce(cells)) < self.min_keep)
             if not bad.size:
@@ -96,11 +90,10 @@ class MultiGroup:
             u = uniforms(Stream.MASK, samples[bad], 2 * n, seed=seed, epoch=epoch, attempt=attempt * groups + g).T
             if attempt == ATTEMPTS:  # one corner for all
                 u = np.where(u[[0] * n + [n] * n] < 0.5, 0.0, 1 - 2.0**-32)
-            cells[:, bad] = self._place(u, height[:, bad], width[:, bad])
+            cells[:, bad] = self._place(u, size[..., bad])
         return cells
 
-    def _place(self, u: FloatArray, height: IntArray, width: IntArray) -> BoolArray:
-        """[n, B, N] for numbers [2 * n, B]: of the rows, then of the columns."""
-        top = corners(u[: len(height)], height, self.grid[0], "inclusive")
-        left = corners(u[len(height) :], width, self.grid[1], "inclusive")
-        return Blocks(top, left, height, width, self.grid).cells()
+    def _place(self, u: FloatArray, size: IntArray) -> BoolArray:
+        """[n, B, N] for numbers [2 * n, B], of the rows and then of the columns, and sizes [2, n, B]."""
+        top, left = corners(u.reshape(size.shape), size, np.array(self.grid)[:, None, None], "inclusive")
+        return Blocks(top, left, size[0], size[1], self.grid).cells()
