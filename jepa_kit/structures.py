@@ -50,7 +50,7 @@ class SetLengths:
         self.offsets: Tensor
         """[S + 1] int32: set s is tokens offsets[s] to offsets[s + 1]."""
         self.set_of_token: Tensor
-        if self.uniform:  # made on the device: no copy that it would wait for
+        if self.uniform and torch.device(device).type != "cpu":  # made on the device: no copy that it would wait for
             self.offsets = torch.arange(each.size + 1, device=device, dtype=torch.int32) * self.longest
             self.set_of_token = torch.arange(self.total, device=device) // self.longest
         else:

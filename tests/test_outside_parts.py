@@ -1,4 +1,4 @@
-"""A masker, a loss and a target from one file outside the package, by ``imports:`` in the YAML, through the ordinary tool."""
+"""A masker, a loss and a target from one file outside the package, by ``imports:``, through the ordinary tools."""
 
 from __future__ import annotations
 
