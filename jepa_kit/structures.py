@@ -9,6 +9,7 @@ Legend of shapes:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Grid = tuple[int, int]
@@ -29,13 +31,13 @@ class SetLengths:
 
     Args:
         lengths: S positive integers.
-        device: where ``offsets`` and ``set_of_token`` live.
+        device: where ``offsets`` lives.
 
     Raises:
         ValueError: no set, or a set without a patch.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> None:
         each = np.asarray(lengths, dtype=np.int64)
         if not each.size:
             raise ValueError("lengths (=()) must name at least one set")
@@ -44,21 +46,19 @@ class SetLengths:
         if shortest < 1:
             at = int(each.argmin())
             raise ValueError(f"lengths[{at}] (={shortest}) must be at least 1: a set holds at least one patch")
+        self.each = each
+        """[S] int64, on the host."""
         self.on_host: tuple[int, ...] = tuple(each.tolist())
         self.total: int = int(each.sum())
         self.uniform: bool = self.longest == shortest
         self.offsets: Tensor
         """[S + 1] int32: set s is tokens offsets[s] to offsets[s + 1]."""
-        self.set_of_token: Tensor
         if self.uniform and torch.device(device).type != "cpu":  # made on the device: no copy that it would wait for
             self.offsets = torch.arange(each.size + 1, device=device, dtype=torch.int32) * self.longest
-            self.set_of_token = torch.arange(self.total, device=device) // self.longest
         else:
             offsets = np.zeros(each.size + 1, dtype=np.int32)
             np.cumsum(each, out=offsets[1:])
             self.offsets = torch.from_numpy(offsets).to(device)
-            self.set_of_token = torch.from_numpy(np.repeat(np.arange(each.size), each)).to(device)
-        """[P] int64: the set that each token belongs to."""
         self.layouts: dict[str, Any] = {}
         """What an attention backend derives from the lengths, made once and used by every layer."""
 
@@ -82,6 +82,14 @@ class SetLengths:
         return self.offsets.device
 
     @cached_property
+    def set_of_token(self) -> Tensor:
+        """[P] int64: the set that each token belongs to. Made where it is asked for, so that it need not be copied."""
+        if self.uniform:
+            return torch.arange(self.total, device=self.device) // self.longest
+        sets = torch.arange(len(self), device=self.device)
+        return sets.repeat_interleave(self.offsets.diff(), output_size=self.total)
+
+    @cached_property
     def position(self) -> Tensor:
         """[P] int64: the place of each token inside its own set."""
         starts = self.offsets[:-1].long()[self.set_of_token]
@@ -90,8 +98,9 @@ class SetLengths:
     def map_tensors(self, fn: Any) -> SetLengths:
         """The same lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
         other = object.__new__(SetLengths)
-        other.on_host, other.total, other.longest, other.uniform = self.on_host, self.total, self.longest, self.uniform
-        other.offsets, other.set_of_token = fn(self.offsets), fn(self.set_of_token)
+        other.each, other.on_host = self.each, self.on_host
+        other.total, other.longest, other.uniform = self.total, self.longest, self.uniform
+        other.offsets = fn(self.offsets)
         other.layouts = {}
         return other
 
@@ -168,6 +177,12 @@ class PatchSets:
         """Patch numbers set by set: S tensors [L_s]."""
         return list(self.index.split(self.lengths.on_host))
 
+    def of_images(self, first: int, end: int) -> PatchSets:
+        """The sets of images ``first`` to ``end`` - 1, which are numbered from 0 then. On the host only."""
+        chosen = (self.image >= first) & (self.image < end)  # [S]
+        lengths = SetLengths(self.lengths.each[chosen.numpy()])
+        return PatchSets(self.index[chosen[self.lengths.set_of_token]], self.image[chosen] - first, lengths)
+
     def map_tensors(self, fn: Any) -> PatchSets:
         other = object.__new__(PatchSets)
         for name, value in (
@@ -183,6 +198,11 @@ class PatchSets:
 
     def pin_memory(self, device: Any = None) -> PatchSets:
         return self.map_tensors(lambda x: x.pin_memory())
+
+
+def _extremes(x: Tensor) -> tuple[int, int]:
+    values = x.numpy()  # on the host; several times as fast as torch's for so few numbers
+    return int(values.min()), int(values.max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +224,8 @@ class MaskBatch:
     targets: PatchSets
     grid: Grid
     context_of: Tensor
-    sequences: SetLengths = field(init=False)
-    """For each target set, the length of its context plus its own: what a predictor reads at once."""
+    on_host: MaskBatch | None = field(init=False, default=None)
+    """What masks on a device were moved from."""
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -217,18 +237,22 @@ class MaskBatch:
                 f"not {self.context_of.dtype} of shape {tuple(self.context_of.shape)}"
             )
         for name, sets in (("context", self.context), ("targets", self.targets)):
-            lowest, highest = (int(v) for v in torch.aminmax(sets.index))
+            lowest, highest = _extremes(sets.index)
             if lowest < 0 or highest >= h * w:
                 bad = lowest if lowest < 0 else highest
                 raise ValueError(f"{name} holds patch {bad}, but a grid of {h} x {w} has patches 0 to {h * w - 1}")
-        lowest, highest = (int(v) for v in torch.aminmax(self.context_of))
+        lowest, highest = _extremes(self.context_of)
         if lowest < 0 or highest >= len(self.context):
             bad = lowest if lowest < 0 else highest
             raise ValueError(f"context_of names context set {bad}, but there are sets 0 to {len(self.context) - 1}")
         if not torch.equal(self.context.image[self.context_of], self.targets.image):
             raise ValueError("context_of pairs a target set with the context of another image")
-        context, own = np.asarray(self.context.lengths.on_host), np.asarray(self.targets.lengths.on_host)
-        object.__setattr__(self, "sequences", SetLengths(context[self.context_of.numpy()] + own))
+
+    @cached_property
+    def sequences(self) -> SetLengths:
+        """For each target set, the length of its context plus its own: what a predictor reads at once."""
+        context, own = self.context.lengths.each, self.targets.lengths.each
+        return SetLengths(context[self.context_of.numpy()] + own)
 
     def map_tensors(self, fn: Any) -> MaskBatch:
         other = object.__new__(MaskBatch)
@@ -238,9 +262,31 @@ class MaskBatch:
             ("grid", self.grid),
             ("context_of", fn(self.context_of)),
             ("sequences", self.sequences.map_tensors(fn)),
+            ("on_host", self.host()),
         ):
             object.__setattr__(other, name, value)
         return other
+
+    def host(self) -> MaskBatch | None:
+        """These masks on the host, without a copy from the device; None where they were not moved from there."""
+        return self if self.context_of.device.type == "cpu" else self.on_host
+
+    def split(self, ends: Sequence[int]) -> list[MaskBatch]:
+        """The masks of images ``ends[k]`` to ``ends[k + 1]`` - 1 for each k, on the same device; waits for no device.
+
+        Args:
+            ends: ascending, from 0 to B: n + 1 numbers for n parts.
+        """
+        host = self.host()
+        assert host is not None, "masks are made on the host"
+        parts = []
+        for first, end in itertools.pairwise(ends):
+            context, targets = (sets.of_images(first, end) for sets in (host.context, host.targets))
+            of_part = (host.context.image >= first) & (host.context.image < end)
+            context_of = host.context_of[(host.targets.image >= first) & (host.targets.image < end)]
+            part = MaskBatch(context, targets, host.grid, (of_part.cumsum(0) - 1)[context_of])
+            parts.append(part.to(self.context_of.device, non_blocking=True))
+        return parts
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskBatch:
         return self.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))

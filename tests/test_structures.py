@@ -227,3 +227,33 @@ def test_every_set_counts_the_same_in_a_mean() -> None:
 def test_a_mean_over_sets_of_one_length_is_the_plain_mean() -> None:
     values = torch.randn(12)
     assert torch.equal(prediction_of((4, 4, 4)).mean(values), values.mean())
+
+
+# --- parts of a batch ---
+
+
+def test_parts_are_the_sets_of_their_images() -> None:
+    """Several contexts an image, target sets in any order."""
+    context = PatchSets(torch.arange(9), torch.tensor([0, 2, 1, 0]), SetLengths([2, 3, 1, 3]))
+    targets = PatchSets(torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor([2, 0, 1, 0]), SetLengths([1, 2, 2, 1]))
+    masks = MaskBatch(context, targets, (3, 4), torch.tensor([1, 3, 2, 0]))
+    first, second = masks.split([0, 1, 3])
+    assert [s.tolist() for s in first.context.split()] == [[0, 1], [6, 7, 8]]
+    assert [s.tolist() for s in first.targets.split()] == [[4, 5], [8]]
+    assert first.context.image.tolist() == first.targets.image.tolist() == [0, 0]
+    assert first.context_of.tolist() == [1, 0]
+    assert [s.tolist() for s in second.context.split()] == [[2, 3, 4], [5]]
+    assert [s.tolist() for s in second.targets.split()] == [[3], [6, 7]]
+    assert second.context.image.tolist() == second.targets.image.tolist() == [1, 0]
+    assert second.context_of.tolist() == [0, 1]
+    assert (first.sequences.on_host, second.sequences.on_host) == ((5, 3), (4, 3))
+
+
+def test_masks_that_were_moved_know_what_they_were_moved_from() -> None:
+    """Parts are made on the host, so that nothing waits for a device to tell which set is whose."""
+    masks = make_masks()
+    moved = masks.to("meta")
+    assert moved.host() is masks
+    parts = moved.split([0, 1, len(masks.context)])
+    assert {part.context.index.device.type for part in parts} == {"meta"}
+    assert sum(part.targets.num_patches for part in parts) == masks.targets.num_patches

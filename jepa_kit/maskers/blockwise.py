@@ -13,6 +13,8 @@ from jepa_kit.structures import Grid, MaskBatch
 
 ROUNDS = 15
 """Blocks of an image; what is then still missing is taken from one end of the image (see ``Blockwise``)."""
+AT_FIRST = 7
+"""Blocks whose numbers are drawn for every image; few images need more."""
 
 
 @MASKERS.register("blockwise")
@@ -56,43 +58,48 @@ class Blockwise:
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
-        u = uniforms(Stream.MASK, samples, 4 * ROUNDS + 1, seed=seed, epoch=epoch).T  # [4 * ROUNDS + 1, B]
-        from_last = u[-1] < 0.5
-        draws = u[:-1].reshape(ROUNDS, 4, -1)  # of each round: area, ratio, top, left
+        samples = np.asarray(samples)
+        u = uniforms(Stream.MASK, samples, 4 * AT_FIRST + 1, seed=seed, epoch=epoch).T  # [4 * AT_FIRST + 1, B]
+        from_last, draws = u[0] < 0.5, u[1:].reshape(AT_FIRST, 4, -1)  # of each block: area, ratio, top, left
         low, high = np.log(self.aspect_ratio)
-        root = np.exp((low + draws[:, 1] * (high - low)) / 2)  # [ROUNDS, B], of height over width
-        stretch = np.stack([root, 1 / root], axis=1)  # [ROUNDS, 2, B]
         sides = np.array(self.grid)[:, None]
-        masked = np.empty((u.shape[1], sides.prod()), dtype=bool)
+        shape = len(samples), int(sides.prod())
+        masked, last = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)  # before the last block, and by it
+        quota = np.full(len(masked), self.num_targets)  # of the last block
         at = np.arange(len(masked))  # the images that are not done, and of each:
-        so_far, missing = np.zeros_like(masked), np.full(len(masked), self.num_targets)
+        so_far, missing = np.zeros_like(masked), quota.copy()
         for k in range(ROUNDS + 1):
             if k < ROUNDS:
+                if k == AT_FIRST:
+                    u = uniforms(Stream.MASK, samples[at], 4 * ROUNDS + 1, seed=seed, epoch=epoch).T
+                    draws = np.empty((ROUNDS, 4, len(samples)))
+                    draws[:, :, at] = u[1:].reshape(ROUNDS, 4, -1)
                 drawn = draws[k].take(at, axis=1)
                 side = np.sqrt(self.min_area + drawn[0] * np.maximum(missing - self.min_area, 0))
-                size = np.rint(stretch[k].take(at, axis=1) * side)  # [2, B]
+                root = np.exp((low + drawn[1] * (high - low)) / 2)  # of height over width
+                size = np.rint(np.array((side * root, side / root)))  # [2, B]
                 size = np.minimum(np.maximum(size, 1), sides).astype(np.int64)
                 top, left = corners(drawn[2:], size, sides, "inclusive")
                 new = Blocks(top, left, size[0], size[1], self.grid).cells()
                 np.greater(new, so_far, out=new)  # and not masked yet
             else:
                 new = ~so_far
-            missing -= lengths_of(new)
-            over = np.flatnonzero(missing < 0)
-            if over.size:
-                new[over] = _cut(new[over], missing[over] + lengths_of(new[over]), from_last[at[over]])
-            so_far |= new
-            done = np.flatnonzero(missing <= 0)
+            count = lengths_of(new)
+            done = np.flatnonzero(count >= missing)
             if done.size:
-                masked[at[done]] = so_far[done]
-                rest = np.flatnonzero(missing > 0)
-                at, so_far, missing = at[rest], so_far[rest], missing[rest]
+                masked[at[done]], last[at[done]], quota[at[done]] = so_far[done], new[done], missing[done]
+                rest = np.flatnonzero(count < missing)
+                at, so_far, missing, new, count = (x.take(rest, axis=0) for x in (at, so_far, missing, new, count))
                 if not at.size:
                     break
+            so_far |= new
+            missing -= count
+        masked |= _cut(last, quota, from_last)
         return mask_batch(~masked[None], masked[None], self.grid)
 
 
 def _cut(cells: BoolArray, count: IntArray, from_last: BoolArray) -> BoolArray:
     """``count`` [B] patches of each set [B, N], its first or its last ones."""
-    order = keep_first(np.where(from_last[:, None], cells[:, ::-1], cells), count[:, None])
-    return np.where(from_last[:, None], order[:, ::-1], order)
+    cells = np.where(from_last[:, None], cells[:, ::-1], cells)
+    cells = keep_first(cells, count[:, None])
+    return np.where(from_last[:, None], cells[:, ::-1], cells)

@@ -71,27 +71,31 @@ class MultiGroup:
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
-        blocks = [self._group(g, np.asarray(samples), seed, epoch) for g in range(len(self.shapes))]  # [n, B, N] each
-        union = np.stack([cells.any(axis=0) for cells in blocks])  # [G, B, N]
-        targets = union if self.predict == "union" else np.concatenate(blocks)
+        groups = [self._group(g, np.asarray(samples), seed, epoch) for g in range(len(self.shapes))]
+        union = np.stack([covered for _, covered in groups])  # [G, B, N]
+        targets = union if self.predict == "union" else np.concatenate([cells for cells, _ in groups])
         sets = [1 if self.predict == "union" else n for n in self.num_targets]  # of each group
         return mask_batch(~union, targets, self.grid, of=np.repeat(range(len(sets)), sets).tolist())
 
-    def _group(self, g: int, samples: IntArray, seed: int, epoch: int) -> BoolArray:
-        """[n, B, N]: what the blocks of a group cover."""
+    def _group(self, g: int, samples: IntArray, seed: int, epoch: int) -> tuple[BoolArray, BoolArray]:
+        """[n, B, N] what each block of a group covers, and [B, N] what they cover together."""
         n, groups = self.num_targets[g], len(self.shapes)
         u = uniforms(Stream.MASK, samples, 4 * n, seed=seed, epoch=epoch, attempt=g).T  # [4 * n, B]
         size = np.stack(self.shapes[g].size(u[:n], u[n : 2 * n]))  # [2, n, B]
         cells = self._place(u[2 * n :], size)
+        union = np.logical_or.reduce(cells)
+        most = union.shape[1] - self.min_keep
+        bad = np.flatnonzero(lengths_of(union) > most)
         for attempt in range(1, ATTEMPTS + 1):
-            bad = np.flatnonzero(lengths_of(~np.logical_or.reduce(cells)) < self.min_keep)
             if not bad.size:
                 break
             u = uniforms(Stream.MASK, samples[bad], 2 * n, seed=seed, epoch=epoch, attempt=attempt * groups + g).T
             if attempt == ATTEMPTS:  # one corner for all
                 u = np.where(u[[0] * n + [n] * n] < 0.5, 0.0, 1 - 2.0**-32)
-            cells[:, bad] = self._place(u, size[..., bad])
-        return cells
+            again = self._place(u, size[..., bad])
+            cells[:, bad], union[bad] = again, np.logical_or.reduce(again)
+            bad = bad[lengths_of(union[bad]) > most]
+        return cells, union
 
     def _place(self, u: FloatArray, size: IntArray) -> BoolArray:
         """[n, B, N] for numbers [2 * n, B], of the rows and then of the columns, and sizes [2, n, B]."""
