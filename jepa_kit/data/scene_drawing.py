@@ -121,8 +121,12 @@ def _grain(knots: FloatArray, height: int, width: int) -> FloatArray:
     return total * 0.6
 
 
+HUE, OF_ITSELF = 2, [6, 7, 10, 11]
+"""Columns of the numbers that a ``Look`` is made of: its hue; its pose and phase, which no kind shares."""
+
+
 class Look:
-    """Shape, colours and pattern of a solid."""
+    """Shape, colours and pattern of a solid, from 16 numbers in [0, 1)."""
 
     def __init__(self, u: FloatArray, room: Room) -> None:
         self.shape = int(u[0] * len(SOLIDS))

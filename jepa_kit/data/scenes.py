@@ -11,6 +11,10 @@ are Clevr/Count and Clevr/Dist of VTAB (arXiv 1910.04867), and add a semantic on
 Each block of 384 consecutive scenes holds each combination of the three labels once, in an order of its own: any
 range of indices is balanced, and the labels are independent. A scene is a pure function of (seed, index).
 
+Things of a kind stand together, as in photographs: a solid has the shape, the pattern and about the colours of the
+nearest one, with a chance of 0.85 each, and solids keep some distance from one another. So what is hidden can be guessed
+from what is seen; where every solid is unlike every other, there is nothing to predict but the room.
+
 What tells the distance: where a solid touches the floor, measured from the wall's foot (the camera's tilt
 differs from scene to scene, its height does not), and haze. Size alone does not, since true sizes differ by 1.7.
 Half of the scenes are by day: solids cast shadows, and are darker than the room on average. Half are by night: solids
@@ -30,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.order import permutation
-from jepa_kit.data.scene_drawing import DROP, MIN_VISIBLE, Canvas, Image, Look, Room
+from jepa_kit.data.scene_drawing import DROP, HUE, MIN_VISIBLE, OF_ITSELF, Canvas, Image, Look, Room
 from jepa_kit.data.scene_shapes import SOLIDS
 from jepa_kit.rng import FloatArray, Stream, generator
 
@@ -47,6 +51,10 @@ FAR = 3.0
 """Where the farthest solid may stand."""
 RADIUS = 0.5
 """Half the height of a solid of size 1 at distance 1, on the screen."""
+KIN = 0.85
+"""The chance that a solid is of the nearest one's kind."""
+SPREAD = 0.5
+"""How far solids leave their places in a row, in places."""
 LAYOUTS = 96
 
 
@@ -107,12 +115,22 @@ def render(seed: int, index: int, size: int | tuple[int, int] = 64) -> Scene:
     layouts = _layouts(rng, labels, room)
     looks = rng.random((len(COUNT_NAMES), 16))
     looks[0, 0] = (labels["shape"] + 0.5) / len(SHAPE_NAMES)
+    _make_kin(looks, rng.random(len(looks)) < KIN)
     solids = [Look(row, room) for row in looks[: labels["count"] + 1]]
     canvas = Canvas(height, width)
     layout, visible = canvas.place(solids, layouts)
     image = canvas.finish(room, solids, layout)
     shapes = np.array([solid.shape for solid in solids])
     return Scene(image, labels, canvas.mask(), visible, shapes, layout[:, 3])
+
+
+def _make_kin(looks: FloatArray, kin: NDArray[np.bool_]) -> None:
+    """Gives solids the first one's numbers but those of pose and place on the surface; hues stay a little apart."""
+    hues = (looks[0, HUE] + 0.08 * (looks[:, HUE] - 0.5)) % 1.0
+    own = looks[:, OF_ITSELF].copy()
+    looks[kin] = looks[0]
+    looks[:, OF_ITSELF] = own
+    looks[kin, HUE] = hues[kin]
 
 
 def _layouts(rng: np.random.Generator, labels: dict[str, int], room: Room) -> FloatArray:
@@ -129,7 +147,7 @@ def _layouts(rng: np.random.Generator, labels: dict[str, int], room: Room) -> Fl
     z[:, 0] = nearest[:, 0]
     radius = RADIUS * 0.76 * 1.68 ** u[:, :, 1] / z
     slot = np.argsort(u[:, :, 2], axis=1)
-    x = (2.0 * (slot + 0.5 + 1.6 * (u[:, :, 3] - 0.5)) / n - 1.0) * room.aspect
+    x = (2.0 * (slot + 0.5 + SPREAD * (u[:, :, 3] - 0.5)) / n - 1.0) * room.aspect
     reach = room.aspect - 0.85 * radius
     x = np.clip(x, -reach, reach)
     y = room.horizon - DROP / z + radius

@@ -137,7 +137,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if _plain_products(q):
         # torch's fused kernel does not use the CPU's matrix units in its backward pass: with 40 to 200 tokens a set it
         # takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
-        return _products(*(x.flatten(0, 1) for x in (q, k, v)), mask).view(q.shape)
+        return _products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view(q.shape)
     assert mask is None
     return F.scaled_dot_product_attention(q, k, v)
 

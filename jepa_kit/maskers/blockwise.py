@@ -89,7 +89,8 @@ class Blockwise:
             if done.size:
                 masked[at[done]], last[at[done]], quota[at[done]] = so_far[done], new[done], missing[done]
                 rest = np.flatnonzero(count < missing)
-                at, so_far, missing, new, count = (x.take(rest, axis=0) for x in (at, so_far, missing, new, count))
+                at, missing, count = at[rest], missing[rest], count[rest]
+                so_far, new = so_far[rest], new[rest]
                 if not at.size:
                     break
             so_far |= new

@@ -8,11 +8,11 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from jepa_kit.data.scene_drawing import MIN_VISIBLE, Canvas
-from jepa_kit.data.scenes import CLASSES, COMBINATIONS, DISTANCE_EDGES, SHAPE_NAMES, render, scene_labels
+from jepa_kit.data.scenes import CLASSES, COMBINATIONS, DISTANCE_EDGES, KIN, SHAPE_NAMES, render, scene_labels
 
 LABELS = [(1, 0, 6), (3, 3, 2), (4, 5, 4), (4, 5, 1)]
-MEANS = [62.76, 70.32, 56.06, 73.7]
-COVERED = [406, 608, 379, 567]
+MEANS = [61.55, 63.74, 55.88, 71.79]
+COVERED = [444, 772, 565, 577]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,13 @@ def test_labels_say_what_is_in_the_scene(scenes):
         assert (np.diff(scene.distances) > 0).all()
         low, high = DISTANCE_EDGES[scene.labels["distance"] : scene.labels["distance"] + 2]
         assert low < scene.distances[0] < high
+
+
+def test_most_solids_are_of_the_nearest_ones_kind(scenes):
+    alike = np.concatenate([scene.shapes[1:] == scene.shapes[0] for scene in scenes])
+    share = KIN + (1 - KIN) / len(SHAPE_NAMES)  # a shape of its own may be the same one
+    assert abs(alike.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(alike))
+    assert len({scene.shapes[0] for scene in scenes}) == len(SHAPE_NAMES)
 
 
 def test_each_solid_shows(scenes):
