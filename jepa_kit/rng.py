@@ -28,6 +28,7 @@ class Stream(IntEnum):
     EVALUATION = 7
     STEP = 8
     MASK_DROP = 9
+    TRANSFORM = 10
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)

@@ -1,120 +1,139 @@
 #!/usr/bin/env python
-"""Makes WebDataset shards from a folder of images, an archive of one, or synthetic scenes.
+"""Makes WebDataset shards of images, and checks them.
+
+SOURCE is one of these:
+
+  a folder                 a class is a sub-folder; or flat, without labels
+  .tar .tar.gz .tgz .zip   the same, packed; also CIFAR-10's and CIFAR-100's python archives, and a tar of tars with one
+                           for each class, as ImageNet's train archive is
+  .csv .tsv                a row for each image: a column `path`, relative to the table, and a column `label`
+  wds:SHARDS               WebDataset shards: a folder, or a pattern such as wds:old/{000000..000012}.tar
+  hf:NAME[:CONFIG]         a data set of Hugging Face, a folder that save_to_disk made, or a .parquet file
+  synthetic:scenes         rendered scenes with three labels (count, distance, shape) and masks
 
 examples:
   # a folder with one sub-folder for each class; a tenth of it for validation, in OUT/train and OUT/val
   python tools/make_shards.py photos/ shards/photos --split-val 0.1
 
-  # an archive with train/<class>/NNNN.jpg inside
-  python tools/make_shards.py cifar10_train.tar.gz shards/cifar10-train
+  # CIFAR-10 as it comes; its own batches become shards/cifar10/train and shards/cifar10/test
+  python tools/make_shards.py cifar-10-python.tar.gz shards/cifar10
 
-  # images without labels
-  python tools/make_shards.py scans.zip shards/scans --label-from none
+  # ImageNet-1k; the validation labels come from the development kit, the numbers of classes from the train shards
+  python tools/make_shards.py ILSVRC2012_img_train.tar shards/in1k-train --shorter-side 256 --bytes-per-shard 256M
+  python tools/make_shards.py ILSVRC2012_img_val.tar shards/in1k-val --labels ILSVRC2012_devkit_t12.tar.gz \\
+      --classes-from shards/in1k-train
 
-  # rendered scenes with three labels (count, distance, shape)
+  # scenes, rendered at 64 x 64
   python tools/make_shards.py synthetic:scenes shards/scenes --num-scenes 12000 --image-size 64 --split-val 0.17
 
-JPEG and PNG files keep their bytes; other formats become PNG. Files that are not images are refused and listed, here
-and in OUT/index.json. The format is described in jepa_kit/data/shard_writing.py; any reader of WebDataset reads it.
+  # are shards as their index says?
+  python tools/make_shards.py --verify shards/photos
+
+JPEG and PNG files keep their bytes, unless --shorter-side or --quality is given; other formats become PNG. Files that
+are no images are refused and listed, here and in OUT/index.json. A run that was interrupted goes on when its command is
+given again, and ends in the same bytes. The format is described in docs/data.md; any reader of WebDataset reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
-import multiprocessing
 import os
-import signal
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit import __version__
-from jepa_kit.data.order import permutation
-from jepa_kit.data.shard_writing import (
-    INDEX,
-    KEYS,
-    LABELS,
-    OFFSETS,
-    UNFINISHED,
-    Rows,
-    Sample,
-    Shard,
-    write_index,
-    write_shard,
-)
-from jepa_kit.data.sources import LABEL_FROM, Refused, Scenes, Source, open_files
-from jepa_kit.registry import did_you_mean
-from jepa_kit.rng import IntArray, Stream, generator
+from jepa_kit.data.progress import Progress
+from jepa_kit.data.shard_journal import Journal, alone, make_room, unfinished
+from jepa_kit.data.shard_making import Limits, check_apart, listed, make, orders, split_folder
+from jepa_kit.data.shard_verify import verify
+from jepa_kit.data.sources import SourceOptions, open_source
+from jepa_kit.data.sources.labels import LABEL_FROM
 
-SYNTHETIC = ("scenes",)
-SPLITS = ("", "train", "val")
-"""Folders of OUT_DIR that may hold shards: itself, where there is no validation split, or its two parts."""
-LISTED = 10
-"""So many refused files are named on the terminal; index.json names all."""
-
-Refusals = list[dict[str, str]]
-Written = tuple[Shard, Rows, Refusals]
-Tasks = dict[tuple[str, int], tuple[str, IntArray]]
-"""(split, number of the shard) -> its path and the numbers of its samples."""
-
-_source: Source
-_done: Any
-"""A counter of samples that all workers share."""
+NO_PART_OF_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def parser() -> argparse.ArgumentParser:
-    text = (__doc__ or "").split("\n\nexamples:")
+    title, _, text = (__doc__ or "").partition("\n\n")
+    sources, _, examples = text.partition("\n\nexamples:")
     p = argparse.ArgumentParser(
         prog="make_shards.py",
-        description=text[0],
-        epilog="examples:" + text[1],
+        usage="make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]",
+        description=f"{title}\n\n{sources}",
+        epilog="examples:" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("source", help="folder of images, .tar, .tar.gz, .tgz or .zip of one, or synthetic:scenes")
-    p.add_argument("out", metavar="OUT_DIR", help="folder for the shards; made if missing")
-    p.add_argument("--samples-per-shard", type=int, default=1024, metavar="N", help="default: 1024")
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle, the split and the scenes (default: 0)")
-    p.add_argument(
+    p.add_argument("source", metavar="SOURCE", nargs="?", help="see above")
+    p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; made if missing")
+    p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 where they differ")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    p.add_argument("--overwrite", action="store_true", help="replace shards that OUT_DIR already holds")
+    p.add_argument("--max-refused", type=float, default=0.1, metavar="SHARE", help="of bad images; default: 0.1")
+    g = p.add_argument_group("shards")
+    g.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024, if no bytes are given")
+    g.add_argument("--bytes-per-shard", metavar="N", help="at most so many, such as 256M")
+    g.add_argument("--seed", type=int, default=0, help="of the shuffle, the split and the scenes (default: 0)")
+    g.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mix the samples before they are put into shards (default), or keep them sorted by path; scenes are mixed",
+        help="mix the samples before they are put into shards (default), or keep their order; scenes are mixed",
     )
-    p.add_argument("--split-val", type=float, default=0.0, metavar="SHARE", help="share for OUT_DIR/val (default: 0)")
-    p.add_argument(
+    g.add_argument("--split-val", type=float, default=0.0, metavar="SHARE", help="share for OUT_DIR/val (default: 0)")
+    g = p.add_argument_group("images")
+    g.add_argument("--shorter-side", type=int, metavar="PIXELS", help="make larger images smaller, to this side")
+    g.add_argument("--quality", type=int, metavar="Q", help="make every image a JPEG of this quality, 1 to 100")
+    g = p.add_argument_group("labels")
+    g.add_argument(
         "--label-from",
         choices=LABEL_FROM,
-        default="auto",
         help="a file's class: its own folder (parent), the first folder of its path (top), or none; "
         "auto: parent where files lie in more than one folder (default)",
     )
-    p.add_argument("--num-scenes", type=int, metavar="N", help="synthetic:scenes only (default: 10000)")
-    p.add_argument(
-        "--image-size", metavar="PIXELS", help="synthetic:scenes only: a side, or HEIGHTxWIDTH (default: 64)"
-    )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    p.add_argument("--overwrite", action="store_true", help="replace shards that OUT_DIR already holds")
+    g.add_argument("--labels", metavar="FILE", help="a table, a text or ImageNet's development kit with files' classes")
+    g.add_argument("--label-column", metavar="NAME[,NAME]", help="tables and hf: (default: label; those of classes)")
+    g.add_argument("--path-column", metavar="NAME", help="of a table (default: path)")
+    g.add_argument("--image-column", metavar="NAME", help="hf: alone (default: the one that holds images)")
+    g.add_argument("--classes-from", metavar="FROM", help="shards, or a text of classes, whose class numbers to use")
+    g = p.add_argument_group("synthetic:scenes")
+    g.add_argument("--num-scenes", type=int, metavar="N", help="default: 10000")
+    g.add_argument("--image-size", metavar="PIXELS", help="a side, or HEIGHTxWIDTH (default: 64)")
+    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="store the shape at each pixel (default)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status: 0, 2 for what the user can put right, 130 where stopped by hand."""
-    args = parser().parse_args(argv)
-    scratch = os.path.join(args.out, f".unpacked.{os.getpid()}.tar")
+    """Runs the tool.
+
+    Returns:
+        The exit status: 0; 1 where --verify finds shards that are not as their index says; 2 for what the user can put
+        right; 130 where stopped by hand.
+    """
+    p = parser()
+    args = p.parse_args(argv)
+    if args.verify is None and args.out is None:
+        p.error("SOURCE and OUT_DIR must be given, or --verify DIR")
+    if args.verify is not None:
+        defaults = {**vars(p.parse_args(["--verify", args.verify])), "workers": args.workers}
+        for name in (name for name, value in vars(args).items() if value != defaults[name]):
+            p.error(f"--verify (={args.verify}) goes with --workers alone, not with {name}: it only reads")
     try:
-        _check_values(args)
-        _check_out(args)
+        if args.workers is not None and args.workers < 1:
+            raise ValueError(f"--workers (={args.workers}) must be at least 1")
+        if args.verify is not None:
+            return _verify(args.verify, args.workers or _cores())
+        limits, options = _limits(args), _source_options(args)
+        check_apart(args.source, args.out)
         os.makedirs(args.out, exist_ok=True)
-        source = _open_source(args, scratch)
-        return _make(args, source)
+        with alone(args.out):
+            return _make(args, limits, options)
     except BrokenProcessPool:
         print("make_shards: error: a worker died; often memory ran out: try fewer --workers", file=sys.stderr)
         return 2
@@ -122,215 +141,85 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make_shards: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"make_shards: stopped; {args.out} is unfinished: run it again with --overwrite", file=sys.stderr)
+        print("make_shards: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    finally:
-        if os.path.exists(scratch):
-            os.remove(scratch)
 
 
-def _check_values(args: argparse.Namespace) -> None:
-    if args.samples_per_shard < 1:
+def _limits(args: argparse.Namespace) -> Limits:
+    if args.samples_per_shard is not None and args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard (={args.samples_per_shard}) must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed (={args.seed}) must be at least 0")
     if not 0.0 <= args.split_val < 1.0:
         raise ValueError(f"--split-val (={args.split_val}) must be at least 0 and below 1: it is a share")
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"--workers (={args.workers}) must be at least 1")
-    if not args.source.startswith("synthetic:"):
-        for option, value in (("--num-scenes", args.num_scenes), ("--image-size", args.image_size)):
-            if value is not None:
-                raise ValueError(f"{option} (={value}) is for synthetic:scenes alone; images keep their size")
-    elif args.label_from != "auto":
-        raise ValueError(f"--label-from (={args.label_from}) is for image files alone; scenes know their labels")
+    if not 0.0 <= args.max_refused <= 1.0:
+        raise ValueError(f"--max-refused (={args.max_refused}) must be 0 to 1: it is a share")
+    size = None
+    if args.bytes_per_shard is not None:
+        found = re.fullmatch(r"(\d+)([KMG]?)", args.bytes_per_shard.upper())
+        size = int(found[1]) * UNITS[found[2]] if found else 0
+        if size < 10240:
+            raise ValueError(f"--bytes-per-shard (={args.bytes_per_shard}) must be at least 10240, such as 256M or 1G")
+    elif args.samples_per_shard is None:
+        args.samples_per_shard = Limits.samples
+    return Limits(args.samples_per_shard, size, args.max_refused)
 
 
-def _check_out(args: argparse.Namespace) -> None:
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        raise ValueError(f"OUT_DIR (={args.out!r}) must be a folder, but is a file")
-    source, out = os.path.realpath(args.source), os.path.realpath(args.out)
-    if os.path.isdir(source) and os.path.commonpath([source, out]) == source:
-        raise ValueError(f"OUT_DIR (={args.out!r}) must lie outside the source (={args.source!r})")
-    for split in SPLITS:
-        held = _existing(_folder(out, split))
-        if source in held:
-            raise ValueError(f"source (={args.source!r}) must not be a shard in OUT_DIR, which would be replaced")
-        if held and not args.overwrite:
-            raise ValueError(f"OUT_DIR (={args.out!r}) already holds shards ({held[0]}): name another, or --overwrite")
+def _source_options(args: argparse.Namespace) -> SourceOptions:
+    given = {name: getattr(args, name) for name in SourceOptions.__dataclass_fields__}
+    if given["label_column"] is not None:
+        given["label_column"] = tuple(given["label_column"].split(","))
+    return SourceOptions(**given)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _folder(out: str, split: str) -> str:
-    return os.path.join(out, split) if split else out
-
-
-def _existing(folder: str) -> list[str]:
-    names = ("shard-*.tar", ".*.partial", INDEX, OFFSETS, LABELS, KEYS, UNFINISHED)
-    return sorted(path for name in names for path in glob.glob(os.path.join(glob.escape(folder), name)))
-
-
-def _open_source(args: argparse.Namespace, scratch: str) -> Source:
-    kind, _, name = args.source.partition(":")
-    if kind != "synthetic":
-        if args.source.endswith(("gz", "zip")):
-            print(f"opening {args.source}", flush=True)
-        return open_files(args.source, label_from=args.label_from, scratch=scratch)
-    if name not in SYNTHETIC:
-        hint = did_you_mean(name, SYNTHETIC)
-        raise ValueError(f"source (={args.source!r}) is not known{hint} Synthetic sources: synthetic:scenes")
-    sides = str(args.image_size or 64).lower().split("x")
-    if len(sides) > 2 or not all(s.isdigit() for s in sides):
-        raise ValueError(f"--image-size (={args.image_size}) must be a side in pixels, or HEIGHTxWIDTH such as 64x96")
-    size = (int(sides[0]), int(sides[-1]))
-    return Scenes(num_scenes=10000 if args.num_scenes is None else args.num_scenes, size=size, seed=args.seed)
-
-
-def _orders(args: argparse.Namespace, source: Source) -> dict[str, IntArray]:
-    """Folder of each split -> numbers of its samples, in the order of its shards."""
-    n = len(source)
-    num_val = round(n * args.split_val)
-    if args.split_val and not 0 < num_val < n:
-        raise ValueError(f"--split-val (={args.split_val}) must leave samples on both sides, but there are {n}")
-    order = np.arange(n)
-    if not isinstance(source, Scenes):  # scenes come mixed and balanced: any range of them is as good
-        order = permutation(generator(Stream.ORDER, seed=args.seed), n)
-    train, val = order[: n - num_val], order[n - num_val :]
-    if not args.shuffle:
-        train, val = np.sort(train), np.sort(val)
-    return {"train": train, "val": val} if num_val else {"": train}
-
-
-def _make(args: argparse.Namespace, source: Source) -> int:
-    orders = _orders(args, source)
-    _clear(args.out)
-    tasks: Tasks = {}
-    for split, order in orders.items():
-        folder = _folder(args.out, split)
-        os.makedirs(folder, exist_ok=True)
-        Path(folder, UNFINISHED).write_text("make_shards is writing here, or was stopped while it did\n")
-        for k, start in enumerate(range(0, len(order), args.samples_per_shard)):
-            path = os.path.join(folder, f"shard-{k:06d}.tar")
-            tasks[split, k] = path, order[start : start + args.samples_per_shard]
-    written = _run(source, tasks, args.workers or _cores())
-    made_by = {"tool": "make_shards", "jepa_kit": __version__, "source": args.source}
-    made_by |= {k: v for k, v in vars(args).items() if k not in ("source", "out", "workers", "overwrite")}
-    refused = [
-        _finish(_folder(args.out, split), [written[key] for key in tasks if key[0] == split], source, made_by)
-        for split in orders
-    ]
-    if any(refused):
-        entries = [entry for part in refused for entry in part]
-        print(f"refused {len(entries)} of {len(source)} files: {_listed(entries)}")
+def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> int:
+    print(f"opening {args.source}", flush=True)
+    try:
+        source = open_source(args.source, options, seed=args.seed, scratch=args.out)
+        for note in source.notes:
+            print(note)
+        plan = orders(source, seed=args.seed, shuffle=args.shuffle, split_val=args.split_val)
+        made_by: dict[str, Any] = {"tool": "make_shards", "jepa_kit": __version__}
+        made_by |= {k: v for k, v in vars(args).items() if k not in NO_PART_OF_THE_BYTES and v is not None}
+        made_by |= {"samples": len(source), "fingerprint": source.fingerprint()}
+        journals = [Journal(split_folder(args.out, split), made_by) for split in plan]
+        make_room(args.out, journals, overwrite=args.overwrite)
+        progress = Progress(len(source), "samples")
+        try:
+            made = make(source, plan, journals, limits=limits, workers=args.workers or _cores(), show=progress.show)
+        finally:
+            progress.close()
+    finally:
+        if not unfinished(args.out):
+            for path in glob.glob(os.path.join(glob.escape(args.out), ".unpacked.*")):
+                os.remove(path)
+    labels = ", ".join(f"{name} ({len(names)} classes)" for name, names in source.classes.items()) or "none"
+    masks = "; with masks" if source.mask_classes else ""
+    if not made:
+        print(f"{args.out} is finished already: nothing to do")
+    for m in made:
+        size = f"{m.samples} samples in {m.shards} shards, {m.bytes / 1e6:.1f} MB"
+        print(f"{m.folder}: {size}; labels: {labels}{masks}")
+    refused = [entry for m in made for entry in m.refused]
+    if refused:
+        print(f"refused {len(refused)} of {len(source)} files: {listed(refused)}")
     return 0
 
 
-def _finish(folder: str, parts: list[Written], source: Source, made_by: dict[str, Any]) -> Refusals:
-    """Writes a split's index; returns what was refused. Shards of which nothing is left are passed over."""
-    kept = [(shard, rows) for shard, rows, _ in parts if shard.samples]
-    refused = sorted((entry for _, _, bad in parts for entry in bad), key=lambda entry: entry["name"])
-    if not kept:
-        _clear(folder)
-        raise ValueError(f"source (={made_by['source']!r}) holds no image for {folder}: {_listed(refused)}")
-    shards, rows = [shard for shard, _ in kept], [rows for _, rows in kept]
-    write_index(folder, shards, rows, classes=source.classes, refused=refused, made_by=made_by)
-    labels = ", ".join(f"{name} ({len(names)} classes)" for name, names in source.classes.items()) or "none"
-    samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards) / 1e6
-    print(f"{folder}: {samples} samples in {len(shards)} shards, {size:.1f} MB; labels: {labels}")
-    return refused
-
-
-def _clear(out: str) -> None:
-    """Removes what an earlier run wrote. The mark goes last: shards without their index pass for foreign ones."""
-    for folder in (_folder(out, split) for split in SPLITS):
-        held = _existing(folder)
-        mark = Path(folder, UNFINISHED)
-        if held:
-            mark.touch()
-        for path in held:
-            if path != str(mark):
-                os.remove(path)
-        mark.unlink(missing_ok=True)
-
-
-def _listed(refused: Refusals) -> str:
-    more = f"; and {len(refused) - LISTED} more, in {INDEX}" if len(refused) > LISTED else ""
-    return "; ".join(f"{entry['name']} ({entry['reason']})" for entry in refused[:LISTED]) + more
-
-
-def _start_worker(source: Source, done: Any) -> None:
-    global _source, _done
-    _source, _done = source, done
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and silently; the parent reports
-
-
-def _write(path: str, numbers: IntArray) -> Written:
-    """One shard, in a worker process. A shard of which nothing is left is removed again."""
-    refused: Refusals = []
-
-    def samples() -> Iterator[Sample]:
-        for i in numbers.tolist():
-            try:
-                yield _source.sample(i)
-            except Refused as reason:
-                refused.append({"name": _source.name(i), "reason": str(reason)})
-            with _done.get_lock():
-                _done.value += 1
-
-    shard, rows = write_shard(path, samples())
-    if not shard.samples:
-        os.remove(path)
-    return shard, rows, refused
-
-
-def _run(source: Source, tasks: Tasks, workers: int) -> dict[tuple[str, int], Written]:
-    """Writes every shard, and shows how far it is."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    done = context.Value("q", 0)
-    progress = _Progress(len(source))
-    with ProcessPoolExecutor(workers, context, _start_worker, (source, done)) as pool:
-        futures: dict[tuple[str, int], Future[Written]] = {
-            key: pool.submit(_write, path, numbers) for key, (path, numbers) in tasks.items()
-        }
-        remaining = set(futures.values())
-        try:
-            while remaining:
-                finished, remaining = wait(remaining, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                progress.show(done.value)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            progress.close()
-    return {key: future.result() for key, future in futures.items()}
-
-
-class _Progress:
-    """A bar on a terminal; otherwise a line for each tenth."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.tenth = total, 0
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit=" samples", desc="shards")
-
-    def show(self, done: int) -> None:
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
-        elif done * 10 // self.total > self.tenth:
-            self.tenth = done * 10 // self.total
-            print(f"{done} of {self.total} samples", flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def _verify(folder: str, workers: int) -> int:
+    progress = Progress(1, "MB", scale=10**6)
+    try:
+        report = verify(folder, workers=workers, show=progress.show)
+    finally:
+        progress.close()
+    for problem in report.problems:
+        print(problem)
+    print(f"{folder}: {report.shards} shards, {len(report.problems)} problems")
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Batches for training and evaluation: read, decoded, cropped and masked in loader workers.
 
 What a batch holds is a pure function of (seed, step): the same for any number of workers and, joined over ranks, for
-any number of ranks. One worker makes one whole batch, so workers never share one.
+any number of ranks. One worker makes one whole batch, so workers never share one. A sample that cannot be used is left
+out of its batch, and named in it; no other takes its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from jepa_kit.data.ahead import Ahead
+from jepa_kit.data.faults import SampleError, Skipped
+from jepa_kit.data.images import ImageError
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.transforms import CentreCrop, RandomCrop, stack
+from jepa_kit.data.transforms import Stack, View, eval_view, stack
 from jepa_kit.maskers import Masker
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
@@ -31,24 +38,25 @@ class Batch:
         images: [B, 3, h, w] uint8.
         masks: what is seen and predicted; None for evaluation.
         samples: [B] int64, the number of each image in its data set.
+        skipped: samples that belong to this batch, but could not be used.
     """
 
     images: Tensor
     masks: MaskBatch | None
     samples: Tensor
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         masks = None if self.masks is None else self.masks.to(device, non_blocking)
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking), masks, self.samples.to(device, non_blocking=non_blocking)
-        )
+        images, samples = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.samples))
+        return replace(self, images=images, masks=masks, samples=samples)
 
     def pin_memory(self, device: Any = None) -> Batch:
         masks = None if self.masks is None else self.masks.pin_memory()
-        return Batch(self.images.pin_memory(), masks, self.samples.pin_memory())
+        return replace(self, images=self.images.pin_memory(), masks=masks, samples=self.samples.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,51 +71,73 @@ class Request:
 class _TrainBatches(Dataset):
     """Request -> Batch."""
 
-    def __init__(self, dataset: ShardDataset, masker: Masker | None, crop: RandomCrop, seed: int) -> None:
-        self.dataset, self.masker, self.crop, self.seed = dataset, masker, crop, seed
+    def __init__(self, dataset: ShardDataset, masker: Masker | None, view: View, seed: int) -> None:
+        self.dataset, self.masker, self.view, self.seed = dataset, masker, view, seed
 
     def __getitem__(self, request: Request) -> Batch:
-        samples, epoch = request.samples, request.epoch
-        draws, flips = self.crop.draws(samples, seed=self.seed, epoch=epoch)
-        images = [self.crop.apply(self.dataset.image(int(i)), draws[b], bool(flips[b])) for b, i in enumerate(samples)]
+        draws = self.view.draws(request.samples, seed=self.seed, epoch=request.epoch)
+        images, kept, skipped = Stack(len(request.samples)), [], []
+        for b, i in enumerate(request.samples.tolist()):
+            try:
+                images.add(self.view(self.dataset.image_bytes(i), draws[b]))
+                kept.append(b)
+            except (SampleError, ImageError) as error:  # noqa: PERF203 (one sample must not cost its batch)
+                skipped.append(Skipped(i, self.dataset.key(i), str(error)))
+        if not kept:
+            raise ValueError(
+                f"no image is left in the batch of step {request.step}, as none of its {len(skipped)} samples can be "
+                "used: " + "; ".join(f"{s.key!r}: {s.reason}" for s in skipped[:3])
+            )
+        samples = request.samples[kept]
         masks = None
         if self.masker is not None:
-            masks = self.masker(samples, seed=self.seed, epoch=epoch, step=request.step)
-        return Batch(stack(images), masks, torch.from_numpy(samples))
+            masks = self.masker(samples, seed=self.seed, epoch=request.epoch, step=request.step)
+        return Batch(images.tensor(), masks, torch.from_numpy(samples), tuple(skipped))
 
 
 class _EvalBatches(Dataset):
     """Sample numbers [B] -> Batch."""
 
-    def __init__(self, dataset: ShardDataset, crop: CentreCrop) -> None:
-        self.dataset, self.crop = dataset, crop
+    def __init__(self, dataset: ShardDataset, view: View) -> None:
+        self.dataset, self.view = dataset, view
 
     def __getitem__(self, samples: IntArray) -> Batch:
-        images = [self.crop.apply(self.dataset.image(int(i))) for i in samples]
+        draws = self.view.draws(samples, seed=0, epoch=0)
+        images = [self._image(i, draws[b]) for b, i in enumerate(samples.tolist())]
         return Batch(stack(images), None, torch.from_numpy(samples))
+
+    def _image(self, i: int, draws: Any) -> Any:
+        try:
+            return self.view(self.dataset.image_bytes(i), draws)
+        except (SampleError, ImageError) as error:  # a score over fewer samples would pass for one over all
+            raise self.dataset.unusable(i, error) from error
 
 
 class TrainLoader:
     """Training batches from any step on.
 
-    Batch g of an epoch is ``order[g * batch_size : (g + 1) * batch_size]``, of which each rank takes its
-    consecutive part; the order's last ``N % batch_size`` samples are left out of that epoch.
+    Batch g of an epoch is ``order[g * batch_size : (g + 1) * batch_size]``, of which each rank takes its consecutive
+    part; the order's last ``N % batch_size`` samples are left out of that epoch. So every rank has as many batches, and
+    uses no sample twice in an epoch, whatever the numbers of shards, ranks and workers: what is divided is samples.
+
+    Shards of other machines are fetched whole, ahead of the steps that need them. A batch mixes the shards of a window,
+    so every rank comes to nearly all shards in an epoch (``fetched_bytes``): a machine fetches each of them once where
+    its ranks share a cache folder, and once for each rank where they do not.
 
     Args:
         dataset: where samples are read.
         masker: draws the masks, or None for images alone.
+        view: from an image file's bytes to pixels.
         batch_size: over all ranks.
-        image_size: (h, w) in pixels.
         seed: of the run.
         rank, world_size: of this process.
-        crop_scale, crop_ratio, flip: see ``RandomCrop``.
         shuffle_window: see ``epoch_order``.
         num_workers: loader processes of this rank; 0 loads in this process.
         pin_memory: batches arrive in page-locked memory, for a CUDA device.
 
     Raises:
         ValueError: a value outside its range, a batch that does not divide by the ranks, or that is larger than the
-            data set.
+            data set; a cache that has no room for the shards of one window.
     """
 
     def __init__(
@@ -115,14 +145,11 @@ class TrainLoader:
         *,
         dataset: ShardDataset,
         masker: Masker | None,
+        view: View,
         batch_size: int,
-        image_size: tuple[int, int],
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        crop_scale: tuple[float, float] = (0.3, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.0,
         shuffle_window: int = 16384,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -142,19 +169,23 @@ class TrainLoader:
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        crop = RandomCrop(image_size=image_size, scale=crop_scale, ratio=crop_ratio, flip=flip)
-        self._batches = _TrainBatches(dataset, masker, crop, seed)
+        self._batches = _TrainBatches(dataset, masker, view, seed)
+        self._check_cache()
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.dataset) // self.batch_size
+
+    def order(self, epoch: int) -> IntArray:
+        """[N] the samples of an epoch in their order; the last ``N % batch_size`` are not used."""
+        return epoch_order(self.dataset.shard_sizes, seed=self.seed, epoch=epoch, window=self.shuffle_window)
 
     def requests(self, start_step: int) -> Iterator[Request]:
         """What this rank's workers are asked for, from a step on, without end."""
         part = self.batch_size // self.world_size
         epoch, first = divmod(start_step, self.steps_per_epoch)
         while True:
-            order = epoch_order(self.dataset.shard_sizes, seed=self.seed, epoch=epoch, window=self.shuffle_window)
+            order = self.order(epoch)
             for g in range(first, self.steps_per_epoch):
                 begin = g * self.batch_size + self.rank * part
                 yield Request(epoch * self.steps_per_epoch + g, epoch, order[begin : begin + part].copy())
@@ -164,13 +195,73 @@ class TrainLoader:
         """(step, batch) from ``start_step`` on, without end.
 
         Raises:
-            ValueError: a negative step, or a sample that cannot be read.
+            ValueError: a negative step, or no usable sample in a batch.
             RuntimeError: a loader worker died.
         """
         if start_step < 0:
             raise ValueError(f"start_step (={start_step}) must be at least 0")
+        return self._numbered(start_step)
+
+    def _numbered(self, start_step: int) -> Iterator[tuple[int, Batch]]:
+        ahead = Ahead(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
         loaded = _load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
-        return enumerate(loaded, start_step)
+        with closing(loaded):
+            try:
+                for step, batch in enumerate(loaded, start_step):
+                    if self.dataset.remote:  # from the first batch on: the workers are forked by then
+                        ahead.advance(step)
+                    yield step, batch
+            finally:
+                ahead.stop()
+
+    @property
+    def _window_steps(self) -> int:
+        return -(-self.shuffle_window // self.batch_size)
+
+    def shards_needed(self, start_step: int) -> Iterator[tuple[int, int | None]]:
+        """(step, shard) for each shard that this rank comes to, anew after a window without it; see ``Ahead``."""
+        used: dict[int, int] = {}
+        for request in self.requests(start_step):
+            shards = np.unique(self.dataset.shard_of(request.samples)).tolist()
+            needed = [s for s in shards if request.step - used.get(s, -self._window_steps - 1) > self._window_steps]
+            used.update(dict.fromkeys(shards, request.step))
+            yield from ((request.step, shard) for shard in needed or [None])
+
+    def fetched_bytes(self, epoch: int = 0) -> int:
+        """Bytes of shards that this rank comes to in an epoch; a shard that two windows share counts twice."""
+        part, used = self.batch_size // self.world_size, self.steps_per_epoch * self.batch_size
+        rows = self.order(epoch)[:used].reshape(self.steps_per_epoch, self.batch_size)
+        own = rows[:, self.rank * part : (self.rank + 1) * part]
+        windows = np.arange(used).reshape(rows.shape)[:, :1] // self.shuffle_window
+        return int(self._bytes_in_windows(own, windows).sum())
+
+    def fetching(self) -> str:
+        """What it costs that shards lie on other machines, in words."""
+        whole = sum(shard["bytes"] for shard in self.dataset.shards)
+        text = f"each rank comes to {self.fetched_bytes() / 1e9:.3g} GB of {whole / 1e9:.3g} GB of shards in an epoch"
+        if self.dataset.cache_is_temporary:
+            return f"{text}, and fetches them for itself in every epoch; a folder in data.cache is shared and kept"
+        return f"{text}; data.cache is shared by the ranks of a machine and keeps them"
+
+    def _bytes_in_windows(self, samples: IntArray, windows: IntArray) -> IntArray:
+        """[windows] bytes of the shards that hold the samples of each window. ``windows`` broadcasts to ``samples``."""
+        count = len(self.dataset.shards)
+        pairs = np.unique(windows * count + self.dataset.shard_of(samples))
+        sizes = np.array([shard["bytes"] for shard in self.dataset.shards], dtype=np.float64)
+        return np.bincount(pairs // count, weights=sizes[pairs % count]).astype(np.int64)
+
+    def _check_cache(self) -> None:
+        limit = self.dataset.cache_limit
+        if limit is None:
+            return
+        windows = np.arange(len(self.dataset)) // self.shuffle_window
+        needed = int(self._bytes_in_windows(self.order(0), windows).max())
+        if needed > limit:
+            raise ValueError(
+                f"data.cache_gb (={limit / 1e9:g}) must be at least {needed / 1e9:.3g}: the samples that are shuffled "
+                f"together (data.shuffle_window={self.shuffle_window}) lie in shards of so many bytes, and each would "
+                "be fetched again and again. A smaller window, or a folder with room in data.cache, helps too"
+            )
 
 
 class _Requests:
@@ -196,11 +287,11 @@ def eval_batches(
     """Centre-cropped images in the order of the data set, each once; the last batch may be smaller.
 
     Args:
-        share: see ``CentreCrop``.
+        share: see ``eval_view``.
         samples: [n] only these samples, in this order.
 
     Raises:
-        ValueError: a value outside its range, or a sample that cannot be read.
+        ValueError: a value outside its range, or a sample that cannot be used.
         RuntimeError: a loader worker died.
     """
     if batch_size < 1:
@@ -209,10 +300,13 @@ def eval_batches(
         raise ValueError(f"num_workers (={num_workers}) must be at least 0")
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)
     parts = [chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]
-    return _load(_EvalBatches(dataset, CentreCrop(image_size=image_size, share=share)), parts, num_workers, pin_memory)
+    view = eval_view(image_size=image_size, share=share)
+    return _load(_EvalBatches(dataset, view), parts, num_workers, pin_memory)
 
 
-def _load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _load(
+    batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
     """One batch for each request, in their order."""
     loader = DataLoader(
         batches,
@@ -221,6 +315,7 @@ def _load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memor
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own numbers
+        worker_init_fn=_outlive_signals,
     )
     try:
         yield from loader
@@ -231,6 +326,26 @@ def _load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memor
             f"a loader worker died ({error or type(error).__name__}). Often memory ran out: fewer num_workers than "
             f"{num_workers} or a smaller batch_size help; or /dev/shm is too small for the batches in flight"
         ) from error
+
+
+GRACE = 30
+"""Seconds between SIGTERM and SIGKILL that Slurm (KillWait) and torchrun give by default."""
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker: the signals by which Slurm asks a run to end go to every process of it, and are for the main one.
+
+    A worker outlives SIGUSR1, and SIGTERM by ``GRACE``; a second SIGTERM ends it. (Python itself sends SIGTERM to
+    workers that are left over when the main process ends, and waits for them.)
+    """
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(GRACE)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)
 
 
 def _is_death(error: Exception) -> bool:

@@ -2,25 +2,27 @@
 
 A folder of shards:
 
-    shard-000000.tar ...   <key>.jpg or <key>.png, and <key>.cls (the label 'class') or <key>.json (others, by name)
+    shard-000000.tar ...   <key>.jpg or <key>.png; <key>.cls (the label 'class') or <key>.json (others, by name);
+                           <key>.mask.png where there are masks: one 8-bit channel, a class number for each pixel
     index.json             format version; samples, bytes and SHA-256 of each shard; labels and the names of their
-                           classes; what was refused and why; how it was made
+                           classes; masks and the names of theirs; what was refused and why; how it was made
     offsets.npy            [N, 4] int64: byte offset and size of a sample's image, then of its label, inside its shard
                            (-1 and 0 where it has no label)
     labels.npy             [N, L] int64: the labels, in the order of index.json; -1 is "none"
     keys.npy               [N] bytes: the keys, UTF-8
+    masks.npy              [N, 2] int64, only where there are masks: offset and size of a sample's mask, or -1 and 0
 
 Nothing half-written ever has its final name: a shard is written beside it and moved there, and ``index.json``, which
 makes a folder of shards a data set, comes last. A folder that a writer has begun and not finished holds ``UNFINISHED``.
+Readers pass over keys of ``index.json`` and members of a sample that they do not know: masks came after the first
+version 1, and need no other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
-import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,19 +30,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from jepa_kit.rng import IntArray
 
 FORMAT_VERSION = 1
-INDEX, OFFSETS, LABELS, KEYS = "index.json", "offsets.npy", "labels.npy", "keys.npy"
+INDEX, OFFSETS, LABELS, KEYS, MASKS = "index.json", "offsets.npy", "labels.npy", "keys.npy", "masks.npy"
 UNFINISHED = "UNFINISHED"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "img")
 """Members of shards from elsewhere that are taken for the image of their sample."""
+MASK_EXTENSION = "mask.png"
 MAX_CLASSES = 65536
 """Whole numbers in a foreign .json up to here are taken for class numbers."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,31 @@ class Sample:
         extension: ``jpg`` or ``png``.
         image: bytes of the image file.
         labels: label name -> class number; empty where unlabelled.
+        mask: bytes of a PNG of one 8-bit channel, a class number for each pixel of the image as it is stored; or none.
     """
 
     key: str
     extension: str
     image: bytes
     labels: Mapping[str, int] = field(default_factory=dict)
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A sample as it lies in a tar file.
+
+    Args:
+        key: of the sample.
+        data: its members, headers and padding included.
+        places: [3, 2] offset in ``data`` and size of image, label and mask; -1 and 0 for what the sample lacks.
+        labels: label name -> class number.
+    """
+
+    key: str
+    data: bytes
+    places: IntArray
+    labels: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,13 @@ class Rows:
         keys: n keys.
         offsets: [n, 4] int64.
         labels: label name -> [n] int64, -1 where a sample has none.
+        masks: [n, 2] int64, -1 and 0 where a sample has none.
     """
 
     keys: list[str]
     offsets: IntArray
     labels: dict[str, IntArray]
+    masks: IntArray
 
 
 @contextlib.contextmanager
@@ -93,13 +114,15 @@ def replacing(path: str) -> Iterator[str]:
         yield temporary
         _to_disk(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":
+            _to_disk(os.path.dirname(path) or ".")
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
 
 
 def _to_disk(path: str) -> None:
-    # else a power cut can leave the new name with the bytes still missing
+    # of a file: else a power cut can leave the new name and not the bytes; of a folder: else it can take the name
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,81 +130,74 @@ def _to_disk(path: str) -> None:
         os.close(descriptor)
 
 
-def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
-    """Writes one tar file; equal samples give equal bytes.
+def pack(sample: Sample) -> Packed:
+    """The members of a sample, sorted by extension; equal samples give equal bytes, and those of webdataset's writer.
 
     A sample's only label is written as ``<key>.cls`` if it is called ``class``; others as ``<key>.json``.
     """
+    label = ""
+    members = {sample.extension: sample.image}
+    if sample.mask is not None:
+        members[MASK_EXTENSION] = sample.mask
+    if sample.labels.keys() == {"class"}:
+        label, members["cls"] = "cls", str(sample.labels["class"]).encode()
+    elif sample.labels:
+        label, members["json"] = "json", json.dumps(dict(sample.labels)).encode()
+    data, found = b"", {}
+    for extension, content in sorted(members.items()):
+        info = tarfile.TarInfo(f"{sample.key}.{extension}")
+        info.size, info.mode, info.uname, info.gname = len(content), 0o444, "bigdata", "bigdata"
+        header = info.tobuf(tarfile.PAX_FORMAT, "utf-8")
+        found[extension] = len(data) + len(header), len(content)
+        data += header + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+    places = [found.get(name, (-1, 0)) for name in (sample.extension, label, MASK_EXTENSION)]
+    return Packed(sample.key, data, np.array(places, dtype=np.int64), sample.labels)
+
+
+def tar_size(members: int) -> int:
+    """Bytes of a tar file whose members, with headers and padding, take so many: two empty blocks, whole records."""
+    return -(-(members + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
+    """Writes one tar file; equal samples give equal bytes."""
+    return write_packed(path, map(pack, samples))
+
+
+def write_packed(path: str, samples: Iterable[Packed]) -> tuple[Shard, Rows]:
+    """Writes one tar file of samples that are packed already."""
+    digest, size, keys, places, found = hashlib.sha256(), 0, [], [], []
     with replacing(path) as temporary:
-        with open(temporary, "wb") as stream, TarWriter(stream, mtime=0) as tar:
+        with open(temporary, "wb") as stream:
             for sample in samples:
-                members: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.image}
-                if sample.labels.keys() == {"class"}:
-                    members["cls"] = str(sample.labels["class"])
-                elif sample.labels:
-                    members["json"] = json.dumps(dict(sample.labels))
-                tar.write(members)
-        rows, refused = scan_shard(temporary)
-        assert not refused, refused
-        return Shard(os.path.basename(path), len(rows.keys), os.path.getsize(temporary), _sha256(temporary)), rows
+                stream.write(sample.data)
+                digest.update(sample.data)
+                keys.append(sample.key)
+                places.append(sample.places + np.array([[size, 0]]) * (sample.places[:, :1] >= 0))
+                found.append(sample.labels)
+                size += len(sample.data)
+            end = bytes(tar_size(size) - size)
+            stream.write(end)
+            digest.update(end)
+        shard = Shard(os.path.basename(path), len(keys), size + len(end), digest.hexdigest())
+    return shard, _rows(keys, np.array(places), found)
 
 
-def _sha256(path: str) -> str:
+def _rows(keys: list[str], places: IntArray, found: Sequence[Mapping[str, int]]) -> Rows:
+    """Args: places [n, 3, 2] of image, label and mask in the shard; the labels of each sample."""
+    places = places.astype(np.int64).reshape(-1, 6)
+    names = dict.fromkeys(name for row in found for name in row)
+    labels = {name: np.array([row.get(name, -1) for row in found]) for name in names}
+    return Rows(keys, places[:, :4], labels, places[:, 4:])
+
+
+def sha256_of(path: str) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def scan_shard(path: str) -> tuple[Rows, list[dict[str, str]]]:
-    """Reads the tar headers of a shard, and its label members.
-
-    Returns:
-        The rows, and what was refused: ``name`` and ``reason``.
-
-    Raises:
-        ValueError: the file is not a tar archive, or is cut short.
-    """
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                if member.isreg() and key:
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = member
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a whole tar archive: {error}") from error
-    refused: list[dict[str, str]] = []
-    keys: list[str] = []
-    offsets: list[tuple[int, int, int, int]] = []
-    found: list[dict[str, int]] = []
-    with open(path, "rb") as stream:
-        for key, members in samples.items():
-            image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-            if image is None:
-                refused.append({"name": key, "reason": f"no image member, only: {', '.join(members)}"})
-                continue
-            label = members.get("cls") or members.get("json")
-            place = (label.offset_data, label.size) if label else (-1, 0)
-            keys.append(key)
-            offsets.append((image.offset_data, image.size, *place))
-            stream.seek(max(place[0], 0))
-            found.append(_parse_label(stream.read(place[1]), "cls" in members))
-    labels = {name: np.array([row.get(name, -1) for row in found]) for row in found for name in row}
-    return Rows(keys, np.array(offsets, dtype=np.int64).reshape(-1, 4), labels), refused
-
-
-def _parse_label(text: bytes, is_cls: bool) -> dict[str, int]:
-    """Class numbers of a label member; what is no class number is left out."""
-    try:
-        found = {"class": int(text)} if is_cls else json.loads(text or b"{}")
-    except ValueError:
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {k: v for k, v in found.items() if type(v) is int and 0 <= v < MAX_CLASSES}
 
 
 def write_index(
@@ -192,8 +208,19 @@ def write_index(
     classes: Mapping[str, Sequence[str]],
     refused: Sequence[Mapping[str, str]],
     made_by: Mapping[str, Any],
+    mask_classes: Sequence[str] = (),
 ) -> None:
-    """Writes the arrays, then ``index.json``, and takes the mark of an unfinished folder away."""
+    """Writes the arrays, then ``index.json``, and takes the mark of an unfinished folder away.
+
+    Args:
+        folder: of the shards.
+        shards: in their order.
+        rows: of each shard.
+        classes: label name -> names of its classes.
+        refused: ``name`` and ``reason`` of each sample that was left out.
+        made_by: the tool and its options.
+        mask_classes: names of the classes of masks, from 0; empty where there are none or they are not known.
+    """
     keys = [key.encode("utf-8") for part in rows for key in part.keys]
     columns = [
         np.concatenate([part.labels.get(name, np.full(len(part.keys), -1)) for part in rows]) for name in classes
@@ -203,10 +230,13 @@ def write_index(
         LABELS: np.array(columns, dtype=np.int64).reshape(len(classes), len(keys)).T,
         KEYS: np.array(keys, dtype=f"S{max(map(len, keys))}"),
     }
+    masks = np.concatenate([part.masks for part in rows])
+    if (masks[:, 0] >= 0).any():
+        arrays[MASKS] = masks
     for name, array in arrays.items():
         with replacing(os.path.join(folder, name)) as temporary, open(temporary, "wb") as stream:
             np.save(stream, array)
-    index = {
+    index: dict[str, Any] = {
         "format": "jepa_kit shards",
         "version": FORMAT_VERSION,
         "samples": len(keys),
@@ -215,41 +245,9 @@ def write_index(
         "refused": [dict(entry) for entry in refused],
         "made_by": dict(made_by),
     }
+    if MASKS in arrays:
+        index["masks"] = {"samples": int((masks[:, 0] >= 0).sum()), "classes": list(mask_classes)}
     with replacing(os.path.join(folder, INDEX)) as temporary, open(temporary, "w", encoding="utf-8") as text:
         json.dump(index, text, indent=1)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, UNFINISHED))
-
-
-def index_shards(folder: str) -> None:
-    """Gives shards from elsewhere their index, by reading their tar headers once.
-
-    Labels are ``.cls`` members (label ``class``) or the whole numbers of ``.json`` members (by their names). Names
-    of classes are not known: they are the numbers.
-
-    Raises:
-        ValueError: no such folder, no ``*.tar`` in it, a folder that a writer left unfinished, or a file that is not
-            a tar archive.
-    """
-    if not os.path.isdir(folder):
-        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but there is no such folder")
-    if os.path.exists(os.path.join(folder, UNFINISHED)):
-        raise ValueError(f"shards (={folder!r}) were left unfinished: run make_shards again with --overwrite")
-    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-    if not files:
-        inner = [name for name in sorted(os.listdir(folder)) if os.path.exists(os.path.join(folder, name, INDEX))]
-        hint = f"; these folders in it do: {', '.join(inner)}" if inner else ""
-        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it holds none{hint}")
-    log.info("indexing %d shards of %s, once", len(files), folder)
-    shards, parts, refused = [], [], []
-    for path in files:
-        rows, bad = scan_shard(path)
-        shards.append(Shard(os.path.basename(path), len(rows.keys), os.path.getsize(path), None))
-        parts.append(rows)
-        refused += [{"name": f"{os.path.basename(path)}: {entry['name']}", "reason": entry["reason"]} for entry in bad]
-    if not any(part.keys for part in parts):
-        raise ValueError(f"shards (={folder!r}) must hold images, but no sample of its {len(files)} shards has one")
-    names = sorted({name for part in parts for name in part.labels})
-    most = {name: max(int(part.labels[name].max()) for part in parts if name in part.labels) for name in names}
-    classes = {name: [str(k) for k in range(most[name] + 1)] for name in names}
-    write_index(folder, shards, parts, classes=classes, refused=refused, made_by={"tool": "index_shards"})

@@ -1,116 +1,95 @@
-"""Reading WebDataset tar shards: any sample at once, in any order.
+"""WebDataset tar shards as numbered samples: any of them at once, in any order.
 
 The format is described in ``shard_writing.py``; any reader of WebDataset streams the tar files alone. Here the offsets
 are memory-mapped and a sample is one ``pread``: an order can then be any pure function, and to resume costs nothing.
-Shards from elsewhere get their index once, from their tar headers (``index_shards``).
+Which shards a name stands for, and where their index comes from, is in ``parts.py``.
 
 Legend: N samples of all shards, in the order of the shards; L labels of a sample.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from iopath.common.file_io import HTTPURLHandler, PathManager
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.images import DECODE_ERRORS, decode
-from jepa_kit.data.shard_writing import FORMAT_VERSION, INDEX, KEYS, LABELS, OFFSETS, index_shards
+from jepa_kit.data.cache import ShardCache
+from jepa_kit.data.faults import SampleError
+from jepa_kit.data.images import DECODE_ERRORS, ImageError, decode
+from jepa_kit.data.parts import Part, open_parts
+from jepa_kit.data.reading import ShardReader
+from jepa_kit.data.segmentation import decode_mask
+from jepa_kit.data.shard_writing import KEYS, LABELS, MASKS, OFFSETS
+from jepa_kit.data.streams import Access, is_remote
 from jepa_kit.registry import did_you_mean
 from jepa_kit.rng import IntArray
 
-OPEN_SHARDS = 128
-"""At most so many shards are open at a time in one process."""
-
-path_manager = PathManager()
-path_manager.register_handler(HTTPURLHandler())
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address, such as ``s3://...``, and no local folder."""
-    return "://" in path
-
-
-def local_file(folder: str, name: str) -> str:
-    """The path of a file of a data set on this machine, fetched by iopath where the folder is not here."""
-    if not is_remote(folder):
-        return os.path.join(folder, name)
-    address = f"{folder.rstrip('/')}/{name}"
-    try:
-        return str(path_manager.get_local_path(address))
-    except OSError as error:  # of which urllib's errors are one
-        raise ValueError(f"{address} cannot be fetched: {error}") from error
-
-
-def _mapped(folder: str, name: str) -> NDArray[Any]:
-    try:
-        # a plain array over the mapped file: indexing np.memmap itself costs several times as much
-        return np.asarray(np.load(local_file(folder, name), mmap_mode="r"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{name} is missing from {folder}, but {INDEX} is there: make the shards again") from error
+_ARRAYS = ("_offsets", "_labels", "_keys", "_masks")
 
 
 class ShardDataset:
-    """Samples of a folder of shards, by number.
+    """Samples of shards, by number.
 
     Cheap to pickle and safe in forked or spawned loader workers: each process opens shards as it needs them.
 
     Args:
-        path: a folder of shards, or an address that iopath opens (``https://...``).
+        path: a folder of shards, a shard, a pattern (``train-{000000..000127}.tar``) or a list of these, as paths,
+            ``http(s)://``, ``pipe:COMMAND``, or whatever iopath opens.
+        access: how shards of other machines are read.
 
     Raises:
-        ValueError: there is no such folder or no shard in it; an index of another version, or one that disagrees
-            with its own files.
+        ValueError: nothing is there; an index of another version, or one that disagrees with its own files; parts whose
+            labels have other classes; an address that does not answer.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-        if not is_remote(self.path) and not os.path.isfile(os.path.join(self.path, INDEX)):
-            index_shards(self.path)
-        try:
-            with open(local_file(self.path, INDEX), encoding="utf-8") as f:
-                index = json.load(f)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}/{INDEX} is not whole: {error}; make the shards again") from error
-        version = index.get("version") if isinstance(index, dict) else None
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{self.path}/{INDEX} has version (={version!r}), but this release reads version {FORMAT_VERSION}: "
-                "make the shards again, or use the release that made them"
-            )
-        self.shards: list[dict[str, Any]] = index["shards"]
-        self.classes: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in index["labels"].items()}
+    def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
+        given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
+        self.path = given if isinstance(given, str) else ", ".join(given)
+        self._access = access or Access()
+        self._cache: ShardCache | None = None
+        self.parts: list[Part] = open_parts(given, self._access, self._shelf)
+        places = [place for part in self.parts for place in part.places]
+        self.remote = any(map(is_remote, places))
+        """Whether shards have to be fetched from other machines."""
+        if self.remote:
+            self._shelf()
+        self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
+        self.classes = _merged(self.parts)
         """Label name -> the names of its classes."""
+        masked = [part for part in self.parts if part.has_masks]
+        self.has_masks = bool(masked)
+        self.mask_classes: tuple[str, ...] = tuple(masked[0].index["masks"]["classes"]) if masked else ()
+        """Names of the classes of masks, from 0; empty without masks, or where nobody named them."""
+        for part in masked:
+            if tuple(part.index["masks"]["classes"]) != self.mask_classes:
+                raise ValueError(f"masks have other classes in {part.path} than in {masked[0].path}")
         self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
+        self._reader = ShardReader(self.path, self.shards, places, self._cache)
         self._open()
-        if len(self._offsets) != len(self):
-            raise ValueError(
-                f"{self.path}/{OFFSETS} lists {len(self._offsets)} samples, but {INDEX} has {len(self)}: "
-                "make the shards again"
-            )
+
+    def _shelf(self) -> ShardCache:
+        if self._cache is None:
+            self._cache = ShardCache(self._access)
+        return self._cache
 
     def _open(self) -> None:
-        self._offsets: IntArray = _mapped(self.path, OFFSETS)
-        self._labels: IntArray = _mapped(self.path, LABELS)
-        self._keys: NDArray[np.bytes_] = _mapped(self.path, KEYS)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._offsets: IntArray = _joined([part.array(OFFSETS) for part in self.parts])
+        self._keys: NDArray[np.bytes_] = _joined([part.array(KEYS) for part in self.parts])
+        self._labels: IntArray = _joined([_columns(part, [*self.classes]) for part in self.parts])
+        self._masks: IntArray | None = None
+        if self.has_masks:
+            self._masks = _joined([p.array(MASKS) if p.has_masks else _no_masks(p) for p in self.parts])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_offsets", "_labels", "_keys", "_files")}
+        return {k: v for k, v in self.__dict__.items() if k not in _ARRAYS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -125,12 +104,49 @@ class ShardDataset:
         """[shards] how many samples each shard holds."""
         return np.diff(self._starts)
 
+    @property
+    def cache_limit(self) -> float | None:
+        """Bound of the folder for shards of other machines, in bytes; None where there is none."""
+        return None if self._cache is None or self._cache.limit is None else self._cache.limit * 1e9
+
+    @property
+    def cache_is_temporary(self) -> bool:
+        """Whether fetched shards are this process's alone, and go when it ends."""
+        return self._cache is not None and self._cache.temporary
+
+    def shard_of(self, samples: IntArray | int) -> IntArray:
+        """The number of the shard that holds each sample; of the same shape."""
+        return np.searchsorted(self._starts, samples, side="right") - 1
+
+    def fetch(self, shard: int) -> None:
+        """Brings a shard of another machine into the cache before it is needed; see ``ShardReader.fetch``."""
+        if is_remote(self._reader.places[shard]):
+            self._reader.fetch(shard)
+
     def labels(self, name: str) -> IntArray:
         """[N] int64: every sample's class number.
 
         Raises:
             ValueError: the shards do not carry the label, or not for every sample.
         """
+        values = np.ascontiguousarray(self._labels[:, self._column(name)])
+        missing = np.flatnonzero(values < 0)
+        if len(missing):
+            raise ValueError(
+                f"label (={name!r}) is missing for {len(missing)} of {len(self)} samples of {self.path}, "
+                f"first for {self.key(int(missing[0]))!r}; labelled({name!r}) gives the numbers of the others"
+            )
+        return values
+
+    def labelled(self, name: str) -> IntArray:
+        """[n] the numbers of the samples that have the label, ascending.
+
+        Raises:
+            ValueError: the shards do not carry the label.
+        """
+        return np.flatnonzero(self._labels[:, self._column(name)] >= 0)
+
+    def _column(self, name: str) -> int:
         if not self.classes:
             raise ValueError(f"label (={name!r}) cannot be read: the shards in {self.path} are unlabelled")
         if name not in self.classes:
@@ -138,69 +154,118 @@ class ShardDataset:
                 f"label (={name!r}) is not among the labels of {self.path}{did_you_mean(name, self.classes)} "
                 f"They are: {', '.join(self.classes)}"
             )
-        values = np.ascontiguousarray(self._labels[:, list(self.classes).index(name)])
-        missing = np.flatnonzero(values < 0)
-        if len(missing):
-            raise ValueError(
-                f"label (={name!r}) is missing for {len(missing)} of {len(self)} samples of {self.path}, "
-                f"first for {self.key(int(missing[0]))!r}"
-            )
-        return values
+        return list(self.classes).index(name)
 
     def key(self, i: int) -> str:
         """The sample's name: the path of its file in the source, without the extension."""
         return bytes(self._keys[self._checked(i)]).decode("utf-8")
 
     def image_bytes(self, i: int) -> bytes:
-        """The bytes of the image file, as they are in the shard."""
+        """The bytes of the image file, as they are in the shard.
+
+        Raises:
+            SampleError: they cannot be had; see ``ShardReader.read``.
+        """
         i = self._checked(i)
-        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
-        offset, size = (int(v) for v in self._offsets[i, :2])
-        data = os.pread(self._descriptor(shard), size, offset)
-        assert len(data) == size, (self.path, i)  # the shard's length was checked when it was opened
-        return data
+        return self._member(i, self._offsets[i, :2])
 
     def image(self, i: int) -> Image.Image:
         """The decoded image, RGB and upright.
 
         Raises:
-            ValueError: its bytes cannot be decoded.
+            ValueError: its bytes cannot be had, or not decoded.
         """
-        data = self.image_bytes(i)
         try:
-            return decode(data)
+            return decode(self.image_bytes(i))
+        except (SampleError, ImageError) as error:
+            raise self.unusable(i, error) from error
+
+    def unusable(self, i: int, reason: Exception | str) -> ValueError:
+        """The error that names a sample that cannot be used."""
+        return ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} cannot be used: {reason}")
+
+    def mask_bytes(self, i: int) -> bytes:
+        """The bytes of the mask's PNG.
+
+        Raises:
+            SampleError: they cannot be had; see ``ShardReader.read``.
+            ValueError: the shards carry no masks, or not for this sample.
+        """
+        i = self._checked(i)
+        if self._masks is None:
+            raise ValueError(f"mask of sample {i} cannot be read: the shards in {self.path} carry no masks")
+        if self._masks[i, 0] < 0:
+            raise ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} has no mask, though others have")
+        return self._member(i, self._masks[i])
+
+    def has_mask(self, i: int) -> bool:
+        """Whether a sample has a mask."""
+        return self._masks is not None and bool(self._masks[self._checked(i), 0] >= 0)
+
+    def mask(self, i: int) -> NDArray[np.uint8]:
+        """[H, W] uint8: the class of each pixel of the decoded image.
+
+        Raises:
+            ValueError: the shards carry no masks, or not for this sample, or its bytes are no such PNG.
+        """
+        data = self.mask_bytes(i)
+        try:
+            return decode_mask(data)
         except DECODE_ERRORS as error:
-            raise ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} cannot be decoded: {error}") from error
+            raise ValueError(f"mask of sample {i} ({self.key(i)!r}) of {self.path} is not usable: {error}") from error
 
     def read(self, i: int) -> dict[str, Any]:
         """``key``, ``image`` (PIL, RGB), and ``labels`` (name -> class number; those that the sample has)."""
+        return {"key": self.key(i), "image": self.image(i), "labels": self.labels_of(i)}
+
+    def labels_of(self, i: int) -> dict[str, int]:
+        """Name -> class number, of the labels that the sample has."""
         row = self._labels[self._checked(i)]
-        labels = {name: int(v) for name, v in zip(self.classes, row, strict=True) if v >= 0}
-        return {"key": self.key(i), "image": self.image(i), "labels": labels}
+        return {name: int(v) for name, v in zip(self.classes, row, strict=True) if v >= 0}
+
+    def _member(self, i: int, place: IntArray) -> bytes:
+        return self._reader.read(int(self.shard_of(i)), int(place[0]), int(place[1]), self.key(i))
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"sample (={i}) must be 0 to {len(self) - 1}")
         return int(i)
 
-    def _descriptor(self, shard: int) -> int:
-        """An open file of the shard; the one that was used longest ago is closed beyond ``OPEN_SHARDS``."""
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        entry = self.shards[shard]
-        try:
-            descriptor = os.open(local_file(self.path, entry["file"]), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise ValueError(f"shard {entry['file']} of {self.path} is missing, but {INDEX} lists it") from error
-        size = os.fstat(descriptor).st_size
-        if size != entry["bytes"]:
-            os.close(descriptor)
-            raise ValueError(
-                f"shard {entry['file']} of {self.path} holds {size} bytes, but {INDEX} says {entry['bytes']}: "
-                "it was cut short or changed; copy or make it again"
-            )
-        self._files[shard] = descriptor
-        if len(self._files) > OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _no_masks(part: Part) -> IntArray:
+    return np.tile(np.array([-1, 0], dtype=np.int64), (sum(entry["samples"] for entry in part.shards), 1))
+
+
+def _columns(part: Part, names: Sequence[str]) -> IntArray:
+    """[n, L] the labels of a part in the order of ``names``; -1 where the part does not carry one."""
+    own, found = list(part.classes), part.array(LABELS)
+    if own == list(names):
+        return found
+    missing = np.full(len(found), -1)
+    return np.stack([found[:, own.index(n)] if n in own else missing for n in names], axis=1)
+
+
+def _merged(parts: Sequence[Part]) -> dict[str, tuple[str, ...]]:
+    """The classes of all parts; one that knows the first ones alone (as numbers that it has seen) fits a longer list.
+
+    Raises:
+        ValueError: the same label with other classes.
+    """
+    merged: dict[str, tuple[str, ...]] = {}
+    origin: dict[str, str] = {}
+    for part in parts:
+        for name, classes in part.classes.items():
+            known = merged.get(name, ())
+            shorter, longer = sorted((known, classes), key=len)
+            if longer[: len(shorter)] != shorter:
+                raise ValueError(
+                    f"label (={name!r}) must have the same classes in all parts, but those of {part.path} are not "
+                    f"those of {origin[name]}"
+                )
+            merged[name] = longer
+            origin.setdefault(name, part.path)
+    return merged

@@ -8,6 +8,12 @@ from small_shards import make_samples, write_shards
 from jepa_kit.data.shards import ShardDataset
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Indexes that are made go into the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+
+
 @pytest.fixture
 def samples():
     return make_samples(23)

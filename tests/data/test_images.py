@@ -1,12 +1,24 @@
-"""Image files of every mode become the RGB pixels that they show."""
+"""Image files of every kind become the RGB pixels that they show, or are refused with the reason."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_kit.data.images import DECODE_ERRORS, decode, encode_png, open_image, to_rgb
+from jepa_kit.data.images import (
+    DECODE_ERRORS,
+    MAX_PIXELS,
+    ImageError,
+    decode,
+    encode_png,
+    open_header,
+    open_image,
+    orientation,
+    to_rgb,
+)
 
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 
@@ -21,21 +33,55 @@ def colours():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM"])
+def flat(*colour, mode="RGB", size=(16, 16)):
+    return Image.new(mode, size, colour)
+
+
+def png(samples, colour_type):
+    """A 16-bit PNG of samples [h, w, channels], made by hand: Pillow writes only the grey ones."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    h, w = samples.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", w, h, 16, colour_type, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
 def test_lossless_rgb_is_kept(file_format):
-    image = decode(saved(colours(), file_format))
+    image = decode(saved(colours(), file_format, **({"lossless": True} if file_format == "WEBP" else {})))
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.asarray(colours()))
 
 
-def test_grey_is_repeated():
-    pixels = np.asarray(decode(saved(Image.fromarray(RAMP), "PNG")))
-    np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, axis=2))
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_grey_is_repeated(file_format):
+    data = saved(Image.fromarray(RAMP), file_format)
+    pixels = np.asarray(decode(data))
+    assert pixels.shape == (16, 16, 3)
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)))[..., None].repeat(3, axis=2))
 
 
-def test_sixteen_bit_grey_keeps_its_upper_bits():
+def test_black_and_white():
+    pixels = np.asarray(decode(saved(Image.fromarray(RAMP).convert("1", dither=Image.Dither.NONE), "PNG")))
+    np.testing.assert_array_equal(pixels[..., 0], np.where(RAMP > 127, 255, 0))
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["L", "RGB", "LA", "RGBA"])
+def test_sixteen_bits_keep_the_upper_eight(colour_type, channels):
+    deep = np.random.default_rng(1).integers(0, 65536, (9, 7, channels))
+    pixels = np.asarray(decode(png(deep, colour_type)))
+    shown = deep[..., : 3 if channels > 2 else 1] >> 8
+    np.testing.assert_array_equal(pixels, np.broadcast_to(shown, (9, 7, 3)))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_of_pillow(file_format):
     deep = (RAMP.astype(np.uint16) << 8) + 200
-    pixels = np.asarray(decode(saved(Image.fromarray(deep), "PNG")))
+    pixels = np.asarray(decode(saved(Image.fromarray(deep), file_format)))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, axis=2))
 
 
@@ -45,30 +91,98 @@ def test_alpha_is_dropped():
     np.testing.assert_array_equal(np.asarray(decode(saved(rgba, "PNG"))), np.asarray(colours()))
 
 
-@pytest.mark.filterwarnings("error")
-def test_palette_with_transparency():
+def test_grey_with_alpha():
+    image = Image.fromarray(np.stack([RAMP, RAMP.T], axis=2))
+    assert image.mode == "LA"
+    np.testing.assert_array_equal(np.asarray(decode(saved(image, "PNG"))), np.repeat(RAMP[..., None], 3, axis=2))
+
+
+def test_palette():
     image = colours().quantize(8)
-    transparent = saved(image, "PNG", transparency=b"\x00\x10\x20")
+    np.testing.assert_array_equal(np.asarray(decode(saved(image, "PNG"))), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("transparency", [3, b"\x00\x10\x20"], ids=["one colour", "a table"])
+def test_palette_with_transparency(transparency):
+    image = colours().quantize(8)
+    transparent = saved(image, "PNG", transparency=transparency)
     np.testing.assert_array_equal(np.asarray(decode(transparent)), np.asarray(image.convert("RGB")))
 
 
 def test_cmyk():
-    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    assert np.asarray(decode(saved(cmyk, "TIFF")))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(decode(saved(flat(0, 255, 255, 0, mode="CMYK"), "TIFF")))[0, 0].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize(("mark", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_a_cameras_orientation_is_obeyed(mark, turns):
+@pytest.mark.parametrize(
+    ("ink", "shown"),
+    [
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 255, 0), (0, 255, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0,) * 4, (255,) * 3),
+    ],
+    ids=["red", "green", "black", "white"],
+)
+def test_cmyk_jpeg_as_adobe_writes_it(ink, shown):
+    """Adobe stores inks inverted, 255 for none; so does Pillow. (1 - C)(1 - K), and so on, without a colour profile."""
+    data = saved(flat(*ink, mode="CMYK"), "JPEG", quality=100)
+    assert b"Adobe" in data
+    assert np.asarray(decode(data))[8, 8].tolist() == pytest.approx(list(shown), abs=2)
+
+
+def test_ycck_jpeg():
+    """The file of a CMYK image with the mark that says YCCK: its first three channels become RGB = 255 - CMY."""
+    stored = (200, 90, 160, 120)  # Y, Cb, Cr and K, inverted
+    data = bytearray(saved(flat(*(255 - v for v in stored), mode="CMYK"), "JPEG", quality=100))
+    data[data.index(b"Adobe") + 11] = 2
+    y, cb, cr, k = stored
+    # libjpeg's YCCK to CMYK is C = 255 - R; Pillow inverts all four, so R itself is what multiplies K
+    r, g, b = y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)
+    expected = [(255 - np.clip(v, 0, 255)) * k / 255 for v in (r, g, b)]
+    assert np.asarray(decode(bytes(data)))[8, 8].tolist() == pytest.approx(expected, abs=3)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    ("mark", "upright"),
+    [
+        (1, lambda p: p),
+        (2, np.fliplr),
+        (3, lambda p: np.rot90(p, 2)),
+        (4, np.flipud),
+        (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, 3)),
+        (7, lambda p: np.rot90(p, 2).transpose(1, 0, 2)),
+        (8, np.rot90),
+    ],
+)
+def test_a_cameras_orientation_is_obeyed(file_format, mark, upright):
     exif = Image.Exif()
     exif[0x0112] = mark
-    pixels = np.asarray(decode(saved(colours(), "PNG", exif=exif)))
-    np.testing.assert_array_equal(pixels, np.rot90(np.asarray(colours()), turns))
+    data = saved(colours(), file_format, exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert orientation(open_header(data)) == mark
+    np.testing.assert_array_equal(np.asarray(decode(data)), upright(stored))
 
 
-def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (5, 5), c) for c in ("red", "blue")]
-    pixels = np.asarray(decode(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])))
-    assert pixels[2, 2].tolist() == [255, 0, 0]
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0", b"Exif\0\0not a TIFF file", b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff\x12\x01"]
+)
+def test_an_unreadable_mark_does_not_make_the_pixels_useless(exif):
+    plain = saved(colours(), "JPEG")
+    marked = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    np.testing.assert_array_equal(np.asarray(decode(marked)), np.asarray(decode(plain)))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation(file_format):
+    frames = [Image.new("RGB", (5, 5), c) for c in ("red", "blue", "lime")]
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert open_header(data).n_frames == 3
+    assert np.asarray(decode(data))[2, 2].tolist() == [255, 0, 0]
 
 
 def test_png_of_ours_is_lossless():
@@ -80,11 +194,70 @@ def test_rgb_is_not_copied():
     assert to_rgb(image) is image
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"text", saved(colours(), "JPEG")[:-40], saved(colours(), "PNG")[:60], saved(colours(), "GIF")[:30]],
-    ids=["empty", "text", "half a JPEG", "half a PNG", "half a GIF"],
-)
-def test_what_is_not_a_whole_image_raises_one_of_the_named_errors(data):
-    with pytest.raises(DECODE_ERRORS):
+REFUSED = {
+    "empty": (b"", "the file is empty"),
+    "text": (b"text", "no image format that Pillow knows; the file begins with b'text'"),
+    "an error page": (b"\n<!DOCTYPE html><html>404</html>", "an HTML page, not an image"),
+    "another page": (b"<HTML><body>", "an HTML page, not an image"),
+    "half a JPEG": (saved(colours(), "JPEG")[:-40], "truncated"),
+    "the head of a JPEG": (saved(colours(), "JPEG")[:100], "Truncated"),
+    "half a PNG": (saved(colours(), "PNG")[:60], "truncated"),
+    "half a GIF": (saved(colours(), "GIF")[:30], "no image format"),
+    "half a WebP": (saved(colours(), "WEBP")[:60], "."),
+    "zeros": (bytes(5000), "no image format"),
+    "floating point": (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating point numbers, whose range"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_whole_image_is_refused_with_the_reason(kind):
+    data, reason = REFUSED[kind]
+    with pytest.raises(ImageError, match=reason) as caught:
         decode(data)
+    assert str(caught.value)
+    assert isinstance(caught.value, DECODE_ERRORS)
+
+
+def test_a_damaged_png_is_refused():
+    data = bytearray(saved(colours(), "PNG"))
+    data[60] ^= 0xFF
+    with pytest.raises(ImageError):
+        decode(bytes(data))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_enormous_image_is_refused_before_it_is_decoded():
+    """60,000 x 60,000 pixels, in 60 bytes that would unpack to 10 gigabytes."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 100) + b"IDAT" + bytes(20)
+    with pytest.raises(ImageError, match=rf"60000 x 60000 pixels are more than max_pixels \(={MAX_PIXELS}\) allows"):
+        decode(bomb)
+
+
+def test_the_limit_is_the_users():
+    data = saved(colours(), "PNG")
+    assert decode(data, max_pixels=63).size == (7, 9)
+    with pytest.raises(ImageError, match=r"7 x 9 pixels are more than max_pixels \(=62\) allows: it is not decoded"):
+        decode(data, max_pixels=62)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_limit_may_be_above_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    monkeypatch.setattr("jepa_kit.data.images._PILLOWS_LIMIT", 20)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(saved(colours(), "PNG")))
+    assert decode(saved(colours(), "PNG")).size == (7, 9)
+    assert Image.MAX_IMAGE_PIXELS == 20  # other users of Pillow keep theirs
+
+
+def test_other_errors_come_through(monkeypatch):
+    """A bug is no broken file."""
+
+    def broken(*arguments):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(AttributeError, match="a bug"):
+        decode(b"x")

@@ -10,10 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from small_shards import encoded, picture
+from small_shards import encoded, picture, write_shards
 
-from jepa_kit.data.scenes import CLASSES, render
-from jepa_kit.data.sources import Refused, Scenes, open_files, unique_keys
+from jepa_kit.data.sources import Refused, SourceOptions, open_source
+from jepa_kit.data.sources.base import each_once, unique_keys
 
 TREE = {
     "train/cat/0.jpg": encoded(picture(0)),
@@ -51,7 +51,11 @@ def build(tmp_path, kind, tree=TREE):
 
 
 def files(tmp_path, kind="", tree=TREE, label_from="auto"):
-    return open_files(build(tmp_path, kind, tree), label_from=label_from, scratch=str(tmp_path / "scratch.tar"))
+    return opened(build(tmp_path, kind, tree), tmp_path, label_from=label_from)
+
+
+def opened(path, tmp_path, **options):
+    return open_source(path, SourceOptions(**options), seed=0, scratch=str(tmp_path))
 
 
 KINDS = ["", ".tar", ".tar.gz", ".tgz", ".zip"]
@@ -157,30 +161,9 @@ def test_a_name_that_is_not_text(tmp_path):
             f.write(TREE["train/cat/0.jpg"])
     except OSError:
         pytest.skip("this file system takes text alone")
-    source = open_files(str(folder), label_from="auto", scratch="")
+    source = opened(str(folder), tmp_path)
     assert source.name(0) == "?.jpg"
     assert source.sample(0).key == "?"
-
-
-def test_scenes():
-    source = Scenes(num_scenes=5, size=(24, 32), seed=9)
-    assert len(source) == 5
-    assert source.classes == CLASSES
-    sample = source.sample(3)
-    scene = render(9, 3, (24, 32))
-    assert sample.key == "scene-9-00000003"
-    assert sample.labels == scene.labels
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample.image))), scene.image)
-
-
-def test_no_scenes():
-    with pytest.raises(ValueError, match=r"num_scenes \(=0\) must be at least 1"):
-        Scenes(num_scenes=0, size=(64, 64), seed=0)
-
-
-def test_scenes_too_small():
-    with pytest.raises(ValueError, match=r"size \(=\(8, 64\)\) must be at least 16 pixels"):
-        Scenes(num_scenes=1, size=(8, 64), seed=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +186,7 @@ def test_broken_archives(tmp_path, kind, word, how):
             {"cut": data[:3000], "other": b"no archive" * 100, "changed": data[:2000] + bytes(99) + data[2099:]}[how]
         )
     with pytest.raises(ValueError, match=rf"source \(='.*'\) is not a whole {word} archive: "):
-        open_files(path, label_from="auto", scratch=str(tmp_path / "scratch.tar"))
+        opened(path, tmp_path)
 
 
 def test_a_damaged_zip_member_is_refused(tmp_path):
@@ -211,24 +194,150 @@ def test_a_damaged_zip_member_is_refused(tmp_path):
     with open(path, "r+b") as f:
         f.seek(200)
         f.write(bytes(30))
-    source = open_files(path, label_from="auto", scratch="")
-    with pytest.raises(Refused, match=r"not a decodable image: (Bad CRC|Error -3)"):
+    source = opened(path, tmp_path)
+    with pytest.raises(Refused, match=r"cannot be read: (Bad CRC|Error -3)"):
         source.sample(0)
     source.sample(1)
 
 
 def test_no_such_source(tmp_path):
     with pytest.raises(ValueError, match=r"source \(='.*gone'\) does not exist"):
-        open_files(str(tmp_path / "gone"), label_from="auto", scratch="")
+        opened(str(tmp_path / "gone"), tmp_path)
 
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.rar").touch()
-    with pytest.raises(ValueError, match=r"must be a folder, a .tar, .tar.gz, .tgz, .zip archive, or synthetic:scenes"):
-        open_files(str(tmp_path / "x.rar"), label_from="auto", scratch="")
+    with pytest.raises(
+        ValueError, match=r"must be a folder, a .tar, .tar.gz, .tgz, .zip archive, a .csv, .tsv table, w"
+    ):
+        opened(str(tmp_path / "x.rar"), tmp_path)
 
 
 @pytest.mark.parametrize("label_from", ["parent", "top"])
 def test_labels_where_there_are_no_folders(tmp_path, label_from):
     with pytest.raises(ValueError, match=rf"label_from \(='{label_from}'\) must be 'none': every file lies at the top"):
         files(tmp_path, tree={"x.jpg": TREE["train/cat/0.jpg"]}, label_from=label_from)
+
+
+def test_a_compressed_tar_is_unpacked_once(tmp_path):
+    """A run that goes on finds what it unpacked before; half of it has another name."""
+    path = build(tmp_path, ".tar.gz")
+    opened(path, tmp_path)
+    (unpacked,) = tmp_path.glob(".unpacked.*")
+    written = unpacked.stat().st_mtime_ns
+    opened(path, tmp_path)
+    assert unpacked.stat().st_mtime_ns == written
+    with open(path, "r+b") as f:
+        f.truncate(os.path.getsize(path) - 9)
+    with pytest.raises(ValueError, match="is not a whole tar archive"):
+        opened(path, tmp_path)
+    assert sorted(p.suffix for p in tmp_path.glob(".unpacked.*")) == [".partial", ".tar"]
+
+
+def test_a_link_to_nowhere_is_refused_by_name(tmp_path):
+    path = build(tmp_path, "")
+    os.symlink(tmp_path / "gone", os.path.join(path, "train/dog/9.jpg"))
+    source = opened(path, tmp_path)
+    assert source.name(3) == "train/dog/9.jpg"
+    with pytest.raises(Refused, match="cannot be read: No such file or directory"):
+        source.sample(3)
+
+
+@pytest.mark.parametrize("change", ["a name", "a size", "nothing", "a label"])
+def test_the_fingerprint_is_that_of_names_sizes_and_labels(tmp_path, change):
+    one = files(tmp_path).fingerprint()
+    if change == "a name":
+        os.rename(tmp_path / "source/train/dog/0.jpg", tmp_path / "source/train/dog/1.jpg")
+    if change == "a size":
+        (tmp_path / "source/train/dog/0.jpg").write_bytes(b"x")
+    label_from = "none" if change == "a label" else "auto"
+    assert (opened(str(tmp_path / "source"), tmp_path, label_from=label_from).fingerprint() == one) == (
+        change == "nothing"
+    )
+
+
+def tar_of(members):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+CLASSES = {
+    "n02.tar": {"n02_7.JPEG": encoded(picture(1)), "n02_3.JPEG": encoded(picture(2))},
+    "n01.tar": {f"n01_{'long' * 40}.JPEG": encoded(picture(3))},
+}
+
+
+def test_a_tar_of_tars_is_read_in_place(tmp_path):
+    """ImageNet-1k's train archive: a tar for each class."""
+    path = tmp_path / "train.tar"
+    path.write_bytes(tar_of({name: tar_of(members) for name, members in CLASSES.items()}))
+    source = opened(str(path), tmp_path)
+    assert source.classes == {"class": ("n01", "n02")}
+    found = {source.name(i): source.sample(i) for i in range(len(source))}
+    assert list(found) == sorted(found)
+    for outer, members in CLASSES.items():
+        for name, data in members.items():
+            sample = found[f"{outer[:3]}/{name}"]
+            assert (sample.image, sample.labels) == (data, {"class": int(outer[2]) - 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["train.tar"]
+
+
+@pytest.mark.parametrize("how", ["cut inside", "cut between", "other"])
+def test_a_broken_tar_in_a_tar_is_named(tmp_path, how):
+    members = {name: tar_of(inner) for name, inner in CLASSES.items()}
+    size = len(CLASSES["n02.tar"]["n02_7.JPEG"])
+    cut = {"cut inside": 700, "cut between": 512 + -(-size // 512) * 512, "other": 2000}[how]
+    members["n02.tar"] = b"no tar" * 400 if how == "other" else members["n02.tar"][:cut]
+    path = tmp_path / "train.tar"
+    path.write_bytes(tar_of(members))
+    with pytest.raises(ValueError, match=r"n02.tar in source \(='.*train.tar'\) is not a whole tar archive: "):
+        opened(str(path), tmp_path)
+
+
+@pytest.mark.parametrize("what", ["folder of tars", "shard", "made shards"])
+def test_what_may_be_shards_is_asked_about(tmp_path, what, samples):
+    data = tar_of({"0.jpg": encoded(picture(0)), "0.cls": b"1"})
+    path = tmp_path / "x.tar"
+    path.write_bytes(data)
+    if what == "folder of tars":
+        with pytest.raises(ValueError, match=r"holds nothing but tar files: if they are WebDataset shards, give wds:/"):
+            opened(str(tmp_path), tmp_path)
+    elif what == "shard":
+        with pytest.raises(ValueError, match=r"holds .cls files, as WebDataset shards do: give wds:/.*x.tar"):
+            opened(str(path), tmp_path)
+    else:
+        folder = write_shards(tmp_path / "s", samples, 10, {"class": tuple("abcd")})
+        with pytest.raises(ValueError, match=r"holds shards: give wds:.* to put them into others"):
+            opened(str(folder), tmp_path)
+
+
+def test_keys_are_safe_to_unpack():
+    assert each_once(["../../a", "/abs/b", "./c", "a", ".hidden/x"]) == ["a", "abs/b", "c", "a_1", ".hidden/x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("f", {"num_scenes": 5}, r"--num-scenes \(=5\) is for synthetic:scenes alone"),
+        ("f", {"masks": False}, r"--masks \(=False\) is for synthetic:scenes alone"),
+        ("f", {"label_column": ("a", "b")}, r"--label-column \(=a,b\) is for tables and hf:NAME alone"),
+        ("f", {"path_column": "p"}, r"--path-column \(=p\) is for tables alone"),
+        ("f", {"image_column": "p"}, r"--image-column \(=p\) is for hf:NAME alone"),
+        ("wds:f", {"label_from": "top"}, r"--label-from \(=top\) is for image files alone"),
+        ("wds:f", {"classes_from": "x"}, r"--classes-from \(=x\) is for image files and tables alone"),
+        ("synthetic:scenes", {"shorter_side": 9}, r"--shorter-side \(=9\) is for images that exist; --image-size"),
+        ("synthetic:scenes", {"quality": 9}, r"--quality \(=9\) is for images that exist; scenes are lossless"),
+        ("synthetic:scenes", {"labels": "x"}, r"--labels \(=x\) is for image files alone"),
+        ("hf:x", {"labels": "x"}, r"--labels \(=x\) is for image files alone"),
+    ],
+)
+def test_options_that_would_do_nothing(tmp_path, name, options, message):
+    build(tmp_path, "")
+    name = str(tmp_path / "source") if name == "f" else name
+    with pytest.raises(ValueError, match=message):
+        opened(name, tmp_path, **options)

@@ -1,0 +1,247 @@
+"""Shards without an index get theirs, by reading their tar headers once.
+
+A sample is what tar members of one name have in common up to the first dot of it. Its image is the member of a known
+extension; labels are ``.cls`` members (label ``class``) or the whole numbers of ``.json`` members (by their names).
+Names of classes are not known: they are the numbers.
+
+What is broken costs what is broken: of a shard that was cut short the samples before the cut are used, of one with a
+corrupt stretch those before and after it. What is left out is listed in the index under ``refused``.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jepa_kit.data.shard_writing import (
+    IMAGE_EXTENSIONS,
+    INDEX,
+    MASK_EXTENSION,
+    MAX_CLASSES,
+    UNFINISHED,
+    Rows,
+    Shard,
+    write_index,
+)
+
+BLOCK = tarfile.BLOCKSIZE
+SAY_EVERY = 30.0
+"""Seconds between two lines about the progress."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What a shard holds.
+
+    Args:
+        entry: of the index.
+        rows: its samples.
+        refused: ``name`` and ``reason`` of samples without an image, labels that are none, and broken stretches.
+    """
+
+    entry: Shard
+    rows: Rows
+    refused: list[dict[str, str]]
+
+
+def scan(path: str, name: str) -> Scan:
+    """Reads the tar headers of a shard, and its label members.
+
+    Args:
+        path: of the file.
+        name: of the shard, for its entry.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    size = os.path.getsize(path)
+    members, refused = _members(path, size)
+    keys: list[str] = []
+    places: list[list[tuple[int, int]]] = []
+    found: list[dict[str, int]] = []
+    with open(path, "rb") as stream:
+        for key, parts in _samples(members).items():
+            image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
+            if image is None:
+                refused.append({"name": key, "reason": f"no image member, only: {', '.join(parts)}"})
+                continue
+            kind = next((k for k in ("cls", "json") if k in parts), None)
+            label, mask = parts[kind] if kind else None, parts.get(MASK_EXTENSION)
+            keys.append(key)
+            places.append([(m.offset_data, m.size) if m else (-1, 0) for m in (image, label, mask)])
+            labels: dict[str, int] = {}
+            if label is not None:
+                stream.seek(label.offset_data)
+                labels, fault = parse_label(stream.read(label.size), kind == "cls")
+                if fault:
+                    refused.append({"name": f"{key}.{kind}", "reason": f"{fault}: used without that label"})
+            found.append(labels)
+    numbers = np.array(places, dtype=np.int64).reshape(-1, 6)
+    names = dict.fromkeys(name for row in found for name in row)
+    columns = {name: np.array([row.get(name, -1) for row in found]) for name in names}
+    entry = Shard(name, len(keys), size, None)
+    return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:]), refused)
+
+
+def _members(path: str, size: int) -> tuple[list[tarfile.TarInfo], list[dict[str, str]]]:
+    """The members that are whole, and what lies between and after them that is none."""
+    members: list[tarfile.TarInfo] = []
+    faults: list[dict[str, str]] = []
+    end = 0
+    try:
+        # ignore_zeros: a header that cannot be read is passed over, block by block, up to the next good one
+        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    reason = f"the shard ends after {size} bytes, in the middle of it"
+                    faults.append({"name": member.name, "reason": reason})
+                    return members, faults
+                if member.offset > end and not _is_empty(path, end, member.offset):
+                    reason = f"bytes {end} to {member.offset} are no tar members: the shard is corrupt there"
+                    faults.append({"name": f"before {member.name}", "reason": reason})
+                members.append(member)
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+    except tarfile.TarError as error:
+        faults.append({"name": f"from byte {end} on", "reason": f"no tar members: {error}"})
+        return members, faults
+    if end < size and not _is_empty(path, end, size):
+        faults.append(
+            {"name": f"from byte {end} on", "reason": "no tar members: the shard is corrupt or cut short there"}
+        )
+    return members, faults
+
+
+def _is_empty(path: str, begin: int, end: int) -> bool:
+    """Whether a stretch of a file holds zeros alone, as between archives that were joined and at the end of one."""
+    with open(path, "rb") as stream:
+        stream.seek(begin)
+        while begin < end:
+            block = stream.read(min(1 << 20, end - begin))
+            if block.count(0) != len(block):
+                return False
+            begin += len(block)
+    return True
+
+
+def _samples(members: Sequence[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Key -> extension -> member."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        key, _, extension = base.partition(".")
+        if member.isreg() and key:
+            samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = member
+    return samples
+
+
+def parse_label(text: bytes, is_cls: bool) -> tuple[dict[str, int], str | None]:
+    """Class numbers of a label member, and what is wrong with it; captions and the like in a .json are no fault."""
+    shown = text[:40].decode(errors="replace")
+    try:
+        found = {"class": int(text)} if is_cls else json.loads(text or b"{}")
+    except ValueError:
+        return {}, f"{shown!r} is no {'class number' if is_cls else 'JSON'}"
+    if not isinstance(found, dict):
+        return {}, f"{shown!r} is no mapping of labels"
+    whole = {k: v for k, v in found.items() if type(v) is int}
+    labels = {k: v for k, v in whole.items() if 0 <= v < MAX_CLASSES}
+    if is_cls and not labels:
+        return {}, f"{shown!r} is no class number from 0 to {MAX_CLASSES - 1}"
+    return labels, None
+
+
+def write_foreign_index(folder: str, scans: Sequence[Scan], path: str) -> None:
+    """Writes the index of scanned shards, and logs what it leaves out.
+
+    Args:
+        folder: where the index goes.
+        scans: in the order of the shards.
+        path: of the data set, for messages.
+
+    Raises:
+        ValueError: no sample has an image.
+    """
+    parts = [s.rows for s in scans]
+    refused = [
+        {"name": f"{s.entry.file}: {entry['name']}", "reason": entry["reason"]} for s in scans for entry in s.refused
+    ]
+    if not any(part.keys for part in parts):
+        reasons = "".join(f"; {entry['name']}: {entry['reason']}" for entry in refused[:3])
+        raise ValueError(
+            f"shards (={path!r}) must hold images, but no sample of its {len(parts)} shards has one{reasons}"
+        )
+    for entry in refused[:10]:
+        log.warning("%s: %s", entry["name"], entry["reason"])
+    if len(refused) > 10:
+        log.warning("and %d more; %s lists all under 'refused'", len(refused) - 10, os.path.join(folder, INDEX))
+    names = sorted({name for part in parts for name in part.labels})
+    most = {name: max(int(part.labels[name].max()) for part in parts if name in part.labels) for name in names}
+    classes = {name: [str(k) for k in range(most[name] + 1)] for name in names}
+    entries = [s.entry for s in scans]
+    write_index(folder, entries, parts, classes=classes, refused=refused, made_by={"tool": "index_shards"})
+
+
+class Progress:
+    """Lines about a pass over shards that takes long."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.said = time.monotonic()
+
+    def step(self) -> None:
+        """One more is done."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said > SAY_EVERY:
+            self.said = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            log.warning("%s: %d of %d, %.0f s left", self.what, self.done, self.total, left)
+
+
+def index_files(files: Sequence[str], folder: str, path: str) -> None:
+    """Writes the index of local shards, in this order, into ``folder``.
+
+    Raises:
+        ValueError: a file that is missing, or no image in all of them.
+    """
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"shards (={path!r}) name {len(files)} files, but {len(missing)} of them are missing, first {missing[0]}"
+        )
+    log.info("indexing %d shards of %s, once", len(files), path)
+    progress, scans = Progress("shards indexed", len(files)), []
+    for file in files:
+        scans.append(scan(file, os.path.basename(file)))
+        progress.step()
+    write_foreign_index(folder, scans, path)
+
+
+def shards_in(folder: str) -> list[str]:
+    """The shards of a folder that has no index.
+
+    Raises:
+        ValueError: no such folder, no ``*.tar`` in it, or a folder that a writer left unfinished.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but there is no such folder")
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        raise ValueError(
+            f"shards (={folder!r}) were left unfinished: give make_shards its command again, or --overwrite"
+        )
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    if not files:
+        inner = [name for name in sorted(os.listdir(folder)) if os.path.exists(os.path.join(folder, name, INDEX))]
+        hint = f"; these folders in it do: {', '.join(inner)}" if inner else ""
+        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it holds none{hint}")
+    return files

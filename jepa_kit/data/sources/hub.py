@@ -1,0 +1,172 @@
+"""``hf:NAME``: a data set of Hugging Face, by its name there, or a folder or .parquet file on this machine.
+
+Needs the package ``datasets`` (``pip install 'jepa_kit[hf]'``). Images keep the bytes that the data set holds; its own
+splits become folders under the output.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jepa_kit.data.shard_writing import MAX_CLASSES, Sample
+from jepa_kit.data.sources.base import Recode, Refused, fingerprint
+from jepa_kit.data.sources.labels import Labels, named_labels
+from jepa_kit.registry import did_you_mean
+from jepa_kit.rng import IntArray
+
+
+class HubDataset:
+    """Rows of a data set of Hugging Face, split by split.
+
+    Args:
+        name: of the data set, ``NAME`` or ``NAME:CONFIG``; a folder that ``save_to_disk`` made; or a .parquet file.
+        image_column: of the images, their bytes or their paths; needed where not exactly one is of type ``Image``.
+        label_columns: of the labels; by default those of type ``ClassLabel``. A single one is called ``class``.
+        recode: what happens to the images.
+
+    Raises:
+        ValueError: no package ``datasets``, no such data set, or no such column.
+    """
+
+    def __init__(self, name: str, *, image_column: str | None, label_columns: Sequence[str], recode: Recode) -> None:
+        self.source, self.recode = name, recode
+        parts = _load(name)
+        features = next(iter(parts.values())).features
+        self.column = _image_column(name, features, image_column)
+        self.labels = _labels(name, parts, label_columns)
+        self.classes, self.mixed = self.labels.classes, False
+        self.mask_classes: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self.splits: dict[str, IntArray] = {}
+        self._parts, self._starts, start = [], [], 0
+        for split, part in parts.items():
+            self.splits[split if len(parts) > 1 else ""] = np.arange(start, start + len(part))
+            self._parts.append(_undecoded(part, self.column))
+            self._starts.append(start)
+            start += len(part)
+        self._total, self._names = start, list(parts)
+
+    def __len__(self) -> int:
+        return self._total
+
+    def _place(self, i: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return part, i - self._starts[part]
+
+    def name(self, i: int) -> str:
+        part, row = self._place(i)
+        return f"{self._names[part]}/{row:08d}"
+
+    def sample(self, i: int) -> Sample:
+        """Makes sample i from the bytes of its row, or from the file that the row names."""
+        part, row = self._place(i)
+        cell = self._parts[part][row][self.column]
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if isinstance(data, str):
+            data, path = None, data
+        if data is None and path:
+            try:
+                with open(path, "rb") as stream:
+                    data = stream.read()
+            except OSError as error:
+                raise Refused(f"cannot be read: {error.strerror}") from error
+        if not isinstance(data, bytes):
+            raise Refused("no image in this row")
+        return self.recode.sample(f"{row:08d}", data, self.labels.of(i))
+
+    def fingerprint(self) -> str:
+        labels = [self.classes, *(numbers.tolist() for numbers in self.labels.values.values())]
+        return fingerprint([*self.splits, len(self), self.column, *labels])
+
+
+def _load(name: str) -> dict[str, Any]:
+    """Split -> datasets.Dataset."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"source (='hf:{name}') needs the package datasets: pip install 'jepa_kit[hf]'") from error
+    if not name:
+        raise ValueError("source (='hf:') must name a data set, such as hf:uoft-cs/cifar10")
+    if name.endswith(".parquet"):
+        if not os.path.isfile(name):
+            raise ValueError(f"source (='hf:{name}') does not exist")
+        found = datasets.Dataset.from_parquet(name)
+    elif any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "dataset_info.json")):
+        found = datasets.load_from_disk(name)
+    else:
+        address, _, config = name.partition(":")
+        try:
+            found = datasets.load_dataset(address, config or None)
+        except (OSError, ValueError) as error:  # of which not found, no network, no such config are some
+            raise ValueError(f"source (='hf:{name}') cannot be loaded: {error}") from error
+    parts = dict(found) if isinstance(found, dict) else {"rows": found}
+    if not sum(map(len, parts.values())):
+        raise ValueError(f"source (='hf:{name}') has no rows")
+    return {split: part for split, part in parts.items() if len(part)}
+
+
+def _image_column(name: str, features: Any, wanted: str | None) -> str:
+    import datasets
+
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"--image-column (={wanted}) {_no_column(name, wanted, features)}")
+        return wanted
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(images) != 1:
+        raise ValueError(
+            f"hf:{name} has {len(images)} columns of images: name one with --image-column; its columns are: "
+            f"{', '.join(features)}"
+        )
+    return images[0]
+
+
+def _no_column(name: str, wanted: str, features: Any) -> str:
+    return f"is no column of hf:{name}{did_you_mean(wanted, features)} It has: {', '.join(features)}"
+
+
+def _undecoded(part: Any, column: str) -> Any:
+    """The column alone, as bytes: what is not asked for need not be decoded."""
+    import datasets
+
+    part = part.select_columns([column])
+    return part.cast_column(column, datasets.Image(decode=False)) if _is_image(part, column) else part
+
+
+def _is_image(part: Any, column: str) -> bool:
+    import datasets
+
+    return isinstance(part.features[column], datasets.Image)
+
+
+def _labels(name: str, parts: dict[str, Any], columns: Sequence[str]) -> Labels:
+    """Labels of all rows; -1, which hidden test labels have, is none."""
+    import datasets
+
+    features = next(iter(parts.values())).features
+    for column in columns:
+        if column not in features:
+            raise ValueError(f"--label-column (={column}) {_no_column(name, column, features)}")
+    columns = columns or [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    classes, values = {}, {}
+    for column in columns:
+        label = column if len(columns) > 1 else "class"
+        cells = [cell for part in parts.values() for cell in part.select_columns([column])[:][column]]
+        feature = features[column]
+        if isinstance(feature, datasets.ClassLabel):
+            numbers = np.array([-1 if cell is None else cell for cell in cells], dtype=np.int64)
+            if numbers.max(initial=0) >= MAX_CLASSES:
+                raise ValueError(
+                    f"label {column!r} of hf:{name} has class number (={numbers.max()}), which is too high"
+                )
+            classes[label], values[label] = tuple(feature.names), np.maximum(numbers, -1)
+        else:
+            texts = ["" if cell is None or cell == -1 else str(cell) for cell in cells]
+            found = named_labels({label: texts}, None)
+            classes |= found.classes
+            values |= found.values
+    return Labels(classes, values)

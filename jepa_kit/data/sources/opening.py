@@ -1,0 +1,194 @@
+"""From what a user names to a source."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields
+
+from jepa_kit.data.shard_writing import INDEX
+from jepa_kit.data.sources.archives import ARCHIVES, TarReader, ZipReader, plain_tar, tar_files, zip_files
+from jepa_kit.data.sources.base import Recode, Source
+from jepa_kit.data.sources.cifar import Cifar, cifar_folder
+from jepa_kit.data.sources.files import Files, FolderReader, Read, folder_files, open_table
+from jepa_kit.data.sources.labels import LabelFrom, folder_labels, label_file
+from jepa_kit.data.sources.scenes import Scenes
+from jepa_kit.registry import did_you_mean
+
+SYNTHETIC = ("scenes",)
+TABLES = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is to be understood; None where nothing is asked for. What its kind has no use for is an error.
+
+    Args:
+        label_from: files: which folder of the path is the class; ``auto`` by default.
+        labels: files: a list of their labels instead.
+        label_column: tables and Hugging Face: the columns that are labels.
+        path_column: tables: the column of the files; ``path`` by default.
+        image_column: Hugging Face: the column of the images.
+        classes_from: files and tables: shards, or a text with a class on each line, that say which number a class has.
+        shorter_side: images: see ``Recode``.
+        quality: images: see ``Recode``.
+        num_scenes: scenes: how many; 10000 by default.
+        image_size: scenes: a side, or HEIGHTxWIDTH; 64 by default.
+        masks: scenes: whether their masks are stored; they are by default.
+    """
+
+    label_from: LabelFrom | None = None
+    labels: str | None = None
+    label_column: tuple[str, ...] | None = None
+    path_column: str | None = None
+    image_column: str | None = None
+    classes_from: str | None = None
+    shorter_side: int | None = None
+    quality: int | None = None
+    num_scenes: int | None = None
+    image_size: str | None = None
+    masks: bool | None = None
+
+    @property
+    def recode(self) -> Recode:
+        return Recode(self.shorter_side, self.quality)
+
+
+_FOR = {
+    "label_from": "image files",
+    "labels": "image files",
+    "label_column": "tables and hf:NAME",
+    "path_column": "tables",
+    "image_column": "hf:NAME",
+    "classes_from": "image files and tables",
+    "shorter_side": "images that exist; --image-size sets that of scenes",
+    "quality": "images that exist; scenes are lossless",
+    "num_scenes": "synthetic:scenes",
+    "image_size": "synthetic:scenes",
+    "masks": "synthetic:scenes",
+}
+_IMAGES = ("shorter_side", "quality")
+_FILES = (*_IMAGES, "label_from", "labels", "classes_from")
+_TABLE = (*_IMAGES, "label_column", "path_column", "classes_from")
+_SCENES = ("num_scenes", "image_size", "masks")
+
+
+def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -> Source:
+    """The source of a name.
+
+    Args:
+        name: a folder, an archive, a table, ``wds:``, ``hf:`` or ``synthetic:`` with what comes after.
+        options: how to understand it.
+        seed: of scenes.
+        scratch: a folder for what must be unpacked; the caller removes ``.unpacked.*`` from it.
+
+    Raises:
+        ValueError: there is nothing there, nothing that is known, or it is broken or empty; an option is of no use.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "synthetic":
+        _check_used(options, _SCENES)
+        return _open_scenes(name, rest, options, seed)
+    # the next two bring torch along, directly or not, which no other source needs
+    if kind == "hf":
+        from jepa_kit.data.sources.hub import HubDataset
+
+        _check_used(options, (*_IMAGES, "image_column", "label_column"))
+        wanted = options.label_column or ()
+        return HubDataset(rest, image_column=options.image_column, label_columns=wanted, recode=options.recode)
+    if kind == "wds":
+        from jepa_kit.data.sources.reshard import OldShards
+
+        _check_used(options, _IMAGES)
+        return OldShards(rest, options.recode)
+    if not os.path.exists(name):
+        raise ValueError(f"source (={name!r}) does not exist")
+    if os.path.isdir(name) and os.path.isfile(os.path.join(name, INDEX)):
+        raise ValueError(f"source (={name!r}) holds shards: give wds:{name} to put them into others")
+    if name.endswith(TABLES):
+        _check_used(options, _TABLE)
+        column, labels = options.path_column or "path", options.label_column or ()
+        files = open_table(name, path_column=column, label_columns=labels, recode=options.recode)
+        return _numbered(files, options) if options.classes_from else files
+    if name.endswith((".tar", ".tar.gz", ".tgz")) and cifar_folder(name):
+        _check_used(options, _IMAGES)
+        return Cifar(name, options.recode)
+    return open_files(name, options, scratch=scratch)
+
+
+def open_files(path: str, options: SourceOptions, *, scratch: str) -> Files:
+    """A folder or an archive of image files. Hidden files and folders are passed over.
+
+    Raises:
+        ValueError: it is no archive that is known, it is broken or empty, or the labels are.
+    """
+    inner = False
+    if os.path.isdir(path):
+        names, sizes = folder_files(path)
+        read: Read = FolderReader(path, names)
+    elif path.endswith(".zip"):
+        names, sizes = zip_files(path)
+        read = ZipReader(path, names)
+    elif path.endswith(ARCHIVES):
+        plain = plain_tar(path, scratch)
+        members, inner = tar_files(plain, path)
+        names, sizes, read = [m.name for m in members], [m.size for m in members], TarReader(plain, members)
+    else:
+        kinds = f"a folder, a {', '.join(ARCHIVES)} archive, a {', '.join(TABLES)} table"
+        raise ValueError(f"source (={path!r}) must be {kinds}, wds:SHARDS, hf:NAME or synthetic:scenes")
+    if not names:
+        raise ValueError(f"source (={path!r}) holds no files")
+    listed = options.labels is not None and options.labels.endswith(TABLES)
+    _check_used(options, (*_FILES, *(_TABLE if listed else ())))
+    notes: list[str] = []
+    if options.labels is None:
+        labels = folder_labels(names, options.label_from or ("top" if inner else "auto"))
+    elif options.label_from is not None:
+        raise ValueError(f"--labels (={options.labels}) and --label-from (={options.label_from}) exclude each other")
+    else:
+        columns, path_column = options.label_column or (), options.path_column or "path"
+        labels, notes = label_file(options.labels, names, columns, path_column)
+    files = Files(names, read, labels=labels, recode=options.recode, sizes=sizes, notes=notes)
+    return _numbered(files, options) if options.classes_from else files
+
+
+def _check_used(options: SourceOptions, used: tuple[str, ...]) -> None:
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if value is not None and entry.name not in used:
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            raise ValueError(f"--{entry.name.replace('_', '-')} (={shown}) is for {_FOR[entry.name]} alone")
+
+
+def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Scenes:
+    if kind not in SYNTHETIC:
+        hint = did_you_mean(kind, SYNTHETIC)
+        raise ValueError(f"source (={name!r}) is not known{hint} Synthetic sources: synthetic:scenes")
+    sides = str(options.image_size or 64).lower().split("x")
+    if len(sides) > 2 or not all(s.isdigit() for s in sides):
+        raise ValueError(
+            f"--image-size (={options.image_size}) must be a side in pixels, or HEIGHTxWIDTH such as 64x96"
+        )
+    count = 10000 if options.num_scenes is None else options.num_scenes
+    return Scenes(num_scenes=count, size=(int(sides[0]), int(sides[-1])), seed=seed, masks=options.masks is not False)
+
+
+def _numbered(files: Files, options: SourceOptions) -> Files:
+    """The files with the class numbers of other shards, or of a list."""
+    path = options.classes_from or ""
+    index = os.path.join(path, INDEX)
+    if not files.classes:
+        raise ValueError(f"--classes-from (={path}) numbers classes, but the source is unlabelled")
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as stream:
+            classes: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in json.load(stream)["labels"].items()}
+    elif os.path.isfile(path):
+        with open(path, encoding="utf-8") as stream:
+            lines = [line.strip() for line in stream if line.strip()]
+        if len(set(lines)) < len(lines):
+            raise ValueError(f"--classes-from (={path}) must name each class once")
+        classes = {name: tuple(lines) for name in files.classes}
+    else:
+        raise ValueError(f"--classes-from (={path}) must be a folder of shards with an {INDEX}, or a list of classes")
+    labels = files.labels.renumbered(classes)
+    return Files(files.names, files.read, labels=labels, recode=files.recode, sizes=files.sizes, notes=files.notes)

@@ -1,0 +1,57 @@
+"""``synthetic:scenes``: rendered rooms with three labels, and a mask."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from jepa_kit.data.images import encode_png
+from jepa_kit.data.scenes import CLASSES, SHAPE_NAMES, Scene, render
+from jepa_kit.data.segmentation import Mask, encode_mask
+from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.sources.base import fingerprint, whole
+
+MASK_CLASSES = ("background", *SHAPE_NAMES)
+
+
+def shape_mask(scene: Scene) -> Mask:
+    """[h, w] uint8: 0 where a pixel's middle shows the room, else 1 + the shape of the solid that it shows."""
+    return np.concatenate([[0], scene.shapes + 1]).astype(np.uint8)[scene.mask]
+
+
+class Scenes:
+    """Scenes 0 to num_scenes - 1 of a seed, as PNG, with their labels and the mask of their shapes.
+
+    Args:
+        num_scenes: how many.
+        size: (height, width) in pixels.
+        seed: of the series.
+        masks: whether samples carry a mask.
+
+    Raises:
+        ValueError: no scenes, or a size or seed that cannot be rendered.
+    """
+
+    def __init__(self, *, num_scenes: int, size: tuple[int, int], seed: int, masks: bool = True) -> None:
+        if num_scenes < 1:
+            raise ValueError(f"num_scenes (={num_scenes}) must be at least 1")
+        render(seed, 0, size)  # so that a wrong size or seed is reported here and not by a worker
+        self.num_scenes, self.size, self.seed, self.masks = num_scenes, size, seed, masks
+        self.classes = CLASSES
+        self.mask_classes = MASK_CLASSES if masks else ()
+        self.splits, self.mixed = whole(num_scenes), True
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def name(self, i: int) -> str:
+        return f"scene-{self.seed}-{i:08d}"
+
+    def sample(self, i: int) -> Sample:
+        scene = render(self.seed, i, self.size)
+        mask = encode_mask(shape_mask(scene)) if self.masks else None
+        return Sample(self.name(i), "png", encode_png(Image.fromarray(scene.image)), scene.labels, mask)
+
+    def fingerprint(self) -> str:
+        return fingerprint(["scenes", self.num_scenes, self.size, self.seed, self.masks])

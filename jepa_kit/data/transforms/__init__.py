@@ -1,0 +1,40 @@
+"""Transforms: what is done to an image between its file and the encoder.
+
+windows.py                     which part of an image becomes the result, as numbers
+decoders.py                    the pixels of a window of a file: Pillow's, or faster
+crops.py, flips.py, colours.py the registered transforms
+view.py                        a list of them as one function of (bytes, draws), and the draws
+tensors.py                     batches of views, and their normalisation
+"""
+
+from jepa_kit.data.transforms.colours import ColourJitter, GaussianBlur, Grey, Solarise
+from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop, Resize
+from jepa_kit.data.transforms.flips import Flip
+from jepa_kit.data.transforms.tensors import Stack, normalize, stack
+from jepa_kit.data.transforms.view import Crop, Transform, View, build_view, eval_view, train_view
+from jepa_kit.data.transforms.windows import ATTEMPTS, Box, Window, crop_box, resample
+
+__all__ = [
+    "ATTEMPTS",
+    "Box",
+    "CentreCrop",
+    "ColourJitter",
+    "Crop",
+    "Flip",
+    "GaussianBlur",
+    "Grey",
+    "RandomResizedCrop",
+    "Resize",
+    "Solarise",
+    "Stack",
+    "Transform",
+    "View",
+    "Window",
+    "build_view",
+    "crop_box",
+    "eval_view",
+    "normalize",
+    "resample",
+    "stack",
+    "train_view",
+]

@@ -1,0 +1,150 @@
+"""Transforms of colours and sharpness, by Pillow. The StoP recipe and others need them; the released one has none.
+
+Each takes an RGB image and numbers in [0, 1), the first of which decides whether anything happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from jepa_kit.data.transforms.windows import check_probability
+from jepa_kit.registry import TRANSFORMS
+
+
+@TRANSFORMS.register("colour_jitter")
+class ColourJitter:
+    """Brightness, contrast, saturation and hue by random amounts, in random order: torchvision's ColorJitter.
+
+    A factor is uniform in [max(0, 1 - x), 1 + x]. Brightness multiplies; contrast blends with the mean of the grey
+    image (one number), saturation with the grey image; hue turns the H of HSV by a share of the circle, uniform in
+    [-x, x]. The order is one of 24, all as likely. Each step ends in 8 bits, as torchvision's does on Pillow images.
+
+    Args:
+        brightness, contrast, saturation: x above, at least 0; 0 leaves it out.
+        hue: x above, 0 to 0.5.
+        p: probability that anything is done.
+
+    Raises:
+        ValueError: a value outside its range, or all four 0.
+    """
+
+    num_draws = 9
+    """p, four amounts, four numbers whose ranks are the order."""
+
+    def __init__(
+        self,
+        *,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.4,
+        hue: float = 0.1,
+        p: float = 1.0,
+    ) -> None:
+        check_probability("p", p)
+        for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name} (={value}) must be at least 0, and finite")
+        if not 0.0 <= hue <= 0.5:
+            raise ValueError(f"hue (={hue}) must be a share of the circle of colours, 0 to 0.5")
+        if not brightness and not contrast and not saturation and not hue:
+            raise ValueError("brightness, contrast, saturation and hue are all 0: leave the colour jitter out")
+        self.amounts, self.p = (brightness, contrast, saturation, hue), p
+
+    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        if draws[0] >= self.p:
+            return image
+        for k in np.argsort(draws[5:9], kind="stable").tolist():
+            x, u = self.amounts[k], draws[1 + k]
+            if x and k == 3:
+                image = turn_hue(image, x * (2.0 * u - 1.0))
+            elif x:
+                low = max(0.0, 1.0 - x)
+                image = _ENHANCERS[k](image).enhance(low + (1.0 + x - low) * u)
+        return image
+
+
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+def turn_hue(image: Image.Image, share: float) -> Image.Image:
+    """The RGB image with its hues turned by a share of the circle, in Pillow's HSV of 8 bits."""
+    hue, saturation, value = image.convert("HSV").split()
+    turn = round(share * 256) % 256
+    hue = hue.point([(level + turn) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+@TRANSFORMS.register("gaussian_blur")
+class GaussianBlur:
+    """A Gaussian blur; Pillow's, which is three box filters and within about a level of the Gaussian.
+
+    Args:
+        sigma: (least, most) standard deviation in pixels of the result, uniform between them.
+        p: probability.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    num_draws = 2
+
+    def __init__(self, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> None:
+        check_probability("p", p)
+        if not 0.0 < sigma[0] <= sigma[1] < math.inf:
+            raise ValueError(f"sigma (={sigma}) must be ascending, above 0 and finite")
+        self.sigma, self.p = sigma, p
+
+    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        if draws[0] >= self.p:
+            return image
+        low, high = self.sigma
+        return image.filter(ImageFilter.GaussianBlur(low + (high - low) * draws[1]))
+
+
+@TRANSFORMS.register("grey")
+class Grey:
+    """Grey, still in three channels: 0.299 R + 0.587 G + 0.114 B (ITU-R 601).
+
+    Args:
+        p: probability.
+
+    Raises:
+        ValueError: ``p`` is no probability.
+    """
+
+    num_draws = 1
+
+    def __init__(self, *, p: float = 0.2) -> None:
+        check_probability("p", p)
+        self.p = p
+
+    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        return image.convert("L").convert("RGB") if draws[0] < self.p else image
+
+
+@TRANSFORMS.register("solarise")
+class Solarise:
+    """Levels from ``threshold`` on become their negative.
+
+    Args:
+        threshold: 0 to 255.
+        p: probability.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    num_draws = 1
+
+    def __init__(self, *, threshold: int = 128, p: float = 0.2) -> None:
+        check_probability("p", p)
+        if not 0 <= threshold <= 255:
+            raise ValueError(f"threshold (={threshold}) must be a level, 0 to 255")
+        self.threshold, self.p = threshold, p
+
+    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        return ImageOps.solarize(image, self.threshold) if draws[0] < self.p else image
