@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,21 +31,38 @@ Pooling = Literal["mean", "none"]
 Precision = Literal["float32", "bf16"]
 Source = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
+BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
+"""The same, of several (block, pooling) at once: [B, D] where it is pooled, [B, n, D] where not."""
 
 PIXEL_SIDE = 16
 """Images are averaged down to this side for the baseline of raw pixels."""
 
 
-def layer_count(layers: str) -> int:
-    """How many of the last layers are concatenated: 1 for ``last``, 4 for ``last4``.
+def layer_numbers(layers: str, depth: int) -> tuple[int, ...]:
+    """The blocks, from 1 to ``depth``, whose outputs are concatenated, each through the final norm.
+
+    Args:
+        layers: ``last``; ``last4`` (any number) for the last 4; or numbers of blocks as ``4+8+12``, ascending.
+        depth: of the encoder.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, or blocks that the encoder has not.
     """
+    if re.fullmatch(r"[1-9]\d*(\+[1-9]\d*)*", layers):
+        blocks = tuple(int(number) for number in layers.split("+"))
+        if blocks[-1] > depth or any(b <= a for a, b in pairwise(blocks)):
+            raise ValueError(f"layers (={layers!r}) must be ascending numbers of blocks from 1 to the depth (={depth})")
+        return blocks
     match = re.fullmatch(r"last([1-9]\d*)?", layers)
     if match is None:
-        raise ValueError(f"layers (={layers!r}) must be 'last', or 'last4' (any number) for the last 4 concatenated")
-    return int(match[1] or 1)
+        raise ValueError(
+            f"layers (={layers!r}) must be 'last', 'last4' (any number) for the last 4 concatenated, or numbers of "
+            "blocks as '4+8+12'"
+        )
+    count = int(match[1] or 1)
+    if count > depth:
+        raise ValueError(f"layers (={layers!r}) asks for {count} layers, but the encoder has {depth}")
+    return tuple(range(depth - count + 1, depth + 1))
 
 
 def extract_features(
@@ -67,8 +86,8 @@ def extract_features(
         encoder: which one counts: the paper evaluates the target encoder.
         images: uint8 [N, 3, h, w], or batches of them.
         pooling: ``mean`` over the patch tokens, or ``none``.
-        layers: ``last``, or ``last4`` for the last four layers, each through the final norm, concatenated, the
-            last layer last. The paper reports the better of the two.
+        layers: ``last``; ``last4`` for the last four layers, each through the final norm, concatenated, the last
+            layer last (the paper reports the better of the two); or any blocks, see ``layer_numbers``.
         device: where the encoder runs.
         precision: of the matrix products; the mean is float32.
         mean, std: of the channels, as in training; ImageNet's by default.
@@ -98,11 +117,26 @@ def encoder_source(
     std: Sequence[float] = DataConfig.std,
 ) -> Source:
     """The function that ``extract_features`` applies to each batch."""
-    count = layer_count(layers)
-    if count > encoder.depth:
-        raise ValueError(f"layers (={layers!r}) asks for {count} layers, but the encoder has {encoder.depth}")
     if pooling not in ("mean", "none"):
         raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
+    wanted = [(block, pooling) for block in layer_numbers(layers, encoder.depth)]
+    source = block_source(encoder, device=device, precision=precision, mean=mean, std=std)
+    return lambda images: torch.cat(source(images, wanted), dim=-1)
+
+
+def block_source(
+    encoder: Encoder,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
+    mean: Sequence[float] = DataConfig.mean,
+    std: Sequence[float] = DataConfig.std,
+) -> BlockSource:
+    """The function from images to the outputs of any blocks, averaged over patches or not, in one pass.
+
+    Raises:
+        ValueError: another precision.
+    """
     if precision not in ("float32", "bf16"):
         raise ValueError(f"precision (={precision!r}) must be 'float32' or 'bf16'")
     device = torch.device(device)
@@ -110,12 +144,16 @@ def encoder_source(
     network = encoder.to(device)
 
     @torch.no_grad()  # not inference_mode: tensors that are kept for later would be no use in training
-    def source(images: Tensor) -> Tensor:
+    def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
+        first = min(block for block, _ in wanted)
         x = normalize(images.to(device, non_blocking=True), mean, std)
         with evaluating(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            tokens = network.forward_layers(x, last=count)  # count tensors [B * n, D']
-        features = torch.cat([t.float() for t in tokens], dim=1).unflatten(0, (len(images), -1))  # [B, n, D]
-        return (features.mean(dim=1) if pooling == "mean" else features).cpu()
+            tokens = network.forward_layers(x, last=network.depth - first + 1)  # tensors [B * n, D]
+        outputs = {
+            block: tokens[block - first].float().unflatten(0, (len(images), -1))  # [B, n, D]
+            for block in {block for block, _ in wanted}
+        }
+        return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
 
     return source
 
@@ -144,6 +182,11 @@ def pixel_features(images: Tensor, side: int | None = PIXEL_SIDE) -> Tensor:
     if side is not None and min(x.shape[2:]) > side:
         x = F.adaptive_avg_pool2d(x, side)
     return x.flatten(1)
+
+
+def pixel_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Raw pixels for protocols of patches: uint8 [B, 3, h, w] -> float32 [B, n, 3 * p * p] in [0, 1]."""
+    return rearrange(images.float() / 255, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dict[str, Float32]:

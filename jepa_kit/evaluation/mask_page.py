@@ -20,7 +20,7 @@ from torch import Tensor
 from jepa_kit.config import Config
 from jepa_kit.data.scenes import render
 from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.transforms import RandomCrop
+from jepa_kit.engine.build import training_view
 from jepa_kit.evaluation.mask_report import MaskReport, warnings
 from jepa_kit.evaluation.pictures import COLOURS, DPI, dim_hidden, outline
 from jepa_kit.recipe import build_masker
@@ -40,9 +40,9 @@ def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
         images = [render(seed, i, size).image for i in range(count)]
     else:
         data = ShardDataset(config.data.shards)
-        crop = RandomCrop(image_size=size, scale=config.data.crop_scale, ratio=config.data.crop_ratio)
-        draws, _ = crop.draws(np.arange(count), seed=config.train.seed, epoch=0)
-        images = [np.asarray(crop.apply(data.image(i % len(data)), draws[i], False)) for i in range(count)]
+        view = training_view(config)
+        draws = view.draws(np.arange(count), seed=config.train.seed, epoch=0)
+        images = [view(data.image_bytes(i % len(data)), draws[i]) for i in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

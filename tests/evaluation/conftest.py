@@ -7,6 +7,7 @@ from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources import Scenes
 from jepa_kit.engine.checkpoint import Checkpoint, save_checkpoint
 from jepa_kit.recipe import build_recipe
+from tools import make_shards
 
 TINY = {
     "masker": {"name": "multiblock"},
@@ -67,3 +68,14 @@ def scenes(tmp_path_factory):
     """Training and test shards with the labels count, distance and shape."""
     folder = tmp_path_factory.mktemp("scenes")
     return scene_shards(folder / "train", 96, seed=0), scene_shards(folder / "val", 40, seed=1)
+
+
+@pytest.fixture(scope="session")
+def masked_scenes(tmp_path_factory):
+    """Shards of scenes of 16 x 16 pixels, with masks."""
+    folder = tmp_path_factory.mktemp("masked")
+    parts = {"train": (96, 0), "val": (40, 1)}
+    for name, (samples, seed) in parts.items():
+        options = ["--num-scenes", samples, "--image-size", 16, "--seed", seed, "--masks"]
+        assert make_shards.main(["synthetic:scenes", str(folder / name), *map(str, options)]) == 0
+    return ShardDataset(str(folder / "train")), ShardDataset(str(folder / "val"))

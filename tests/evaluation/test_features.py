@@ -8,12 +8,14 @@ from jepa_kit.config import ConfigError
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.evaluation.features import (
+    block_source,
     encoder_source,
     extract_all,
     extract_features,
-    layer_count,
+    layer_numbers,
     load_run,
     pixel_features,
+    pixel_patches,
     untrained_encoder,
 )
 from jepa_kit.recipe import build_recipe
@@ -105,18 +107,51 @@ def test_all_sources_share_one_pass_over_the_images():
     np.testing.assert_array_equal(found["pixels"], pixel_features(IMAGES))
 
 
-@pytest.mark.parametrize(("layers", "count"), [("last", 1), ("last1", 1), ("last4", 4), ("last12", 12)])
-def test_layer_names(layers, count):
-    assert layer_count(layers) == count
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [("last", (12,)), ("last1", (12,)), ("last4", (9, 10, 11, 12)), ("4+8+12", (4, 8, 12)), ("3", (3,))],
+)
+def test_layer_names(layers, blocks):
+    assert layer_numbers(layers, 12) == blocks
 
 
-@pytest.mark.parametrize("layers", ["first", "last0", "4", "last-1", ""])
+@pytest.mark.parametrize("layers", ["first", "last0", "+4", "last-1", "", "0+1"])
 def test_layer_names_that_are_none(layers):
     with pytest.raises(ValueError) as error:
-        layer_count(layers)
-    assert (
-        str(error.value) == f"layers (={layers!r}) must be 'last', or 'last4' (any number) for the last 4 concatenated"
+        layer_numbers(layers, 12)
+    assert str(error.value) == (
+        f"layers (={layers!r}) must be 'last', 'last4' (any number) for the last 4 concatenated, or numbers of blocks "
+        "as '4+8+12'"
     )
+
+
+@pytest.mark.parametrize("layers", ["13", "4+3", "2+2"])
+def test_blocks_that_are_not_there(layers):
+    with pytest.raises(ValueError) as error:
+        layer_numbers(layers, 12)
+    assert str(error.value) == f"layers (={layers!r}) must be ascending numbers of blocks from 1 to the depth (=12)"
+
+
+def test_any_blocks_are_columns_of_all(encoder):
+    every = extract_features(encoder, IMAGES, layers="last5")
+    some = extract_features(encoder, IMAGES, layers="2+5")
+    np.testing.assert_array_equal(some, np.concatenate([every[:, 16:32], every[:, 64:]], axis=1))
+
+
+def test_blocks_come_from_one_pass(encoder):
+    calls = []
+    encoder.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    found = block_source(encoder)(IMAGES, [(2, "mean"), (5, "none"), (5, "mean")])
+    assert [tuple(x.shape) for x in found] == [(7, 16), (7, 24, 16), (7, 16)]
+    assert torch.equal(found[1].mean(dim=1), found[2])
+    assert len(calls) == 1
+
+
+def test_pixel_patches():
+    x = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
+    patches = pixel_patches(x, 4)
+    assert patches.shape == (2, 6, 48)
+    assert torch.equal(patches[1, 4], x[1, :, 4:8, 4:8].flatten() / 255)
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,14 @@ from conftest import scene_shards
 
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards import ShardDataset
-from jepa_kit.evaluation.features import extract_features, load_run, pixel_features, untrained_encoder
-from jepa_kit.evaluation.probes import knn_probe, linear_probe
-from jepa_kit.evaluation.report import (
-    Network,
-    Row,
-    evaluate,
-    format_table,
-    results,
-    run_networks,
-    write_results,
-)
+from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
+from jepa_kit.evaluation.networks import Network, pixel_network
+from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
+from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
+from jepa_kit.evaluation.store import FeatureStore
 
-PIXELS = Network("pixels", pixel_features)
+PIXELS = pixel_network()
+LOGISTIC = {"name": "logistic", "subsets": ["all"]}
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def test_rows_are_what_the_probes_give_on_the_features(loaded, scenes):
     rows = evaluate(networks, train, test, image_size=(16, 16), labels=labels)
     assert [(r.protocol, r.network, r.label) for r in rows] == [
         (protocol, network, label)
-        for protocol in ("linear", "knn")
+        for protocol in ("logistic", "knn")
         for network in ("target", "context", "untrained", "pixels")
         for label in labels
     ]
@@ -45,7 +40,7 @@ def test_rows_are_what_the_probes_give_on_the_features(loaded, scenes):
     data = loaded.config.data
     for name, encoder in (("target", loaded.jepa.target_encoder), ("untrained", untrained_encoder(loaded.config, 11))):
         x, y = (extract_features(encoder, part, mean=data.mean, std=data.std) for part in images)
-        for protocol, probe in (("linear", linear_probe), ("knn", knn_probe)):
+        for protocol, probe in (("logistic", logistic_probe), ("knn", knn_probe)):
             row = next(r for r in rows if (r.protocol, r.network, r.label) == (protocol, name, "distance"))
             found = probe(x, train.labels("distance"), y, test.labels("distance"))
             assert row.accuracy == found.accuracy
@@ -55,17 +50,77 @@ def test_rows_are_what_the_probes_give_on_the_features(loaded, scenes):
     assert next(r for r in rows if r.network == "pixels").layers is None
 
 
-def test_images_are_read_once_for_everything(scenes, monkeypatch):
-    read = []
-    decode = ShardDataset.image
-    monkeypatch.setattr(ShardDataset, "image", lambda self, i: (read.append((self.path, i)), decode(self, i))[1])
-    evaluate([PIXELS, Network("again", pixel_features)], *scenes, image_size=(16, 16), labels=["count", "shape"])
-    assert sorted(read) == sorted((part.path, i) for part in scenes for i in range(len(part)))
+EVERYTHING = [
+    LOGISTIC,
+    "knn",
+    {"name": "linear", "epochs": 1},
+    {"name": "paper_linear", "epochs": 1},
+    {"name": "paper_transfer", "dataset": "cifar10"},
+    "count",
+    "distance",
+    {"name": "attentive", "epochs": 1},
+    {"name": "dense", "epochs": 1},
+]
+"""Every protocol on frozen features."""
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The (folder, sample) of each image that is read."""
+    found = []
+    read = ShardDataset.image_bytes
+
+    def noted(self, i):
+        found.append((self.path, int(i)))
+        return read(self, i)
+
+    monkeypatch.setattr(ShardDataset, "image_bytes", noted)
+    return found
+
+
+def test_images_are_read_once_for_everything(loaded, masked_scenes, reads, tmp_path):
+    networks = run_networks(loaded, encoders=["target", "context"], checkpoint_sha256="a")
+    once = sorted((part.path, i) for part in masked_scenes for i in range(len(part)))
+    rows = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=EVERYTHING, store=FeatureStore(tmp_path))
+    assert sorted(reads) == once
+    assert {r.protocol for r in rows} == {s if isinstance(s, str) else s["name"] for s in EVERYTHING}
+    networks = run_networks(loaded, encoders=["target", "context"], checkpoint_sha256="a")
+    again = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=EVERYTHING, store=FeatureStore(tmp_path))
+    assert len(reads) == len(once)  # from the folder
+    assert [r.accuracy for r in again] == [r.accuracy for r in rows]
+
+
+def test_protocols_that_are_about_one_label_or_masks(loaded, masked_scenes):
+    networks = run_networks(loaded, baselines=["pixels"])
+    specs = ["count", {"name": "dense", "epochs": 1}, "knn"]
+    rows = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=specs, labels=["shape"])
+    assert [(r.protocol, r.network, r.column) for r in rows] == [
+        ("count", "target", "count"),
+        ("count", "pixels", "count"),
+        ("dense", "target", "mask"),
+        ("dense", "target", "mask mIoU"),
+        ("dense", "pixels", "mask"),
+        ("dense", "pixels", "mask mIoU"),
+        ("knn", "target", "shape"),
+        ("knn", "pixels", "shape"),
+    ]
+    assert [r.layers for r in rows if r.network == "target"] == ["last, last4", "last", "last", "last"]
+    assert [r.pooling for r in rows if r.network == "target"] == ["mean", "none", "none", "mean"]
+
+
+def test_fine_tuning_has_no_row_for_pixels(loaded, scenes):
+    networks = run_networks(loaded)
+    specs = [{"name": "finetune", "epochs": 1, "batch_size": 32}]
+    rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=specs, labels=["count"])
+    assert [(r.network, r.layers, r.pooling, r.width) for r in rows] == [
+        ("target", None, None, 0),
+        ("untrained", None, None, 0),
+    ]
 
 
 def test_last4_is_four_times_as_wide(loaded, scenes):
-    networks = run_networks(loaded, layers="last4", baselines=["untrained"], untrained_seed=5)
-    rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=["knn"], labels=["shape"])
+    networks = run_networks(loaded, baselines=["untrained"], untrained_seed=5)
+    rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=["knn"], labels=["shape"], layers="last4")
     assert [(r.network, r.width, r.layers, r.seed) for r in rows] == [
         ("target", 64, "last4", None),
         ("untrained", 64, "last4", 5),
@@ -94,7 +149,7 @@ def test_a_recipe_without_a_target_encoder_is_evaluated_by_its_context_encoder(t
     config = config_from_dict(raw)
     networks = run_networks(LoadedRun(config, build_recipe(config), 0), encoders=["target", "context"], baselines=[])
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(networks[0].source(x), networks[1].source(x))
+    assert torch.equal(*(network.source(x, [(4, "mean")])[0] for network in networks))
 
 
 def row(network, label, accuracy, **other):
@@ -125,7 +180,7 @@ def test_the_table():
         row("pixels", "count", 0.1),
         row("pixels", "shape", 0.25, chance=0.2),
         row("target", "count", 0.4, protocol="knn"),
-        row("target", "shape", 0.3, protocol="knn"),
+        row("target", "shape", 0.3, protocol="knn", chance=0.2),
     ]
     assert format_table(rows).splitlines() == [
         "| protocol | features              | width | count      | shape       |",
@@ -144,7 +199,8 @@ def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scen
     file = write_results(content, tmp_path / "new" / "results.json")
     read = json.loads(file.read_text())
     latest = tiny_run[0] / "checkpoint_00000005.pt"
-    assert read["format"] == "jepa_kit evaluation/1"
+    assert read["format"] == "jepa_kit evaluation/2"
+    assert read["config"]["encoder"]["embed_dim"] == 16
     assert read["checkpoint"] == {
         "file": str(latest),
         "sha256": hashlib.sha256(latest.read_bytes()).hexdigest(),
@@ -153,7 +209,7 @@ def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scen
     assert read["data"]["image_size"] == [16, 16]
     assert read["data"]["train"]["samples"] == 96
     assert read["data"]["train"]["index_sha256"] != read["data"]["test"]["index_sha256"]
-    assert read["seeds"] == {"run": 11, "probes": 4}
+    assert read["seeds"] == {"run": 11, "protocols": 4}
     assert {"jepa_kit", "torch", "scikit-learn"} <= set(read["versions"])
     assert len(read["rows"]) == 6
     assert read["rows"][0]["settings"]["C"] == rows[0].settings["C"]
@@ -173,8 +229,9 @@ def test_progress_is_plain_lines_without_a_terminal(scenes, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocols": ["liner"]}, "protocols (='liner') must be of linear, knn; did you mean 'linear'?"),
-        ({"protocols": ["knn", "knn"]}, "protocols (=knn, knn) must be different ones"),
+        ({"protocols": []}, "protocols (=[]) must name at least one of attentive"),
+        ({"protocols": ["dense"]}, "patch_size (=None) must be given to pixel_network for protocols of patches"),
+        ({"protocols": ["finetune"]}, "protocol 'finetune' trains an encoder, and pixels has none"),
         ({"labels": ["cuont"]}, "label (='cuont') is not among the labels of"),
         ({"labels": []}, "labels (=[]) must name at least one; the shards in"),
         ({"networks": []}, "networks (=[]) must be at least one, with names of their own"),
@@ -207,7 +264,6 @@ def test_shards_whose_classes_differ(scenes, tmp_path):
         ({"encoders": ["taget"]}, "encoders (='taget') must be of target, context; did you mean 'target'?"),
         ({"encoders": ["target", "target"]}, "encoders (=target, target) must be different ones"),
         ({"baselines": ["random"]}, "baselines (='random') must be of untrained, pixels."),
-        ({"layers": "last5"}, "layers (='last5') asks for 5 layers, but the encoder has 4"),
     ],
 )
 def test_what_run_networks_refuses(loaded, options, message):
@@ -223,9 +279,40 @@ def test_labels_follow_their_images(scenes, tmp_path):
     code = {images[i].numpy().tobytes(): label for i, label in enumerate(train.labels("count"))}
     assert len(code) == len(train)
 
-    def oracle(batch):
-        return torch.eye(8)[[code[image.numpy().tobytes()] for image in batch]]
+    def oracle(batch, wanted):
+        # the images of nothing but zeros, by which shapes are found, are not among them
+        return [torch.eye(8)[[code.get(image.numpy().tobytes(), 0) for image in batch]] for _ in wanted]
 
     rows = evaluate([Network("oracle", oracle)], train, train, image_size=(16, 16), labels=["count"], batch_size=11)
     assert [r.accuracy for r in rows] == [1.0, 1.0]
     assert np.isclose(rows[0].standard_error, 0.0)
+
+
+def test_layers_that_the_encoder_has_not(loaded, scenes):
+    with pytest.raises(ValueError) as error:
+        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), layers="last5")
+    assert str(error.value) == "layers (='last5') asks for 5 layers, but the encoder has 4"
+
+
+def test_shards_without_masks(scenes, monkeypatch):
+    monkeypatch.setattr(scenes[1], "has_masks", False)
+    with pytest.raises(ValueError) as error:
+        evaluate([pixel_network(4)], *scenes, image_size=(16, 16), protocols=["dense"])
+    assert str(error.value) == f"protocol 'dense' needs masks, and the shards in {scenes[1].path} carry none"
+
+
+def test_the_table_of_several_kinds():
+    rows = [
+        row("target", "mask", 0.5, protocol="dense"),
+        row("target", "mask", 0.25, protocol="dense", metric="mIoU", chance=0.1),
+        row("target", "count", 0.4, protocol="logistic", variant="1%", draws=3, standard_error=0.02),
+        row("untrained", "count", 0.3, protocol="linear", layers="last, last4"),
+    ]
+    assert format_table(rows).splitlines() == [
+        "| protocol    | features                       | width | mask       | mask mIoU  | count      |",
+        "| ----------- | ------------------------------ | ----- | ---------- | ---------- | ---------- |",
+        "| dense       | target encoder                 | 16    | 50.0 ± 1.0 | 25.0 ± 1.0 |            |",
+        "| logistic 1% | target encoder                 | 16    |            |            | 40.0 ± 2.0 |",
+        "| linear      | untrained, best of last, last4 | 16    |            |            | 30.0 ± 1.0 |",
+        "|             | chance                         |       | 12.5       | 10.0       | 12.5       |",
+    ]

@@ -1,0 +1,164 @@
+"""A small decoder from targets to pixels: what a representation holds, and what a predictor expects unseen.
+
+It is trained on frozen targets alone, and then asked about predictions. It draws each patch from that patch's token and
+from noise, half of it one draw for the whole image and half for each patch: what it draws of a hidden block comes from
+the predictions there and from nothing else.
+
+B = images    n = patches of an image    D = width of a target    Z = width of the noise    p = patch size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from jepa_kit.structures import Grid
+
+NOISE = 16
+
+
+class Decoder(nn.Module):
+    """A token and noise to the pixels of its patch; every patch by itself.
+
+    Args:
+        dim: D.
+        patch_size: p.
+        hidden: width of the two hidden layers.
+        noise: Z.
+    """
+
+    def __init__(self, *, dim: int, patch_size: int, hidden: int = 256, noise: int = NOISE) -> None:
+        super().__init__()
+        self.patch_size, self.noise = patch_size, noise
+        self.embed = nn.Linear(dim + noise, hidden)
+        self.hidden = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, 3 * patch_size**2)
+
+    def forward(self, tokens: Tensor, noise: Tensor) -> Tensor:
+        """[B, n, D], [B, n, Z] -> [B, n, 3 * p * p], normalised pixels."""
+        x = torch.cat([tokens, noise], dim=-1)
+        x = F.gelu(self.embed(x))
+        x = x + F.gelu(self.hidden(self.norm(x)))
+        return self.out(x)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """As ``forward``, with noise drawn."""
+        count, patches = tokens.shape[:2]
+        shared = torch.randn(count, 1, self.noise // 2, generator=generator).expand(-1, patches, -1)
+        own = torch.randn(count, patches, self.noise - self.noise // 2, generator=generator)
+        return self(tokens, torch.cat([shared, own], dim=-1))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, h, w] -> [B, n, 3 * p * p]."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
+    """[B, n, 3 * p * p] -> [B, 3, h, w]."""
+    p = round((patches.shape[-1] / 3) ** 0.5)
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], c=3, p=p, q=p)
+
+
+def energy_score(draws: tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
+    """The mean over images of (|x1 - y| + |x2 - y| - |x1 - x2|) / 2, with Euclidean norms over an image.
+
+    Source: Gneiting and Raftery 2007, section 4.2. Least, in expectation, where draws have the distribution of the
+    truth given the token: what the token leaves open becomes spread of the draws and not a blur.
+
+    Args:
+        draws: two of [B, ...].
+        truth: [B, ...].
+    """
+    first, second = draws
+    apart = [(a - b).flatten(1).norm(dim=1) for a, b in ((first, truth), (second, truth), (first, second))]
+    return (apart[0] + apart[1] - apart[2]).mean() / 2
+
+
+def train_decoder(
+    tokens: Tensor,
+    pixels: Tensor,
+    *,
+    steps: int = 600,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    seed: int = 0,
+    hidden: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> Decoder:
+    """A decoder of frozen tokens; the same for the same arguments, and torch's random state is left as it is.
+
+    Args:
+        tokens: [B, n, D] targets, without gradients.
+        pixels: [B, n, 3 * p * p] the normalised pixels of their patches.
+        steps: updates of Adam, with the learning rate falling to 0 along a cosine.
+        batch_size: images of an update.
+        lr: learning rate at the start.
+        seed: of weights, order and noise.
+        hidden: see ``Decoder``.
+        progress: called with the number of each step.
+
+    Raises:
+        ValueError: another number of images or patches in one than in the other, or a number below 1.
+    """
+    if tokens.shape[:2] != pixels.shape[:2]:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and pixels {tuple(pixels.shape)} must be of the same patches")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} (={value}) must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder(dim=tokens.shape[-1], patch_size=round((pixels.shape[-1] / 3) ** 0.5), hidden=hidden)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        chosen = torch.randint(len(tokens), (min(batch_size, len(tokens)),), generator=generator)
+        x, y = tokens[chosen], pixels[chosen]
+        with torch.enable_grad():
+            loss = energy_score((decoder.draw(x, generator), decoder.draw(x, generator)), y)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        falling.step()
+        if progress is not None:
+            progress(step)
+    return decoder.eval().requires_grad_(False)
+
+
+def explained(decoder: Decoder, tokens: Tensor, pixels: Tensor, *, draws: int = 8, seed: int = 1) -> float:
+    """Share of the pixels' variance that the mean of several draws explains (R^2; below 0 is worse than the mean).
+
+    Args:
+        tokens, pixels: [..., D] and [..., 3 * p * p] of the same patches, images that no decoder was trained on.
+    """
+    x, y = tokens.reshape(1, -1, tokens.shape[-1]), pixels.reshape(1, -1, pixels.shape[-1]).double()
+    generator = torch.Generator().manual_seed(seed)
+    guess = torch.stack([decoder.draw(x, generator).double() for _ in range(draws)]).mean(0)
+    return 1.0 - float((guess - y).square().mean() / (y - y.mean((0, 1))).square().mean())
+
+
+def image_scale(images: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """(centre [B, 3, 1, 1], deviation [B, 1, 1, 1]) that an encoder with ``input_norm: image`` takes out of each image.
+
+    A decoder cannot give them back: it draws what is left, and they are put back for the eye.
+
+    Args:
+        images: [B, 3, h, w] normalised.
+        whole: whether they are taken out at all; else 0 and 1.
+    """
+    if not whole:
+        return images.new_zeros(len(images), 3, 1, 1), images.new_ones(len(images), 1, 1, 1)
+    centre = images.mean((2, 3), keepdim=True)
+    return centre, (images - centre).std((1, 2, 3), keepdim=True) + 0.1
+
+
+def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised [B, 3, h, w] -> uint8; what lies outside the range is cut."""
+    scale, centre = (torch.tensor(tuple(v)).view(-1, 1, 1) for v in (std, mean))
+    return ((images * scale + centre).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,96 @@
+"""Protocols: what is asked of features. Each is a small registered part; its docstring is its card.
+
+knn             weighted nearest neighbours by cosine
+logistic        logistic regression on whitened features, on all labels or on a few
+linear          a grid of linear heads in one pass
+paper_linear    I-JEPA's settings on ImageNet
+paper_transfer  I-JEPA's settings by data set; count and distance are its low-level tasks
+attentive       one learned query over patch tokens
+dense           segmentation by a linear head on patch tokens
+finetune        the encoder itself, trained on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jepa_kit.config.checking import check_part
+from jepa_kit.config.errors import ConfigError
+from jepa_kit.config.yaml_text import parse_yaml
+
+# The members register themselves.
+from jepa_kit.evaluation.protocols import attentive, dense, finetune, knn, linear, logistic  # noqa: F401
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    Features,
+    Images,
+    LayerSet,
+    Part,
+    Probe,
+    ProbeResult,
+    Task,
+)
+from jepa_kit.evaluation.protocols.knn import knn_probe
+from jepa_kit.evaluation.protocols.logistic import logistic_probe
+
+__all__ = [
+    "PROTOCOLS",
+    "Features",
+    "Images",
+    "LayerSet",
+    "Part",
+    "Probe",
+    "ProbeResult",
+    "Spec",
+    "Task",
+    "build_protocols",
+    "knn_probe",
+    "logistic_probe",
+    "parse_specs",
+]
+
+Spec = str | Mapping[str, Any]
+"""A protocol's name, or a mapping with ``name`` and its options."""
+
+
+def build_protocols(specs: Sequence[Spec]) -> list[tuple[str, dict[str, Any], Probe]]:
+    """(name, its options with the defaults written out, the protocol) of each.
+
+    Raises:
+        ConfigError: (a ValueError) unknown names and options, values of another type.
+        ValueError: none, one given twice, or a value outside its range.
+    """
+    if not specs:
+        raise ValueError(f"protocols (=[]) must name at least one of {', '.join(PROTOCOLS.names())}")
+    problems: list[str] = []
+    raw = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
+    parts = [check_part("protocol", one, PROTOCOLS, problems) for one in raw]
+    if problems:
+        raise ConfigError(problems)
+    built: list[tuple[str, dict[str, Any], Probe]] = []
+    for part in parts:
+        assert part is not None
+        try:
+            probe: Probe = PROTOCOLS.build(part.name, part.options)
+        except ValueError as error:
+            raise ValueError(f"protocol {part.name!r}: {error}") from error
+        if any((part.name, part.options) == (name, options) for name, options, _ in built):
+            raise ValueError(f"protocols (={part.name}) must be different ones")
+        built.append((part.name, dict(part.options), probe))
+    return built
+
+
+def parse_specs(texts: Sequence[str]) -> list[Spec]:
+    """What a user writes: names with commas between them, or a mapping in YAML: ``{name: knn, neighbours: [5]}``.
+
+    Raises:
+        ConfigError: a text that begins as a mapping and is no YAML.
+    """
+    specs: list[Spec] = []
+    for text in texts:
+        if text.lstrip().startswith("{"):
+            specs.append(parse_yaml(text, "--protocol"))
+        else:
+            specs += [name.strip() for name in text.split(",")]
+    return specs

@@ -1,0 +1,216 @@
+"""A probe that attends to patch tokens with one learned query.
+
+B  samples of a batch    n  patches    D  width    h  heads    d = D / h    K  classes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    Features,
+    LayerSet,
+    ProbeResult,
+    Task,
+    check_holdout,
+    check_labels,
+    classification_result,
+    split,
+)
+from jepa_kit.evaluation.protocols.heads import Recipe
+from jepa_kit.rng import IntArray, Stream, generator
+
+FOR_STATISTICS = 2048
+"""Images whose tokens give each feature's mean and deviation."""
+
+
+class AttentivePool(nn.Module):
+    """Cross-attention of one learned query over an image's tokens, an MLP, a linear classifier.
+
+    Equal to ``nn.MultiheadAttention(query, tokens, tokens)``, with the products taken in another order: the query does
+    not depend on the image, so each head's query is carried through its key matrix once, and each head's values after
+    the tokens are averaged. A token then costs 2 h D products, not 2 D^2. (A bias of the keys would move nothing.)
+
+    Args:
+        width: D.
+        classes: K.
+        num_heads: h; divides D.
+    """
+
+    def __init__(self, *, width: int, classes: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"num_heads (={num_heads}) must divide the width (={width})")
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.empty(width))
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """[B, n, D] -> [B, D], the output of the cross-attention."""
+        h = self.num_heads
+        keys = self.key.weight.unflatten(0, (h, -1))  # [h, d, D]
+        carried = torch.einsum("hd,hdw->hw", self.query.unflatten(0, (h, -1)), keys)  # [h, D]
+        scores = tokens @ carried.T * carried.new_tensor(tokens.shape[-1] / h).rsqrt()  # [B, n, h]
+        mixed = scores.softmax(dim=1).mT @ tokens  # [B, h, D]
+        values = torch.einsum("bhw,hdw->bhd", mixed, self.value.weight.unflatten(0, (h, -1)))
+        return self.proj(values.flatten(1) + self.value.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, n, D] -> [B, K]."""
+        x = self.query + self.attend(tokens)
+        x = x + self.mlp(self.norm_mlp(x))
+        return self.head(self.norm(x))
+
+
+@PROTOCOLS.register("attentive")
+class Attentive:
+    """A cross-attention probe on frozen patch tokens.
+
+    Source: CAE (Chen et al. 2022, arXiv 2202.03026) and V-JEPA (Bardes et al. 2024, arXiv 2404.08471), which add the
+    attention's output to the query, and an MLP after it; then layer norm and a linear classifier. Departures: tokens of
+    one centre crop, extracted once, are standardised first; a second residual goes around the MLP; of several learning
+    rates, the best on held-out training samples is taken.
+
+    Args:
+        layers: the layer set of the tokens.
+        num_heads: of the attention; None for one for each 64 of the width, at least 1.
+        lrs: learning rates at a batch of ``batch_size``; with several, the best on the samples held out is taken.
+        weight_decay: of AdamW.
+        epochs: a cosine to 0 after a tenth of warm-up.
+        batch_size: samples of an update, at most.
+        holdout: share of the training set that chooses, in (0, 0.5].
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        layers: str = "last",
+        num_heads: int | None = None,
+        lrs: tuple[float, ...] = (1e-3,),
+        weight_decay: float = 0.01,
+        epochs: int = 10,
+        batch_size: int = 128,
+        holdout: float = 0.2,
+    ) -> None:
+        if not lrs or min(lrs) <= 0:
+            raise ValueError(f"lrs (={lrs}) must be at least one, above 0")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay (={weight_decay}) must be at least 0")
+        self.features, self.num_heads, self.lrs, self.weight_decay = (
+            LayerSet(layers, "none"),
+            num_heads,
+            lrs,
+            weight_decay,
+        )
+        self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
+        self.holdout = holdout
+        check_holdout(holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return (self.features,)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        """Each learning rate on a part of the training set, the best again on all of it."""
+        train, test = task.both(self.features)
+        train_labels, test_labels = check_labels(len(train), task.labels()[0], len(test), task.labels()[1])
+        classes, answers = np.unique(train_labels, return_inverse=True)
+        ((fit_on, choose_on),) = split(train_labels, self.holdout, task.seed)
+        tried: dict[float, float] = {}
+        for lr in self.lrs if len(self.lrs) > 1 else ():
+            probe = self._fit(train, answers, fit_on, len(classes), lr, task)
+            tried[lr] = float(np.mean(predict(probe, train, choose_on, task.device) == answers[choose_on]))
+        best = max(self.lrs, key=lambda lr: tried.get(lr, 0.0))
+        probe = self._fit(train, answers, np.arange(len(train)), len(classes), best, task)
+        found = classes[predict(probe, test, np.arange(len(test)), task.device)]
+        settings = {
+            "lr": best,
+            "tried": [{"lr": lr, "validation": right} for lr, right in tried.items()],
+            "holdout": self.holdout,
+            "num_heads": self.num_heads or default_heads(train.width),
+            "weight_decay": self.weight_decay,
+            "recipe": asdict(self.recipe),
+        }
+        return [classification_result("attentive", found, train_labels, test_labels, tried.get(best), settings)]
+
+    def _fit(
+        self, features: Features, answers: IntArray, index: IntArray, classes: int, lr: float, task: Task
+    ) -> nn.Sequential:
+        """A probe trained on these samples."""
+        width = features.width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(task.seed)
+            pool = AttentivePool(width=width, classes=classes, num_heads=self.num_heads or default_heads(width))
+        probe = nn.Sequential(Standardise(features, index), pool).to(task.device)
+        optimizer = torch.optim.AdamW(pool.parameters(), lr=lr, weight_decay=self.weight_decay)
+        batch = min(self.recipe.batch_size, len(index))
+        per_epoch, warmup = len(index) // batch, 0.1 * self.recipe.epochs
+        for epoch in range(self.recipe.epochs):
+            order = index[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=5).permutation(len(index))]
+            for step in range(per_epoch):
+                done = epoch + (step + 1) / per_epoch
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * min(1.0, done / warmup) * self.recipe.factor(done)
+                chosen = order[step * batch : (step + 1) * batch]
+                target = torch.from_numpy(answers[chosen]).to(task.device)
+                loss = F.cross_entropy(probe(features.rows(chosen, task.device)), target)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        return probe
+
+
+def default_heads(width: int) -> int:
+    """A head for each 64 of the width, where that divides it."""
+    heads = max(1, width // 64)
+    return heads if width % heads == 0 else 1
+
+
+class Standardise(nn.Module):
+    """Each feature of a token to mean 0 and deviation 1 over the training set (over some of it where it is large)."""
+
+    def __init__(self, features: Features, index: IntArray) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        x = features.rows(index[:: max(1, len(index) // FOR_STATISTICS)]).flatten(0, -2).double()  # [b * n, D]
+        variance, mean = torch.var_mean(x, dim=0)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("scale", (variance + 1e-12).rsqrt().clamp_max(1e6).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale
+
+
+@torch.no_grad()
+def predict(probe: nn.Module, features: Features, index: IntArray, device: torch.device) -> IntArray:
+    """[b] the class of each of these samples, 0 to K - 1."""
+    parts = np.array_split(index, math.ceil(len(index) / 512))
+    return np.concatenate([probe(features.rows(part, device)).argmax(dim=1).cpu().numpy() for part in parts])

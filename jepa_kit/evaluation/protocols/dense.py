@@ -1,0 +1,205 @@
+"""Segmentation by a linear head on patch tokens.
+
+N  images    n = H * W  patches    h, w  pixels of the image    D  width    K  classes
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    Features,
+    LayerSet,
+    ProbeResult,
+    Task,
+    check_holdout,
+)
+from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe
+from jepa_kit.evaluation.protocols.linear import Head, grid
+from jepa_kit.rng import IntArray, Stream, generator
+
+IGNORED = 255
+"""The value of pixels without an answer."""
+Masks = NDArray[np.uint8]
+
+
+@PROTOCOLS.register("dense")
+class Dense:
+    """Segmentation: a linear map from each patch token to its pixels' classes.
+
+    Source: the linear segmentation probe of DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4): a linear layer
+    on patch tokens, its logits upsampled to the image. Departures: the loss is taken at the patches, against the share
+    that each class has of a patch's pixels, which is the mean cross entropy over pixels of logits constant in a patch;
+    logits are upsampled (bilinear) at the test alone. The head and the learning rate with the most held-out patches
+    right (their most frequent class) are trained again on the whole training set.
+
+    Masks are those of the shards, uint8, and 255 has no answer. Two figures: pixel accuracy, and the mean over classes
+    of intersection over union (mIoU) over all test pixels together.
+
+    Args:
+        layers: the layer set of the tokens.
+        most: mask values above this one count as this one: 1 makes scenes into room and solid. None keeps all.
+        heads, lrs, weight_decays, holdout: see ``Linear``; learning rates are AdamW's.
+        epochs: passes over the patches.
+        batch_size: patches of an update, at most.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "masks"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        layers: str = "last",
+        most: int | None = None,
+        heads: tuple[Head, ...] = ("norm",),
+        lrs: tuple[float, ...] = (1e-3, 1e-2),
+        weight_decays: tuple[float, ...] = (0.0,),
+        epochs: int = 5,
+        batch_size: int = 4096,
+        holdout: float = 0.1,
+    ) -> None:
+        if most is not None and not 1 <= most < IGNORED:
+            raise ValueError(f"most (={most}) must be from 1 to {IGNORED - 1}")
+        self.features, self.most, self.holdout = LayerSet(layers, "none"), most, holdout
+        self.settings = [
+            type(s)(self.features, s.norm, s.lr, s.weight_decay) for s in grid([layers], heads, lrs, weight_decays)
+        ]
+        self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
+        check_holdout(holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return (self.features,)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        """Two figures: pixel accuracy and mIoU."""
+        assert task.images is not None
+        train, test = task.both(self.features)
+        patches = train.parts[0].shape[1]
+        masks = [self._masks(part.dataset, task.images.image_size) for part in (task.train, task.test)]
+        classes = 1 + max(int(m[m != IGNORED].max(initial=0)) for m in masks)
+        if classes < 2:
+            raise ValueError(f"masks of {task.train.dataset.path} must hold at least 2 values, not 1")
+        targets = patch_shares(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
+        order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
+        choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
+        flat = {self.features: flattened(train)}
+        known = targets.sum(1).numpy() > 0
+        fit, choose = (each[known[each]] for each in (of_images(fit_on, patches), of_images(choose_on, patches)))
+        searched = HeadGrid(self.settings, flat, classes, task.device)
+        searched.fit(flat, targets, self.recipe, seed=task.seed, index=fit)
+        scores = searched.scores(flat, targets.argmax(1), choose)
+        best = max(range(len(scores)), key=lambda k: (scores[k][0], -scores[k][1]))
+        head = HeadGrid([self.settings[best]], flat, classes, task.device)
+        head.fit(flat, targets, self.recipe, seed=task.seed, index=np.flatnonzero(known))
+        counts = confusion(head, self.features, test, masks[1], classes)
+        return self._results(counts, scores[best][0], best, [score[0] for score in scores], (len(train), len(test)))
+
+    def _masks(self, dataset: ShardDataset, image_size: tuple[int, int]) -> Masks:
+        masks = np.stack([crop_mask(dataset.mask(i), image_size) for i in range(len(dataset))])
+        if self.most is not None:
+            masks = np.where((masks > self.most) & (masks != IGNORED), np.uint8(self.most), masks)
+        return masks
+
+    def _results(
+        self, counts: IntArray, validation: float, best: int, tried: list[float], sizes: tuple[int, int]
+    ) -> list[ProbeResult]:
+        """From how often each class (rows) was answered by each (columns)."""
+        total, right = counts.sum(), np.diag(counts)
+        union = counts.sum(0) + counts.sum(1) - right
+        there = union > 0
+        iou = right[there] / union[there]
+        largest = counts.sum(1).max() / total
+        settings: dict[str, Any] = {
+            "chosen": self.settings[best].plain(),
+            "tried": [s.plain() | {"validation": v} for s, v in zip(self.settings, tried, strict=True)],
+            "iou": {int(k): float(v) for k, v in zip(np.flatnonzero(there), iou, strict=True)},
+            "most": self.most,
+            "confusion": counts.tolist(),
+        }
+        figures = {
+            "accuracy": (float(right.sum() / total), float(largest)),
+            "mIoU": (float(iou.mean()), float(largest / (counts.sum(1) > 0).sum())),
+        }
+        return [
+            ProbeResult(
+                protocol="dense",
+                accuracy=figure,
+                validation=validation,
+                settings=settings,
+                n_train=sizes[0],
+                n_test=sizes[1],
+                classes=len(counts),
+                chance=by_chance,
+                predictions=np.empty(0, np.int64),
+                standard_error=float(np.sqrt(figure * (1.0 - figure) / sizes[1])),
+                metric=metric,
+            )
+            for metric, (figure, by_chance) in figures.items()
+        ]
+
+
+def crop_mask(mask: Masks, image_size: tuple[int, int]) -> Masks:
+    """[h', w'] -> [h, w] uint8: resized until it just covers the result (nearest), then its middle, as images are."""
+    h, w = image_size
+    factor = max(h / mask.shape[0], w / mask.shape[1])
+    size = max(h, round(mask.shape[0] * factor)), max(w, round(mask.shape[1] * factor))
+    if size != mask.shape:
+        mask = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    top, left = (size[0] - h) // 2, (size[1] - w) // 2
+    return mask[top : top + h, left : left + w]
+
+
+def patch_grid(patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of so many square patches of an image."""
+    h, w = image_size
+    side = round((h * w / patches) ** 0.5)
+    assert (h // side) * (w // side) == patches, (patches, image_size)
+    return h // side, w // side
+
+
+def patch_shares(masks: Masks, patches: int, classes: int) -> Tensor:
+    """[N, h, w] -> [N, n, K] float32: the share of each patch's pixels that each class has; 255 has none."""
+    rows, columns = patch_grid(patches, (masks.shape[1], masks.shape[2]))
+    blocks = torch.from_numpy(masks).unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # [N, H, p, W, p]
+    return torch.stack([(blocks == k).float().mean(dim=(2, 4)).flatten(1) for k in range(classes)], dim=-1)
+
+
+def flattened(features: Features) -> Features:
+    """[N, n, D] -> [N * n, D], where they lie."""
+    return Features(*(part.reshape(-1, part.shape[-1]) for part in features.parts))
+
+
+def of_images(images: IntArray, patches: int) -> IntArray:
+    """The numbers of all patches of these images."""
+    return (images[:, None] * patches + np.arange(patches)).ravel()
+
+
+def confusion(head: HeadGrid, key: LayerSet, features: Features, masks: Masks, classes: int) -> IntArray:
+    """[K, K] pixels of each class (rows) by the answer (columns), logits upsampled to the image."""
+    patches, size = features.parts[0].shape[1], (masks.shape[1], masks.shape[2])
+    rows, columns = patch_grid(patches, size)
+    flat = {key: flattened(features)}
+    counts = np.zeros(classes * classes, dtype=np.int64)
+    for images in np.array_split(np.arange(len(masks)), -(-len(masks) // 64)):
+        logits = head.logits(flat, of_images(images, patches))[:, 0]  # [b * n, K]
+        maps = logits.unflatten(0, (len(images), rows, columns)).permute(0, 3, 1, 2)  # [b, K, H, W]
+        answers = F.interpolate(maps, size=size, mode="bilinear").argmax(dim=1).cpu().numpy()  # [b, h, w]
+        truth = masks[images].astype(np.int64)
+        known = truth != IGNORED
+        counts += np.bincount(truth[known] * classes + answers[known], minlength=classes * classes)
+    return counts.reshape(classes, classes)

@@ -1,0 +1,285 @@
+"""The encoder itself, trained on with labels.
+
+B  images of a batch    n  patches of an image    D  width    K  classes
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from jepa_kit.data.images import ImageError
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.transforms import View, eval_view, normalize, train_view
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    Images,
+    LayerSet,
+    ProbeResult,
+    Task,
+    check_labels,
+    classification_result,
+)
+from jepa_kit.evaluation.protocols.subsets import Subset
+from jepa_kit.rng import FloatArray, IntArray, Stream, generator
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean over its patch tokens, a linear map: [B, 3, h, w] -> [B, K]."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.encoder(images).unflatten(0, (len(images), -1))  # [B, n, D]
+        return self.head(tokens.float().mean(dim=1))
+
+
+@PROTOCOLS.register("finetune")
+class Finetune:
+    """A copy of the encoder trained with labels, end to end; the figure is that of its last epoch.
+
+    Source: MAE's recipe (He et al. 2022, arXiv 2111.06377, A.1), which I-JEPA takes for 1 % of ImageNet (A.2): AdamW, a
+    cosine after warm-up, learning rates that fall by ``layer_decay`` from layer to layer, label smoothing, stochastic
+    depth, mixup. I-JEPA has lr 3e-5 (absolute, batch 512), 50 epochs, layer decay 0.75, label smoothing 0.1, and
+    neither mixup nor drop path. Departures: random crops and flips in place of RandAugment; nothing is chosen.
+
+    Args:
+        epochs, batch_size: of the training; a batch holds at most the training set.
+        lr: at the top layer, for a batch of ``batch_size``.
+        weight_decay: of weights; none for biases and norms.
+        layer_decay: in (0, 1]; the head has lr, the last block lr * layer_decay, and so on to the patch embedding.
+        warmup_epochs: of linear warm-up.
+        label_smoothing: in [0, 1).
+        mixup: alpha of its Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 mixes nothing.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
+        crop_scale: of random resized crops; the paper leaves crops out for counts and distances, (1, 1).
+        flip: probability of a horizontal flip.
+        subset: of the labels, as ``logistic`` has it; one draw.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 50,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float = 0.75,
+        warmup_epochs: float = 0.5,
+        label_smoothing: float = 0.1,
+        mixup: float = 0.2,
+        drop_path: float = 0.1,
+        crop_scale: tuple[float, float] = (0.7, 1.0),
+        flip: float = 0.5,
+        subset: str = "all",
+    ) -> None:
+        for name, value, right, holds in (
+            ("epochs", epochs, "at least 1", epochs >= 1),
+            ("batch_size", batch_size, "at least 2", batch_size >= 2),
+            ("lr", lr, "above 0", lr > 0),
+            ("weight_decay", weight_decay, "at least 0", weight_decay >= 0),
+            ("layer_decay", layer_decay, "in (0, 1]", 0 < layer_decay <= 1),
+            ("warmup_epochs", warmup_epochs, "at least 0 and below epochs", 0 <= warmup_epochs < epochs),
+            ("label_smoothing", label_smoothing, "in [0, 1)", 0 <= label_smoothing < 1),
+            ("mixup", mixup, "at least 0", mixup >= 0),
+            ("drop_path", drop_path, "in [0, 1)", 0 <= drop_path < 1),
+        ):
+            if not holds:
+                raise ValueError(f"{name} (={value}) must be {right}")
+        self.epochs, self.batch_size, self.lr, self.weight_decay = epochs, batch_size, lr, weight_decay
+        self.layer_decay, self.warmup_epochs, self.label_smoothing = layer_decay, warmup_epochs, label_smoothing
+        self.mixup, self.drop_path, self.crop_scale, self.flip = mixup, drop_path, crop_scale, flip
+        self.subset = Subset(subset)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return ()
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        """Trains, then asks the test set once."""
+        assert task.encoder is not None
+        assert task.images is not None
+        datasets = task.train.dataset, task.test.dataset
+        labels = check_labels(len(datasets[0]), task.labels()[0], len(datasets[1]), task.labels()[1])
+        classes, answers = np.unique(labels[0], return_inverse=True)
+        chosen = self.subset.draw(labels[0], seed=task.seed, draw=0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(task.seed)
+            model = self._model(task.encoder, len(classes)).to(task.device)
+            groups = layer_groups(model, lr=self.lr, weight_decay=self.weight_decay, decay=self.layer_decay)
+            losses = self._train(model, groups, task, answers, chosen, len(classes))
+        found = classes[predict(model, task)]
+        settings: dict[str, Any] = {
+            "loss_by_epoch": losses,
+            "samples": len(chosen),
+            **{k: v for k, v in vars(self).items() if k != "subset"},
+        }
+        result = classification_result("finetune", found, labels[0][chosen], labels[1], None, settings)
+        return [result if self.subset.is_all else replace(result, variant=self.subset.text)]
+
+    def _model(self, encoder: nn.Module, classes: int) -> Classifier:
+        """A copy of the encoder with its own stochastic depth, and a head."""
+        copied = copy.deepcopy(encoder).requires_grad_(True)
+        blocks = copied.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks):
+            block.drop_path.rate = self.drop_path * i / max(1, len(blocks) - 1)  # type: ignore[union-attr]
+        width: int = copied.embed_dim  # type: ignore[assignment]
+        return Classifier(copied, width, classes)
+
+    def _train(
+        self,
+        model: Classifier,
+        groups: list[dict[str, Any]],
+        task: Task,
+        answers: IntArray,
+        chosen: IntArray,
+        classes: int,
+    ) -> list[float]:
+        """The mean loss of each epoch."""
+        assert task.images is not None
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        model.train()
+        half = torch.autocast(task.device.type, torch.bfloat16)
+        losses: list[float] = []
+        steps = max(1, len(chosen) // self.batch_size)
+        for epoch in range(self.epochs):
+            total = 0.0
+            for step, (images, samples) in enumerate(self._batches(task, chosen, epoch)):
+                factor = self._factor(epoch + (step + 1) / steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * group["scale"] * factor
+                target = F.one_hot(torch.from_numpy(answers[samples]), classes).float().to(task.device)
+                images, target = self._mixed(images, target, task.seed, epoch, step)
+                with half:
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach())
+            losses.append(total / steps)
+        return losses
+
+    def _factor(self, done: float) -> float:
+        """Of the learning rate, when so many epochs are done."""
+        if done <= self.warmup_epochs:
+            return done / self.warmup_epochs
+        rest = (done - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
+
+    def _batches(self, task: Task, chosen: IntArray, epoch: int) -> Iterator[tuple[Tensor, IntArray]]:
+        """An epoch: normalised images [B, 3, h, w] on the device, and the numbers of their samples."""
+        order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
+        steps, images = max(1, len(chosen) // self.batch_size), task.images
+        assert images is not None
+        view = train_view(image_size=images.image_size, scale=self.crop_scale, flip=self.flip)
+        parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(steps)]
+        yield from _read(task.train.dataset, view, parts, images, task, epoch)
+
+    def _mixed(self, images: Tensor, target: Tensor, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Mixup: each image and its target with those of another of the batch, one weight for the batch."""
+        if self.mixup == 0:
+            return images, target
+        draws = generator(Stream.EVALUATION, seed=seed, epoch=epoch * 2**20 + step, lane=8)
+        weight = float(draws.beta(self.mixup, self.mixup))
+        other = torch.from_numpy(draws.permutation(len(images))).to(images.device)
+        return images.lerp(images[other], 1 - weight), target.lerp(target[other], 1 - weight)
+
+
+def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: float) -> list[dict[str, Any]]:
+    """Parameter groups whose rate falls by ``decay`` from the head down: block l of L has lr * decay ** (L + 1 - l).
+
+    The patch embedding is layer 0; the final norm and the head are layer L + 1.
+    """
+    depth: int = model.encoder.depth  # type: ignore[assignment]
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        place = name.split(".")
+        layer = int(place[2]) + 1 if place[:2] == ["encoder", "blocks"] else 0
+        if place[0] == "head" or place[:2] == ["encoder", "norm"]:
+            layer = depth + 1
+        decayed = parameter.ndim > 1
+        group: dict[str, Any] = {"params": [], "weight_decay": weight_decay if decayed else 0.0}
+        group["scale"] = decay ** (depth + 1 - layer)
+        groups.setdefault((layer, decayed), group)["params"].append(parameter)
+    for group in groups.values():
+        group["lr"] = lr * group["scale"]
+    return list(groups.values())
+
+
+@torch.no_grad()
+def predict(model: Classifier, task: Task) -> IntArray:
+    """[M] the class of each test image, 0 to K - 1."""
+    images, dataset = task.images, task.test.dataset
+    assert images is not None
+    model.eval()
+    parts = np.array_split(np.arange(len(dataset)), math.ceil(len(dataset) / images.batch_size))
+    answers = []
+    for batch, _ in _read(dataset, eval_view(image_size=images.image_size), parts, images, task, 0):
+        with torch.autocast(task.device.type, torch.bfloat16):
+            answers.append(model(batch).argmax(dim=1).cpu().numpy())
+    return np.concatenate(answers)
+
+
+class _Views(Dataset):
+    """Sample numbers [B] -> uint8 [B, 3, h, w], and the numbers."""
+
+    def __init__(self, dataset: ShardDataset, view: View, seed: int, epoch: int) -> None:
+        self.dataset, self.view, self.seed, self.epoch = dataset, view, seed, epoch
+
+    def __getitem__(self, samples: IntArray) -> tuple[Tensor, IntArray]:
+        draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
+        images = [self._view(i, row) for i, row in zip(samples.tolist(), draws, strict=True)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), samples
+
+    def _view(self, i: int, draws: FloatArray) -> NDArray[np.uint8]:
+        try:
+            return self.view(self.dataset.image_bytes(i), draws)
+        except ImageError as error:
+            raise ValueError(f"sample {i} of {self.dataset.path} cannot be decoded: {error}") from error
+
+
+def _read(
+    dataset: ShardDataset, view: View, parts: Sequence[IntArray], images: Images, task: Task, epoch: int
+) -> Iterator[tuple[Tensor, IntArray]]:
+    """Normalised images on the device, part by part, and the numbers of their samples."""
+    loader = DataLoader(
+        _Views(dataset, view, task.seed, epoch),
+        batch_size=None,
+        sampler=parts,
+        num_workers=images.num_workers,
+        generator=torch.Generator(),  # the loader draws a seed for its workers: not from ours
+        collate_fn=_as_it_is,
+    )
+    for batch, samples in loader:
+        yield normalize(batch.to(task.device), images.mean, images.std), samples
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Numbers of samples stay numpy."""
+    return batch

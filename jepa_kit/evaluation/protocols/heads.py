@@ -1,0 +1,276 @@
+"""Many linear heads in one pass over the features: a grid of inputs, learning rates and weight decays.
+
+Heads that share an input (a layer set, with or without batch norm) are one matrix product. Each gets what it would get
+alone: same start, same batches, its own learning rate, weight decay and optimiser state.
+
+    N  samples    B  samples of a batch    D  width of a feature    H  heads of one input    K  classes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_kit.evaluation.protocols.base import (
+    Features,
+    LayerSet,
+    ProbeResult,
+    Task,
+    check_holdout,
+    check_labels,
+    classification_result,
+    split,
+)
+from jepa_kit.rng import IntArray, Stream, generator
+
+Optimizer = Literal["sgd", "adamw", "lars"]
+Inputs = Mapping[LayerSet, Features]
+
+INIT = 0.01
+"""Deviation of a head's weights at the start, as MAE has it; the bias is 0."""
+TRUST = 0.001
+"""LARS's coefficient (You et al. 2017, arXiv 1708.03888)."""
+NORM_EPS, NORM_MOMENTUM = 1e-5, 0.1
+"""Of batch norm: torch's defaults."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One head of a grid.
+
+    Args:
+        features: its layer set.
+        norm: batch norm without affine parameters before the linear map, which can take their part.
+        lr, weight_decay: its own; the learning rate before the schedule.
+    """
+
+    features: LayerSet
+    norm: bool
+    lr: float
+    weight_decay: float
+
+    def plain(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self) | {"features": self.features.layers, "head": "batch norm" if self.norm else "plain"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How heads are trained.
+
+    Args:
+        optimizer: ``sgd`` and ``adamw`` are torch's, with weight decay on all parameters; ``lars`` is SGD with
+            momentum whose steps for the weights (not the biases) are scaled by their norm over the gradient's.
+        epochs: passes over the features.
+        batch_size: at most; the last batch of an epoch is left out where it would be smaller.
+        steps: epochs after which the learning rate is divided by 10; None for a cosine to 0.
+        momentum: of SGD and LARS.
+        nesterov: of SGD.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    optimizer: Optimizer
+    epochs: int
+    batch_size: int
+    steps: tuple[int, ...] | None = None
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+
+    def factor(self, done: float) -> float:
+        """Of the learning rate, when so many epochs are done."""
+        if self.steps is None:
+            return 0.5 * (1.0 + math.cos(math.pi * done / self.epochs))
+        return 0.1 ** sum(done >= step for step in self.steps)
+
+
+class _Group:
+    """The heads of one input: W [D, H, K], b [H, K]."""
+
+    def __init__(self, settings: Sequence[Setting], width: int, classes: int, device: torch.device) -> None:
+        self.input, self.norm = settings[0].features, settings[0].norm
+        start = generator(Stream.EVALUATION, seed=0, lane=3).normal(scale=INIT, size=(width, 1, classes))
+        heads = len(settings)
+        self.weight = torch.from_numpy(start).float().to(device).repeat(1, heads, 1)
+        self.bias = torch.zeros(heads, classes, device=device)
+        self.lr = torch.tensor([s.lr for s in settings], device=device)[:, None]  # [H, 1]
+        self.decay = torch.tensor([s.weight_decay for s in settings], device=device)[:, None]
+        self.mean, self.variance = torch.zeros(width, device=device), torch.ones(width, device=device)
+        self.state: dict[str, list[Tensor]] = {}
+        self.updates = 0
+        self.minus_one = torch.tensor(-1.0, device=device)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, H, K], as it is evaluated."""
+        return self._product((x - self.mean) * (self.variance + NORM_EPS).rsqrt() if self.norm else x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
+
+    def step(self, x: Tensor, target: Tensor, recipe: Recipe, factor: float) -> None:
+        """One update from a batch: x [B, D]; target [B] classes, or [B, K] shares of them."""
+        if self.norm:
+            mean = x.mean(dim=0)
+            x = x - mean
+            variance = x.square().mean(dim=0)  # torch.var_mean over the first dimension takes three times as long
+            unbiased = variance * (len(x) / max(1, len(x) - 1))
+            self.mean.lerp_(mean, NORM_MOMENTUM)
+            self.variance.lerp_(unbiased, NORM_MOMENTUM)
+            x *= (variance + NORM_EPS).rsqrt()
+        # the gradient of the mean cross entropy by the logits: chances less the target
+        error = self._product(x).softmax(dim=-1)  # [B, H, K]
+        if target.ndim == 1:
+            index = target[:, None, None].expand(-1, error.shape[1], 1)  # [B, H, 1]
+            error.scatter_add_(2, index, self.minus_one.expand(index.shape))
+        else:
+            # a sample whose shares add up to 0 has no answer, and counts for nothing
+            error = error * target.sum(1)[:, None, None] - target[:, None]
+        error /= len(x)
+        gradients = (x.T @ error.flatten(1)).unflatten(1, self.bias.shape), error.sum(0)  # [D, H, K], [H, K]
+        self.updates += 1
+        update = {"sgd": self._sgd, "adamw": self._adamw, "lars": self._lars}[recipe.optimizer]
+        for name, value, gradient in zip(("weight", "bias"), (self.weight, self.bias), gradients, strict=True):
+            update(name, value, gradient, self.lr * factor, recipe)
+
+    def _kept(self, name: str, value: Tensor, count: int) -> list[Tensor]:
+        return self.state.setdefault(name, [torch.zeros_like(value) for _ in range(count)])
+
+    def _sgd(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
+        gradient = gradient + self.decay * value
+        (velocity,) = self._kept(name, value, 1)
+        velocity.mul_(recipe.momentum).add_(gradient)
+        value -= lr * (gradient + recipe.momentum * velocity if recipe.nesterov else velocity)
+
+    def _adamw(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
+        first, second = self._kept(name, value, 2)
+        first.lerp_(gradient, 0.1)
+        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        value *= 1.0 - lr * self.decay
+        scale = (second / (1.0 - 0.999**self.updates)).sqrt_().add_(1e-8)
+        value -= lr / (1.0 - 0.9**self.updates) * first / scale
+
+    def _lars(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
+        if name == "weight":
+            gradient = gradient + self.decay * value
+            ours, theirs = (x.norm(dim=(0, 2)) for x in (value, gradient))  # [H]
+            trust = torch.where((ours > 0) & (theirs > 0), TRUST * ours / theirs, 1.0)
+            gradient = gradient * trust[:, None]
+        (velocity,) = self._kept(name, value, 1)
+        velocity.mul_(recipe.momentum).add_(gradient)
+        value -= lr * velocity
+
+
+class HeadGrid:
+    """Heads for a list of settings, trained together.
+
+    Args:
+        settings: of the heads, in any order.
+        inputs: features by layer set, for widths.
+        classes: K.
+        device: where heads live and are trained.
+    """
+
+    def __init__(
+        self, settings: Sequence[Setting], inputs: Inputs, classes: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.settings, self.classes, self.device = list(settings), classes, torch.device(device)
+        places: dict[tuple[LayerSet, bool], list[int]] = {}
+        for k, setting in enumerate(self.settings):
+            places.setdefault((setting.features, setting.norm), []).append(k)
+        self.places = list(places.values())
+        self.groups = [
+            _Group([self.settings[k] for k in at], inputs[key[0]].width, classes, self.device)
+            for key, at in places.items()
+        ]
+
+    def fit(
+        self, inputs: Inputs, targets: Tensor, recipe: Recipe, *, seed: int = 0, index: IntArray | None = None
+    ) -> HeadGrid:
+        """Trains all heads; returns itself.
+
+        Args:
+            inputs: [N, D] by layer set.
+            targets: [N] classes 0 to K - 1, or [N, K] shares of them.
+            recipe: how.
+            seed: of the order of the samples.
+            index: only these samples.
+        """
+        index = np.arange(len(targets)) if index is None else index
+        batch = min(recipe.batch_size, len(index))
+        per_epoch = len(index) // batch
+        for epoch in range(recipe.epochs):
+            order = index[generator(Stream.EVALUATION, seed=seed, epoch=epoch, lane=4).permutation(len(index))]
+            for step in range(per_epoch):
+                chosen = order[step * batch : (step + 1) * batch]
+                target = targets[torch.from_numpy(chosen)].to(self.device)
+                factor = recipe.factor(epoch + step / per_epoch)
+                held = {key: inputs[key].rows(chosen, self.device) for key in {g.input for g in self.groups}}
+                for group in self.groups:
+                    group.step(held[group.input], target, recipe, factor)
+        return self
+
+    def logits(self, inputs: Inputs, index: IntArray) -> Tensor:
+        """[b, heads, K] of these samples, heads in the order of the settings; on the device."""
+        held = {key: inputs[key].rows(index, self.device) for key in {g.input for g in self.groups}}
+        found = torch.cat([group.logits(held[group.input]) for group in self.groups], dim=1)
+        return found[:, np.argsort(np.concatenate(self.places))]
+
+    def scores(self, inputs: Inputs, labels: Tensor, index: IntArray) -> list[tuple[float, float]]:
+        """(accuracy, cross entropy) of each head on these samples; a head that diverged has (0, infinity)."""
+        right, entropy = (torch.zeros(len(self.settings), dtype=torch.float64) for _ in range(2))
+        for part in np.array_split(index, math.ceil(len(index) / 4096)):
+            logits, target = self.logits(inputs, part).cpu(), labels[torch.from_numpy(part)]
+            right += (logits.argmax(dim=-1) == target[:, None]).sum(dim=0)
+            chances = logits.log_softmax(dim=-1).gather(2, target[:, None, None].expand(-1, logits.shape[1], 1))
+            entropy -= chances.sum(dim=(0, 2), dtype=torch.float64)
+        return [
+            (float(r), float(e)) if math.isfinite(e) else (0.0, math.inf)
+            for r, e in zip(right / len(index), entropy / len(index), strict=True)
+        ]
+
+
+def grid_probe(
+    protocol: str, task: Task, settings: Sequence[Setting], recipe: Recipe, holdout: float, *, variant: str = ""
+) -> ProbeResult:
+    """All heads in one pass, the best on held-out samples, and that one again on the whole training set.
+
+    The test set is asked once, of one head. Of equal accuracies the lower cross entropy wins.
+
+    Raises:
+        ValueError: labels that do not fit, a class too rare to hold a sample of it out, or heads that all diverged.
+    """
+    sets = dict.fromkeys(setting.features for setting in settings)
+    train, test = ({key: part.features[key] for key in sets} for part in (task.train, task.test))
+    lengths = len(next(iter(train.values()))), len(next(iter(test.values())))
+    train_labels, test_labels = check_labels(lengths[0], task.labels()[0], lengths[1], task.labels()[1])
+    check_holdout(holdout)
+    classes, answers = np.unique(train_labels, return_inverse=True)
+    targets = torch.from_numpy(answers)
+    ((fit_on, choose_on),) = split(train_labels, holdout, task.seed)
+    grid = HeadGrid(settings, train, len(classes), task.device)
+    scores = grid.fit(train, targets, recipe, seed=task.seed, index=fit_on).scores(train, targets, choose_on)
+    best = max(range(len(settings)), key=lambda k: (scores[k][0], -scores[k][1]))
+    if not math.isfinite(scores[best][1]):
+        raise ValueError(f"lr (={sorted({s.lr for s in settings})}): every head diverged; take lower ones")
+    chosen = settings[best]
+    final = HeadGrid([chosen], train, len(classes), task.device).fit(train, targets, recipe, seed=task.seed)
+    parts = np.array_split(np.arange(lengths[1]), math.ceil(lengths[1] / 4096))
+    votes = np.concatenate([final.logits(test, part)[:, 0].argmax(dim=1).cpu().numpy() for part in parts])
+    tried = [
+        s.plain() | {"validation": accuracy, "cross_entropy": entropy if math.isfinite(entropy) else None}
+        for s, (accuracy, entropy) in zip(settings, scores, strict=True)
+    ]
+    found = {"chosen": chosen.plain(), "recipe": asdict(recipe), "holdout": holdout, "tried": tried}
+    return classification_result(protocol, classes[votes], train_labels, test_labels, scores[best][0], found)

@@ -1,0 +1,180 @@
+"""Nearest neighbours by cosine.
+
+N  training samples    M  test samples    D  width of a feature    K  classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    Array,
+    LayerSet,
+    ProbeResult,
+    Task,
+    check_samples,
+    classification_result,
+)
+from jepa_kit.rng import IntArray, Stream, generator
+
+NEIGHBOURS = (10, 20, 100, 200)
+"""The numbers of neighbours that DINO reports (Caron et al. 2021, arXiv 2104.14294, F)."""
+
+
+@PROTOCOLS.register("knn")
+class KNN:
+    """Weighted nearest neighbours by cosine, as ``knn_probe`` says.
+
+    Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), and DINO. Departure: k is chosen inside the training set.
+
+    Args:
+        neighbours: values of k to choose from; those above N - 1 are left out.
+        temperature: above 0.
+        queries: how many training samples are asked at most to choose k.
+
+    Raises:
+        ValueError: no k, or a value outside its range.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = True
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self, *, neighbours: tuple[int, ...] = NEIGHBOURS, temperature: float = 0.07, queries: int = 10_000
+    ) -> None:
+        self.neighbours, self.temperature, self.queries = neighbours, temperature, queries
+        _check(neighbours, temperature, queries)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return (LayerSet(layers),)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        """One figure."""
+        train, test = task.both(LayerSet(task.layers))
+        train_labels, test_labels = task.labels()
+        found = knn_probe(
+            train.array,
+            train_labels,
+            test.array,
+            test_labels,
+            seed=task.seed,
+            neighbours=self.neighbours,
+            temperature=self.temperature,
+            queries=self.queries,
+            device=task.device,
+        )
+        return [found]
+
+
+def knn_probe(
+    train: Array,
+    train_labels: IntArray,
+    test: Array,
+    test_labels: IntArray,
+    *,
+    seed: int = 0,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = 0.07,
+    queries: int = 10_000,
+    device: torch.device | str = "cpu",
+) -> ProbeResult:
+    """Weighted nearest neighbours by cosine (Wu et al. 2018, arXiv 1805.01978, section 3.4; used by DINO).
+
+    The k most similar training samples vote for their classes, each with the weight exp(cosine / temperature).
+    Here k is the number of neighbours that answers best when each training sample is asked and its own place in the
+    training set is left out; the smaller of two equal ones. (Those papers report k = 200, and the best of four.)
+
+    Args:
+        train, test: [N, D] and [M, D] features.
+        train_labels, test_labels: [N] and [M] classes, integers.
+        seed: of the training samples that are asked.
+        neighbours: values of k; those above N - 1 are left out.
+        temperature: above 0; 0.07 is Wu et al.'s and DINO's.
+        queries: how many training samples are asked at most.
+        device: where similarities are computed.
+
+    Raises:
+        ValueError: see ``check_samples``; no k from 1 to N - 1; a temperature that is not above 0.
+    """
+    train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
+    _check(neighbours, temperature, queries)
+    ks = sorted({k for k in neighbours if k < len(train)})
+    if not ks:
+        raise ValueError(f"neighbours (={tuple(neighbours)}) must hold numbers from 1 to {len(train) - 1}, one below N")
+    classes, answers = np.unique(train_labels, return_inverse=True)
+    bank = _Bank(train, answers, len(classes), temperature, device)
+    asked = np.arange(len(train))
+    if len(train) > queries:
+        asked = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[:queries])
+    votes = bank.classify(train[asked], ks, leave_out=asked)  # [len(ks), Q]
+    validation = [float(v) for v in (votes == answers[asked]).mean(axis=1)]
+    best = int(np.argmax(validation))
+    predictions = classes[bank.classify(test, ks)]  # [len(ks), M]
+    settings = {
+        "k": ks[best],
+        "neighbours": ks,
+        "validation": validation,
+        "temperature": temperature,
+        "test_by_k": {k: float(a) for k, a in zip(ks, (predictions == test_labels).mean(axis=1), strict=True)},
+    }
+    return classification_result("knn", predictions[best], train_labels, test_labels, validation[best], settings)
+
+
+def _check(neighbours: Sequence[int], temperature: float, queries: int) -> None:
+    if not neighbours or min(neighbours) < 1:
+        raise ValueError(f"neighbours (={tuple(neighbours)}) must be numbers of at least 1")
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"temperature (={temperature}) must be above 0")
+    if queries < 1:
+        raise ValueError(f"queries (={queries}) must be at least 1")
+
+
+class _Bank:
+    """Training features of length 1 and their classes, ready to be asked."""
+
+    def __init__(
+        self, features: Array, labels: IntArray, classes: int, temperature: float, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = device
+        self.features = _unit(features).to(device)  # [N, D]
+        self.labels = torch.from_numpy(labels).to(device)  # [N], 0 to K - 1
+        self.classes, self.temperature = classes, temperature
+
+    def classify(self, features: Array, ks: list[int], leave_out: IntArray | None = None) -> IntArray:
+        """The class that the nearest k vote for: [len(ks), M], 0 to K - 1; of equal votes, the lower.
+
+        Args:
+            features: [M, D].
+            ks: ascending.
+            leave_out: [M] the training sample that each may not ask.
+        """
+        answers = []
+        own = None if leave_out is None else torch.from_numpy(leave_out).to(self.device)
+        rows = max(1, 2**24 // len(self.features))  # 64 MiB of float32 similarities at a time
+        for start in range(0, len(features), rows):
+            cosine = _unit(features[start : start + rows]).to(self.device) @ self.features.T  # [m, N]
+            if own is not None:
+                cosine.scatter_(1, own[start : start + rows, None], -torch.inf)
+            near, index = cosine.topk(ks[-1], dim=1)
+            # a common factor of a row's weights moves no vote: the largest becomes 1
+            weight = ((near - near[:, :1]) / self.temperature).exp()
+            votes = weight.new_zeros(len(cosine), self.classes)
+            done, best = 0, []
+            for k in ks:
+                votes.scatter_add_(1, self.labels[index[:, done:k]], weight[:, done:k])
+                best.append(votes.argmax(dim=1))
+                done = k
+            answers.append(torch.stack(best).cpu())
+        return torch.cat(answers, dim=1).numpy()
+
+
+def _unit(features: Array) -> Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(features)), dim=1)

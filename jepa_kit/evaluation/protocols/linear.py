@@ -1,0 +1,272 @@
+"""A grid of linear heads in one pass, and the paper's settings of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, ProbeResult, Task, check_holdout
+from jepa_kit.evaluation.protocols.heads import Optimizer, Recipe, Setting, grid_probe
+
+LAYERS = ("last", "last4")
+HEADS = ("plain", "norm")
+Head = Literal["plain", "norm"]
+
+
+def grid(
+    layers: Sequence[str], heads: Sequence[Head], lrs: Sequence[float], weight_decays: Sequence[float]
+) -> list[Setting]:
+    """Every combination.
+
+    Raises:
+        ValueError: an empty list, a repeated or unknown value, a rate that is not above 0, or a negative decay.
+    """
+    given = {"layers": layers, "heads": heads, "lrs": lrs, "weight_decays": weight_decays}
+    for name, values in given.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} (={tuple(values)}) must hold at least one value, and each once")
+    if any(head not in HEADS for head in heads):
+        raise ValueError(f"heads (={tuple(heads)}) must be of {', '.join(HEADS)}")
+    if min(lrs) <= 0:
+        raise ValueError(f"lrs (={tuple(lrs)}) must be above 0")
+    if min(weight_decays) < 0:
+        raise ValueError(f"weight_decays (={tuple(weight_decays)}) must be at least 0")
+    return [
+        Setting(LayerSet(layer), head == "norm", lr, decay)
+        for layer, head, lr, decay in itertools.product(layers, heads, lrs, weight_decays)
+    ]
+
+
+@PROTOCOLS.register("linear")
+class Linear:
+    """A linear classifier on frozen features: the best of a grid, trained in one pass.
+
+    Source: the idea of training every head of a grid at once on one pass of the encoder is DINOv2's (Oquab et al. 2023,
+    arXiv 2304.07193, section 7.1 and B.3); the inputs are I-JEPA's (A.2: the last layer or the last four, averaged over
+    patches) and the heads VISSL's (plain, or with batch norm). Departures: features are those of one centre crop,
+    extracted once, so that there is no augmentation; the head is chosen on samples held out of the training set (those
+    papers choose on the validation set that they report), then trained again on the whole training set.
+
+    Args:
+        layers: layer sets to choose from.
+        heads: of ``plain`` and ``norm`` (batch norm before the linear map).
+        lrs, weight_decays: to choose from; learning rates for a batch of ``batch_size``.
+        optimizer: see ``Recipe``.
+        epochs: passes over the features; the learning rate falls to 0 along a cosine.
+        batch_size: samples of an update, at most.
+        holdout: share of the training set that chooses, in (0, 0.5].
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[str, ...] = LAYERS,
+        heads: tuple[Head, ...] = ("plain", "norm"),
+        lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        weight_decays: tuple[float, ...] = (0.0, 1e-2),
+        optimizer: Optimizer = "adamw",
+        epochs: int = 20,
+        batch_size: int = 256,
+        holdout: float = 0.2,
+    ) -> None:
+        self.layers = layers
+        self.settings = grid(layers, heads, lrs, weight_decays)
+        self.recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
+        self.holdout = holdout
+        check_holdout(holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return tuple(LayerSet(name) for name in self.layers)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        return [grid_probe("linear", task, self.settings, self.recipe, self.holdout)]
+
+
+@PROTOCOLS.register("paper_linear")
+class PaperLinear:
+    """I-JEPA's linear probe on ImageNet.
+
+    Source: arXiv 2301.08243, A.2: LARS, batch 16384, 50 epochs, the learning rate divided by 10 every 15; a grid of
+    reference learning rates (for 256 images) and weight decays; the better of the last layer and the last four, mean
+    over patches, plain or with batch norm. Departures: no augmentation (features of one centre crop; the paper trains
+    on random crops and flips); the head is chosen on held-out training samples, not on the validation set; batch norm
+    without affine parameters. With fewer samples than a batch, a batch is all of them, and an epoch is one update: on
+    small sets this protocol trains too little to say anything.
+
+    Args:
+        lrs: for 256 images; multiplied by the batch over 256.
+        weight_decays: of the weights.
+        layers, heads, holdout: see ``Linear``.
+        batch_size, epochs: as in the paper.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        lrs: tuple[float, ...] = (0.01, 0.05, 0.001),
+        weight_decays: tuple[float, ...] = (0.0005, 0.0),
+        layers: tuple[str, ...] = LAYERS,
+        heads: tuple[Head, ...] = ("plain", "norm"),
+        epochs: int = 50,
+        batch_size: int = 16384,
+        holdout: float = 0.1,
+    ) -> None:
+        grid(layers, heads, lrs, weight_decays)
+        check_holdout(holdout)
+        self.layers, self.heads, self.lrs, self.weight_decays = layers, heads, lrs, weight_decays
+        self.recipe = Recipe(optimizer="lars", epochs=epochs, batch_size=batch_size, steps=(15, 30, 45))
+        self.holdout = holdout
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return tuple(LayerSet(name) for name in self.layers)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        batch = min(self.recipe.batch_size, int(len(task.labels()[0]) * (1 - self.holdout)))
+        rates = [lr * batch / 256 for lr in self.lrs]
+        settings = grid(self.layers, self.heads, rates, self.weight_decays)
+        return [grid_probe("paper_linear", task, settings, self.recipe, self.holdout)]
+
+
+SCHEDULES: dict[str, tuple[int, tuple[int, ...] | None]] = {
+    "cifar10": (28, (8, 16, 24)),  # not in the paper: as its CIFAR-100
+    "cifar100": (28, (8, 16, 24)),
+    "places205": (14, (4, 8, 12)),
+    "inat18": (84, (24, 48, 72)),
+    "clevr_count": (50, None),
+    "clevr_dist": (100, None),
+}
+"""Data set -> epochs, and the epochs after which the learning rate is divided by 10 (None: a cosine)."""
+
+
+class _Transfer:
+    """The paper's transfer recipe by its data set's schedule."""
+
+    def __init__(self, protocol: str, dataset: str, layers: tuple[str, ...], heads: tuple[Head, ...], holdout: float):
+        epochs, steps = SCHEDULES[dataset]
+        self.protocol, self.layers, self.holdout = protocol, layers, holdout
+        self.settings = grid(layers, heads, [0.01], [5e-4])
+        self.recipe = Recipe(optimizer="sgd", epochs=epochs, batch_size=256, steps=steps, nesterov=True)
+        check_holdout(holdout)
+
+    def wanted(self) -> tuple[LayerSet, ...]:
+        return tuple(LayerSet(name) for name in self.layers)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        return [grid_probe(self.protocol, task, self.settings, self.recipe, self.holdout)]
+
+
+@PROTOCOLS.register("paper_transfer")
+class PaperTransfer:
+    """I-JEPA's linear transfer to other data sets.
+
+    Source: arXiv 2301.08243, A.2, which takes VISSL's configurations: SGD, Nesterov momentum 0.9, weight decay 5e-4,
+    learning rate 0.01 for 256 images, a schedule for each data set (``SCHEDULES``); the best of the last layer and the
+    last four, each plain and with batch norm. Departures: as ``PaperLinear``.
+
+    Args:
+        dataset: whose schedule: cifar10 (as cifar100), cifar100, places205, inat18, clevr_count or clevr_dist.
+        layers, heads, holdout: see ``Linear``.
+
+    Raises:
+        ValueError: another data set.
+    """
+
+    label: ClassVar[str | None] = None
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        layers: tuple[str, ...] = LAYERS,
+        heads: tuple[Head, ...] = ("plain", "norm"),
+        holdout: float = 0.2,
+    ) -> None:
+        if dataset not in SCHEDULES:
+            raise ValueError(f"dataset (={dataset!r}) must be one of {', '.join(SCHEDULES)}")
+        self.transfer = _Transfer("paper_transfer", dataset, layers, heads, holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return self.transfer.wanted()
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        return self.transfer(task)
+
+
+@PROTOCOLS.register("count")
+class Count:
+    """How many objects there are: the label ``count``, by I-JEPA's settings for Clevr/Count.
+
+    Source: arXiv 2301.08243, table 4 and A.2 (a cosine over 50 epochs; the rest as ``PaperTransfer``); the task is
+    VTAB's (arXiv 1910.04867), with 8 classes. Here on any shards with a label of that name: scenes, CLEVR.
+
+    Args:
+        layers, heads, holdout: see ``Linear``.
+    """
+
+    label: ClassVar[str | None] = "count"
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[str, ...] = LAYERS,
+        heads: tuple[Head, ...] = ("plain", "norm"),
+        holdout: float = 0.2,
+    ) -> None:
+        self.transfer = _Transfer("count", "clevr_count", layers, heads, holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return self.transfer.wanted()
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        return self.transfer(task)
+
+
+@PROTOCOLS.register("distance")
+class Distance:
+    """How far the nearest object is: the label ``distance``, by I-JEPA's settings for Clevr/Dist.
+
+    Source: as ``Count``; a cosine over 100 epochs, 6 classes.
+
+    Args:
+        layers, heads, holdout: see ``Linear``.
+    """
+
+    label: ClassVar[str | None] = "distance"
+    takes_layers: ClassVar[bool] = False
+    takes: ClassVar[Literal["labels", "masks"]] = "labels"
+    trains_encoder: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        layers: tuple[str, ...] = LAYERS,
+        heads: tuple[Head, ...] = ("plain", "norm"),
+        holdout: float = 0.2,
+    ) -> None:
+        self.transfer = _Transfer("distance", "clevr_dist", layers, heads, holdout)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return self.transfer.wanted()
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        return self.transfer(task)

@@ -1,0 +1,103 @@
+"""Parts of a training set with few labels: a share of it, so many images of each class, or a list of names.
+
+N  training samples
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from jepa_kit.rng import IntArray, Stream, generator
+
+_FORMS = re.compile(r"(?P<share>\d+(?:\.\d+)?)%|(?P<each>\d+)/class|all")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A rule that draws samples.
+
+    Args:
+        text: ``all``; a share as ``1%`` or ``12.5%``; or so many of each class as ``10/class``.
+
+    Raises:
+        ValueError: another form, a share that is not in (0, 100), or no image.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        match = _FORMS.fullmatch(self.text)
+        share, each = (match["share"], match["each"]) if match else (None, None)
+        if match is None or (share and not 0 < float(share) < 100) or (each and int(each) < 1):
+            raise ValueError(f"subsets (={self.text!r}) must be of 'all', a share as '1%', or images as '10/class'")
+
+    @property
+    def is_all(self) -> bool:
+        return self.text == "all"
+
+    def draw(self, labels: IntArray, *, seed: int, draw: int) -> IntArray:
+        """Ascending numbers of the samples of one draw.
+
+        A share is taken of each class, rounded, and at least one image. Draws of one seed are nested over sizes: what
+        ``1%`` has, ``10%`` has too.
+
+        Raises:
+            ValueError: a class that has fewer images than asked for.
+        """
+        match = _FORMS.fullmatch(self.text)
+        assert match is not None
+        if self.is_all:
+            return np.arange(len(labels))
+        order = generator(Stream.EVALUATION, seed=seed, epoch=draw, lane=2).permutation(len(labels))
+        chosen = []
+        for name in np.unique(labels):
+            members = order[labels[order] == name]
+            count = int(match["each"]) if match["each"] else max(1, round(float(match["share"]) / 100 * len(members)))
+            if count > len(members):
+                raise ValueError(f"subsets (={self.text!r}) asks for {count}, but class {name} has {len(members)}")
+            chosen.append(members[:count])
+        return np.sort(np.concatenate(chosen))
+
+
+def listed(file: str, key: Callable[[int], str], samples: int) -> IntArray:
+    """Ascending numbers of the samples that a text file names, one a line; empty lines are passed over.
+
+    A name is the sample's key, with or without an extension; or the last part of it, where that is no other sample's.
+    The lists of 1 % of ImageNet that are in use name files as ``n01440764_10043.JPEG``.
+
+    Args:
+        key: the name of a sample of the data set.
+        samples: N.
+
+    Raises:
+        ValueError: no name, or names that are no sample's, or several samples'.
+        FileNotFoundError: there is no such file.
+    """
+    known: dict[str, list[int]] = defaultdict(list)
+    for i in range(samples):
+        full = key(i)
+        for name in {full, PurePosixPath(full).name}:
+            known[name].append(i)
+    lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    names = [line for line in lines if line]
+    found, unknown, several = [], [], []
+    for name in names:
+        at = known.get(name) or known.get(str(PurePosixPath(name).with_suffix("")))
+        if not at:
+            unknown.append(name)
+        elif len(at) > 1:
+            several.append(name)
+        else:
+            found.append(at[0])
+    if not names:
+        raise ValueError(f"names (={file!r}) must be a file with a name of a sample on each line; it is empty")
+    for what, bad in (("no sample's", unknown), ("several samples'", several)):
+        if bad:
+            raise ValueError(f"names (={file!r}): {len(bad)} of {len(names)} are {what}, first {bad[0]!r}")
+    return np.unique(found)

@@ -1,0 +1,96 @@
+"""The attentive probe against torch's own cross-attention."""
+
+import numpy as np
+import pytest
+import torch
+from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
+
+from jepa_kit.evaluation.protocols.attentive import Attentive, AttentivePool, Standardise, default_heads
+from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_attention_is_torchs_own(num_heads):
+    torch.manual_seed(0)
+    pool = AttentivePool(width=12, classes=3, num_heads=num_heads).double()
+    for parameter in pool.parameters():
+        torch.nn.init.normal_(parameter)
+    theirs = torch.nn.MultiheadAttention(12, num_heads, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([torch.eye(12), pool.key.weight, pool.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([torch.zeros(12), torch.randn(12), pool.value.bias]))
+        theirs.out_proj.weight.copy_(pool.proj.weight)
+        theirs.out_proj.bias.copy_(pool.proj.bias)
+    tokens = torch.randn(5, 7, 12, dtype=torch.float64)
+    expected = theirs(pool.query.expand(5, 1, 12), tokens, tokens, need_weights=False)[0][:, 0]
+    torch.testing.assert_close(pool.attend(tokens), expected)
+
+
+def test_every_parameter_learns():
+    pool = AttentivePool(width=12, classes=3, num_heads=2)
+    pool(torch.randn(5, 7, 12)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pool.parameters())
+
+
+def test_tokens_are_standardised_over_the_training_set():
+    x = np.random.default_rng(0).normal(3, [1.0, 20.0], size=(50, 6, 2)).astype(np.float32)
+    x[..., 1] = 7
+    out = Standardise(Features(x), np.arange(50))(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(out[..., 0].mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(out[..., 0].std(), 1, rtol=1e-2)
+    np.testing.assert_allclose(out[..., 1], 0, atol=1e-3)
+
+
+def test_it_finds_the_patch_that_tells():
+    """The class is in one of nine patches, another one in each image: their mean tells little."""
+    random = np.random.default_rng(0)
+    parts = []
+    for samples in (600, 200):
+        labels = random.integers(3, size=samples)
+        x = random.normal(size=(samples, 9, 8))
+        at = random.integers(9, size=samples)
+        x[np.arange(samples), at] = 0
+        x[np.arange(samples), at, labels] = 4
+        x[np.arange(samples), at, 7] = 6
+        features = {LayerSet("last", "none"): Features(x.astype(np.float16))}
+        parts.append(Part(features, labels, None))
+    (found,) = Attentive(epochs=30, batch_size=50, lrs=(1e-2,))(Task(train=parts[0], test=parts[1]))
+    assert found.accuracy > 0.9
+
+
+def test_the_better_learning_rate_is_taken():
+    one = task(*clusters(400, apart=3, seed=3), *clusters(100, apart=3, seed=4))
+    (found,) = Attentive(epochs=5, batch_size=64, lrs=(1e-6, 1e-2))(one)
+    assert found.settings["lr"] == 1e-2
+    assert [t["lr"] for t in found.settings["tried"]] == [1e-6, 1e-2]
+    assert found.validation == found.settings["tried"][1]["validation"]
+    (single,) = Attentive(epochs=1, lrs=(1e-3,))(task(*PROBLEM))
+    assert single.validation is None
+    assert single.settings["tried"] == []
+
+
+def test_torchs_random_state_stays_as_it_is():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    Attentive(epochs=1)(task(TRAIN, TRAIN_LABELS, TEST, TEST_LABELS))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_heads_by_width():
+    assert [default_heads(width) for width in (12, 128, 192, 768, 200)] == [1, 2, 3, 12, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lrs": ()}, "lrs (=()) must be at least one, above 0"),
+        ({"lrs": (0.0,)}, "lrs (=(0.0,)) must be at least one, above 0"),
+        ({"weight_decay": -1.0}, "weight_decay (=-1.0) must be at least 0"),
+        ({"holdout": 0.9}, "holdout (=0.9) must be above 0 and at most 0.5"),
+        ({"num_heads": 5}, "num_heads (=5) must divide the width (=12)"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError) as error:
+        Attentive(**options)(task(*PROBLEM))
+    assert str(error.value) == message

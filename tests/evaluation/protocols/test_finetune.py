@@ -1,0 +1,106 @@
+"""Fine-tuning: its groups, mixing and schedule by their formulas, and a small run."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import scene_shards
+
+from jepa_kit.encoders import ViT
+from jepa_kit.evaluation.protocols.base import Images, Part, Task
+from jepa_kit.evaluation.protocols.finetune import Classifier, Finetune, layer_groups
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return ViT(image_size=(16, 16), patch_size=4, embed_dim=16, depth=3, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    return scene_shards(folder / "train", 64, seed=0), scene_shards(folder / "val", 20, seed=1)
+
+
+def task(encoder, shards, train_labels, test_labels, **options):
+    parts = [Part({}, labels, dataset) for dataset, labels in zip(shards, (train_labels, test_labels), strict=True)]
+    images = Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=16)
+    return Task(train=parts[0], test=parts[1], encoder=encoder, images=images, **options)
+
+
+def test_rates_fall_from_the_head_down(encoder):
+    model = Classifier(encoder, 16, 5)
+    groups = layer_groups(model, lr=2.0, weight_decay=0.1, decay=0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    assert rates["head.weight"] == (2.0, 0.1)
+    assert rates["head.bias"] == (2.0, 0.0)
+    assert rates["encoder.norm.weight"] == (2.0, 0.0)
+    assert rates["encoder.blocks.2.mlp.fc1.weight"] == (1.0, 0.1)
+    assert rates["encoder.blocks.0.attn.qkv.weight"] == (0.25, 0.1)
+    assert rates["encoder.patch_embed.proj.weight"] == (0.125, 0.1)
+    assert rates["encoder.patch_embed.proj.bias"] == (0.125, 0.0)
+
+
+def test_mixup_mixes_images_and_targets_alike():
+    images, target = torch.randn(8, 3, 4, 4), torch.eye(8)
+    mixed, mixed_target = Finetune(mixup=0.8)._mixed(images, target, 0, 0, 0)
+    torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", mixed_target, images))
+    torch.testing.assert_close(mixed_target.sum(1), torch.ones(8))
+    assert not torch.equal(mixed, images)
+    assert Finetune(mixup=0.0)._mixed(images, target, 0, 0, 0)[0] is images
+
+
+def test_the_schedule():
+    probe = Finetune(epochs=10, warmup_epochs=2)
+    assert [probe._factor(done) for done in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_a_copy_is_trained_and_the_encoder_stays(encoder, shards):
+    """Whether a scene is brighter than most can be learned; the encoder that was given keeps its weights."""
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    means = [np.array([np.asarray(part.image(i)).mean() for i in range(len(part))]) for part in shards]
+    labels = [(m > np.median(means[0])).astype(np.int64) for m in means]
+    probe = Finetune(epochs=12, batch_size=16, lr=3e-3, mixup=0.0, crop_scale=(1.0, 1.0))
+    state = torch.get_rng_state()
+    (found,) = probe(task(encoder, shards, *labels, seed=1))
+    assert found.accuracy > 0.8
+    assert found.settings["loss_by_epoch"][-1] < found.settings["loss_by_epoch"][0]
+    assert found.validation is None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert [block.drop_path.rate for block in encoder.blocks] == [0, 0, 0]
+
+
+def test_the_same_again_and_on_few_labels(encoder, shards):
+    labels = [part.labels("count") for part in shards]
+    probe = Finetune(epochs=1, batch_size=8, subset="2/class")
+    first, second = (probe(task(encoder, shards, *labels))[0] for _ in range(2))
+    assert np.array_equal(first.predictions, second.predictions)
+    assert (first.variant, first.settings["samples"], first.n_train) == ("2/class", 16, 16)
+
+
+def test_stochastic_depth_rises_to_the_last_block(encoder):
+    model = Finetune(drop_path=0.2)._model(encoder, 3)
+    assert [block.drop_path.rate for block in model.encoder.blocks] == pytest.approx([0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs (=0) must be at least 1"),
+        ({"batch_size": 1}, "batch_size (=1) must be at least 2"),
+        ({"lr": 0.0}, "lr (=0.0) must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay (=-1.0) must be at least 0"),
+        ({"layer_decay": 0.0}, "layer_decay (=0.0) must be in (0, 1]"),
+        ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs (=2) must be at least 0 and below epochs"),
+        ({"label_smoothing": 1.0}, "label_smoothing (=1.0) must be in [0, 1)"),
+        ({"mixup": -1.0}, "mixup (=-1.0) must be at least 0"),
+        ({"drop_path": 1.0}, "drop_path (=1.0) must be in [0, 1)"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError) as error:
+        Finetune(**options)
+    assert str(error.value) == message

@@ -1,0 +1,175 @@
+"""Logistic regression against scikit-learn, and on few labels."""
+
+import numpy as np
+import pytest
+from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, logistic_probe
+from jepa_kit.evaluation.protocols.whitening import Whitening
+
+
+def test_is_scikit_learns_at_the_settings_chosen():
+    found = logistic_probe(*PROBLEM)
+    # scikit-learn divides variances by N - 1: its whitened features are shorter, and its weights longer
+    theirs = make_pipeline(
+        StandardScaler(),
+        PCA(found.settings["components"], whiten=True, svd_solver="full"),
+        LogisticRegression(C=found.settings["C"] * 400 / 399, max_iter=1000, tol=1e-6),
+    ).fit(TRAIN.astype(np.float64), TRAIN_LABELS)
+    np.testing.assert_array_equal(found.predictions, theirs.predict(TEST))
+    assert found.accuracy == theirs.score(TEST, TEST_LABELS)
+    assert found.settings["C"] == pytest.approx(1 / (found.settings["penalty"] * 400))
+    assert found.settings["converged"]
+
+
+def test_whitening_is_scikit_learns():
+    features = TRAIN @ np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32) + 50
+    theirs = make_pipeline(StandardScaler(), PCA(5, whiten=True, svd_solver="full")).fit(features.astype(np.float64))
+    ours = Whitening(features)(TEST + 50, 5)
+    expected = theirs.transform((TEST + 50).astype(np.float64)) * np.sqrt(400 / 399)  # they divide by N - 1
+    np.testing.assert_allclose(np.abs(ours), np.abs(expected), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.cov(Whitening(features)(features, 12).T, bias=True), np.eye(12), atol=1e-4)
+
+
+def test_whitening_counts_components_and_passes_over_constants():
+    features = np.random.default_rng(0).normal(size=(20000, 4)).astype(np.float32)
+    features = np.concatenate([features, features[:, :1] + features[:, 1:2], np.full((20000, 1), 0.1, np.float32)], 1)
+    whitening = Whitening(features)
+    assert whitening.above(1e-9) == 4  # one column is a sum of two, one is constant
+    assert np.isfinite(whitening(features, 6)).all()
+    assert np.isfinite(Whitening(np.ones((3, 2)))(np.ones((3, 2)), 1)).all()
+
+
+def test_does_not_hang_on_scales_and_axes():
+    mixed = np.random.default_rng(0).normal(size=(12, 12)) * np.geomspace(1, 1000, 12)
+    plain = logistic_probe(*(x.astype(np.float64) for x in (TRAIN,)), TRAIN_LABELS, TEST, TEST_LABELS, cuts=[1e-12])
+    other = logistic_probe(TRAIN @ mixed + 7, TRAIN_LABELS, TEST @ mixed + 7, TEST_LABELS, cuts=[1e-12])
+    assert np.mean(plain.predictions == other.predictions) >= 0.995
+    assert plain.settings["penalty"] == other.settings["penalty"]
+
+
+def test_chooses_the_least_cross_entropy():
+    found = logistic_probe(*PROBLEM)
+    best = min(found.settings["tried"], key=lambda trial: trial["cross_entropy"])
+    assert (found.settings["components"], found.settings["penalty"]) == (best["components"], best["penalty"])
+    assert found.validation == best["accuracy"]
+
+
+def test_stops_two_penalties_after_the_least_cross_entropy():
+    found = logistic_probe(*PROBLEM, cuts=[1e-9])
+    entropies = [trial["cross_entropy"] for trial in found.settings["tried"]]
+    assert len(entropies) in (int(np.argmin(entropies)) + 3, len(PENALTIES))
+    assert [trial["penalty"] for trial in found.settings["tried"]] == list(PENALTIES[: len(entropies)])
+    noise, labels = np.random.default_rng(0).normal(size=(300, 60)), np.arange(300) % 2
+    assert logistic_probe(noise, labels, noise, labels).settings["penalty"] == PENALTIES[0]
+
+
+def test_finds_what_lies_in_small_directions():
+    """The classes differ only along the last axis of a strongly correlated cloud."""
+    random = np.random.default_rng(0)
+    labels = np.arange(1000) % 2
+    features = random.normal(size=(1000, 8)) * np.geomspace(1, 1e-3, 8)
+    features[:, 7] += 2e-3 * labels
+    features = (features @ np.linalg.qr(random.normal(size=(8, 8)))[0]).astype(np.float32)
+    found = logistic_probe(features[:800], labels[:800], features[800:], labels[800:])
+    assert found.settings["components"] == 8
+    assert found.accuracy > 0.8  # the best that can be is 0.841
+
+
+def test_passes_over_penalties_that_leave_one_answer_for_everything():
+    labels = np.repeat(np.arange(8), [20, 12, 11, 10, 10, 10, 10, 10])
+    known = np.eye(8)[labels]
+    found = logistic_probe(known, labels, known, labels)
+    assert found.settings["tried"][0]["accuracy"] < 0.3
+    assert found.accuracy == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalties": []}, "penalties (=()) must be numbers above 0, descending"),
+        ({"penalties": [0.1, 1.0]}, "penalties (=(0.1, 1.0)) must be numbers above 0, descending"),
+        ({"penalties": [0.1, 0.0]}, "penalties (=(0.1, 0.0)) must be numbers above 0, descending"),
+        ({"cuts": [1.0, 0.1]}, "cuts (=(1.0, 0.1)) must be numbers between 0 and 1, descending"),
+        ({"holdout": 0.0}, "holdout (=0.0) must be above 0 and at most 0.5"),
+        ({"holdout": 0.6}, "holdout (=0.6) must be above 0 and at most 0.5"),
+        ({"max_iter": 0}, "max_iter (=0) must be at least 1"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError) as error:
+        logistic_probe(*PROBLEM, **options)
+    assert str(error.value) == message
+
+
+def test_needs_two_samples_of_each_class():
+    labels = TRAIN_LABELS.copy()
+    labels[0] = 9
+    with pytest.raises(ValueError) as error:
+        logistic_probe(TRAIN, labels, TEST, TEST_LABELS)
+    assert str(error.value) == (
+        "the training set (400 samples) must have a sample of each of its 5 classes to fit on and one to choose on; "
+        "class 9 has 1"
+    )
+
+
+def test_says_when_it_stopped_early():
+    assert not logistic_probe(*PROBLEM, max_iter=1).settings["converged"]
+
+
+def test_one_setting_needs_no_sample_held_out():
+    few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:1] for k in range(4)])
+    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[0.1], cuts=[1e-6])
+    assert found.validation is None
+    assert found.settings["tried"] == []
+    assert found.n_train == 4
+
+
+def test_few_samples_are_held_out_several_times():
+    few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:2] for k in range(4)])
+    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
+    # five times four samples: accuracies are twentieths
+    assert {round(trial["accuracy"] * 20, 6) % 1 for trial in found.settings["tried"]} == {0.0}
+
+
+class TestSubsets:
+    def test_a_figure_for_each_with_mean_and_deviation_over_draws(self):
+        found = Logistic(subsets=("10%", "5/class", "all"), draws=4)(task(*PROBLEM))
+        assert [(one.variant, one.draws) for one in found] == [("10%", 4), ("5/class", 4), ("", 1)]
+        for one in found[:2]:
+            assert one.accuracy == np.mean(one.settings["accuracies"])
+            assert one.standard_error == np.std(one.settings["accuracies"], ddof=1)
+            assert len(set(one.settings["accuracies"])) > 1
+        assert [one.n_train for one in found[1:]] == [20, 400]
+        assert found[2].accuracy == logistic_probe(*PROBLEM).accuracy
+
+    def test_a_list_of_names(self, tmp_path):
+        names = tmp_path / "1percent.txt"
+        names.write_text("a/3.JPEG\n\na/7.JPEG\n" + "\n".join(f"{i}.png" for i in range(100, 180)))
+        one = task(*PROBLEM)
+        keyed = type("Keyed", (), {"key": staticmethod(lambda i: f"train/a/{i}" if i > 9 else f"a/{i}")})
+        object.__setattr__(one.train, "dataset", keyed)
+        (found,) = Logistic(names=str(names))(one)
+        assert (found.n_train, found.variant, found.draws) == (82, "1percent.txt", 1)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"subsets": ()}, "subsets (=()) must name at least one, and each once"),
+            ({"subsets": ("1%", "1%")}, "subsets (=('1%', '1%')) must name at least one, and each once"),
+            ({"draws": 0}, "draws (=0) must be at least 1"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError) as error:
+            Logistic(**options)
+        assert str(error.value) == message
+
+
+def test_an_easy_problem_needs_few_labels():
+    (found,) = Logistic(subsets=("5/class",))(task(*clusters(300, apart=6, seed=3), *clusters(100, apart=6, seed=4)))
+    assert found.accuracy > 0.95

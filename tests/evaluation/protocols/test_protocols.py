@@ -1,0 +1,132 @@
+"""What holds for every registered protocol of labels, and what is refused of their samples and specs."""
+
+import numpy as np
+import pytest
+from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
+
+from jepa_kit.config.errors import ConfigError
+from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols, parse_specs
+from jepa_kit.evaluation.protocols.base import check_samples
+
+SPECS = {
+    "knn": {},
+    "logistic": {"subsets": ["all"]},
+    "linear": {"batch_size": 64, "epochs": 10},
+    "paper_linear": {"epochs": 60, "batch_size": 64, "lrs": [4.0, 16.0]},
+    "paper_transfer": {"dataset": "cifar10"},
+    "count": {},
+    "distance": {},
+    "attentive": {"epochs": 20, "batch_size": 64, "lrs": [1e-3, 1e-2]},
+}
+OTHERS = {"dense", "finetune"}
+"""They take masks and images: tests of their own."""
+
+
+def ask(name, *problem, **options):
+    """The protocol's figure."""
+    ((_, _, probe),) = build_protocols([{"name": name} | SPECS[name]])
+    (found,) = probe(task(*problem, **options))
+    return found
+
+
+def test_every_protocol_is_tested():
+    assert set(PROTOCOLS.names()) == set(SPECS) | OTHERS
+
+
+@pytest.mark.parametrize("name", PROTOCOLS.names())
+def test_every_card_says_where_it_comes_from(name):
+    card = PROTOCOLS.get(name).__doc__
+    assert "Source: " in card or "source" in card
+    assert "arXiv" in card or name == "distance"
+    assert "Args:" in card
+
+
+@pytest.mark.parametrize("name", SPECS)
+class TestEveryProtocol:
+    def test_solves_what_can_be_solved(self, name):
+        found = ask(name, *clusters(400, apart=6, seed=3), *clusters(100, apart=6, seed=4))
+        assert found.protocol == name
+        assert found.accuracy >= 0.9
+
+    def test_is_at_chance_on_noise(self, name):
+        noise = np.random.default_rng(0).normal(size=(1200, 12)).astype(np.float32)
+        labels = np.arange(1200) % 4
+        found = ask(name, noise[:600], labels[:600], noise[600:], labels[600:])
+        assert found.chance == 0.25
+        assert abs(found.accuracy - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 600)
+
+    def test_test_labels_move_no_setting_and_all_is_the_same_again(self, name):
+        honest = ask(name, *PROBLEM, seed=3)
+        other = ask(name, TRAIN, TRAIN_LABELS, TEST, np.roll(TEST_LABELS, 7), seed=3)
+        assert np.array_equal(honest.predictions, other.predictions)
+        assert honest.validation == other.validation
+        moved = {"test_by_k"}
+        assert {k: v for k, v in honest.settings.items() if k not in moved} == {
+            k: v for k, v in other.settings.items() if k not in moved
+        }
+        assert honest.accuracy > other.accuracy
+
+    def test_says_what_it_saw(self, name):
+        names = np.array([7, 3, 1000, 12])
+        before = [x.copy() for x in PROBLEM]
+        found = ask(name, TRAIN, names[TRAIN_LABELS], TEST, names[TEST_LABELS])
+        assert (found.n_train, found.n_test, found.classes) == (400, 200, 4)
+        assert set(found.predictions) <= set(names)
+        assert found.accuracy == np.mean(found.predictions == names[TEST_LABELS])
+        assert found.chance == np.bincount(TEST_LABELS).max() / 200
+        assert found.standard_error == pytest.approx(np.sqrt(found.accuracy * (1 - found.accuracy) / 200))
+        assert all(np.array_equal(a, b) for a, b in zip(before, PROBLEM, strict=True))
+
+
+X, Y = TRAIN[:20], TRAIN_LABELS[:20]
+BAD = X.copy()
+BAD[3, 2] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X[0], Y, X, Y), "train must be float32 or float64 [samples, width], not float32 of shape (12,)"),
+        ((X, Y, X[:0], Y[:0]), "test must be float32 or float64 [samples, width], not float32 of shape (0, 12)"),
+        ((X.astype(int), Y, X, Y), "train must be float32 or float64 [samples, width], not int64 of shape (20, 12)"),
+        ((X, Y, BAD, Y), "test must be finite, but the feature of sample 3 is not"),
+        ((X, Y[:5], X, Y), "train_labels must be an integer for each of the 20 samples, not int64 of shape (5,)"),
+        ((X, Y, X, Y * 1.0), "test_labels must be an integer for each of the 20 samples, not float64 of shape (20,)"),
+        ((X, Y, X[:, :3], Y), "train and test must be of one width, not 12 and 3"),
+        ((X, Y * 0, X, Y * 0), "train_labels must hold at least 2 classes, not 1 (class 0)"),
+        ((X, Y, X, Y + 4), "test_labels must be classes of train_labels, but class"),
+    ],
+)
+def test_samples_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError) as error:
+        check_samples(*arguments)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([], "protocols (=[]) must name at least one of attentive, count, dense"),
+        (["liner"], "protocol.name: 'liner' is not a registered protocol; did you mean 'linear'?"),
+        ([{"name": "knn", "k": 3}], "protocol.k is not an option of 'knn'"),
+        ([{"name": "knn", "temperature": "hot"}], "protocol.temperature (='hot') must be"),
+        ([{"name": "knn", "temperature": -1.0}], "protocol 'knn': temperature (=-1.0) must be above 0"),
+        (["knn", "knn"], "protocols (=knn) must be different ones"),
+        (["paper_transfer"], "protocol.dataset is missing: 'paper_transfer' needs it"),
+        ([{"name": "paper_transfer", "dataset": "mnist"}], "dataset (='mnist') must be one of cifar10, cifar100,"),
+    ],
+)
+def test_specs_that_are_wrong(specs, message):
+    with pytest.raises(ValueError) as error:
+        build_protocols(specs)
+    assert message in str(error.value)
+
+
+def test_specs_as_a_user_writes_them():
+    texts = ["linear, knn", "{name: logistic, subsets: [1%, 10/class]}"]
+    assert parse_specs(texts) == ["linear", "knn", {"name": "logistic", "subsets": ["1%", "10/class"]}]
+    with pytest.raises(ConfigError):
+        parse_specs(["{name: knn"])
+    (first, second) = build_protocols(["knn", {"name": "knn", "neighbours": [5]}])
+    assert first[1]["neighbours"] == (10, 20, 100, 200)
+    assert second[1]["neighbours"] == (5,)

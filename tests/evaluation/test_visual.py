@@ -1,0 +1,249 @@
+"""Pictures of a run: attention against the fused kernels, guesses against numpy, decoder, page and tools."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from jepa_kit.data.transforms import normalize
+from jepa_kit.encoders import ViT
+from jepa_kit.evaluation.decoder import (
+    Decoder,
+    energy_score,
+    explained,
+    image_scale,
+    patchify,
+    to_pixels,
+    train_decoder,
+    unpatchify,
+)
+from jepa_kit.evaluation.features import load_run
+from jepa_kit.evaluation.health import find_images
+from jepa_kit.evaluation.visual import draw_run, gather, middle_block
+from jepa_kit.evaluation.visual_maps import attention_weights, guesses
+from jepa_kit.maskers import Random
+from jepa_kit.structures import PatchSets
+
+TOOLS = Path(__file__).parents[2] / "tools"
+FILES = ["attention.png", "decoder.png", "page.png", "patch_pca.png", "predictor_guess.png", "visualize.json"]
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+@pytest.mark.parametrize("block", [-1, 0])
+def test_attention_is_what_the_fused_kernel_used(block):
+    torch.manual_seed(0)
+    encoder = ViT(image_size=(16, 24), patch_size=4, embed_dim=24, depth=2, num_heads=3, drop_path=0.5)
+    nn.init.normal_(encoder.blocks[block].attn.qkv.weight, std=0.5)
+    encoder.train()
+    images = torch.randn(5, 3, 16, 24)
+    seen = {}
+    attention = encoder.blocks[block].attn
+    attention.qkv.register_forward_hook(lambda m, given, out: seen.update(qkv=out))
+    attention.proj.register_forward_hook(lambda m, given, out: seen.update(mixed=given[0]))
+    weights = attention_weights(encoder, images, block)
+    assert weights.shape == (5, 3, 24, 24)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5, 3, 24))
+    v = seen["qkv"].unflatten(-1, (3, 3, 8))[:, 2].unflatten(0, (5, 24)).transpose(1, 2)  # [5, 3, 24, 8]
+    mixed = (weights @ v).transpose(1, 2).flatten(2).flatten(0, 1)
+    torch.testing.assert_close(mixed, seen["mixed"], rtol=1e-4, atol=1e-5)
+    assert encoder.training
+    assert len(attention.qkv._forward_hooks) == 1  # the test's own
+
+
+def test_attention_of_another_encoder():
+    with pytest.raises(ValueError) as error:
+        attention_weights(nn.Linear(2, 2), torch.zeros(1, 3, 8, 8))
+    assert str(error.value) == "encoder (=Linear) must have blocks with attn.qkv, as 'vit' has"
+
+
+def test_a_guess_is_placed_among_all_patches(tiny_run):
+    jepa = tiny_run[1]
+    nn.init.normal_(jepa.predictor.proj.weight)
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = Random(grid=(4, 4), ratio=0.5)(np.arange(20), seed=0, epoch=0)
+    with torch.no_grad():
+        x = normalize(images, MEAN, STD)
+        targets = jepa.target(x, PatchSets.full(20, 16), jepa.target_encoder).view(20, 16, 16).double().numpy()
+        predictions = jepa(x, masks).prediction.prediction.double().numpy()
+    for guess in guesses(jepa, images, masks, [3, 11], mean=MEAN, std=STD, nearest=4):
+        rows = [
+            k
+            for k, (i, p) in enumerate(
+                zip(masks.targets.image_of_token.tolist(), masks.targets.index.tolist(), strict=True)
+            )
+            if (i, p) == (guess.image, guess.patch)
+        ]
+        centre = targets.reshape(-1, 16).mean(0)
+        wanted = predictions[rows[0]] - centre
+        cosine = (targets - centre) @ wanted / np.linalg.norm(targets - centre, axis=-1) / np.linalg.norm(wanted)
+        np.testing.assert_allclose(guess.cosine.numpy(), cosine, atol=1e-5)
+        assert guess.place == 1 + (cosine > cosine[guess.image, guess.patch]).sum()
+        assert guess.among == 320
+        best = [i for i in np.argsort(-cosine.max(1)) if i != guess.image][:4]
+        assert guess.nearest == [(i, int(cosine[i].argmax())) for i in best]
+        assert guess.context.tolist() == masks.context.split()[guess.image].tolist()
+        hidden = [
+            p
+            for i, p in zip(masks.targets.image_of_token.tolist(), masks.targets.index.tolist(), strict=True)
+            if i == guess.image
+        ]
+        far = np.square(targets - targets.mean(0)).sum(-1)[guess.image]
+        assert guess.patch == max(hidden, key=lambda p: far[p])
+
+
+def test_patches_and_back():
+    images = torch.randn(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    assert torch.equal(patches[1, 4], images[1, :, 4:8, 4:8].reshape(-1))
+    assert torch.equal(unpatchify(patches, (2, 3)), images)
+
+
+def test_pixels_for_the_eye():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(to_pixels(normalize(images, MEAN, STD), MEAN, STD), images)
+    assert to_pixels(torch.full((1, 3, 1, 1), 99.0), MEAN, STD).flatten().tolist() == [255, 255, 255]
+    x = normalize(images, MEAN, STD)
+    centre, deviation = image_scale(x, whole=True)
+    left = ((x - centre) / deviation).numpy().astype(np.float64)
+    np.testing.assert_allclose(left.mean((2, 3)), 0, atol=1e-6)
+    assert np.all(left.std((1, 2, 3)) < 1)
+    assert [float(v.mean()) for v in image_scale(x, whole=False)] == [0.0, 1.0]
+
+
+def test_energy_score():
+    first, second, truth = torch.randn(3, 4, 5, 6, dtype=torch.float64).numpy()
+
+    def norm(a, b):
+        return np.sqrt(np.square(a - b).sum((1, 2)))
+
+    expected = np.mean(norm(first, truth) / 2 + norm(second, truth) / 2 - norm(first, second) / 2)
+    draws = torch.from_numpy(first), torch.from_numpy(second)
+    assert float(energy_score(draws, torch.from_numpy(truth))) == pytest.approx(expected)
+
+
+def test_a_decoder_draws_what_tokens_tell():
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randn(64, 4, 6, generator=random)
+    pixels = tokens @ torch.randn(6, 12, generator=random)
+    state = torch.random.get_rng_state()
+    decoder = train_decoder(tokens[:48], pixels[:48], steps=150, hidden=32)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert explained(decoder, tokens[48:], pixels[48:]) > 0.7
+    assert abs(explained(decoder, tokens[48:].flip(0), pixels[48:])) > -2  # of other images: no better than nothing
+    assert explained(decoder, tokens[48:].flip(0), pixels[48:]) < 0.2
+    again = train_decoder(tokens[:48], pixels[:48], steps=150, hidden=32)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in decoder.state_dict().items())
+
+
+def test_draws_spread_over_what_tokens_leave_open():
+    """Images are all +1 or all -1, and tokens say nothing: draws are one or the other, and not 0."""
+    signs = torch.randint(0, 2, (256, 1, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    pixels = signs.expand(256, 4, 12).contiguous()
+    decoder = train_decoder(torch.zeros(256, 4, 2), pixels, steps=300, hidden=32)
+    draws = decoder.draw(torch.zeros(200, 4, 2), torch.Generator().manual_seed(1)).mean((1, 2))
+    assert 0.3 < float((draws > 0).float().mean()) < 0.7
+    assert float(draws.abs().median()) > 0.6
+
+
+def test_what_a_decoder_refuses():
+    for tokens, options, message in (
+        (torch.zeros(2, 3, 4), {}, "tokens (2, 3, 4) and pixels (2, 4, 12) must be of the same patches"),
+        (torch.zeros(2, 4, 4), {"steps": 0}, "steps (=0) must be at least 1"),
+        (torch.zeros(2, 4, 4), {"batch_size": 0}, "batch_size (=0) must be at least 1"),
+    ):
+        with pytest.raises(ValueError) as error:
+            train_decoder(tokens, torch.zeros(2, 4, 12), **options)
+        assert str(error.value) == message
+    assert Decoder(dim=4, patch_size=2)(torch.zeros(2, 5, 4), torch.zeros(2, 5, 16)).shape == (2, 5, 12)
+
+
+def test_the_middle_block():
+    assert middle_block((4, 4)).tolist() == [5, 6, 9, 10]
+    assert len(middle_block((14, 14))) == 64
+    assert middle_block((2, 3)).tolist() == [0]
+
+
+def test_the_page_of_a_run(tiny_run, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("jepa_kit.evaluation.visual_page.DPI", 30)
+    run = load_run(tiny_run[0])
+    material = gather(run, scenes[0], images=32, others=64, device=torch.device("cpu"))
+    content = draw_run(material, tmp_path / "a", name="tiny", steps=2)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == FILES
+    assert json.loads((tmp_path / "a" / "visualize.json").read_text()) == json.loads(json.dumps(content))
+    assert content["patches"] == 32 * 16
+    assert set(content["decoder_explains"]) == {"targets", "predictions", "positions"}
+    sizes = {}
+    for name in FILES[:-1]:
+        with Image.open(tmp_path / "a" / name) as picture:
+            sizes[name] = picture.size
+    assert len({width for width, _ in sizes.values()}) == 1
+    assert sizes["page.png"][1] > sum(height for name, (_, height) in sizes.items() if name != "page.png")
+    with pytest.raises(ValueError, match=r"holds 96 images, but pictures need at least 97"):
+        gather(run, scenes[0], images=33, others=64, device=torch.device("cpu"))
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_that_draws(tiny_run, scenes, tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def draw(material, folder, *, name, steps, say):
+        given.update(folder=folder, name=name, steps=steps, images=len(material.images), others=len(material.others))
+        return {"verdict": "healthy", "reason": "it is", "files": ["page.png"]}
+
+    monkeypatch.setattr("jepa_kit.evaluation.visual.draw_run", draw)
+    few = ["--shards", scenes[0].path, "--images", "32", "--decoder-images", "64", "--decoder-steps", "7"]
+    assert tool("visualize").main(["--checkpoint", str(tiny_run[0] / "checkpoint_00000002.pt"), *few]) == 0
+    folder = tiny_run[0] / "pictures"
+    name = f"{tiny_run[0].parent.name}/run"
+    assert given == {"folder": folder, "name": name, "steps": 7, "images": 32, "others": 64}
+    assert capsys.readouterr().out == f"healthy: it is\n{folder / 'page.png'}\n"
+
+
+def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
+    names = [str(tiny_run[0] / "checkpoint_00000002.pt"), str(tiny_run[0])]
+    file = tmp_path / "out" / "health.json"
+    options = ["--shards", scenes[1].path, "--images", "32", "--masks", "2", "--encoder", "context"]
+    assert tool("health").main(["--checkpoint", *names, *options, "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("32 images under 2 masks, context encoder, width 16\n")
+    assert "step 2        step 5\n" in printed
+    assert f"{names[1]}, step 5: not learned: targets are sound" in printed
+    content = json.loads(file.read_text())
+    assert [entry["step"] for entry in content["health"]] == [2, 5]
+    assert content["health"][0]["figures"]["lidar"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("visualize", ["--images", "31"], "--images (=31) must be at least 32"),
+        ("visualize", ["--decoder-steps", "0"], "--decoder-steps (=0) must be at least 1"),
+        ("visualize", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
+        ("health", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
+        ("health", ["--shards", "SCENES", "--images", "15"], "images (=15) must be at least 16"),
+    ],
+)
+def test_mistakes_exit_with_2(tiny_run, scenes, name, arguments, message, capsys):
+    arguments = [scenes[0].path if a == "SCENES" else a for a in arguments]
+    assert tool(name).main(["--checkpoint", str(tiny_run[0]), *arguments]) == 2
+    assert f"{name}.py: {message}" in capsys.readouterr().err
+
+
+def test_images_are_held_out_where_there_are_some(scenes):
+    folder = Path(scenes[0].path)
+    assert find_images("given", "x") == "given"
+    assert find_images(None, str(folder)) == str(folder.parent / "val")
+    assert find_images(None, str(folder.parent / "val")) == str(folder.parent / "val")
+    assert find_images(None, ("a", "b")) == ["a", "b"]

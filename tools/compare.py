@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Puts the results of any number of runs into one table (Markdown and CSV) and one figure.
+
+examples:
+  # run folders; runs that differ by their seed alone become one line, with mean and deviation
+  python tools/compare.py runs/seed0 runs/seed1 runs/seed2
+
+  # runs of several recipes, into files comparison.md, .csv and .png
+  python tools/compare.py runs/multiblock runs/random output/quickstart --output comparison
+
+  # some protocols and networks only
+  python tools/compare.py runs/* --protocol linear,knn --network target,untrained
+
+A run is a folder with results of tools/eval_net.py (evaluation/*.json) or of the quickstart (results.json), or such a
+file. Cells are percent: "mean ± deviation over seeds", or for one run "figure (its standard error)".
+Exit status: 0, or 2 for a mistake in the command or the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("jepa_kit") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
+    p = argparse.ArgumentParser(
+        prog="compare.py",
+        description=description,
+        epilog="examples:" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
+    p.add_argument("--protocol", metavar="NAMES", help="only these, with commas")
+    p.add_argument("--network", metavar="NAMES", help="only these, with commas: target, context, untrained, pixels")
+    p.add_argument("--label", metavar="NAMES", help="only these, with commas")
+    p.add_argument("--output", metavar="PATH", help="writes PATH.md, PATH.csv and PATH.png")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    arguments = parser().parse_args(argv)
+    try:
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The table; writes the files."""
+    # here, so that --help does not wait for torch and scikit-learn
+    from jepa_kit.evaluation.compare import compare, figure, load, to_csv, to_markdown
+
+    runs = [load(path) for path in arguments.runs]
+    for option, field in (("protocol", "protocol"), ("network", "network"), ("label", "label")):
+        names = getattr(arguments, option)
+        if names is None:
+            continue
+        wanted = [name.strip() for name in names.split(",")]
+        known = sorted({getattr(row, field) for one in runs for _, row in one.rows})
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"--{option} (={name!r}) must be of {', '.join(known)}: the results have no other")
+        runs = [one._replace(rows=[(d, row) for d, row in one.rows if getattr(row, field) in wanted]) for one in runs]
+    cells = compare(runs)
+    table = to_markdown(cells)
+    if arguments.output:
+        base = Path(arguments.output)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{base}.md").write_text(table + "\n", encoding="utf-8")
+        Path(f"{base}.csv").write_text(to_csv(cells), encoding="utf-8")
+        figure(cells, f"{base}.png")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

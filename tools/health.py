@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""Tells whether the representation of a checkpoint is healthy: a verdict in words, and the figures that it rests on.
+
+examples:
+  # the latest checkpoint of a run, on the shards beside its training shards (`test` or `val`), else on those themselves
+  python tools/health.py --checkpoint output/quickstart/run
+
+  # its first checkpoint and its last, the context encoder, more images, figures as JSON
+  python tools/health.py --checkpoint runs/first/checkpoint_00000500.pt runs/first --encoder context \\
+      --images 512 --shards shards/photos/val --output health.json
+
+How to read each figure: docs/evaluation.md, "Health". The same is measured inside a run with evaluate.every=N.
+Exit status: 0 whatever the verdict, or 2 for a mistake in the command, a checkpoint or the shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if find_spec("jepa_kit") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from jepa_kit.evaluation.health import Health
+
+ROWS = (
+    ("varying", "share of tokens' mean square that varies"),
+    ("of_images", "share of that which position does not explain"),
+    ("within_images", "share of that between patches of one image"),
+    ("token_rank", "directions that tokens fill, less position"),
+    ("loss", "loss"),
+    ("relative_to_mean", "loss / that of the mean target"),
+    ("relative_to_position", "loss / that of each position's mean target"),
+    ("cross_sample_gap", "1 - loss / that against another image's target"),
+    ("std", "deviation of features over images"),
+    ("unit_std", "the same of unit features, times sqrt(width)"),
+    ("cosine", "mean cosine between two images' features"),
+    ("uniformity", "uniformity of features"),
+    ("rankme", "RankMe of features"),
+    ("effective_rank", "effective rank of features' covariance"),
+    ("alpha", "alpha-ReQ of features"),
+    ("lidar", "LiDAR of context features"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
+    p = argparse.ArgumentParser(
+        prog="health.py",
+        description=description,
+        epilog="examples:" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--checkpoint", required=True, nargs="+", metavar="FILE", help="checkpoints, or run folders (their latest)"
+    )
+    p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
+    p.add_argument("--encoder", choices=("target", "context"), default="target", help="default: target, the paper's")
+    p.add_argument("--images", type=int, default=256, metavar="N", help="default: 256")
+    p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
+    p.add_argument("--output", metavar="FILE", help="writes the figures as JSON")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    arguments = parser().parse_args(argv)
+    try:
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"health.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhealth.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The table and the verdicts; writes the file."""
+    # here, so that --help does not wait for torch
+    from jepa_kit.config import versions
+    from jepa_kit.evaluation.verdict import judge
+
+    names = arguments.checkpoint
+    found = [measure(name, arguments) for name in names]
+    verdicts = [judge(health) for _, health in found]
+    if arguments.output:
+        entries = [
+            {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
+            for name, (step, health), v in zip(names, found, verdicts, strict=True)
+        ]
+        file = Path(arguments.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            json.dumps({"seed": arguments.seed, "health": entries, "versions": versions()}, indent=1) + "\n"
+        )
+    lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
+    lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
+    return "\n\n".join(lines)
+
+
+def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
+    """(updates done, health) of a checkpoint."""
+    import torch
+
+    from jepa_kit.data.loader import eval_batches
+    from jepa_kit.data.order import permutation
+    from jepa_kit.data.shards import ShardDataset
+    from jepa_kit.engine.distributed import World, choose_device
+    from jepa_kit.evaluation.features import load_run
+    from jepa_kit.evaluation.health import find_images, measure_health
+    from jepa_kit.recipe import build_masker
+    from jepa_kit.rng import Stream, generator
+
+    loaded = load_run(checkpoint)
+    config = loaded.config
+    dataset = ShardDataset(find_images(arguments.shards, config.data.shards))
+    order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
+    batches = eval_batches(dataset, image_size=config.data.image_size, samples=order[: max(arguments.images, 1)])
+    device = choose_device(config.train.device, World())
+    health = measure_health(
+        loaded.jepa.to(device),
+        torch.cat([batch.images for batch in batches]),
+        build_masker(config),
+        encoder=arguments.encoder,
+        masks=arguments.masks,
+        seed=arguments.seed,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=device,
+    )
+    return loaded.step, health
+
+
+def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
+    """A row for each figure, a column for each checkpoint."""
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    first = found[0]
+    about = f"{first.images} images under {first.masks} masks, {first.encoder} encoder, width {first.width}"
+    label = max(len(text) for _, text in ROWS)
+    width = max(12, *(len(title) for title in titles))
+    lines = [about, " " * label + "".join(f"  {title:>{width}}" for title in titles)]
+    columns = [health.to_dict() for health in found]
+    lines += [f"{text:{label}}" + "".join(f"  {cell(c[name]):>{width}}" for c in columns) for name, text in ROWS]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

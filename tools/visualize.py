@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Draws a run: what patch features know, where predictions fit, attention, and what is expected in a hidden block.
+
+examples:
+  # a run of tools/train_net.py, on the shards beside its training shards (`test` or `val`), else on those themselves
+  python tools/visualize.py --checkpoint output/quickstart/run
+
+  # other images, another folder, a decoder trained for longer
+  python tools/visualize.py --checkpoint runs/first/checkpoint_00001250.pt --shards shards/photos/val \\
+      --output output/first_pictures --decoder-steps 3000
+
+Writes page.png (all on one page), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
+The images shown are the first of an order of chance (--seed); none is picked.
+Exit status: 0, or 2 for a mistake in the command, the checkpoint or the shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("jepa_kit") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
+    p = argparse.ArgumentParser(
+        prog="visualize.py",
+        description=description,
+        epilog="examples:" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or a run folder (its latest)")
+    p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
+    p.add_argument("--output", metavar="DIR", help="default: pictures in the run folder")
+    p.add_argument("--images", type=int, default=256, metavar="N", help="that are looked through (default: 256)")
+    p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="it learns from (default: 1024)")
+    p.add_argument("--decoder-steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
+    p.add_argument("--seed", type=int, default=0, help="of the images, masks, decoder and noise (default: 0)")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the run's config")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"visualize.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nvisualize.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """What is said at the end; writes the pictures."""
+    # here, so that --help does not wait for torch and matplotlib
+    from jepa_kit.data.shards import ShardDataset
+    from jepa_kit.engine.distributed import World, choose_device
+    from jepa_kit.evaluation.features import load_run
+    from jepa_kit.evaluation.health import find_images
+    from jepa_kit.evaluation.visual import draw_run, gather
+
+    for name in ("images", "decoder_images", "decoder_steps"):
+        least = {"images": 32, "decoder_images": 64, "decoder_steps": 1}[name]
+        if getattr(arguments, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
+    loaded = load_run(arguments.checkpoint, arguments.overrides)
+    dataset = ShardDataset(find_images(arguments.shards, loaded.config.data.shards))
+    source = Path(arguments.checkpoint)
+    folder = source if source.is_dir() else source.parent
+    output = Path(arguments.output) if arguments.output else folder / "pictures"
+    material = gather(
+        loaded,
+        dataset,
+        images=arguments.images,
+        others=arguments.decoder_images,
+        device=choose_device(loaded.config.train.device, World()),
+        seed=arguments.seed,
+    )
+    content = draw_run(
+        material,
+        output,
+        name="/".join(folder.resolve().parts[-2:]),
+        steps=arguments.decoder_steps,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    return "\n".join([f"{content['verdict']}: {content['reason']}", *(str(output / name) for name in content["files"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
