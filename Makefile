@@ -10,7 +10,7 @@ STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu lint format parity bench clean
+.PHONY: help venv quickstart test test-slow test-gpu lint format torture parity bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ lint: $(STAMP) ## ruff (rules and format) and mypy, as the pre-commit hooks run 
 
 format: $(STAMP) ## lets ruff mend and format what it can
 	dev/lint.sh fix
+
+torture: $(STAMP) ## a run that is killed 20 times, against one that is not (ARGS="--processes 2 --kills 4" for torchrun)
+	$(RUN) dev/torture.py $(ARGS)
 
 parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)
 	$(RUN) projects/ijepa/check_parity.py $(FIXTURE) $(ARGS)

@@ -36,12 +36,18 @@ setup(
         "pyyaml>=6.0.1",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "tensorboard>=2.16",
         "tqdm>=4.66",
         "webdataset>=0.2.86",
     ],
     extras_require={
+        "fast": ["simplejpeg>=1.8"],
+        "hf": ["datasets>=3.0"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],
+        "slurm": ["submitit>=1.5"],
+        "wandb": ["wandb>=0.17"],
         "dev": [
+            "datasets>=3.0",
             "hypothesis>=6.100",
             # Both change their verdicts between releases, and lint is part of `make test`.
             "mypy>=2.4,<2.5",
@@ -52,6 +58,8 @@ setup(
             "pytest>=8.2",
             "pytest-xdist>=3.6.1",
             "scipy>=1.11",
+            "simplejpeg>=1.8",
+            "submitit>=1.5",
             "transformers>=5.0",
             "types-PyYAML",
             "types-tqdm",

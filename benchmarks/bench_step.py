@@ -59,8 +59,13 @@ TOLERANCE = {"float32": 1e-5, "bf16": 1e-2}
 """Largest relative difference between the two losses."""
 
 HYPER = Hyper(lr=1e-4, weight_decay=0.04, momentum=0.996)
-WIDTH, DEPTH = 384, 6
+WIDTH = 384
 """Of the predictor."""
+
+
+def predictor_depth(size: str) -> int:
+    """6 up to ViT-B, 12 for larger ones (I-JEPA, A.1)."""
+    return 6 if SIZES[size].embed_dim <= SIZES["base"].embed_dim else 12
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def make_ours(s: Setting) -> JEPA:
         out_dim=encoder.embed_dim,
         grid=encoder.grid,
         width=WIDTH,
-        depth=DEPTH,
+        depth=predictor_depth(s.size),
         num_heads=SIZES[s.size].num_heads,
         attention=s.attention,  # type: ignore[arg-type]
     )
@@ -102,7 +107,7 @@ def make_plain(s: Setting, ours: JEPA) -> PlainJEPA:
     encoders = [
         Encoder(grid, s.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.mlp_ratio) for _ in range(2)
     ]
-    predictor = Predictor(grid, shape.embed_dim, WIDTH, DEPTH, shape.num_heads)
+    predictor = Predictor(grid, shape.embed_dim, WIDTH, predictor_depth(s.size), shape.num_heads)
     plain = PlainJEPA(*encoders, predictor).to(s.device)
     plain.load_state_dict(ours.state_dict())
     return plain
@@ -192,7 +197,7 @@ def step_flops(s: Setting, masks: MaskBatch) -> float:
     context, targets = masks.context.lengths, masks.targets.lengths
     pairs = zip(masks.context_of.tolist(), targets, strict=True)
     sequences = SetLengths([context.on_host[c] + n for c, n in pairs])
-    predictor = blocks(sequences, WIDTH, DEPTH, 4.0) + 2 * d * WIDTH * (context.total + targets.total)
+    predictor = blocks(sequences, WIDTH, predictor_depth(s.size), 4.0) + 2 * d * WIDTH * (context.total + targets.total)
     return encoder(SetLengths([patches] * s.batch_size)) + 3 * (encoder(context) + predictor)
 
 

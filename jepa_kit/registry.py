@@ -148,6 +148,8 @@ TARGETS = PartRegistry(
 )
 LOSSES = PartRegistry("loss")
 TARGET_UPDATES = PartRegistry("target_update")
+TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"})
+"""Of ``data.transforms``; no slot of a recipe."""
 
 SLOTS: dict[str, PartRegistry] = {r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, LOSSES, TARGET_UPDATES)}
 """The six slots of a recipe, in the order in which the data passes them."""

@@ -6,7 +6,7 @@ import copy
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jepa_kit.registry import TARGET_UPDATES
 
@@ -33,6 +33,11 @@ class TargetUpdate(Protocol):
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
         """Moves the target encoder after an optimiser step."""
         ...
+
+
+def _local(module: nn.Module) -> list[Tensor]:
+    """Parameters as this process holds them: those of FSDP are DTensors, and this is their local part, not a copy."""
+    return [getattr(p, "to_local", lambda p=p: p)() for p in module.parameters()]
 
 
 @TARGET_UPDATES.register("ema")
@@ -67,12 +72,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """One step of the average, over all parameters at once."""
+        """One step of the average, over all parameters at once; where they are sharded, over this process's part."""
         assert target_encoder is not None
-        targets: list[torch.Tensor] = list(target_encoder.parameters())
-        sources: list[torch.Tensor] = list(encoder.parameters())
-        torch._foreach_mul_(targets, momentum)
-        torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
+        # theta_target + (1 - m) (theta - theta_target): equal weights stay as they are. As a sum of two products, with
+        # m and 1 - m rounded to float32, they drift apart: by up to 2e-4 of a weight in 5,000 updates at m = 0.9999.
+        torch._foreach_lerp_(_local(target_encoder), _local(encoder), 1.0 - momentum)
 
 
 @TARGET_UPDATES.register("tied")

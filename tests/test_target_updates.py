@@ -52,6 +52,19 @@ def test_ema_is_the_moving_average(momentum: float) -> None:
             assert ours == pytest.approx(expected, rel=1e-15, abs=1e-15)
 
 
+def test_ema_of_equal_weights_stays_equal() -> None:
+    """In float32, m and 1 - m do not add up to 1: m * target + (1 - m) * encoder leaves them, a little each time."""
+    encoder, update = make_encoder().float(), EMA()
+    target = update.make(encoder)
+    product = [p.detach().clone() for p in encoder.parameters()]
+    for _ in range(500):
+        update.update(target, encoder, 0.9999)
+        for p, q in zip(product, encoder.parameters(), strict=True):
+            p.mul_(0.9999).add_(q.detach(), alpha=1 - 0.9999)
+    assert values(target) == values(encoder)
+    assert [p.flatten().tolist() for p in product] != values(encoder)
+
+
 def test_ema_leaves_the_encoder_and_its_graph_alone() -> None:
     encoder, update = make_encoder(), EMA()
     target = update.make(encoder)

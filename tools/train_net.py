@@ -12,17 +12,27 @@ examples:
   # go on after a stop, exactly
   python tools/train_net.py --config-file runs/first --resume
 
+  # go on from an earlier checkpoint of the run, where the last one is damaged
+  python tools/train_net.py --config-file runs/first --resume runs/first/checkpoint_00001000.pt
+
   # go on with a run of the released code: its weights, the moments of its optimiser and its epoch
   python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --resume jepa-ep100.pth.tar
 
   # a new run from weights of any format (docs/checkpoints.md)
   python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
 
+  # as a job of Slurm: 2 nodes of 8 GPUs, requeued and resumed until it is done (docs/clusters.md)
+  python tools/train_net.py --config-file ... --submit slurm --nodes 2 --gpus-per-node 8 --partition gpu --time 1-0
+
+  # the same as a script for sbatch, to read and to change
+  python tools/train_net.py --config-file ... --submit sbatch-script --nodes 2 --gpus-per-node 8 --time 1-0
+
   # another masker, other values: YAML after key=
   python tools/train_net.py --config-file ... masker='{name: random, ratio: 0.6}' optim.lr=5e-4 train.epochs=100
 
 A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
-the config, the data or the command, 1 where the run failed, 130 after an interruption from the keyboard.
+the config, the data or the command, 1 where the run failed, 75 after SIGTERM or SIGUSR1 (a checkpoint is written: a
+scheduler may start the same command, with --resume, again), 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -31,7 +41,10 @@ import argparse
 import json
 import os
 import re
+import shlex
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +52,11 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.config import load_config
+from jepa_kit.config import Config, load_config
 from jepa_kit.engine.distributed import StartError
+from jepa_kit.engine.launch import Job, prepare, submit, write_script
 from jepa_kit.engine.loop import train
+from jepa_kit.engine.signals import EX_TEMPFAIL, Preempted, requeue
 
 OVERRIDE = re.compile(r"[\w.\[\]]+=")
 """How ``key=value`` begins; neither an address nor a path with a folder does."""
@@ -61,11 +76,74 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="go on from the latest checkpoint of the run folder; where it has none, from FILE, a released checkpoint",
+        help="go on from the latest checkpoint of the run folder, or from FILE, an earlier one; where the folder has "
+        "none, from FILE, a released checkpoint",
     )
     p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
+    slurm = p.add_argument_group("Slurm", "hand the run in as a job (docs/clusters.md); one process for each GPU")
+    slurm.add_argument(
+        "--submit",
+        choices=["slurm", "sbatch-script"],
+        help="slurm: through submitit; sbatch-script: write the job's script and print it",
+    )
+    for name, (kind, text) in JOB_OPTIONS.items():
+        slurm.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "TEXT", help=text)
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other option of sbatch, such as exclusive= or mail-type=END",
+    )
     return p
+
+
+JOB_OPTIONS: dict[str, tuple[type, str]] = {
+    "nodes": (int, "machines (1)"),
+    "gpus_per_node": (int, "GPUs of each, with a process for each (none)"),
+    "tasks_per_node": (int, "processes on each; for CPUs (one for each GPU, or one)"),
+    "cpus_per_task": (int, "cores of each process, its loader workers' among them"),
+    "mem": (str, "memory of each node, such as 64G"),
+    "time": (str, "limit of one stretch: minutes, H:MM:SS or D-HH:MM; after it the job goes on as a new one"),
+    "signal_seconds": (int, "the run is told to save so long before the limit (120)"),
+    "partition": (str, "queue"),
+    "account": (str, "who pays"),
+    "qos": (str, "quality of service"),
+    "constraint": (str, "features that nodes must have"),
+}
+"""Fields of ``launch.Job`` that have an option each."""
+
+
+def job_of(arguments: argparse.Namespace) -> Job | None:
+    """What the command line asks of Slurm; None without --submit.
+
+    Raises:
+        ValueError: options of a job without --submit, no time limit, or a value that Job refuses.
+    """
+    given = {name: getattr(arguments, name) for name in JOB_OPTIONS if getattr(arguments, name) is not None}
+    extra = dict(text.partition("=")[::2] for text in arguments.sbatch or [])
+    if arguments.submit is None:
+        names = [f"--{name.replace('_', '-')}" for name in given] + ["--sbatch"] * bool(extra)
+        if names:
+            raise ValueError(f"{', '.join(names)}: only together with --submit")
+        return None
+    if "time" not in given:
+        raise ValueError("--submit needs --time, the limit of one stretch: the run is told to save ahead of it")
+    return Job(**given, options=extra)
+
+
+def hand_in(config: Config, job: Job, how: str, resume: bool, resume_from: str | None, path: Sequence[str]) -> None:
+    """Submits the run, or writes and prints its script."""
+    tool = Path(__file__).resolve()
+    submission = prepare(config, job, tool=tool, resume=resume, resume_from=resume_from, python_path=path)
+    if how == "slurm":
+        handed_in = submit(submission)
+        print(f"job {handed_in.job_id}: {submission.name}, {job.processes} processes on {job.nodes} node(s)")
+        print(f"prints into {handed_in.paths.stdout}")
+        return
+    script = write_script(submission)
+    print(script.read_text())
+    print(f"written to {script}; to hand it in:\n  sbatch {shlex.quote(str(script))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,15 +158,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = arguments.config_file
     if output_dir is not None:
         overrides.append(f"train.output_dir={json.dumps(output_dir)}")
+    known = set(sys.path)
     try:
-        train(load_config(arguments.config_file, overrides), resume=resume, resume_from=resume_from)
+        job = job_of(arguments)
+        config = load_config(arguments.config_file, overrides)
+        if job is not None:
+            found_in = [path for path in sys.path if path not in known]  # where `imports` of the config lie
+            hand_in(config, job, arguments.submit, resume, resume_from, found_in)
+            return 0
+        train(config, resume=resume, resume_from=resume_from)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return fail(2, str(error))
-    except (FloatingPointError, StartError) as error:
+    except Preempted as stopped:
+        return leave(stopped)
+    except (FloatingPointError, StartError, OSError) as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(130, "interrupted; --resume goes on from the latest checkpoint")
     return 0
+
+
+HEAD_START = 3.0
+"""Seconds that rank 0 has to reach Slurm: srun --kill-on-bad-exit ends all tasks where one of them ends."""
+
+
+def leave(stopped: Preempted) -> int:
+    """After a signal. The job is put into Slurm's queue again, but for SIGTERM: that one comes with `scancel` too."""
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if is_main and stopped.number != signal.SIGTERM:
+        try:
+            if done := requeue():
+                print(done, flush=True)
+        except RuntimeError as error:
+            return fail(1, f"{stopped}, but {error}")
+    if not is_main and "SLURM_STEP_ID" in os.environ:
+        time.sleep(HEAD_START)
+    return fail(EX_TEMPFAIL, str(stopped))
 
 
 def fail(status: int, message: str) -> int:

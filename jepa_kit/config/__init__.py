@@ -11,7 +11,7 @@ parts and of sections.py, resolved.py keeps it.
 from jepa_kit.config.checking import Part
 from jepa_kit.config.errors import ConfigError, located
 from jepa_kit.config.resolved import Config, config_from_dict, load_config
-from jepa_kit.config.sections import SECTIONS, DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config.sections import SECTIONS, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.sources import RUN_CONFIG
 from jepa_kit.config.versions import versions
 
@@ -21,6 +21,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EvaluateConfig",
     "OptimConfig",
     "Part",
     "TrainConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,13 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
         if key not in options
     )
     values = check_options(name, raw, options, repr(name), found)
+    for field in dataclasses.fields(schema):
+        registry, given = field.metadata.get("parts"), values.get(field.name)
+        if registry and given:
+            parts = _check_nested(f"{name}.{field.name}", given, registry, found)
+            values[field.name] = (
+                tuple(parts) if len(parts) == len(given) else None
+            )  # the others have their lines already
     ranges = (range_problem(schema, k, values[k]) for k in values)
     found.extend(f"{name}.{p}" for p in ranges if p)
     section = None

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-_PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates")
+_PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates", "data.transforms")
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 

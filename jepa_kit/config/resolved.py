@@ -13,7 +13,7 @@ from jepa_kit.config.checking import Part, check_config
 from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.imports import import_members, import_parts, resolve_imports
 from jepa_kit.config.merging import apply_overrides
-from jepa_kit.config.sections import DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config.sections import DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.sources import RUN_CONFIG, read_config
 from jepa_kit.config.typed import plain
 from jepa_kit.config.versions import versions
@@ -28,7 +28,7 @@ class Config:
     Args:
         slots: slot -> part, for every slot but ``loss``.
         losses: the terms of the loss, each with its weight; at least one.
-        data, optim, train: the sections.
+        data, optim, train, evaluate: the sections.
         imports: modules (dotted) and .py files (absolute) that registered parts.
         written_by: the versions of whoever wrote the file, where it was a resolved config; not compared.
     """
@@ -38,6 +38,7 @@ class Config:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     imports: tuple[str, ...] = ()
     written_by: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -50,7 +51,7 @@ class Config:
                 resolved[slot] = terms[0] if len(terms) == 1 else terms
             else:
                 resolved[slot] = _part(self.slots[slot])
-        for name in ("data", "optim", "train"):
+        for name in ("data", "optim", "train", "evaluate"):
             resolved[name] = plain(asdict(getattr(self, name)))
         return resolved | {"versions": versions()}
 

@@ -1,4 +1,4 @@
-"""The sections of a config that are not parts: data, optim, train.
+"""The sections of a config that are not parts: data, optim, train, evaluate.
 
 Their fields are checked by the same code as the options of a part; ranges are checked when one is made.
 """
@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jepa_kit.config.errors import ConfigError
+from jepa_kit.registry import TRANSFORMS, PartRegistry
 
 Range = Callable[[Any], bool]
 
 
-def _option(right: str, holds: Range, default: Any = dataclasses.MISSING) -> Any:
-    """A field whose value must be ``right`` (words), which ``holds`` tells (None is always allowed)."""
-    return field(default=default, metadata={"right": right, "holds": holds})
+def _option(right: str, holds: Range, default: Any = dataclasses.MISSING, *, parts: PartRegistry | None = None) -> Any:
+    """A field whose value must be ``right`` (words), which ``holds`` tells (None is always allowed).
+
+    With ``parts`` the value is a list of mappings, each a part of that registry, and is checked as such.
+    """
+    return field(default=default, metadata={"right": right, "holds": holds, "parts": parts})
 
 
 def _finite(low: float, *, strict: bool = False) -> Range:
@@ -56,19 +60,39 @@ class _Section:
         return []
 
 
+CROP_DEFAULTS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.0}
+"""The release's: the value of each short key that is not given, where no transforms are."""
+CROP_OPTIONS = {"crop_scale": "random_resized_crop", "crop_ratio": "random_resized_crop", "flip": "flip"}
+"""Short key -> the transform that has it as an option."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
     """Which images, and what is done to them before the encoder.
 
     Args:
         image_size: (height, width) in pixels; in YAML one number means a square.
-        shards: folder of shards; needed to train, not to build.
-        crop_scale: (least, most) share of the image's area that a random crop keeps.
-        crop_ratio: (least, most) width over height of a random crop.
-        flip: probability of a horizontal flip.
+        shards: folder of shards, pattern of shards or list of these, here or elsewhere (docs/data.md); needed to train,
+            not to build.
+        cache: folder where shards of other machines are kept; None for a temporary one of each process.
+        cache_gb: bound of that folder in 10**9 bytes; None for none, or 20 for a temporary one.
+        retries: further tries after a stream that broke, stalled or was refused, while they bring nothing more.
+        backoff: seconds before the first of them; each next wait is twice as long, up to a minute.
+        timeout: seconds without a byte after which a stream has stalled.
+        max_skipped: share of an epoch's samples above which samples that cannot be used stop the run (but 8 may always
+            be skipped); 0 stops it at the first.
+        transforms: what is done to a training image, in order: of each its name and its options (docs/data.md). None
+            for what ``crop_scale``, ``crop_ratio`` and ``flip`` say.
+        crop_scale: (least, most) share of the image's area that a random crop keeps; (0.3, 1.0) where neither it nor
+            ``transforms`` is given, and so on.
+        crop_ratio: (least, most) width over height of a random crop; (3/4, 4/3).
+        flip: probability of a horizontal flip; 0.
+        decoder: "pillow"; or "fast", simplejpeg and torch's resizing, at most one level of 255 away from it.
+        max_pixels: an image of more rows times columns is not decoded.
         mean, std: of the channels, for pixel values in [0, 1]; ImageNet's.
         shuffle_window: samples that are shuffled together.
         num_workers: loader processes of each rank.
+        prefetch: batches that are on their way to a CUDA device while a step runs; 0 copies each when it is needed.
         label: name of the label that a sample carries, or None.
 
     Raises:
@@ -76,19 +100,59 @@ class DataConfig(_Section):
     """
 
     image_size: tuple[int, int] = _option("at least 1 pixel each way", lambda x: min(x) >= 1)
-    shards: str | None = None
-    crop_scale: tuple[float, float] = _option("ascending, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1, (0.3, 1.0))
-    crop_ratio: tuple[float, float] = _option(
-        "ascending, above 0", lambda x: 0 < x[0] <= x[1] < math.inf, (3 / 4, 4 / 3)
-    )
-    flip: float = _option("in [0, 1]", lambda x: 0 <= x <= 1, 0.0)
+    shards: str | tuple[str, ...] | None = _option("a path, or at least one", bool, None)
+    cache: str | None = _option("a path", bool, None)
+    cache_gb: float | None = _above_0(None)
+    retries: int = _at_least(0, 5)
+    backoff: float = _at_least(0, 1.0)
+    timeout: float = _above_0(60.0)
+    max_skipped: float = _option("in [0, 1]", lambda x: 0 <= x <= 1, 0.01)
+    transforms: Sequence[Mapping[str, Any]] | None = _option("a list of at least one", bool, None, parts=TRANSFORMS)
+    crop_scale: tuple[float, float] | None = _option("ascending, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1, None)
+    crop_ratio: tuple[float, float] | None = _option("ascending, above 0", lambda x: 0 < x[0] <= x[1] < math.inf, None)
+    flip: float | None = _option("in [0, 1]", lambda x: 0 <= x <= 1, None)
+    decoder: Literal["pillow", "fast"] = "pillow"
+    max_pixels: int = _at_least(1, 89_478_485)
     mean: tuple[float, float, float] = _option("finite", lambda x: all(map(math.isfinite, x)), (0.485, 0.456, 0.406))
     std: tuple[float, float, float] = _option(
         "above 0 each", lambda x: all(0 < v < math.inf for v in x), (0.229, 0.224, 0.225)
     )
     shuffle_window: int = _at_least(1, 16384)
     num_workers: int = _at_least(0, 2)
+    prefetch: int = _at_least(0, 2)
     label: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.transforms is None:
+            for name, default in CROP_DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """Transforms beside the short keys that they replace, or transforms of which none sets the size."""
+        parts = values["transforms"]
+        if parts is None:
+            return []
+        problems = [
+            f"{name} (={values[name]!r}) must be left out, or null, where transforms are given: {owner!r} has it there"
+            for name, owner in CROP_OPTIONS.items()
+            if values[name] is not None
+        ]
+        names = [part.get("name") for part in parts]
+        crops = [name for name in TRANSFORMS.names() if hasattr(TRANSFORMS.get(name), "window")]
+        if not set(names) & set(crops):
+            problems.append(f"transforms (={names}) must hold one that sets the size: {', '.join(crops)}")
+        return problems
+
+    @property
+    def view(self) -> Sequence[Mapping[str, Any]]:
+        """``transforms``, or what the short keys stand for: what ``jepa_kit.data.transforms.build_view`` takes."""
+        if self.transforms is not None:
+            return self.transforms
+        crop = {"name": "random_resized_crop", "scale": self.crop_scale, "ratio": self.crop_ratio}
+        return [crop, {"name": "flip", "p": self.flip}] if self.flip else [crop]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +211,23 @@ class TrainConfig(_Section):
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints; None for one each epoch.
         keep_checkpoints: how many of the latest checkpoints stay.
+        keep_every: checkpoints of a step that divides by it stay for good; a multiple of the steps between two. None
+            for none.
+        checkpoint: "file" is one file, written beside the steps; "sharded" a folder to which each rank writes its part
+            while the steps wait; "auto" shards where ``parallel`` does.
+        bad_numbers: what happens where a loss or a gradient is not finite (jepa_kit/engine/bad_steps.py): "stop";
+            "skip" goes on without the batch; "rollback" goes back to the last checkpoint first.
+        bad_numbers_limit: most bad steps in a row, or most times back to one checkpoint, before the run stops all the
+            same.
         attention: backend of ``attend``.
+        parallel: how several processes share the work (jepa_kit/engine/parallel.py): "ddp" copies the model to each,
+            "fsdp" shards it over them; "auto" is "ddp" where there are several; "none" is for one.
+        accumulate: parts that each rank's batch goes through the model in, one after another, for less memory.
+        activation_checkpointing: encoder and predictor keep each block's input alone for the backward pass, and compute
+            the rest again: less memory, more time.
         device: torch's name of the device; "auto" takes CUDA where there is one.
+        tensorboard: whether each line is written for TensorBoard too, in the run folder.
+        wandb: project of wandb (Weights & Biases) that gets each line too; None for no wandb.
 
     Raises:
         ConfigError: a value outside its range.
@@ -164,11 +243,74 @@ class TrainConfig(_Section):
     log_every: int = _at_least(1, 10)
     checkpoint_every: int | None = _at_least(1, None)
     keep_checkpoints: int = _at_least(1, 2)
+    keep_every: int | None = _at_least(1, None)
+    checkpoint: Literal["auto", "file", "sharded"] = "auto"
+    bad_numbers: Literal["stop", "skip", "rollback"] = "stop"
+    bad_numbers_limit: int = _at_least(1, 3)
     attention: Literal["auto", "xformers", "sdpa", "reference"] = "auto"
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    accumulate: int = _at_least(1, 1)
+    activation_checkpointing: bool = False
     device: str = _option("a device", bool, "auto")
+    tensorboard: bool = True
+    wandb: str | None = _option("a project's name", bool, None)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong between fields whose own values are right."""
+        problems = []
+        every, keep_every, limit = values["checkpoint_every"], values["keep_every"], values["bad_numbers_limit"]
+        if every is not None and keep_every is not None and keep_every % every:
+            problems.append(f"keep_every (={keep_every}) must be a multiple of checkpoint_every (={every})")
+        if values["bad_numbers"] == "stop" and limit != cls.bad_numbers_limit:
+            problems.append(f"bad_numbers_limit (={limit}) does nothing where bad_numbers is stop")
+        return problems
 
 
-SECTIONS: dict[str, type[Any]] = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_Section):
+    """Evaluation inside a run (jepa_kit/evaluation/online.py): health, a verdict, and a probe of the target encoder.
+
+    Args:
+        every: steps between two evaluations, and one after the last step; None for none.
+        samples: images that health is measured on, the first of those looked at.
+        probe: ``knn``, ``linear`` (ridge regression), or ``none``; each image is asked about with itself left out.
+        probe_samples: labelled images that the probe looks at.
+        label: whose classes the probe tells apart.
+        shards: folder of held-out images; None takes images of ``data.shards``, whose labels no training looks at.
+
+    Raises:
+        ConfigError: a value outside its range, a probe without a label, or a value that would do nothing.
+    """
+
+    every: int | None = _at_least(1, None)
+    samples: int = _at_least(16, 256)
+    probe: Literal["none", "knn", "linear"] = "none"
+    probe_samples: int = _at_least(32, 2048)
+    label: str | None = None
+    shards: str | None = _option("a path", bool, None)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        changed = [f.name for f in dataclasses.fields(cls) if values[f.name] != f.default]
+        if values["every"] is None:
+            return [f"{name} (={values[name]!r}) does nothing where every is null" for name in changed]
+        if values["probe"] == "none":
+            of_probe = ("probe_samples", "label")
+            return [
+                f"{name} (={values[name]!r}) does nothing where probe is none" for name in changed if name in of_probe
+            ]
+        if values["label"] is None:
+            return [f"label (=None) must name a label for probe (={values['probe']!r}) to tell apart"]
+        return []
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
 """Key in YAML -> its schema. A new section is an entry here and a field of ``Config``."""
 
 

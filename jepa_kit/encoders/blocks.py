@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jepa_kit.encoders.attention import Backend, attend
 from jepa_kit.encoders.compiled import run_block
@@ -43,6 +44,11 @@ def fill_rows(x: Tensor) -> Tensor:
 def add_rows(x: Tensor, rows: int) -> Tensor:
     """[P, D] -> [rows, D], the new rows zero."""
     return x if len(x) == rows else nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+
+
+def take_rows(x: Tensor, rows: int) -> Tensor:
+    """[R, D] -> [rows, D], the first ones; no view where these are all: FSDP2 warns of views that a network gives."""
+    return x if len(x) == rows else x[:rows]
 
 
 class Attention(nn.Module):
@@ -98,7 +104,12 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); compiled where it is told to be."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); compiled where it is told to be.
+
+    Attributes:
+        checkpointed: keep nothing but the input for the backward pass, which computes the rest again, stochastic depth
+            with the same draws (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+    """
 
     def __init__(
         self,
@@ -114,6 +125,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.compiled = compiled
+        self.checkpointed = False
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, backend=backend)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
@@ -122,10 +134,30 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            draws = self.training and self.drop_path.rate > 0
+            return checkpoint(self._forward, x, lengths, use_reentrant=False, preserve_rng_state=draws)
+        return self._forward(x, lengths)
+
+    def _forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
         if self.compiled:
             return run_block(self, x, lengths)
         x = x + self.drop_path(self.attn(self.norm1(x), lengths), lengths)
         return x + self.drop_path(self.mlp(self.norm2(x)), lengths)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Makes every ``Block`` in a module ``checkpointed``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    blocks = [m for m in module.modules() if isinstance(m, Block)]
+    if not blocks:
+        name = type(module).__name__
+        raise ValueError(f"{name} has no block of jepa_kit.encoders.blocks, so checkpointing activations does nothing")
+    for block in blocks:
+        block.checkpointed = True
 
 
 def make_blocks(

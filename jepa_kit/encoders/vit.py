@@ -15,7 +15,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, add_rows, check_choice, fill_rows, init_transformer, make_blocks
+from jepa_kit.encoders.blocks import (
+    Init,
+    add_rows,
+    check_choice,
+    fill_rows,
+    init_transformer,
+    make_blocks,
+    take_rows,
+)
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
 from jepa_kit.registry import ENCODERS
 from jepa_kit.structures import Grid, PatchSets, SetLengths
@@ -183,7 +191,7 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, lengths)
             if i >= self.depth - last:
-                outputs.append(self.norm(x)[: lengths.total])
+                outputs.append(take_rows(self.norm(x), lengths.total))
         return outputs
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:

@@ -1,4 +1,4 @@
-"""Checkpoints: one file holds all that a run needs to go on, or to be looked at.
+"""Checkpoints: what a run needs to go on, or to be looked at, in one file or in shards.
 
 A file ``checkpoint_<step>.pt`` holds a mapping of plain values and tensors, read with ``weights_only=True``:
 
@@ -9,54 +9,47 @@ A file ``checkpoint_<step>.pt`` holds a mapping of plain values and tensors, rea
     config     the resolved config as a mapping
     versions   jepa_kit, torch, python, git commit, ... that wrote the file
     data       what tells the data set apart: ``samples`` and a digest
+    position   where in the data the run is: ``epoch``, ``step_in_epoch``, ``samples`` asked for so far
     origin     for weights that did not begin here: ``source``, ``licence`` (jepa_kit.interop); else empty
 
-The state of a run is weights, optimiser and step: schedules, masks, crops, order and random numbers follow from those.
+A folder ``checkpoint_<step>`` is the same in shards: ``run.pt`` with all of this but ``model`` and ``optimizer``, and
+with ``files`` (name -> size and CRC-32), beside what shard_files.py writes.
 
-Resume policy; the order counts:
+The state of a run is weights, optimiser and step: schedules, masks, crops, order and random numbers follow from
+those.
 
-1. ``resume`` and the folder has a checkpoint: go on from the latest, exactly. It is an error if its config differs from
-   the given one in anything but ``FREE``, if the data set is another one, or if names or shapes do not fit.
-2. ``resume`` and the folder has none: go on from the released checkpoint that was named with it
-   (jepa_kit/interop/start.py); where none was, start at step 0, and say so.
-3. No ``resume`` and the folder holds a run (a checkpoint or metrics): an error asks for ``resume`` or another folder.
-4. No ``resume`` and no run there: start at step 0.
-"""
+Both forms appear under their name in one piece, or not at all, and are verified when they are read: a file is a zip
+archive with a CRC-32 of every record. Which one a run goes on from is in resume.py, when they are written in
+saving.py."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import re
+import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.engine.shard_files import ShardError, read_full
+from jepa_kit.engine.sharded import load_full_state
+
+T = TypeVar("T")
+
 FORMAT = "jepa_kit/1"
 
-FREE = frozenset(
-    {
-        "data.label",
-        "data.num_workers",
-        "data.shards",
-        "train.attention",
-        "train.checkpoint_every",
-        "train.device",
-        "train.init_from",
-        "train.keep_checkpoints",
-        "train.log_every",
-        "train.output_dir",
-    }
-)
-"""What may change at a resume: it moves no number beyond rounding (shards: the same samples in another place)."""
+HEADER = "run.pt"
+"""In a sharded checkpoint: what a file holds besides the state, and what verifies the shards."""
 
 _ZIP = b"PK\x03\x04"
-_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+_NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
 
 
 class CheckpointError(ValueError):
@@ -74,6 +67,7 @@ class Checkpoint:
     versions: dict[str, str]
     data: dict[str, Any]
     origin: dict[str, Any] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """State of a child of the model, such as ``target_encoder``, under the child's own names.
@@ -88,14 +82,25 @@ class Checkpoint:
         return state
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The file of the checkpoint after ``step`` updates."""
-    return folder / f"checkpoint_{step:08d}.pt"
+def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
+    """The checkpoint after ``step`` updates: a file, or a folder of shards."""
+    return folder / (f"checkpoint_{step:08d}" + ("" if sharded else ".pt"))
+
+
+def part_path(path: Path) -> Path:
+    """Where a checkpoint is while it is being written; nothing takes it for one."""
+    return path.with_name(f".{path.name}.part")
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint, or None for another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, by step."""
-    found = [(int(m[1]), path) for path in folder.glob("checkpoint_*.pt") if (m := _NAME.fullmatch(path.name))]
+    """The checkpoints in a run folder, files and shards, by step."""
+    found = [(step, path) for path in folder.glob("checkpoint_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
 
 
@@ -108,8 +113,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Ten
     return state
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes the file in one piece and deletes older ones.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, keep_every: int | None = None) -> Path:
+    """Writes the file in one piece and then deletes older ones.
 
     A crash at any time leaves either the old files or the new one, never half of one under its name.
 
@@ -117,38 +122,105 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         folder: of the run.
         checkpoint: what to write.
         keep: how many of the latest checkpoints stay, at least 1.
+        keep_every: those of a step that divides by it stay for good; None for none.
+
+    Raises:
+        OSError: the file could not be written; what was there before is untouched.
     """
     path = checkpoint_path(folder, checkpoint.step)
-    temporary = folder / f".{path.name}.part"
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
     try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_archive(content, part_path(path))
+        part_path(path).replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must survive a power cut
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+        part_path(path).unlink(missing_ok=True)
+    flush_folder(folder)  # the rename itself must survive a power cut
+    delete_old(folder, keep, keep_every)
     return path
 
 
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> Checkpoint:
-    """Reads a checkpoint, or the latest of a run folder.
+class _Telling:
+    """A file for torch.save, which hides why a write failed; ``error`` tells."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_archive(content: dict[str, Any], path: Path) -> None:
+    """``torch.save``, with everything on the disk when this returns.
+
+    Raises:
+        OSError: it could not be written: no space, no permission, ...
+    """
+    with path.open("wb") as file:
+        telling = _Telling(file)
+        try:
+            torch.save(content, cast(IO[bytes], telling))
+            file.flush()
+        except (RuntimeError, OSError) as error:
+            raise (telling.error or error) from error
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Has the names in a folder on the disk; does nothing where folders cannot be opened (Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Deletes all checkpoints but the last ``keep``, and those of every ``keep_every`` steps."""
+    for old in checkpoints(folder)[:-keep]:
+        if keep_every is None or (step_of(old) or 0) % keep_every:
+            delete(old)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder; a folder gets a name first that nothing takes for a checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        half = path if path.name.startswith(".") else path.rename(part_path(path))
+        shutil.rmtree(half)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | Path,
+    map_location: str | torch.device = "cpu",
+    *,
+    verified: bool = False,
+    with_state: bool = True,
+) -> Checkpoint:
+    """Reads a checkpoint, file or shards, or the latest of a run folder.
+
+    Args:
+        path: of the checkpoint, or a run folder.
+        map_location: where its tensors go.
+        verified: ``verify`` has been called for it; otherwise every byte of it is read here once more.
+        with_state: of shards, also ``model`` and ``optimizer``, whole; otherwise they are empty.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        CheckpointError: a folder without a checkpoint, a file cut short, or one that is not a checkpoint of jepa_kit.
+        CheckpointError: a folder without a checkpoint, a file that is cut short or altered, or one that is not a
+            checkpoint of jepa_kit.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not (path / HEADER).exists():
         found = checkpoints(path)
         if not found:
             raise CheckpointError(f"{path} holds no checkpoint (checkpoint_<step>.pt)")
@@ -156,13 +228,79 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     if not path.exists():
         beside = [p.name for p in checkpoints(path.parent)]
         raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds: {', '.join(beside) or 'none'}")
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP))
-    size = f"{path} ({path.stat().st_size} bytes)"
+    if not verified:
+        verify(path)
+    if path.is_dir():
+        header = read_header(path)
+        model, optimizer = _told(lambda: read_full(path)) if with_state else ({}, {})
+        return _checkpoint({**header, "model": model, "optimizer": optimizer})
+    return _checkpoint(_read_archive(path, map_location))
+
+
+def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
+    """Reads every byte of a checkpoint and compares checksums.
+
+    Args:
+        path: a file or a folder of shards.
+        rank, size: of shards, only every ``size``-th is looked at, from ``rank`` on.
+
+    Raises:
+        CheckpointError: it is not as it was written; the message names the file.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        for name, (length, crc) in list(read_header(path)["files"].items())[rank::size]:
+            file = path / name
+            if not file.exists():
+                raise CheckpointError(f"{path} is damaged: {name} is missing")
+            if file.stat().st_size != length:
+                raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is cut short: it had {length} bytes")
+            if checksum(file) != crc:
+                raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum is another")
+        return
+    with path.open("rb") as opened:
+        start = opened.read(len(_ZIP))
+    told = f"{path} ({path.stat().st_size} bytes)"
     if start != _ZIP:  # torch.save writes a zip archive
-        raise CheckpointError(f"{size} is not a checkpoint: it does not start like one")
+        raise CheckpointError(f"{told} is not a checkpoint: it does not start like one")
     if not zipfile.is_zipfile(path):  # the archive's directory is at its end
-        raise CheckpointError(f"{size} is cut short: its end is missing")
+        raise CheckpointError(f"{told} is cut short: its end is missing")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{told} is damaged: {error}") from error
+    if broken is not None:
+        raise CheckpointError(f"{told} is damaged: the checksum of its record {broken} is another")
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds besides the state.
+
+    Raises:
+        CheckpointError: it has no header, or a damaged one.
+    """
+    header = path / HEADER
+    if not header.exists():
+        raise CheckpointError(f"{path} is not a checkpoint: it holds no {HEADER}")
+    verify(header)
+    content = _read_archive(header, "cpu")
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{header} is not of a sharded checkpoint: it names no files")
+    return content
+
+
+def _read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]:
     try:
         content = torch.load(str(path), map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -171,7 +309,8 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             "which could run code and are not read"
         ) from error
     except RuntimeError as error:
-        raise CheckpointError(f"{size} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
+        told = f"{path} ({path.stat().st_size} bytes)"
+        raise CheckpointError(f"{told} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
     found_format = content.get("format") if isinstance(content, dict) else None
     if found_format != FORMAT:
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -179,8 +318,19 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
             f"(it holds: {keys}); tools/convert_checkpoint.py reads those of other code"
         )
-    required = [name for name in Checkpoint.__dataclass_fields__ if name != "origin"]
-    return Checkpoint(**{name: content[name] for name in required}, origin=content.get("origin", {}))
+    return content
+
+
+def _checkpoint(content: Mapping[str, Any]) -> Checkpoint:
+    """From what is in a file; ``origin`` and ``position`` came later than the format."""
+    return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__ if name in content})
+
+
+def _told(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ShardError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _names(names: Iterable[str], most: int = 10) -> str:
@@ -223,68 +373,4 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         unused = {name: parameters.get(name, torch.empty(0)) for name in checkpoint.optimizer}  # never had a gradient
         moments = {name: state.get("exp_avg", unused[name]) for name, state in checkpoint.optimizer.items()}
         check_state(parameters, moments, "the optimiser")
-        content = optimizer.state_dict()
-        content["state"] = {
-            number: {key: value.to(parameter.device, copy=True) for key, value in checkpoint.optimizer[name].items()}
-            for number, (name, parameter) in enumerate(parameters.items())
-            if checkpoint.optimizer[name]
-        }
-        optimizer.load_state_dict(content)
-    model.load_state_dict(checkpoint.model)
-
-
-def plan_resume(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None to start at step 0; see the policy in the module's text.
-
-    Raises:
-        ValueError: the folder holds a run, and ``resume`` was not asked for; or it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train.output_dir (={str(folder)!r}) must be a folder, but it is a file")
-    found = checkpoints(folder)
-    if resume:
-        return found[-1] if found else None
-    if found or (folder / "metrics.jsonl").exists():
-        held = f"{found[-1].name}" if found else "metrics.jsonl"
-        raise ValueError(
-            f"{folder} already holds a run ({held}): give --resume to go on with it, or another --output-dir"
-        )
-    return None
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b[0]": 1}; a tuple is a list."""
-    if isinstance(value, Mapping) and value:
-        items = [(f"{path}.{key}" if path else str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, list | tuple) and value:
-        items = [(f"{path}[{number}]", inner) for number, inner in enumerate(value)]
-    else:
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {key: leaf for name, inner in items for key, leaf in _flat(inner, name).items()}
-
-
-def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the run of a checkpoint would not be the run of this config and data.
-
-    Args:
-        checkpoint: to go on from.
-        config: the resolved config as a mapping; its ``versions`` are not compared.
-        data: what tells the data set apart.
-    """
-    then, now = _flat(checkpoint.config), _flat(config)
-    unset = "(not set)"
-    differences = [
-        f"{key}: {then.get(key, unset)!r} in the checkpoint, {now.get(key, unset)!r} now"
-        for key in sorted(then.keys() | now.keys())
-        if key not in FREE and not key.startswith("versions.") and then.get(key, unset) != now.get(key, unset)
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the run of the checkpoint (step {checkpoint.step}) has another config, so it cannot be resumed:\n  "
-            + "\n  ".join(differences)
-        )
-    if data != checkpoint.data:
-        raise CheckpointError(
-            f"the run of the checkpoint (step {checkpoint.step}) had another data set: {checkpoint.data}, "
-            f"but data.shards holds {dict(data)}"
-        )
+    load_full_state(model, checkpoint.model, optimizer, checkpoint.optimizer)

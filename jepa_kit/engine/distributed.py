@@ -1,14 +1,15 @@
-"""Any number of processes, started by torchrun; one process without it.
+"""Any number of processes, started by torchrun or by Slurm's srun; one process without them.
 
 torchrun tells each process who it is through the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT). Nothing here guesses: a start that would leave every process training alone is an error.
+MASTER_PORT); slurm.py says the same in Slurm's words. Nothing here guesses: a start that would leave every process
+training alone is an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+
+from jepa_kit.engine.slurm import torchrun_variables
 
 T = TypeVar("T")
 
@@ -62,21 +66,19 @@ class World:
         return self.rank == 0
 
 
-def read_environment(environ: Mapping[str, str] = os.environ) -> World:
-    """What torchrun set, or a world of one process where it set nothing.
+def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
+    """What torchrun or Slurm's srun set, or a world of one process where neither did.
+
+    Under srun, torchrun's variables are put into ``environ``, where torch.distributed looks for them.
 
     Raises:
-        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm without torchrun,
-            each of which would train alone.
+        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm of which this
+            process knows nothing, so that it would train alone.
     """
+    if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        environ.update(torchrun_variables(environ))
     missing = [name for name in TORCHRUN if name not in environ]
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
-        tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks.isdigit() and int(tasks) > 1:
-            raise ValueError(
-                f"Slurm started {tasks} tasks, but each would train alone: start one torchrun for each node "
-                "(srun --ntasks-per-node 1 torchrun --nnodes ... --nproc-per-node ...)"
-            )
         return World()
     if missing:
         raise ValueError(f"the environment holds a part of torchrun's variables, but not {', '.join(missing)}")
@@ -111,7 +113,10 @@ def choose_device(name: str, world: World) -> torch.device:
     if number and world.size > 1:
         raise ValueError(f"device (={name!r}) names one GPU for {world.size} processes; 'cuda' gives each its own")
     if index >= torch.cuda.device_count():
-        raise ValueError(f"GPU {index} was asked for, but there are {torch.cuda.device_count()}: start fewer processes")
+        hidden = " (Slurm: --gpus-per-node, not --gpus-per-task)" if "SLURM_PROCID" in os.environ else ""
+        raise ValueError(
+            f"GPU {index} was asked for, but there are {torch.cuda.device_count()}: start fewer processes{hidden}"
+        )
     return torch.device("cuda", index)
 
 
@@ -133,6 +138,7 @@ def process_group(world: World, device: torch.device, timeout: timedelta | None 
     try:
         dist.init_process_group(
             backend,
+            store=_store(world, timeout),
             rank=world.rank,
             world_size=world.size,
             timeout=timeout,
@@ -147,6 +153,16 @@ def process_group(world: World, device: torch.device, timeout: timedelta | None 
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _store(world: World, timeout: timedelta | None) -> dist.Store:
+    """Where the processes find one another, apart from those of an earlier start.
+
+    torchrun (torch 2.13) keeps one store over its restarts. The addresses of ranks that are gone lie in it, and a rank
+    that comes before its neighbour has written the new one takes the old.
+    """
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout or default_pg_timeout))
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def joined() -> bool:
@@ -204,3 +220,25 @@ def from_main(decide: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]
+
+
+def together(do: Callable[[], T]) -> T:
+    """What ``do`` gives on this rank; all ranks must call it, and all raise where it raised on one.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: the first rank's own.
+    """
+    if not joined():
+        return do()
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = do()
+    except (ValueError, OSError, FloatingPointError) as own:
+        error = own
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise first
+    return result

@@ -8,46 +8,40 @@ A run folder holds ``config.yaml`` (resolved), ``run.json`` (where and what), ``
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from jepa_kit.config import Config, versions
-from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.config.resolved import RUN_CONFIG
+from jepa_kit.data.device import to_device
+from jepa_kit.data.faults import Allowance
+from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_resumable,
-    load_checkpoint,
-    optimizer_state,
-    plan_resume,
-    restore,
-    save_checkpoint,
-)
-from jepa_kit.engine.distributed import (
-    World,
-    barrier,
-    choose_device,
-    from_main,
-    process_group,
-    read_environment,
-    wrap,
-)
-from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.schedules import Schedule
+from jepa_kit.engine.bad_numbers import Watch
+from jepa_kit.engine.bad_steps import BadSteps
+from jepa_kit.engine.boards import check_boards, open_boards
+from jepa_kit.engine.build import Run, build_run, data_identity, start_from
+from jepa_kit.engine.checkpoint import Checkpoint, step_of
+from jepa_kit.engine.curves import plot_curves
+from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment
+from jepa_kit.engine.flops import model_flops
+from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
+from jepa_kit.engine.resume import plan_resume
+from jepa_kit.engine.saving import Saver, clear_parts, folder_error, newest, write_text
+from jepa_kit.engine.signals import Agreement, Answer, Preempted, Signals
+from jepa_kit.engine.skipped import SkippedSamples
+from jepa_kit.engine.speed import matrix_peak
 from jepa_kit.engine.step import train_step
-from jepa_kit.engine.telemetry import Journal, Meter, plot_curves
-from jepa_kit.interop.start import Start, init_from, resume_official
-from jepa_kit.recipe import JEPA, build_masker, build_recipe
+from jepa_kit.engine.telemetry import Journal, Meter, Record
+from jepa_kit.engine.topology import Place, describe, find_places, to_dict
+from jepa_kit.interop.start import Start
 from jepa_kit.rng import Stream, generator
 
 
@@ -56,8 +50,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
 
     Args:
         config: checked.
-        resume: go on with the run in ``train.output_dir``; the policy is in checkpoint.py.
-        resume_from: a released checkpoint to go on from, while the run folder holds none of its own.
+        resume: go on with the run in ``train.output_dir``; the policy is in resume.py.
+        resume_from: a checkpoint of the run folder, to go on from that one; or a released one, to go on from it while
+            the run folder holds none of its own.
 
     Returns:
         the run folder.
@@ -65,137 +60,48 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     Raises:
         ValueError: the config does not fit the data, the machine or the run in the folder.
         StartError: the processes could not join.
-        FloatingPointError: loss or weights are no longer finite.
+        FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
+        SaveError: a checkpoint could not be written.
+        Preempted: SIGTERM or SIGUSR1; the checkpoint is written.
     """
+    check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     world = read_environment()
     device = choose_device(config.train.device, world)
-    with process_group(world, device):
-        folder = Path(config.train.output_dir)
-        latest = from_main(lambda: plan_resume(folder, resume or resume_from is not None))
-        run = build_run(config, world, device)
-        start = start_from(run, latest, resume_from)
-        from_main(lambda: announce(run, folder, start, resume))
-        run_steps(run, folder, start)
+    folder = Path(config.train.output_dir)
+    with process_group(world, device), Signals() as signals:
+
+        def stretch(latest: Path | None, resume: bool) -> End:
+            run = build_run(config, world, device)
+            start = start_from(run, latest, resume_from)
+            places = find_places(world, device, config.train.precision)
+            from_main(lambda: announce(run, folder, start, places, resume))
+            try:
+                return run_steps(run, folder, start, signals)
+            except OSError as error:
+                told = folder_error(folder, error)
+                if told is error:
+                    raise
+                raise told from error
+
+        end = stretch(from_main(lambda: plan_resume(folder, resume, resume_from)), resume)
+        while end is End.ROLL_BACK:
+            end = stretch(from_main(lambda: newest(folder)), True)
         if world.is_main:
-            plot_curves(folder)
-            print(f"done: {folder}", flush=True)
+            if end is End.DONE:  # after a signal there are seconds left, and matplotlib takes some
+                plot_curves(folder)
+            print(f"{end.value}: {folder}", flush=True)
         barrier()
+    if end is End.STOPPED:
+        raise Preempted(signals.number)
     return folder
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run before its first step; see ``build_run``."""
-
-    config: Config
-    world: World
-    device: torch.device
-    dataset: ShardDataset
-    loader: TrainLoader
-    jepa: JEPA
-    forward: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    steps_per_epoch: int
-
-
-def data_identity(dataset: ShardDataset) -> dict[str, Any]:
-    """What tells data sets apart, wherever they lie: their length, and a digest of the sizes of their shards."""
-    text = json.dumps([[shard["file"], shard["samples"], shard["bytes"]] for shard in dataset.shards])
-    return {"samples": len(dataset), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
-
-
-def build_run(config: Config, world: World, device: torch.device) -> Run:
-    """Everything that a config is made of, with first weights that are a function of ``train.seed``.
+def announce(run: Run, folder: Path, start: Start, places: Sequence[Place], resume: bool) -> None:
+    """Prints and saves what runs where: ``config.yaml`` and ``run.json``.
 
     Raises:
-        ValueError: no data set, or one of less than a batch; a batch that the processes cannot share; what a part
-            refuses.
+        ValueError: the run folder cannot be written to.
     """
-    if config.data.shards is None:
-        raise ValueError(
-            "data.shards (=None) must name a folder of shards to train; tools/make_shards.py makes one from a folder "
-            "of images, an archive, or synthetic:scenes"
-        )
-    shards = config.data.shards
-    from_main(lambda: len(ShardDataset(shards)))  # shards from elsewhere get their index, by one process
-    dataset = ShardDataset(shards)
-    settings, optim = config.train, config.optim
-    loader = TrainLoader(
-        dataset=dataset,
-        masker=build_masker(config),
-        batch_size=settings.batch_size,
-        image_size=config.data.image_size,
-        seed=settings.seed,
-        rank=world.rank,
-        world_size=world.size,
-        crop_scale=config.data.crop_scale,
-        crop_ratio=config.data.crop_ratio,
-        flip=config.data.flip,
-        shuffle_window=config.data.shuffle_window,
-        num_workers=config.data.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
-    torch.manual_seed(settings.seed)
-    jepa = build_recipe(config).to(device).train()
-    schedule = Schedule(
-        epochs=settings.epochs,
-        steps_per_epoch=steps_per_epoch,
-        lr=optim.lr,
-        start_lr=optim.start_lr,
-        final_lr=optim.final_lr,
-        warmup_epochs=optim.warmup_epochs,
-        weight_decay=optim.weight_decay,
-        momentum=jepa.momentum,
-        stretch=optim.stretch,
-    )
-    return Run(
-        config=config,
-        world=world,
-        device=device,
-        dataset=dataset,
-        loader=loader,
-        jepa=jepa,
-        forward=wrap(jepa, device),
-        optimizer=build_optimizer(jepa, betas=optim.betas, eps=optim.eps),
-        schedule=schedule,
-        steps_per_epoch=steps_per_epoch,
-    )
-
-
-def start_from(run: Run, latest: Path | None, resume_from: str | None = None) -> Start:
-    """Gives the run its weights: of its own checkpoint, of a released one, of ``train.init_from``, or the first ones.
-
-    Raises:
-        CheckpointError: a file that cannot be read, or does not fit.
-        FileNotFoundError: there is no such file.
-    """
-    if latest is not None:
-        checkpoint = load_checkpoint(latest)
-        check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
-        restore(checkpoint, run.jepa, run.optimizer)
-        origin: dict[str, Any] = {
-            key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin
-        }
-        return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
-    if resume_from is not None:
-        start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)
-        if start.step >= run.schedule.steps:
-            raise CheckpointError(
-                f"{resume_from} is at step {start.step}, and a run of train.epochs (={run.config.train.epochs}) ends "
-                f"at step {run.schedule.steps}: there is nothing left to do"
-            )
-        return start
-    if run.config.train.init_from is not None:
-        return init_from(run.jepa, run.config.train.init_from)
-    return Start(0, {}, [])
-
-
-def announce(run: Run, folder: Path, start: Start, resume: bool) -> None:
-    """Prints and saves what runs where: ``config.yaml`` and ``run.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run.config.save(folder)
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
     facts = {
@@ -203,6 +109,7 @@ def announce(run: Run, folder: Path, start: Start, resume: bool) -> None:
         "device": str(run.device.type),
         "gpu": gpu,
         "world_size": run.world.size,
+        "topology": to_dict(places),
         "data": data_identity(run.dataset),
         "parameters": {name: count for name, count in parameters.items() if count},
         "steps": run.schedule.steps,
@@ -210,13 +117,21 @@ def announce(run: Run, folder: Path, start: Start, resume: bool) -> None:
         "first_step": start.step,
         "origin": start.origin,
     }
-    (folder / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_parts(folder)
+        write_text(folder / RUN_CONFIG, run.config.to_yaml())
+        write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"device: {gpu or 'CPU'}, {run.world.size} process{'es' if run.world.size > 1 else ''}")
+    print(*describe(places, run.config.train.precision), sep="\n")
     if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
         print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
     print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
+    if run.dataset.remote:
+        print(f"data: {run.loader.fetching()}")
     print(f"parameters: {counts}")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:
@@ -226,77 +141,186 @@ def announce(run: Run, folder: Path, start: Start, resume: bool) -> None:
     print(f"run folder: {folder}", flush=True)
 
 
+def open_journal(run: Run, folder: Path, first_step: int) -> Journal:
+    """The run's lines, from ``first_step`` on, and its boards."""
+    settings = run.config.train
+    boards = open_boards(
+        folder,
+        first_step=first_step,
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        config=run.config.to_dict(),
+    )
+    return Journal(folder, first_step=first_step, steps=run.schedule.steps, boards=boards)
+
+
 def seed_torch(seed: int, step: int, rank: int) -> None:
     """Makes torch's random numbers (stochastic depth, dropout) a function of seed, step and rank."""
     torch.manual_seed(int(generator(Stream.STEP, seed=seed, epoch=step, lane=rank).integers(2**63)))
 
 
-def run_steps(run: Run, folder: Path, start: Start) -> None:
-    """All steps from the start's to the last, with lines and checkpoints.
+class End(Enum):
+    """How a stretch of steps ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    ROLL_BACK = "roll back"
+
+
+def run_steps(run: Run, folder: Path, start: Start, signals: Signals) -> End:
+    """The steps from the start's to the last, with lines, hooks and checkpoints, or to where the run must end before.
 
     Raises:
-        FloatingPointError: loss or weights are no longer finite; no checkpoint is written after it.
+        FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
+        SaveError: a checkpoint could not be written.
+        TooManySkippedError: more samples could not be used than ``data.max_skipped`` allows.
     """
     settings, first, last = run.config.train, start.step, run.schedule.steps - 1
     every = settings.checkpoint_every or run.steps_per_epoch
     autocast: Any = nullcontext
     if settings.precision == "bf16":
         autocast = partial(torch.autocast, run.device.type, torch.bfloat16)
-    meter = Meter(world=run.world, batch_size=settings.batch_size, steps_per_epoch=run.steps_per_epoch)
-    journal = Journal(folder, first_step=first, steps=run.schedule.steps) if run.world.is_main else None
-    with journal or nullcontext():
-        batches = run.loader.batches(first)
+    hooks = build_hooks(run)
+    meter = Meter(
+        world=run.world,
+        batch_size=settings.batch_size,
+        steps_per_epoch=run.steps_per_epoch,
+        flops=model_flops(run.jepa),
+        peak=matrix_peak(run.device, settings.precision),
+    )
+    journal = open_journal(run, folder, first) if run.world.is_main else None
+    agreement, watch = Agreement(), Watch()
+    with journal or nullcontext(), build_saver(run, folder) as saver:
+        bad_steps = build_bad_steps(run, folder, saver)
+        skipped = build_skipped(run, folder, first)
+        batches = to_device(run.loader.batches(first), run.device, prefetch=run.config.data.prefetch)
         for step in range(first, run.schedule.steps):
+            hyper = run.schedule(step)
             with meter.waiting():
                 _, batch = next(batches)
-            batch = batch.to(run.device, non_blocking=True)
-            assert batch.masks is not None  # the loader has a masker
-            images = normalize(batch.images, run.config.data.mean, run.config.data.std)
-            seed_torch(settings.seed, step, run.world.rank)
-            hyper = run.schedule(step)
-            out = train_step(
-                run.jepa,
-                run.optimizer,
-                hyper,
-                images,
-                batch.masks,
-                forward=run.forward,
-                autocast=autocast,
-                clip_grad=run.config.optim.clip_grad,
-            )
-            meter.count(batch.masks)
-            saving = (step + 1) % every == 0 or step == last
-            if saving or step % settings.log_every == 0:
-                record = meter.record(step, hyper, out, batch.masks)
+            skipped.add(step, batch.skipped)
+            out = None
+            if step in bad_steps.left_out:
+                run.jepa.update_target(hyper.momentum)
+            else:
+                assert batch.masks is not None  # the loader has a masker
+                images = normalize(batch.images, run.config.data.mean, run.config.data.std)
+                seed_torch(settings.seed, step, run.world.rank)
+                out = train_step(
+                    run.jepa,
+                    run.optimizer,
+                    hyper,
+                    images,
+                    batch.masks,
+                    forward=run.forward,
+                    autocast=autocast,
+                    clip_grad=run.config.optim.clip_grad,
+                )
+                meter.count(batch.masks, images=len(batch))
+                watch.add(step, hyper, batch, out, out.grad_norm)
+
+            answer = agreement.ask(step, saver.failed, signals.number is not None)
+            if answer is Answer.FAILED:
+                from_main(saver.wait)  # raises
+            stopping = answer is Answer.STOP
+            saving = stopping or (step + 1) % every == 0 or step == last
+            due = due_hooks(hooks, step, last)
+            logging = saving or bool(due) or step % settings.log_every == 0
+            for suspect in watch.found(flush=logging):
+                told = bad_steps.meet(suspect)
                 if journal:
-                    journal.write(record)
+                    journal.say(told)
+                if settings.bad_numbers == "rollback":
+                    return End.ROLL_BACK
+            record: Record = {}
+            if logging and out is not None and step not in bad_steps.left_out:
+                assert batch.masks is not None
+                record = meter.record(step, hyper, out, batch.masks)
+            if logging:
+                so_far = skipped.tell(journal.say if journal else print)
+                record |= {"data/skipped": so_far} if record else {}
+            with meter.pausing():
+                record.update(run_hooks(due, run, step))
             if journal:
+                if record:
+                    journal.write({**where(run, step), **record})
                 journal.advance()
             if saving:
                 with meter.pausing():
-                    from_main(partial(save, run, folder, step + 1, start.origin))
+                    if journal:
+                        journal.flush()
+                    saver.save(run.jepa, run.optimizer, header(run, step + 1, start.origin))
+            if stopping and step != last:
+                return End.STOPPED
+        agreement.answer()
+    return End.DONE
 
 
-def save(run: Run, folder: Path, step: int, origin: dict[str, Any]) -> None:
-    """Writes the checkpoint of ``step`` updates; ``origin`` is where the run's weights came from.
+def where(run: Run, step: int) -> Record:
+    """How every line begins; a step whose batch is left out has no more than that, and what hooks give."""
+    return {"step": step, "epoch": step // run.steps_per_epoch, "samples": (step + 1) * run.config.train.batch_size}
 
-    Raises:
-        FloatingPointError: weights are not finite, so that nothing could go on from them.
-    """
-    model = run.jepa.state_dict()
-    broken = [name for name, value in model.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise FloatingPointError(
-            f"{len(broken)} of {len(model)} weights are not finite after {step} steps, first {broken[0]}: "
-            "the run has diverged, and no checkpoint is written"
-        )
-    checkpoint = Checkpoint(
+
+def header(run: Run, step: int, origin: dict[str, Any]) -> Checkpoint:
+    """What a checkpoint of ``step`` updates says besides the state; ``origin`` is where the weights came from."""
+    epoch, in_epoch = divmod(step, run.steps_per_epoch)
+    return Checkpoint(
         step=step,
-        model=model,
-        optimizer=optimizer_state(run.optimizer),
+        model={},
+        optimizer={},
         config=run.config.to_dict(),
         versions=versions(),
         data=data_identity(run.dataset),
         origin=origin,
+        position={"epoch": epoch, "step_in_epoch": in_epoch, "samples": step * run.config.train.batch_size},
     )
-    save_checkpoint(folder, checkpoint, keep=run.config.train.keep_checkpoints)
+
+
+def build_saver(run: Run, folder: Path) -> Saver:
+    """Writes the run's checkpoints as its config says."""
+    settings = run.config.train
+    sharded = settings.checkpoint == "sharded" or (settings.checkpoint == "auto" and settings.parallel == "fsdp")
+    return Saver(folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every, sharded=sharded)
+
+
+def build_skipped(run: Run, folder: Path, first_step: int) -> SkippedSamples:
+    """The run's list of samples that cannot be used, and how many there may be."""
+    loader = run.loader
+    samples = loader.steps_per_epoch * loader.batch_size
+    return SkippedSamples(
+        folder,
+        first_step=first_step,
+        steps_per_epoch=loader.steps_per_epoch,
+        allowance=Allowance(run.config.data.max_skipped, samples),
+        device=run.device,
+    )
+
+
+def build_bad_steps(run: Run, folder: Path, saver: Saver) -> BadSteps:
+    """What the run's config says about numbers that are not finite."""
+
+    def checkpoint() -> int | None:
+        saver.wait()
+        latest = newest(folder)
+        return None if latest is None else step_of(latest)
+
+    def facts(batch: Batch) -> dict[str, Any]:
+        return {
+            "rank": run.world.rank,
+            "world_size": run.world.size,
+            "keys": [run.dataset.key(int(i)) for i in batch.samples],
+            "folder": str(folder.resolve()),
+            "config": run.config.to_dict(),
+            "data": data_identity(run.dataset),
+            "versions": versions(),
+        }
+
+    return BadSteps(
+        policy=run.config.train.bad_numbers,
+        limit=run.config.train.bad_numbers_limit,
+        folder=folder,
+        rank=run.world.rank,
+        device=run.device,
+        checkpoint=checkpoint,
+        facts=facts,
+    )

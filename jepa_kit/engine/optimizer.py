@@ -1,4 +1,4 @@
-"""AdamW over the parameter groups of the released I-JEPA code.
+"""AdamW over the parameter groups of the released I-JEPA code, and the norm of all gradients.
 
 Groups, in order: encoder weights, predictor weights, encoder biases and 1-D, predictor biases and 1-D. The last two are
 never decayed; the mask token, which has more than one dimension, is. Parameters that do not require a gradient (those
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from jepa_kit.engine.sharded import is_sharded
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
@@ -59,3 +61,19 @@ def build_optimizer(
     on = {p.device.type for group in groups for _, p in group["params"]}
     fused = on <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused, foreach=not fused)
+
+
+def clip_gradients(model: nn.Module, largest: float | None = None) -> Tensor:
+    """The norm [] of all gradients together, before they are scaled down to ``largest`` where it is above.
+
+    Under FSDP it is the norm over all shards, one number to send; all ranks must call it. Waits for no device.
+
+    Args:
+        model: with gradients.
+        largest: above 0, or None to scale nothing.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(trained, largest, norm)
+    return norm.full_tensor() if is_sharded(norm) else norm

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.engine.bad_numbers import spread, step_if_finite
+from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.recipe import JEPA, Output
 from jepa_kit.structures import MaskBatch
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Output):
+    """What the forward pass gave, and grad_norm []: the norm of all gradients together, over ranks, before clipping."""
+
+    grad_norm: Tensor
 
 
 def train_step(
@@ -23,8 +33,10 @@ def train_step(
     forward: nn.Module | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip_grad: float | None = None,
-) -> Output:
-    """Runs one update and returns what the forward pass gave; waits for the device nowhere.
+) -> Update:
+    """Runs one update and returns what the forward pass gave, with the gradient's norm; waits for the device nowhere.
+
+    Where the loss of any rank or a gradient is not finite, parameters and optimiser stay as they are (bad_numbers.py).
 
     Args:
         jepa: the recipe, in training mode.
@@ -32,17 +44,16 @@ def train_step(
         hyper: what this update runs with.
         images: [B, 3, h, w] float, normalised.
         masks: of the B images.
-        forward: what is called in place of ``jepa``: a wrapper of it that averages gradients over processes.
+        forward: what is called in place of ``jepa``: several processes, or parts of the batch (parallel.py).
         autocast: makes the context of the forward pass.
         clip_grad: largest norm of all gradients together, or None.
     """
     set_hyper(optimizer, hyper)
     with autocast():
         out = (forward or jepa)(images, masks)
-    out.loss.backward()
-    if clip_grad is not None:
-        nn.utils.clip_grad_norm_(jepa.parameters(), clip_grad)
-    optimizer.step()
+    spread(out.loss).backward()
+    grad_norm = clip_gradients(jepa, clip_grad)
+    step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)
     jepa.update_target(hyper.momentum)
-    return out
+    return Update(out.loss, out.terms, out.prediction, grad_norm)

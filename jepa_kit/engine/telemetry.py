@@ -1,22 +1,33 @@
-"""What a run tells: ``metrics.jsonl``, a progress bar or plain lines, and ``curves.png``.
+"""What a run tells: ``metrics.jsonl``, a progress bar or plain lines.
 
 One line of ``metrics.jsonl`` for each logged step:
 
-    step, epoch, samples          update counted from 0, its epoch, images seen with it
+    step, epoch, samples          update counted from 0, its epoch, images asked for with it
     loss, loss/<term>             of this step, mean over processes
+    grad_norm                     of this step, all gradients together, before any clipping
     lr, weight_decay, momentum    what the step ran with
-    images_per_second             over all processes, since the line before; checkpoints are not counted
+    images_per_second             over all processes, since the line before; checkpoints and hooks are not counted
     tokens_per_second             the same for patches seen by the context encoder and patches predicted
-    data_wait                     share of that time in which the step waited for images
+    gflop_per_image               model GFLOP of an image (flops.py): forward, and backward as twice that
+    tflops                        model TFLOP a second of one process, mean over processes
+    share_of_peak                 of that, in the matrix products that its device can do (speed.py), 0 to 1
+    data_wait                     share of the time in which the step waited for images
+    peak_memory_gib               most memory of a process since it began: tensors on CUDA, resident memory on the CPU
     context_length, target_length mean patches of a context set and of a target set in this step
+    data/skipped                  images that could not be used and were left out, since the run began (skipped.py)
+    <hook>/<name>                 what hooks gave after this step (hooks.py)
+
+The figures of FLOP are left out where a network has no formula.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +35,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from jepa_kit.engine.distributed import World, mean_over_ranks
+from jepa_kit.engine.boards import Board
+from jepa_kit.engine.distributed import World, joined
+from jepa_kit.engine.flops import Lengths, ModelFlops
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.recipe import Output
+from jepa_kit.engine.speed import peak_memory
+from jepa_kit.engine.step import Update
 from jepa_kit.structures import MaskBatch
 
 Record = dict[str, float]
@@ -44,23 +60,35 @@ class Meter:
         world: the processes.
         batch_size: images of a step over all processes.
         steps_per_epoch: updates in an epoch.
+        flops: the formula of the networks; None leaves the figures of FLOP out.
+        peak: FLOP/s that this process's device can do; None leaves the share of it out.
         clock: seconds.
     """
 
     def __init__(
-        self, *, world: World, batch_size: int, steps_per_epoch: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        world: World,
+        batch_size: int,
+        steps_per_epoch: int,
+        flops: ModelFlops | None = None,
+        peak: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.world = world
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
+        self.flops = flops
+        self.peak = peak
         self.clock = clock
         self.restart()
 
     def restart(self) -> None:
         """Starts a new stretch of time."""
         self.start = self.clock()
-        self.steps = 0
+        self.images = 0
         self.tokens = 0
+        self.flop: float | None = 0.0
         self.waited = 0.0
 
     @contextmanager
@@ -77,49 +105,88 @@ class Meter:
         yield
         self.start += self.clock() - start
 
-    def count(self, masks: MaskBatch) -> None:
-        """Counts a step."""
-        self.steps += 1
-        self.tokens += masks.context.num_patches + masks.targets.num_patches
+    def count(self, masks: MaskBatch, *, images: int | None = None) -> None:
+        """Counts a step of this process.
 
-    def record(self, step: int, hyper: Hyper, out: Output, masks: MaskBatch) -> Record:
+        Args:
+            masks: of its batch.
+            images: in its batch; None for its full part of ``batch_size``.
+        """
+        images = self.batch_size // self.world.size if images is None else images
+        self.images += images
+        self.tokens += masks.context.num_patches + masks.targets.num_patches
+        flop = None if self.flops is None else self.flops.training(Lengths.of(masks, images))
+        self.flop = None if flop is None or self.flop is None else self.flop + flop
+
+    def record(self, step: int, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
         """The line of a step; every process must call it. Waits for the device, then starts a new stretch of time.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        on_device = torch.stack([out.loss, *out.terms.values()]).detach().double()
-        losses = mean_over_ranks(on_device).tolist()
+        terms = {f"loss/{name}": term for name, term in out.terms.items()}
+        measured = {"loss": out.loss, **terms, "grad_norm": out.grad_norm}
+        on_device = torch.stack([value.detach().double() for value in measured.values()])
+        losses = on_device.tolist()  # waits for the device: only now is the time that of the steps
         seconds = max(self.clock() - self.start, 1e-9)
-        on_host = [
-            self.tokens * self.world.size / seconds,
+        device = on_device.device
+        own = [
+            *losses,
+            self.images / seconds,
+            self.tokens / seconds,
             self.waited / seconds,
             masks.context.num_patches / len(masks.context),
             masks.targets.num_patches / len(masks.targets),
+            peak_memory(device) / 2**30,
+            math.nan if self.flop is None else self.flop / seconds,
+            math.nan if self.peak is None else self.peak,
         ]
-        means = mean_over_ranks(torch.tensor(on_host, dtype=torch.float64, device=on_device.device)).tolist()
-        if not torch.isfinite(torch.tensor(losses[0])):
+        table = all_ranks(torch.tensor(own, dtype=torch.float64, device=device))  # [ranks, values]
+        means = dict(zip(measured, table.mean(0).tolist(), strict=False))
+        if not math.isfinite(means["loss"]):
             raise FloatingPointError(
-                f"the loss is {losses[0]} at step {step} (lr {hyper.lr:.3g}, momentum {hyper.momentum:.6g}): "
+                f"the loss is {means['loss']} at step {step} (lr {hyper.lr:.3g}, momentum {hyper.momentum:.6g}): "
                 "the run has diverged; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
             )
         record: Record = {
             "step": step,
             "epoch": step // self.steps_per_epoch,
             "samples": (step + 1) * self.batch_size,
-            "loss": losses[0],
-            **{f"loss/{name}": value for name, value in zip(out.terms, losses[1:], strict=True)},
+            **means,
             "lr": hyper.lr,
             "weight_decay": hyper.weight_decay,
             "momentum": hyper.momentum,
-            "images_per_second": self.steps * self.batch_size / seconds,
-            "tokens_per_second": means[0],
-            "data_wait": means[1],
-            "context_length": means[2],
-            "target_length": means[3],
+            **self._speed(table[:, len(measured) :]),
         }
         self.restart()
         return record
+
+    def _speed(self, table: Tensor) -> Record:
+        """From the host's values of each rank: [ranks, 8]."""
+        ranks = len(table)
+        images, tokens, wait, context, target, _, flop, peak = table.mean(0).tolist()
+        record = {
+            "images_per_second": images * ranks,
+            "tokens_per_second": tokens * ranks,
+            "data_wait": wait,
+            "peak_memory_gib": float(table[:, 5].max()),
+            "context_length": context,
+            "target_length": target,
+        }
+        if math.isfinite(flop):
+            record |= {"gflop_per_image": flop / max(images, 1e-9) / 1e9, "tflops": flop / 1e12}
+            if math.isfinite(peak):
+                record["share_of_peak"] = flop / peak
+        return record
+
+
+def all_ranks(values: Tensor) -> Tensor:
+    """[n] -> [ranks, n], on the host: the values of every process."""
+    if not joined():
+        return values.cpu()[None]
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts).cpu()
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -148,11 +215,21 @@ class Journal:
         first_step: lines at or after it are dropped, so that a resumed run has none twice.
         steps: of the whole run.
         bar: a progress bar in place of plain lines; None for a bar on a terminal.
+        boards: what gets a copy of each line; closed at the end.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, steps: int, bar: bool | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        first_step: int,
+        steps: int,
+        bar: bool | None = None,
+        boards: Sequence[Board] = (),
+    ) -> None:
         self.folder = folder
         self.steps = steps
+        self.boards = boards
         kept = [record for record in read_metrics(folder) if record["step"] < first_step]
         temporary = folder / f".{METRICS}.part"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -170,6 +247,8 @@ class Journal:
         self.file.close()
         if self.bar is not None:
             self.bar.close()
+        for board in self.boards:
+            board.close()
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -187,8 +266,15 @@ class Journal:
         """A line for programs, and its short form for people."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+        for board in self.boards:
+            board.write(record)
+        if "loss" not in record:  # a step whose batch was left out, with what hooks gave
+            return
         if self.bar is not None:
             self.bar.set_postfix_str(_short(record))
+            return
+        if "loss" not in record:
+            print(f"step {record['step'] + 1}/{self.steps}  {_short(record)}", flush=True)
             return
         images_a_step = record["samples"] / (record["step"] + 1)
         seconds = (self.steps - record["step"] - 1) * images_a_step / record["images_per_second"]
@@ -196,55 +282,18 @@ class Journal:
         left = timedelta(seconds=round(seconds))
         print(f"step {record['step'] + 1:{width}}/{self.steps}  {_short(record)}  {left} left", flush=True)
 
+    def flush(self) -> None:
+        """Has all lines on the disk: a checkpoint must not outlive the lines before it."""
+        os.fsync(self.file.fileno())
+
 
 def _short(record: Record) -> str:
+    if "loss" not in record:  # hooks of a step whose batch was left out (bad_steps.py)
+        return f"epoch {record['epoch']}  batch left out"
+    share = f"  {record['share_of_peak']:.0%} of peak" if "share_of_peak" in record else ""
+    skipped = f"  {record['data/skipped']:.0f} images skipped" if record.get("data/skipped") else ""
     return (
         f"epoch {record['epoch']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
         f"momentum {record['momentum']:.4f}  {record['images_per_second']:.0f} images/s  "
-        f"data wait {record['data_wait']:.0%}"
+        f"data wait {record['data_wait']:.0%}{share}{skipped}"
     )
-
-
-def plot_curves(folder: Path) -> Path | None:
-    """Draws ``curves.png`` from ``metrics.jsonl``: loss and its terms, learning rate, weight decay, momentum.
-
-    Returns:
-        the picture's path, or None where there is no line to draw.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    from matplotlib.ticker import MaxNLocator
-
-    records = read_metrics(folder)
-    if not records:
-        return None
-    updates = [record["step"] + 1 for record in records]
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    grid = figure.add_gridspec(3, 2, width_ratios=(1.6, 1))
-    loss = figure.add_subplot(grid[:, 0])
-    terms = [key for key in records[0] if key.startswith("loss/")]
-    for key in ["loss", *(terms if len(terms) > 1 else [])]:
-        label = key if key == "loss" else key.removeprefix("loss/")
-        loss.plot(updates, [record[key] for record in records], linewidth=1.2, label=label)
-    loss.set(title="loss", xlabel="update")
-    if len(terms) > 1:
-        loss.legend(frameon=False)
-    panels = [loss]
-    for row, (key, title) in enumerate(
-        (("lr", "learning rate"), ("weight_decay", "weight decay"), ("momentum", "momentum"))
-    ):
-        panel = figure.add_subplot(grid[row, 1])
-        panel.plot(updates, [record[key] for record in records], linewidth=1.2, color="tab:gray")
-        panel.set_title(title, fontsize="medium")
-        panel.ticklabel_format(axis="y", useOffset=False)
-        panels.append(panel)
-    panels[-1].set_xlabel("update")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3)
-        panel.set_xlim(0, max(updates[-1], 2))
-        panel.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    for panel in panels[1:-1]:
-        panel.tick_params(labelbottom=False)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=120)
-    return path

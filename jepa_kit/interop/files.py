@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager
 
-from jepa_kit.engine.checkpoint import FORMAT, CheckpointError, checkpoints
+from jepa_kit.engine.checkpoint import FORMAT, HEADER, CheckpointError, checkpoints
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
@@ -97,7 +97,7 @@ def recognise(path: Path) -> Format:
 
 
 def _recognise_folder(path: Path) -> Format:
-    if checkpoints(path):
+    if checkpoints(path) or (path / HEADER).exists():  # a run folder, or a checkpoint in shards
         return "jepa_kit"
     config = path / "config.json"
     if config.is_file():

@@ -76,7 +76,7 @@ class FrozenEncoder(nn.Module):
         if not several:
             raise ValueError("images must hold at least one image")
         crop = CentreCrop(image_size=self.image_size)
-        batch = stack([crop.apply(image.convert("RGB")) for image in several])
+        batch = stack([crop(image.convert("RGB")) for image in several])
         return normalize(batch.to(self.vit.pos_embed.device), self.provenance.mean, self.provenance.std)
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, check_state, restore
+from jepa_kit.engine.sharded import load_full_state
 from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
@@ -54,7 +55,7 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
             check_state(module.state_dict(), parts[part], f"the run's {part} (train.init_from: {path})")
     for part, module in modules.items():
         if part in parts:
-            module.load_state_dict(parts[part])
+            load_full_state(module, parts[part])
     fresh = [part for part in modules if part not in parts]
     lines += [f"not in the file, so fresh: {', '.join(fresh)}"] if fresh else []
     return Start(

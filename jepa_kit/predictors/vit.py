@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks
+from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks, take_rows
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.registry import PREDICTORS
 from jepa_kit.structures import MaskBatch
@@ -108,7 +108,8 @@ class ViTPredictor(nn.Module):
         x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order))  # [R, E]
         for block in self.blocks:
             x = block(x, masks.sequences)
-        return self.proj(fill_rows(self.norm(x.index_select(0, is_target))))[: len(is_target)]  # [P_t, out_dim]
+        x = self.proj(fill_rows(self.norm(x.index_select(0, is_target))))
+        return take_rows(x, len(is_target))  # [P_t, out_dim]
 
 
 def sequence_order(masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,9 @@ import torch
 
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import INDEX, ShardDataset
+from jepa_kit.data.shard_writing import INDEX
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.transforms import build_view
 from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.features import LoadedRun, load_run, untrained_encoder
@@ -69,10 +71,11 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
     """Every network under every protocol on every label; the rows are also written as JSON."""
     training, test = (ShardDataset(str(path)) for path in shards)
     rows = evaluate(
-        run_networks(run, layers=LAYERS, device=device),
+        run_networks(run, device=device),
         training,
         test,
         image_size=run.config.data.image_size,
+        layers=LAYERS,
         seed=run.config.train.seed,
         progress=True,
     )
@@ -89,10 +92,8 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
         dataset=ShardDataset(str(shards)),
         masker=build_masker(config),
         batch_size=8,
-        image_size=data.image_size,
+        view=build_view(data.view, image_size=data.image_size),
         seed=config.train.seed,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
     )
     _, batch = next(loader.batches(0))
     assert batch.masks is not None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jepa_kit.config import SECTIONS, DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config.errors import ConfigError
 
 DATA: dict[str, Any] = {"image_size": (32, 32)}
 
@@ -21,6 +22,16 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("data", "crop_ratio", (0.0, 0.5), "crop_ratio (=(0.0, 0.5)) must be ascending, above 0"),
     ("data", "flip", 1.5, "flip (=1.5) must be in [0, 1]"),
     ("data", "flip", math.nan, "flip (=nan) must be in [0, 1]"),
+    ("data", "shards", (), "shards (=()) must be a path, or at least one"),
+    ("data", "cache", "", "cache (='') must be a path"),
+    ("data", "cache_gb", 0.0, "cache_gb (=0.0) must be above 0"),
+    ("data", "retries", -1, "retries (=-1) must be at least 0"),
+    ("data", "backoff", -0.5, "backoff (=-0.5) must be at least 0"),
+    ("data", "timeout", 0.0, "timeout (=0.0) must be above 0"),
+    ("data", "max_skipped", 1.5, "max_skipped (=1.5) must be in [0, 1]"),
+    ("data", "transforms", (), "transforms (=()) must be a list of at least one"),
+    ("data", "max_pixels", 0, "max_pixels (=0) must be at least 1"),
+    ("data", "prefetch", -1, "prefetch (=-1) must be at least 0"),
     ("data", "mean", (0.5, math.inf, 0.5), "mean (=(0.5, inf, 0.5)) must be finite"),
     ("data", "std", (0.5, 0.0, 0.5), "std (=(0.5, 0.0, 0.5)) must be above 0 each"),
     ("data", "shuffle_window", 0, "shuffle_window (=0) must be at least 1"),
@@ -48,7 +59,15 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("train", "log_every", 0, "log_every (=0) must be at least 1"),
     ("train", "checkpoint_every", 0, "checkpoint_every (=0) must be at least 1"),
     ("train", "keep_checkpoints", 0, "keep_checkpoints (=0) must be at least 1"),
+    ("train", "accumulate", 0, "accumulate (=0) must be at least 1"),
+    ("train", "wandb", "", "wandb (='') must be a project's name"),
+    ("train", "keep_every", 0, "keep_every (=0) must be at least 1"),
+    ("train", "bad_numbers_limit", 0, "bad_numbers_limit (=0) must be at least 1"),
     ("train", "device", "", "device (='') must be a device"),
+    ("evaluate", "every", 0, "every (=0) must be at least 1"),
+    ("evaluate", "samples", 15, "samples (=15) must be at least 16"),
+    ("evaluate", "probe_samples", 31, "probe_samples (=31) must be at least 32"),
+    ("evaluate", "shards", "", "shards (='') must be a path"),
 ]
 
 
@@ -84,6 +103,20 @@ def test_defaults_are_the_release_s() -> None:
     assert DataConfig(image_size=(224, 224)).crop_scale == (0.3, 1.0)
 
 
+def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[str]]) -> None:
+    assert problems("evaluate: {samples: 32, probe: knn}") == [
+        "evaluate.samples (=32) does nothing where every is null",
+        "evaluate.probe (='knn') does nothing where every is null",
+    ]
+    assert problems("evaluate: {every: 10, label: count, probe_samples: 64}") == [
+        "evaluate.probe_samples (=64) does nothing where probe is none",
+        "evaluate.label (='count') does nothing where probe is none",
+    ]
+    assert problems("evaluate: {every: 10, probe: linear}") == [
+        "evaluate.label (=None) must name a label for probe (='linear') to tell apart"
+    ]
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().epochs = 3  # type: ignore[misc]
@@ -114,3 +147,18 @@ def test_relations(problems: Callable[..., list[str]]) -> None:
     assert problems("train: {epochs: 20}\noptim: {stretch: 1.5}") == [
         "optim.warmup_epochs (=40.0) must be below optim.stretch times train.epochs (=30.0)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"checkpoint_every": 20, "keep_every": 50},
+            r"keep_every \(=50\) must be a multiple of checkpoint_every \(=20\)",
+        ),
+        ({"bad_numbers_limit": 5}, r"bad_numbers_limit \(=5\) does nothing where bad_numbers is stop"),
+    ],
+)
+def test_train_options_that_would_do_nothing(given, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**given)

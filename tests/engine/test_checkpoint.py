@@ -2,6 +2,7 @@ import dataclasses
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +11,16 @@ from torch import nn
 from jepa_kit.config import SECTIONS
 from jepa_kit.engine import checkpoint as module
 from jepa_kit.engine.checkpoint import (
-    FREE,
     Checkpoint,
     CheckpointError,
-    check_resumable,
     checkpoints,
     load_checkpoint,
     optimizer_state,
-    plan_resume,
     restore,
     save_checkpoint,
 )
 from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.resume import FREE, check_resumable, plan_resume
 from jepa_kit.engine.schedules import Hyper, set_hyper
 
 DATA = {"samples": 100, "digest": "ab"}
@@ -97,6 +96,46 @@ def test_keeps_the_latest(tmp_path, trained):
         save_checkpoint(tmp_path, take(*trained, step=step), keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint_00000010.pt", "checkpoint_00000011.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [p.name for p in checkpoints(tmp_path)]
+
+
+def test_keeps_every_so_many(tmp_path, trained):
+    for step in (2, 3, 4, 5, 6, 8):
+        save_checkpoint(tmp_path, take(*trained, step=step), keep=1, keep_every=4)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint_00000004.pt", "checkpoint_00000008.pt"]
+
+
+def test_holds_the_position(tmp_path, trained):
+    position = {"epoch": 1, "step_in_epoch": 2, "samples": 12}
+    save_checkpoint(tmp_path, dataclasses.replace(take(*trained), position=position), keep=1)
+    assert load_checkpoint(tmp_path).position == position
+
+
+@pytest.mark.parametrize("record", ["data/3", "data.pkl"])
+def test_an_altered_byte(tmp_path, trained, record):
+    path = save_checkpoint(tmp_path, take(*trained), keep=1)
+    with zipfile.ZipFile(path) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith(record))
+    content = bytearray(path.read_bytes())
+    content[member.header_offset + 30 + len(member.filename) + 80] ^= 1  # in its padding or its content
+    start = content.index(b"PK\x03\x04", member.header_offset)
+    name, extra = (int.from_bytes(content[start + k : start + k + 2], "little") for k in (26, 28))
+    content[start + 30 + name + extra] ^= 1
+    path.write_bytes(content)
+    message = rf"checkpoint_00000003.pt \(\d+ bytes\) is damaged: the checksum of its record \S+{record} is another"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    path = tmp_path / "checkpoint_00000003.pt"
+    torch.save({"format": module.FORMAT, "model": Hostile()}, path)
+    with pytest.raises(CheckpointError, match="which could run code and are not read"):
+        load_checkpoint(path)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, trained, monkeypatch):
@@ -262,7 +301,7 @@ def test_what_moves_no_number_may_differ(trained):
     now = {section: dict(options) for section, options in CONFIG.items()}
     for key in FREE:
         section, name = key.split(".")
-        now[section][name] = "other"
+        now.setdefault(section, {})[name] = "other"
     check_resumable(take(*trained), now, data=DATA)
 
 

@@ -52,11 +52,16 @@ def test_a_broken_environment(changes, message):
         read_environment(environment)
 
 
-def test_slurm_tasks_that_would_each_train_alone():
-    with pytest.raises(ValueError, match="Slurm started 8 tasks, but each would train alone: start one torchrun for"):
-        read_environment({"SLURM_STEP_NUM_TASKS": "8"})
+def test_tasks_of_srun_know_one_another():
+    """More in test_slurm.py."""
+    task = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
+    environment = task | {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
+    assert read_environment(environment) == World(rank=5, local_rank=1, size=8)
+    assert environment["MASTER_ADDR"] == "n1"
+    with pytest.raises(ValueError, match=r"SLURM_STEP_ID \(=''\) must be a whole number: Slurm sets it for each task"):
+        read_environment(dict(task))
     assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) == World()
-    assert read_environment({"SLURM_STEP_NUM_TASKS": "8", **ENVIRONMENT}).size == 4
+    assert read_environment({"SLURM_STEP_NUM_TASKS": "8", **ENVIRONMENT}).size == 4  # torchrun in a task of srun
 
 
 def see_gpus(monkeypatch, count):

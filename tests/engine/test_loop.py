@@ -7,13 +7,22 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
-from jepa_kit.engine import loop
+from jepa_kit.engine import build, loop
+from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from jepa_kit.engine.distributed import World
-from jepa_kit.engine.loop import build_run, seed_torch, train
+from jepa_kit.engine.loop import seed_torch, train
 from jepa_kit.engine.telemetry import read_metrics
 
-TIMES = {"images_per_second", "tokens_per_second", "data_wait"}
+TIMES = {
+    "images_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "tflops",
+    "share_of_peak",
+    "peak_memory_gib",
+    "gflop_per_image",
+}
 
 
 def numbers(folder):
@@ -47,6 +56,7 @@ def test_a_run_folder(tiny, capsys):
         "curves.png",
         "metrics.jsonl",
         "run.json",
+        "tensorboard",
     ]
     assert load_config(folder) == load_config(folder / "checkpoint_00000006.pt") == config
     facts = json.loads((folder / "run.json").read_text())
@@ -115,7 +125,7 @@ def test_another_config_cannot_resume(tiny):
 
 def test_another_data_set_cannot_resume(tiny, monkeypatch):
     train(tiny())
-    monkeypatch.setattr(loop, "data_identity", lambda dataset: {"samples": 20, "digest": "other"})
+    monkeypatch.setattr(build, "data_identity", lambda dataset: {"samples": 20, "digest": "other"})
     with pytest.raises(
         CheckpointError, match=r"had another data set: .* but data.shards holds {'samples': 20, 'digest': 'o"
     ):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.engine.optimizer import build_optimizer, is_decayed, parameter_groups
+from jepa_kit.engine.optimizer import build_optimizer, clip_gradients, is_decayed, parameter_groups
 from jepa_kit.engine.schedules import Hyper, set_hyper
 
 
@@ -99,3 +99,41 @@ def test_bit_reproducible():
         return [p.detach() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def steps_of(optimizer, model, count=4):
+    torch.manual_seed(1)
+    for _ in range(count):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_fused_is_the_plain_loop_within_rounding():
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"encoder": nn.Linear(32, 16), "predictor": nn.Linear(16, 8)})
+        optimizer = build_optimizer(model)
+        assert all(group["fused"] for group in optimizer.param_groups)  # where torch offers it, as on this CPU
+        set_hyper(optimizer, Hyper(lr=1e-2, weight_decay=0.2, momentum=1.0))
+        for group in optimizer.param_groups:
+            group.update(fused=fused, foreach=False)
+        ends.append(steps_of(optimizer, model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [None, 1.0, 1e3])
+def test_gradients_are_clipped_by_the_norm_of_all(largest):
+    model = Toy()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for number, p in enumerate(trained[:-1]):  # one has no gradient
+        p.grad = torch.full_like(p, number + 1.0)
+    before = [p.grad.clone() for p in trained[:-1]]
+    norm = torch.cat([g.flatten() for g in before]).double().norm()
+    assert clip_gradients(model, largest).item() == pytest.approx(norm.item(), rel=1e-6)
+    scale = min(1.0, (largest or float("inf")) / norm.item())
+    for p, old in zip(trained[:-1], before, strict=True):
+        torch.testing.assert_close(p.grad, old * scale, rtol=1e-6, atol=1e-7)
+    assert trained[-1].grad is None

@@ -24,7 +24,7 @@ class Scalar(nn.Module):
     def forward(self, images, masks):
         self.dtype = self.encoder(images).dtype
         loss = self.predictor(self.encoder(images)).float().mean()
-        return SimpleNamespace(loss=loss, terms={"l": loss})
+        return SimpleNamespace(loss=loss, terms={"l": loss}, prediction=None)
 
     def update_target(self, momentum):
         with torch.no_grad():
@@ -52,11 +52,15 @@ def test_clips_the_norm_of_all_gradients_together():
             self.gradients = [p.grad.item() for group in self.param_groups for p in group["params"]]
 
     model = Scalar()
-    optimizer = Recorder([{"params": [p for p in model.parameters() if p.requires_grad], "decayed": True}])
-    train_step(model, optimizer, HYPER, torch.ones(1, 1), None, clip_grad=1.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = Recorder([{"params": trained, "decayed": True}], fused=True)
+    clipped = train_step(model, optimizer, HYPER, torch.ones(1, 1), None, clip_grad=1.0)
     assert optimizer.gradients == pytest.approx([3 / 13**0.5, 2 / 13**0.5], rel=1e-5)
-    train_step(model, optimizer, HYPER, torch.ones(1, 1), None)
+    free = train_step(model, optimizer, HYPER, torch.ones(1, 1), None)
     assert optimizer.gradients == [3.0, 2.0]
+    # both say the norm before clipping, and neither as a number that the device would be waited for
+    assert isinstance(clipped.grad_norm, torch.Tensor)
+    assert clipped.grad_norm.item() == free.grad_norm.item() == pytest.approx(13**0.5)
 
 
 def test_autocast_is_around_the_forward_pass():

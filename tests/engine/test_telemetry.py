@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
+from jepa_kit.engine import speed
 from jepa_kit.engine.distributed import World
+from jepa_kit.engine.flops import ModelFlops, PredictorFlops, SetFlops
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.telemetry import Journal, Meter, plot_curves, read_metrics
+from jepa_kit.engine.telemetry import Journal, Meter, read_metrics
 from jepa_kit.structures import MaskBatch, PatchSets
 
 MASKS = MaskBatch(
@@ -18,6 +19,9 @@ MASKS = MaskBatch(
     context_of=torch.tensor([0, 1]),
 )
 HYPER = Hyper(lr=1e-3, weight_decay=0.05, momentum=0.99)
+# sum(n) = 5, 6, 32 and sum(n^2) = 13, 18, 512 for contexts, targets and whole images; sequences of 5 and 6
+FLOPS = ModelFlops(SetFlops(100.0, 10.0), PredictorFlops(SetFlops(7.0, 1.0), 3.0, 2.0), "images", False)
+ENCODER, TARGET_ENCODER, PREDICTOR = 500 + 130, 3200 + 5120, 7 * 11 + 25 + 36 + 3 * 5 + 2 * 6
 
 
 class Clock:
@@ -30,21 +34,22 @@ class Clock:
 
 def output(loss=0.75):
     loss = torch.tensor(loss)
-    return SimpleNamespace(loss=loss, terms={"l2": loss / 3, "variance": loss * 2 / 3})
+    return SimpleNamespace(loss=loss, terms={"l2": loss / 3, "variance": loss * 2 / 3}, grad_norm=torch.tensor(0.125))
 
 
-def make_meter(clock, size=1):
-    return Meter(world=World(size=size), batch_size=8, steps_per_epoch=4, clock=clock)
+def make_meter(clock, **options):
+    return Meter(world=World(), batch_size=2, steps_per_epoch=4, clock=clock, **options)
 
 
-def test_a_record_has_what_was_measured():
+def test_a_record_has_what_was_measured(monkeypatch):
+    monkeypatch.setattr("jepa_kit.engine.telemetry.peak_memory", lambda device: 3 * 2**29)
     clock = Clock()
-    meter = make_meter(clock, size=2)
+    meter = make_meter(clock, flops=FLOPS, peak=1e6)
     for _ in range(2):
         with meter.waiting():
             clock.now += 1.0
         clock.now += 3.0
-        meter.count(MASKS)
+        meter.count(MASKS, images=2)
     with meter.pausing():
         clock.now += 50.0
     record = meter.record(5, HYPER, output(), MASKS)
@@ -52,16 +57,21 @@ def test_a_record_has_what_was_measured():
         {
             "step": 5,
             "epoch": 1,
-            "samples": 48,
+            "samples": 12,
             "loss": 0.75,
             "loss/l2": 0.25,
             "loss/variance": 0.5,
+            "grad_norm": 0.125,
             "lr": 1e-3,
             "weight_decay": 0.05,
             "momentum": 0.99,
-            "images_per_second": 2 * 8 / 8.0,
-            "tokens_per_second": 2 * 2 * 11 / 8.0,
+            "images_per_second": 2 * 2 / 8.0,
+            "tokens_per_second": 2 * 11 / 8.0,
+            "gflop_per_image": (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 2 / 1e9,
+            "tflops": 2 * (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 8.0 / 1e12,
+            "share_of_peak": 2 * (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 8.0 / 1e6,
             "data_wait": 2.0 / 8.0,
+            "peak_memory_gib": 1.5,
             "context_length": 2.5,
             "target_length": 3.0,
         }
@@ -76,7 +86,29 @@ def test_each_record_starts_anew():
         clock.now += 2.0
         meter.count(MASKS)
         record = meter.record(0, HYPER, output(), MASKS)
-    assert record["images_per_second"] == 4.0
+    assert record["images_per_second"] == 1.0  # the full part of a batch, where nothing else is said
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({}, {"gflop_per_image", "tflops", "share_of_peak"}),
+        ({"peak": 1e9}, {"gflop_per_image", "tflops", "share_of_peak"}),
+        ({"flops": FLOPS}, {"share_of_peak"}),
+        (
+            {"flops": ModelFlops(None, None, "images", False), "peak": 1e9},
+            {"gflop_per_image", "tflops", "share_of_peak"},
+        ),
+    ],
+)
+def test_what_has_no_formula_is_left_out(options, left_out):
+    clock = Clock()
+    meter = make_meter(clock, **options)
+    for _ in range(2):  # the second line starts anew
+        clock.now += 1.0
+        meter.count(MASKS)
+        record = meter.record(0, HYPER, output(), MASKS)
+        assert {"gflop_per_image", "tflops", "share_of_peak"} - record.keys() == left_out
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -147,13 +179,77 @@ def test_a_broken_line_inside(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_curves(tmp_path):
-    assert plot_curves(tmp_path) is None
-    with Journal(tmp_path, first_step=0, steps=3, bar=False) as journal:
-        for step in range(3):
-            journal.write(record(step))
-    path = plot_curves(tmp_path)
-    assert path == tmp_path / "curves.png"
-    with Image.open(path) as picture:
-        assert picture.size == (1200, 576)
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+def test_boards_get_each_line(tmp_path):
+    class Board:
+        def __init__(self):
+            self.got = []
+
+        def write(self, record):
+            assert read_metrics(tmp_path)[-1] == record  # it is on the disk before
+            self.got.append(record["step"])
+
+        def close(self):
+            self.got.append("closed")
+
+    board = Board()
+    with Journal(tmp_path, first_step=0, steps=9, bar=False, boards=[board]) as journal:
+        journal.write(record(0))
+        journal.write(record(4))
+    assert board.got == [0, 4, "closed"]
+
+
+def test_a_step_that_was_left_out_has_a_line_for_programs_alone(tmp_path, capsys):
+    line = {"step": 3, "epoch": 0, "samples": 32, "online/knn": 5.0}
+    for bar in (False, True):
+        with Journal(tmp_path, first_step=0, steps=9, bar=bar) as journal:
+            journal.write(line)
+        assert read_metrics(tmp_path) == [line]
+    assert "loss" not in "".join(capsys.readouterr())
+
+
+def test_the_short_line_tells_of_speed_and_of_images_left_out(tmp_path, capsys):
+    with Journal(tmp_path, first_step=0, steps=100, bar=False) as journal:
+        journal.write(record(9) | {"share_of_peak": 0.123, "data/skipped": 3.0})
+        journal.write(record(19) | {"data/skipped": 0.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("data wait 25%  12% of peak  3 images skipped  0:00:45 left")
+    assert second.endswith("data wait 25%  0:00:40 left")
+
+
+# --- what figures are held against ---
+
+
+def test_the_peak_is_that_of_products(monkeypatch):
+    """With a machine of 1 GFLOP/s: sides are doubled until a product takes long enough."""
+    sides = []
+
+    def seconds(a, b):
+        sides.append(len(a))
+        return 2 * len(a) ** 3 / 1e9
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    assert speed.matrix_peak.__wrapped__(torch.device("cpu"), "float32") == pytest.approx(1e9)
+    assert set(sides) == {256}
+    monkeypatch.setattr(speed, "LONG_ENOUGH", 0.5)
+    speed.matrix_peak.__wrapped__(torch.device("cpu"), "bf16")
+    assert set(sides) == {256, 512, 1024}
+
+
+def test_the_peak_is_measured_once_and_draws_nothing():
+    torch.manual_seed(3)
+    first = torch.rand(1)
+    torch.manual_seed(3)
+    peak = speed.matrix_peak(torch.device("cpu"), "float32")
+    assert torch.rand(1) == first
+    assert 1e8 < peak < 1e15
+    assert speed.matrix_peak(torch.device("cpu"), "float32") == peak
+
+
+def test_peak_memory_is_that_of_the_process():
+    before = speed.peak_memory(torch.device("cpu"))
+    held = torch.ones(2**26)  # 256 MiB
+    after = speed.peak_memory(torch.device("cpu"))
+    assert after >= before
+    assert after > held.nbytes
+    del held
+    assert speed.peak_memory(torch.device("cpu")) > 0.99 * after  # Linux counts in batches of pages

@@ -78,21 +78,25 @@ def test_help_has_examples_and_waits_for_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("0 False\n")
     assert "examples:\n  # a run of tools/train_net.py" in done.stdout
-    assert "--protocol linear,knn" in done.stdout
+    assert "--protocol logistic,knn" in done.stdout
 
 
 def test_without_a_checkpoint_or_a_protocol(tool, capsys):
     with pytest.raises(SystemExit) as stopped:
         tool.main([])
     assert stopped.value.code == 2
-    assert "the following arguments are required: --checkpoint, --protocol" in capsys.readouterr().err
+    assert (
+        "the following arguments are required: --checkpoint (or --config-file), --protocol; or --list"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.integration
 def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    protocols = ["--protocol", "{name: logistic, subsets: [30%, all]}", "--protocol", "knn"]
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--checkpoint", str(run), "--protocol", "linear,knn", "--output", "r/a.json"],
+        [sys.executable, str(TOOL), "--checkpoint", str(run), "--output", "r/a.json", *protocols],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -104,19 +108,19 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
     heads = ["protocol", "features", "width", "count", "distance", "shape"]
     assert [cell.strip() for cell in table[0].split("|")[1:-1]] == heads
     assert [line.split("|")[1:3] for line in table[2:]] == [
-        [" linear   ", " target encoder "],
-        [" linear   ", " untrained      "],
-        [" linear   ", " pixels         "],
-        [" knn      ", " target encoder "],
-        [" knn      ", " untrained      "],
-        [" knn      ", " pixels         "],
-        ["          ", " chance         "],
+        *(
+            [f" {title:<13}", f" {network:<15}"]
+            for title in ("logistic 30%", "logistic", "knn")
+            for network in ("target encoder", "untrained", "pixels")
+        ),
+        [" " * 14, f" {'chance':<15}"],
     ]
     content = json.loads((tmp_path / "r" / "a.json").read_text())
     checkpoint = run / "checkpoint_00000002.pt"
     assert content["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert content["data"]["test"]["shards"] == str(run.parent / "scenes" / "val")
-    assert len(content["rows"]) == 18
+    assert len(content["rows"]) == 27
+    assert content["protocols"] == [{"name": "logistic", "subsets": ["30%", "all"]}, "knn"]
     for line in content["rows"]:
         cell = f"{100 * line['accuracy']:.1f} ± {100 * line['standard_error']:.1f}"
         assert any(cell in text for text in table), line
@@ -128,6 +132,9 @@ def test_the_same_numbers_again(tool, run, tmp_path):
     for name in ("a.json", "b.json"):
         assert tool.main([*command, "--output", str(tmp_path / name)]) == 0
         contents.append(json.loads((tmp_path / name).read_text()))
+    for content in contents:
+        for row in content["rows"]:
+            del row["seconds"]
     assert contents[0] == contents[1]
 
 
@@ -148,7 +155,7 @@ def test_options_reach_the_evaluation(tool, run, tmp_path, capsys):
     assert {r["seed"] for r in content["rows"]} == {None, 9}
     assert content["data"]["train"]["samples"] == 96
     assert content["data"]["test"]["samples"] == 16
-    assert content["seeds"] == {"run": 0, "probes": 3}
+    assert content["seeds"] == {"run": 0, "protocols": 3}
     assert "context encoder, last4" in capsys.readouterr().out
 
 
@@ -160,9 +167,10 @@ def test_no_baselines(tool, run, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--protocol", "liner"], "protocols (='liner') must be of linear, knn; did you mean 'linear'?"),
+        (["--protocol", "liner"], "protocol.name: 'liner' is not a registered protocol; did you mean 'linear'?"),
+        (["--protocol", "linear", "--layers", "last"], "--layers (='last') would do nothing: linear choose their"),
         (["--protocol", "knn", "--label", "colour"], "label (='colour') is not among the labels of"),
-        (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', or 'last4' (any number)"),
+        (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', 'last4' (any number) for"),
         (["--protocol", "knn", "--layers", "last9"], "layers (='last9') asks for 9 layers, but the encoder has 4"),
         (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels."),
         (["--protocol", "knn", "--seed", "-1"], "seed (=-1) must be at least 0"),
@@ -201,3 +209,73 @@ def test_shards_that_nobody_named(refused, run):
     assert found == f"--test-shards must name a folder of shards: there is no test or val in {elsewhere.parent}"
     found = refused("--checkpoint", run, "--protocol", "knn", "data.shards=null")
     assert found == "--train-shards must name a folder of shards: the run's config has none (data.shards is null)"
+
+
+def test_results_lie_beside_the_checkpoint(tool, run, capsys):
+    command = ["--checkpoint", str(run), "--label", "count", "--baselines", "none"]
+    for protocol in ("knn", "{name: knn, neighbours: [5]}", "knn"):
+        assert tool.main([*command, "--protocol", protocol]) == 0
+    files = sorted((run / "evaluation").glob("step_00000002_*.json"))
+    assert f"results: {files[0]}" in capsys.readouterr().err or len(files) >= 2
+    asked = [json.loads(file.read_text())["protocols"] for file in files]
+    assert asked.count(["knn"]) == 1
+    assert asked.count([{"name": "knn", "neighbours": [5]}]) == 1
+
+
+def test_a_config_alone(tool, run, tmp_path, capsys):
+    output = tmp_path / "untrained.json"
+    command = ["--config-file", str(run / "config.yaml"), "--protocol", "knn", "--label", "count"]
+    assert tool.main([*command, "--output", str(output)]) == 0
+    assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "untrained",
+        "pixels",
+        "chance",
+    ]
+    content = json.loads(output.read_text())
+    assert content["checkpoint"] is None
+    assert tool.main([*command, "--baselines", "pixels"]) == 0
+    for options, message in (
+        (["--encoder", "both"], "--encoder (='both') would do nothing: --config-file has no trained encoder"),
+        (["--baselines", "none"], "--baselines (='none') leaves nothing to evaluate: --config-file has baselines"),
+    ):
+        assert tool.main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_features_are_kept(tool, run, tmp_path, capsys):
+    command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--features", str(tmp_path / "f")]
+    tables = []
+    for _ in range(2):
+        assert tool.main(command) == 0
+        tables.append(capsys.readouterr())
+    assert tables[0].out == tables[1].out
+    assert "all kept in" in tables[1].err
+    assert "all kept in" not in tables[0].err
+
+
+def test_the_list_of_protocols(tool, capsys):
+    assert tool.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "knn: Weighted nearest neighbours by cosine, as ``knn_probe`` says." in lines
+    assert "    dataset" in lines
+    assert "    temperature=0.07" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_two_processes_give_the_table_of_one(run, tmp_path):
+    """Each extracts half of the images and asks half of the questions; one of them prints and writes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(TOOL), "--checkpoint", str(run), "--protocol", "knn", "train.device=cpu"]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    outputs = []
+    for name, start in (("one", [sys.executable, *command]), ("two", [*several, "--features", str(tmp_path / "f")])):
+        start = [*start, "--output", str(tmp_path / f"{name}.json")]
+        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outputs.append((done.stdout, json.loads((tmp_path / f"{name}.json").read_text())["rows"]))
+    assert len(outputs[0][1]) == len(outputs[1][1]) == 9
+    assert outputs[0][0].count("\n") == outputs[1][0].count("\n")
+    for first, second in zip(outputs[0][1], outputs[1][1], strict=True):
+        assert (first["network"], first["label"]) == (second["network"], second["label"])
+        assert first["accuracy"] == pytest.approx(second["accuracy"], abs=0.1)

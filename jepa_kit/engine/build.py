@@ -1,0 +1,184 @@
+"""From a config to everything that a run is made of: data, model, optimiser, schedule, first weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jepa_kit.config import Config, located
+from jepa_kit.data.loader import TrainLoader
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.streams import Access
+from jepa_kit.data.transforms import View, build_view
+from jepa_kit.encoders.blocks import checkpoint_activations
+from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, verify
+from jepa_kit.engine.distributed import World, from_main, together
+from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.parallel import parallelize
+from jepa_kit.engine.resume import advice, check_resumable, set_aside
+from jepa_kit.engine.schedules import Schedule
+from jepa_kit.engine.shard_files import layout, load_sharded
+from jepa_kit.interop.start import Start, init_from, resume_official
+from jepa_kit.recipe import JEPA, build_masker, build_recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All that a run is made of; see ``build_run``."""
+
+    config: Config
+    world: World
+    device: torch.device
+    dataset: ShardDataset
+    loader: TrainLoader
+    jepa: JEPA
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    steps_per_epoch: int
+
+
+def data_identity(dataset: ShardDataset) -> dict[str, Any]:
+    """What tells data sets apart, wherever they lie: their length, and a digest of the sizes of their shards."""
+    text = json.dumps([[shard["file"], shard["samples"], shard["bytes"]] for shard in dataset.shards])
+    return {"samples": len(dataset), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def open_shards(config: Config, shards: str | Sequence[str] | None = None) -> ShardDataset:
+    """The training samples of a config, or other shards that are reached in the same way."""
+    data = config.data
+    shards = data.shards if shards is None else shards
+    assert shards is not None
+    access = Access(
+        cache=data.cache, cache_gb=data.cache_gb, retries=data.retries, backoff=data.backoff, timeout=data.timeout
+    )
+    return ShardDataset(shards, access=access)
+
+
+def training_view(config: Config) -> View:
+    """What is done to a training image of a config.
+
+    Raises:
+        ValueError: what a transform refuses; the message begins with ``data``.
+    """
+    data = config.data
+    with located("data"):
+        return build_view(data.view, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
+
+
+def build_run(config: Config, world: World, device: torch.device) -> Run:
+    """Everything that a config is made of, with first weights that are a function of ``train.seed``.
+
+    Raises:
+        ValueError: no data set, or one of less than a batch; a batch that the processes cannot share; what a part
+            refuses.
+    """
+    if config.data.shards is None:
+        raise ValueError(
+            "data.shards (=None) must name a folder of shards to train; tools/make_shards.py makes one from a folder "
+            "of images, an archive, or synthetic:scenes"
+        )
+    from_main(lambda: len(open_shards(config)))  # shards from elsewhere get their index, by one process
+    dataset = open_shards(config)
+    settings, optim = config.train, config.optim
+    loader = TrainLoader(
+        dataset=dataset,
+        masker=build_masker(config),
+        batch_size=settings.batch_size,
+        view=training_view(config),
+        seed=settings.seed,
+        rank=world.rank,
+        world_size=world.size,
+        shuffle_window=config.data.shuffle_window,
+        num_workers=config.data.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
+    torch.manual_seed(settings.seed)
+    jepa = build_recipe(config).to(device).train()
+    if settings.activation_checkpointing:
+        checkpoint_activations(jepa.encoder)
+        checkpoint_activations(jepa.predictor)
+    if settings.batch_size % (world.size * settings.accumulate):
+        raise ValueError(
+            f"train.batch_size (={settings.batch_size}) must be divisible by the number of processes (={world.size}) "
+            f"times train.accumulate (={settings.accumulate})"
+        )
+    forward = parallelize(jepa, device, settings.parallel, settings.accumulate)
+    schedule = Schedule(
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        lr=optim.lr,
+        start_lr=optim.start_lr,
+        final_lr=optim.final_lr,
+        warmup_epochs=optim.warmup_epochs,
+        weight_decay=optim.weight_decay,
+        momentum=jepa.momentum,
+        stretch=optim.stretch,
+    )
+    return Run(
+        config=config,
+        world=world,
+        device=device,
+        dataset=dataset,
+        loader=loader,
+        jepa=jepa,
+        forward=forward,
+        optimizer=build_optimizer(jepa, betas=optim.betas, eps=optim.eps),
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def resume_run(run: Run, path: Path) -> Start:
+    """Gives the run the state of a checkpoint of its own folder, a file or shards; all ranks must call it.
+
+    Raises:
+        CheckpointError: it is damaged, then the message says which one is not; or it is not of this run.
+    """
+    try:
+        alone = (0, 1) if run.world.is_main else None
+        share = (run.world.rank, run.world.size) if path.is_dir() else alone  # shards: each reads some of them
+        together(lambda: None if share is None else verify(path, rank=share[0], size=share[1]))
+        checkpoint = load_checkpoint(path, verified=True, with_state=not path.is_dir())
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {from_main(lambda: advice(path))}") from error
+    check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
+    if path.is_dir():
+        check_state(run.jepa.state_dict(), layout(path)[0], "the model")
+        load_sharded(path, run.jepa, run.optimizer)
+    else:
+        restore(checkpoint, run.jepa, run.optimizer)
+    aside = from_main(lambda: [later.name for later in set_aside(path.parent, path)])
+    lines = [f"resumed at step {checkpoint.step:,}"] + [f"set aside: {name}" for name in aside]
+    origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin}
+    return Start(checkpoint.step, origin, lines)
+
+
+def start_from(run: Run, latest: Path | None, resume_from: str | None = None) -> Start:
+    """Gives the run its weights: of its own checkpoint, of a released one, of ``train.init_from``, or the first ones.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or does not fit.
+        FileNotFoundError: there is no such file.
+    """
+    if latest is not None:
+        return resume_run(run, latest)
+    if resume_from is not None:
+        start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)
+        if start.step >= run.schedule.steps:
+            raise CheckpointError(
+                f"{resume_from} is at step {start.step}, and a run of train.epochs (={run.config.train.epochs}) ends "
+                f"at step {run.schedule.steps}: there is nothing left to do"
+            )
+        return start
+    if run.config.train.init_from is not None:
+        return init_from(run.jepa, run.config.train.init_from)
+    return Start(0, {}, [])

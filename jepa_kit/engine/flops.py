@@ -1,0 +1,156 @@
+"""Floating-point operations of encoder, target encoder and predictor, by formula.
+
+n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
+D_e, D_p, D_o  widths of encoder, predictor and targets
+
+The formula is what the equations ask for, whoever computes them: padding, activations that are computed a second time
+to save memory, and the update of weights and target encoder are no part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from jepa_kit.encoders import ViT
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.recipe import JEPA
+from jepa_kit.rng import IntArray
+from jepa_kit.structures import MaskBatch
+
+FORMULA = (
+    "2 FLOP a multiply-add, matrix products only. "
+    "A block on sets of n tokens: sum(n) * (8 D^2 + 4 D F) + 4 D sum(n^2). "
+    "Encoder: depth blocks + sum(n) * 2 C p^2 D. Predictor, on sequences of context and target: depth blocks "
+    "+ context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
+    "A training step: target encoder + 3 * (encoder + predictor), backward as twice forward; "
+    "targets that carry a gradient count three times too. Optimiser and target update are left out."
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of all sets of some images.
+
+    Args:
+        context: [S_c] of the context sets.
+        targets: [S_t] of the target sets.
+        sequences: [S_t], of each target set together with its context.
+        images: how many images.
+        patches: N, of an image.
+    """
+
+    context: IntArray
+    targets: IntArray
+    sequences: IntArray
+    images: int
+    patches: int
+
+    @classmethod
+    def of(cls, masks: MaskBatch, images: int) -> Lengths:
+        """Of the masks of so many images; looks at the host alone."""
+        sets = (masks.context.lengths, masks.targets.lengths, masks.sequences)
+        context, targets, sequences = (np.array(lengths.on_host, dtype=np.int64) for lengths in sets)
+        return cls(context, targets, sequences, images, masks.grid[0] * masks.grid[1])
+
+
+@dataclass(frozen=True)
+class SetFlops:
+    """Forward FLOP over sets of n tokens: ``per_token * sum(n) + per_pair * sum(n^2)``."""
+
+    per_token: float
+    per_pair: float
+
+    def __call__(self, lengths: IntArray) -> float:
+        return self.per_token * int(lengths.sum()) + self.per_pair * int((lengths**2).sum())
+
+
+def block_flops(blocks: nn.ModuleList) -> SetFlops:
+    """Of a forward pass of transformer blocks."""
+    linear = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
+    return SetFlops(2.0 * sum(m.weight.numel() for m in linear), 4.0 * len(blocks) * linear[0].in_features)
+
+
+def encoder_flops(encoder: nn.Module) -> SetFlops | None:
+    """Of a forward pass of an encoder; None for another one than ``vit``."""
+    if not isinstance(encoder, ViT):
+        return None
+    blocks = block_flops(encoder.blocks)
+    return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)
+
+
+@dataclass(frozen=True)
+class PredictorFlops:
+    """Of a forward pass of a predictor: its blocks over sequences, a map in and a map out."""
+
+    blocks: SetFlops
+    per_context_token: float
+    per_target_token: float
+
+    def __call__(self, lengths: Lengths) -> float:
+        maps = self.per_context_token * int(lengths.context.sum()) + self.per_target_token * int(lengths.targets.sum())
+        return self.blocks(lengths.sequences) + maps
+
+
+def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
+    """Of a forward pass of a predictor; None for another one than ``vit``."""
+    if not isinstance(predictor, ViTPredictor):
+        return None
+    maps = (2.0 * predictor.embed.weight.numel(), 2.0 * predictor.proj.weight.numel())
+    return PredictorFlops(block_flops(predictor.blocks), *maps)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOP of a recipe as a function of the lengths of its sets; see ``FORMULA``.
+
+    Args:
+        encoder, predictor: of a forward pass; None for a network without a formula here.
+        targets_see: what the target encoder is shown: whole images, each target set by itself, or nothing.
+        targets_trained: targets carry a gradient.
+    """
+
+    encoder: SetFlops | None
+    predictor: PredictorFlops | None
+    targets_see: Literal["images", "targets", "nothing"]
+    targets_trained: bool
+
+    def seen(self, lengths: Lengths) -> IntArray:
+        """Lengths of the sets that the target encoder is shown."""
+        if self.targets_see == "images":
+            return np.full(lengths.images, lengths.patches)
+        return lengths.targets if self.targets_see == "targets" else lengths.context[:0]
+
+    def forward(self, lengths: Lengths) -> tuple[float | None, float | None, float | None]:
+        """FLOP of a forward pass of (encoder, target encoder, predictor) over all the images."""
+        encoder, predictor = self.encoder, self.predictor
+        return (
+            None if encoder is None else encoder(lengths.context),
+            None if encoder is None else encoder(self.seen(lengths)),
+            None if predictor is None else predictor(lengths),
+        )
+
+    def training(self, lengths: Lengths) -> float | None:
+        """FLOP of a training step over all the images; None where a network has no formula."""
+        encoder, target, predictor = self.forward(lengths)
+        if encoder is None or target is None or predictor is None:
+            return None
+        return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
+
+
+def model_flops(jepa: JEPA) -> ModelFlops:
+    """The formula of a recipe's networks, which may be without memory for their weights."""
+    see: Literal["images", "targets", "nothing"] = "images"
+    if not getattr(jepa.target, "needs_encoder", False):
+        see = "nothing"
+    elif getattr(jepa.target, "masked_at", "output") == "input":
+        see = "targets"
+    return ModelFlops(
+        encoder_flops(jepa.encoder),
+        predictor_flops(jepa.predictor),
+        see,
+        see != "nothing" and not jepa.target_update.stop_gradient,
+    )

@@ -1,0 +1,224 @@
+"""A bad step once more: where its first number that is not finite arises.
+
+A dump (bad_steps.py) holds the batch of one rank. The weights come from the last checkpoint before the step, and from
+the steps since, which are functions of the config: they are done again. On one process that gives the weights of the
+step bit for bit; where the run had more, within rounding."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.config import config_from_dict
+from jepa_kit.data.transforms import normalize
+from jepa_kit.engine.bad_steps import DUMP_FORMAT
+from jepa_kit.engine.build import Run, build_run, resume_run
+from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint, restore, step_of
+from jepa_kit.engine.distributed import World
+from jepa_kit.engine.loop import seed_torch
+from jepa_kit.engine.resume import check_resumable
+from jepa_kit.engine.step import train_step
+from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.structures import MaskBatch, PatchSets
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place where numbers are not finite.
+
+    Args:
+        phase: ``images``, ``weights``, ``forward``, ``loss`` or ``backward``.
+        where: name of the module, weight or term; the module itself in brackets.
+        bad, total: values that are not finite, and all.
+        first: the first of them, as text.
+    """
+
+    phase: str
+    where: str
+    bad: int
+    total: int
+    first: str
+
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"{self.phase}: {self.where}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
+        )
+
+
+def read_dump(path: Path) -> dict[str, Any]:
+    """What a dump holds; see ``bad_steps.write_dump``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a dump.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; bad_step_<step>/rank_<rank>.pt in a run folder is one")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not the dump of a bad step, or is cut short")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{path} is not the dump of a bad step: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("format") != DUMP_FORMAT:
+        raise ValueError(f"{path} is not the dump of a bad step: its format is not {DUMP_FORMAT!r}")
+    return content
+
+
+def masks_of(dump: dict[str, Any]) -> MaskBatch:
+    """The masks of a dump."""
+    held = dump["masks"]
+    context, targets = (
+        PatchSets(held[name]["index"], held[name]["image"], held[name]["lengths"]) for name in ("context", "targets")
+    )
+    return MaskBatch(context, targets, tuple(held["grid"]), held["context_of"])
+
+
+def weights_before(
+    dump: dict[str, Any], folder: Path, device: torch.device, *, again: bool, say: Callable[[str], None]
+) -> JEPA:
+    """The model as it was before the step, in training mode.
+
+    Args:
+        dump: of the step.
+        folder: of the run, with its checkpoints.
+        device: where it goes.
+        again: do the steps since the last checkpoint again; otherwise the checkpoint's weights are taken as they are.
+        say: gets lines for people.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of another run.
+        ValueError: the steps cannot be done again: no data.
+    """
+    step = int(dump["step"])
+    earlier = [path for path in checkpoints(folder) if (step_of(path) or 0) <= step]
+    latest = earlier[-1] if earlier else None
+    first = 0 if latest is None else step_of(latest) or 0
+    source = "the first weights, from the seed" if latest is None else f"{folder.name}/{latest.name}"
+    config = config_from_dict(dump["config"])
+    if not again or first == step:
+        say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
+        torch.manual_seed(config.train.seed)
+        jepa = build_recipe(config).to(device).train()
+        if latest is not None:
+            checkpoint = load_checkpoint(latest)
+            check_resumable(checkpoint, config.to_dict(), dump["data"])
+            restore(checkpoint, jepa)
+        return jepa
+    say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
+    run = build_run(config, World(), device)
+    if latest is not None:
+        resume_run(run, latest)
+    for number, batch in run.loader.batches(first):
+        if number == step:
+            break
+        _one_step(run, number, batch.to(device))
+    return run.jepa
+
+
+def _rounding(dump: dict[str, Any]) -> str:
+    return f" (by one process, within rounding of the {dump['world_size']})" if dump["world_size"] > 1 else ""
+
+
+def _one_step(run: Run, step: int, batch: Any) -> None:
+    seed_torch(run.config.train.seed, step, 0)
+    train_step(
+        run.jepa,
+        run.optimizer,
+        run.schedule(step),
+        normalize(batch.images, run.config.data.mean, run.config.data.std),
+        batch.masks,
+        forward=run.forward,
+        autocast=autocast_of(run.config.train.precision, run.device),
+        clip_grad=run.config.optim.clip_grad,
+    )
+
+
+def autocast_of(precision: str, device: torch.device) -> Any:
+    """What makes the context of a forward pass."""
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+
+
+def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:
+    """Runs the batch forward and, where the loss is finite, backward.
+
+    Returns:
+        the first place in each phase where numbers are not finite, in the order in which they arise.
+    """
+    config = config_from_dict(dump["config"])
+    masks = masks_of(dump).to(device)
+    images = normalize(dump["images"].to(device), config.data.mean, config.data.std)
+    found = [f for f in [look("images", "after normalisation", images)] if f]
+    weights = (look("weights", name, value) for name, value in jepa.state_dict().items())
+    found += [f for f in weights if f][:1]
+    seed_torch(config.train.seed, int(dump["step"]), int(dump["rank"]))
+    forward: list[Finding] = []
+    backward: list[Finding] = []
+    handles = [
+        module.register_forward_hook(_hook(f"{name or 'jepa'} [{type(module).__name__}]", forward, backward))
+        for name, module in jepa.named_modules()
+    ]
+    try:
+        with autocast_of(config.train.precision, device)():
+            out = jepa(images, masks)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found += forward[:1]
+    losses = (look("loss", name, value) for name, value in [*out.terms.items(), ("sum of all terms", out.loss)])
+    found += [f for f in losses if f][:1]
+    if not torch.isfinite(out.loss):
+        return found
+    for name, parameter in jepa.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(partial(_note, f"gradient of {name}", backward))
+    out.loss.backward()
+    return found + backward[:1]
+
+
+def _hook(name: str, forward: list[Finding], backward: list[Finding]) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tensors(output):
+            if finding := look("forward", f"output of {name}", tensor):
+                forward.append(finding)
+            if tensor.requires_grad:
+                tensor.register_hook(partial(_note, f"gradient of the output of {name}", backward))
+
+    return hook
+
+
+def _note(where: str, found: list[Finding], gradient: Tensor) -> None:
+    if finding := look("backward", where, gradient):
+        found.append(finding)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in an output: alone, in tuples, lists or dataclasses."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from tensors(inner)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def look(phase: str, where: str, value: Tensor) -> Finding | None:
+    """What is not finite in a tensor, or None."""
+    finite = torch.isfinite(value.detach())
+    if bool(finite.all()):
+        return None
+    first = value.detach()[~finite].flatten()[0].item()
+    return Finding(phase, where, int((~finite).sum()), value.numel(), str(first))

@@ -1,0 +1,154 @@
+"""SIGTERM and SIGUSR1: the run ends after a step that all ranks agree on, and can be gone on with.
+
+The first signal, of either kind, on any rank, asks for the end; the run finishes its step, writes a checkpoint and
+leaves with the status ``EX_TEMPFAIL`` (75), on which a scheduler can put it into its queue again. The second ends the
+process at once, as if nothing were here. Within ``SAME`` seconds of the first it is taken for the same one: Slurm
+signals every process of a step, and torchrun passes on what it gets itself.
+
+How ranks agree: every ``EVERY`` steps they start to send one another, over gloo and beside the steps, one number (0:
+go on, 1: stop, 2: something of this rank's failed), and look at the largest ``EVERY`` steps later. So all see the
+same at the same step, at most ``2 * EVERY`` steps after the signal, and no step waits for it.
+
+torchrun itself ends at SIGUSR1 unless it is started with ``--signals-to-handle
+SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (torch 2.13 has it); it kills its processes 30 seconds after it has passed a
+signal on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jepa_kit.engine.distributed import joined
+
+EX_TEMPFAIL = 75
+"""sysexits.h: a failure that will not be one later."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME = 2.0
+EVERY = 4
+
+
+class Answer(IntEnum):
+    """What all ranks do next: the most urgent of what each has to say."""
+
+    GO_ON = 0
+    STOP = 1
+    FAILED = 2
+
+
+class Preempted(Exception):
+    """A run that was asked to end, and whose checkpoint is written.
+
+    Args:
+        number: the signal that this process got, or None where another rank got it.
+    """
+
+    def __init__(self, number: int | None) -> None:
+        self.number = number
+        by = signal.Signals(number).name if number is not None else "a signal to another rank"
+        super().__init__(f"stopped by {by}; the checkpoint is written, and --resume goes on from it")
+
+
+class Signals:
+    """Listens to ``SIGNALS`` inside its ``with``, in the main thread.
+
+    Attributes:
+        number: the first signal, or None so far.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.time = 0.0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        self.before = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        if self.number is None:
+            self.number, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+class Agreement:
+    """What the ranks have to tell one another, without waiting for it in each step.
+
+    Args:
+        every: steps between a question and its answer; all ranks have the same. One process has its answer at once.
+    """
+
+    def __init__(self, every: int = EVERY) -> None:
+        self.every = every
+        self.group: Any = dist.new_group(backend="gloo") if joined() else None
+        self.work: Any = None
+        self.numbers = torch.zeros(1, dtype=torch.int64)
+
+    def ask(self, step: int, failed: bool, stop: bool) -> Answer:
+        """To be called by all ranks after each step.
+
+        Args:
+            step: the same on all ranks.
+            failed: something of this rank's failed, and it raises its error as soon as all ranks know.
+            stop: this rank got a signal.
+
+        Returns:
+            the same on all ranks; GO_ON where there is no answer yet.
+        """
+        own = Answer.FAILED if failed else Answer.STOP if stop else Answer.GO_ON
+        if self.group is None:
+            return own
+        if step % self.every:
+            return Answer.GO_ON
+        answer = self.answer()
+        if answer is Answer.GO_ON:
+            self.numbers.fill_(own)
+            self.work = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return answer
+
+    def answer(self) -> Answer:
+        """Waits for the answer to the last question, all ranks together; GO_ON where none is open."""
+        if self.work is None:
+            return Answer.GO_ON
+        self.work.wait()
+        self.work = None
+        return Answer(int(self.numbers))
+
+
+def requeue(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Has Slurm put this job into its queue again; to be called on one rank, when the checkpoint is written.
+
+    Returns:
+        what was done, for people; None outside of Slurm.
+
+    Raises:
+        RuntimeError: ``scontrol`` refused, or is not here.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"job {job} was not put into Slurm's queue again: there is no scontrol here") from error
+    if done.returncode:
+        raise RuntimeError(f"job {job} was not put into Slurm's queue again: {done.stderr.strip() or done.returncode}")
+    return f"job {job} is in Slurm's queue again"

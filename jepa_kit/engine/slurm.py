@@ -1,0 +1,83 @@
+"""What Slurm tells a task about itself, in torchrun's words, and the times that Slurm understands.
+
+Under ``srun`` each task is one process of a run. Slurm's variables say who it is; torch.distributed wants torchrun's
+names for them. The tasks meet at the first node of the step, at a port that is a function of the job's number, unless
+MASTER_ADDR and MASTER_PORT are given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+PORTS = range(15000, 32000)
+"""Below those that Linux gives out by itself (32768 and up)."""
+
+
+def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of ``srun``; nothing for one alone.
+
+    Raises:
+        ValueError: a job of several tasks whose script runs this process without ``srun``, so that it would be alone,
+            or a variable of Slurm's that is missing or no number.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environ:
+        tasks = environ.get("SLURM_NTASKS", "1")
+        if "SLURM_PROCID" in environ and tasks != "1":  # in a batch script, and not in a shell of salloc
+            raise ValueError(
+                f"Slurm's job has {tasks} tasks (SLURM_NTASKS), but this process was started without srun and would "
+                "train alone: put srun before the command, or ask for one task"
+            )
+        return {}
+    size = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if size == 1:
+        return {}
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
+    if not nodes and "MASTER_ADDR" not in environ:
+        raise ValueError("SLURM_STEP_NODELIST (='') must name the nodes of this step, or MASTER_ADDR the first of them")
+    return {
+        "RANK": str(_number(environ, "SLURM_PROCID")),
+        "LOCAL_RANK": str(_number(environ, "SLURM_LOCALID")),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(PORTS[(7 * job + step) % len(PORTS)]),
+    }
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    if not value.isdigit():
+        raise ValueError(f"{name} (={value!r}) must be a whole number: Slurm sets it for each task of srun")
+    return int(value)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of Slurm's list: ``gpu[003-007,012],cpu1`` -> ``gpu003``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"nodes (={nodes!r}) must be a list of hosts as Slurm writes it")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
+
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<rest>\d+(?::\d+){0,2})|(?P<short>\d+(?::\d+){0,2}))")
+
+
+def minutes(time: str) -> int:
+    """Minutes, rounded up, of a time as Slurm writes it: 90, 90:00, 1:30:00, 3-0, 3-12:30, 3-12:30:00.
+
+    Raises:
+        ValueError: another form, or no time at all.
+    """
+    match = _TIME.fullmatch(time)
+    seconds = 0
+    if match and match["rest"] is not None:  # days-hours[:minutes[:seconds]]
+        numbers = [*map(int, match["rest"].split(":")), 0, 0][:3]
+        seconds = int(match["days"]) * 86400 + numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    elif match:  # minutes, minutes:seconds or hours:minutes:seconds
+        numbers = list(map(int, match["short"].split(":")))
+        numbers = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
+        seconds = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    if seconds <= 0:
+        raise ValueError(f"time (={time!r}) must be minutes, hours:minutes:seconds or days-hours:minutes, above 0")
+    return -(-seconds // 60)

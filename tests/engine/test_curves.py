@@ -1,0 +1,59 @@
+from PIL import Image
+
+from jepa_kit.engine.curves import plot_curves
+from jepa_kit.engine.telemetry import Journal
+
+
+def line(step, **more):
+    return {
+        "step": step,
+        "epoch": 0,
+        "samples": 8 * (step + 1),
+        "loss": 0.5,
+        "loss/l2": 0.2,
+        "loss/l1": 0.3,
+        "lr": 1e-3 * step,
+        "weight_decay": 0.04,
+        "momentum": 0.996,
+        "grad_norm": 1.5,
+        "images_per_second": 16.0,
+        "share_of_peak": 0.25,
+        "data_wait": 0.25,
+        "peak_memory_gib": 2.0,
+        "data/skipped": 0.0,
+        **more,
+    }
+
+
+def draw(folder, lines):
+    with Journal(folder, first_step=0, steps=9, bar=False) as journal:
+        for each in lines:
+            journal.write(each)
+    path = plot_curves(folder)
+    assert path == folder / "curves.png"
+    with Image.open(path) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+        return picture.size
+
+
+def test_nothing_to_draw(tmp_path):
+    assert plot_curves(tmp_path) is None
+
+
+def test_a_row_for_each_four_values(tmp_path):
+    """1200 pixels wide; 340 high for the loss and 190 for each row of four."""
+    size = draw(tmp_path, [line(step) for step in range(3)])
+    assert size == (1200, 340 + 2 * 190)
+
+
+def test_what_hooks_gave_has_panels_of_its_own(tmp_path):
+    values = {f"online/{name}": 0.5 for name in "abcde"}
+    size = draw(tmp_path, [line(0), line(1, **values), line(2)])
+    assert size == (1200, 340 + 4 * 190)
+
+
+def test_lines_of_an_older_version_lack_values(tmp_path):
+    old = {key: value for key, value in line(0).items() if key in ("step", "epoch", "samples", "loss", "lr")}
+    left_out = {"step": 2, "epoch": 0, "samples": 24, "online/knn": 5.0}
+    assert draw(tmp_path, [old | {"momentum": 1.0, "images_per_second": 1.0, "data_wait": 0.0}, line(1), left_out])
+    assert plot_curves(tmp_path)

@@ -1,0 +1,132 @@
+"""Two and four gloo processes, DDP and FSDP2, whole batches and parts: the numbers of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import parallel_cases
+import pytest
+import torch
+from parallel_cases import SAVED, Training, batch, close, make, same_state
+
+from jepa_kit.engine.build import build_run
+from jepa_kit.engine.distributed import World
+from jepa_kit.engine.loop import train
+from jepa_kit.engine.parallel import Accumulated, parallelize
+from jepa_kit.engine.shard_files import layout, load_sharded, read_full
+from jepa_kit.engine.telemetry import read_metrics
+from jepa_kit.maskers import RELEASED, MultiBlock
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def run_cases(argument):
+    command = [sys.executable, parallel_cases.__file__, str(argument)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.integration
+def test_two_and_four_processes_train_as_one(tmp_path):
+    run_cases(tmp_path)
+    for folder in (tmp_path / "two", tmp_path / "four"):  # read by one process, which was never told of the others
+        whole = torch.load(folder / "whole.pt", weights_only=True)
+        same_state(read_full(folder / "shards"), whole, folder.name, atol=0)
+        assert {name: value.shape for name, value in layout(folder / "shards")[0].items()} == {
+            name: value.shape for name, value in whole[0].items()
+        }
+        again = Training(jepa=make(seed=1))
+        load_sharded(folder / "shards", again.jepa, again.optimizer)
+        close(again.steps(SAVED), Training().steps()[SAVED:], f"one process, shards of {folder.name}")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_two_processes_compiled_and_in_bf16():
+    run_cases("rest")
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_add_up_to_the_batch(parts):
+    """Ragged masks, and parts that are not equal."""
+    wanted, found = Training(), Training(World(), accumulate=parts)
+    close(found.steps(), wanted.steps(), f"{parts} parts")
+    same_state((found.jepa.state_dict(), {}), (wanted.jepa.state_dict(), {}), f"{parts} parts")
+
+
+def test_parts_have_the_masks_of_the_batch():
+    """The released truncation cuts to the shortest of the batch, which a part would not know."""
+    options = {**RELEASED, "min_keep": 4, "min_keep_target": 1}
+    masks = MultiBlock(grid=(8, 8), **options)(np.arange(6), seed=0, epoch=0, step=0)
+    parts = masks.split([0, 1, 4, 6])
+    assert [len(part.context) for part in parts] == [1, 3, 2]
+    assert {length for part in parts for length in part.context.lengths} == set(masks.context.lengths)
+
+
+def test_the_loss_of_parts_has_the_value_of_the_whole_without_gradients_too():
+    jepa = make()
+    images, masks = batch(0, World())
+    with torch.no_grad():
+        out = Accumulated(jepa, 2)(images, masks)
+        wanted = jepa(images, masks)
+    close(out.loss, wanted.loss, "loss")
+    close(out.terms, wanted.terms, "terms")
+    assert all(p.grad is None for p in jepa.parameters())
+
+
+def test_one_process_is_itself():
+    jepa = make()
+    assert parallelize(jepa, CPU) is parallelize(jepa, CPU, "none") is jepa
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulate", "message"),
+    [
+        (
+            "ddp",
+            1,
+            r"train.parallel \(='ddp'\) needs several processes \(torchrun .*\), and this is one: 'auto' fits both",
+        ),
+        ("fsdp", 1, r"train.parallel \(='fsdp'\) needs several processes"),
+        ("auto", 0, r"accumulate \(=0\) must be at least 1"),
+    ],
+)
+def test_what_one_process_cannot_do(mode, accumulate, message):
+    with pytest.raises(ValueError, match=message):
+        parallelize(make(), CPU, mode, accumulate)
+
+
+def test_several_processes_cannot_train_apart(monkeypatch):
+    monkeypatch.setattr("jepa_kit.engine.parallel.joined", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match=r"train.parallel \(='none'\) would train 3 copies apart from one another"):
+        parallelize(make(), CPU, "none")
+
+
+def test_more_parts_than_images():
+    with pytest.raises(ValueError, match=r"accumulate \(=9\) must be at most the 8 images of a rank's batch"):
+        Accumulated(make(), 9)(*batch(0, World()))
+
+
+@pytest.mark.parametrize("name", ["train.accumulate=2", "train.activation_checkpointing=true"])
+def test_options_of_a_run_change_no_number(tiny, tmp_path, name):
+    still = ("encoder.drop_path=0.0", "train.epochs=1", "optim.warmup_epochs=0", "train.checkpoint_every=3")
+    plain, other = (
+        read_metrics(train(tiny(*still, f"train.output_dir={tmp_path / str(k)}", *options)))
+        for k, options in enumerate(((), (name,)))
+    )
+    for line, wanted in zip(other, plain, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=0, abs=1e-6)
+
+
+def test_a_batch_that_parts_cannot_share(tiny):
+    message = (
+        r"train.batch_size \(=4\) must be divisible by the number of processes \(=1\) times train.accumulate \(=3\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_run(tiny("train.accumulate=3"), World(), CPU)

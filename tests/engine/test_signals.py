@@ -1,0 +1,141 @@
+"""SIGTERM and SIGUSR1: a run ends after a step, with a checkpoint, and goes on as if it had not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jepa_kit.engine import loop
+from jepa_kit.engine.checkpoint import checkpoints
+from jepa_kit.engine.loop import train
+from jepa_kit.engine.signals import EX_TEMPFAIL, Agreement, Answer, Preempted, Signals, requeue
+from jepa_kit.engine.telemetry import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Sends this process a signal in a step."""
+
+    def arm(number, at):
+        count = iter(range(1000))
+        plain = loop.train_step
+
+        def train_step(*args, **kwargs):
+            if next(count) == at:
+                os.kill(os.getpid(), number)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(loop, "train_step", train_step)
+
+    return arm
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_its_step(tiny, signalled, number, tmp_path, capsys):
+    before = signal.getsignal(number)
+    signalled(number, 1)
+    config = tiny()
+    folder = Path(config.train.output_dir)
+    with pytest.raises(
+        Preempted, match=f"stopped by {number.name}; the checkpoint is written, and --resume goes"
+    ) as stopped:
+        train(config)
+    assert stopped.value.number == number
+    assert signal.getsignal(number) == before
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000002.pt"]
+    assert f"stopped: {folder}\n" in capsys.readouterr().out
+    train(config, resume=True)
+    whole = train(tiny(f"train.output_dir={tmp_path / 'whole'}"))
+    assert [line["loss"] for line in read_metrics(folder)] == [line["loss"] for line in read_metrics(whole)]
+
+
+def test_a_signal_in_the_last_step_ends_nothing(tiny, signalled):
+    signalled(signal.SIGTERM, 5)
+    assert checkpoints(train(tiny()))[-1].name == "checkpoint_00000006.pt"
+
+
+def test_the_second_signal_ends_the_process():
+    script = (
+        "import os, signal, sys, time\n"
+        "from jepa_kit.engine import signals\n"
+        "signals.SAME = float(sys.argv[1])\n"
+        "with signals.Signals() as heard:\n"
+        "    for number in (signal.SIGUSR1, signal.SIGTERM):\n"
+        "        os.kill(os.getpid(), number)\n"
+        "        time.sleep(0.05)\n"
+        "    print(heard.number == signal.SIGUSR1)\n"
+    )
+    for same, status in ((0.0, -signal.SIGTERM), (60.0, 0)):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(same)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stdout == ("" if status else "True\n")
+
+
+def test_no_signal():
+    with Signals() as signals:
+        time.sleep(0.0)
+    assert signals.number is None
+
+
+def test_one_process_agrees_with_itself_at_once():
+    agreement = Agreement()
+    assert agreement.ask(1, False, False) is Answer.GO_ON
+    assert agreement.ask(1, False, True) is Answer.STOP
+    assert agreement.ask(1, True, True) is Answer.FAILED
+    assert agreement.answer() is Answer.GO_ON
+
+
+def test_requeue(tmp_path, monkeypatch):
+    assert requeue({}) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="job 7 was not put into Slurm's queue again: there is no scontrol here"):
+        requeue({"SLURM_JOB_ID": "7"})
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" > ' + str(tmp_path / "called") + "\n")
+    scontrol.chmod(0o755)
+    assert requeue({"SLURM_JOB_ID": "7"}) == "job 7 is in Slurm's queue again"
+    assert (tmp_path / "called").read_text() == "requeue 7\n"
+    scontrol.write_text("#!/bin/sh\necho 'Invalid job id' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="job 7 was not put into Slurm's queue again: Invalid job id"):
+        requeue({"SLURM_JOB_ID": "7"})
+
+
+def test_the_status_is_documented():
+    assert EX_TEMPFAIL == os.EX_TEMPFAIL == 75
+
+
+@pytest.mark.integration
+def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from jepa_kit.config import load_config\n"
+        "from jepa_kit.engine import loop\n"
+        "plain, calls = loop.train_step, []\n"
+        "def train_step(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and loop.read_environment().rank == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return plain(*args, **kwargs)\n"
+        "loop.train_step = train_step\n"
+        "try:\n"
+        "    loop.train(load_config(sys.argv[1]))\n"
+        "except loop.Preempted as stopped:\n"
+        "    print('STOPPED', len(calls), stopped, flush=True)\n"
+    )
+    config = tiny("train.epochs=8")
+    config.save(tmp_path)
+    printed = torchrun(2, script, tmp_path / "config.yaml").stdout
+    assert printed.count("STOPPED 9 stopped by ") == 2  # asked at step 4, answered at step 8
+    assert "STOPPED 9 stopped by SIGTERM; " in printed
+    assert "STOPPED 9 stopped by a signal to another rank; " in printed
+    assert checkpoints(Path(config.train.output_dir))[-1].name == "checkpoint_00000009.pt"

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Plans a run before it is started: parameters, FLOP, memory, steps, data, network and GPU hours, by formula.
+
+examples:
+  # ViT-H/14 on 16 A100, at 40 % of their peak
+  python tools/plan_run.py --config-file projects/ijepa/configs/released_in1k_vith14.yaml --gpus 16 --device a100
+
+  # several numbers of GPUs, in a table
+  python tools/plan_run.py --config-file projects/ijepa/configs/in1k_vitl16.yaml --gpus 8,64,512 --device h200 \\
+      --peak-share 0.5
+
+  # what share of the peak a known number of GPU hours means
+  python tools/plan_run.py --config-file projects/ijepa/configs/released_in1k_vith14.yaml --gpus 16 --device a100 \\
+      --gpu-hours 1152
+
+  # for programs; with another batch
+  python tools/plan_run.py --config-file FILE --gpus 32 --device h100 --json train.batch_size=4096
+
+The formulas are in jepa_kit/engine/flops.py and memory.py, with what they leave out; docs/clusters.md says how well
+they hold. Peaks are the makers' (dense bf16). Exit status: 0, or 2 for a mistake in the config or the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("jepa_kit") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jepa_kit.config import Config, load_config
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.engine.devices import DEVICES
+from jepa_kit.engine.flops import FORMULA
+from jepa_kit.engine.planner import Assumptions, Plan, describe, plan_run, table
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k."""
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
+    p = argparse.ArgumentParser(
+        prog="plan_run.py",
+        description=description,
+        epilog="examples:" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint")
+    p.add_argument("--gpus", required=True, metavar="N[,N...]", help="devices, 1 to 4096; several make a table")
+    p.add_argument("--device", required=True, choices=sorted(DEVICES), help="which")
+    p.add_argument(
+        "--peak-share", type=float, default=0.4, metavar="SHARE", help="of the published peak that is reached (0.4)"
+    )
+    p.add_argument(
+        "--gpu-hours", type=float, metavar="H", help="of a run that was made: says what share of the peak that is"
+    )
+    p.add_argument(
+        "--samples", type=int, metavar="N", help=f"images of the data set (those of data.shards; else {IMAGENET:,})"
+    )
+    p.add_argument(
+        "--bytes-per-image", type=float, default=110e3, metavar="N", help="encoded (110000, ImageNet's mean)"
+    )
+    p.add_argument(
+        "--decode-ms", type=float, metavar="MS", help="time of one core for an image; tells the cores needed"
+    )
+    p.add_argument("--json", action="store_true", help="plain JSON")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
+    return p
+
+
+def numbers(text: str) -> list[int]:
+    """'8,64' -> [8, 64].
+
+    Raises:
+        ValueError: no numbers from 1 to 4096.
+    """
+    parts = text.split(",")
+    if not all(part.isdigit() and 1 <= int(part) <= 4096 for part in parts):
+        raise ValueError(f"--gpus (={text!r}) must be numbers from 1 to 4096, such as 8 or 8,64,512")
+    return [int(part) for part in parts]
+
+
+def samples_of(config: Config, given: int | None) -> int:
+    """Images of the data set: as given, those of the config's shards, or ImageNet's where it has none."""
+    if given is not None:
+        return given
+    return IMAGENET if config.data.shards is None else len(ShardDataset(config.data.shards))
+
+
+def implied_share(plan: Plan, given: Assumptions, gpu_hours: float) -> float:
+    """The share of the published peak at which the run takes so many GPU hours."""
+    return plan.workload.flop / (gpu_hours * 3600 * given.device.bf16_tflops * 1e12)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_intermixed_args(argv)
+    try:
+        gpus = numbers(arguments.gpus)
+        if arguments.gpu_hours is not None and arguments.gpu_hours <= 0:
+            raise ValueError(f"--gpu-hours (={arguments.gpu_hours}) must be above 0")
+        config = load_config(arguments.config_file, arguments.overrides)
+        given = Assumptions(
+            device=DEVICES[arguments.device],
+            peak_share=arguments.peak_share,
+            samples=samples_of(config, arguments.samples),
+            bytes_per_image=arguments.bytes_per_image,
+            decode_ms=arguments.decode_ms,
+        )
+        plans = plan_run(config, gpus, given)
+    except (ValueError, OSError) as error:
+        print(f"plan_run.py: {error}", file=sys.stderr)
+        return 2
+    share = None if arguments.gpu_hours is None else implied_share(plans[0], given, arguments.gpu_hours)
+    if arguments.json:
+        found = {"assumptions": asdict(given), "formula": FORMULA, "plans": [plan.to_dict() for plan in plans]}
+        print(json.dumps(found | ({} if share is None else {"implied_share_of_peak": share}), indent=1))
+        return 0
+    print(describe(plans[0], given) if len(plans) == 1 else table(plans))
+    if share is not None:
+        print(f"{arguments.gpu_hours:,.0f} GPU hours would be {share:.1%} of the published peak")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
