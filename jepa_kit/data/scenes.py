@@ -12,7 +12,7 @@ Each block of 384 consecutive scenes holds each combination of the three labels 
 range of indices is balanced, and the labels are independent. A scene is a pure function of (seed, index).
 
 Things of a kind stand together, as in photographs: a solid has the shape, the pattern and about the colours of the
-nearest one, with a chance of 0.85 each, and solids keep some distance from one another. So what is hidden can be guessed
+nearest one, with a chance of 0.85 each, and solids keep some distance from one another. So what is hidden can be told
 from what is seen; where every solid is unlike every other, there is nothing to predict but the room.
 
 What tells the distance: where a solid touches the floor, measured from the wall's foot (the camera's tilt
