@@ -47,18 +47,7 @@ from jepa_kit.data.shard_writing import Sample, write_index, write_shard
 from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.signals import EX_TEMPFAIL, Preempted
-from jepa_kit.engine.telemetry import METRICS, read_metrics
-
-CLOCK = {
-    "images_per_second",
-    "tokens_per_second",
-    "data_wait",
-    "tflops",
-    "share_of_peak",
-    "peak_memory_gib",
-    "gflop_per_image",
-}
-"""What a clock measured, or follows from it."""
+from jepa_kit.engine.telemetry import MEASURED, METRICS, read_metrics
 
 PATIENCE = 1800.0
 """Seconds that any phase may take to come."""
@@ -251,7 +240,7 @@ def plan(draw: random.Random, kills: int, signals: int, names: Sequence[str]) ->
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run without what a clock measured."""
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(folder)]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(folder)]
 
 
 def differences(whole: Path, stopped: Path) -> list[str]:

@@ -10,8 +10,8 @@ What a block keeps for its backward pass, for each token (attention by a fused k
     q, k, v; output of attention           4 * w D        and a sum for each head, 4 h
     before and after the GELU              2 * w F
 
-tests/engine/test_memory.py holds this against what torch saves. It is not all: kernels' workspaces, NCCL's buffers, the
-CUDA context and what the allocator cannot use come on top, some GB.
+tests/engine/test_memory_of_runs.py holds this against what torch saves. It is not all: kernels' workspaces, NCCL's
+buffers, the CUDA context and what the allocator cannot use come on top, some GB.
 """
 
 from __future__ import annotations

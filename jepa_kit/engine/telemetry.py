@@ -51,6 +51,18 @@ Record = dict[str, float]
 """A line of metrics.jsonl."""
 
 METRICS = "metrics.jsonl"
+MEASURED = frozenset(
+    (
+        "images_per_second",
+        "tokens_per_second",
+        "data_wait",
+        "tflops",
+        "share_of_peak",
+        "peak_memory_gib",
+        "gflop_per_image",
+    )
+)
+"""What was measured since the line before. Everything else of a line is the same in a run that goes on."""
 
 
 class Meter:

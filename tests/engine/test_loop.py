@@ -12,22 +12,12 @@ from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from jepa_kit.engine.distributed import World
 from jepa_kit.engine.loop import seed_torch, train
-from jepa_kit.engine.telemetry import read_metrics
-
-TIMES = {
-    "images_per_second",
-    "tokens_per_second",
-    "data_wait",
-    "tflops",
-    "share_of_peak",
-    "peak_memory_gib",
-    "gflop_per_image",
-}
+from jepa_kit.engine.telemetry import MEASURED, read_metrics
 
 
 def numbers(folder):
     """The lines of a run without what a clock measured."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(folder)]
 
 
 def train_until(config, step):

@@ -6,16 +6,14 @@ import torch
 from jepa_kit.engine.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.telemetry import read_metrics
+from jepa_kit.engine.telemetry import MEASURED, read_metrics
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.recipe import build_recipe
 
-TIMES = {"images_per_second", "tokens_per_second", "data_wait"}
-
 
 def numbers(folder):
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(folder)]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(folder)]
 
 
 def assert_same_weights(first, second):

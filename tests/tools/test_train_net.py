@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,8 +123,7 @@ def test_a_released_checkpoint_to_go_on_from(tool, command, refused, tmp_path, c
     assert tool.main(command) == 0
     run = tmp_path / "run"
     convert(run / "checkpoint_00000002.pt", tmp_path / "epoch1.pth.tar", to="official")
-    for file in run.iterdir():
-        file.unlink()
+    shutil.rmtree(run)
     assert tool.main([*command, "--resume", str(tmp_path / "epoch1.pth.tar")]) == 0
     assert [line["step"] for line in read_metrics(run)] == [2, 3]
     assert "after 1 epochs, step 2" in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_a_checkpoint_cut_short(tool, refused, command, tmp_path):
 
 
 def test_a_run_that_diverges(refused, command):
-    assert "the run has diverged" in refused(1, *command, "optim.lr=1e30")
+    assert "the loss is nan at step 1 (lr 5e+29" in refused(1, *command, "optim.lr=1e30")
 
 
 def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
