@@ -132,7 +132,7 @@ STEP = """
 import sys
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-from test_memory import config, make
+from test_memory_of_runs import config, make
 from jepa_kit.engine.memory import training_memory
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
