@@ -156,10 +156,8 @@ def resume_run(run: Run, path: Path) -> Start:
         load_sharded(path, run.jepa, run.optimizer)
     else:
         restore(checkpoint, run.jepa, run.optimizer)
-    aside = from_main(lambda: [later.name for later in set_aside(path.parent, path)])
-    lines = [f"resumed at step {checkpoint.step:,}"] + [f"set aside: {name}" for name in aside]
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin}
-    return Start(checkpoint.step, origin, lines)
+    return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
 
 
 def start_from(run: Run, latest: Path | None, resume_from: str | None = None) -> Start:
@@ -170,7 +168,9 @@ def start_from(run: Run, latest: Path | None, resume_from: str | None = None) ->
         FileNotFoundError: there is no such file.
     """
     if latest is not None:
-        return resume_run(run, latest)
+        start = resume_run(run, latest)
+        aside = from_main(lambda: [later.name for later in set_aside(latest.parent, latest)])
+        return start._replace(lines=[*start.lines, *(f"set aside: {name}" for name in aside)])
     if resume_from is not None:
         start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)
         if start.step >= run.schedule.steps:

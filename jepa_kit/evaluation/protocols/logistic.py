@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -120,11 +120,13 @@ class Logistic:
         if len(found) == 1:
             return replace(found[0], variant=variant)
         accuracies = [one.accuracy for one in found]
+        chosen_by: list[Any] = [one.validation for one in found]
         return replace(
             found[0],
             variant=variant,
             accuracy=float(np.mean(accuracies)),
-            validation=float(np.mean([one.validation for one in found])),
+            # nothing is held out, in any draw, where there is one setting
+            validation=None if None in chosen_by else float(np.mean(chosen_by)),
             standard_error=float(np.std(accuracies, ddof=1)),
             settings={"accuracies": accuracies, "draws": [one.settings for one in found]},
             predictions=np.empty(0, np.int64),
