@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,7 @@ from PIL import Image
 from jepa_kit.data.transforms import Window, crop_box
 from jepa_kit.data.transforms.decoders import torch_resample
 
-try:
-    import cv2
-except ImportError:
-    cv2 = None  # type: ignore[assignment]
+cv2: Any = import_module("cv2") if find_spec("cv2") else None
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
