@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Every protocol on any number of runs, and one table of them: dev/measure_protocols.sh OUT TRAIN_SHARDS TEST_SHARDS RUN...
+# The protocols on any number of runs, and one table of them: dev/measure_protocols.sh OUT TRAIN_SHARDS TEST_SHARDS RUN...
 #
 # OUT gets a folder for each run with its results, `features` (kept, so that a second call extracts nothing), and
 # comparison.md, .csv and .png. Raw pixels are evaluated beside the first run alone: they are the same for all.
-# FINETUNE_LABEL names the label of the fine-tuning (empty: none), FINETUNE its options, PROTOCOLS replaces the others.
+# FINETUNE_LABEL names the label of the fine-tuning (empty: none), FINETUNE its options, PROTOCOLS replaces the others,
+# BASELINES those of the first run (untrained,pixels), PYTHON the interpreter.
 set -euo pipefail
 python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/.." && pwd)
-[ $# -ge 4 ] || { sed -n 2,6p "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n 2,7p "$0" >&2; exit 2; }
 out=$1 train=$2 test=$3
 shift 3
 protocols=${PROTOCOLS:-'knn,linear,count,distance,attentive,{name: dense, most: 1},{name: logistic, subsets: [1%, 10%, all]}'}

@@ -8,6 +8,7 @@ masks themselves. ``generator`` is numpy's, for draws that belong to an epoch an
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,7 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     """
     ones = (1,) * (counter.ndim - 1)
     multipliers = _MULTIPLIERS.reshape(2, *ones)
-    words = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
-    keys = ((words + _ROUND * _WEYL) & _LOW).reshape(10, 2, *ones)
+    keys = _round_keys(key).reshape(10, 2, *ones)
     # Two words at a time: the even ones as (2, 0), the odd ones as (1, 3), which is how a round pairs them.
     even, odd = counter[2::-2], counter[1::2]
     for k in keys:
@@ -66,6 +66,14 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     out = np.empty_like(counter)
     out[2::-2], out[1::2] = even, odd
     return out
+
+
+@lru_cache(maxsize=64)
+def _round_keys(key: int) -> NDArray[np.uint64]:
+    """[10, 2]: the two words of the key in each round."""
+    words = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
+    keys: NDArray[np.uint64] = (words + _ROUND * _WEYL) & _LOW
+    return keys
 
 
 def uniforms(stream: Stream, samples: IntArray, count: int, *, seed: int, epoch: int, attempt: int = 0) -> FloatArray:

@@ -6,7 +6,7 @@ examples:
   # shards; training shards as in its config, test shards from the folder `val` (or `test`) beside them
   python tools/eval_net.py --checkpoint output/quickstart/run --protocol logistic,knn
 
-  # what protocols there are, with their options
+  # what protocols there are: their options with defaults, and an example of each
   python tools/eval_net.py --list
 
   # other shards, both encoders, results as JSON; features are kept for the next call
@@ -17,6 +17,14 @@ examples:
   python tools/eval_net.py --checkpoint runs/first --protocol '{name: logistic, subsets: [1%, 10/class]}' \\
       --baselines none train.device=cpu train.precision=float32
 
+  # the encoder itself trained on with a tenth of the labels; segmentation, of shards that carry masks
+  python tools/eval_net.py --checkpoint runs/first --protocol '{name: finetune, epochs: 20, subset: 10%}' --label class
+  python tools/eval_net.py --checkpoint runs/first --protocol dense --train-shards shards/masked/train
+
+  # shards of another machine, kept in a folder (docs/data.md); a faster decoder
+  python tools/eval_net.py --checkpoint runs/first --protocol linear --train-shards https://host/in1k-train \\
+      --test-shards https://host/in1k-val data.cache=/scratch/shards data.decoder=fast
+
   # a network that was never trained, and raw pixels
   python tools/eval_net.py --config-file projects/ijepa/configs/quickstart.yaml --protocol knn \\
       --train-shards output/quickstart/shards/train
@@ -26,8 +34,10 @@ examples:
 
 Settings of a protocol are chosen inside the training shards, never on the test shards. The paper evaluates the target
 encoder, mean over patch tokens, the better of the last layer and the last four (what `linear` chooses from).
+Images are read as the run's config says (data.image_size, decoder, max_pixels, cache, ...), as centre crops.
 Results go into the folder `evaluation` beside the checkpoint, or to --output; tools/compare.py reads them.
-Exit status: 0, or 2 for a mistake in the command, the checkpoint or the shards.
+Exit status: 0; 2 for a mistake in the command, the checkpoint or the shards; 1 where several processes could not join
+one another, or another one failed; 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -36,7 +46,9 @@ import argparse
 import hashlib
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +63,13 @@ if TYPE_CHECKING:
     from jepa_kit.data.shards import ShardDataset
     from jepa_kit.engine.distributed import World
     from jepa_kit.evaluation.features import LoadedRun
+    from jepa_kit.evaluation.protocols import Probe
+    from jepa_kit.evaluation.report import Row
 
-BESIDE = ("test", "val")
-"""Folders that hold test shards, looked for beside the training shards."""
+NAMES = "knn, logistic, linear, paper_linear, paper_transfer, count, distance, attentive, dense, finetune"
+"""The protocols of jepa_kit, for --help, which does not wait for their import."""
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the slowest: a question may take hours on one while the others have none left."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,12 +83,13 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, or a run folder (its latest)")
     what.add_argument("--config-file", metavar="FILE", help="a config, whose baselines alone are evaluated")
-    what.add_argument("--list", action="store_true", help="prints the protocols with their options")
+    what.add_argument("--list", action="store_true", help="prints the protocols with their options and examples")
     p.add_argument(
         "--protocol",
         action="append",
         metavar="NAME",
-        help="see --list; several with commas, or the option again; with options as '{name: knn, neighbours: [5]}'",
+        help=f"one of {NAMES} (see --list); several with commas, or the option again; with options of its own as "
+        "'{name: knn, neighbours: [5]}'",
     )
     p.add_argument("--encoder", choices=("target", "context", "both"), help="default: target, the paper's")
     p.add_argument(
@@ -82,9 +99,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--train-shards", metavar="DIR", help="what protocols learn from (default: data.shards of the run)")
     p.add_argument(
-        "--test-shards", metavar="DIR", help="what they are asked about (default: test or val beside --train-shards)"
+        "--test-shards", metavar="DIR", help="what they are asked about (default: test, else val, beside the former)"
     )
-    p.add_argument("--label", action="append", metavar="NAME", help="as --protocol; default: every label of the shards")
+    p.add_argument(
+        "--label",
+        action="append",
+        metavar="NAME",
+        help="of the shards; several with commas, or the option again (default: all)",
+    )
     p.add_argument(
         "--baselines", default="untrained,pixels", metavar="NAMES", help="untrained, pixels, both (default), or none"
     )
@@ -102,13 +124,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs the tool; returns the exit status, see the end of the module's text."""
     p = parser()
     arguments = p.parse_intermixed_args(argv)
     if not arguments.list and (not arguments.protocol or not (arguments.checkpoint or arguments.config_file)):
         p.error("the following arguments are required: --checkpoint (or --config-file), --protocol; or --list")
+    from jepa_kit.engine.distributed import PeerError, StartError  # here, so that --help does not wait for torch
+
     try:
         text = list_protocols() if arguments.list else run(arguments)
+    except (StartError, PeerError) as error:
+        print(f"eval_net.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"eval_net.py: {error}", file=sys.stderr)
         return 2
@@ -123,39 +150,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> str:
     """The table of an evaluation; writes its file. With several processes, all but the first give no text."""
     # here, so that --help does not wait for torch and scikit-learn
-    from jepa_kit.config import load_config
-    from jepa_kit.data.shards import ShardDataset
+    from jepa_kit.config import import_named, load_config
+    from jepa_kit.engine.build import open_together
     from jepa_kit.engine.distributed import choose_device, process_group, read_environment
-    from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.protocols import parse_specs
+    from jepa_kit.evaluation.features import latest_checkpoint, load_run
+    from jepa_kit.evaluation.protocols import build_protocols, parse_specs
+    from jepa_kit.evaluation.shard_choice import asked_shards, training_shards
 
     specs = parse_specs(arguments.protocol)
-    check_choices(arguments, specs)
-    loaded = load_run(arguments.checkpoint, arguments.overrides) if arguments.checkpoint else None
+    built = build_protocols(specs)
+    check_choices(arguments, built)
+    # once: a run that goes on may have a later one in a moment
+    import_named(arguments.overrides)
+    file = latest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
+    loaded = load_run(file, arguments.overrides) if file else None
     config = loaded.config if loaded else load_config(arguments.config_file, arguments.overrides)
-    train = ShardDataset(find_train_shards(arguments.train_shards, config.data.shards))
-    test = ShardDataset(find_test_shards(arguments.test_shards, train.path))
+    learned_from = training_shards(arguments.train_shards, config.data.shards)
+    asked = asked_shards(arguments.test_shards, learned_from)
     world = read_environment()
     device = choose_device(config.train.device, world)
-    with process_group(world, device):
-        return evaluated(arguments, specs, loaded, config, train, test, world, device)
+    with process_group(world, device, patience=PATIENCE):
+        train, test = open_together(config, learned_from), open_together(config, asked)
+        rows, checkpoint = evaluated(arguments, specs, file, loaded, config, train, test, world, device)
+        return written(arguments, rows, config, checkpoint, train, test, built) if world.is_main else ""
 
 
 def evaluated(
     arguments: argparse.Namespace,
     specs: list[Any],
+    file: Path | None,
     loaded: LoadedRun | None,
     config: Config,
     train: ShardDataset,
     test: ShardDataset,
     world: World,
     device: torch.device,
-) -> str:
-    """The table; the main process writes the file."""
-    from jepa_kit.evaluation.features import latest_checkpoint
+) -> tuple[list[Row], dict[str, Any] | None]:
+    """The rows, and what the file of results says of the checkpoint."""
+    from jepa_kit.engine.distributed import from_main
     from jepa_kit.evaluation.networks import ENCODERS, config_networks, run_networks, sha256
-    from jepa_kit.evaluation.report import evaluate, format_table
-    from jepa_kit.evaluation.results import config_results, write_results
+    from jepa_kit.evaluation.report import evaluate
     from jepa_kit.evaluation.store import FeatureStore
 
     about: dict[str, Any] = {
@@ -164,14 +198,14 @@ def evaluated(
         "device": device,
     }
     checkpoint = None
-    if loaded is None:
+    if loaded is None or file is None:
         networks = config_networks(config, **about)
     else:
-        file = latest_checkpoint(arguments.checkpoint)
-        checkpoint = {"file": str(file), "sha256": sha256(file), "step": loaded.step}
+        digest = from_main(lambda: sha256(file))
+        checkpoint = {"file": called(arguments.checkpoint, file), "sha256": digest, "step": loaded.step}
         chosen = arguments.encoder or "target"
         encoders = [which for which in ENCODERS if chosen in (which, "both")]
-        networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=sha256(file), **about)
+        networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
     rows = evaluate(
         networks,
         train,
@@ -185,96 +219,111 @@ def evaluated(
         num_workers=config.data.num_workers,
         mean=config.data.mean,
         std=config.data.std,
+        decoder=config.data.decoder,
+        max_pixels=config.data.max_pixels,
+        precision=config.train.precision,
         store=FeatureStore(arguments.features, world),
         device=device,
         world=world,
         progress=True,
     )
-    if not world.is_main:
-        return ""
-    content = config_results(
-        rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed
-    ) | {"protocols": [spec if isinstance(spec, str) else dict(spec) for spec in specs]}
-    output = arguments.output or (default_output(content) if checkpoint else None)
+    return rows, checkpoint
+
+
+def written(
+    arguments: argparse.Namespace,
+    rows: list[Row],
+    config: Config,
+    checkpoint: dict[str, Any] | None,
+    train: ShardDataset,
+    test: ShardDataset,
+    built: Sequence[tuple[str, dict[str, Any], Probe]],
+) -> str:
+    """The table; writes the file of results, with all options of the protocols."""
+    from jepa_kit.evaluation.report import format_table, plain_options
+    from jepa_kit.evaluation.results import config_results, write_results
+
+    content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
+    content["protocols"] = plain_options(built)
+    output = arguments.output or (default_output(arguments.checkpoint, content) if checkpoint else None)
     if output:
         write_results(content, output)
         print(f"results: {output}", file=sys.stderr)
     return format_table(rows)
 
 
-def check_choices(arguments: argparse.Namespace, specs: Sequence[Any]) -> None:
-    """Raises ValueError for an option that would do nothing."""
-    from jepa_kit.evaluation.protocols import build_protocols
+def check_choices(arguments: argparse.Namespace, built: Sequence[tuple[str, dict[str, Any], Probe]]) -> None:
+    """Raises ValueError for an option that would do nothing, and for one that lacks another."""
+    from jepa_kit.engine.remote import is_address
 
-    built = build_protocols(specs)
     if arguments.layers and not any(probe.takes_layers for _, _, probe in built):
         names = ", ".join(name for name, _, _ in built)
         raise ValueError(f"--layers (={arguments.layers!r}) would do nothing: {names} choose their layers themselves")
+    if arguments.label and all(probe.takes == "masks" or probe.label is not None for _, _, probe in built):
+        names = ", ".join(name for name, _, _ in built)
+        raise ValueError(f"--label (={','.join(arguments.label)!r}) would do nothing: of {names} none asks for labels")
+    if arguments.untrained_seed is not None and "untrained" not in split([arguments.baselines]):
+        raise ValueError(
+            f"--untrained-seed (={arguments.untrained_seed}) would do nothing: --baselines (={arguments.baselines!r}) "
+            "has no untrained network"
+        )
+    if arguments.checkpoint and is_address(arguments.checkpoint) and not arguments.output:
+        raise ValueError(f"--output must name a file: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
     if arguments.config_file and arguments.encoder:
         raise ValueError(f"--encoder (={arguments.encoder!r}) would do nothing: --config-file has no trained encoder")
     if arguments.config_file and arguments.baselines == "none":
         raise ValueError("--baselines (='none') leaves nothing to evaluate: --config-file has baselines alone")
 
 
-def default_output(content: dict[str, Any]) -> Path:
-    """A file beside the checkpoint, of one name for one question: step, and a digest of what was asked."""
+def called(given: str, file: Path) -> str:
+    """What results call the checkpoint: its path, or its address where it was fetched from elsewhere."""
+    source = Path(given).expanduser()
+    if file == source or source in file.parents:
+        return str(file)
+    return given if Path(given).name == file.name else f"{given.rstrip('/')} ({file.name})"
+
+
+def default_output(given: str, content: dict[str, Any]) -> Path:
+    """A file in the run folder, of one name for one question: step, and a digest of what was asked.
+
+    Args:
+        given: the checkpoint, or the run folder, that the user names; in a folder of this machine.
+    """
     asked = {k: content[k] for k in ("data", "seeds", "precision", "protocols")}
     asked["networks"] = sorted({(r["network"], r["layers"], r["seed"], r["label"]) for r in content["rows"]}, key=str)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    checkpoint = content["checkpoint"]
-    return Path(checkpoint["file"]).parent / "evaluation" / f"step_{checkpoint['step']:08d}_{digest}.json"
+    source = Path(given).expanduser()
+    is_run = source.is_dir() and content["checkpoint"]["file"] != str(source)  # and no checkpoint in shards
+    folder = source if is_run else source.parent
+    return folder / "evaluation" / f"step_{content['checkpoint']['step']:08d}_{digest}.json"
 
 
 def list_protocols() -> str:
-    """Every protocol with the first line of its card, and its options with their defaults."""
+    """Of every protocol: the first line of its card, what --protocol may say, its options with defaults, in words."""
     from jepa_kit.evaluation.protocols import PROTOCOLS
+    from jepa_kit.evaluation.protocols.cards import card_of
     from jepa_kit.registry import REQUIRED
 
-    lines = []
+    blocks = []
     for name in PROTOCOLS.names():
-        card = (PROTOCOLS.get(name).__doc__ or "").strip().splitlines()[0]
-        options = [
-            option.name if option.default is REQUIRED else f"{option.name}={option.default!r}"
-            for option in PROTOCOLS.options(name).values()
-        ]
-        lines += [f"{name}: {card}", *(f"    {option}" for option in options)]
-    return "\n".join(lines)
+        card = card_of(PROTOCOLS.get(name))
+        lines = [f"{name}: {card.title}", f"    --protocol '{card.example or name}'"]
+        for option in PROTOCOLS.options(name).values():
+            default = "(needed)" if option.default is REQUIRED else f"= {plain(option.default)}"
+            text = f"{option.name} {default}: {card.options.get(option.name, '')}"
+            lines += textwrap.wrap(text, 118, initial_indent="    ", subsequent_indent="        ")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def plain(value: Any) -> str:
+    """A default as a user writes it in YAML: ``[10, 20]``, ``null``."""
+    return json.dumps(value).replace('"', "")
 
 
 def split(names: Sequence[str]) -> list[str]:
     """["a,b", "c"] -> ["a", "b", "c"]."""
     return [name.strip() for entry in names for name in entry.split(",")]
-
-
-def find_train_shards(given: str | None, of_run: str | Sequence[str] | None) -> str:
-    """The folder that protocols learn from.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if given is None and of_run is None:
-        raise ValueError("--train-shards must name a folder of shards: the run's config has none (data.shards is null)")
-    if given is None and not isinstance(of_run, str):
-        assert of_run is not None
-        if len(of_run) > 1:
-            raise ValueError(f"--train-shards must name one folder of shards: the run's config has {len(of_run)}")
-        return of_run[0]
-    return given or str(of_run)
-
-
-def find_test_shards(given: str | None, train: str) -> str:
-    """The folder that protocols are asked about.
-
-    Raises:
-        ValueError: none is given, and none lies beside the training shards.
-    """
-    if given is not None:
-        return given
-    parent = Path(train).resolve().parent
-    for name in BESIDE:
-        if (parent / name).is_dir() and (parent / name) != Path(train).resolve():
-            return str(parent / name)
-    raise ValueError(f"--test-shards must name a folder of shards: there is no {' or '.join(BESIDE)} in {parent}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ examples:
       --images 512 --shards shards/photos/val --output health.json
 
 How to read each figure: docs/evaluation.md, "Health". The same is measured inside a run with evaluate.every=N.
-Exit status: 0 whatever the verdict, or 2 for a mistake in the command, a checkpoint or the shards.
+Exit status: 0 whatever the verdict, 2 for a mistake in the command, a checkpoint or the shards, 130 after an
+interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs the tool; returns the exit status: 0, 2 for a mistake of the user's, 130 after an interruption."""
     arguments = parser().parse_args(argv)
     try:
         print(run(arguments))
@@ -113,18 +114,25 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
 
     from jepa_kit.data.loader import eval_batches
     from jepa_kit.data.order import permutation
-    from jepa_kit.data.shards import ShardDataset
+    from jepa_kit.engine.build import open_shards
     from jepa_kit.engine.distributed import World, choose_device
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.health import find_images, measure_health
+    from jepa_kit.evaluation.health import measure_health
+    from jepa_kit.evaluation.shard_choice import images_to_look_at
     from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator
 
     loaded = load_run(checkpoint)
-    config = loaded.config
-    dataset = ShardDataset(find_images(arguments.shards, config.data.shards))
+    config, data = loaded.config, loaded.config.data
+    dataset = open_shards(config, images_to_look_at(arguments.shards, data.shards))
     order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
-    batches = eval_batches(dataset, image_size=config.data.image_size, samples=order[: max(arguments.images, 1)])
+    batches = eval_batches(
+        dataset,
+        image_size=data.image_size,
+        samples=order[: max(arguments.images, 1)],
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
+    )
     device = choose_device(config.train.device, World())
     health = measure_health(
         loaded.jepa.to(device),
@@ -133,8 +141,8 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
         encoder=arguments.encoder,
         masks=arguments.masks,
         seed=arguments.seed,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=data.mean,
+        std=data.std,
         device=device,
     )
     return loaded.step, health

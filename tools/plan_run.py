@@ -34,6 +34,7 @@ if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit.config import Config, load_config
+from jepa_kit.config.arguments import add_config, tool_parser
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.engine.devices import DEVICES
 from jepa_kit.engine.flops import FORMULA
@@ -44,14 +45,8 @@ IMAGENET = 1_281_167
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="plan_run.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint")
+    p = tool_parser("plan_run.py", __doc__)
+    add_config(p)
     p.add_argument("--gpus", required=True, metavar="N[,N...]", help="devices, 1 to 4096; several make a table")
     p.add_argument("--device", required=True, choices=sorted(DEVICES), help="which")
     p.add_argument(
@@ -70,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
         "--decode-ms", type=float, metavar="MS", help="time of one core for an image; tells the cores needed"
     )
     p.add_argument("--json", action="store_true", help="plain JSON")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
     return p
 
 

@@ -11,6 +11,9 @@ examples:
   # where the run folder is in another place than the dump, and on a GPU
   python tools/replay_step.py rank_0000.pt --run runs/first --device cuda
 
+  # where no checkpoint is left from before it, and the weights that the run began from lie in another place now
+  python tools/replay_step.py runs/first/bad_step_00000012/rank_0000.pt --start weights/IN1K-vit.h.14-300e.pth.tar
+
 What is found is printed, and written beside the dump as <dump>.replay.json. Exit status: 0 where a bad number was
 found, 3 where all numbers are finite this time, 2 for a mistake in the command or in its files.
 """
@@ -28,20 +31,21 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.config.arguments import tool_parser
 from jepa_kit.engine.distributed import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="replay_step.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("replay_step.py", __doc__)
     p.add_argument("dump", type=Path, metavar="DUMP", help="bad_step_<step>/rank_<rank>.pt of a run folder")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run folder (the one that the dump lies in)")
+    p.add_argument(
+        "--start",
+        metavar="FILE",
+        help="the file of weights that the run began from, where it lies in another place; read where no checkpoint of "
+        "the run is left from before the step",
+    )
     p.add_argument("--at-once", action="store_true", help="take the last checkpoint's weights as they are")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return p
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"losses of all ranks: {', '.join(bad['losses'])}")
         print(f"{len(dump['keys'])} images: {', '.join(map(str, dump['keys'][:8]))}{', ...' * (len(dump['keys']) > 8)}")
         folder = arguments.run or arguments.dump.resolve().parent.parent
-        jepa = weights_before(dump, folder, device, again=not arguments.at_once, say=print)
+        jepa = weights_before(dump, folder, device, again=not arguments.at_once, say=print, start_file=arguments.start)
         found = replay(dump, jepa, device)
     except (ValueError, OSError) as error:
         print(f"replay_step.py: {error}", file=sys.stderr)

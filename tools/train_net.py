@@ -21,6 +21,9 @@ examples:
   # a new run from weights of any format (docs/checkpoints.md)
   python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
 
+  # checkpoints to an object store; the file registers its handler (docs/faults.md)
+  python tools/train_net.py --config-file ... imports='[my_handler.py]' train.checkpoint_dir=s3://bucket/first
+
   # as a job of Slurm: 2 nodes of 8 GPUs, requeued and resumed until it is done (docs/clusters.md)
   python tools/train_net.py --config-file ... --submit slurm --nodes 2 --gpus-per-node 8 --partition gpu --time 1-0
 
@@ -31,8 +34,9 @@ examples:
   python tools/train_net.py --config-file ... masker='{name: random, ratio: 0.6}' optim.lr=5e-4 train.epochs=100
 
 A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
-the config, the data or the command, 1 where the run failed, 75 after SIGTERM or SIGUSR1 (a checkpoint is written: a
-scheduler may start the same command, with --resume, again), 130 after an interruption from the keyboard.
+the config, the data or the command that is found before the first step, 1 where the run failed (from its first step on
+whatever the cause), 75 after SIGTERM or SIGUSR1 (a checkpoint is written: a scheduler may start the same command, with
+--resume, again), 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +58,9 @@ if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit.config import Config, load_config
-from jepa_kit.engine.distributed import StartError
+from jepa_kit.config.arguments import add_config, tool_parser
+from jepa_kit.engine.distributed import PeerError, StartError
+from jepa_kit.engine.failures import RunError
 from jepa_kit.engine.launch import Job, prepare, submit, write_script
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.signals import EX_TEMPFAIL, Preempted, requeue
@@ -63,14 +70,8 @@ OVERRIDE = re.compile(r"[\w.\[\]]+=")
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="train_net.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint")
+    p = tool_parser("train_net.py", __doc__)
+    add_config(p)
     p.add_argument(
         "--resume",
         nargs="?",
@@ -80,7 +81,6 @@ def parser() -> argparse.ArgumentParser:
         "none, from FILE, a released checkpoint",
     )
     p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
     slurm = p.add_argument_group("Slurm", "hand the run in as a job (docs/clusters.md); one process for each GPU")
     slurm.add_argument(
         "--submit",
@@ -171,7 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(2, str(error))
     except Preempted as stopped:
         return leave(stopped)
-    except (FloatingPointError, StartError, OSError) as error:
+    except RunError as failed:
+        if failed.__cause__ is not None:  # met on the way, and perhaps of a part that is not ours: where it was counts
+            traceback.print_exception(failed.__cause__)
+        return fail(1, str(failed))
+    except (FloatingPointError, StartError, PeerError, OSError) as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(130, "interrupted; --resume goes on from the latest checkpoint")

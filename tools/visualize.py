@@ -11,7 +11,8 @@ examples:
 
 Writes page.png (all on one page), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
 The images shown are the first of an order of chance (--seed); none is picked.
-Exit status: 0, or 2 for a mistake in the command, the checkpoint or the shards.
+Exit status: 0, 2 for a mistake in the command, the checkpoint or the shards, 130 after an interruption from the
+keyboard.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs the tool; returns the exit status: 0, 2 for a mistake of the user's, 130 after an interruption."""
     arguments = parser().parse_intermixed_args(argv)
     try:
         print(run(arguments))
@@ -62,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> str:
     """What is said at the end; writes the pictures."""
     # here, so that --help does not wait for torch and matplotlib
-    from jepa_kit.data.shards import ShardDataset
+    from jepa_kit.engine.build import open_shards
     from jepa_kit.engine.distributed import World, choose_device
+    from jepa_kit.engine.remote import is_address
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.health import find_images
+    from jepa_kit.evaluation.shard_choice import images_to_look_at
     from jepa_kit.evaluation.visual import draw_run, gather
 
     for name in ("images", "decoder_images", "decoder_steps"):
@@ -73,8 +75,10 @@ def run(arguments: argparse.Namespace) -> str:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
+    if is_address(arguments.checkpoint) and not arguments.output:
+        raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
     loaded = load_run(arguments.checkpoint, arguments.overrides)
-    dataset = ShardDataset(find_images(arguments.shards, loaded.config.data.shards))
+    dataset = open_shards(loaded.config, images_to_look_at(arguments.shards, loaded.config.data.shards))
     source = Path(arguments.checkpoint)
     folder = source if source.is_dir() else source.parent
     output = Path(arguments.output) if arguments.output else folder / "pictures"

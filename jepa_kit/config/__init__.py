@@ -5,12 +5,12 @@
 
 yaml_text.py reads and writes text, sources.py files with their bases, merging.py lays one config over another,
 imports.py brings in parts from elsewhere, typed.py and checking.py hold the result against the signatures of the
-parts and of sections.py, resolved.py keeps it.
+parts and of sections.py, resolved.py keeps it. arguments.py has what the command lines of tools share.
 """
 
 from jepa_kit.config.checking import Part
 from jepa_kit.config.errors import ConfigError, located
-from jepa_kit.config.resolved import Config, config_from_dict, load_config
+from jepa_kit.config.resolved import Config, config_from_dict, import_named, load_config
 from jepa_kit.config.sections import SECTIONS, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.sources import RUN_CONFIG
 from jepa_kit.config.versions import versions
@@ -26,6 +26,7 @@ __all__ = [
     "Part",
     "TrainConfig",
     "config_from_dict",
+    "import_named",
     "load_config",
     "located",
     "versions",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jepa_kit.config.errors import ConfigError
-from jepa_kit.config.sections import SECTIONS, between_sections, range_problem
+from jepa_kit.config.sections import RETIRED, SECTIONS, between_sections, range_problem
 from jepa_kit.config.typed import DoesNotFitError, convert, describe
 from jepa_kit.registry import LOSSES, REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
 
@@ -157,6 +157,7 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {_takes(options)}")
         return None
+    raw = {key: value for key, value in raw.items() if value is not None or key not in RETIRED.get(name, ())}
     found: list[str] = []
     found.extend(
         f"{name}.{key} is not an option{did_you_mean(str(key), options)} {_takes(options)}"

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from iopath.common.file_io import g_pathmgr
-
 from jepa_kit.config.checking import Part, check_config
 from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.imports import import_members, import_parts, resolve_imports
@@ -61,9 +59,9 @@ class Config:
 
     def save(self, folder: str | os.PathLike[str]) -> str:
         """Writes ``config.yaml`` into a run folder, which is made where it is missing; returns the file's path."""
-        g_pathmgr.mkdirs(os.fspath(folder))
+        os.makedirs(folder, exist_ok=True)
         path = os.path.join(os.fspath(folder), RUN_CONFIG)
-        with g_pathmgr.open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8") as file:
             file.write(self.to_yaml())
         return path
 
@@ -76,7 +74,8 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Reads, merges, imports and checks a config.
 
     Args:
-        file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint.
+        file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint; or the address of one, whose
+            handler ``imports`` among the overrides may register.
         overrides: ``key.key=value`` with the value in YAML, as in ``masker.num_targets=8`` or
             ``masker={name: random, ratio: 0.6}``.
 
@@ -86,9 +85,24 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = os.fspath(file)
     folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
+    if "://" in path:
+        import_named(overrides)
     problems: list[str] = []
     raw = read_config(path, problems)
     return _check(raw, overrides, folder, path, problems)
+
+
+def import_named(overrides: Sequence[str]) -> None:
+    """Imports what ``imports=[...]`` among overrides names, ahead of a file that it may take a handler to read.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    problems: list[str] = []
+    named = [text for text in overrides if text.startswith("imports=")]
+    _, cause = _import_all(apply_overrides({}, named, problems).get("imports", []), os.getcwd(), problems)
+    if problems:
+        raise ConfigError(problems) from cause
 
 
 def config_from_dict(

@@ -93,7 +93,6 @@ class DataConfig(_Section):
         shuffle_window: samples that are shuffled together.
         num_workers: loader processes of each rank.
         prefetch: batches that are on their way to a CUDA device while a step runs; 0 copies each when it is needed.
-        label: name of the label that a sample carries, or None.
 
     Raises:
         ConfigError: a value outside its range.
@@ -120,7 +119,6 @@ class DataConfig(_Section):
     shuffle_window: int = _at_least(1, 16384)
     num_workers: int = _at_least(0, 2)
     prefetch: int = _at_least(0, 2)
-    label: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,12 +186,16 @@ class OptimConfig(_Section):
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
-        lr = values["lr"]
-        return [
-            f"{name} (={values[name]!r}) must not be above lr (={lr!r})"
-            for name in ("start_lr", "final_lr")
-            if values[name] > lr
-        ]
+        lr, problems = values["lr"], []
+        for name in ("start_lr", "final_lr"):
+            value = values[name]
+            if value > lr and value == getattr(cls, name):  # which the user need not have given
+                problems.append(
+                    f"{name} (={value!r}, its default) must not be above lr (={lr!r}): give {name} too, at most {lr!r}"
+                )
+            elif value > lr:
+                problems.append(f"{name} (={value!r}) must not be above lr (={lr!r})")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,9 @@ class TrainConfig(_Section):
         steps_per_epoch: updates of an epoch; None for as many as the data give.
         precision: of the matrix products; weights and optimiser are float32 either way.
         seed: of everything random, 0 to 2**63 - 1.
-        output_dir: the run folder.
+        output_dir: the run folder, on this machine or a file system that all see.
+        checkpoint_dir: where its checkpoints go: another folder, or an address that a handler of iopath takes
+            (jepa_kit/engine/store.py); None for the run folder.
         init_from: weights to start from, in any format that ``jepa_kit.interop`` reads; None for fresh ones.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints; None for one each epoch.
@@ -238,7 +242,8 @@ class TrainConfig(_Section):
     steps_per_epoch: int | None = _at_least(1, None)
     precision: Literal["float32", "bf16"] = "bf16"
     seed: int = _option("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, 0)
-    output_dir: str = _option("a path", bool, "output")
+    output_dir: str = _option("a path, and no address", lambda x: x and "://" not in x, "output")
+    checkpoint_dir: str | None = _option("a path or an address", bool, None)
     init_from: str | None = _option("a path or an address", bool, None)
     log_every: int = _at_least(1, 10)
     checkpoint_every: int | None = _at_least(1, None)
@@ -304,6 +309,9 @@ class EvaluateConfig(_Section):
             return [f"label (=None) must name a label for probe (={values['probe']!r}) to tell apart"]
         return []
 
+
+RETIRED = {"data": ("label",)}
+"""Section -> options that did nothing and are no more. Runs of earlier versions hold them as null, and are read."""
 
 SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,

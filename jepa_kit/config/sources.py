@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
-from typing import Any
+import tempfile
+from typing import Any, BinaryIO, cast
 
 import torch
-from iopath.common.file_io import g_pathmgr
 
 from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.imports import resolve_imports
 from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.data.streams import Access, copy, path_manager
 
 RUN_CONFIG = "config.yaml"
 """The file in a run folder that holds the resolved config."""
+
+INSIDE = (RUN_CONFIG, "run.pt")
+"""What a folder has its config in: a run folder, a checkpoint in shards."""
 
 _TAKES = "a config is a YAML file, a run folder or a checkpoint"
 _ZIP = b"PK\x03\x04"
@@ -25,8 +29,8 @@ def read_config(file: str, problems: list[str]) -> dict[Any, Any]:
     """The raw mapping that a file holds, laid over its bases; ``imports`` of all of them, the base's first.
 
     Args:
-        file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``), at any place
-            that iopath knows.
+        file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``), here or at an
+            address that a handler of ``jepa_kit.data.streams.path_manager`` opens.
         problems: gets lines about what does not keep the rest from being checked.
 
     Raises:
@@ -57,24 +61,40 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str]) -> 
 
 def _config_file(file: str, above: tuple[str, ...]) -> str:
     """The file itself, for a folder the config in it; absolute where it is local."""
-    path = file if "://" in file else os.path.abspath(file)
-    if g_pathmgr.isdir(path):
-        inside = os.path.join(path, RUN_CONFIG)
-        if not g_pathmgr.isfile(inside):
-            raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
-        return inside
-    if not g_pathmgr.isfile(path):
-        base = f", the _BASE_ of {above[-1]!r}," if above else ""
-        raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}"])
-    return path
+    path = file.rstrip("/") if "://" in file else os.path.abspath(file)
+    if _is_file(path):
+        return path
+    inside = next((name for name in INSIDE if _is_file(os.path.join(path, name))), None)
+    if inside is not None:
+        return os.path.join(path, inside)
+    if os.path.isdir(path):
+        raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
+    base = f", the _BASE_ of {above[-1]!r}," if above else ""
+    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}"])
+
+
+def _is_file(path: str) -> bool:
+    """Of handlers that cannot tell (http), whether it opens does."""
+    try:
+        return path_manager.isfile(path)
+    except NotImplementedError:
+        try:
+            path_manager.open(path, "rb").close()
+        except OSError:
+            return False
+        return True
 
 
 def _read_mapping(path: str) -> dict[Any, Any]:
-    with g_pathmgr.open(path, "rb") as file:
+    with path_manager.open(path, "rb") as file:
         start = file.read(len(_ZIP))
         data = b"" if start == _ZIP else start + file.read()
+    if start == _ZIP and "://" in path:
+        with tempfile.NamedTemporaryFile() as here:
+            copy(path, cast(BinaryIO, here), Access())
+            return _read_checkpoint(here.name, path)
     if start == _ZIP:
-        return _read_checkpoint(path)
+        return _read_checkpoint(path, path)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -85,9 +105,9 @@ def _read_mapping(path: str) -> dict[Any, Any]:
     return raw
 
 
-def _read_checkpoint(path: str) -> dict[Any, Any]:
+def _read_checkpoint(file: str, path: str) -> dict[Any, Any]:
     try:
-        held = torch.load(g_pathmgr.get_local_path(path), map_location="cpu", weights_only=True, mmap=True)
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ConfigError([f"the checkpoint cannot be read: {str(error).splitlines()[0]}"], path) from error
     config = held.get("config") if isinstance(held, dict) else None

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from jepa_kit.data.ahead import Ahead
 from jepa_kit.data.faults import SampleError, Skipped
-from jepa_kit.data.images import ImageError
+from jepa_kit.data.images import MAX_PIXELS, ImageError
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
+from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.maskers import Masker
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
@@ -283,15 +284,18 @@ def eval_batches(
     share: float = 1.0,
     samples: IntArray | None = None,
     pin_memory: bool = False,
+    decoder: DecoderName = "pillow",
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
     """Centre-cropped images in the order of the data set, each once; the last batch may be smaller.
 
     Args:
         share: see ``eval_view``.
         samples: [n] only these samples, in this order.
+        decoder, max_pixels: see ``View``.
 
     Raises:
-        ValueError: a value outside its range, or a sample that cannot be used.
+        ValueError: a value outside its range, a decoder that is not installed, or a sample that cannot be used.
         RuntimeError: a loader worker died.
     """
     if batch_size < 1:
@@ -300,7 +304,7 @@ def eval_batches(
         raise ValueError(f"num_workers (={num_workers}) must be at least 0")
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)
     parts = [chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]
-    view = eval_view(image_size=image_size, share=share)
+    view = eval_view(image_size=image_size, share=share, decoder=decoder, max_pixels=max_pixels)
     return _load(_EvalBatches(dataset, view), parts, num_workers, pin_memory)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.images import ImageError, encode_png, open_image
+from jepa_kit.data.images import MAX_PIXELS, ImageError, encode_png, open_image
 
 Mask = NDArray[np.uint8]
 
@@ -21,13 +21,13 @@ def encode_mask(mask: Mask) -> bytes:
     return encode_png(Image.fromarray(mask))
 
 
-def decode_mask(data: bytes) -> Mask:
+def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Mask:
     """[H, W] uint8: the classes of a mask's PNG; a palette, which is for people who look at it, is passed over.
 
     Raises:
-        ImageError: the bytes are no image, or one whose pixels are no 8-bit numbers.
+        ImageError: the bytes are no image, one whose pixels are no 8-bit numbers, or one of more than ``max_pixels``.
     """
-    image = open_image(data)
+    image = open_image(data, max_pixels)
     if image.mode not in ("L", "P"):
         raise ImageError(f"a mask must have one 8-bit channel, but its mode is {image.mode!r}")
     return np.array(image, dtype=np.uint8)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from jepa_kit.data.cache import ShardCache
 from jepa_kit.data.faults import SampleError
-from jepa_kit.data.images import DECODE_ERRORS, ImageError, decode
+from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, decode
 from jepa_kit.data.parts import Part, open_parts
 from jepa_kit.data.reading import ShardReader
 from jepa_kit.data.segmentation import decode_mask
@@ -202,15 +202,16 @@ class ShardDataset:
         """Whether a sample has a mask."""
         return self._masks is not None and bool(self._masks[self._checked(i), 0] >= 0)
 
-    def mask(self, i: int) -> NDArray[np.uint8]:
+    def mask(self, i: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """[H, W] uint8: the class of each pixel of the decoded image.
 
         Raises:
-            ValueError: the shards carry no masks, or not for this sample, or its bytes are no such PNG.
+            ValueError: the shards carry no masks, or not for this sample, or its bytes are no such PNG, or one of more
+                than ``max_pixels`` rows times columns.
         """
         data = self.mask_bytes(i)
         try:
-            return decode_mask(data)
+            return decode_mask(data, max_pixels)
         except DECODE_ERRORS as error:
             raise ValueError(f"mask of sample {i} ({self.key(i)!r}) of {self.path} is not usable: {error}") from error
 

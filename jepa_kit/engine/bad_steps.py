@@ -29,6 +29,7 @@ import torch
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.engine.bad_numbers import Suspect
+from jepa_kit.engine.checkpoint import part_path, write_archive
 from jepa_kit.engine.distributed import from_main, together
 from jepa_kit.engine.telemetry import all_ranks
 
@@ -137,7 +138,12 @@ def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]
         path: of the file, ``dump_path``.
         suspect: the step, of this rank.
         bad: the same, as recorded.
-        facts: ``rank``, ``world_size``, ``epoch``, ``keys`` of the samples, ``config``, ``data``, ``versions``.
+        facts: ``rank``, ``world_size``, ``keys`` of the samples, ``folder`` of the run, ``config``, ``data``,
+            ``versions``; where the weights came from: ``origin``, as in a checkpoint, and ``resume_from``, the released
+            checkpoint that the run was told to go on from, or None.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it then.
     """
     batch = suspect.batch
     assert batch.masks is not None
@@ -161,9 +167,11 @@ def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]
         **facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    try:
+        write_archive(content, part_path(path))
+        part_path(path).replace(path)
+    finally:
+        part_path(path).unlink(missing_ok=True)
 
 
 class BadSteps:

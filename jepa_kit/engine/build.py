@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from jepa_kit.data.streams import Access
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.encoders.blocks import checkpoint_activations
 from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, verify
-from jepa_kit.engine.distributed import World, from_main, together
+from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
-from jepa_kit.engine.resume import advice, check_resumable, set_aside
+from jepa_kit.engine.resume import advice, check_resumable
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.shard_files import layout, load_sharded
+from jepa_kit.engine.store import Store, Where
 from jepa_kit.interop.start import Start, init_from, resume_official
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 
@@ -62,6 +62,17 @@ def open_shards(config: Config, shards: str | Sequence[str] | None = None) -> Sh
     return ShardDataset(shards, access=access)
 
 
+def open_together(config: Config, shards: str | Sequence[str] | None = None) -> ShardDataset:
+    """As ``open_shards``, for all ranks: rank 0 is the first, so that one process makes an index that is missing.
+
+    Raises:
+        ValueError: what ``ShardDataset`` refuses, on every rank.
+    """
+    if joined():
+        from_main(lambda: len(open_shards(config, shards)))
+    return open_shards(config, shards)
+
+
 def training_view(config: Config) -> View:
     """What is done to a training image of a config.
 
@@ -85,8 +96,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
             "data.shards (=None) must name a folder of shards to train; tools/make_shards.py makes one from a folder "
             "of images, an archive, or synthetic:scenes"
         )
-    from_main(lambda: len(open_shards(config)))  # shards from elsewhere get their index, by one process
-    dataset = open_shards(config)
+    dataset = open_together(config)
     settings, optim = config.train, config.optim
     loader = TrainLoader(
         dataset=dataset,
@@ -137,30 +147,35 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     )
 
 
-def resume_run(run: Run, path: Path) -> Start:
-    """Gives the run the state of a checkpoint of its own folder, a file or shards; all ranks must call it.
+def resume_run(run: Run, store: Store, latest: Where) -> Start:
+    """Gives the run the state of a checkpoint of its own, a file or shards; all ranks must call it.
 
     Raises:
         CheckpointError: it is damaged, then the message says which one is not; or it is not of this run.
+        RemoteError: it lies elsewhere, and did not come.
     """
+    path = from_main(lambda: store.local(latest))
     try:
         alone = (0, 1) if run.world.is_main else None
         share = (run.world.rank, run.world.size) if path.is_dir() else alone  # shards: each reads some of them
         together(lambda: None if share is None else verify(path, rank=share[0], size=share[1]))
         checkpoint = load_checkpoint(path, verified=True, with_state=not path.is_dir())
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {from_main(lambda: advice(path))}") from error
+        told = str(error).replace(str(path), str(latest))  # where it lies, and not where it was fetched to
+        raise CheckpointError(f"{told}; {from_main(lambda: advice(store, latest))}") from error
     check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
     if path.is_dir():
         check_state(run.jepa.state_dict(), layout(path)[0], "the model")
         load_sharded(path, run.jepa, run.optimizer)
     else:
         restore(checkpoint, run.jepa, run.optimizer)
+    together(lambda: None)  # all have read it
+    from_main(store.forget)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
 
 
-def start_from(run: Run, latest: Path | None, resume_from: str | None = None) -> Start:
+def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | None = None) -> Start:
     """Gives the run its weights: of its own checkpoint, of a released one, of ``train.init_from``, or the first ones.
 
     Raises:
@@ -168,8 +183,8 @@ def start_from(run: Run, latest: Path | None, resume_from: str | None = None) ->
         FileNotFoundError: there is no such file.
     """
     if latest is not None:
-        start = resume_run(run, latest)
-        aside = from_main(lambda: [later.name for later in set_aside(latest.parent, latest)])
+        start = resume_run(run, store, latest)
+        aside = from_main(lambda: store.set_aside(latest))
         return start._replace(lines=[*start.lines, *(f"set aside: {name}" for name in aside)])
     if resume_from is not None:
         start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)

@@ -30,7 +30,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -42,6 +42,7 @@ from jepa_kit.engine.shard_files import ShardError, read_full
 from jepa_kit.engine.sharded import load_full_state
 
 T = TypeVar("T")
+W = TypeVar("W", Path, str)
 
 FORMAT = "jepa_kit/1"
 
@@ -92,9 +93,9 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint, or None for another name."""
-    match = _NAME.fullmatch(path.name)
+def step_of(path: Path | str) -> int | None:
+    """The step in the name of a checkpoint (a path, an address, or the name), or None for another name."""
+    match = _NAME.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
     return int(match[1]) if match else None
 
 
@@ -113,7 +114,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Ten
     return state
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, keep_every: int | None = None) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None, keep_every: int | None = None) -> Path:
     """Writes the file in one piece and then deletes older ones.
 
     A crash at any time leaves either the old files or the new one, never half of one under its name.
@@ -121,7 +122,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, keep_every:
     Args:
         folder: of the run.
         checkpoint: what to write.
-        keep: how many of the latest checkpoints stay, at least 1.
+        keep: how many of the latest checkpoints stay, at least 1; None for all.
         keep_every: those of a step that divides by it stay for good; None for none.
 
     Raises:
@@ -135,7 +136,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, keep_every:
     finally:
         part_path(path).unlink(missing_ok=True)
     flush_folder(folder)  # the rename itself must survive a power cut
-    delete_old(folder, keep, keep_every)
+    if keep is not None:
+        delete_old(folder, keep, keep_every)
     return path
 
 
@@ -185,9 +187,13 @@ def flush_folder(folder: Path) -> None:
 
 def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
     """Deletes all checkpoints but the last ``keep``, and those of every ``keep_every`` steps."""
-    for old in checkpoints(folder)[:-keep]:
-        if keep_every is None or (step_of(old) or 0) % keep_every:
-            delete(old)
+    for old in old_ones(checkpoints(folder), keep, keep_every):
+        delete(old)
+
+
+def old_ones(found: Sequence[W], keep: int, keep_every: int | None) -> list[W]:
+    """Those that ``delete_old`` deletes, of checkpoints (paths, addresses or names) by step."""
+    return [old for old in found[:-keep] if keep_every is None or (step_of(old) or 0) % keep_every]
 
 
 def delete(path: Path) -> None:

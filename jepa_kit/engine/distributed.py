@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,24 @@ T = TypeVar("T")
 
 class StartError(RuntimeError):
     """The processes of a run could not join one another."""
+
+
+class PeerError(RuntimeError):
+    """Another process failed, with an error that it tells itself or that could not be sent."""
+
+
+SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)
+"""Errors that all processes raise, with the same words, where one of them raises them for all."""
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for words of one that works for all, such as the index of a data set on another machine.
+
+The group of the gradients keeps torch's own limit (10 minutes with NCCL). Nobody waits so long for a process that has
+ended: its connection is closed, and torchrun and srun end the others.
+"""
+
+_words: Any = None
+"""The group that words go over, between processes on the host: gloo, beside NCCL too. None is the first group."""
 
 
 # The buffers of a JEPA are constant tables. torch 2.13 renames the argument.
@@ -121,14 +140,23 @@ def choose_device(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
+def process_group(
+    world: World, device: torch.device, timeout: timedelta | None = None, patience: timedelta | None = None
+) -> Iterator[None]:
     """Joins the other processes, and leaves them at the end; does nothing for one process.
 
     NCCL on CUDA, gloo on the CPU.
 
+    Args:
+        timeout: for joining, None for torch's own.
+        patience: how long a process waits for another afterwards; None is ``timeout`` for tensors, and ``PATIENCE`` for
+            words (``from_main``, ``together``, ``gathered``, ``barrier``). It may be far longer: a process that ends is
+            met by torchrun, or by srun --kill-on-bad-exit, which end the others.
+
     Raises:
         StartError: they could not be joined; names the rank and the cause.
     """
+    global _words
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size == 1:
@@ -141,9 +169,10 @@ def process_group(world: World, device: torch.device, timeout: timedelta | None 
             store=_store(world, timeout),
             rank=world.rank,
             world_size=world.size,
-            timeout=timeout,
+            timeout=patience or timeout,
             device_id=device if device.type == "cuda" else None,
         )
+        _words = dist.new_group(backend="gloo", timeout=patience or PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise StartError(
             f"rank {world.rank} of {world.size} could not join the others over {backend} "
@@ -152,6 +181,7 @@ def process_group(world: World, device: torch.device, timeout: timedelta | None 
     try:
         yield
     finally:
+        _words = None
         dist.destroy_process_group()
 
 
@@ -178,7 +208,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Waits until every process is here."""
     if joined():
-        dist.barrier()
+        dist.barrier(group=_words)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
@@ -202,43 +232,76 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gathered(value: T) -> list[T]:
+    """What each process gives, by rank; all must call it."""
+    if not joined():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_words)
+    return values
+
+
 def from_main(decide: Callable[[], T]) -> T:
     """What ``decide`` gives on rank 0, on every rank.
 
     Raises:
-        ValueError, OSError, FloatingPointError: what it raised on rank 0, on every rank, so that none waits for it.
+        ValueError, OSError, ArithmeticError, RuntimeError: what it raised on rank 0, on every rank.
+        PeerError: on the other ranks, where rank 0 raised an error of another kind, or one that cannot be sent.
     """
     if not joined():
         return decide()
-    message: list[Any] = [None, None]
+
+    def tell(words: list[Any]) -> list[Any]:
+        dist.broadcast_object_list(words, group=_words)
+        return words
+
     if is_main():
-        try:
-            message[0] = decide()
-        except (ValueError, OSError, FloatingPointError) as error:
-            message[1] = error
-    dist.broadcast_object_list(message)
-    if message[1] is not None:
-        raise message[1]
-    return message[0]
+        result, error = _outcome(decide, lambda failed: tell([None, failed]))
+        tell([result, _sendable(error)])
+    else:
+        result, error = tell([None, None])
+    if error is not None:
+        raise error
+    return result
 
 
 def together(do: Callable[[], T]) -> T:
     """What ``do`` gives on this rank; all ranks must call it, and all raise where it raised on one.
 
     Raises:
-        ValueError, OSError, FloatingPointError: the first rank's own.
+        ValueError, OSError, ArithmeticError, RuntimeError: the first rank's own.
+        PeerError: where the first rank raised an error of another kind, or one that cannot be sent.
     """
     if not joined():
         return do()
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = do()
-    except (ValueError, OSError, FloatingPointError) as own:
-        error = own
-    errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise first
+    result, own = _outcome(do, gathered)
+    errors = gathered(_sendable(own))
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise own if own is not None and rank == dist.get_rank() else error
     return result
+
+
+def _outcome(do: Callable[[], T], tell: Callable[[PeerError], Any]) -> tuple[Any, Exception | None]:
+    """(what ``do`` gives, None), or (None, the error that all raise).
+
+    An error of another kind is passed on here, and the others are told that there is one: they must not wait.
+    """
+    try:
+        return do(), None
+    except SHARED as error:
+        return None, error
+    except KeyboardInterrupt:  # a terminal sends it to all
+        raise
+    except BaseException as error:
+        tell(PeerError(f"rank {dist.get_rank()} failed ({type(error).__name__}); its own message tells more"))
+        raise
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or its words where it would not come through pickle as itself."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except (pickle.PickleError, TypeError, AttributeError, ValueError):
+        return PeerError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    return error

@@ -24,7 +24,7 @@ class Hook(Protocol):
         """Does it after the update of ``step`` (counted from 0), on every process.
 
         Returns:
-            numbers for the step's line, the same on all processes; their names must be the hook's own ("evaluate/...").
+            numbers for the step's line, the same on all processes; their names must be the hook's own ("eval/...").
         """
         ...
 

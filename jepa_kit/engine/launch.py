@@ -24,6 +24,7 @@ import jepa_kit
 from jepa_kit.config import Config
 from jepa_kit.engine.resume import plan_resume
 from jepa_kit.engine.slurm import minutes
+from jepa_kit.engine.store import store_of
 
 JOB_FOLDER = "slurm"
 """In the run folder: the job's config, its script, and what it prints."""
@@ -141,7 +142,7 @@ def prepare(
     Raises:
         ValueError: no data, a batch that the processes cannot share, or a run folder that holds a run.
     """
-    plan_resume(Path(config.train.output_dir), resume, resume_from)
+    plan_resume(store_of(config.train), resume, resume_from)
     if config.data.shards is None:
         raise ValueError("data.shards (=None) must name a folder of shards to train")
     if config.train.batch_size % job.processes:

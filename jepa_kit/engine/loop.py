@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,16 @@ from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint import Checkpoint, step_of
 from jepa_kit.engine.curves import plot_curves
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment
+from jepa_kit.engine.failures import under_way
 from jepa_kit.engine.flops import model_flops
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
 from jepa_kit.engine.resume import plan_resume
-from jepa_kit.engine.saving import Saver, clear_parts, folder_error, newest, write_text
-from jepa_kit.engine.signals import Agreement, Answer, Preempted, Signals
+from jepa_kit.engine.saving import Saver, write_text
+from jepa_kit.engine.signals import Agreement, Answer, Signals, preempted
 from jepa_kit.engine.skipped import SkippedSamples
 from jepa_kit.engine.speed import matrix_peak
-from jepa_kit.engine.step import train_step
+from jepa_kit.engine.step import autocast_of, train_step
+from jepa_kit.engine.store import Store, Where, store_of
 from jepa_kit.engine.telemetry import Journal, Meter, Record
 from jepa_kit.engine.topology import Place, describe, find_places, to_dict
 from jepa_kit.interop.start import Start
@@ -60,6 +61,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     Raises:
         ValueError: the config does not fit the data, the machine or the run in the folder.
         StartError: the processes could not join.
+        PeerError: another process failed before the first step, and told why.
+        RunError: the run failed under way: too many samples that cannot be used, a cache that takes no more, a loader
+            worker that died, ...
         FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
         SaveError: a checkpoint could not be written.
         Preempted: SIGTERM or SIGUSR1; the checkpoint is written.
@@ -67,40 +71,35 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     world = read_environment()
     device = choose_device(config.train.device, world)
-    folder = Path(config.train.output_dir)
+    folder, store = Path(config.train.output_dir), store_of(config.train)
     with process_group(world, device), Signals() as signals:
+        agreement = Agreement()  # one for all stretches: a group of processes stays until they part
 
-        def stretch(latest: Path | None, resume: bool) -> End:
+        def stretch(latest: Where | None, resume: bool) -> End:
             run = build_run(config, world, device)
-            start = start_from(run, latest, resume_from)
+            start = start_from(run, store, latest, resume_from)
             places = find_places(world, device, config.train.precision)
-            from_main(lambda: announce(run, folder, start, places, resume))
-            try:
-                return run_steps(run, folder, start, signals)
-            except OSError as error:
-                told = folder_error(folder, error)
-                if told is error:
-                    raise
-                raise told from error
+            from_main(lambda: announce(run, folder, store, start, places, resume))
+            return run_steps(run, folder, store, start, resume_from, signals, agreement)
 
-        end = stretch(from_main(lambda: plan_resume(folder, resume, resume_from)), resume)
+        end = stretch(from_main(lambda: plan_resume(store, resume, resume_from)), resume)
         while end is End.ROLL_BACK:
-            end = stretch(from_main(lambda: newest(folder)), True)
+            end = stretch(from_main(store.newest), True)
         if world.is_main:
             if end is End.DONE:  # after a signal there are seconds left, and matplotlib takes some
                 plot_curves(folder)
             print(f"{end.value}: {folder}", flush=True)
         barrier()
-    if end is End.STOPPED:
-        raise Preempted(signals.number)
+        if end is End.STOPPED:
+            raise preempted(signals.number)
     return folder
 
 
-def announce(run: Run, folder: Path, start: Start, places: Sequence[Place], resume: bool) -> None:
+def announce(run: Run, folder: Path, store: Store, start: Start, places: Sequence[Place], resume: bool) -> None:
     """Prints and saves what runs where: ``config.yaml`` and ``run.json``.
 
     Raises:
-        ValueError: the run folder cannot be written to.
+        ValueError: the run folder, or the place of its checkpoints, cannot be written to.
     """
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
@@ -119,7 +118,7 @@ def announce(run: Run, folder: Path, start: Start, places: Sequence[Place], resu
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        clear_parts(folder)
+        store.begin(run.config.to_yaml())
         write_text(folder / RUN_CONFIG, run.config.to_yaml())
         write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
     except OSError as error:
@@ -136,8 +135,10 @@ def announce(run: Run, folder: Path, start: Start, places: Sequence[Place], resu
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:
         print(line)
+    if store.apart:
+        print(f"checkpoints: {store}")
     if resume and not start.step:
-        print(f"nothing to resume: {folder} holds no checkpoint; starting at step 0")
+        print(f"nothing to resume: {store} holds no checkpoint; starting at step 0")
     print(f"run folder: {folder}", flush=True)
 
 
@@ -167,32 +168,35 @@ class End(Enum):
     ROLL_BACK = "roll back"
 
 
-def run_steps(run: Run, folder: Path, start: Start, signals: Signals) -> End:
+def run_steps(
+    run: Run,
+    folder: Path,
+    store: Store,
+    start: Start,
+    resume_from: str | None,
+    signals: Signals,
+    agreement: Agreement,
+) -> End:
     """The steps from the start's to the last, with lines, hooks and checkpoints, or to where the run must end before.
 
     Raises:
+        ValueError: the hooks do not fit the data, or a file of the run folder cannot be read.
+        RunError: the run failed under way (failures.py), also by TooManySkippedError: more samples could not be used
+            than ``data.max_skipped`` allows.
         FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
         SaveError: a checkpoint could not be written.
-        TooManySkippedError: more samples could not be used than ``data.max_skipped`` allows.
     """
     settings, first, last = run.config.train, start.step, run.schedule.steps - 1
     every = settings.checkpoint_every or run.steps_per_epoch
-    autocast: Any = nullcontext
-    if settings.precision == "bf16":
-        autocast = partial(torch.autocast, run.device.type, torch.bfloat16)
+    autocast = autocast_of(settings.precision, run.device)
     hooks = build_hooks(run)
-    meter = Meter(
-        world=run.world,
-        batch_size=settings.batch_size,
-        steps_per_epoch=run.steps_per_epoch,
-        flops=model_flops(run.jepa),
-        peak=matrix_peak(run.device, settings.precision),
-    )
+    meter = Meter(flops=model_flops(run.jepa), peak=matrix_peak(run.device, settings.precision))
+    saver, watch = build_saver(run, store), Watch()
+    bad_steps = build_bad_steps(run, folder, saver, start, resume_from)
+    skipped = build_skipped(run, folder, first)
     journal = open_journal(run, folder, first) if run.world.is_main else None
-    agreement, watch = Agreement(), Watch()
-    with journal or nullcontext(), build_saver(run, folder) as saver:
-        bad_steps = build_bad_steps(run, folder, saver)
-        skipped = build_skipped(run, folder, first)
+    agreement.answer()  # to what was asked before a roll back; who still wants it asks again
+    with under_way(folder), journal or nullcontext(), saver:
         batches = to_device(run.loader.batches(first), run.device, prefetch=run.config.data.prefetch)
         for step in range(first, run.schedule.steps):
             hyper = run.schedule(step)
@@ -216,7 +220,7 @@ def run_steps(run: Run, folder: Path, start: Start, signals: Signals) -> End:
                     autocast=autocast,
                     clip_grad=run.config.optim.clip_grad,
                 )
-                meter.count(batch.masks, images=len(batch))
+                meter.count(batch.masks, len(batch))
                 watch.add(step, hyper, batch, out, out.grad_norm)
 
             answer = agreement.ask(step, saver.failed, signals.number is not None)
@@ -235,7 +239,7 @@ def run_steps(run: Run, folder: Path, start: Start, signals: Signals) -> End:
             record: Record = {}
             if logging and out is not None and step not in bad_steps.left_out:
                 assert batch.masks is not None
-                record = meter.record(step, hyper, out, batch.masks)
+                record = meter.record(hyper, out, batch.masks)
             if logging:
                 so_far = skipped.tell(journal.say if journal else print)
                 record |= {"data/skipped": so_far} if record else {}
@@ -263,7 +267,7 @@ def where(run: Run, step: int) -> Record:
 
 def header(run: Run, step: int, origin: dict[str, Any]) -> Checkpoint:
     """What a checkpoint of ``step`` updates says besides the state; ``origin`` is where the weights came from."""
-    epoch, in_epoch = divmod(step, run.steps_per_epoch)
+    epoch, in_epoch = divmod(step, run.loader.steps_per_epoch)  # of the data: train.steps_per_epoch moves no order
     return Checkpoint(
         step=step,
         model={},
@@ -276,11 +280,11 @@ def header(run: Run, step: int, origin: dict[str, Any]) -> Checkpoint:
     )
 
 
-def build_saver(run: Run, folder: Path) -> Saver:
+def build_saver(run: Run, store: Store) -> Saver:
     """Writes the run's checkpoints as its config says."""
     settings = run.config.train
     sharded = settings.checkpoint == "sharded" or (settings.checkpoint == "auto" and settings.parallel == "fsdp")
-    return Saver(folder, keep=settings.keep_checkpoints, keep_every=settings.keep_every, sharded=sharded)
+    return Saver(store, keep=settings.keep_checkpoints, keep_every=settings.keep_every, sharded=sharded)
 
 
 def build_skipped(run: Run, folder: Path, first_step: int) -> SkippedSamples:
@@ -296,12 +300,12 @@ def build_skipped(run: Run, folder: Path, first_step: int) -> SkippedSamples:
     )
 
 
-def build_bad_steps(run: Run, folder: Path, saver: Saver) -> BadSteps:
+def build_bad_steps(run: Run, folder: Path, saver: Saver, start: Start, resume_from: str | None) -> BadSteps:
     """What the run's config says about numbers that are not finite."""
 
     def checkpoint() -> int | None:
         saver.wait()
-        latest = newest(folder)
+        latest = saver.store.newest()
         return None if latest is None else step_of(latest)
 
     def facts(batch: Batch) -> dict[str, Any]:
@@ -313,6 +317,8 @@ def build_bad_steps(run: Run, folder: Path, saver: Saver) -> BadSteps:
             "config": run.config.to_dict(),
             "data": data_identity(run.dataset),
             "versions": versions(),
+            "origin": start.origin,
+            "resume_from": resume_from,
         }
 
     return BadSteps(

@@ -1,16 +1,15 @@
 """A bad step once more: where its first number that is not finite arises.
 
-A dump (bad_steps.py) holds the batch of one rank. The weights come from the last checkpoint before the step, and from
-the steps since, which are functions of the config: they are done again. On one process that gives the weights of the
-step bit for bit; where the run had more, within rounding."""
+A dump (bad_steps.py) holds the batch of one rank. The weights come from the last checkpoint before the step, or from
+what the run began with, and from the steps since, which are functions of the config: they are done again. On one
+process that gives the weights of the step bit for bit; where the run had more, within rounding."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.config import config_from_dict
+from jepa_kit.config import Config, config_from_dict
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.bad_steps import DUMP_FORMAT
+from jepa_kit.engine.bad_steps import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.build import Run, build_run, resume_run
-from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint, restore, step_of
+from jepa_kit.engine.checkpoint import load_checkpoint, restore, step_of
 from jepa_kit.engine.distributed import World
 from jepa_kit.engine.loop import seed_torch
+from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.resume import check_resumable
-from jepa_kit.engine.step import train_step
+from jepa_kit.engine.step import autocast_of, train_step
+from jepa_kit.engine.store import name_of, store_in
+from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.recipe import JEPA, build_recipe
 from jepa_kit.structures import MaskBatch, PatchSets
 
@@ -84,8 +86,21 @@ def masks_of(dump: dict[str, Any]) -> MaskBatch:
     return MaskBatch(context, targets, tuple(held["grid"]), held["context_of"])
 
 
+def config_of(dump: dict[str, Any]) -> Config:
+    """The config of a dump's run for one process, which takes the parts that the ranks had one after another."""
+    config = config_from_dict(dump["config"])
+    parts = config.train.accumulate * dump["world_size"]
+    return replace(config, train=replace(config.train, parallel="auto", accumulate=parts))
+
+
 def weights_before(
-    dump: dict[str, Any], folder: Path, device: torch.device, *, again: bool, say: Callable[[str], None]
+    dump: dict[str, Any],
+    folder: Path,
+    device: torch.device,
+    *,
+    again: bool,
+    say: Callable[[str], None],
+    start_file: str | None = None,
 ) -> JEPA:
     """The model as it was before the step, in training mode.
 
@@ -95,58 +110,99 @@ def weights_before(
         device: where it goes.
         again: do the steps since the last checkpoint again; otherwise the checkpoint's weights are taken as they are.
         say: gets lines for people.
+        start_file: what the run began from, in place of the file that the dump names; read where no checkpoint of the
+            run is left from before the step.
 
     Raises:
         CheckpointError: a damaged checkpoint, or one of another run.
-        ValueError: the steps cannot be done again: no data.
+        FileNotFoundError: what the run began from is not there.
+        ValueError: the steps cannot be done again: no data; or it is not known what the run began from.
     """
     step = int(dump["step"])
-    earlier = [path for path in checkpoints(folder) if (step_of(path) or 0) <= step]
-    latest = earlier[-1] if earlier else None
-    first = 0 if latest is None else step_of(latest) or 0
-    source = "the first weights, from the seed" if latest is None else f"{folder.name}/{latest.name}"
-    config = config_from_dict(dump["config"])
-    if not again or first == step:
-        say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
-        torch.manual_seed(config.train.seed)
-        jepa = build_recipe(config).to(device).train()
-        if latest is not None:
-            checkpoint = load_checkpoint(latest)
-            check_resumable(checkpoint, config.to_dict(), dump["data"])
-            restore(checkpoint, jepa)
-        return jepa
-    say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
-    run = build_run(config, World(), device)
-    if latest is not None:
-        resume_run(run, latest)
-    for number, batch in run.loader.batches(first):
-        if number == step:
-            break
-        _one_step(run, number, batch.to(device))
-    return run.jepa
+    store = store_in(folder)
+    latest = next((where for where in reversed(store.checkpoints()) if (step_of(where) or 0) <= step), None)
+    if latest is not None and start_file is not None:
+        raise ValueError(f"--start (={start_file!r}) does nothing: {latest} is left from before step {step}")
+    config = config_of(dump)
+    if again and (latest is None or step_of(latest) != step):
+        run = build_run(config, World(), device)
+        if latest is None:
+            first, source = _begin(dump, run.jepa, run.optimizer, run.steps_per_epoch, start_file)
+        else:
+            first, source = resume_run(run, store, latest).step, f"{folder.name}/{name_of(latest)}"
+        say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
+        _steps_again(run, first, step, left_out(read_record(folder)))
+        return run.jepa
+    torch.manual_seed(config.train.seed)
+    jepa = build_recipe(config).to(device).train()
+    if latest is None:
+        optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
+        steps_per_epoch = config.train.steps_per_epoch or dump["data"]["samples"] // config.train.batch_size
+        first, source = _begin(dump, jepa, optimizer, steps_per_epoch, start_file)
+    else:
+        checkpoint = load_checkpoint(store.local(latest))
+        check_resumable(checkpoint, config.to_dict(), dump["data"])
+        restore(checkpoint, jepa)
+        store.forget()
+        first, source = checkpoint.step, f"{folder.name}/{name_of(latest)}"
+    say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
+    return jepa
+
+
+def _begin(
+    dump: dict[str, Any], jepa: JEPA, optimizer: torch.optim.Optimizer, steps_per_epoch: int, start_file: str | None
+) -> tuple[int, str]:
+    """Gives the model the weights that the run began with, as ``build.start_from`` did; (their step, their source)."""
+    step, source = int(dump["step"]), dump.get("origin", {}).get("source")
+    init, released = dump["config"]["train"]["init_from"], dump.get("resume_from")
+    if released is not None and step_of(Path(released)) is not None:
+        released = None  # a checkpoint of the run itself, which is no more
+    if released is None and init is not None:
+        init_from(jepa, start_file or init)
+        return 0, f"those of {start_file or init}"
+    if released is None and source is None:
+        if start_file is not None:
+            raise ValueError(f"--start (={start_file!r}) does nothing: the run began with weights from its seed")
+        return 0, "the first weights, from the seed"
+    released = start_file or released
+    if released is None:
+        raise ValueError(
+            f"the run began with the weights of {source}, no checkpoint of it is left from before step {step}, and the "
+            "dump does not say where that file lies: name it with --start"
+        )
+    first = resume_official(jepa, optimizer, released, steps_per_epoch).step
+    if first > step:
+        raise ValueError(f"{released} is at step {first}, after the bad one ({step}): the run did not begin from it")
+    return first, f"those of {released}"
 
 
 def _rounding(dump: dict[str, Any]) -> str:
     return f" (by one process, within rounding of the {dump['world_size']})" if dump["world_size"] > 1 else ""
 
 
-def _one_step(run: Run, step: int, batch: Any) -> None:
-    seed_torch(run.config.train.seed, step, 0)
-    train_step(
-        run.jepa,
-        run.optimizer,
-        run.schedule(step),
-        normalize(batch.images, run.config.data.mean, run.config.data.std),
-        batch.masks,
-        forward=run.forward,
-        autocast=autocast_of(run.config.train.precision, run.device),
-        clip_grad=run.config.optim.clip_grad,
-    )
-
-
-def autocast_of(precision: str, device: torch.device) -> Any:
-    """What makes the context of a forward pass."""
-    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+def _steps_again(run: Run, first: int, last: int, without: frozenset[int]) -> None:
+    """The updates from ``first`` to the one before ``last``; those ``without`` their batch, as the run did them."""
+    config = run.config
+    for step, batch in run.loader.batches(first):
+        if step == last:
+            return
+        hyper = run.schedule(step)
+        if step in without:
+            run.jepa.update_target(hyper.momentum)
+            continue
+        batch = batch.to(run.device)
+        assert batch.masks is not None  # the loader has a masker
+        seed_torch(config.train.seed, step, 0)
+        train_step(
+            run.jepa,
+            run.optimizer,
+            hyper,
+            normalize(batch.images, config.data.mean, config.data.std),
+            batch.masks,
+            forward=run.forward,
+            autocast=autocast_of(config.train.precision, run.device),
+            clip_grad=config.optim.clip_grad,
+        )
 
 
 def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:

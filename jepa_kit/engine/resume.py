@@ -1,29 +1,32 @@
 """Which checkpoint a run goes on from. The order counts:
 
-1. ``resume`` names a checkpoint of the run folder: go on from that one; later ones are set aside under another name.
-2. ``resume`` and the folder has a checkpoint: go on from the latest, exactly. It is an error if it is damaged (an
+1. ``resume`` names a checkpoint of the run: go on from that one; later ones are set aside under another name.
+2. ``resume`` and the run has a checkpoint: go on from the latest, exactly. It is an error if it is damaged (an
    earlier one is taken only where it is named, rule 1), if its config differs from the given one in anything but
    ``FREE``, if the data set is another one, or if names or shapes do not fit.
-3. ``resume`` and the folder has none: go on from the released checkpoint that was named with it
+3. ``resume`` and the run has none: go on from the released checkpoint that was named with it
    (jepa_kit/interop/start.py); where none was, start at step 0, and say so.
 4. No ``resume`` and the folder holds a run (a checkpoint or metrics): an error asks for ``resume`` or another folder.
 5. No ``resume`` and no run there: start at step 0, from the weights of ``train.init_from`` where it is given.
+
+The run's checkpoints are in its folder or where ``train.checkpoint_dir`` says (store.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, checkpoints, step_of, verify
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, step_of
+from jepa_kit.engine.store import Store, Where, name_of, store_in
+from jepa_kit.engine.telemetry import METRICS
 
 FREE = frozenset(
     {
         "data.backoff",
         "data.cache",
         "data.cache_gb",
-        "data.label",
+        "data.label",  # of earlier versions, where it did nothing
         "data.max_skipped",
         "data.num_workers",
         "data.prefetch",
@@ -42,6 +45,7 @@ FREE = frozenset(
         "train.bad_numbers",
         "train.bad_numbers_limit",
         "train.checkpoint",
+        "train.checkpoint_dir",
         "train.checkpoint_every",
         "train.device",
         "train.init_from",
@@ -54,78 +58,67 @@ FREE = frozenset(
         "train.wandb",
     }
 )
-"""What may change at a resume: it moves no number beyond rounding (shards: the same samples in another place)."""
+"""What may change at a resume: it moves no number beyond rounding (shards: the same samples in another place).
 
-ASIDE = ".set_aside"
-"""Added to the name of a checkpoint that a run did not go on from."""
+What ``accumulate``, ``device`` and the number of processes do move: draws of stochastic depth (``drop_path``), made for
+each process and part, on the device; losses that compare the samples of a batch, which see those of a process and part;
+and masks that hang on a process' batch, the released truncation (parallel.py)."""
 
 
-def plan_resume(folder: Path, resume: bool, resume_from: str | None = None) -> Path | None:
-    """The checkpoint of the run folder to go on from, or None; see the policy in the module's text.
+def plan_resume(store: Store, resume: bool, resume_from: str | None = None) -> Where | None:
+    """The checkpoint of the run to go on from, or None; see the policy in the module's text.
 
     Args:
-        folder: of the run.
+        store: where the run has its checkpoints.
         resume: whether to go on.
-        resume_from: what to go on from: a checkpoint in the folder (rule 1), or a released one (rule 3).
+        resume_from: what to go on from: a checkpoint of the run (rule 1), or a released one (rule 3).
 
     Raises:
-        ValueError: the folder holds a run, and ``resume`` was not asked for; or it is a file.
-        FileNotFoundError: ``resume_from`` names a checkpoint in the folder that is not there.
+        ValueError: there is a run already, and ``resume`` was not asked for; the run's checkpoints are in another
+            place; or the run folder is a file.
+        FileNotFoundError: ``resume_from`` names a checkpoint in the run's place that is not there.
+        RemoteError: the place cannot be listed.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"train.output_dir (={str(folder)!r}) must be a folder, but it is a file")
-    found = checkpoints(folder)
-    if resume_from is not None and "://" not in resume_from:
-        named = Path(resume_from).expanduser()
-        if step_of(named) is not None and named.parent.resolve() == folder.resolve():
-            if named.name not in [path.name for path in found]:
-                held = ", ".join(path.name for path in found) or "none"
-                raise FileNotFoundError(f"there is no checkpoint {named}; its folder holds: {held}")
-            return folder / named.name
+    for option, folder in (("train.output_dir", store.run), ("train.checkpoint_dir", store.folder)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option} (={str(folder)!r}) must be a folder, but it is a file")
+    found = store.checkpoints()
+    if resume_from is not None and store.owns(resume_from):
+        named = [where for where in found if name_of(where) == name_of(resume_from)]
+        if not named:
+            held = ", ".join(map(name_of, found)) or "none"
+            raise FileNotFoundError(f"there is no checkpoint {resume_from}; its folder holds: {held}")
+        return named[0]
     if resume or resume_from is not None:
+        check_place(store, found)
         return found[-1] if found else None
-    if found or (folder / "metrics.jsonl").exists():
-        held = f"{found[-1].name}" if found else "metrics.jsonl"
+    if found or store.begun():
+        held = name_of(found[-1]) if found else str(store.begun())
+        others = "another --output-dir" + (" and train.checkpoint_dir" if store.apart else "")
+        at = store.run if held == METRICS else store
+        raise ValueError(f"{at} already holds a run ({held}): give --resume to go on with it, or {others}")
+    return None
+
+
+def check_place(store: Store, found: Sequence[Where]) -> None:
+    """Raises ValueError where the run in the folder left newer checkpoints in another place than ``store``."""
+    before = store_in(store.run)
+    if str(before) == str(store):
+        return
+    newest = before.newest()
+    if newest is not None and (not found or (step_of(newest) or 0) > (step_of(found[-1]) or 0)):
         raise ValueError(
-            f"{folder} already holds a run ({held}): give --resume to go on with it, or another --output-dir"
+            f"train.checkpoint_dir leads to {store}, which holds {name_of(found[-1]) if found else 'no checkpoint'}, "
+            f"but the run in {store.run} has {newest}: bring its checkpoints there first, or leave the option as it was"
         )
-    return None
 
 
-def last_good(folder: Path, before: Path | None = None) -> Path | None:
-    """The latest checkpoint that can be read from its first byte to its last.
-
-    Args:
-        folder: of the run.
-        before: only those earlier than this one.
-    """
-    for path in reversed(checkpoints(folder)):
-        if before is None or (step_of(path) or 0) < (step_of(before) or 0):
-            try:
-                verify(path)
-            except (CheckpointError, OSError):  # said by the caller, who has a message of its own about another file
-                continue
-            return path
-    return None
-
-
-def advice(damaged: Path) -> str:
+def advice(store: Store, damaged: Where) -> str:
     """What can be done about a checkpoint that cannot be read: the end of a message."""
-    good = last_good(damaged.parent, damaged)
+    good = store.last_good(damaged)
     if good is None:
         return "no earlier checkpoint of the run is good; another --output-dir starts anew"
-    return f"the last good one is {good.name}; `--resume {good}` goes on from it"
-
-
-def set_aside(folder: Path, chosen: Path) -> list[Path]:
-    """Renames the checkpoints after the chosen one, so that they are no checkpoints of the run any more."""
-    later = [path for path in checkpoints(folder) if (step_of(path) or 0) > (step_of(chosen) or 0)]
-    for path in later:
-        target, number = path.with_name(path.name + ASIDE), 1
-        while target.exists():
-            target, number = path.with_name(f"{path.name}{ASIDE}_{number}"), number + 1
-        path.rename(target)
-    return later
+    return f"the last good one is {name_of(good)}; `--resume {good}` goes on from it"
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -1,24 +1,29 @@
-"""When and how a run writes its checkpoints: one at a time, beside the steps where that is safe.
+"""When and how a run writes its checkpoints: one at a time, beside the steps.
 
-A file is written by a thread of rank 0, from a copy of the state in host memory, while the next steps run: what it
-costs the run is the copy. The copy takes as much host memory as the checkpoint is long. A thread writes one file; the
-next checkpoint, and the end of the run, wait for it. Shards are written by all ranks together, and the steps wait:
-their writers have to speak with one another.
+A thread writes, from a copy of the state in host memory, while the next steps run: what a checkpoint costs the run is
+the copy. It takes as much host memory as the checkpoint is long; of shards, as what the process holds of it. The next
+checkpoint, and the end of the run, wait for the thread.
+
+A file is written by rank 0. Shards are written by a thread of each rank. These have to speak with one another, and do
+so in a group of their own (gloo) that nothing else uses, so that their words never come between those of the steps;
+they all say the same in the same order, for each rank has one thread at a time and begins it with the same step. Rank 0
+gives the folder its name when all files of all ranks are on the disk, and their checksums known.
 
 A checkpoint that could not be written ends the run, at the next step on one process, a few steps later on several;
-earlier ones are untouched, for they are deleted only once a newer one is on the disk."""
+earlier ones are untouched, for they are deleted only once a newer one is on the disk, and where it belongs
+(store.py)."""
 
 from __future__ import annotations
 
 import errno
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,55 +33,83 @@ from jepa_kit.engine.checkpoint import (
     FORMAT,
     HEADER,
     Checkpoint,
+    CheckpointError,
     checkpoint_path,
-    checkpoints,
     checksum,
     delete,
-    delete_old,
     flush_folder,
     part_path,
     save_checkpoint,
     write_archive,
 )
-from jepa_kit.engine.distributed import from_main, is_main, joined, together
-from jepa_kit.engine.resume import last_good
+from jepa_kit.engine.distributed import PATIENCE, from_main, is_main, joined
 from jepa_kit.engine.shard_files import ShardError, save_sharded
-from jepa_kit.engine.sharded import full_state
+from jepa_kit.engine.sharded import ModelState, OptimizerState, full_state, local_part, state_of, with_local
+from jepa_kit.engine.store import Store, store_in
+
+T = TypeVar("T")
 
 
 class SaveError(OSError):
     """A checkpoint that could not be written; the message says which, why, and what the last good one is."""
 
 
-def save_error(folder: Path, step: int, error: BaseException) -> SaveError:
+def save_error(store: Store, step: int, error: BaseException) -> SaveError:
     """For a checkpoint of ``step`` updates that could not be written."""
-    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    good = last_good(folder)
-    left = f"the last good one is {good.name}" if good else "there is no earlier one"
-    return SaveError(f"the checkpoint of step {step} could not be written to {folder}: {why}; {left}")
+    return SaveError(
+        f"the checkpoint of step {step} could not be written to {store.folder}: {_why(error)}; "
+        f"{_left(store, 'one', 'there is no earlier one')}"
+    )
+
+
+def carry_error(store: Store, error: BaseException) -> SaveError:
+    """For checkpoints that are written, and could not be brought to where they belong."""
+    kept = ", ".join(str(path) for path in store.here()) or "none"
+    return SaveError(
+        f"checkpoints could not be brought to {store}: {_why(error)}; still here: {kept}; --resume goes on from the "
+        "latest of all, and brings them there"
+    )
 
 
 def folder_error(folder: Path, error: OSError) -> OSError:
     """For a run folder that takes no more; another error is given back as it is."""
     if isinstance(error, SaveError) or error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO):
         return error
-    good = last_good(folder)
-    left = f"the last good checkpoint is {good.name}" if good else "there is no checkpoint"
+    left = _left(store_in(folder), "checkpoint", "there is no checkpoint")
     return SaveError(f"{folder} cannot be written to: {error.strerror}; {left}")
+
+
+def _why(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _left(store: Store, what: str, none: str) -> str:
+    """Which checkpoint a run can go on from; one elsewhere is not fetched to be looked at."""
+    if store.place is None:
+        good = store.last_good()
+        return f"the last good {what} is {good.name}" if isinstance(good, Path) else none
+    try:
+        latest = store.newest()
+    except OSError as error:
+        return _why(error)
+    return f"the latest {what} is {latest}" if latest else none
 
 
 class Saver:
     """Writes the checkpoints of a run.
 
+    Its ``with`` brings what an earlier run left here to where it belongs, and waits at its end for what is being
+    written; all ranks must enter and leave it.
+
     Args:
-        folder: of the run.
+        store: where they go.
         keep: how many of the latest stay, at least 1.
         keep_every: those of a step that divides by it stay for good; None for none.
         sharded: shards in place of a file.
     """
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, sharded: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, store: Store, *, keep: int, keep_every: int | None = None, sharded: bool = False) -> None:
+        self.store = store
         self.keep = keep
         self.keep_every = keep_every
         self.sharded = sharded
@@ -85,14 +118,17 @@ class Saver:
         self.copy: dict[str, Tensor] = {}
 
     def __enter__(self) -> Saver:
+        if is_main() and self.store.leftover():
+            self._start(self._carry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for what is being written; its error is raised, or printed where another one is on its way."""
+        """Waits for what is being written; its error is raised on all ranks, or printed beside another one."""
         if error is None:
-            self.wait()
+            self._join()
+            from_main(self.wait)
         elif self.thread is not None:
             self.thread.join()
             if self.error is not None:
@@ -100,114 +136,178 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last file could not be written, as far as is known by now."""
+        """Whether the last one could not be written, as far as is known by now; rank 0 knows."""
         return self.error is not None
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Until nothing is being written by this rank.
 
         Raises:
-            SaveError: the last file could not be written; said once.
+            SaveError: the last one could not be written; said once, and on rank 0.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self._join()
         error, self.error = self.error, None
         if error is not None:
             raise error
 
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        self.thread = threading.Thread(target=work, args=arguments, name="checkpoint")
+        self.thread.start()
+
     def save(self, jepa: nn.Module, optimizer: torch.optim.Optimizer, header: Checkpoint) -> None:
-        """Writes the state of the run, or begins to; all ranks must call it.
+        """Copies the state of the run, and begins to write it; all ranks must call it.
 
         Args:
             jepa, optimizer: the state.
             header: all the rest, with empty ``model`` and ``optimizer``.
 
         Raises:
-            SaveError: this one (shards) or the one before (a file) could not be written; the same on every rank.
+            SaveError: the one before could not be written; the same on every rank.
             FloatingPointError: weights are not finite, so that nothing could go on from them; nothing is written.
         """
+        self._join()
         from_main(self.wait)
         check_finite(jepa, header.step)
         if self.sharded:
-            self._save_shards(jepa, optimizer, header)
+            group = background_group()
+            self._start(self._write_shards, *self._held(*state_of(jepa, optimizer)), header, group)
             return
-        model, moments = full_state(jepa, optimizer)
+        state = full_state(jepa, optimizer)
         if is_main():
-            held = replace(
-                header,
-                model=self._copied("model", model),
-                optimizer={name: self._copied(f"optimizer {name}", state) for name, state in moments.items()},
-            )
-            self.thread = threading.Thread(target=self._write, args=(held,), name="checkpoint")
-            self.thread.start()
+            model, moments = self._held(*state)
+            self._start(self._write, replace(header, model=model, optimizer=moments))
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            save_checkpoint(self.folder, checkpoint, self.keep, self.keep_every)
+            keep = self.keep if self.store.place is None else None  # what is carried away is deleted after that
+            save_checkpoint(self.store.folder, checkpoint, keep, self.keep_every)
         except (OSError, RuntimeError) as error:
-            self.error = save_error(self.folder, checkpoint.step, error)
+            self.error = save_error(self.store, checkpoint.step, error)
+            return
+        self._carry()
+
+    def _carry(self) -> None:
+        if self.store.place is None:
+            return
+        try:
+            self.store.carry(self.keep, self.keep_every)
+        except (OSError, NotImplementedError, CheckpointError) as error:
+            self.error = carry_error(self.store, error)
+
+    def _held(self, model: ModelState, optimizer: OptimizerState) -> tuple[ModelState, OptimizerState]:
+        """The state in host memory."""
+        moments = {name: self._copied(f"optimizer {name}", state) for name, state in optimizer.items()}
+        return self._copied("model", model), moments
 
     def _copied(self, kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in host memory that stays the same from one checkpoint to the next."""
+        """The tensors in host memory that stays the same from one checkpoint to the next; of shards, this rank's."""
         copies = {}
         for name, value in state.items():
-            key = f"{kind} {name}"
+            key, local = f"{kind} {name}", local_part(value.detach())
             copy = self.copy.get(key)
-            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-                copy = self.copy[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            copies[name] = copy.copy_(value.detach(), non_blocking=True)
+            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+                copy = self.copy[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            copies[name] = with_local(value, copy.copy_(local, non_blocking=True))
         if any(value.is_cuda for value in state.values()):
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _save_shards(self, jepa: nn.Module, optimizer: torch.optim.Optimizer, header: Checkpoint) -> None:
-        path = checkpoint_path(self.folder, header.step, sharded=True)
+    def _write_shards(self, model: ModelState, optimizer: OptimizerState, header: Checkpoint, group: Any) -> None:
+        """The work of each rank's thread; rank 0 keeps the error of any."""
+        folder, main = self.store.folder, is_main()
+        path = checkpoint_path(folder, header.step, sharded=True)
         part = part_path(path)
 
         def clear() -> None:
-            if part.exists():
+            if main and part.exists():
                 delete(part)
 
-        def finish() -> None:
+        def make() -> None:
+            part.mkdir(parents=True, exist_ok=True)
+
+        def finish(files: dict[str, list[int]]) -> None:
             about = {key: value for key, value in asdict(header).items() if key not in ("model", "optimizer")}
             write_archive({"format": FORMAT, **about, "files": files}, part / HEADER)
             flush_folder(part)
+            before = path.with_name(f".{path.name}.before.part")
             if path.exists():
-                delete(path)
+                path.rename(before)
             part.rename(path)
-            flush_folder(self.folder)
-            delete_old(self.folder, self.keep, self.keep_every)
+            flush_folder(folder)
+            if before.exists():
+                delete(before)
+            self.store.tidy(self.keep, self.keep_every)
 
         try:
-            from_main(clear)
-            save_sharded(part, jepa, optimizer)
-            files = _checksums(part)
-            from_main(finish)
+            agreed(group, clear)
+            agreed(group, make)
+            save_sharded(part, model, optimizer, group)
+            own = agreed(group, lambda: _checksums(part))
+            if main:
+                finish({name: sums for rank in own for name, sums in rank.items()})
         except (OSError, RuntimeError, ShardError) as error:
-            with suppress(OSError):
-                from_main(clear)
-            raise save_error(self.folder, header.step, error) from error
+            if main:
+                with suppress(OSError):
+                    clear()
+                self.error = save_error(self.store, header.step, error)
+            return
+        if main:
+            self._carry()
+
+
+_groups: dict[Any, Any] = {}
+
+
+def background_group() -> Any:
+    """The group of processes that threads beside the steps speak in; all ranks must call it. None for one process."""
+    if not joined():
+        return None
+    world = dist.group.WORLD
+    if world not in _groups:
+        _groups.clear()
+        _groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _groups[world]
+
+
+def agreed(group: Any, do: Callable[[], T]) -> list[T]:
+    """What ``do`` gives on each rank, on every one; all raise where it raised on one.
+
+    Raises:
+        OSError: the first rank's own.
+    """
+    result: Any = None
+    failed: OSError | None = None
+    try:
+        result = do()
+    except OSError as error:
+        failed = error
+    answers: list[Any] = [(result, failed)]
+    if group is not None:
+        answers = [None] * dist.get_world_size(group)
+        dist.all_gather_object(answers, (result, failed), group=group)
+    first = next((error for _, error in answers if error is not None), None)
+    if first is not None:
+        raise first
+    return [answer for answer, _ in answers]
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Name -> [bytes, CRC-32] of all files; each rank reads its own, rank 0 those that are nobody's."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if joined() else (0, 1)
-    files = {path.name: path for path in folder.iterdir()}
-    own = {name for name in files if name.startswith(f"__{rank}_")}
+    """Name -> [bytes, CRC-32] of this rank's files; rank 0 also takes those that are nobody's."""
+    rank = dist.get_rank() if joined() else 0
+    own = {path.name: path for path in folder.iterdir() if path.name.startswith(f"__{rank}_")}
     if rank == 0:
-        own |= {name for name in files if not name.startswith("__")}
-    found = together(lambda: {name: [files[name].stat().st_size, checksum(files[name])] for name in sorted(own)})
-    parts: list[Any] = [found]
-    if joined():
-        parts = [None] * size
-        dist.all_gather_object(parts, found)
-    return {name: value for part in parts for name, value in part.items()}
+        own |= {path.name: path for path in folder.iterdir() if not path.name.startswith("__")}
+    return {name: [path.stat().st_size, checksum(path)] for name, path in sorted(own.items())}
 
 
 def check_finite(jepa: nn.Module, step: int) -> None:
     """Raises FloatingPointError, on every rank, where a weight is not finite; waits for the device once."""
-    local = {name: getattr(v, "to_local", lambda v=v: v)() for name, v in jepa.state_dict().items()}
+    local = {name: local_part(v) for name, v in jepa.state_dict().items()}
     finite = torch.stack([torch.isfinite(value).all() for value in local.values()])
     if joined():
         finite = finite.to(torch.int32)
@@ -225,15 +325,3 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-
-
-def clear_parts(folder: Path) -> None:
-    """Deletes what a killed run left half written."""
-    for part in folder.glob(".checkpoint_*.part"):
-        delete(part)
-
-
-def newest(folder: Path) -> Path | None:
-    """The latest checkpoint of a run folder."""
-    found = checkpoints(folder)
-    return found[-1] if found else None

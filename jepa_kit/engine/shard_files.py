@@ -16,11 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 
-from jepa_kit.engine.sharded import ModelState, OptimizerState, parameters_of, set_optimizer_state, state_of
+from jepa_kit.engine.sharded import ModelState, OptimizerState, parameters_of, set_optimizer_state
 
 METADATA = ".metadata"
 """The file that tells what the others hold; a folder without it was not written to its end."""
@@ -30,20 +31,31 @@ class ShardError(ValueError):
     """A folder of shards that cannot be used; the message says which, and why."""
 
 
-def save_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_sharded(
+    folder: Path,
+    model: ModelState,
+    optimizer_state: Mapping[str, Mapping[str, Tensor]],
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Writes the state into a folder, each process its own part; what all hold alike is written once, shared out.
 
     All ranks must call it, with a folder that all of them see. Files are flushed to the disk, ``.metadata`` after all
     others. To be safe from a crash, give a temporary folder and rename it on rank 0 afterwards.
 
+    Args:
+        folder: is made where it is missing.
+        model, optimizer_state: of ``sharded.state_of``, or copies.
+        group: the processes speak in, None for the usual one; a thread beside the steps needs one of its own.
+
     Raises:
         OSError: a process could not write; the same on every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _flat(*state_of(jepa, optimizer))
+    state = _flat(model, optimizer_state)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        _named_errors(folder, lambda: dcp.save(state, storage_writer=dcp.FileSystemWriter(folder)))
+        writer = dcp.FileSystemWriter(folder)
+        _named_errors(folder, lambda: dcp.save(state, storage_writer=writer, process_group=group))
 
 
 def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -27,6 +27,23 @@ def is_sharded(value: Tensor) -> TypeGuard[Any]:
     return hasattr(value, "full_tensor")
 
 
+def local_part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor; the tensor itself where it is not sharded."""
+    return value.to_local() if is_sharded(value) else value
+
+
+def with_local(value: Tensor, local: Tensor) -> Tensor:
+    """A tensor that is sharded as ``value`` is and has another part here, which may be on another device.
+
+    It is there to be written by torch.distributed.checkpoint; no operation runs on it.
+    """
+    if not is_sharded(value):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, value._spec, requires_grad=False)  # from_local would move it to the mesh's device
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's parameters by name, in its own order."""
     groups = optimizer.param_groups

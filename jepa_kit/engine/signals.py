@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jepa_kit.engine.distributed import joined
+from jepa_kit.engine.distributed import gathered, joined
 
 EX_TEMPFAIL = 75
 """sysexits.h: a failure that will not be one later."""
@@ -49,13 +49,28 @@ class Preempted(Exception):
     """A run that was asked to end, and whose checkpoint is written.
 
     Args:
-        number: the signal that this process got, or None where another rank got it.
+        number: the signal, the same on all ranks.
+        here: whether this rank got it, and not another alone.
     """
 
-    def __init__(self, number: int | None) -> None:
+    def __init__(self, number: int, *, here: bool = True) -> None:
         self.number = number
-        by = signal.Signals(number).name if number is not None else "a signal to another rank"
+        by = signal.Signals(number).name + ("" if here else " to another rank")
         super().__init__(f"stopped by {by}; the checkpoint is written, and --resume goes on from it")
+
+
+def preempted(own: int | None) -> Preempted:
+    """Why a run was stopped; all ranks must call it.
+
+    SIGTERM counts where ranks got different signals: it may be that of ``scancel``, and that job must not be put into
+    the queue again.
+
+    Args:
+        own: the signal that this rank got, or None.
+    """
+    numbers = {number for number in gathered(own) if number is not None}
+    number = signal.SIGTERM if signal.SIGTERM in numbers else numbers.pop()
+    return Preempted(number, here=own == number)
 
 
 class Signals:

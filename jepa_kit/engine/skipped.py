@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from jepa_kit.data.faults import Allowance, Skipped
-from jepa_kit.engine.distributed import is_main, joined, mean_over_ranks
+from jepa_kit.engine.distributed import gathered, is_main, mean_over_ranks
+from jepa_kit.engine.failures import RunError
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 3
@@ -25,7 +25,7 @@ SHOWN = 3
 Line = dict[str, Any]
 
 
-class TooManySkippedError(ValueError):
+class TooManySkippedError(RunError):
     """More samples of an epoch could not be used than ``data.max_skipped`` allows."""
 
 
@@ -94,11 +94,7 @@ class SkippedSamples:
         # a mean is above 0 where any of them is: no lists are sent as long as all is well
         if not float(mean_over_ranks(torch.tensor(float(len(own)), dtype=torch.float64, device=self.device))):
             return []
-        lists = [own]
-        if joined():
-            lists = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(lists, own)
-        return sorted((line for lines in lists for line in lines), key=lambda line: line["step"])
+        return sorted((line for lines in gathered(own) for line in lines), key=lambda line: line["step"])
 
     def _why(self, epoch: int, new: Sequence[Line]) -> str:
         shown = [line for line in new if line["epoch"] == epoch][:SHOWN]

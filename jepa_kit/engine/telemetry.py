@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_kit.engine.boards import Board
-from jepa_kit.engine.distributed import World, joined
+from jepa_kit.engine.distributed import joined
 from jepa_kit.engine.flops import Lengths, ModelFlops
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.speed import peak_memory
@@ -69,9 +69,6 @@ class Meter:
     """Measures one process between two lines, on the host; the device is asked in ``record`` alone.
 
     Args:
-        world: the processes.
-        batch_size: images of a step over all processes.
-        steps_per_epoch: updates in an epoch.
         flops: the formula of the networks; None leaves the figures of FLOP out.
         peak: FLOP/s that this process's device can do; None leaves the share of it out.
         clock: seconds.
@@ -80,16 +77,10 @@ class Meter:
     def __init__(
         self,
         *,
-        world: World,
-        batch_size: int,
-        steps_per_epoch: int,
         flops: ModelFlops | None = None,
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.world = world
-        self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch
         self.flops = flops
         self.peak = peak
         self.clock = clock
@@ -117,24 +108,17 @@ class Meter:
         yield
         self.start += self.clock() - start
 
-    def count(self, masks: MaskBatch, *, images: int | None = None) -> None:
-        """Counts a step of this process.
-
-        Args:
-            masks: of its batch.
-            images: in its batch; None for its full part of ``batch_size``.
-        """
-        images = self.batch_size // self.world.size if images is None else images
+    def count(self, masks: MaskBatch, images: int) -> None:
+        """Counts a step of this process, by the masks and the number of images of its batch."""
         self.images += images
         self.tokens += masks.context.num_patches + masks.targets.num_patches
         flop = None if self.flops is None else self.flops.training(Lengths.of(masks, images))
         self.flop = None if flop is None or self.flop is None else self.flop + flop
 
-    def record(self, step: int, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
-        """The line of a step; every process must call it. Waits for the device, then starts a new stretch of time.
+    def record(self, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
+        """What a step's line tells from its loss on; every process must call it.
 
-        Raises:
-            FloatingPointError: the loss is not finite.
+        Waits for the device, then starts a new stretch of time.
         """
         terms = {f"loss/{name}": term for name, term in out.terms.items()}
         measured = {"loss": out.loss, **terms, "grad_norm": out.grad_norm}
@@ -155,15 +139,7 @@ class Meter:
         ]
         table = all_ranks(torch.tensor(own, dtype=torch.float64, device=device))  # [ranks, values]
         means = dict(zip(measured, table.mean(0).tolist(), strict=False))
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {step} (lr {hyper.lr:.3g}, momentum {hyper.momentum:.6g}): "
-                "the run has diverged; a smaller optim.lr, a longer warm-up or optim.clip_grad may help"
-            )
         record: Record = {
-            "step": step,
-            "epoch": step // self.steps_per_epoch,
-            "samples": (step + 1) * self.batch_size,
             **means,
             "lr": hyper.lr,
             "weight_decay": hyper.weight_decay,
@@ -285,9 +261,6 @@ class Journal:
         if self.bar is not None:
             self.bar.set_postfix_str(_short(record))
             return
-        if "loss" not in record:
-            print(f"step {record['step'] + 1}/{self.steps}  {_short(record)}", flush=True)
-            return
         images_a_step = record["samples"] / (record["step"] + 1)
         seconds = (self.steps - record["step"] - 1) * images_a_step / record["images_per_second"]
         width = len(str(self.steps))
@@ -300,8 +273,6 @@ class Journal:
 
 
 def _short(record: Record) -> str:
-    if "loss" not in record:  # hooks of a step whose batch was left out (bad_steps.py)
-        return f"epoch {record['epoch']}  batch left out"
     share = f"  {record['share_of_peak']:.0%} of peak" if "share_of_peak" in record else ""
     skipped = f"  {record['data/skipped']:.0f} images skipped" if record.get("data/skipped") else ""
     return (

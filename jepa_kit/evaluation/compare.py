@@ -23,14 +23,25 @@ NEVER_TELLS = (
     ("train", "seed"),
     ("train", "output_dir"),
     ("train", "log_every"),
+    ("train", "checkpoint"),
+    ("train", "checkpoint_dir"),
     ("train", "checkpoint_every"),
     ("train", "keep_checkpoints"),
+    ("train", "keep_every"),
+    ("train", "tensorboard"),
+    ("train", "wandb"),
     ("train", "device"),
     ("train", "attention"),
     ("data", "num_workers"),
+    ("data", "prefetch"),
     ("data", "shards"),
+    ("data", "cache"),
+    ("data", "cache_gb"),
+    ("data", "retries"),
+    ("data", "backoff"),
+    ("data", "timeout"),
 )
-"""What a config may differ in and still be the same recipe."""
+"""What a config may differ in and still be the same recipe; and in all of ``evaluate``, which never touches a run."""
 BASELINES = ("untrained", "pixels")
 
 
@@ -125,6 +136,7 @@ def _recipe(content: dict[str, Any]) -> str:
     """What runs that differ by their seed alone have in common."""
     config = json.loads(json.dumps(content["config"]))
     config.pop("versions", None)
+    config.pop("evaluate", None)
     for section, key in NEVER_TELLS:
         config.get(section, {}).pop(key, None)
     step = (content["checkpoint"] or {}).get("step")

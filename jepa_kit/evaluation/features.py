@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from jepa_kit.config import Config, DataConfig, config_from_dict
+from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import Encoder
-from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint, restore
+from jepa_kit.engine.checkpoint import load_checkpoint, restore
+from jepa_kit.engine.store import to_read
 from jepa_kit.recipe import JEPA, build_recipe
 
 Float32 = NDArray[np.float32]
@@ -137,8 +138,7 @@ def block_source(
     Raises:
         ValueError: another precision.
     """
-    if precision not in ("float32", "bf16"):
-        raise ValueError(f"precision (={precision!r}) must be 'float32' or 'bf16'")
+    check_precision(precision)
     device = torch.device(device)
     assert isinstance(encoder, nn.Module)
     network = encoder.to(device)
@@ -156,6 +156,12 @@ def block_source(
         return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
 
     return source
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for a precision of matrix products that is not one of two."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision (={precision!r}) must be 'float32' or 'bf16'")
 
 
 @contextmanager
@@ -222,9 +228,11 @@ class LoadedRun(NamedTuple):
 
 
 def latest_checkpoint(checkpoint: str | Path) -> Path:
-    """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so)."""
-    path = Path(checkpoint)
-    return next(reversed(checkpoints(path)), path)
+    """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so).
+
+    What lies at an address is fetched (``jepa_kit.engine.store.to_read``).
+    """
+    return to_read(checkpoint)
 
 
 def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -239,6 +247,7 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> LoadedRun
         CheckpointError: it is not a checkpoint, or (after an override of a part) does not fit its config.
         ConfigError: an override that the config does not take.
     """
+    import_named(overrides)
     held = load_checkpoint(latest_checkpoint(checkpoint))
     config = config_from_dict(held.config, overrides, folder=str(Path(checkpoint).parent), source=str(checkpoint))
     jepa = build_recipe(config)

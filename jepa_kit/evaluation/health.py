@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -189,27 +188,6 @@ MEASURES: dict[str, Callable[[FloatArray], Any]] = {
     "effective_rank": effective_rank,
     "alpha": alpha_req,
 }
-
-
-def find_images(given: str | None, of_run: str | Sequence[str] | None) -> str | list[str]:
-    """Shards to look at: those given, else held-out ones beside those of the run (``test`` or ``val``), else those.
-
-    Args:
-        given: what the user names, if anything.
-        of_run: ``data.shards`` of the run.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if given is not None:
-        return given
-    if of_run is None:
-        raise ValueError("--shards must name a folder of shards: the run's config has none (data.shards is null)")
-    if not isinstance(of_run, str):
-        return list(of_run)
-    own = Path(of_run).resolve()
-    beside = [own.parent / name for name in ("test", "val")]
-    return str(next((path for path in beside if path.is_dir() and path != own), of_run))
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from jepa_kit.config import Config
 from jepa_kit.data.scenes import render
-from jepa_kit.data.shards import ShardDataset
-from jepa_kit.engine.build import training_view
+from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.evaluation.mask_report import MaskReport, warnings
 from jepa_kit.evaluation.pictures import COLOURS, DPI, dim_hidden, outline
 from jepa_kit.recipe import build_masker
@@ -39,7 +38,7 @@ def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
     if config.data.shards is None:
         images = [render(seed, i, size).image for i in range(count)]
     else:
-        data = ShardDataset(config.data.shards)
+        data = open_shards(config)
         view = training_view(config)
         draws = view.draws(np.arange(count), seed=config.train.seed, epoch=0)
         images = [view(data.image_bytes(i % len(data)), draws[i]) for i in range(count)]

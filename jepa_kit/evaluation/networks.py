@@ -177,8 +177,12 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
+    """Hexadecimal digest of a file's bytes; of a checkpoint in shards, of the names and digests of its files."""
     digest = hashlib.sha256()
+    if file.is_dir():
+        for part in sorted(file.iterdir()):
+            digest.update(f"{part.name} {sha256(part)}\n".encode())
+        return digest.hexdigest()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)

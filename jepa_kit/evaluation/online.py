@@ -23,7 +23,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
@@ -31,9 +30,11 @@ from tqdm import tqdm
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.build import Run, open_shards
+from jepa_kit.engine.build import Run, open_together
+from jepa_kit.engine.distributed import together
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health import BATCH, measure_health
+from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.evaluation.verdict import State, Verdict, judge
 from jepa_kit.maskers import Masker
 from jepa_kit.recipe import JEPA, build_masker
@@ -42,8 +43,6 @@ from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 STATES: tuple[State, ...] = get_args(State)
 """``eval/verdict`` is a place in here: 0 is healthy, 1 not learned, the others are collapses."""
 NEIGHBOURS = 20
-TEMPERATURE = 0.07
-"""DINO's (Caron et al. 2021, arXiv 2104.14294), after Wu et al. 2018; 20 neighbours are its best."""
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MASKS = 2
 """Masks of each image: enough for LiDAR, and half the cost of those of tools/health.py."""
@@ -134,23 +133,28 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
     """The hook that the config's section ``evaluate`` asks for, its images read; None where it asks for none.
 
     Raises:
-        ValueError: shards that cannot be read, lack the label, or hold fewer than 16 images.
+        ValueError: shards that cannot be read, lack the label, or hold fewer than 16 images; on every rank.
     """
     config, wanted = run.config, run.config.evaluate
     if wanted.every is None:
         return None
-    dataset = run.dataset if wanted.shards is None else open_shards(config, wanted.shards)
+    dataset = run.dataset if wanted.shards is None else open_together(config, wanted.shards)
     if len(dataset) < 16:
         raise ValueError(f"evaluate.shards (={dataset.path!r}) must hold at least 16 images, not {len(dataset)}")
     count = wanted.samples if wanted.probe == "none" else max(wanted.samples, wanted.probe_samples)
     chosen = permutation(generator(Stream.EVALUATION, seed=config.train.seed, lane=2), len(dataset))[:count]
     labels = None if wanted.label is None else dataset.labels(wanted.label)[chosen]
     batches = eval_batches(
-        dataset, image_size=config.data.image_size, samples=chosen, num_workers=config.data.num_workers
+        dataset,
+        image_size=config.data.image_size,
+        samples=chosen,
+        num_workers=config.data.num_workers,
+        decoder=config.data.decoder,
+        max_pixels=config.data.max_pixels,
     )
     return OnlineEvaluation(
         every=wanted.every,
-        images=torch.cat([batch.images for batch in batches]),
+        images=together(lambda: torch.cat([batch.images for batch in batches])),
         samples=wanted.samples,
         masker=build_masker(config),
         mean=config.data.mean,
@@ -165,26 +169,16 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
 def knn_accuracy(features: FloatArray, labels: IntArray) -> float:
     """Share of samples that their nearest others name right: each is asked about with itself left out.
 
-    The 20 nearest by cosine vote, each with the weight exp(cosine / 0.07) (Wu et al. 2018, arXiv 1805.01978, section
-    3.4).
+    The 20 nearest by cosine vote, see ``Bank``; 20 neighbours are DINO's best (Caron et al. 2021, arXiv 2104.14294).
 
     Args:
         features: [N, D].
         labels: [N].
     """
     classes, answers = np.unique(labels, return_inverse=True)
-    unit = F.normalize(torch.from_numpy(features), dim=1)
-    known = torch.from_numpy(answers)
-    right = 0
-    for start in range(0, len(unit), 1024):
-        cosine = unit[start : start + 1024] @ unit.T  # [n, N]
-        rows = torch.arange(len(cosine))
-        cosine[rows, start + rows] = -torch.inf
-        near, index = cosine.topk(min(NEIGHBOURS, len(unit) - 1), dim=1)  # [n, k]
-        votes = torch.zeros(len(cosine), len(classes), dtype=near.dtype)
-        votes.scatter_add_(1, known[index], ((near - near[:, :1]) / TEMPERATURE).exp())
-        right += int((votes.argmax(1) == known[start : start + 1024]).sum())
-    return right / len(unit)
+    asked = np.arange(len(features))
+    votes = Bank(features, answers, len(classes)).classify(features, [min(NEIGHBOURS, len(asked) - 1)], asked)
+    return float(np.mean(votes[0] == answers))
 
 
 def linear_accuracy(features: FloatArray, labels: IntArray) -> float:

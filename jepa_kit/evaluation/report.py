@@ -5,18 +5,21 @@ Each image is read and decoded once, each network sees it once, and all protocol
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from jepa_kit.config import DataConfig
+from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.shards import ShardDataset
-from jepa_kit.engine.distributed import World
+from jepa_kit.data.transforms.decoders import DecoderName
+from jepa_kit.engine.distributed import World, gathered, together
+from jepa_kit.evaluation.features import Precision
 from jepa_kit.evaluation.networks import ENCODERS, Network
 from jepa_kit.evaluation.networks import run_networks as run_networks
 from jepa_kit.evaluation.protocols import (
@@ -52,7 +55,8 @@ class Row:
         width: of its features (the widest layer set).
         label: whose classes were told apart; ``mask`` for segmentation.
         seconds: that the protocol took, by the clock.
-        protocol, variant, metric, accuracy, standard_error, draws, validation, settings, n_train, n_test, classes,
+        variant: as in ``ProbeResult``; and options, where a protocol was asked for with others as well.
+        protocol, metric, accuracy, standard_error, draws, validation, settings, n_train, n_test, classes,
             chance: see ``ProbeResult``.
     """
 
@@ -92,6 +96,7 @@ _FROM_PROBE = {field.name for field in fields(ProbeResult)} & {field.name for fi
 
 class _Job(NamedTuple):
     name: str
+    variant: str
     probe: Probe
     network: Network
     label: str
@@ -111,6 +116,9 @@ def evaluate(
     num_workers: int = 0,
     mean: Sequence[float] = DataConfig.mean,
     std: Sequence[float] = DataConfig.std,
+    decoder: DecoderName = "pillow",
+    max_pixels: int = MAX_PIXELS,
+    precision: Precision = "float32",
     store: FeatureStore | None = None,
     device: torch.device | str = "cpu",
     world: World | None = None,
@@ -129,6 +137,8 @@ def evaluate(
         seed: of the protocols.
         batch_size, num_workers: of the reading.
         mean, std: of the channels, for protocols that train an encoder.
+        decoder, max_pixels: of the reading, see ``jepa_kit.data.transforms.View``.
+        precision: of the matrix products, for protocols that train an encoder.
         store: where features are kept; None keeps them for this call.
         device: where protocols work.
         world: of several processes, each takes its share of the jobs, and all get all rows.
@@ -139,7 +149,7 @@ def evaluate(
 
     Raises:
         ValueError: no network or label, or two networks of one name; an unknown protocol or label; classes that
-            differ between ``train`` and ``test``; what a protocol refuses.
+            differ between ``train`` and ``test``; what a protocol refuses. All processes raise where one does.
     """
     built = build_protocols(protocols)
     _check_networks(networks, seed)
@@ -154,38 +164,61 @@ def evaluate(
             image_size=image_size,
             batch_size=batch_size,
             num_workers=num_workers,
+            decoder=decoder,
+            max_pixels=max_pixels,
             progress=progress and world.is_main,
         )
         if wanted
         else {}
         for part in (train, test)
     ]
-    images = Images(image_size=image_size, mean=mean, std=std, batch_size=batch_size, num_workers=num_workers)
-    mine = jobs[world.rank :: world.size]
-    rows: list[tuple[int, list[Row]]] = []
+    images = Images(
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        decoder=decoder,
+        max_pixels=max_pixels,
+        precision=precision,
+    )
+
+    def ask(job: _Job) -> list[Row]:
+        parts = [
+            Part(_features(job, layers, held), known[job.label][k] if job.label in known else None, dataset)
+            for k, (held, dataset) in enumerate(zip(arrays, (train, test), strict=True))
+        ]
+        task = Task(
+            train=parts[0],
+            test=parts[1],
+            layers=layers,
+            seed=seed,
+            device=torch.device(device),
+            encoder=job.network.encoder,
+            images=images,
+        )
+        start = time.perf_counter()
+        found = job.probe(task)
+        seconds = time.perf_counter() - start
+        figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
+        say(f"{job.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
+        return [_row(job, layers, task, one, seconds) for one in found]
+
+    found = [job for share in gathered(together(lambda: _share(jobs, ask, world, progress))) for job in share]
+    return _in_order([row for _, rows in sorted(found, key=lambda one: one[0]) for row in rows])
+
+
+def _share(
+    jobs: Sequence[_Job], ask: Callable[[_Job], list[Row]], world: World, progress: bool
+) -> list[tuple[int, list[Row]]]:
+    """(place, rows) of the jobs of this process."""
+    rows = []
+    mine = range(world.rank, len(jobs), world.size)
     with bar("protocols", len(mine), "question", progress) as shown:
-        for place, job in enumerate(mine):
-            parts = [
-                Part(_features(job, layers, held), known[job.label][k] if job.label in known else None, dataset)
-                for k, (held, dataset) in enumerate(zip(arrays, (train, test), strict=True))
-            ]
-            task = Task(
-                train=parts[0],
-                test=parts[1],
-                layers=layers,
-                seed=seed,
-                device=torch.device(device),
-                encoder=job.network.encoder,
-                images=images,
-            )
-            start = time.perf_counter()
-            found = job.probe(task)
-            seconds = time.perf_counter() - start
-            rows.append((world.rank + place * world.size, [_row(job, layers, task, one, seconds) for one in found]))
+        for place in mine:
+            rows.append((place, ask(jobs[place])))
             shown.update()
-            figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
-            say(f"{job.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
-    return _in_order([row for part in _gather(rows, world) for row in part])
+    return rows
 
 
 def _check_networks(networks: Sequence[Network], seed: int) -> None:
@@ -206,7 +239,7 @@ def _jobs(
     """The questions, and label -> the classes of the training and of the test samples."""
     asked = list(train.classes) if labels is None else list(labels)
     jobs, needed = [], []
-    for name, _, probe in built:
+    for (name, _, probe), variant in zip(built, _variants(built), strict=True):
         if probe.takes == "masks":
             for part in (train, test):
                 if not part.has_masks:
@@ -220,8 +253,18 @@ def _jobs(
         fitting = [n for n in networks if n.encoder is not None or not probe.trains_encoder]
         if not fitting:
             raise ValueError(f"protocol {name!r} trains an encoder, and {', '.join(n.name for n in networks)} has none")
-        jobs += [_Job(name, probe, network, label) for network in fitting for label in mine]
+        jobs += [_Job(name, variant, probe, network, label) for network in fitting for label in mine]
     return jobs, _labels(train, test, list(dict.fromkeys(needed)))
+
+
+def _variants(built: Sequence[tuple[str, dict[str, Any], Probe]]) -> list[str]:
+    """For protocols that are asked for several times, the options that tell them apart; else nothing."""
+    found = []
+    for name, options, _ in built:
+        others = [theirs for other, theirs, _ in built if other == name]
+        differing = [key for key in options if any(theirs[key] != options[key] for theirs in others)]
+        found.append(" ".join(f"{key}={json.dumps(options[key])}" for key in differing).replace('"', ""))
+    return found
 
 
 def _labels(train: ShardDataset, test: ShardDataset, labels: Sequence[str]) -> dict[str, tuple[IntArray, IntArray]]:
@@ -264,17 +307,10 @@ def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float)
         width=max((features.width for features in task.train.features.values()), default=0),
         label=job.label,
         seconds=round(seconds, 3),
-        **{name: getattr(found, name) for name in _FROM_PROBE},
+        **(
+            {name: getattr(found, name) for name in _FROM_PROBE} | {"variant": f"{found.variant} {job.variant}".strip()}
+        ),
     )
-
-
-def _gather(rows: list[tuple[int, list[Row]]], world: World) -> list[list[Row]]:
-    """The rows of all processes, in the order of the jobs."""
-    if world.size > 1:
-        everyone: list[Any] = [None] * world.size
-        dist.all_gather_object(everyone, rows)
-        rows = [row for part in everyone for row in part]
-    return [part for _, part in sorted(rows, key=lambda one: one[0])]
 
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
@@ -319,5 +355,5 @@ def describe(network: str, layers: str | None) -> str:
 
 
 def plain_options(built: Sequence[tuple[str, Mapping[str, Any], Probe]]) -> list[dict[str, Any]]:
-    """The protocols of a call with all their options, for JSON."""
+    """The protocols of a call (from ``build_protocols``) with all their options, the defaults too, for JSON."""
     return [{"name": name} | dict(options) for name, options, _ in built]

@@ -60,6 +60,7 @@ def config_results(
         "config": config.to_dict(),
         "data": {
             "image_size": list(config.data.image_size),
+            "decoder": config.data.decoder,
             "train": identity(train),
             "test": identity(test),
         },

@@ -10,19 +10,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from jepa_kit.data.loader import eval_batches
+from jepa_kit.data.images import MAX_PIXELS
+from jepa_kit.data.loader import Batch, eval_batches
 from jepa_kit.data.shards import ShardDataset
-from jepa_kit.engine.distributed import World
+from jepa_kit.data.transforms.decoders import DecoderName
+from jepa_kit.engine.distributed import World, barrier, from_main, together
 from jepa_kit.evaluation.networks import Network, View
 
 FORMAT = "jepa_kit features/1"
@@ -30,13 +31,23 @@ Arrays = dict[tuple[str, View], NDArray[Any]]
 """(name of a network, view) -> [N, D] float32; [N, n, D] float16 where patches are not averaged."""
 
 
+class _Array(NamedTuple):
+    """An array that is wanted: its file, None where it stays in memory, and what it depends on in words."""
+
+    network: Network
+    view: View
+    file: Path | None
+    words: dict[str, Any]
+
+
 class FeatureStore:
     """Extracts what is wanted and not there yet.
 
     Each array is one file, ``<key>.npy``, which is mapped and not read whole; beside it ``<key>.json`` says in words
     what it depends on: the checkpoint's hash (or what an untrained network is made of), the encoder, the block, the
-    pooling, the data's identity, the size of the images. The key is a digest of that, so that a change of any of them
-    is another file, and nothing stale is ever taken. The .json is written last: without it an array is not complete.
+    pooling, the data's identity, the size of the images, the decoder where it is not Pillow's. The key is a digest of
+    that, so that a change of any of them is another file, and nothing stale is ever taken. The .json is written last:
+    without it an array is not complete.
 
     Args:
         folder: where arrays are kept; None keeps them in memory for this call.
@@ -62,28 +73,48 @@ class FeatureStore:
         image_size: tuple[int, int],
         batch_size: int = 256,
         num_workers: int = 0,
+        decoder: DecoderName = "pillow",
+        max_pixels: int = MAX_PIXELS,
         progress: bool = False,
     ) -> Arrays:
         """Every array that is wanted; each image is read and decoded once for all that are not there yet.
 
+        Args:
+            wanted: arrays, each of a network.
+            dataset: the images.
+            image_size, batch_size, num_workers, decoder, max_pixels: see ``eval_batches``.
+            progress: says on stderr what is being done.
+
         Raises:
-            ValueError: a value outside its range, or an image that cannot be read.
+            ValueError: a value outside its range, or an image that cannot be read; on all processes.
         """
         arrays: Arrays = {}
-        missing: list[tuple[Network, View]] = []
-        for network, view in wanted:
-            kept = self._kept(network, view, dataset, image_size)
-            if kept is not None and kept.with_suffix(".json").exists():
-                arrays[network.name, view] = np.load(kept, mmap_mode="r")
+        asked = [self._array(network, view, dataset, image_size, decoder) for network, view in wanted]
+        # one process looks: all must agree on what is missing
+        there = from_main(lambda: [one.file is not None and one.file.with_suffix(".json").exists() for one in asked])
+        missing: list[_Array] = []
+        for one, kept in zip(asked, there, strict=True):
+            if kept:
+                arrays[one.network.name, one.view] = np.load(cast(Path, one.file), mmap_mode="r")
             else:
-                missing.append((network, view))
+                missing.append(one)
         if not missing:
             say(f"features of {len(dataset):,} images in {dataset.path}: all kept in {self.folder}", progress)
             return arrays
         start = time.perf_counter()
-        fresh = self._allocate(missing, dataset, image_size)
-        self._fill(fresh, missing, dataset, image_size, batch_size, num_workers, progress)
-        arrays |= self._keep(fresh, missing, dataset, image_size)
+        fresh = self._allocate(missing, len(dataset), image_size)
+        mine = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
+        batches = eval_batches(
+            dataset,
+            image_size=image_size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            samples=mine,
+            decoder=decoder,
+            max_pixels=max_pixels,
+        )
+        together(lambda: self._fill(fresh, missing, batches, dataset, len(mine), progress))
+        arrays |= self._keep(fresh, missing)
         seconds = time.perf_counter() - start
         say(f"features of {len(dataset):,} images in {dataset.path}: {seconds:.1f} s", progress)
         return arrays
@@ -91,23 +122,18 @@ class FeatureStore:
     def _fill(
         self,
         fresh: Arrays,
-        missing: Sequence[tuple[Network, View]],
+        missing: Sequence[_Array],
+        batches: Iterable[Batch],
         dataset: ShardDataset,
-        image_size: tuple[int, int],
-        batch_size: int,
-        num_workers: int,
+        count: int,
         progress: bool,
     ) -> None:
-        """One pass over this rank's images."""
+        """One pass over this rank's images, ``count`` of them."""
         by_network: dict[Network, list[View]] = {}
-        for network, view in missing:
-            by_network.setdefault(network, []).append(view)
-        mine = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
-        batches = eval_batches(
-            dataset, image_size=image_size, batch_size=batch_size, num_workers=num_workers, samples=mine
-        )
+        for one in missing:
+            by_network.setdefault(one.network, []).append(one.view)
         done = 0
-        with bar(f"features of {dataset.path}", len(mine), "image", progress) as shown:
+        with bar(f"features of {dataset.path}", count, "image", progress) as shown:
             for batch in batches:
                 rows = batch.samples.numpy()
                 for network, views in by_network.items():
@@ -115,55 +141,43 @@ class FeatureStore:
                         fresh[network.name, view][rows] = found.numpy()
                 done += len(rows)
                 shown.update(len(rows))
-        if done != len(mine):
-            raise ValueError(f"{len(mine) - done} of {len(mine)} images in {dataset.path} could not be read")
+        assert done == count, (done, count)  # what cannot be read raises
 
-    def _allocate(
-        self, missing: Sequence[tuple[Network, View]], dataset: ShardDataset, image_size: tuple[int, int]
-    ) -> Arrays:
+    def _allocate(self, missing: Sequence[_Array], samples: int, image_size: tuple[int, int]) -> Arrays:
         """Empty arrays; with a folder, files that are named as unfinished."""
         fresh: Arrays = {}
         probe = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
-        for network, view in missing:
+        for network, view, file, _ in missing:
             (one,) = network.source(probe, [view])
-            shape = (len(dataset), *one.shape[1:])
+            shape = (samples, *one.shape[1:])
             dtype = np.dtype(np.float32 if view.pooling == "mean" else np.float16)
-            kept = self._kept(network, view, dataset, image_size)
-            if kept is None:
+            if file is None:
                 fresh[network.name, view] = np.empty(shape, dtype)
                 continue
-            part = self._unfinished(kept)
+            part = self._unfinished(file)
             if self.world.is_main:
                 np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
             self._wait()
             fresh[network.name, view] = np.lib.format.open_memmap(part, mode="r+")
         return fresh
 
-    def _keep(
-        self,
-        fresh: Arrays,
-        missing: Sequence[tuple[Network, View]],
-        dataset: ShardDataset,
-        image_size: tuple[int, int],
-    ) -> Arrays:
+    def _keep(self, fresh: Arrays, missing: Sequence[_Array]) -> Arrays:
         """Names the files as finished."""
         kept_arrays: Arrays = {}
-        for network, view in missing:
+        for network, view, file, words in missing:
             key = (network.name, view)
-            kept = self._kept(network, view, dataset, image_size)
-            if kept is None:
+            if file is None:
                 kept_arrays[key] = fresh[key]
                 continue
             fresh[key].flush()  # type: ignore[attr-defined]
             self._wait()
             if self.world.is_main:
-                self._unfinished(kept).replace(kept)
-                words = json.dumps(self._words(network, view, dataset, image_size), indent=1)
-                temporary = kept.with_suffix(f".json.{os.getpid()}.part")
-                temporary.write_text(words + "\n")
-                temporary.replace(kept.with_suffix(".json"))
+                self._unfinished(file).replace(file)
+                temporary = file.with_suffix(f".json.{os.getpid()}.part")
+                temporary.write_text(json.dumps(words, indent=1) + "\n")
+                temporary.replace(file.with_suffix(".json"))
             self._wait()
-            kept_arrays[key] = np.load(kept, mmap_mode="r")
+            kept_arrays[key] = np.load(file, mmap_mode="r")
         return kept_arrays
 
     def _unfinished(self, kept: Path) -> Path:
@@ -172,28 +186,31 @@ class FeatureStore:
 
     def _wait(self) -> None:
         if self.world.size > 1:
-            dist.barrier()
+            barrier()
 
-    def _kept(self, network: Network, view: View, dataset: ShardDataset, image_size: tuple[int, int]) -> Path | None:
-        """The file of an array; None where it stays in memory."""
-        if self.folder is None or (network.identity is None and self.world.size == 1):
-            return None
-        assert network.identity is not None, network.name
-        words = json.dumps(self._words(network, view, dataset, image_size), sort_keys=True)
-        return self.folder / f"{hashlib.sha256(words.encode()).hexdigest()[:24]}.npy"
-
-    def _words(
-        self, network: Network, view: View, dataset: ShardDataset, image_size: tuple[int, int]
-    ) -> dict[str, Any]:
-        return {
+    def _array(
+        self,
+        network: Network,
+        view: View,
+        dataset: ShardDataset,
+        image_size: tuple[int, int],
+        decoder: DecoderName,
+    ) -> _Array:
+        """What is kept of an array, and where."""
+        words = {
             "format": FORMAT,
             "network": network.identity,
             "block": view.block,
             "pooling": view.pooling,
             "data": {k: v for k, v in identity(dataset).items() if k != "shards"},
             "image_size": list(image_size),
-            "view": "centre crop",
+            "view": "centre crop" if decoder == "pillow" else f"centre crop, {decoder} decoder",
         }
+        if self.folder is None or (network.identity is None and self.world.size == 1):
+            return _Array(network, view, None, words)
+        assert network.identity is not None, network.name
+        key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:24]
+        return _Array(network, view, self.folder / f"{key}.npy", words)
 
 
 def identity(dataset: ShardDataset) -> dict[str, Any]:

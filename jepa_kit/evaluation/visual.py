@@ -110,7 +110,10 @@ def gather(
     if len(dataset) < images + BATCH:
         raise ValueError(f"{dataset.path} holds {len(dataset)} images, but pictures need at least {images + BATCH}")
     order = permutation(generator(Stream.EVALUATION, seed=seed, lane=3), len(dataset))[: images + others]
-    batches = eval_batches(dataset, image_size=run.config.data.image_size, samples=order)
+    data = run.config.data
+    batches = eval_batches(
+        dataset, image_size=data.image_size, samples=order, decoder=data.decoder, max_pixels=data.max_pixels
+    )
     held = torch.cat([batch.images for batch in batches])
     masks = several_masks(build_masker(run.config), np.arange(images), 1, seed=seed)
     run.jepa.to(device)

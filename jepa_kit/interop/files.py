@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from iopath.common.file_io import HTTPURLHandler, PathManager
 
+from jepa_kit.data.streams import path_manager
 from jepa_kit.engine.checkpoint import FORMAT, HEADER, CheckpointError, checkpoints
+from jepa_kit.engine.store import to_read
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 
 FORMATS = "official, jepa_kit, hf (a folder), timm, safetensors, onnx"
 
-path_manager = PathManager()
-path_manager.register_handler(HTTPURLHandler())
+DOWNLOADED = ("http://", "https://", "ftp://")
+"""Addresses whose files iopath keeps in its cache."""
 
 
 def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Path:
-    """The file or folder, downloaded through iopath's cache where it is an address.
+    """The file or folder on this machine; what lies at an address is brought here.
 
     Args:
-        path_or_url: a path, or an http address of one file.
+        path_or_url: a path; an http address of one file, which iopath keeps in its cache; or another address, see
+            ``jepa_kit.engine.store.to_read``.
         sha256: what the file's SHA-256 must be, in hex; None where it is not known.
 
     Raises:
@@ -38,7 +40,13 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
     text = os.fspath(path_or_url)
     remote = "://" in text
     try:
-        path = Path(path_manager.get_local_path(text)) if remote else Path(text).expanduser()
+        path = Path(text).expanduser()
+        if text.startswith(DOWNLOADED):
+            path = Path(path_manager.get_local_path(text))
+        elif not checkpoints(path):  # a run folder may have them elsewhere
+            path = to_read(text)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{text} could not be downloaded: {error}") from error
     if not path.exists():

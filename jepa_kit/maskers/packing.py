@@ -126,15 +126,19 @@ def _interleave(parts: Sequence[tuple[PatchSets, IntArray]]) -> tuple[PatchSets,
     image = np.concatenate([at[sets.image.numpy()] for sets, at in parts])
     lengths = np.concatenate([sets.lengths.each for sets, _ in parts])
     ascending = np.arange(len(image))
-    by_image = np.argsort(image, kind="stable")
+    order = np.argsort(image, kind="stable")
     count = np.bincount(image)
-    number = np.empty_like(image)  # of each set within its image
-    number[by_image] = ascending - np.repeat(np.cumsum(count) - count, count)
-    order = np.argsort(number * len(count) + image)
+    if len(count) < len(image):  # else the sets are one of each image
+        number = np.empty_like(image)  # of each set within its image
+        number[order] = ascending - np.repeat(np.cumsum(count) - count, count)
+        number *= len(count)
+        number += image
+        order = np.argsort(number)
     place = np.empty_like(order)
     place[order] = ascending
     starts = np.cumsum(lengths) - lengths
     moved = lengths[order]
-    token = np.arange(moved.sum()) + np.repeat(starts[order] - (np.cumsum(moved) - moved), moved)  # [P]
+    token = np.repeat(starts[order] - (np.cumsum(moved) - moved), moved)  # [P]
+    token += np.arange(len(token))
     index = np.concatenate([sets.index.numpy() for sets, _ in parts])[token]
     return PatchSets(torch.from_numpy(index), torch.from_numpy(image[order]), SetLengths(moved)), place

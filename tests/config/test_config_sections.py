@@ -39,7 +39,12 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("optim", "lr", 0.0, "lr (=0.0) must be above 0"),
     ("optim", "lr", math.nan, "lr (=nan) must be above 0"),
     ("optim", "lr", math.inf, "lr (=inf) must be above 0"),
-    ("optim", "lr", 1e-4, "start_lr (=0.0002) must not be above lr (=0.0001)"),
+    (
+        "optim",
+        "lr",
+        1e-4,
+        "start_lr (=0.0002, its default) must not be above lr (=0.0001): give start_lr too, at most 0.0001",
+    ),
     ("optim", "start_lr", -1.0, "start_lr (=-1.0) must be at least 0"),
     ("optim", "final_lr", 1.0, "final_lr (=1.0) must not be above lr (=0.001)"),
     ("optim", "final_lr", -1.0, "final_lr (=-1.0) must be at least 0"),
@@ -54,7 +59,8 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("train", "steps_per_epoch", 0, "steps_per_epoch (=0) must be at least 1"),
     ("train", "seed", -1, "seed (=-1) must be from 0 to 2**63 - 1"),
     ("train", "seed", 2**63, f"seed (={2**63}) must be from 0 to 2**63 - 1"),
-    ("train", "output_dir", "", "output_dir (='') must be a path"),
+    ("train", "output_dir", "", "output_dir (='') must be a path, and no address"),
+    ("train", "checkpoint_dir", "", "checkpoint_dir (='') must be a path or an address"),
     ("train", "init_from", "", "init_from (='') must be a path or an address"),
     ("train", "log_every", 0, "log_every (=0) must be at least 1"),
     ("train", "checkpoint_every", 0, "checkpoint_every (=0) must be at least 1"),
@@ -117,6 +123,14 @@ def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[st
     ]
 
 
+def test_an_option_that_is_no_more_is_read_where_it_is_null(problems: Callable[..., list[str]]) -> None:
+    """Runs of earlier versions hold ``data.label: null``; it did nothing."""
+    (problem,) = problems("data: {label: count}")
+    assert problem.startswith("data.label is not an option")
+    (problem,) = problems("data: {label: null}\ntrain: {epochs: 0}")
+    assert problem == "train.epochs (=0) must be at least 1"
+
+
 def test_sections_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().epochs = 3  # type: ignore[misc]
@@ -140,7 +154,7 @@ def test_a_range_error_is_told_beside_an_ill_typed_value(problems: Callable[...,
 
 def test_relations(problems: Callable[..., list[str]]) -> None:
     assert problems("optim: {lr: 1e-4, final_lr: 1}") == [
-        "optim.start_lr (=0.0002) must not be above lr (=0.0001)",
+        "optim.start_lr (=0.0002, its default) must not be above lr (=0.0001): give start_lr too, at most 0.0001",
         "optim.final_lr (=1.0) must not be above lr (=0.0001)",
     ]
     assert problems("train: {epochs: 40}") == ["optim.warmup_epochs (=40.0) must be below train.epochs (=40)"]

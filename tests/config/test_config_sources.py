@@ -202,7 +202,7 @@ def test_overrides(write: Write) -> None:
             "target_update={name: none}",
             "optim.lr=1e-2",
             "train.output_dir=runs/a=b",
-            "data.label=null",
+            "data.cache=null",
             "loss.weight=0.5",
             "train.seed=1",
             "train.seed=2",

@@ -83,6 +83,13 @@ def test_a_mask_that_is_none(tmp_path, data, reason):
         dataset.mask(0)
 
 
+def test_a_mask_of_too_many_pixels(dataset):
+    np.testing.assert_array_equal(dataset.mask(2, max_pixels=16 * 18), random_mask(2))
+    reason = r"18 x 16 pixels are more than max_pixels \(=287\) allows"
+    with pytest.raises(ValueError, match=rf"mask of sample 2 \('folder/0002'\) of .* is not usable: {reason}"):
+        dataset.mask(2, max_pixels=287)
+
+
 def test_a_palette_is_passed_over():
     numbers = random_mask(3)
     image = Image.fromarray(numbers, mode="P")

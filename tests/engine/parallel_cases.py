@@ -22,7 +22,7 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.shard_files import load_sharded, save_sharded
-from jepa_kit.engine.sharded import full_state, is_sharded, load_full_state
+from jepa_kit.engine.sharded import full_state, is_sharded, load_full_state, state_of
 from jepa_kit.engine.step import train_step
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import MultiBlock
@@ -171,7 +171,7 @@ def check_checkpoints(world, folder, other):
     """Saves a run after ``SAVED`` steps in both forms, and goes on from there; and from the folder of another world."""
     run = Training(world, "fsdp")
     run.steps(0, SAVED)
-    save_sharded(folder / "shards", run.jepa, run.optimizer)
+    save_sharded(folder / "shards", *state_of(run.jepa, run.optimizer))
     state = full_state(run.jepa, run.optimizer)
     if world.is_main:
         torch.save(state, folder / "whole.pt")
@@ -187,7 +187,7 @@ def check_checkpoints(world, folder, other):
         close(again.steps(SAVED), wanted, f"shards of {source.name}, {mode}")
 
 
-def one_rank(world, folder, other):
+def one_rank(world, folder=None, other=None):
     with process_group(world, DEVICE):
         if folder is None:
             check_bf16(world)
@@ -198,13 +198,13 @@ def one_rank(world, folder, other):
         check_checkpoints(world, folder, other)
 
 
-def launch(size, folder=None, other=None):
-    """Runs ``one_rank`` in so many processes; exits with 1 where one fails."""
+def launch(size, work, *arguments):
+    """Runs ``work(world, *arguments)`` in so many processes; exits with 1 where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=one_rank, args=(World(k, k, size), folder, other), daemon=True) for k in range(size)]
+    ranks = [fork.Process(target=work, args=(World(k, k, size), *arguments), daemon=True) for k in range(size)]
     for rank in ranks:
         rank.start()
     running = list(ranks)
@@ -217,8 +217,8 @@ def launch(size, folder=None, other=None):
 
 if __name__ == "__main__":
     if sys.argv[1] == "rest":
-        launch(2)
+        launch(2, one_rank)
     else:
         folder = Path(sys.argv[1])
-        launch(2, folder / "two")
-        launch(4, folder / "four", other=folder / "two")
+        launch(2, one_rank, folder / "two")
+        launch(4, one_rank, folder / "four", folder / "two")

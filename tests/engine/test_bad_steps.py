@@ -1,5 +1,6 @@
 """Runs with a bad step: each policy, its record, its limits, and the replay of its batch."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -8,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.engine import loop
+from jepa_kit.engine import bad_steps, loop
 from jepa_kit.engine.bad_steps import BadStep, append_record, left_out, over_limit, read_record
 from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.replay import read_dump
+from jepa_kit.engine.replay import config_of, read_dump, weights_before
+from jepa_kit.engine.saving import SaveError
+from jepa_kit.engine.signals import Agreement
 from jepa_kit.engine.telemetry import read_metrics
+from jepa_kit.interop.formats import convert
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +129,15 @@ def test_rollback_to_the_first_weights(tiny, bad_at):
     assert [bad.checkpoint for bad in read_record(folder)] == [None]
 
 
+def test_a_roll_back_makes_no_new_group_of_processes(tiny, bad_at, monkeypatch):
+    made = []
+    monkeypatch.setattr(loop, "Agreement", lambda: made.append(Agreement()) or made[-1])
+    bad_at(2)
+    folder = train(tiny("train.bad_numbers=rollback"))
+    assert sorted(losses(folder)) == [0, 1, 3, 4, 5]
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
@@ -206,6 +219,112 @@ def test_replay_finds_the_first_bad_number(tiny, replay_tool, capsys):
     assert "all numbers are finite this time: other weights, another device, or a fault of the machine then" in printed
 
 
+def weights_again(tiny_config, step, **options):
+    """The weights that a replay gets without the run's checkpoints up to a step, and those that the run had there."""
+    folder = Path(tiny_config.train.output_dir)
+    had = load_checkpoint(folder / f"checkpoint_{step:08d}.pt").model
+    for path in checkpoints(folder)[: [p.name for p in checkpoints(folder)].index(f"checkpoint_{step:08d}.pt") + 1]:
+        path.unlink()
+    dump, said = read_dump(folder / f"bad_step_{step:08d}" / "rank_0000.pt"), []
+    got = weights_before(dump, folder, torch.device("cpu"), say=said.append, **options).state_dict()
+    return got, had, said[0]
+
+
+KEPT = ("train.bad_numbers=skip", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+
+
+def test_replay_begins_from_what_the_run_began_from(tiny, bad_at, tmp_path):
+    """And leaves out the batch that the run left out: it is good now."""
+    weights = tmp_path / "weights.pt"
+    first = train(tiny(f"train.output_dir={tmp_path / 'first'}", "train.seed=7"))
+    checkpoints(first)[-1].rename(weights)
+    bad_at(1, 3)
+    config = tiny(*KEPT, f"train.init_from={weights}")
+    train(config)
+    got, had, said = weights_again(config, 3, again=True)
+    assert said == f"weights: those of {weights}, and 3 steps done again"
+    for name, value in had.items():
+        assert torch.equal(got[name], value), name
+    folder = Path(config.train.output_dir)
+    dump = read_dump(folder / "bad_step_00000003" / "rank_0000.pt")
+    got = weights_before(dump, folder, torch.device("cpu"), again=False, say=print).state_dict()
+    for name, value in load_checkpoint(weights).model.items():
+        assert torch.equal(got[name], value), name
+    with pytest.raises(FileNotFoundError, match=r"there is no file nothing\.pt"):
+        weights_before(dump, folder, torch.device("cpu"), again=False, say=print, start_file="nothing.pt")
+
+
+def test_replay_of_a_run_that_went_on_from_a_released_checkpoint(tiny, bad_at, tmp_path, replay_tool, capsys):
+    released = tmp_path / "epoch1.pth.tar"
+    first = train(tiny(f"train.output_dir={tmp_path / 'first'}"))
+    convert(checkpoints(first)[0], released, to="official")
+    bad_at(5)
+    config = tiny(*KEPT)
+    folder = train(config, resume_from=str(released))
+    got, had, said = weights_again(config, 5, again=True)
+    assert said == f"weights: those of {released}, and 2 steps done again"
+    for name, value in had.items():
+        assert torch.equal(got[name], value), name
+
+    path = folder / "bad_step_00000005" / "rank_0000.pt"
+    dump = read_dump(path)
+    del dump["resume_from"]  # the run was resumed without it
+    torch.save(dump, path)
+    capsys.readouterr()
+    assert replay_tool.main([str(path)]) == 2
+    assert capsys.readouterr().err == (
+        "replay_step.py: the run began with the weights of epoch1.pth.tar, no checkpoint of it is left from before "
+        "step 5, and the dump does not say where that file lies: name it with --start\n"
+    )
+    for options in ([], ["--at-once"]):
+        assert replay_tool.main([str(path), "--start", str(released), *options]) == 3  # only the run put a NaN there
+        assert f"weights: those of {released}, " in capsys.readouterr().out
+    torch.save(dump | {"step": 2}, path)
+    assert replay_tool.main([str(path), "--start", str(released)]) == 2
+    assert "is at step 3, after the bad one (2): the run did not begin from it" in capsys.readouterr().err
+
+
+def test_a_start_that_would_do_nothing(tiny, bad_at, replay_tool, capsys):
+    bad_at(1, 4)
+    folder = train(tiny("train.bad_numbers=skip", "train.keep_checkpoints=9"))
+    for step, message in (
+        (1, "--start (='weights.pt') does nothing: the run began with weights from its seed"),
+        (4, f"--start (='weights.pt') does nothing: {folder}/checkpoint_00000003.pt is left from before step 4"),
+    ):
+        dump = folder / f"bad_step_{step:08d}" / "rank_0000.pt"
+        assert replay_tool.main([str(dump), "--start", "weights.pt"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_replay_is_one_process_whatever_the_run_was(tiny, bad_at, tmp_path):
+    bad_at(4)
+    folder = train(tiny("train.bad_numbers=skip", "encoder.drop_path=0.0", "train.keep_checkpoints=9"))
+    dump = read_dump(folder / "bad_step_00000004" / "rank_0000.pt")
+    dump["config"]["train"]["parallel"], dump["world_size"] = "fsdp", 2
+    config = config_of(dump)
+    assert (config.train.parallel, config.train.accumulate) == ("auto", 2)
+    said = []
+    got = weights_before(dump, folder, torch.device("cpu"), again=True, say=said.append).state_dict()
+    one = read_dump(folder / "bad_step_00000004" / "rank_0000.pt")
+    wanted = weights_before(one, folder, torch.device("cpu"), again=True, say=said.append).state_dict()
+    assert said[0].endswith("1 steps done again (by one process, within rounding of the 2)")
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_dump_that_cannot_be_written_leaves_nothing(tiny, bad_at, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bad_steps, "write_archive", full)
+    bad_at(2)
+    config = tiny("train.bad_numbers=skip")
+    with pytest.raises(SaveError, match="cannot be written to: No space left on device; there is no checkpoint"):
+        train(config)
+    assert list((Path(config.train.output_dir) / "bad_step_00000002").iterdir()) == []
+
+
 def test_replay_names_the_module(tiny, bad_at, replay_tool, capsys):
     bad_at(4)
     folder = train(tiny("train.bad_numbers=skip", "train.keep_checkpoints=9"))
@@ -237,7 +356,7 @@ def test_not_a_dump(tmp_path, replay_tool, capsys, request, content):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy):
+def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_tool):
     script = tmp_path / "bad_rank.py"
     script.write_text(
         "import math, sys\n"
@@ -257,7 +376,8 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy):
         "except FloatingPointError as error:\n"
         "    print('STOPPED', loop.read_environment().rank, error, flush=True)\n"
     )
-    config = tiny(f"train.bad_numbers={policy}", "train.log_every=100", "encoder.drop_path=0.0")
+    policies = (f"train.bad_numbers={policy}", "train.parallel=ddp")
+    config = tiny(*policies, "train.log_every=100", "encoder.drop_path=0.0")
     folder = Path(config.train.output_dir)
     config.save(tmp_path)
     printed = torchrun(2, script, tmp_path / "config.yaml", 1).stdout
@@ -266,6 +386,8 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy):
     assert len(read_dump(folder / "bad_step_00000003" / "rank_0001.pt")["keys"]) == 2
     (bad,) = read_record(folder)
     assert bad.ranks == [1]
+    for options in ([], ["--at-once"]):  # by one process; the NaN was never in the images
+        assert replay_tool.main([str(folder / "bad_step_00000003" / "rank_0001.pt"), *options]) == 3
     if policy == "stop":
         assert printed.count("STOPPED") == 2
         assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000003.pt"]

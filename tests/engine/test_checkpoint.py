@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from jepa_kit.config import SECTIONS
+from jepa_kit.config.sections import RETIRED
 from jepa_kit.engine import checkpoint as module
 from jepa_kit.engine.checkpoint import (
     Checkpoint,
@@ -22,6 +23,7 @@ from jepa_kit.engine.checkpoint import (
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.resume import FREE, check_resumable, plan_resume
 from jepa_kit.engine.schedules import Hyper, set_hyper
+from jepa_kit.engine.store import Store
 
 DATA = {"samples": 100, "digest": "ab"}
 CONFIG = {"encoder": {"name": "vit", "depth": 2}, "train": {"seed": 0, "device": "cpu"}, "data": {"mean": [0.5, 0.4]}}
@@ -258,26 +260,26 @@ def test_a_parameter_without_a_gradient(tmp_path):
 
 
 def test_resume_policy(tmp_path, trained):
-    assert plan_resume(tmp_path, resume=False) is None
-    assert plan_resume(tmp_path, resume=True) is None
+    assert plan_resume(Store(tmp_path), resume=False) is None
+    assert plan_resume(Store(tmp_path), resume=True) is None
     path = save_checkpoint(tmp_path, take(*trained), keep=1)
-    assert plan_resume(tmp_path, resume=True) == path
+    assert plan_resume(Store(tmp_path), resume=True) == path
     message = r"already holds a run \(checkpoint_00000003.pt\): give --resume to go on with it, or another --output-dir"
     with pytest.raises(ValueError, match=message):
-        plan_resume(tmp_path, resume=False)
+        plan_resume(Store(tmp_path), resume=False)
 
 
 def test_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match=r"train.output_dir \(='.*run'\) must be a folder, but it is a file"):
-        plan_resume(tmp_path / "run", resume=False)
+        plan_resume(Store(tmp_path / "run"), resume=False)
 
 
 def test_a_run_without_a_checkpoint_is_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    assert plan_resume(tmp_path, resume=True) is None
+    assert plan_resume(Store(tmp_path), resume=True) is None
     with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\)"):
-        plan_resume(tmp_path, resume=False)
+        plan_resume(Store(tmp_path), resume=False)
 
 
 def test_differences_of_config_are_listed(trained):
@@ -317,4 +319,4 @@ def test_other_data(trained):
 def test_what_may_differ_are_options():
     for key in FREE:
         section, name = key.split(".")
-        assert name in SECTIONS[section].__dataclass_fields__
+        assert name in SECTIONS[section].__dataclass_fields__ or name in RETIRED[section]

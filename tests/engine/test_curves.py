@@ -1,7 +1,12 @@
+from dataclasses import fields
+
 from PIL import Image
 
+from jepa_kit.engine import curves
 from jepa_kit.engine.curves import plot_curves
 from jepa_kit.engine.telemetry import Journal
+from jepa_kit.evaluation.health import Health
+from jepa_kit.evaluation.online import PROBES
 
 
 def line(step, **more):
@@ -47,9 +52,47 @@ def test_a_row_for_each_four_values(tmp_path):
 
 
 def test_what_hooks_gave_has_panels_of_its_own(tmp_path):
+    """Below: 30 for a title, and 220 for each row of four."""
     values = {f"online/{name}": 0.5 for name in "abcde"}
     size = draw(tmp_path, [line(0), line(1, **values), line(2)])
-    assert size == (1200, 340 + 4 * 190)
+    assert size == (1200, 340 + 2 * 190 + 30 + 2 * 220)
+
+
+def test_figures_of_one_unit_share_a_panel(tmp_path, monkeypatch):
+    drawn = []
+    plain = curves._small
+
+    def small(axes, records, panel, last, **options):
+        plain(axes, records, panel, last, **options)
+        texts = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+        drawn.append((axes.get_title(), len(axes.lines), texts, [t.get_text() for t in axes.get_yticklabels()]))
+
+    monkeypatch.setattr(curves, "_small", small)
+    values = {"eval/knn": 0.5, "eval/verdict": 1.0, "eval/rankme": 5.0, "eval/lidar": 4.0, "eval/cosine": 0.1}
+    draw(tmp_path, [line(0), line(1, **values, **{"other/value": 1.0}), line(2)])
+    titles = [title for title, *_ in drawn]
+    assert titles[:2] + titles[7:] == [
+        "learning rate",
+        "weight decay",
+        "peak memory, GiB",
+        "accuracy of the probe, %",
+        "verdict",
+        "ranks, in directions",
+        "cosine of features",
+        "other/value",
+    ]
+    lines = {title: rest for title, *rest in drawn}
+    assert lines["accuracy of the probe, %"][:2] == [1, ["knn"]]
+    assert lines["ranks, in directions"][:2] == [2, ["rankme", "lidar"]]
+    assert lines["cosine of features"][:2] == [1, []]
+    assert lines["verdict"][2][:3] == ["healthy", "not\nlearned", "dimensional\ncollapse"]
+
+
+def test_every_figure_of_an_evaluation_has_its_panel():
+    figures = {f.name for f in fields(Health)} - {"images", "masks", "encoder", "width", "features"}
+    figures |= {"relative_to_mean", "relative_to_position", "cross_sample_gap", "verdict", "seconds", *PROBES}
+    drawn = [key for panel in curves.EVALUATION for key in panel.keys]
+    assert sorted(drawn) == sorted(f"eval/{name}" for name in figures)
 
 
 def test_lines_of_an_older_version_lack_values(tmp_path):

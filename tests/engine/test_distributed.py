@@ -12,10 +12,12 @@ from jepa_kit.engine.distributed import (
     World,
     choose_device,
     from_main,
+    gathered,
     is_main,
     mean_over_ranks,
     process_group,
     read_environment,
+    together,
     wrap,
 )
 
@@ -109,23 +111,41 @@ def test_a_failed_start_names_rank_and_cause(monkeypatch):
             pass
 
 
+def test_one_waits_for_another_longer_than_for_joining(monkeypatch):
+    given = []
+    monkeypatch.setattr(distributed, "_store", lambda world, timeout: given.append(timeout))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *a, timeout, **k: given.append(timeout))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: given.append(timeout))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    short, long = timedelta(minutes=5), timedelta(days=7)
+    for patience in (long, None):
+        with process_group(World(0, 0, 2), torch.device("cpu"), timeout=short, patience=patience):
+            pass
+    assert given == [short, long, long, short, short, distributed.PATIENCE]
+
+
 def test_alone_everything_is_itself():
     model = nn.Linear(2, 2)
     with process_group(World(), torch.device("cpu")):
         assert wrap(model, torch.device("cpu")) is model
         assert is_main()
         assert from_main(lambda: 5) == 5
+        assert together(lambda: 6) == 6
+        assert gathered(7) == [7]
         assert mean_over_ranks(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
         distributed.barrier()
 
 
 SCRIPT = """
-import sys, torch
+import sys, time, torch
+from datetime import timedelta
 from jepa_kit.engine.distributed import *
 world = read_environment()
 device = choose_device("cpu", world)
-with process_group(world, device):
+with process_group(world, device, timeout=timedelta(seconds=5)):
     assert is_main() == (world.rank == 0) == world.is_main
+    assert gathered(world.rank) == [0, 1]
+    assert from_main(lambda: time.sleep(7) or "late") == "late"  # longer than a step may wait
     assert mean_over_ranks(torch.tensor([float(world.rank)])).tolist() == [0.5]
     assert from_main(lambda: f"from {world.rank}") == "from 0"
     def refuse():
@@ -136,6 +156,33 @@ with process_group(world, device):
         assert str(error) == "refused by 0"
     else:
         raise SystemExit("not refused")
+
+    def refused(call, kind, text):
+        try:
+            call()
+        except kind as error:
+            assert text in str(error), error
+        else:
+            raise SystemExit("not refused")
+
+    def fail(rank, error):
+        def do():
+            if world.rank == rank:
+                raise error
+            return world.rank
+        return do
+
+    # a kind that all share, one that only its own process can tell, one that pickle cannot carry
+    unsent = OSError("no pickle")
+    unsent.held = sys.stdout
+    for rank, call in ((0, from_main), (0, together), (1, together)):
+        own = world.rank == rank
+        refused(lambda: call(fail(rank, RuntimeError("shared"))), RuntimeError, "shared")
+        peer = f"rank {rank} failed (KeyError); its own message tells more"
+        refused(lambda: call(fail(rank, KeyError("own"))), KeyError if own else PeerError, "own" if own else peer)
+        peer = f"rank {rank}: OSError: no pickle"
+        refused(lambda: call(fail(rank, unsent)), OSError if own else PeerError, "no pickle" if own else peer)
+    assert together(lambda: world.rank) == world.rank  # and they are in step
     torch.manual_seed(world.rank)  # DDP starts both from rank 0's weights, the frozen ones too
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 1), "b": torch.nn.Linear(2, 1).requires_grad_(False)})
     model.forward = lambda x: model["a"](x)

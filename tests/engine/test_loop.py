@@ -11,6 +11,7 @@ from jepa_kit.engine import build, loop
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint import CheckpointError, checkpoints, load_checkpoint
 from jepa_kit.engine.distributed import World
+from jepa_kit.engine.failures import RunError
 from jepa_kit.engine.loop import seed_torch, train
 from jepa_kit.engine.telemetry import MEASURED, read_metrics
 
@@ -162,6 +163,26 @@ def test_lines_and_checkpoints_come_when_they_are_due(tiny):
     folder = train(tiny("train.log_every=4", "train.checkpoint_every=2", "train.keep_checkpoints=5"))
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint_0000000{step}.pt" for step in (2, 4, 6)]
     assert [line["step"] for line in numbers(folder)] == [0, 1, 3, 4, 5]  # each 4th, and with each checkpoint
+
+
+def test_the_position_is_that_in_the_data(tiny):
+    """20 samples make 5 steps of 4, whatever is called an epoch of the schedules (3 steps here)."""
+    run = build_run(tiny(), World(), torch.device("cpu"))
+    positions = [loop.header(run, step, {}).position for step in range(7)]
+    asked = [(request.epoch, request.step % 5) for request, _ in zip(run.loader.requests(0), range(7), strict=False)]
+    assert [(p["epoch"], p["step_in_epoch"]) for p in positions] == asked
+    assert positions[6] == {"epoch": 1, "step_in_epoch": 1, "samples": 24}
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, ConnectionError], ids=lambda error: error.__name__)
+def test_what_fails_under_way_is_no_mistake_in_the_config(tiny, monkeypatch, error):
+    def fail(*args, **options):
+        raise error("gone")
+
+    monkeypatch.setattr(loop, "train_step", fail)
+    with pytest.raises(RunError, match=r"^gone$") as failed:
+        train(tiny())
+    assert isinstance(failed.value.__cause__, error)
 
 
 def test_first_weights_are_a_function_of_the_seed(tiny):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from jepa_kit.engine import build
 from jepa_kit.engine.build import open_shards
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.telemetry import read_metrics
@@ -45,6 +46,18 @@ def test_a_run_over_http_through_a_broken_stream(tiny, shards, address, tmp_path
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (local, remote)]
     assert losses[0] == losses[1]
     assert "GB of shards in an epoch; data.cache is shared by the ranks" in capsys.readouterr().out
+
+
+def test_rank_0_is_the_first_to_open_shards(tiny, shards, monkeypatch):
+    """So one process makes an index that is missing, and the others find it."""
+    opened = []
+    monkeypatch.setattr(build, "joined", lambda: True)
+    monkeypatch.setattr(build, "from_main", lambda decide: opened.append(("rank 0", decide())))
+    assert len(build.open_together(tiny(), f"{shards}/shard-000001.tar")) == 10
+    assert opened == [("rank 0", 10)]
+    monkeypatch.setattr(build, "joined", lambda: False)
+    assert len(build.open_together(tiny())) == 20
+    assert len(opened) == 1
 
 
 def test_the_options_of_data_reach_the_reader(tiny, shards, tmp_path):

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, checkpoints,
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.saving import SaveError, Saver
+from jepa_kit.engine.store import Store
 from jepa_kit.engine.telemetry import read_metrics
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.files import recognise
+
+ROOT = Path(__file__).parents[2]
 
 
 class Model(torch.nn.Module):
@@ -74,7 +78,7 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(saving, "save_checkpoint", slow)
     before = model.encoder.weight.detach().clone()
-    with Saver(tmp_path, keep=2) as saver:
+    with Saver(Store(tmp_path), keep=2) as saver:
         save(saver, model, 1)
         with torch.no_grad():
             model.encoder.weight.zero_()  # the next step, while the file is being written
@@ -94,7 +98,7 @@ def test_one_at_a_time(tmp_path, model, monkeypatch):
         running.pop()
 
     monkeypatch.setattr(saving, "save_checkpoint", counted)
-    with Saver(tmp_path, keep=5) as saver:
+    with Saver(Store(tmp_path), keep=5) as saver:
         for step in range(1, 6):
             save(saver, model, step)
     assert most == [1] * 5
@@ -102,15 +106,15 @@ def test_one_at_a_time(tmp_path, model, monkeypatch):
 
 
 def test_an_error_is_raised_by_the_next_call_or_at_the_end(tmp_path, model, monkeypatch):
-    with Saver(tmp_path, keep=5) as saver:
+    with Saver(Store(tmp_path), keep=5) as saver:
         save(saver, model, 1)
     monkeypatch.setattr(format_module.torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     message = (
         r"the checkpoint of step 2 could not be written to .*: No space left; the last good one is checkpoint_00000001"
     )
-    with pytest.raises(SaveError, match=message), Saver(tmp_path, keep=5) as saver:
+    with pytest.raises(SaveError, match=message), Saver(Store(tmp_path), keep=5) as saver:
         save(saver, model, 2)
-    saver = Saver(tmp_path, keep=5)
+    saver = Saver(Store(tmp_path), keep=5)
     save(saver, model, 2)
     saver.thread.join()
     assert saver.failed
@@ -123,7 +127,7 @@ def test_an_error_beside_another_one_is_printed(tmp_path, model, monkeypatch, ca
     monkeypatch.setattr(format_module.torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
 
     def interrupted():
-        with Saver(tmp_path, keep=5) as saver:
+        with Saver(Store(tmp_path), keep=5) as saver:
             save(saver, model, 2)
             raise KeyboardInterrupt
 
@@ -248,7 +252,7 @@ def test_a_named_checkpoint_that_is_not_there(tiny):
 def test_keep_every_reaches_the_run(tiny):
     folder = train(tiny("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.keep_every=2"))
     assert [load_checkpoint(path).step for path in checkpoints(folder)] == [2, 4, 6]
-    assert load_checkpoint(folder).position == {"epoch": 2, "step_in_epoch": 0, "samples": 24}
+    assert load_checkpoint(folder).position == {"epoch": 1, "step_in_epoch": 1, "samples": 24}
 
 
 # --- shards ---
@@ -323,6 +327,31 @@ def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, torchrun, tmp_pa
     found = load_checkpoint(two).model
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+def run_cases(folder, *cases):
+    command = [sys.executable, str(Path(__file__).with_name("saving_cases.py")), str(folder), *cases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+@pytest.mark.integration
+def test_two_processes_write_shards_beside_their_steps(tmp_path):
+    done = run_cases(tmp_path, "beside", "again", "fails", "file_fails", "elsewhere")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", ["killed", "one_killed"])
+def test_two_processes_killed_while_shards_are_written(tmp_path, case):
+    assert run_cases(tmp_path, case).returncode == 1
+    folder = tmp_path / case
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000001"]
+    if case == "killed":  # where one is left, it clears up
+        assert len(list((folder / ".checkpoint_00000002.part").glob("*.distcp"))) == 2
+    Store(folder).begin("")
+    assert [path.name for path in folder.iterdir()] == ["checkpoint_00000001"]
+    assert load_checkpoint(folder).step == 1
 
 
 def test_shards_are_weights_for_everybody(in_shards):

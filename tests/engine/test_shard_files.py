@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.shard_files import METADATA, ShardError, layout, load_sharded, read_full, save_sharded
-from jepa_kit.engine.sharded import full_state, load_full_state
+from jepa_kit.engine.sharded import full_state, load_full_state, state_of
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run():
 
 @pytest.fixture
 def folder(run, tmp_path):
-    save_sharded(tmp_path / "shards", run.jepa, run.optimizer)
+    save_sharded(tmp_path / "shards", *state_of(run.jepa, run.optimizer))
     return tmp_path / "shards"
 
 
@@ -72,7 +72,7 @@ def test_a_parameter_that_never_had_a_gradient(tmp_path):
     optimizer = build_optimizer(model)
     model["encoder"].weight.grad = torch.ones(2, 2)
     optimizer.step()
-    save_sharded(tmp_path, model, optimizer)
+    save_sharded(tmp_path, *state_of(model, optimizer))
     assert read_full(tmp_path)[1].keys() == {"encoder.weight"}
     other = build_optimizer(model)
     load_sharded(tmp_path, model, other)
@@ -172,10 +172,10 @@ def test_a_folder_of_something_else(tmp_path):
 def test_a_folder_that_cannot_be_written(run, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="Permission denied"):
-        save_sharded(tmp_path / "shards", run.jepa, run.optimizer)
+        save_sharded(tmp_path / "shards", *state_of(run.jepa, run.optimizer))
 
 
 def test_a_file_where_the_folder_should_be(run, tmp_path):
     (tmp_path / "shards").write_text("")
     with pytest.raises(OSError, match="shards"):
-        save_sharded(tmp_path / "shards", run.jepa, run.optimizer)
+        save_sharded(tmp_path / "shards", *state_of(run.jepa, run.optimizer))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.engine import loop
+from jepa_kit.engine import loop, signals
 from jepa_kit.engine.checkpoint import checkpoints
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.signals import EX_TEMPFAIL, Agreement, Answer, Preempted, Signals, requeue
@@ -80,10 +80,26 @@ def test_the_second_signal_ends_the_process():
         assert done.stdout == ("" if status else "True\n")
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "number", "words"),
+    [
+        (signal.SIGUSR1, [None], signal.SIGUSR1, "stopped by SIGUSR1; "),
+        (None, [signal.SIGUSR1], signal.SIGUSR1, "stopped by SIGUSR1 to another rank; "),
+        (signal.SIGUSR1, [None, signal.SIGTERM], signal.SIGTERM, "stopped by SIGTERM to another rank; "),
+    ],
+)
+def test_ranks_agree_on_the_signal(monkeypatch, own, others, number, words):
+    """SIGTERM counts: it may be that of scancel, and its job is not put into the queue again."""
+    monkeypatch.setattr(signals, "gathered", lambda value: [value, *others])
+    stopped = signals.preempted(own)
+    assert stopped.number == number
+    assert str(stopped).startswith(words)
+
+
 def test_no_signal():
-    with Signals() as signals:
+    with Signals() as heard:
         time.sleep(0.0)
-    assert signals.number is None
+    assert heard.number is None
 
 
 def test_one_process_agrees_with_itself_at_once():
@@ -120,6 +136,7 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
         "import os, signal, sys\n"
         "from jepa_kit.config import load_config\n"
         "from jepa_kit.engine import loop\n"
+        "from jepa_kit.engine.signals import Preempted\n"
         "plain, calls = loop.train_step, []\n"
         "def train_step(*args, **kwargs):\n"
         "    calls.append(1)\n"
@@ -129,7 +146,7 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
         "loop.train_step = train_step\n"
         "try:\n"
         "    loop.train(load_config(sys.argv[1]))\n"
-        "except loop.Preempted as stopped:\n"
+        "except Preempted as stopped:\n"
         "    print('STOPPED', len(calls), stopped, flush=True)\n"
     )
     config = tiny("train.epochs=8")
@@ -137,5 +154,5 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
     printed = torchrun(2, script, tmp_path / "config.yaml").stdout
     assert printed.count("STOPPED 9 stopped by ") == 2  # asked at step 4, answered at step 8
     assert "STOPPED 9 stopped by SIGTERM; " in printed
-    assert "STOPPED 9 stopped by a signal to another rank; " in printed
+    assert "STOPPED 9 stopped by SIGTERM to another rank; " in printed
     assert checkpoints(Path(config.train.output_dir))[-1].name == "checkpoint_00000009.pt"

@@ -69,6 +69,22 @@ def test_seeds_become_mean_and_deviation(runs):
     assert cells[Key("deep", "scenes", "knn", "target encoder", "count")] == Cell(0.7, None, 0.01, 1, 0.125)
 
 
+def test_what_moves_no_number_may_differ(runs):
+    """Where shards are cached, what is logged, and whether a run looked at itself."""
+    file = runs[1] / "evaluation" / "a.json"
+    changed = json.loads(file.read_text())
+    changed["config"]["data"] |= {"cache": "/scratch", "cache_gb": 9, "retries": 1, "backoff": 2, "timeout": 3}
+    changed["config"]["data"] |= {"prefetch": 0, "num_workers": 5, "shards": "elsewhere"}
+    changed["config"]["train"] |= {"wandb": "x", "tensorboard": True, "keep_every": 7, "checkpoint": "sharded"}
+    changed["config"]["train"] |= {"checkpoint_dir": "s3://x", "log_every": 1, "checkpoint_every": 3}
+    changed["config"]["evaluate"] = {"every": 5}
+    write_results(changed, file)
+    assert Key("small_seed*", "scenes", "knn", "target encoder", "count") in compare([load(path) for path in runs])
+    changed["config"]["data"]["decoder"] = "fast"
+    write_results(changed, file)
+    assert len({load(path).recipe for path in runs[:3]}) == 2
+
+
 def test_the_table(runs):
     assert to_markdown(compare([load(path) for path in runs])).splitlines() == [
         "| run         | protocol | features       | count       | shape       |",

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.engine.build import open_shards
 from jepa_kit.evaluation.mask_cost import Lengths, cost_of, cost_of_networks
 from jepa_kit.evaluation.mask_page import first_images, mask_page, samples_of
 from jepa_kit.evaluation.mask_report import MaskReport, mask_report, rectangles, warnings
@@ -203,6 +204,19 @@ def test_samples_are_those_of_the_data(scenes: Any) -> None:
     assert images.shape == (4, 3, 16, 16)
     assert images.dtype == torch.uint8
     assert not torch.equal(images, samples_of(config({"name": "block"}, 4), 4))
+
+
+def test_samples_are_opened_as_the_config_says(scenes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def spied(config: Config) -> Any:
+        opened.append(open_shards(config))
+        return opened[-1]
+
+    monkeypatch.setattr("jepa_kit.evaluation.mask_page.open_shards", spied)
+    held = config({"name": "block"}, data={"image_size": 16, "shards": str(scenes[0].path), "retries": 9})
+    assert len(samples_of(held, 4)) == 4
+    assert [dataset._access.retries for dataset in opened] == [9]
 
 
 @pytest.mark.parametrize("name", ["images", "images_per_batch"])

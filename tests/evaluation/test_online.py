@@ -38,7 +38,7 @@ def test_knn_is_scikit_learns_with_one_left_out():
         right += int(theirs.predict(features[i : i + 1])[0] == labels[i])
     assert 0.5 < knn_accuracy(features, labels) < 1
     assert knn_accuracy(features, labels) == pytest.approx(right / len(features))
-    assert knn_accuracy(np.repeat(features, 20, axis=0), np.repeat(labels, 20)) == 1.0  # more than one block of rows
+    assert knn_accuracy(np.repeat(features, 20, axis=0), np.repeat(labels, 20)) == 1.0
 
 
 def test_linear_is_ridge_with_one_left_out():
@@ -144,6 +144,13 @@ def test_a_label_that_is_not_there(config_of):
     config = config_of("run", *PROBED[:-1], "evaluate.label=colour")
     with pytest.raises(ValueError, match=r"label \(='colour'\) is not among the labels of "):
         train(config)
+
+
+def test_images_are_read_as_the_config_says(config_of):
+    config = config_of("run", *PROBED, "data.max_pixels=300")
+    run = build_run(config, World(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"cannot be used: 16 x 20 pixels are more than max_pixels \(=300\) allows"):
+        online_evaluation(run)
 
 
 def test_a_collapse_is_told_when_it_happens(config_of, capsys):

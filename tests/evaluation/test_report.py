@@ -13,6 +13,7 @@ from jepa_kit.data.shards import ShardDataset
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
 from jepa_kit.evaluation.networks import Network, pixel_network
 from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
+from jepa_kit.evaluation.protocols.finetune import Finetune
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
 from jepa_kit.evaluation.store import FeatureStore
 
@@ -118,6 +119,24 @@ def test_fine_tuning_has_no_row_for_pixels(loaded, scenes):
     ]
 
 
+def test_one_protocol_with_several_options_has_a_row_of_each(scenes):
+    specs = ["knn", {"name": "knn", "neighbours": [5, 9], "queries": 50}, LOGISTIC]
+    rows = evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=specs, labels=["count"])
+    titles = ["knn neighbours=[10, 20, 100, 200] queries=10000", "knn neighbours=[5, 9] queries=50", "logistic"]
+    assert [row.title for row in rows] == titles
+    assert [line.split("|")[1].strip() for line in format_table(rows).splitlines()[2:5]] == titles
+
+
+def test_fine_tuning_is_told_how_images_are_read(loaded, scenes, monkeypatch):
+    found = []
+    monkeypatch.setattr(Finetune, "__call__", lambda self, task: found.append(task.images) or [])
+    networks = run_networks(loaded, baselines=[])
+    read = {"image_size": (16, 16), "mean": (0.1,) * 3, "std": (0.2,) * 3, "batch_size": 7, "num_workers": 0}
+    read |= {"decoder": "fast", "max_pixels": 12345, "precision": "bf16"}
+    assert evaluate(networks, *scenes, protocols=["finetune"], labels=["count"], **read) == []
+    assert vars(found[0]) == read
+
+
 def test_last4_is_four_times_as_wide(loaded, scenes):
     networks = run_networks(loaded, baselines=["untrained"], untrained_seed=5)
     rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=["knn"], labels=["shape"], layers="last4")
@@ -207,6 +226,7 @@ def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scen
         "step": 5,
     }
     assert read["data"]["image_size"] == [16, 16]
+    assert read["data"]["decoder"] == "pillow"
     assert read["data"]["train"]["samples"] == 96
     assert read["data"]["train"]["index_sha256"] != read["data"]["test"]["index_sha256"]
     assert read["seeds"] == {"run": 11, "protocols": 4}

@@ -67,10 +67,20 @@ def test_what_a_feature_depends_on_makes_another_one(run, tiny_run, scenes, tmp_
         (wanted(run), val, SIZE),
         (wanted(run), train, (8, 8)),
     ]
+    pytest.importorskip("simplejpeg")
+    before = len(reads)
+    for _ in range(2):
+        FeatureStore(tmp_path).extract(wanted(run), train, image_size=SIZE, decoder="fast")
+    assert len(reads) - before == 96
     for k, (asked, dataset, size) in enumerate(changed):
         before = len(reads)
         FeatureStore(tmp_path).extract(asked, dataset, image_size=size)
         assert len(reads) - before == len(dataset), k
+
+
+def test_images_of_too_many_pixels(run, scenes):
+    with pytest.raises(ValueError, match=r"cannot be used: 16 x 20 pixels are more than max_pixels \(=300\) allows"):
+        FeatureStore().extract(wanted(run), scenes[0], image_size=SIZE, max_pixels=300)
 
 
 def test_only_what_is_missing_is_extracted(run, scenes, tmp_path):

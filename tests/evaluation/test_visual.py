@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from jepa_kit.config import config_from_dict
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import ViT
+from jepa_kit.engine.build import open_shards
 from jepa_kit.evaluation.decoder import (
     Decoder,
     energy_score,
@@ -23,7 +25,6 @@ from jepa_kit.evaluation.decoder import (
     unpatchify,
 )
 from jepa_kit.evaluation.features import load_run
-from jepa_kit.evaluation.health import find_images
 from jepa_kit.evaluation.visual import draw_run, gather, middle_block
 from jepa_kit.evaluation.visual_maps import attention_weights, guesses
 from jepa_kit.maskers import Random
@@ -230,6 +231,7 @@ def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
     [
         ("visualize", ["--images", "31"], "--images (=31) must be at least 32"),
         ("visualize", ["--decoder-steps", "0"], "--decoder-steps (=0) must be at least 1"),
+        ("visualize", ["--checkpoint", "s3://a/b"], "--output must name a folder: --checkpoint (='s3://a/b') is in no"),
         ("visualize", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", ["--shards", "SCENES", "--images", "15"], "images (=15) must be at least 16"),
@@ -241,9 +243,25 @@ def test_mistakes_exit_with_2(tiny_run, scenes, name, arguments, message, capsys
     assert f"{name}.py: {message}" in capsys.readouterr().err
 
 
-def test_images_are_held_out_where_there_are_some(scenes):
-    folder = Path(scenes[0].path)
-    assert find_images("given", "x") == "given"
-    assert find_images(None, str(folder)) == str(folder.parent / "val")
-    assert find_images(None, str(folder.parent / "val")) == str(folder.parent / "val")
-    assert find_images(None, ("a", "b")) == ["a", "b"]
+def test_shards_are_opened_and_read_as_the_config_says(tiny_config, tiny_run, scenes, tmp_path, monkeypatch):
+    """data.cache and the like reach the reader, and images of more than data.max_pixels are refused."""
+    options = ["data.max_pixels=300", f"data.cache={tmp_path / 'cache'}", "data.retries=9"]
+    config = config_from_dict(tiny_config.to_dict(), options)
+    opened = []
+
+    def load(checkpoint, overrides=()):
+        return load_run(checkpoint)._replace(config=config)
+
+    def spied(config, shards=None):
+        opened.append(open_shards(config, shards))
+        return opened[-1]
+
+    monkeypatch.setattr("jepa_kit.evaluation.features.load_run", load)
+    monkeypatch.setattr("jepa_kit.engine.build.open_shards", spied)
+    for name, more in (("health", []), ("visualize", ["--images", "32", "--decoder-images", "64"])):
+        arguments = ["--checkpoint", str(tiny_run[0]), "--shards", scenes[0].path, *more]
+        assert tool(name).main(arguments) == 2
+    assert [dataset._access.retries for dataset in opened] == [9, 9]
+    run = load(tiny_run[0])
+    with pytest.raises(ValueError, match=r"cannot be used: 16 x 20 pixels are more than max_pixels \(=300\) allows"):
+        gather(run, scenes[0], images=32, others=64, device=torch.device("cpu"))

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from iopath.common.file_io import HTTPURLHandler, PathManager
 
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.interop import files
@@ -126,8 +127,8 @@ def served(converted, tmp_path, monkeypatch):
     """The address of a folder with the weights, and iopath's cache in tmp_path."""
     monkeypatch.setenv("IOPATH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    manager = files.PathManager()
-    manager.register_handler(files.HTTPURLHandler())
+    manager = PathManager()
+    manager.register_handler(HTTPURLHandler())
     monkeypatch.setattr(files, "path_manager", manager)
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
     handler = functools.partial(quiet, directory=str(converted["safetensors"].parent))

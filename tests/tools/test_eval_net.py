@@ -1,19 +1,28 @@
 """tools/eval_net.py as a user meets it: a run is trained, evaluated, and its results are read back."""
 
 import hashlib
+import http.server
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from jepa_kit.config import config_from_dict
+from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.shard_writing import write_index, write_shard
+from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources import Scenes
+from jepa_kit.engine.distributed import StartError
 from jepa_kit.engine.loop import train
+from jepa_kit.evaluation.protocols import PROTOCOLS
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"
 
@@ -120,7 +129,19 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
     assert content["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert content["data"]["test"]["shards"] == str(run.parent / "scenes" / "val")
     assert len(content["rows"]) == 27
-    assert content["protocols"] == [{"name": "logistic", "subsets": ["30%", "all"]}, "knn"]
+    assert content["protocols"] == [
+        {
+            "name": "logistic",
+            "subsets": ["30%", "all"],
+            "names": None,
+            "draws": None,
+            "penalties": [10.0, 1.0, 0.1, 0.01, 0.001, 0.0001, 0.00001],
+            "cuts": [0.001, 0.000001, 0.000000001],
+            "holdout": None,
+            "max_iter": 1000,
+        },
+        {"name": "knn", "neighbours": [10, 20, 100, 200], "temperature": 0.07, "queries": 10000},
+    ]
     for line in content["rows"]:
         cell = f"{100 * line['accuracy']:.1f} ± {100 * line['standard_error']:.1f}"
         assert any(cell in text for text in table), line
@@ -169,6 +190,11 @@ def test_no_baselines(tool, run, capsys):
     [
         (["--protocol", "liner"], "protocol.name: 'liner' is not a registered protocol; did you mean 'linear'?"),
         (["--protocol", "linear", "--layers", "last"], "--layers (='last') would do nothing: linear choose their"),
+        (["--protocol", "count", "--label", "shape"], "--label (='shape') would do nothing: of count none asks for"),
+        (
+            ["--protocol", "knn", "--untrained-seed", "3", "--baselines", "pixels"],
+            "--untrained-seed (=3) would do nothing: --baselines (='pixels') has no untrained network",
+        ),
         (["--protocol", "knn", "--label", "colour"], "label (='colour') is not among the labels of"),
         (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', 'last4' (any number) for"),
         (["--protocol", "knn", "--layers", "last9"], "layers (='last9') asks for 9 layers, but the encoder has 4"),
@@ -177,6 +203,8 @@ def test_no_baselines(tool, run, capsys):
         (["--protocol", "knn", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
         (["--protocol", "knn", "train.device=tpu"], "device (='tpu') must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         (["--protocol", "knn", "--test-shards", "nowhere"], "nowhere"),
+        (["--protocol", "knn", "data.max_pixels=9"], "cannot be used: 16 x 16 pixels are more than max_pixels (=9)"),
+        (["--protocol", "finetune", "--label", "count", "data.max_pixels=9"], "are more than max_pixels (=9)"),
     ],
 )
 def test_mistakes_are_one_line(refused, run, options, message):
@@ -206,7 +234,7 @@ def test_unlabelled_shards(refused, run):
 def test_shards_that_nobody_named(refused, run):
     elsewhere = run.parent / "elsewhere"
     found = refused("--checkpoint", run, "--protocol", "knn", "--train-shards", elsewhere)
-    assert found == f"--test-shards must name a folder of shards: there is no test or val in {elsewhere.parent}"
+    assert found == f"--test-shards must name a folder of shards: there is no test or val beside {elsewhere}"
     found = refused("--checkpoint", run, "--protocol", "knn", "data.shards=null")
     assert found == "--train-shards must name a folder of shards: the run's config has none (data.shards is null)"
 
@@ -218,8 +246,45 @@ def test_results_lie_beside_the_checkpoint(tool, run, capsys):
     files = sorted((run / "evaluation").glob("step_00000002_*.json"))
     assert f"results: {files[0]}" in capsys.readouterr().err or len(files) >= 2
     asked = [json.loads(file.read_text())["protocols"] for file in files]
-    assert asked.count(["knn"]) == 1
-    assert asked.count([{"name": "knn", "neighbours": [5]}]) == 1
+    others = {"temperature": 0.07, "queries": 10000}
+    assert asked.count([{"name": "knn", "neighbours": [10, 20, 100, 200], **others}]) == 1
+    assert asked.count([{"name": "knn", "neighbours": [5], **others}]) == 1
+
+
+def test_a_checkpoint_in_shards(tool, run, tmp_path):
+    config = load_config(str(run), ["train.checkpoint=sharded", f"train.output_dir={tmp_path / 'run'}"])
+    folder = train(config)
+    command = ["--protocol", "knn", "--label", "count", "--baselines", "none"]
+    checkpoint = folder / "checkpoint_00000002"
+    for named in (folder, checkpoint):
+        assert tool.main(["--checkpoint", str(named), *command]) == 0
+    (file,) = (folder / "evaluation").glob("step_00000002_*.json")  # both calls ask the same
+    found = json.loads(file.read_text())["checkpoint"]
+    lines = [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in sorted(checkpoint.iterdir())]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert found == {"file": str(checkpoint), "sha256": digest, "step": 2}
+
+
+def test_a_checkpoint_that_is_fetched_from_elsewhere(tool, run, tmp_path, monkeypatch):
+    """Results lie in the run folder, and not beside a copy that goes when the tool ends."""
+    folder, copy = tmp_path / "run", tmp_path / "fetched" / "checkpoint_00000002.pt"
+    folder.mkdir()
+    copy.parent.mkdir()
+    shutil.copy(run / copy.name, copy)
+    monkeypatch.setattr("jepa_kit.evaluation.features.to_read", lambda named: copy)
+    command = ["--protocol", "knn", "--label", "count", "--baselines", "none"]
+    assert tool.main(["--checkpoint", str(folder), *command]) == 0
+    (file,) = (folder / "evaluation").glob("step_00000002_*.json")
+    assert json.loads(file.read_text())["checkpoint"]["file"] == f"{folder} (checkpoint_00000002.pt)"
+    address = f"s3://runs/first/{copy.name}"
+    assert tool.main(["--checkpoint", address, *command, "--output", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["checkpoint"]["file"] == address
+
+
+def test_results_about_an_address_need_a_place(refused):
+    assert refused("--checkpoint", "s3://runs/first", "--protocol", "knn") == (
+        "--output must name a file: --checkpoint (='s3://runs/first') is in no folder here"
+    )
 
 
 def test_a_config_alone(tool, run, tmp_path, capsys):
@@ -256,9 +321,64 @@ def test_features_are_kept(tool, run, tmp_path, capsys):
 def test_the_list_of_protocols(tool, capsys):
     assert tool.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "knn: Weighted nearest neighbours by cosine, as ``knn_probe`` says." in lines
-    assert "    dataset" in lines
-    assert "    temperature=0.07" in lines
+    at = lines.index("knn: Weighted nearest neighbours by cosine; knn_probe says how")
+    assert lines[at + 1 : at + 4] == [
+        "    --protocol '{name: knn, neighbours: [5, 20]}'",
+        "    neighbours = [10, 20, 100, 200]: values of k to choose from; those above N - 1 are left out.",
+        "    temperature = 0.07: of the weights exp(cosine / temperature), above 0.",
+    ]
+    assert any(line.startswith("    dataset (needed): whose schedule: cifar10") for line in lines)
+    assert max(map(len, lines)) <= 120
+
+
+def test_help_names_every_protocol(tool):
+    assert sorted(tool.NAMES.split(", ")) == PROTOCOLS.names()
+    assert " ".join(tool.NAMES.split()) in " ".join(tool.parser().format_help().split())
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_of_another_machine_are_read_as_the_config_says(tool, run, tmp_path, capsys):
+    folder = run.parent / "scenes"
+    command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        there = ["--train-shards", f"{address}/train", "--test-shards", f"{address}/val"]
+        assert tool.main([*command, *there, f"data.cache={tmp_path / 'cache'}"]) == 0
+        server.shutdown()
+    assert len([file for file in (tmp_path / "cache").rglob("*") if file.suffix == ".tar"]) == 2
+    far = capsys.readouterr().out
+    assert tool.main(command) == 0
+    assert capsys.readouterr().out == far
+
+
+def test_one_process_waits_long_for_another(tool, run, monkeypatch, capsys):
+    """A question may take hours on one of them: collectives must not end the others after torch's 10 minutes."""
+    given = []
+
+    @contextmanager
+    def joined(world, device, timeout=None, patience=None):
+        given.append((timeout, patience))
+        yield
+
+    monkeypatch.setattr("jepa_kit.engine.distributed.process_group", joined)
+    assert tool.main(["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]) == 0
+    ((joining, waiting),) = given
+    assert joining is None
+    assert waiting >= timedelta(days=1)
+
+
+def test_processes_that_cannot_join(tool, run, monkeypatch, capsys):
+    def apart(*arguments, **options):
+        raise StartError("rank 1 of 2 could not join the others")
+
+    monkeypatch.setattr("jepa_kit.engine.distributed.process_group", apart)
+    assert tool.main(["--checkpoint", str(run), "--protocol", "knn"]) == 1
+    assert capsys.readouterr().err == "eval_net.py: rank 1 of 2 could not join the others\n"
 
 
 @pytest.mark.slow
@@ -279,3 +399,24 @@ def test_two_processes_give_the_table_of_one(run, tmp_path):
     for first, second in zip(outputs[0][1], outputs[1][1], strict=True):
         assert (first["network"], first["label"]) == (second["network"], second["label"])
         assert first["accuracy"] == pytest.approx(second["accuracy"], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_fault_that_one_process_meets_ends_all(run, tmp_path):
+    """The last image is in the second one's half: the first must not wait for it for days."""
+    shards = tmp_path / "train"
+    shutil.copytree(run.parent / "scenes" / "train", shards)
+    dataset = ShardDataset(shards)
+    file = shards / "shard-000000.tar"
+    data = bytearray(file.read_bytes())
+    offset, size = dataset._offsets[95, :2]
+    data[offset : offset + size] = bytes(int(size))
+    file.write_bytes(data)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    command += ["--checkpoint", str(run), "--protocol", "knn", "train.device=cpu", "--features", str(tmp_path / "f")]
+    command += ["--train-shards", str(shards), "--test-shards", str(run.parent / "scenes" / "val")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert f"eval_net.py: sample 95 ({dataset.key(95)!r}) of {shards} cannot be used: " in done.stderr

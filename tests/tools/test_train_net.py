@@ -4,15 +4,21 @@ import importlib.util
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from jepa_kit.data.cache import CacheError
+from jepa_kit.data.loader import _TrainBatches
 from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.engine import loop
 from jepa_kit.engine.distributed import StartError
+from jepa_kit.engine.signals import Preempted
 from jepa_kit.engine.telemetry import read_metrics
 from jepa_kit.interop.formats import convert
 
@@ -179,6 +185,52 @@ def test_a_run_that_diverges(refused, command):
     assert "the loss is nan at step 1 (lr 5e+29" in refused(1, *command, "optim.lr=1e30")
 
 
+@pytest.fixture
+def cut(shards, tmp_path):
+    """The shards of ``command``, of which the last image is cut off."""
+    folder = shutil.copytree(shards, tmp_path / "cut")
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        file.truncate(int(np.load(folder / "offsets.npy")[-1, 0]) + 10)
+    return folder
+
+
+def test_too_many_images_that_cannot_be_used_are_no_mistake_of_the_command(refused, command, cut):
+    message = refused(1, *command, f"data.shards={cut}", "data.max_skipped=0")
+    assert (
+        "1 of the 8 samples of epoch 0 could not be used, more than the 0 that data.max_skipped (=0) allows" in message
+    )
+
+
+def test_what_fails_under_way_is_told_with_its_place(command, tool, monkeypatch, capsys):
+    """Here the folder of shards from elsewhere, which is full; before the first step it would be status 2."""
+
+    def full(*arguments, **options):
+        raise CacheError("the cache takes no more")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    assert tool.main(command) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback")
+    assert message.endswith(
+        'in full\n    raise CacheError("the cache takes no more")\njepa_kit.data.cache.CacheError: '
+        "the cache takes no more\ntrain_net.py: the cache takes no more\n"
+    )
+    monkeypatch.setattr(loop, "build_run", full)
+    command[3] += "_other"
+    assert tool.main(command) == 2
+    assert capsys.readouterr().err == "train_net.py: the cache takes no more\n"
+
+
+def test_a_loader_worker_that_dies(command, tool, monkeypatch, capsys):
+    def die(self, request):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(_TrainBatches, "__getitem__", die)
+    assert tool.main([*command, "data.num_workers=1"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train_net.py: a loader worker died (DataLoader worker (pid")
+
+
 def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
     def no_one(config, *, resume, resume_from):
         raise StartError("rank 1 of 2 could not join the others")
@@ -187,6 +239,44 @@ def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(1, *command) == "train_net.py (rank 1): rank 1 of 2 could not join the others\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "fails", "status", "queued", "message"),
+    [
+        (
+            signal.SIGUSR1,
+            0,
+            None,
+            75,
+            True,
+            "stopped by SIGUSR1; the checkpoint is written, and --resume goes on from it",
+        ),
+        (signal.SIGTERM, 0, None, 75, False, "stopped by SIGTERM; the checkpoint is written"),  # perhaps of scancel
+        (signal.SIGUSR1, 1, None, 75, False, "stopped by SIGUSR1; the checkpoint is written"),  # rank 0 does it
+        (signal.SIGUSR1, 0, "no scontrol", 1, True, "and --resume goes on from it, but no scontrol"),
+    ],
+)
+def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fails, status, queued, message):
+    asked = []
+
+    def train(config, *, resume, resume_from):
+        raise Preempted(number)
+
+    def requeue():
+        asked.append(True)
+        if fails:
+            raise RuntimeError(fails)
+        return "job 7 is in Slurm's queue again"
+
+    monkeypatch.setattr(tool, "train", train)
+    monkeypatch.setattr(tool, "requeue", requeue)
+    monkeypatch.setenv("RANK", str(rank))
+    assert tool.main(command) == status
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert bool(asked) == queued
+    assert printed.out == ("job 7 is in Slurm's queue again\n" if queued and not fails else "")
 
 
 def test_an_interruption(refused, command, tool, monkeypatch):

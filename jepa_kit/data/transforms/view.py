@@ -200,6 +200,7 @@ def train_view(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
     decoder: DecoderName = "pillow",
+    max_pixels: int = MAX_PIXELS,
 ) -> View:
     """The released augmentation: a random resized crop and, where asked for, a horizontal flip."""
     parts: list[tuple[str, Transform]] = [
@@ -207,7 +208,7 @@ def train_view(
     ]
     if flip:
         parts.append(("flip", Flip(p=flip)))
-    return View(parts, decoder=decoder)
+    return View(parts, decoder=decoder, max_pixels=max_pixels)
 
 
 def eval_view(

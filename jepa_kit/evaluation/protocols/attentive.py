@@ -28,6 +28,7 @@ from jepa_kit.evaluation.protocols.base import (
 from jepa_kit.evaluation.protocols.heads import Recipe
 from jepa_kit.rng import IntArray, Stream, generator
 
+HOLDOUT = 0.2
 FOR_STATISTICS = 2048
 """Images whose tokens give each feature's mean and deviation."""
 
@@ -91,17 +92,19 @@ class Attentive:
     one centre crop, extracted once, are standardised first; a second residual goes around the MLP; of several learning
     rates, the best on held-out training samples is taken.
 
+    Example: ``{name: attentive, lrs: [3e-4, 1e-3], epochs: 20}``
+
     Args:
-        layers: the layer set of the tokens.
+        layers: the layer set of the tokens: last, last4 (the last 4 concatenated), or blocks as 2+4.
         num_heads: of the attention; None for one for each 64 of the width, at least 1.
         lrs: learning rates at a batch of ``batch_size``; with several, the best on the samples held out is taken.
         weight_decay: of AdamW.
         epochs: a cosine to 0 after a tenth of warm-up.
         batch_size: samples of an update, at most.
-        holdout: share of the training set that chooses, in (0, 0.5].
+        holdout: share of the training set that chooses between learning rates, in (0, 0.5]; None for 0.2.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or an option that would do nothing.
     """
 
     label: ClassVar[str | None] = None
@@ -118,10 +121,14 @@ class Attentive:
         weight_decay: float = 0.01,
         epochs: int = 10,
         batch_size: int = 128,
-        holdout: float = 0.2,
+        holdout: float | None = None,
     ) -> None:
         if not lrs or min(lrs) <= 0:
             raise ValueError(f"lrs (={lrs}) must be at least one, above 0")
+        if len(set(lrs)) < len(lrs):
+            raise ValueError(f"lrs (={lrs}) must hold each once")
+        if holdout is not None and len(lrs) == 1:
+            raise ValueError(f"holdout (={holdout}) would do nothing: lrs (={lrs}) leaves nothing to choose")
         if weight_decay < 0:
             raise ValueError(f"weight_decay (={weight_decay}) must be at least 0")
         self.features, self.num_heads, self.lrs, self.weight_decay = (
@@ -131,8 +138,8 @@ class Attentive:
             weight_decay,
         )
         self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = holdout
-        check_holdout(holdout)
+        self.holdout = HOLDOUT if holdout is None else holdout
+        check_holdout(self.holdout)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)
@@ -142,18 +149,19 @@ class Attentive:
         train, test = task.both(self.features)
         train_labels, test_labels = check_labels(len(train), task.labels()[0], len(test), task.labels()[1])
         classes, answers = np.unique(train_labels, return_inverse=True)
-        ((fit_on, choose_on),) = split(train_labels, self.holdout, task.seed)
         tried: dict[float, float] = {}
-        for lr in self.lrs if len(self.lrs) > 1 else ():
-            probe = self._fit(train, answers, fit_on, len(classes), lr, task)
-            tried[lr] = float(np.mean(predict(probe, train, choose_on, task.device) == answers[choose_on]))
+        if len(self.lrs) > 1:  # with one there is nothing to choose, and nothing is held out
+            ((fit_on, choose_on),) = split(train_labels, self.holdout, task.seed)
+            for lr in self.lrs:
+                probe = self._fit(train, answers, fit_on, len(classes), lr, task)
+                tried[lr] = float(np.mean(predict(probe, train, choose_on, task.device) == answers[choose_on]))
         best = max(self.lrs, key=lambda lr: tried.get(lr, 0.0))
         probe = self._fit(train, answers, np.arange(len(train)), len(classes), best, task)
         found = classes[predict(probe, test, np.arange(len(test)), task.device)]
         settings = {
             "lr": best,
             "tried": [{"lr": lr, "validation": right} for lr, right in tried.items()],
-            "holdout": self.holdout,
+            "holdout": self.holdout if tried else None,
             "num_heads": self.num_heads or default_heads(train.width),
             "weight_decay": self.weight_decay,
             "recipe": asdict(self.recipe),

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedShuffleSplit
 from torch import nn
 
+from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.transforms.decoders import DecoderName
+from jepa_kit.evaluation.features import Precision, check_precision
 from jepa_kit.registry import PartRegistry
 from jepa_kit.rng import IntArray, Stream, generator
 
@@ -84,13 +87,28 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
-    """What a protocol that trains the encoder itself needs to know of images (``DataConfig``'s values)."""
+    """What a protocol that reads images or masks itself needs to know of them.
+
+    Args:
+        image_size, mean, std, num_workers, decoder, max_pixels: ``DataConfig``'s values.
+        batch_size: images at a time where nothing is trained.
+        precision: of the matrix products, ``train.precision``.
+
+    Raises:
+        ValueError: another precision.
+    """
 
     image_size: tuple[int, int]
     mean: Sequence[float]
     std: Sequence[float]
     batch_size: int = 256
     num_workers: int = 0
+    decoder: DecoderName = "pillow"
+    max_pixels: int = MAX_PIXELS
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,7 +121,7 @@ class Task:
         seed: of everything that the protocol draws.
         device: where a protocol may work.
         encoder: the network itself, for protocols that train it (a copy of it); None for raw pixels.
-        images: how its images are made; with ``encoder``.
+        images: how images and masks are made, for protocols that read them.
     """
 
     train: Part
@@ -164,8 +182,11 @@ class ProbeResult:
 class Probe(Protocol):
     """A registered protocol. Its constructor takes its settings, keyword-only and annotated.
 
+    The docstring of its class is its card: what it is, where it comes from (``Source``) and where it departs from that
+    (``Departures``), its options in words (``Args``), and what a user may write (``Example``).
+    ``tools/eval_net.py --list`` prints the first, the third and the fourth.
+
     Attributes:
-        card: where it comes from, and where it departs from that; the class's docstring says more.
         label: the one label that it is about, or None where it takes any.
         takes_layers: whether it follows the user's choice of layers; else it has a choice of its own.
         takes: ``labels`` (one question for each), or ``masks`` (of the shards, one question).

@@ -18,6 +18,7 @@ from jepa_kit.data.shards import ShardDataset
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Features,
+    Images,
     LayerSet,
     ProbeResult,
     Task,
@@ -45,10 +46,12 @@ class Dense:
     Masks are those of the shards, uint8, and 255 has no answer. Two figures: pixel accuracy, and the mean over classes
     of intersection over union (mIoU) over all test pixels together.
 
+    Example: ``{name: dense, most: 1, epochs: 10}``
+
     Args:
-        layers: the layer set of the tokens.
+        layers: the layer set of the tokens: last, last4 (the last 4 concatenated), or blocks as 2+4.
         most: mask values above this one count as this one: 1 makes scenes into room and solid. None keeps all.
-        heads, lrs, weight_decays, holdout: see ``Linear``; learning rates are AdamW's.
+        heads, lrs, weight_decays, holdout: as ``linear`` has them; the optimiser is AdamW.
         epochs: passes over the patches.
         batch_size: patches of an update, at most.
 
@@ -90,7 +93,7 @@ class Dense:
         assert task.images is not None
         train, test = task.both(self.features)
         patches = train.parts[0].shape[1]
-        masks = [self._masks(part.dataset, task.images.image_size) for part in (task.train, task.test)]
+        masks = [self._masks(part.dataset, task.images) for part in (task.train, task.test)]
         classes = 1 + max(int(m[m != IGNORED].max(initial=0)) for m in masks)
         if classes < 2:
             raise ValueError(f"masks of {task.train.dataset.path} must hold at least 2 values, not 1")
@@ -109,8 +112,9 @@ class Dense:
         counts = confusion(head, self.features, test, masks[1], classes)
         return self._results(counts, scores[best][0], best, [score[0] for score in scores], (len(train), len(test)))
 
-    def _masks(self, dataset: ShardDataset, image_size: tuple[int, int]) -> Masks:
-        masks = np.stack([crop_mask(dataset.mask(i), image_size) for i in range(len(dataset))])
+    def _masks(self, dataset: ShardDataset, images: Images) -> Masks:
+        cropped = (crop_mask(dataset.mask(i, images.max_pixels), images.image_size) for i in range(len(dataset)))
+        masks = np.stack(list(cropped))
         if self.most is not None:
             masks = np.where((masks > self.most) & (masks != IGNORED), np.uint8(self.most), masks)
         return masks

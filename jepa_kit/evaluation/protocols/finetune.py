@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from jepa_kit.data.faults import SampleError
 from jepa_kit.data.images import ImageError
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
@@ -56,10 +57,14 @@ class Finetune:
     Source: MAE's recipe (He et al. 2022, arXiv 2111.06377, A.1), which I-JEPA takes for 1 % of ImageNet (A.2): AdamW, a
     cosine after warm-up, learning rates that fall by ``layer_decay`` from layer to layer, label smoothing, stochastic
     depth, mixup. I-JEPA has lr 3e-5 (absolute, batch 512), 50 epochs, layer decay 0.75, label smoothing 0.1, and
-    neither mixup nor drop path. Departures: random crops and flips in place of RandAugment; nothing is chosen.
+    neither mixup nor drop path. Departures: random crops and flips in place of RandAugment; nothing is chosen. Matrix
+    products are of the run's precision (``train.precision``).
+
+    Example: ``{name: finetune, epochs: 20, lr: 3e-4, subset: 10%}``
 
     Args:
-        epochs, batch_size: of the training; a batch holds at most the training set.
+        epochs: of the training.
+        batch_size: images of an update, at most.
         lr: at the top layer, for a batch of ``batch_size``.
         weight_decay: of weights; none for biases and norms.
         layer_decay: in (0, 1]; the head has lr, the last block lr * layer_decay, and so on to the patch embedding.
@@ -69,7 +74,7 @@ class Finetune:
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
         crop_scale: of random resized crops; the paper leaves crops out for counts and distances, (1, 1).
         flip: probability of a horizontal flip.
-        subset: of the labels, as ``logistic`` has it; one draw.
+        subset: of the labels: all, a share as 1%, or images as 10/class; one draw.
 
     Raises:
         ValueError: a value outside its range.
@@ -162,7 +167,6 @@ class Finetune:
         assert task.images is not None
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         model.train()
-        half = torch.autocast(task.device.type, torch.bfloat16)
         losses: list[float] = []
         steps = max(1, len(chosen) // self.batch_size)
         for epoch in range(self.epochs):
@@ -173,7 +177,7 @@ class Finetune:
                     group["lr"] = self.lr * group["scale"] * factor
                 target = F.one_hot(torch.from_numpy(answers[samples]), classes).float().to(task.device)
                 images, target = self._mixed(images, target, task.seed, epoch, step)
-                with half:
+                with autocast(task):
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
                 optimizer.zero_grad(set_to_none=True)
@@ -195,7 +199,13 @@ class Finetune:
         order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
         steps, images = max(1, len(chosen) // self.batch_size), task.images
         assert images is not None
-        view = train_view(image_size=images.image_size, scale=self.crop_scale, flip=self.flip)
+        view = train_view(
+            image_size=images.image_size,
+            scale=self.crop_scale,
+            flip=self.flip,
+            decoder=images.decoder,
+            max_pixels=images.max_pixels,
+        )
         parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(steps)]
         yield from _read(task.train.dataset, view, parts, images, task, epoch)
 
@@ -232,6 +242,12 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
     return list(groups.values())
 
 
+def autocast(task: Task) -> torch.autocast:
+    """Matrix products of the network as the task says."""
+    assert task.images is not None
+    return torch.autocast(task.device.type, torch.bfloat16, enabled=task.images.precision == "bf16")
+
+
 @torch.no_grad()
 def predict(model: Classifier, task: Task) -> IntArray:
     """[M] the class of each test image, 0 to K - 1."""
@@ -240,8 +256,9 @@ def predict(model: Classifier, task: Task) -> IntArray:
     model.eval()
     parts = np.array_split(np.arange(len(dataset)), math.ceil(len(dataset) / images.batch_size))
     answers = []
-    for batch, _ in _read(dataset, eval_view(image_size=images.image_size), parts, images, task, 0):
-        with torch.autocast(task.device.type, torch.bfloat16):
+    view = eval_view(image_size=images.image_size, decoder=images.decoder, max_pixels=images.max_pixels)
+    for batch, _ in _read(dataset, view, parts, images, task, 0):
+        with autocast(task):
             answers.append(model(batch).argmax(dim=1).cpu().numpy())
     return np.concatenate(answers)
 
@@ -260,8 +277,8 @@ class _Views(Dataset):
     def _view(self, i: int, draws: FloatArray) -> NDArray[np.uint8]:
         try:
             return self.view(self.dataset.image_bytes(i), draws)
-        except ImageError as error:
-            raise ValueError(f"sample {i} of {self.dataset.path} cannot be decoded: {error}") from error
+        except (SampleError, ImageError) as error:  # as where features are extracted: no figure over fewer samples
+            raise self.dataset.unusable(i, error) from error
 
 
 def _read(

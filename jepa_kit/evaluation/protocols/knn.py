@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from jepa_kit.evaluation.neighbours import TEMPERATURE, Bank
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
@@ -29,13 +29,15 @@ NEIGHBOURS = (10, 20, 100, 200)
 
 @PROTOCOLS.register("knn")
 class KNN:
-    """Weighted nearest neighbours by cosine, as ``knn_probe`` says.
+    """Weighted nearest neighbours by cosine; ``knn_probe`` says how.
 
     Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), and DINO. Departure: k is chosen inside the training set.
 
+    Example: ``{name: knn, neighbours: [5, 20]}``
+
     Args:
         neighbours: values of k to choose from; those above N - 1 are left out.
-        temperature: above 0.
+        temperature: of the weights exp(cosine / temperature), above 0.
         queries: how many training samples are asked at most to choose k.
 
     Raises:
@@ -48,7 +50,7 @@ class KNN:
     trains_encoder: ClassVar[bool] = False
 
     def __init__(
-        self, *, neighbours: tuple[int, ...] = NEIGHBOURS, temperature: float = 0.07, queries: int = 10_000
+        self, *, neighbours: tuple[int, ...] = NEIGHBOURS, temperature: float = TEMPERATURE, queries: int = 10_000
     ) -> None:
         self.neighbours, self.temperature, self.queries = neighbours, temperature, queries
         _check(neighbours, temperature, queries)
@@ -82,7 +84,7 @@ def knn_probe(
     *,
     seed: int = 0,
     neighbours: Sequence[int] = NEIGHBOURS,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     queries: int = 10_000,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
@@ -110,7 +112,7 @@ def knn_probe(
     if not ks:
         raise ValueError(f"neighbours (={tuple(neighbours)}) must hold numbers from 1 to {len(train) - 1}, one below N")
     classes, answers = np.unique(train_labels, return_inverse=True)
-    bank = _Bank(train, answers, len(classes), temperature, device)
+    bank = Bank(train, answers, len(classes), temperature, device)
     asked = np.arange(len(train))
     if len(train) > queries:
         asked = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[:queries])
@@ -135,46 +137,3 @@ def _check(neighbours: Sequence[int], temperature: float, queries: int) -> None:
         raise ValueError(f"temperature (={temperature}) must be above 0")
     if queries < 1:
         raise ValueError(f"queries (={queries}) must be at least 1")
-
-
-class _Bank:
-    """Training features of length 1 and their classes, ready to be asked."""
-
-    def __init__(
-        self, features: Array, labels: IntArray, classes: int, temperature: float, device: torch.device | str = "cpu"
-    ) -> None:
-        self.device = device
-        self.features = _unit(features).to(device)  # [N, D]
-        self.labels = torch.from_numpy(labels).to(device)  # [N], 0 to K - 1
-        self.classes, self.temperature = classes, temperature
-
-    def classify(self, features: Array, ks: list[int], leave_out: IntArray | None = None) -> IntArray:
-        """The class that the nearest k vote for: [len(ks), M], 0 to K - 1; of equal votes, the lower.
-
-        Args:
-            features: [M, D].
-            ks: ascending.
-            leave_out: [M] the training sample that each may not ask.
-        """
-        answers = []
-        own = None if leave_out is None else torch.from_numpy(leave_out).to(self.device)
-        rows = max(1, 2**24 // len(self.features))  # 64 MiB of float32 similarities at a time
-        for start in range(0, len(features), rows):
-            cosine = _unit(features[start : start + rows]).to(self.device) @ self.features.T  # [m, N]
-            if own is not None:
-                cosine.scatter_(1, own[start : start + rows, None], -torch.inf)
-            near, index = cosine.topk(ks[-1], dim=1)
-            # a common factor of a row's weights moves no vote: the largest becomes 1
-            weight = ((near - near[:, :1]) / self.temperature).exp()
-            votes = weight.new_zeros(len(cosine), self.classes)
-            done, best = 0, []
-            for k in ks:
-                votes.scatter_add_(1, self.labels[index[:, done:k]], weight[:, done:k])
-                best.append(votes.argmax(dim=1))
-                done = k
-            answers.append(torch.stack(best).cpu())
-        return torch.cat(answers, dim=1).numpy()
-
-
-def _unit(features: Array) -> Tensor:
-    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(features)), dim=1)

@@ -48,11 +48,14 @@ class Linear:
     extracted once, so that there is no augmentation; the head is chosen on samples held out of the training set (those
     papers choose on the validation set that they report), then trained again on the whole training set.
 
+    Example: ``{name: linear, layers: [last], lrs: [1e-2, 1e-1], epochs: 50}``
+
     Args:
-        layers: layer sets to choose from.
-        heads: of ``plain`` and ``norm`` (batch norm before the linear map).
-        lrs, weight_decays: to choose from; learning rates for a batch of ``batch_size``.
-        optimizer: see ``Recipe``.
+        layers: layer sets to choose from: last, last4 (the last 4 concatenated), blocks as 2+4.
+        heads: to choose from: plain, norm (batch norm before the linear map).
+        lrs: learning rates to choose from, for a batch of ``batch_size``.
+        weight_decays: to choose from.
+        optimizer: sgd, adamw or lars.
         epochs: passes over the features; the learning rate falls to 0 along a cosine.
         batch_size: samples of an update, at most.
         holdout: share of the training set that chooses, in (0, 0.5].
@@ -102,11 +105,14 @@ class PaperLinear:
     without affine parameters. With fewer samples than a batch, a batch is all of them, and an epoch is one update: on
     small sets this protocol trains too little to say anything.
 
+    Example: ``{name: paper_linear, batch_size: 4096}``
+
     Args:
-        lrs: for 256 images; multiplied by the batch over 256.
-        weight_decays: of the weights.
-        layers, heads, holdout: see ``Linear``.
-        batch_size, epochs: as in the paper.
+        lrs: to choose from, for 256 images; multiplied by the batch over 256.
+        weight_decays: to choose from.
+        layers, heads, holdout: as ``linear`` has them.
+        epochs: passes over the features; the learning rate is divided by 10 after 15, 30 and 45.
+        batch_size: samples of an update, at most.
     """
 
     label: ClassVar[str | None] = None
@@ -177,9 +183,11 @@ class PaperTransfer:
     learning rate 0.01 for 256 images, a schedule for each data set (``SCHEDULES``); the best of the last layer and the
     last four, each plain and with batch norm. Departures: as ``PaperLinear``.
 
+    Example: ``{name: paper_transfer, dataset: cifar100}``
+
     Args:
         dataset: whose schedule: cifar10 (as cifar100), cifar100, places205, inat18, clevr_count or clevr_dist.
-        layers, heads, holdout: see ``Linear``.
+        layers, heads, holdout: as ``linear`` has them.
 
     Raises:
         ValueError: another data set.
@@ -216,8 +224,10 @@ class Count:
     Source: arXiv 2301.08243, table 4 and A.2 (a cosine over 50 epochs; the rest as ``PaperTransfer``); the task is
     VTAB's (arXiv 1910.04867), with 8 classes. Here on any shards with a label of that name: scenes, CLEVR.
 
+    Example: ``{name: count, layers: [last4]}``
+
     Args:
-        layers, heads, holdout: see ``Linear``.
+        layers, heads, holdout: as ``linear`` has them.
     """
 
     label: ClassVar[str | None] = "count"
@@ -247,8 +257,10 @@ class Distance:
 
     Source: as ``Count``; a cosine over 100 epochs, 6 classes.
 
+    Example: ``{name: distance, heads: [norm]}``
+
     Args:
-        layers, heads, holdout: see ``Linear``.
+        layers, heads, holdout: as ``linear`` has them.
     """
 
     label: ClassVar[str | None] = "distance"

@@ -38,24 +38,32 @@ CUTS = (1e-3, 1e-6, 1e-9)
 PATIENCE = 2
 FEW = 2000
 SPLITS = 5
+SUBSETS = ("1%", "10%", "all")
+DRAWS = 3
+HOLDOUT = 0.2
 
 
 @PROTOCOLS.register("logistic")
 class Logistic:
-    """Logistic regression on whitened features with all labels, or a few, as ``logistic_probe`` says.
+    """Logistic regression on whitened features, with all labels or a few; ``logistic_probe`` says how.
 
     Source: low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) ask what 1 % of the labels give; MSN
     answers by a logistic regression on frozen features. Departures: whitening; the penalty and the number of
     components are chosen inside the labels given; I-JEPA's own figure for 1 % is from fine-tuning (``finetune``).
 
+    Example: ``{name: logistic, subsets: [1%, 10/class, all], draws: 5}``
+
     Args:
-        subsets: of ``all``, shares as ``1%``, images as ``10/class``; one figure for each.
-        names: a file with the names of samples, one a line, in place of ``subsets`` (``subsets.listed``).
-        draws: over how many draws a subset's figure is the mean; ``all`` and ``names`` have one.
-        penalties, cuts, holdout, max_iter: see ``logistic_probe``.
+        subsets: of all, shares as 1%, images as 10/class; one figure for each. None for 1%, 10% and all.
+        names: a file with the names of samples, one a line, in place of subsets and draws.
+        draws: over how many draws the figure of a subset (but of all) is the mean; None for 3.
+        penalties: weights of half the squared norm, to choose from, descending.
+        cuts: to choose from, descending: components are kept whose variance is above this share of the largest.
+        holdout: share of the labels that chooses, in (0, 0.5]; None for 0.2.
+        max_iter: iterations of each fit.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or an option that would do nothing.
     """
 
     label: ClassVar[str | None] = None
@@ -66,22 +74,33 @@ class Logistic:
     def __init__(
         self,
         *,
-        subsets: tuple[str, ...] = ("1%", "10%", "all"),
+        subsets: tuple[str, ...] | None = None,
         names: str | None = None,
-        draws: int = 3,
+        draws: int | None = None,
         penalties: tuple[float, ...] = PENALTIES,
         cuts: tuple[float, ...] = CUTS,
-        holdout: float = 0.2,
+        holdout: float | None = None,
         max_iter: int = 1000,
     ) -> None:
-        if not subsets or len(set(subsets)) < len(subsets):
+        if subsets is not None and (not subsets or len(set(subsets)) < len(subsets)):
             raise ValueError(f"subsets (={subsets}) must name at least one, and each once")
-        if draws < 1:
+        if draws is not None and draws < 1:
             raise ValueError(f"draws (={draws}) must be at least 1")
-        _check(penalties, cuts, holdout, max_iter)
-        self.subsets = [Subset(text) for text in subsets]
-        self.names, self.draws = names, draws
-        self.penalties, self.cuts, self.holdout, self.max_iter = penalties, cuts, holdout, max_iter
+        _check(penalties, cuts, HOLDOUT if holdout is None else holdout, max_iter)
+        if holdout is not None and len(penalties) == len(cuts) == 1:
+            raise ValueError(
+                f"holdout (={holdout}) would do nothing: penalties (={penalties}) and cuts (={cuts}) leave nothing to "
+                "choose"
+            )
+        for option, value in (("subsets", subsets), ("draws", draws)):
+            if names is not None and value is not None:
+                raise ValueError(f"{option} (={value}) would do nothing: names (={names!r}) lists the samples")
+        if draws is not None and subsets == ("all",):
+            raise ValueError(f"draws (={draws}) would do nothing: subsets (={subsets}) has nothing to draw")
+        self.subsets = [Subset(text) for text in (SUBSETS if subsets is None else subsets)]
+        self.names, self.draws = names, DRAWS if draws is None else draws
+        self.penalties, self.cuts, self.max_iter = penalties, cuts, max_iter
+        self.holdout = HOLDOUT if holdout is None else holdout
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
@@ -143,7 +162,7 @@ def logistic_probe(
     seed: int = 0,
     penalties: Sequence[float] = PENALTIES,
     cuts: Sequence[float] = CUTS,
-    holdout: float = 0.2,
+    holdout: float = HOLDOUT,
     max_iter: int = 1000,
 ) -> ProbeResult:
     """Multinomial logistic regression on whitened features (scikit-learn's, L2 penalty, L-BFGS).
@@ -191,7 +210,7 @@ def logistic_probe(
         "penalty": penalty,
         "C": classifier.C,
         "tried": tried,
-        "holdout": holdout,
+        "holdout": holdout if tried else None,
         "converged": int(classifier.n_iter_.max()) < max_iter,
     }
     predictions = classifier.predict(whitening(test, components))

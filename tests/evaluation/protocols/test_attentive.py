@@ -67,6 +67,17 @@ def test_the_better_learning_rate_is_taken():
     (single,) = Attentive(epochs=1, lrs=(1e-3,))(task(*PROBLEM))
     assert single.validation is None
     assert single.settings["tried"] == []
+    assert (found.settings["holdout"], single.settings["holdout"]) == (0.2, None)
+
+
+def test_with_one_learning_rate_nothing_is_held_out():
+    """So a class of which there is one sample can be learned."""
+    x, labels = clusters(120, apart=6, seed=3)
+    rare = np.where(np.arange(120) == 7, 9, labels)
+    (found,) = Attentive(epochs=2)(task(x, rare, x, rare))
+    assert found.classes == 5
+    with pytest.raises(ValueError, match="class 9 has 1"):
+        Attentive(epochs=2, lrs=(1e-3, 1e-2))(task(x, rare, x, rare))
 
 
 def test_torchs_random_state_stays_as_it_is():
@@ -86,7 +97,9 @@ def test_heads_by_width():
         ({"lrs": ()}, "lrs (=()) must be at least one, above 0"),
         ({"lrs": (0.0,)}, "lrs (=(0.0,)) must be at least one, above 0"),
         ({"weight_decay": -1.0}, "weight_decay (=-1.0) must be at least 0"),
-        ({"holdout": 0.9}, "holdout (=0.9) must be above 0 and at most 0.5"),
+        ({"lrs": (0.1, 0.1)}, "lrs (=(0.1, 0.1)) must hold each once"),
+        ({"holdout": 0.9, "lrs": (0.1, 0.2)}, "holdout (=0.9) must be above 0 and at most 0.5"),
+        ({"holdout": 0.1}, "holdout (=0.1) would do nothing: lrs (=(0.001,)) leaves nothing to choose"),
         ({"num_heads": 5}, "num_heads (=5) must divide the width (=12)"),
     ],
 )

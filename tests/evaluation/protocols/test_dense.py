@@ -26,7 +26,8 @@ class Masked:
     def __len__(self):
         return len(self.masks)
 
-    def mask(self, i):
+    def mask(self, i, max_pixels):
+        assert max_pixels == 12345
         return self.masks[i]
 
 
@@ -42,7 +43,7 @@ def squares(samples, seed, classes=4):
 
 def task(train, test, **options):
     parts = [Part({KEY: features}, None, dataset) for dataset, features in (train, test)]
-    images = Images(image_size=(16, 24), mean=(0, 0, 0), std=(1, 1, 1))
+    images = Images(image_size=(16, 24), mean=(0, 0, 0), std=(1, 1, 1), max_pixels=12345)
     return Task(train=parts[0], test=parts[1], images=images, **options)
 
 

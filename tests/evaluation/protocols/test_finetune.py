@@ -22,9 +22,9 @@ def shards(tmp_path_factory):
     return scene_shards(folder / "train", 64, seed=0), scene_shards(folder / "val", 20, seed=1)
 
 
-def task(encoder, shards, train_labels, test_labels, **options):
+def task(encoder, shards, train_labels, test_labels, reading=None, **options):
     parts = [Part({}, labels, dataset) for dataset, labels in zip(shards, (train_labels, test_labels), strict=True)]
-    images = Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=16)
+    images = Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=16, **(reading or {}))
     return Task(train=parts[0], test=parts[1], encoder=encoder, images=images, **options)
 
 
@@ -79,6 +79,43 @@ def test_the_same_again_and_on_few_labels(encoder, shards):
     first, second = (probe(task(encoder, shards, *labels))[0] for _ in range(2))
     assert np.array_equal(first.predictions, second.predictions)
     assert (first.variant, first.settings["samples"], first.n_train) == ("2/class", 16, 16)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
+def test_matrix_products_have_the_precision_that_is_asked_for(encoder, shards, precision, dtype, monkeypatch):
+    seen = set()
+    forward = Classifier.forward
+
+    def watched(self, images):
+        self.encoder.blocks[0].mlp.fc1.register_forward_hook(lambda m, given, out: seen.add(out.dtype))
+        return forward(self, images)
+
+    monkeypatch.setattr(Classifier, "forward", watched)
+    labels = [part.labels("count") for part in shards]
+    Finetune(epochs=1, batch_size=32)(task(encoder, shards, *labels, reading={"precision": precision}))
+    assert seen == {dtype}
+
+
+def test_another_precision(encoder, shards):
+    with pytest.raises(ValueError) as error:
+        Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, precision="fp16")
+    assert str(error.value) == "precision (='fp16') must be 'float32' or 'bf16'"
+
+
+def test_a_sample_that_cannot_be_used_is_named(encoder, tmp_path):
+    """An image of more pixels than may be decoded, and one whose shard has gone."""
+    shards = scene_shards(tmp_path / "train", 16, seed=0), scene_shards(tmp_path / "val", 8, seed=1)
+    labels = [np.arange(len(part)) % 2 for part in shards]
+    probe = Finetune(epochs=1, batch_size=8)
+    with pytest.raises(ValueError) as error:
+        probe(task(encoder, shards, *labels, reading={"max_pixels": 300}))
+    assert f" of {shards[0].path} cannot be used: 16 x 20 pixels are more than max_pixels (=300)" in str(error.value)
+    for file in (tmp_path / "val").glob("*.tar"):
+        file.unlink()
+    with pytest.raises(ValueError) as error:
+        probe(task(encoder, shards, *labels))
+    named = f"sample 0 ({shards[1].key(0)!r}) of {shards[1].path} cannot be used: shard shard-000000.tar"
+    assert str(error.value).startswith(named)
 
 
 def test_stochastic_depth_rises_to_the_last_block(encoder):

@@ -5,6 +5,7 @@ import pytest
 from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS
 from sklearn.neighbors import KNeighborsClassifier
 
+from jepa_kit.evaluation import neighbours
 from jepa_kit.evaluation.protocols.knn import knn_probe
 
 
@@ -38,6 +39,15 @@ def test_knn_chooses_k_by_asking_each_training_sample_without_itself():
         assert accuracy == pytest.approx(right / len(unit), abs=0.003)
     assert found.settings["k"] == ks[int(np.argmax(found.settings["validation"]))]
     assert found.validation == max(found.settings["validation"])
+
+
+def test_votes_do_not_hang_on_how_many_are_asked_at_a_time(monkeypatch):
+    bank = neighbours.Bank(TRAIN.astype(np.float64), TRAIN_LABELS, 4)
+    answers = [bank.classify(TRAIN.astype(np.float64), [3, 20], np.arange(len(TRAIN)))]
+    monkeypatch.setattr(neighbours, "SIMILARITIES", 7 * len(TRAIN))
+    answers.append(bank.classify(TRAIN.astype(np.float64), [3, 20], np.arange(len(TRAIN))))
+    assert answers[0].shape == (2, 400)
+    assert np.array_equal(*answers)
 
 
 def test_knn_asks_no_more_training_samples_than_it_may():

@@ -161,7 +161,17 @@ class TestSubsets:
         [
             ({"subsets": ()}, "subsets (=()) must name at least one, and each once"),
             ({"subsets": ("1%", "1%")}, "subsets (=('1%', '1%')) must name at least one, and each once"),
+            (
+                {"penalties": (1.0,), "cuts": (1e-6,), "holdout": 0.1},
+                "holdout (=0.1) would do nothing: penalties (=(1.0,)) and cuts (=(1e-06,)) leave nothing to choose",
+            ),
             ({"draws": 0}, "draws (=0) must be at least 1"),
+            ({"names": "a.txt", "draws": 3}, "draws (=3) would do nothing: names (='a.txt') lists the samples"),
+            (
+                {"names": "a.txt", "subsets": ("1%",)},
+                "subsets (=('1%',)) would do nothing: names (='a.txt') lists the samples",
+            ),
+            ({"subsets": ("all",), "draws": 5}, "draws (=5) would do nothing: subsets (=('all',)) has nothing to draw"),
         ],
     )
     def test_options(self, options, message):

@@ -7,6 +7,7 @@ from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, c
 from jepa_kit.config.errors import ConfigError
 from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols, parse_specs
 from jepa_kit.evaluation.protocols.base import check_samples
+from jepa_kit.evaluation.protocols.cards import card_of
 
 SPECS = {
     "knn": {},
@@ -39,6 +40,38 @@ def test_every_card_says_where_it_comes_from(name):
     assert "Source: " in card or "source" in card
     assert "arXiv" in card or name == "distance"
     assert "Args:" in card
+
+
+@pytest.mark.parametrize("name", PROTOCOLS.names())
+def test_every_card_tells_a_user_what_to_write(name):
+    """Its example can be built, and each option has its words."""
+    card = card_of(PROTOCOLS.get(name))
+    (spec,) = parse_specs([card.example])
+    assert spec["name"] == name
+    build_protocols([spec])
+    assert set(card.options) == set(PROTOCOLS.options(name))
+    assert all(card.options.values())
+
+
+def test_a_card_as_it_is_read():
+    class Card:
+        """What it is.
+
+        Example: ``{name: card, a: 1}``
+
+        Args:
+            a, b: numbers, of which ``a``
+                is None at times.
+            c: another: with a colon.
+
+        Raises:
+            ValueError: none of these.
+        """
+
+    numbers = "numbers, of which a is null at times."
+    options = {"a": numbers, "b": numbers, "c": "another: with a colon."}
+    assert card_of(Card) == ("What it is", "{name: card, a: 1}", options)
+    assert card_of(type("Bare", (), {"__doc__": "Nothing."})) == ("Nothing", None, {})
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,0 +1,31 @@
+"""What the command lines of tools share: help out of the tool's own text, a config and what is changed in it."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the tool's text as it is written.
+
+    Args:
+        name: of the tool.
+        text: its ``__doc__``: a description, then ``examples:`` on a line of its own and the rest.
+    """
+    description, _, examples = (text or "").partition("\n\nexamples:")
+    return argparse.ArgumentParser(
+        prog=name,
+        description=description,
+        epilog="examples:" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--config-file`` and ``overrides``: what ``load_config`` takes. Read with ``parse_intermixed_args``."""
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML"
+    )

@@ -1,0 +1,51 @@
+"""The card of a protocol, read from the docstring of its class."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import NamedTuple
+
+_EXAMPLE = re.compile(r"^Example: ``(.+)``$", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
+
+
+class Card(NamedTuple):
+    """What ``tools/eval_net.py --list`` tells of a protocol.
+
+    Args:
+        title: the docstring's first line, without its full stop.
+        example: what a user may write after ``--protocol``; None where the docstring has no line ``Example``.
+        options: name -> its text under ``Args``, as a user writes YAML.
+    """
+
+    title: str
+    example: str | None
+    options: dict[str, str]
+
+
+def card_of(protocol: type) -> Card:
+    """The card of a registered protocol."""
+    text = inspect.getdoc(protocol) or ""
+    example = _EXAMPLE.search(text)
+    title = _plain(text.partition("\n")[0].rstrip("."))
+    return Card(title, example[1] if example else None, _options(text))
+
+
+def _plain(text: str) -> str:
+    return text.replace("``", "").replace("None", "null")
+
+
+def _options(text: str) -> dict[str, str]:
+    """The entries under ``Args:``; several names before one colon share its text."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in text.partition("\nArgs:\n")[2].splitlines():
+        if not line.startswith("    "):
+            break
+        if entry := _ENTRY.match(line):
+            names = entry[1].split(", ")
+            found |= dict.fromkeys(names, _plain(entry[2]))
+        else:
+            found |= {name: f"{found[name]} {_plain(line.strip())}" for name in names}
+    return found

@@ -1,0 +1,53 @@
+"""Which shards an evaluation looks at: one rule for held-out ones, and what is said where there are none."""
+
+import pytest
+
+from jepa_kit.evaluation.shard_choice import asked_shards, held_out, images_to_look_at, training_shards
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Training and validation shards beside one another."""
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_held_out_shards_lie_beside_the_training_shards(folder):
+    train, val = str(folder / "train"), str(folder / "val")
+    for shards in (train, f"{train}/", (train,), f"{train}/shard-000000.tar", f"{train}/shard-{{000000..000007}}.tar"):
+        assert held_out(shards) == val
+    assert held_out(val) is None  # what is learned from is not held out
+    (folder / "test").mkdir()
+    assert held_out(train) == str(folder / "test")
+    assert held_out(val) == str(folder / "test")
+
+
+@pytest.mark.parametrize("shards", ["https://host/train", "pipe:cat train.tar", ("a", "b")])
+def test_shards_of_other_machines_and_of_several_places_have_none_beside_them(shards, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert held_out(shards) is None
+    assert images_to_look_at(None, shards) == shards
+
+
+def test_what_the_user_names_comes_first(folder):
+    train = str(folder / "train")
+    assert training_shards("given", train) == "given"
+    assert training_shards(None, (train, "other")) == (train, "other")
+    assert asked_shards("given", train) == "given"
+    assert asked_shards(None, train) == str(folder / "val")
+    assert images_to_look_at("given", train) == "given"
+    assert images_to_look_at(None, train) == str(folder / "val")
+    assert images_to_look_at(None, str(folder / "val")) == str(folder / "val")
+
+
+def test_shards_that_nobody_named():
+    with pytest.raises(ValueError) as error:
+        training_shards(None, None)
+    assert str(error.value).startswith("--train-shards must name a folder of shards: the run's config has none")
+    with pytest.raises(ValueError) as error:
+        asked_shards(None, ("a", "b"))
+    assert str(error.value) == "--test-shards must name a folder of shards: there is no test or val beside a, b"
+    with pytest.raises(ValueError) as error:
+        images_to_look_at(None, None)
+    assert str(error.value).startswith("--shards must name a folder of shards: the run's config has none")
