@@ -6,13 +6,15 @@ N  training samples    M  test samples    D  width of a feature    K  classes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -29,7 +31,7 @@ from jepa_kit.evaluation.protocols.base import (
     split,
 )
 from jepa_kit.evaluation.protocols.subsets import Subset, listed
-from jepa_kit.evaluation.protocols.whitening import Whitening
+from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
 from jepa_kit.rng import IntArray
 
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -45,11 +47,12 @@ HOLDOUT = 0.2
 
 @PROTOCOLS.register("logistic")
 class Logistic:
-    """Logistic regression on whitened features, with all labels or a few; ``logistic_probe`` says how.
+    """Logistic regression on frozen features, with all labels or a few; ``logistic_probe`` says how.
 
     Source: low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) ask what 1 % of the labels give; MSN
-    answers by a logistic regression on frozen features. Departures: whitening; the penalty and the number of
-    components are chosen inside the labels given; I-JEPA's own figure for 1 % is from fine-tuning (``finetune``).
+    answers by a logistic regression on frozen features. Departures: whitening, unless ``whiten`` is false; the penalty
+    and the number of components are chosen inside the labels given; I-JEPA's own figure for 1 % is from fine-tuning
+    (``finetune``).
 
     Example: ``{name: logistic, subsets: [1%, 10/class, all], draws: 5}``
 
@@ -58,7 +61,10 @@ class Logistic:
         names: a file with the names of samples, one a line, in place of subsets and draws.
         draws: over how many draws the figure of a subset (but of all) is the mean; None for 3.
         penalties: weights of half the squared norm, to choose from, descending.
-        cuts: to choose from, descending: components are kept whose variance is above this share of the largest.
+        whiten: features become principal components of one variance; false leaves them standardised, which is what a
+            batch norm before a linear head does.
+        cuts: to choose from, descending: components are kept whose variance is above this share of the largest. None
+            for 1e-3, 1e-6 and 1e-9.
         holdout: share of the labels that chooses, in (0, 0.5]; None for 0.2.
         max_iter: iterations of each fit.
 
@@ -78,7 +84,8 @@ class Logistic:
         names: str | None = None,
         draws: int | None = None,
         penalties: tuple[float, ...] = PENALTIES,
-        cuts: tuple[float, ...] = CUTS,
+        whiten: bool = True,
+        cuts: tuple[float, ...] | None = None,
         holdout: float | None = None,
         max_iter: int = 1000,
     ) -> None:
@@ -86,8 +93,8 @@ class Logistic:
             raise ValueError(f"subsets (={subsets}) must name at least one, and each once")
         if draws is not None and draws < 1:
             raise ValueError(f"draws (={draws}) must be at least 1")
-        _check(penalties, cuts, HOLDOUT if holdout is None else holdout, max_iter)
-        if holdout is not None and len(penalties) == len(cuts) == 1:
+        _check(penalties, cuts, HOLDOUT if holdout is None else holdout, max_iter, whiten)
+        if holdout is not None and len(penalties) == 1 and (not whiten or (cuts is not None and len(cuts) == 1)):
             raise ValueError(
                 f"holdout (={holdout}) would do nothing: penalties (={penalties}) and cuts (={cuts}) leave nothing to "
                 "choose"
@@ -99,7 +106,7 @@ class Logistic:
             raise ValueError(f"draws (={draws}) would do nothing: subsets (={subsets}) has nothing to draw")
         self.subsets = [Subset(text) for text in (SUBSETS if subsets is None else subsets)]
         self.names, self.draws = names, DRAWS if draws is None else draws
-        self.penalties, self.cuts, self.max_iter = penalties, cuts, max_iter
+        self.penalties, self.whiten, self.cuts, self.max_iter = penalties, whiten, cuts, max_iter
         self.holdout = HOLDOUT if holdout is None else holdout
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
@@ -130,6 +137,7 @@ class Logistic:
                 test_labels,
                 seed=task.seed + d,
                 penalties=self.penalties,
+                whiten=self.whiten,
                 cuts=self.cuts,
                 holdout=self.holdout,
                 max_iter=self.max_iter,
@@ -161,16 +169,21 @@ def logistic_probe(
     *,
     seed: int = 0,
     penalties: Sequence[float] = PENALTIES,
-    cuts: Sequence[float] = CUTS,
+    whiten: bool = True,
+    cuts: Sequence[float] | None = None,
     holdout: float = HOLDOUT,
     max_iter: int = 1000,
 ) -> ProbeResult:
-    """Multinomial logistic regression on whitened features (scikit-learn's, L2 penalty, L-BFGS).
+    """Multinomial logistic regression on frozen features (scikit-learn's, L2 penalty, L-BFGS).
 
-    Features are standardised, turned onto their principal components, and these brought to variance 1. The probe stays
-    linear in the features, and what it finds does not hang on their scales or axes: the penalty is on the variance of
-    the logits. Without this the result is a question of patience: variances along the components of a JEPA's features
-    span ten orders of magnitude, and L-BFGS is not done after 3,000 iterations; with it, after about 10.
+    With ``whiten``, features are standardised, turned onto their principal components, and these brought to variance
+    1. The probe stays linear in the features, and what it finds does not hang on their scales or axes: the penalty is
+    on the variance of the logits. Without this the result is a question of patience: variances along the components of
+    a JEPA's features span ten orders of magnitude, and L-BFGS is not done after 3,000 iterations; with it, after about
+    10. It also makes much of what a network hardly tells: random features gain more by it than learned ones.
+
+    Without ``whiten`` they are standardised alone, and the penalty prefers what varies most. ``max_iter`` then matters
+    where the penalty is weak.
 
     How many components are kept, and the penalty, are those with the least cross entropy on samples held out of the
     training set; then the classifier is fitted to the whole training set. Penalties are tried from the strongest on,
@@ -184,7 +197,8 @@ def logistic_probe(
         seed: of the splits.
         penalties: weights of half the squared norm against the mean loss, descending; scikit-learn's C is
             1 / (penalty * samples).
-        cuts: components are kept whose variance is above this share of the largest, in (0, 1).
+        whiten: as above.
+        cuts: components are kept whose variance is above this share of the largest, in (0, 1); None for ``CUTS``.
         holdout: share of the training set that chooses, in (0, 0.5], the same share of each class.
         max_iter: iterations of each fit; ``settings["converged"]`` says whether the last one needed fewer.
 
@@ -192,20 +206,21 @@ def logistic_probe(
         ValueError: see ``check_samples``; a class too rare to hold a sample of it out; an option outside its range.
     """
     train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
-    _check(penalties, cuts, holdout, max_iter)
-    whitening = Whitening(train)
-    numbers = list(dict.fromkeys(whitening.above(cut) for cut in cuts))
+    _check(penalties, cuts, holdout, max_iter, whiten)
+    prepared = _prepared(train, CUTS if cuts is None else cuts) if whiten else {train.shape[1]: Standardising(train)}
     tried: list[dict[str, float]] = []
-    if len(numbers) > 1 or len(penalties) > 1:
+    if len(prepared) > 1 or len(penalties) > 1:
         pairs = _pairs(train_labels, holdout, seed)
-        for components in numbers:
-            trials = _path(whitening(train, components), train_labels, pairs, penalties, max_iter)
+        for components, prepare in prepared.items():
+            trials = _path(prepare(train), train_labels, pairs, penalties, max_iter)
             tried += [{"components": components, **trial} for trial in trials]
     best = min(tried, key=lambda trial: trial["cross_entropy"], default=None)
-    components = int(best["components"]) if best else numbers[0]
+    components = int(best["components"]) if best else next(iter(prepared))
     penalty = best["penalty"] if best else penalties[0]
-    classifier = _fit(whitening(train, components), train_labels, penalty, max_iter)
+    prepare = prepared[components]
+    classifier = _fit(prepare(train), train_labels, penalty, max_iter)
     settings = {
+        "whiten": whiten,
         "components": components,
         "penalty": penalty,
         "C": classifier.C,
@@ -213,9 +228,15 @@ def logistic_probe(
         "holdout": holdout if tried else None,
         "converged": int(classifier.n_iter_.max()) < max_iter,
     }
-    predictions = classifier.predict(whitening(test, components))
+    predictions = classifier.predict(prepare(test))
     validation = best["accuracy"] if best else None
     return classification_result("logistic", predictions, train_labels, test_labels, validation, settings)
+
+
+def _prepared(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array], NDArray[np.float32]]]:
+    """For each number of components, what brings features to them."""
+    whitening = Whitening(train)
+    return {n: partial(whitening, components=n) for n in dict.fromkeys(whitening.above(cut) for cut in cuts)}
 
 
 def _pairs(labels: IntArray, holdout: float, seed: int) -> list[tuple[IntArray, IntArray]]:
@@ -274,9 +295,14 @@ def _check_descending(name: str, values: Sequence[float], below: float) -> None:
         raise ValueError(f"{name} (={tuple(values)}) must be numbers {right}, descending")
 
 
-def _check(penalties: Sequence[float], cuts: Sequence[float], holdout: float, max_iter: int) -> None:
+def _check(
+    penalties: Sequence[float], cuts: Sequence[float] | None, holdout: float, max_iter: int, whiten: bool
+) -> None:
     _check_descending("penalties", penalties, np.inf)
-    _check_descending("cuts", cuts, 1.0)
+    if cuts is not None:
+        if not whiten:
+            raise ValueError(f"cuts (={tuple(cuts)}) would do nothing: whiten is False, and components are not sought")
+        _check_descending("cuts", cuts, 1.0)
     check_holdout(holdout)
     if max_iter < 1:
         raise ValueError(f"max_iter (={max_iter}) must be at least 1")

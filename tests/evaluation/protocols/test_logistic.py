@@ -26,6 +26,17 @@ def test_is_scikit_learns_at_the_settings_chosen():
     assert found.settings["converged"]
 
 
+def test_standardised_features_as_scikit_learn_has_it():
+    scales = np.geomspace(0.1, 100, 12).astype(np.float32)
+    found = logistic_probe(TRAIN * scales + 5, TRAIN_LABELS, TEST * scales + 5, TEST_LABELS, whiten=False)
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=found.settings["C"], max_iter=1000, tol=1e-6))
+    theirs.fit((TRAIN * scales + 5).astype(np.float64), TRAIN_LABELS)
+    np.testing.assert_array_equal(found.predictions, theirs.predict((TEST * scales + 5).astype(np.float64)))
+    assert found.settings["components"] == 12
+    assert not found.settings["whiten"]
+    assert found.settings["converged"]
+
+
 def test_whitening_is_scikit_learns():
     features = TRAIN @ np.random.default_rng(0).normal(size=(12, 12)).astype(np.float32) + 50
     theirs = make_pipeline(StandardScaler(), PCA(5, whiten=True, svd_solver="full")).fit(features.astype(np.float64))
@@ -95,6 +106,10 @@ def test_passes_over_penalties_that_leave_one_answer_for_everything():
         ({"penalties": [0.1, 1.0]}, "penalties (=(0.1, 1.0)) must be numbers above 0, descending"),
         ({"penalties": [0.1, 0.0]}, "penalties (=(0.1, 0.0)) must be numbers above 0, descending"),
         ({"cuts": [1.0, 0.1]}, "cuts (=(1.0, 0.1)) must be numbers between 0 and 1, descending"),
+        (
+            {"cuts": [1e-3], "whiten": False},
+            "cuts (=(0.001,)) would do nothing: whiten is False, and components are not sought",
+        ),
         ({"holdout": 0.0}, "holdout (=0.0) must be above 0 and at most 0.5"),
         ({"holdout": 0.6}, "holdout (=0.6) must be above 0 and at most 0.5"),
         ({"max_iter": 0}, "max_iter (=0) must be at least 1"),
