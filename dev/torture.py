@@ -11,6 +11,7 @@ examples:
   python dev/torture.py                               # 20 SIGKILLs and 4 other signals; a few minutes
   python dev/torture.py --kills 3 --signals 1 --fork  # half a minute: processes are forked, and import nothing
   python dev/torture.py --processes 2 --kills 4       # one rank is killed, torchrun restarts all
+  python dev/torture.py --processes 2 --kills 4 train.parallel=fsdp train.checkpoint=sharded
 
 Exit status: 0 where nothing shows, 1 otherwise.
 """
@@ -65,7 +66,7 @@ def write_shards(folder: Path, images: int = 24) -> None:
     write_index(str(folder), [shard], [rows], classes={}, refused=[], made_by={})
 
 
-def write_config(path: Path, shards: Path, steps: int, every: int) -> None:
+def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Sequence[str] = ()) -> None:
     """A run of ``steps`` steps of 4 images with all that hangs on chance: order, crops, masks, stochastic depth."""
     config = {
         "masker": {"name": "multiblock"},
@@ -93,11 +94,21 @@ def write_config(path: Path, shards: Path, steps: int, every: int) -> None:
 class Process:
     """A run of the config into a folder, resumed: a new process, a fork of this one, or several under torchrun."""
 
-    def __init__(self, config: Path, folder: Path, log: Path, *, fork: bool, processes: int, restarts: int = 0) -> None:
+    def __init__(
+        self,
+        config: Path,
+        folder: Path,
+        log: Path,
+        *,
+        fork: bool,
+        processes: int,
+        overrides: Sequence[str] = (),
+        restarts: int = 0,
+    ) -> None:
         self.folder = folder
         self.processes = processes
         if fork:
-            self.pid = self._fork(config, folder, log)
+            self.pid = self._fork(config, folder, log, overrides)
             return
         tool = [
             str(ROOT / "tools" / "train_net.py"),
@@ -106,6 +117,7 @@ class Process:
             "--output-dir",
             str(folder),
             "--resume",
+            *overrides,
         ]
         runner = [sys.executable]
         if processes > 1:
@@ -117,7 +129,7 @@ class Process:
         self.pid = self.child.pid
 
     @staticmethod
-    def _fork(config: Path, folder: Path, log: Path) -> int:
+    def _fork(config: Path, folder: Path, log: Path, overrides: Sequence[str]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -126,7 +138,7 @@ class Process:
             with log.open("a") as out:
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
-            train(load_config(config, [f"train.output_dir={json.dumps(str(folder))}"]), resume=True)
+            train(load_config(config, [f"train.output_dir={json.dumps(str(folder))}", *overrides]), resume=True)
             status = 0
         except Preempted:
             status = EX_TEMPFAIL
@@ -270,7 +282,7 @@ def torture(work: Path, options: argparse.Namespace) -> int:
     config, whole, stopped = work / "config.yaml", work / "whole", work / "stopped"
     write_config(config, work / "shards", options.steps, options.every)
     many = options.processes > 1
-    kind = {"fork": options.fork, "processes": options.processes}
+    kind = {"fork": options.fork, "processes": options.processes, "overrides": options.overrides}
     log = work / "whole.log"
     if Process(config, whole, log, **kind).wait():
         print(log.read_text())
@@ -330,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--fork", action="store_true", help="fork this process in place of starting new ones")
     p.add_argument("--processes", type=int, default=1, help="ranks, under torchrun (1: without it)")
     p.add_argument("--work", type=Path, help="folder to work in, kept afterwards; otherwise a temporary one")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of the run")
     options = p.parse_args(argv)
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)

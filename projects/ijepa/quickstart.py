@@ -27,12 +27,12 @@ import torch
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shard_writing import INDEX
-from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.transforms import build_view
+from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.features import LoadedRun, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures import mask_gallery, patch_pca
+from jepa_kit.evaluation.protocols import Spec
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
 from jepa_kit.recipe import build_masker
 from tools import make_shards
@@ -40,6 +40,9 @@ from tools import make_shards
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
 TEST_SEED = 1_000_003
 """Test scenes are a series of their own: no training scene is among them."""
+
+PROTOCOLS: tuple[Spec, ...] = ({"name": "logistic", "subsets": ["all"], "whiten": False}, "knn")
+"""The linear probe is scikit-learn's on standardised features: the paper's head has a batch norm before it."""
 
 LAYERS = "last4"
 """The paper reports the better of the last layer and the last four; four are all that this network has."""
@@ -69,17 +72,20 @@ def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: 
 
 def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.device) -> list[Row]:
     """Every network under every protocol on every label; the rows are also written as JSON."""
-    training, test = (ShardDataset(str(path)) for path in shards)
+    data, seed = run.config.data, run.config.train.seed
+    training, test = (open_shards(run.config, str(path)) for path in shards)
     rows = evaluate(
         run_networks(run, device=device),
         training,
         test,
-        image_size=run.config.data.image_size,
+        image_size=data.image_size,
+        protocols=PROTOCOLS,
         layers=LAYERS,
-        seed=run.config.train.seed,
+        seed=seed,
+        decoder=data.decoder,
+        max_pixels=data.max_pixels,
         progress=True,
     )
-    seed = run.config.train.seed
     content = results(rows, run=run, checkpoint=run.config.train.output_dir, train=training, test=test, seed=seed)
     write_results(content, file)
     return rows
@@ -89,10 +95,10 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
     """A mask gallery over training samples, and a PCA of patch features beside them."""
     data = config.data
     loader = TrainLoader(
-        dataset=ShardDataset(str(shards)),
+        dataset=open_shards(config, str(shards)),
         masker=build_masker(config),
         batch_size=8,
-        view=build_view(data.view, image_size=data.image_size),
+        view=training_view(config),
         seed=config.train.seed,
     )
     _, batch = next(loader.batches(0))
@@ -152,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
     done = time.perf_counter()
-    print(f"\nfrozen features on {len(ShardDataset(str(shards[1]))):,} test scenes, accuracy in %\n")
+    print(f"\nfrozen features on {len(open_shards(config, str(shards[1]))):,} test scenes, accuracy in %\n")
     print(format_table(rows))
     print("\ntarget encoder against the better of untrained and pixels:")
     print("\n".join(f"  {line}" for line in margins(rows)))
