@@ -32,7 +32,6 @@ from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.features import LoadedRun, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures import mask_gallery, patch_pca
-from jepa_kit.evaluation.protocols import Spec
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
 from jepa_kit.recipe import build_masker
 from tools import make_shards
@@ -40,9 +39,6 @@ from tools import make_shards
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
 TEST_SEED = 1_000_003
 """Test scenes are a series of their own: no training scene is among them."""
-
-PROTOCOLS: tuple[Spec, ...] = ({"name": "logistic", "subsets": ["all"], "whiten": False}, "knn")
-"""The linear probe is scikit-learn's on standardised features: the paper's head has a batch norm before it."""
 
 LAYERS = "last4"
 """The paper reports the better of the last layer and the last four; four are all that this network has."""
@@ -79,7 +75,6 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
         training,
         test,
         image_size=data.image_size,
-        protocols=PROTOCOLS,
         layers=LAYERS,
         seed=seed,
         decoder=data.decoder,
