@@ -374,7 +374,8 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_t
         "try:\n"
         "    loop.train(load_config(sys.argv[1]))\n"
         "except FloatingPointError as error:\n"
-        "    print('STOPPED', loop.read_environment().rank, error, flush=True)\n"
+        "    sys.stdout.write(f'STOPPED {loop.read_environment().rank} {error}\\n')  # at once: two write to one pipe\n"
+        "    sys.stdout.flush()\n"
     )
     policies = (f"train.bad_numbers={policy}", "train.parallel=ddp")
     config = tiny(*policies, "train.log_every=100", "encoder.drop_path=0.0")

@@ -147,7 +147,8 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
         "try:\n"
         "    loop.train(load_config(sys.argv[1]))\n"
         "except Preempted as stopped:\n"
-        "    print('STOPPED', len(calls), stopped, flush=True)\n"
+        "    sys.stdout.write(f'STOPPED {len(calls)} {stopped}\\n')  # at once: two processes write to one pipe\n"
+        "    sys.stdout.flush()\n"
     )
     config = tiny("train.epochs=8")
     config.save(tmp_path)
