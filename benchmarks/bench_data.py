@@ -113,7 +113,7 @@ def bare(paths: list[Path], images: int, decoder: str) -> Times:
             image = Image.open(io.BytesIO(data)).crop((left, top, right, bottom))
             np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
         else:
-            part = torch.from_numpy(simplejpeg.decode_jpeg(data)[top:bottom, left:right]).permute(2, 0, 1)[None]
+            part = torch.from_numpy(simplejpeg.decode_jpeg(data)[None, top:bottom, left:right]).permute(0, 3, 1, 2)
             torch.nn.functional.interpolate(part, size=(SIDE, SIDE), mode="bilinear", antialias=True)
     return since(begin)
 

@@ -36,7 +36,7 @@ class Batch:
     """A batch of one rank.
 
     Args:
-        images: [B, 3, h, w] uint8.
+        images: [B, 3, h, w] uint8, channels last in memory.
         masks: what is seen and predicted; None for evaluation.
         samples: [B] int64, the number of each image in its data set.
         skipped: samples that belong to this batch, but could not be used.

@@ -18,6 +18,8 @@ def test_stack_and_normalize():
     expected = (np.stack([np.asarray(i, dtype=np.float64) for i in images]) / 255.0 - mean) / std
     ours = normalize(batch, mean, std)
     assert ours.dtype == torch.float32
+    assert ours.is_contiguous()
+    assert torch.equal(ours, normalize(batch.contiguous(), mean, std))  # in whatever order they lie
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
     assert batch.dtype == torch.uint8  # and is left as it was
     np.testing.assert_array_equal(batch[0].numpy().transpose(1, 2, 0), np.asarray(images[0]))
@@ -30,4 +32,4 @@ def test_a_stack_that_is_not_full():
     for image in images:
         stacked.add(np.asarray(image))
     assert torch.equal(stacked.tensor(), stack(images))
-    assert stacked.tensor().is_contiguous()
+    assert stacked.tensor().is_contiguous(memory_format=torch.channels_last)

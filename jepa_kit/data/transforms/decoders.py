@@ -83,7 +83,7 @@ def torch_resample(pixels: Pixels, window: Window) -> Pixels:
     left, top, right, bottom = window.box
     part = pixels[top:bottom, left:right]
     if window.size != (right - left, bottom - top):
-        chw = torch.from_numpy(part).permute(2, 0, 1)[None]  # [1, 3, H, W], a view
+        chw = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # [1, 3, H, W], a view: torch keeps channels last
         resized = F.interpolate(chw, size=window.size[::-1], mode=window.interpolation, antialias=True)
         part = resized[0].permute(1, 2, 0).numpy()  # [h, w, 3]
     if window.part is not None:

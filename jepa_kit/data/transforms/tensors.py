@@ -20,6 +20,8 @@ from torch.utils.data import get_worker_info
 class Stack:
     """As ``stack``, for images that come one by one: each is copied to its place at once, where the batch stays.
 
+    Pixels lie in memory as decoders give them, channels last: ``normalize`` puts them in order, on the device.
+
     Args:
         count: how many there can be.
     """
@@ -32,15 +34,15 @@ class Stack:
         """The next image, [h, w, 3] or Pillow's, of the size of the others."""
         pixels = np.asarray(image)
         if self._pixels is None:
-            self._tensor = _room((self.count, 3, *pixels.shape[:2]))
-            self._pixels = self._tensor.numpy()
-        self._pixels[self.filled] = pixels.transpose(2, 0, 1)
+            self._room = _room((self.count, *pixels.shape))
+            self._pixels = self._room.numpy()
+        self._pixels[self.filled] = pixels
         self.filled += 1
 
     def tensor(self) -> Tensor:
-        """[B, 3, h, w] uint8 of those that came."""
+        """[B, 3, h, w] uint8 of those that came, channels last in memory."""
         assert self._pixels is not None, "no image came"
-        return self._tensor[: self.filled]
+        return self._room[: self.filled].permute(0, 3, 1, 2)
 
 
 def _room(shape: tuple[int, ...]) -> Tensor:
@@ -52,7 +54,7 @@ def _room(shape: tuple[int, ...]) -> Tensor:
 
 
 def stack(images: Sequence[NDArray[np.uint8] | Image.Image]) -> Tensor:
-    """[B, 3, h, w] uint8 of RGB images of one size, each an array [h, w, 3] or Pillow's."""
+    """[B, 3, h, w] uint8 of RGB images of one size, each an array [h, w, 3] or Pillow's; channels last in memory."""
     stacked = Stack(len(images))
     for image in images:
         stacked.add(image)
@@ -63,14 +65,14 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """(images / 255 - mean) / std, on the device where the images are.
 
     Args:
-        images: [B, 3, h, w] uint8.
+        images: [B, 3, h, w] uint8, in any order in memory.
         mean, std: of each channel, for values in [0, 1].
 
     Returns:
-        [B, 3, h, w] float32.
+        [B, 3, h, w] float32, contiguous.
     """
     centre, scale = _statistics(tuple(mean), tuple(std), images.device)
-    return images.float().div_(255.0).sub_(centre).div_(scale)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0).sub_(centre).div_(scale)
 
 
 @lru_cache(maxsize=16)
