@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _limits(args: argparse.Namespace) -> Limits:
     if args.samples_per_shard is not None and args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard (={args.samples_per_shard}) must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed (={args.seed}) must be at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed (={args.seed}) must be from 0 to 2**63 - 1")
     if not 0.0 <= args.split_val < 1.0:
         raise ValueError(f"--split-val (={args.split_val}) must be at least 0 and below 1: it is a share")
     if not 0.0 <= args.max_refused <= 1.0:

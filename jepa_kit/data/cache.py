@@ -29,7 +29,7 @@ from jepa_kit.data.streams import Access, StreamError, copy
 
 TEMPORARY_GB = 20.0
 FORGIVEN_AFTER = 600.0
-"""Seconds after which a shard that did not come is asked for again."""
+"""Seconds after which a shard that did not come is asked for again; a run that is started again asks at once."""
 ABANDONED_AFTER = 3600.0
 """Seconds after which a file that nobody writes to any more is taken for that of a process that died."""
 
@@ -78,6 +78,7 @@ class ShardCache:
 
     def __init__(self, access: Access) -> None:
         self.access = access
+        self.opened = time.time()
         self.temporary = access.cache is None
         if access.cache is None:
             self.folder = tempfile.mkdtemp(prefix="jepa_kit-")
@@ -103,7 +104,7 @@ class ShardCache:
         with lock(self.folder, shard.name):
             if self._is_whole(path, shard):
                 return Fetched(path)
-            return _recent_fault(path) or self._fetch(path, shard)
+            return _recent_fault(path, self.opened) or self._fetch(path, shard)
 
     def _inside(self, *names: str) -> str:
         folder = os.path.join(self.folder, *names)
@@ -179,10 +180,11 @@ class ShardCache:
             total -= freed
 
 
-def _recent_fault(path: str) -> Fetched | None:
-    """What came of a shard that was given up a short time ago."""
+def _recent_fault(path: str, opened: float) -> Fetched | None:
+    """What came of a shard that was given up a short time ago, and not before this run."""
     try:
-        if time.time() - os.stat(f"{path}.cut").st_mtime > FORGIVEN_AFTER:
+        given_up = os.stat(f"{path}.cut").st_mtime
+        if given_up < opened or time.time() - given_up > FORGIVEN_AFTER:
             return None
         with open(f"{path}.why", encoding="utf-8") as text:
             return Fetched(f"{path}.cut", text.read())

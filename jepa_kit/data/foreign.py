@@ -1,8 +1,9 @@
 """Shards without an index get theirs, by reading their tar headers once.
 
-A sample is what tar members of one name have in common up to the first dot of it. Its image is the member of a known
-extension; labels are ``.cls`` members (label ``class``) or the whole numbers of ``.json`` members (by their names).
-Names of classes are not known: they are the numbers.
+A sample is what tar members of one name have in common up to the first dot of it. A member that a name has already
+begins another sample of that name: shards may have been joined, or count anew. A sample's image is the member of a
+known extension; labels are ``.cls`` members (label ``class``) or the whole numbers of ``.json`` members (by their
+names). Names of classes are not known: they are the numbers.
 
 What is broken costs what is broken: of a shard that was cut short the samples before the cut are used, of one with a
 corrupt stretch those before and after it. What is left out is listed in the index under ``refused``.
@@ -70,7 +71,7 @@ def scan(path: str, name: str) -> Scan:
     places: list[list[tuple[int, int]]] = []
     found: list[dict[str, int]] = []
     with open(path, "rb") as stream:
-        for key, parts in _samples(members).items():
+        for key, parts in _samples(members):
             image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
             if image is None:
                 refused.append({"name": key, "reason": f"no image member, only: {', '.join(parts)}"})
@@ -133,14 +134,20 @@ def _is_empty(path: str, begin: int, end: int) -> bool:
     return True
 
 
-def _samples(members: Sequence[tarfile.TarInfo]) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Key -> extension -> member."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+def _samples(members: Sequence[tarfile.TarInfo]) -> list[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, extension -> member) of each sample; a member that its key has already begins another one of that key."""
+    samples: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
+    latest: dict[str, dict[str, tarfile.TarInfo]] = {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
-        key, _, extension = base.partition(".")
-        if member.isreg() and key:
-            samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = member
+        stem, _, extension = base.partition(".")
+        if not member.isreg() or not stem:
+            continue
+        key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+        if key not in latest or extension in latest[key]:
+            latest[key] = {}
+            samples.append((key, latest[key]))
+        latest[key][extension] = member
     return samples
 
 

@@ -22,6 +22,8 @@ DECODE_ERRORS = (
     IndexError,
     KeyError,
     OverflowError,
+    RuntimeError,  # AVIF; NotImplementedError, which DDS and BLP raise, is one
+    TypeError,  # TIFF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

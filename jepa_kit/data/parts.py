@@ -3,15 +3,19 @@
 Where an index comes from, in this order:
 
 1. a folder's own ``index.json``, also for shards of that folder that are named one by one;
-2. for a local folder without one: made once and kept there, or, where nothing can be written there, as in 3;
+2. for a local folder without one: made once and kept there, or, where nothing can be written there, as in 3; made
+   again where shards came or changed since;
 3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, where CACHE is ``data.cache``, or
    ``~/.cache/jepa_kit`` without one. Shards of other machines are read whole for it, once.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +29,15 @@ from numpy.typing import NDArray
 
 from jepa_kit.data.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.foreign import Progress, Scan, index_files, scan, shards_in, write_foreign_index
-from jepa_kit.data.shard_writing import FORMAT_VERSION, INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard, replacing
+from jepa_kit.data.shard_index import read_array, read_index
+from jepa_kit.data.shard_writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard, replacing
 from jepa_kit.data.streams import Access, StreamError, expand, is_remote, is_shard, read
 from jepa_kit.rng import IntArray
 
 FETCHERS = 4
 """Shards that are fetched at the same time while an index is made."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +74,9 @@ class Part:
         """An array of the index, memory-mapped where all of its rows are wanted.
 
         Raises:
-            ValueError: it is missing, or has not as many rows as the index says.
+            ValueError: it is missing or damaged, or not as the index says.
         """
-        try:
-            # a plain array over the mapped file: indexing np.memmap itself costs several times as much
-            found = np.asarray(np.load(os.path.join(self.folder, name), mmap_mode="r"))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{name} is missing from {self.folder}, but {INDEX} is there: make the shards again"
-            ) from error
-        if len(found) != self.index["samples"]:
-            raise ValueError(
-                f"{self.folder}/{name} lists {len(found)} samples, but {INDEX} has {self.index['samples']}: "
-                "make the shards again"
-            )
+        found = read_array(self.folder, name, self.index)
         return found if self.rows is None else found[self.rows]
 
 
@@ -96,13 +92,26 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
         ValueError: nothing is there, an index that is broken or of another version, an address that does not answer.
     """
     parts: list[Part] = []
-    for parent, group in groupby(expand(path), key=lambda a: _parent(a) if is_shard(a) else None):
+    named = expand(path)
+    _check_once(named, path)  # before anything is fetched
+    for parent, group in groupby(named, key=lambda a: _parent(a) if is_shard(a) else None):
         addresses = list(group)
         if parent is None:
             parts += [_open_folder(address, access) for address in addresses]
         else:
             parts.append(_open_shards(parent, addresses, access, cache))
+    _check_once([place for part in parts for place in part.places], path)
     return parts
+
+
+def _check_once(addresses: Sequence[str], path: str | Sequence[str]) -> None:
+    """Raises ValueError for a folder or a shard that is named twice, by whatever names."""
+    seen: set[str] = set()
+    for address in addresses:
+        place = address.rstrip("/") if is_remote(address) else os.path.realpath(address)
+        if place in seen:
+            raise ValueError(f"shards (={path!r}) name {address} more than once: its samples would be used as often")
+        seen.add(place)
 
 
 def _parent(address: str) -> str:
@@ -118,22 +127,49 @@ def _open_folder(folder: str, access: Access) -> Part:
                 f"without one are named one by one, as {folder.rstrip('/')}/train-{{000000..000127}}.tar"
             )
         return _part(folder, found[0], found[1], folder)
-    own = folder
-    if not os.path.isfile(os.path.join(folder, INDEX)):
+    own, index = folder, _own_index(folder)
+    if index is not None:
+        changed = _changed(folder, index, glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+        if changed and is_foreign(index):
+            log.warning("%s was added to %s, or changed, since it was indexed: indexed again", changed[0], folder)
+            index = None
+        elif changed:
+            log.warning("%s in %s is not as its %s says: see make_shards.py --verify", changed[0], folder, INDEX)
+    if index is None:
         files = shards_in(folder)
         if os.access(folder, os.W_OK):
             index_files(files, folder, folder)
         else:
             own = _local_index(files, folder, access)
-    return _part(folder, own, _parse(os.path.join(own, INDEX)), folder)
+        index = read_index(os.path.join(own, INDEX))
+    return _part(folder, own, index, folder)
+
+
+def _own_index(folder: str) -> dict[str, Any] | None:
+    """The index that lies in a folder of this machine, if one does."""
+    path = os.path.join(folder, INDEX)
+    return read_index(path) if os.path.isfile(path) else None
+
+
+def is_foreign(index: dict[str, Any]) -> bool:
+    """Whether an index was made here, of the shards of others: it can be made again."""
+    return index.get("made_by", {}).get("tool") == "index_shards"
+
+
+def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Names of those shards that are there and are not as the folder's own index says, as far as that costs nothing.
+
+    A foreign index is older than a shard that was replaced; ours has checksums, and may have been copied in any order.
+    """
+    sizes = {entry["file"]: entry["bytes"] for entry in index["shards"]}
+    made = os.path.getmtime(os.path.join(folder, INDEX)) if is_foreign(index) else math.inf
+    there = [(os.path.basename(file), os.stat(file)) for file in sorted(files) if os.path.isfile(file)]
+    return [name for name, facts in there if sizes.get(name) != facts.st_size or facts.st_mtime > made]
 
 
 def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> Part:
     """Shards of one folder (or pipes) that are named one by one."""
     shown = addresses[0] if len(addresses) == 1 else f"{addresses[0]} ... {addresses[-1]}"
-    if len(set(addresses)) < len(addresses):
-        twice = next(a for a in addresses if addresses.count(a) > 1)
-        raise ValueError(f"shards (={shown!r}) name {twice} more than once: its samples would be used as often")
     if parent == "pipe:":
         folder = _streamed_index(addresses, shown, access, cache)
     elif is_remote(parent + "/"):
@@ -142,12 +178,13 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
             return part
         folder = _streamed_index(addresses, shown, access, cache)
     else:
-        if os.path.isfile(os.path.join(parent, INDEX)):
-            index = _parse(os.path.join(parent, INDEX))
-            if part := _subset(shown, parent, index, addresses):
-                return part
+        index = _own_index(parent)
+        if index is not None and is_foreign(index) and _changed(parent, index, addresses):
+            index = None
+        if index is not None and (part := _subset(shown, parent, index, addresses)):
+            return part
         folder = _local_index(addresses, shown, access)
-    return _subset(shown, folder, _parse(os.path.join(folder, INDEX)), addresses) or _unreachable(folder)
+    return _subset(shown, folder, read_index(os.path.join(folder, INDEX)), addresses) or _unreachable(folder)
 
 
 def _unreachable(folder: str) -> Part:
@@ -176,31 +213,6 @@ def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[s
 def _file(address: str) -> str:
     """What a shard is called in an index: its file's name; of a pipe, the whole command."""
     return address if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[2]
-
-
-def _parse(path: str, text: bytes | None = None) -> dict[str, Any]:
-    """The content of an index.json, checked.
-
-    Raises:
-        ValueError: it is cut, or of another version.
-    """
-    if text is None:
-        with open(path, "rb") as stream:
-            text = stream.read()
-    try:
-        index = json.loads(text)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are two
-        raise ValueError(f"{path} is not whole: {error}; make the shards again") from error
-    version = index.get("version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has version (={version!r}), but this release reads version {FORMAT_VERSION}: "
-            "make the shards again, or use the release that made them"
-        )
-    listed = sum(entry["samples"] for entry in index["shards"])
-    if listed != index["samples"]:
-        raise ValueError(f"{path} has {index['samples']} samples, but its shards have {listed}: make the shards again")
-    return index
 
 
 def _index_root(access: Access) -> str:
@@ -239,7 +251,7 @@ def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | N
         if _is_absent(error):
             return None
         raise ValueError(f"{base}/{INDEX} cannot be read: {error}") from error
-    index = _parse(f"{base}/{INDEX}", text)
+    index = read_index(f"{base}/{INDEX}", text)
 
     def make(here: str) -> None:
         for name in [OFFSETS, LABELS, KEYS] + ([MASKS] if "masks" in index else []):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.foreign import scan
+from jepa_kit.data.shard_index import read_array, read_index
 from jepa_kit.data.shard_journal import folders_with_shards
-from jepa_kit.data.shard_writing import (
-    FORMAT_VERSION,
-    INDEX,
-    KEYS,
-    LABELS,
-    MASKS,
-    OFFSETS,
-    UNFINISHED,
-    sha256_of,
-)
+from jepa_kit.data.shard_writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, sha256_of
 
 
 @dataclass(frozen=True)
@@ -89,33 +80,13 @@ def _entries(folder: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]
     """
     if _has(folder, UNFINISHED):
         raise ValueError(f"{os.path.join(folder, UNFINISHED)}: a run was interrupted: give its command again")
-    path = os.path.join(folder, INDEX)
-    try:
-        with open(path, encoding="utf-8") as stream:
-            index = json.load(stream)
-        version, shards, samples = index["version"], index["shards"], index["samples"]
-        names, has_masks = list(index["labels"]), "masks" in index
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a whole index: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: version (={version!r}) must be {FORMAT_VERSION}")
-    if sum(entry["samples"] for entry in shards) != samples:
-        raise ValueError(f"{path}: it has {samples} samples, but its shards have other numbers")
-    arrays = {}
-    for name, columns in ((OFFSETS, 4), (LABELS, len(names)), (KEYS, None), (MASKS, 2)):
-        if name == MASKS and not has_masks:
-            continue
-        file = os.path.join(folder, name)
-        try:
-            arrays[name] = np.load(file)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{file}: not a whole array: {getattr(error, 'strerror', None) or error}") from error
-        if arrays[name].shape != ((samples,) if columns is None else (samples, columns)):
-            raise ValueError(f"{file}: its shape is {arrays[name].shape}, but {INDEX} has {samples} samples")
+    index = read_index(os.path.join(folder, INDEX))
+    names = [OFFSETS, LABELS, KEYS] + ([MASKS] if "masks" in index else [])
+    arrays = {name: read_array(folder, name, index) for name in names}
     entries, start = [], 0
-    for entry in shards:
+    for entry in index["shards"]:
         part = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}
-        part |= {f"label {name}": part[LABELS][:, k] for k, name in enumerate(names)}
+        part |= {f"label {name}": part[LABELS][:, k] for k, name in enumerate(index["labels"])}
         entries.append((entry, part))
         start += entry["samples"]
     return entries

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ LONGEST_WAIT = 60.0
 """Seconds; waits between tries double up to here."""
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 """Answers of an HTTP server that another try may change."""
+HTTP = ("http://", "https://")
+
 
 path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
@@ -94,7 +97,7 @@ def expand(addresses: str | Sequence[str]) -> list[str]:
     Braces are those of the shell, expanded by WebDataset; a list of one-letter names is no shell's business.
 
     Raises:
-        ValueError: no address, an empty one, or braces that do not match.
+        ValueError: no address, an empty one, one that nothing can open, or braces that do not match.
     """
     from webdataset.shardlists import expand_urls  # here, since it brings all of torch along
 
@@ -107,7 +110,33 @@ def expand(addresses: str | Sequence[str]) -> list[str]:
             raise ValueError(f"shards (={pattern!r}) must be a pattern whose braces match: {error}") from error
     if not found or not all(found):
         raise ValueError(f"shards (={addresses!r}) must name at least one folder or shard, and none may be empty")
+    for address in found:
+        _check_address(address)
     return [re.sub(r"^file:(//)?", "", address) for address in found]
+
+
+def _check_address(address: str) -> None:
+    """Raises ValueError for an address that no try could open."""
+    if not is_remote(address) or address.startswith("pipe:"):
+        return
+    if address.startswith(HTTP):
+        try:
+            parts = urllib.parse.urlsplit(address)
+            host, _ = parts.hostname, parts.port  # a port that is no number is a ValueError
+            fault = None if host else "it names no host"
+        except ValueError as error:
+            fault = str(error)
+        if re.search(r"[\0- \x7f]", address):
+            fault = "it has a space or a control character; a space is written %20"
+        if fault:
+            raise ValueError(f"shards (={address!r}) must be an address as http://host/path/train-000000.tar: {fault}")
+    elif not address.startswith(tuple(path_manager._path_handlers)):  # the manager takes it for a file here
+        scheme = address.partition("://")[0]
+        raise ValueError(
+            f"shards (={address!r}) cannot be opened: no handler is registered for {scheme}://. Register one in a file "
+            "under imports: jepa_kit.data.streams.path_manager.register_handler(...), or let a command print each "
+            "shard, as 'pipe:aws s3 cp s3://bucket/train-{000000..000127}.tar -' does"
+        )
 
 
 def copy(address: str, out: BinaryIO, access: Access, size: int | None = None) -> None:
@@ -191,7 +220,7 @@ def _copy_once(address: str, out: BinaryIO, timeout: float, state: _State) -> No
     if address.startswith("pipe:"):
         out.seek(0)  # a command starts from its beginning
         _copy_pipe(address.removeprefix("pipe:"), out, timeout)
-    elif address.startswith(("http://", "https://")):
+    elif address.startswith(HTTP):
         _copy_http(address, out, timeout, state)
     else:
         _copy_handler(address, out)

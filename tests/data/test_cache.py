@@ -124,6 +124,18 @@ def test_one_that_breaks_always_is_remembered_for_a_while(server, new_cache, mon
     assert kept(cache) == ["1.tar"]
 
 
+def test_a_run_that_is_started_again_asks_again(server, new_cache):
+    wanted = shard(server, 1, bytes=50_000)
+    server.plans["1.tar"] = [("stop", 20_000)]
+    first = new_cache()
+    assert first.get(wanted).fault
+    del server.plans["1.tar"]  # it was put right
+    time.sleep(0.02)  # a file's time is that of the last tick
+    again = new_cache()
+    assert again.get(wanted).fault is None
+    assert kept(again) == ["1.tar"]
+
+
 def test_a_full_disk_is_no_fault_of_a_shard(server, new_cache, monkeypatch):
     cache = new_cache()
 

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from jepa_kit.data.images import (
     DECODE_ERRORS,
@@ -250,6 +251,27 @@ def test_the_limit_may_be_above_pillows(monkeypatch):
         Image.open(io.BytesIO(saved(colours(), "PNG")))
     assert decode(saved(colours(), "PNG")).size == (7, 9)
     assert Image.MAX_IMAGE_PIXELS == 20  # other users of Pillow keep theirs
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError])
+def test_whatever_a_plug_in_says_of_a_broken_file(monkeypatch, error):
+    """Pillow's AVIF, DDS and BLP, and TIFF plug-ins raise these where bytes were changed."""
+
+    def broken(*arguments):
+        raise error("what it says")
+
+    monkeypatch.setattr(PngImageFile, "load", broken)
+    with pytest.raises(ImageError, match="what it says"):
+        decode(saved(colours(), "PNG"))
+
+
+def test_a_texture_of_an_unknown_kind():
+    """A DDS file whose header asks for a compression that there is not, and one that Pillow reads."""
+    data = bytearray(saved(colours(), "DDS"))
+    assert decode(bytes(data)).size == colours().size
+    data[80:88] = struct.pack("<I4s", 4, b"NONE")  # pixel format: a four-letter code follows
+    with pytest.raises(ImageError, match="Unimplemented pixel format"):
+        decode(bytes(data))
 
 
 def test_other_errors_come_through(monkeypatch):

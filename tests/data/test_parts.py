@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -122,9 +123,30 @@ def test_a_pattern_that_names_missing_files(folder):
         ShardDataset(f"{folder}/shard-{{000000..000004}}.tar")
 
 
-def test_a_shard_that_is_named_twice(folder):
-    with pytest.raises(ValueError, match=r"name .*shard-000001.tar more than once: its samples would be used as often"):
-        ShardDataset([f"{folder}/shard-{{000000..000001}}.tar", f"{folder}/shard-000001.tar"])
+@pytest.mark.parametrize(
+    ("names", "twice"),
+    [
+        (["{f}/shard-{{000000..000001}}.tar", "{f}/shard-000001.tar"], "{f}/shard-000001.tar"),
+        (["{f}", "{f}"], "{f}"),
+        (["{f}", "{f}/../shards/"], "{f}/../shards/"),
+        (["{f}", "link"], "link"),
+        (["{f}", "{f}/shard-000001.tar"], "{f}/shard-000001.tar"),
+        (["{f}/shard-000002.tar", "{other}", "{f}"], "{f}/shard-000002.tar"),
+        (["{url}", "{url}/"], "{url}/"),
+        (["{url}", "{url}/shard-000000.tar"], "{url}/shard-000000.tar"),
+    ],
+)
+def test_a_shard_that_is_named_twice(server, access, tmp_path, monkeypatch, folder, samples, names, twice):
+    """One by one, by its folder, or by another name of it."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(folder, "link")
+    other = write_shards(tmp_path / "other", samples[:3], 3, {"class": tuple("abcd")})
+    places = {"f": folder, "other": other, "url": f"{server.address}/shards"}
+    names, twice = [name.format(**places) for name in names], twice.format(**places)
+    message = f"name {re.escape(twice)} more than once: its samples would be used as often"
+    with pytest.raises(ValueError, match=message):
+        ShardDataset(names, access=access)
+    assert not any(name.endswith(".tar") for name, _ in server.requests)
 
 
 def test_a_folder_of_another_machine(server, folder, samples, access):
@@ -257,6 +279,19 @@ def test_a_foreign_file_that_is_no_tar_costs_itself_alone(tmp_path):
     assert dataset.shard_sizes.tolist() == [1, 0, 0]
     names = [entry["name"] for entry in json.loads((tmp_path / "index.json").read_text())["refused"]]
     assert names[0].startswith("b.tar: from byte 0 on")
+
+
+def test_a_key_that_comes_twice_is_two_samples(tmp_path):
+    """Shards that were joined, or a writer that counts anew; the second of them may have no label."""
+    images = jpegs(5)
+    labelled = [m for k in range(3) for m in ((f"{k}.jpg", images[k]), (f"{k}.cls", b"%d" % k))]
+    again = [("1.jpg", images[3]), ("0.jpg", images[4]), ("0.cls", b"4")]
+    foreign_shard(tmp_path / "a.tar", labelled + again)
+    dataset = ShardDataset(tmp_path)
+    assert [dataset.key(i) for i in range(5)] == ["0", "1", "2", "1", "0"]
+    assert [dataset.image_bytes(i) for i in range(5)] == images
+    assert [dataset.labels_of(i).get("class") for i in range(5)] == [0, 1, 2, None, 4]
+    assert json.loads((tmp_path / "index.json").read_text())["refused"] == []
 
 
 def test_labels_that_are_none_are_listed_and_their_samples_used(tmp_path):

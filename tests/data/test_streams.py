@@ -50,6 +50,12 @@ def test_patterns_are_those_of_webdataset():
         ("a-{0..", r"shards \(='a-\{0..'\) must be a pattern whose braces match: "),
         ([], r"shards \(=\[\]\) must name at least one folder or shard"),
         (["a", ""], r"shards \(=\['a', ''\]\) must name at least one folder or shard, and none may be empty"),
+        ("s3://b/t", r"shards \(='s3://b/t'\) cannot be opened: no handler is registered for s3://. Register one in a"),
+        ("gs://b/t-{0..1}.tar", r"shards \(='gs://b/t-0.tar'\) cannot be opened: no handler is registered for gs://"),
+        ("http://[bad", r"shards \(='http://\[bad'\) must be an address as http://host/path/.*: Invalid IPv6 URL"),
+        ("http:///a.tar", r"shards \(='http:///a.tar'\) must be an address as .*: it names no host"),
+        ("http://a:b/c.tar", r"shards \(='http://a:b/c.tar'\) must be an address as .*: Port could not be cast"),
+        ("https://a/b c.tar", r"shards \(='https://a/b c.tar'\) must be .*: it has a space or a control character; a"),
     ],
 )
 def test_patterns_that_are_none(pattern, message):
@@ -251,6 +257,7 @@ def test_whatever_iopath_opens(monkeypatch):
     monkeypatch.setattr(io, "BytesIO", _Stream)
     handler = _Memory()
     streams.path_manager.register_handler(handler, allow_override=True)
+    assert expand("memory://{a,b}.tar") == ["memory://a.tar", "memory://b.tar"]
     assert fetched("memory://a.tar") == DATA
     assert handler.breaks == []
     with pytest.raises(StreamError, match=r"memory://b.tar is not there"):

@@ -40,6 +40,7 @@ ALL = [
 EXAMPLES = {name: {} for name in TRANSFORMS.names()}
 """Options with which each registered transform is tried here; a new one needs none, or an entry."""
 JPEG = saved(photo(60, 80))
+THIN = saved(Image.new("RGB", (2000, 1)))
 
 
 def test_the_released_view_in_plain_code():
@@ -200,6 +201,56 @@ def test_a_transform_from_elsewhere():
         np.testing.assert_array_equal(draws[:, 3:], released.draws(np.arange(2), seed=0, epoch=0))
     finally:
         TRANSFORMS._obj_map.pop("black")
+
+
+class Wrong:
+    """A transform that keeps to no contract."""
+
+    num_draws = 0
+
+    def __init__(self, result):
+        self.result = result
+
+    def __call__(self, image, draws):
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (Image.new("L", SIZE[::-1]), r"gave an image in mode 'L' of size \(32, 24\), but must give one in mode 'RGB'"),
+        (Image.new("RGB", (9, 8)), r".* of size \(9, 8\), but must .* of size \(32, 24\), as no crop comes after"),
+        (np.zeros((*SIZE, 3)), "gave a ndarray, but must give a Pillow image"),
+        (None, "gave a NoneType, but must give a Pillow image"),
+    ],
+)
+def test_a_transform_that_gives_something_else_is_named(result, message):
+    resize = ("resize", TRANSFORMS.build("resize", {}, image_size=SIZE))
+    with pytest.raises(ValueError, match=f"transform 'wrong' {message}"):
+        View([resize, ("wrong", Wrong(result)), ("flip", Flip(p=1.0))])(JPEG, np.zeros(1))
+
+
+def test_before_a_crop_a_transform_may_change_the_size():
+    resize = ("resize", TRANSFORMS.build("resize", {}, image_size=SIZE))
+    assert View([("pad", Wrong(Image.new("RGB", (90, 90)))), resize])(JPEG, np.zeros(0)).shape == (*SIZE, 3)
+    with pytest.raises(ValueError, match=r"transform 'pad' gave an image in mode 'L' of size \(90, 90\), but must"):
+        View([("pad", Wrong(Image.new("L", (90, 90)))), resize])(JPEG, np.zeros(0))
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "fast"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, first, monkeypatch):
+    """2,000 x 1 pixels would be 448,000 x 224 before the middle is cut out: 300 MB."""
+    if decoder == "fast":
+        pytest.importorskip("simplejpeg")
+    crop = ("centre_crop", TRANSFORMS.build("centre_crop", {}, image_size=(224, 224)))
+    view = View([crop] if first else [("flip", Flip(p=1.0)), crop], decoder=decoder)
+    draws = np.zeros(view.num_draws)
+    monkeypatch.setattr(Image.Image, "resize", None)
+    with pytest.raises(
+        ImageError, match=rf"2000 x 1 pixels would become 448000 x 224 before centre_crop cuts .* \(={MAX_PIXELS}\)"
+    ):
+        view(THIN, draws)
 
 
 @pytest.mark.parametrize(

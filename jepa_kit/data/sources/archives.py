@@ -13,69 +13,74 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 from jepa_kit.data.sources.files import hidden
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+MOST_LINKS = 40
+"""Links that lead on to links, at most: what Linux allows."""
 
 
 class Member(NamedTuple):
-    """A file in a tar archive: its path, and where its bytes are."""
+    """A file in a tar archive: its path, and where its bytes are; or where a link leads that is lost."""
 
     name: str
     offset: int
     size: int
+    lost: str = ""
 
 
 class TarReader:
     """Members of an uncompressed tar file, by offset and size."""
 
     def __init__(self, path: str, members: Sequence[Member]) -> None:
-        self.path, self.places = path, [(m.offset, m.size) for m in members]
+        self.path, self.places = path, [(m.offset, m.size, m.lost) for m in members]
 
     def __call__(self, i: int) -> bytes:
-        offset, size = self.places[i]
+        offset, size, lost = self.places[i]
+        if lost:
+            raise OSError(f"a link to {lost!r}, which is no file of the archive")
         with open(self.path, "rb") as stream:
             stream.seek(offset)
             return stream.read(size)
 
 
 class ZipReader:
-    """Members of a zip file; each process opens it once."""
+    """Members of a zip file, by their places in its list (two may have one name); each process opens it once."""
 
-    def __init__(self, path: str, names: Sequence[str]) -> None:
-        self.path, self.names = path, names
+    def __init__(self, path: str, places: Sequence[int]) -> None:
+        self.path, self.places = path, places
         self._owner = -1
         self._file: zipfile.ZipFile | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "names": self.names, "_owner": -1, "_file": None}
+        return {"path": self.path, "places": self.places, "_owner": -1, "_file": None}
 
     def __call__(self, i: int) -> bytes:
         # a file position is shared by forked processes, so a handle serves its own process alone
         if self._file is None or self._owner != os.getpid():
             self._owner, self._file = os.getpid(), zipfile.ZipFile(self.path)
         try:
-            return self._file.read(self.names[i])
+            return self._file.read(self._file.infolist()[self.places[i]])
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise OSError(str(error)) from error
 
 
-def zip_files(path: str) -> tuple[list[str], list[int]]:
-    """Names, sorted, and sizes of the files in a zip archive.
+def zip_files(path: str) -> tuple[list[str], list[int], list[int], int]:
+    """Of the files in a zip archive, sorted by name: names, sizes, places in its list; and how many hidden there are.
 
     Raises:
         ValueError: it is broken.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            found = sorted((e.filename, e.file_size) for e in archive.infolist() if not e.is_dir())
+            every = sorted((e.filename, k, e.file_size) for k, e in enumerate(archive.infolist()) if not e.is_dir())
     except zipfile.BadZipFile as error:
         raise ValueError(f"source (={path!r}) is not a whole zip archive: {error}") from error
-    found = [(name, size) for name, size in found if not hidden(name)]
-    return [name for name, _ in found], [size for _, size in found]
+    found = [entry for entry in every if not hidden(entry[0])]
+    return [e[0] for e in found], [e[2] for e in found], [e[1] for e in found], len(every) - len(found)
 
 
 def plain_tar(path: str, scratch: str) -> str:
@@ -99,7 +104,7 @@ def plain_tar(path: str, scratch: str) -> str:
     return plain
 
 
-def tar_files(plain: str, path: str) -> tuple[list[Member], bool]:
+def tar_files(plain: str, path: str) -> tuple[list[Member], int, bool]:
     """The files of a plain tar, sorted by name; those of tars inside it, if it holds nothing else.
 
     Args:
@@ -107,41 +112,52 @@ def tar_files(plain: str, path: str) -> tuple[list[Member], bool]:
         path: what a message calls it.
 
     Returns:
-        The members, and whether they are those of inner tars: the first folder of their names is then the tar's name.
+        The members; how many hidden ones are passed over; and whether they are those of inner tars: the first folder of
+        their names is then the tar's name.
 
     Raises:
         ValueError: the archive, or one inside it, is broken, or it holds shards or classes beside images.
     """
     with open(plain, "rb") as stream:
         try:
-            members = list(_members(stream, 0))
+            members, passed = _members(stream, 0)
         except tarfile.TarError as error:
             raise ValueError(f"source (={path!r}) is not a whole tar archive: {error}") from error
         if any(m.name.endswith(".cls") for m in members):
             raise ValueError(f"source (={path!r}) holds .cls files, as WebDataset shards do: give wds:{path}")
-        if not members or not all(m.name.endswith(".tar") for m in members):
-            return sorted(members), False
+        if not members or not all(m.name.endswith(".tar") and not m.lost for m in members):
+            return sorted(members), passed, False
         inside = []
         for outer in members:
             folder = outer.name.removesuffix(".tar")
             try:
-                found = list(_members(stream, outer.offset))
+                found, more = _members(stream, outer.offset)
             except tarfile.TarError as error:
                 raise ValueError(f"{outer.name} in source (={path!r}) is not a whole tar archive: {error}") from error
             if any(m.offset + m.size > outer.offset + outer.size for m in found):
                 raise ValueError(f"{outer.name} in source (={path!r}) is not a whole tar archive: it is cut short")
-            inside += [Member(f"{folder}/{m.name}", m.offset, m.size) for m in found]
-    return sorted(inside), True
+            inside += [m._replace(name=f"{folder}/{m.name}") for m in found]
+            passed += more
+    return sorted(inside), passed, True
 
 
-def _members(stream: IO[bytes], start: int) -> Iterator[Member]:
-    """Files of the tar that begins at ``start``; hidden ones are passed over."""
+def _members(stream: IO[bytes], start: int) -> tuple[list[Member], int]:
+    """Files of the tar that begins at ``start``, and what links in it lead to; and how many hidden ones are left out.
+
+    A second name of a file is stored as a hard link to the first.
+    """
+    every: list[Member] = []
+    links: dict[str, tuple[str, str, str]] = {}  # path -> name, the path that it leads to, that as it is written
     stream.seek(start)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             name = re.sub(r"^(\./)+", "", member.name)
-            if member.isreg() and not hidden(name):
-                yield Member(name, member.offset_data, member.size)
+            if member.isreg():
+                every.append(Member(name, member.offset_data, member.size))
+            elif member.islnk() or member.issym():
+                folder = os.path.dirname(name) if member.issym() else ""
+                target = os.path.normpath(os.path.join(folder, member.linkname))
+                links[os.path.normpath(name)] = (name, target, member.linkname)
             tar.members = []  # type: ignore[attr-defined]  # else every header of a large archive stays in memory
         # tarfile takes whatever is no header for the end
         stream.seek(tar.offset)
@@ -150,3 +166,13 @@ def _members(stream: IO[bytes], start: int) -> Iterator[Member]:
             raise tarfile.ReadError("it has no end mark, so it was cut short")
         if end.count(0) < len(end):
             raise tarfile.ReadError(f"bad header at byte {tar.offset - start}")
+    files = {os.path.normpath(member.name): member for member in every} if links else {}
+    for name, target, written in links.values():
+        for _ in range(MOST_LINKS):
+            if target not in links:
+                break
+            target = links[target][1]
+        found = files.get(target)
+        every.append(found._replace(name=name) if found else Member(name, -1, 0, written))
+    members = [member for member in every if not hidden(member.name)]
+    return members, len(every) - len(members)

@@ -157,13 +157,15 @@ def each_once(keys: Iterable[str]) -> list[str]:
     """The keys, with a number behind those that were there before; none absolute, or taken for metadata."""
     unique: list[str] = []
     taken: set[str] = set()
+    following: dict[str, int] = {}  # the smaller numbers are taken
     for text in keys:
         # a path from the root or upwards is not safe to unpack; WebDataset takes __x__ for metadata
         key = re.sub(r"^(?:\.{0,2}/+)+", "", text)
         key = re.sub(r"^__", "_", key)
-        candidate, k = key, 1
+        candidate, k = key, following.get(key, 1)
         while candidate in taken:
             candidate, k = f"{key}_{k}", k + 1
+        following[key] = k
         taken.add(candidate)
         unique.append(candidate)
     return unique

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from jepa_kit.data.shard_writing import Sample
@@ -42,7 +42,7 @@ class Files:
         self._keys = unique_keys(names)
         self.classes = labels.classes
         self.mask_classes: tuple[str, ...] = ()
-        self.splits, self.mixed, self.notes = whole(len(names)), False, list(notes)
+        self.splits, self.mixed, self.notes = whole(len(names)), False, [*notes, *labels.notes]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,7 +72,10 @@ class FolderReader:
         self.root, self.names = root, names
 
     def __call__(self, i: int) -> bytes:
-        return Path(self.root, self.names[i]).read_bytes()
+        path = Path(self.root, self.names[i])
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder, a pipe or a device, not a file")  # a pipe would be waited for without end
+        return path.read_bytes()
 
 
 def hidden(name: str) -> bool:
@@ -80,22 +83,31 @@ def hidden(name: str) -> bool:
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
 
 
-def folder_files(path: str) -> tuple[list[str], list[int]]:
-    """Names, sorted, and sizes of the files under a folder; hidden ones are passed over.
+def folder_files(path: str) -> tuple[list[str], list[int], int]:
+    """Names, sorted, and sizes of the files under a folder, links followed; and how many hidden ones are passed over.
 
     Raises:
         ValueError: nothing but tar files, which may be shards, or ImageNet's classes.
     """
-    names = sorted(
-        Path(folder, file).relative_to(path).as_posix() for folder, _, files in os.walk(path) for file in files
-    )
+    names = sorted(Path(folder, file).relative_to(path).as_posix() for folder, files in _walk(path) for file in files)
     found = [(name, _size(os.path.join(path, name))) for name in names if not hidden(name)]
     if found and all(name.endswith(".tar") for name, _ in found):
         raise ValueError(
             f"source (={path!r}) holds nothing but tar files: if they are WebDataset shards, give wds:{path}; if "
             "each is a class, as in ImageNet's train archive, give that archive"
         )
-    return [name for name, _ in found], [size for _, size in found]
+    return [name for name, _ in found], [size for _, size in found], len(names) - len(found)
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of a folder and those below, links followed but for those to a folder they lie in."""
+    above = {root: [os.path.realpath(root)]}  # folder -> where it and those on the way to it really are
+    for folder, inner, files in os.walk(root, followlinks=True):
+        way = above.pop(folder)
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        inner[:] = [n for n in inner if not any(os.path.commonpath([p, places[n]]) == places[n] for p in way)]
+        above.update((os.path.join(folder, name), [*way, places[name]]) for name in inner)
+        yield folder, files
 
 
 def _size(path: str) -> int:
@@ -111,4 +123,6 @@ def open_table(path: str, *, path_column: str, label_columns: Sequence[str], rec
     table = read_table(path)
     names = [name.replace(os.sep, "/") for name in table_column(table, path_column, path)]
     labels = table_labels(table, label_columns, path, without=[path_column])
-    return Files(names, FolderReader(os.path.dirname(path), names), labels=labels, recode=recode)
+    root = os.path.dirname(path)
+    sizes = [_size(os.path.join(root, name)) for name in names]
+    return Files(names, FolderReader(root, names), labels=labels, recode=recode, sizes=sizes)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ LabelFrom = Literal["auto", "parent", "top", "none"]
 LABEL_FROM: tuple[LabelFrom, ...] = ("auto", "parent", "top", "none")
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 NO_CLASS_NAME = "ILSVRC2012_ID"
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+_WHOLE = re.compile(r"-?\d+(\.0*)?")
 Table = dict[str, list[str]]
 """Column -> its cells, one for each row."""
 
@@ -33,11 +36,13 @@ class Labels:
         classes: label name -> names of its classes.
         values: label name -> [n] class numbers, -1 where a sample has none.
         missing: why a sample without its label is refused; None keeps such samples.
+        notes: what the user should know about the classes.
     """
 
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     values: dict[str, IntArray] = field(default_factory=dict)
     missing: str | None = None
+    notes: tuple[str, ...] = ()
 
     def of(self, i: int) -> dict[str, int]:
         """The labels that sample i has."""
@@ -67,7 +72,11 @@ class Labels:
 
 
 def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> Labels:
-    """Labels from texts. Where all are whole numbers they stay those numbers; else classes are sorted by name.
+    """Labels from texts.
+
+    Where all are whole numbers (also written 2.0, as pandas does where a cell is empty) they stay those numbers; with
+    one below 0 among them, they are classes in the order of the numbers. Other texts, numbers with a fraction among
+    them, are names of classes, sorted as texts.
 
     Args:
         columns: label name -> texts, empty where a sample has none.
@@ -76,21 +85,28 @@ def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> L
     Raises:
         ValueError: a number that no class can have.
     """
-    classes, values = {}, {}
+    classes, values, notes = {}, {}, []
     for name, texts in columns.items():
-        found = sorted(set(texts) - {""})
-        if found and all(text.isdecimal() for text in found):
-            most = max(int(text) for text in found)
-            if most >= MAX_CLASSES:
+        found = set(texts) - {""}
+        whole = {text: int(text.partition(".")[0]) for text in found if _WHOLE.fullmatch(text)}
+        if found and len(whole) == len(found):
+            least, most = min(whole.values()), max(whole.values())
+            if least >= 0 and most >= MAX_CLASSES:
                 raise ValueError(f"label {name!r} has class number (={most}), which must be below {MAX_CLASSES}")
-            classes[name] = tuple(str(k) for k in range(most + 1))
-            numbers = [int(text) if text else -1 for text in texts]
+            numbers = range(most + 1) if least >= 0 else sorted(set(whole.values()))
+            classes[name] = tuple(str(k) for k in numbers)
+            place = {k: place for place, k in enumerate(numbers)}
+            number = {text: place[k] for text, k in whole.items()}
+            if least < 0:
+                notes.append(
+                    f"label {name!r} has numbers below 0: its classes are numbered in their order, {least} as 0; where "
+                    f"{least} stands for no label, leave those cells empty"
+                )
         else:
-            classes[name] = tuple(found)
-            number = {text: k for k, text in enumerate(found)}
-            numbers = [number.get(text, -1) for text in texts]
-        values[name] = np.array(numbers, dtype=np.int64)
-    return Labels(classes, values, missing)
+            classes[name] = tuple(sorted(found))
+            number = {text: k for k, text in enumerate(classes[name])}
+        values[name] = np.array([number.get(text, -1) for text in texts], dtype=np.int64)
+    return Labels(classes, values, missing, tuple(notes))
 
 
 def folder_labels(names: Sequence[str], label_from: LabelFrom) -> Labels:
@@ -116,6 +132,38 @@ def folder_labels(names: Sequence[str], label_from: LabelFrom) -> Labels:
     number = {name: k for k, name in enumerate(found)}
     values = np.array([number.get(name, -1) for name in wanted], dtype=np.int64)
     return Labels({"class": tuple(found)}, {"class": values}, "lies outside every class folder")
+
+
+def split_notes(names: Sequence[str], path: str) -> list[str]:
+    """What the user should know of files that lie in folders named as parts of a data set.
+
+    Args:
+        names: paths with forward slashes.
+        path: of the source.
+    """
+    shared = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071 (cut at a slash)
+    below = {name[len(shared) :].lstrip("/").partition("/")[0] for name in names}
+    parts = sorted(part for part in below if part.lower() in SPLITS)
+    if len(parts) < 2:
+        return []
+    inside = f" (unpack {os.path.basename(path)} first)" if os.path.isfile(path) else ""
+    return [
+        f"{' and '.join(parts)} in {path} are mixed into one data set: to keep them apart, give each folder by itself"
+        f"{inside}, and those after the first with --classes-from the first one's shards"
+    ]
+
+
+def read_lines(path: str, option: str) -> list[str]:
+    """The lines of a text that are not blank, stripped.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            return [line.strip() for line in stream if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} (={path!r}) must be a text in UTF-8, but {error}: save it as UTF-8") from error
 
 
 def read_table(path: str) -> Table:
@@ -201,8 +249,7 @@ def label_file(path: str, names: Sequence[str], columns: Sequence[str], path_col
         texts = _development_kit(path)
         files = [f"ILSVRC2012_val_{k:08d}" for k in range(1, len(texts) + 1)]
     else:
-        with open(path, encoding="utf-8") as stream:
-            lines = [line.split() for line in stream if line.strip()]
+        lines = [line.split() for line in read_lines(path, "--labels")]
         if lines and all(len(line) == 1 for line in lines):
             files, texts = _in_order(names, [line[0] for line in lines], path)
         elif lines and all(len(line) == 2 for line in lines):
@@ -214,7 +261,7 @@ def label_file(path: str, names: Sequence[str], columns: Sequence[str], path_col
 
 
 def _in_order(names: Sequence[str], texts: list[str], path: str) -> tuple[list[str], list[str]]:
-    if all(text.isdecimal() for text in texts):
+    if all(map(_WHOLE.fullmatch, texts)):
         raise ValueError(
             f"--labels (={path!r}) must not be numbers alone: those of {GROUND_TRUTH} are not the usual ones, in the "
             "order of the classes' names; give the development kit it comes from (ILSVRC2012_devkit_t12.tar.gz)"
@@ -245,7 +292,7 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
     values = {name: np.where(row >= 0, numbers[row], -1) for name, numbers in labels.values.items()}
     unused = len(files) - len(np.unique(row[row >= 0]))
     notes = [f"{path} names {unused} files that are not in the source"] if unused else []
-    return Labels(labels.classes, values, labels.missing), notes
+    return replace(labels, values=values), notes
 
 
 def _stem(name: str) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, fields
 
+from jepa_kit.data.shard_index import read_index
 from jepa_kit.data.shard_writing import INDEX
 from jepa_kit.data.sources.archives import ARCHIVES, TarReader, ZipReader, plain_tar, tar_files, zip_files
 from jepa_kit.data.sources.base import Recode, Source
 from jepa_kit.data.sources.cifar import Cifar, cifar_folder
 from jepa_kit.data.sources.files import Files, FolderReader, Read, folder_files, open_table
-from jepa_kit.data.sources.labels import LabelFrom, folder_labels, label_file
+from jepa_kit.data.sources.labels import LabelFrom, folder_labels, label_file, read_lines, split_notes
 from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.registry import did_you_mean
 
@@ -124,14 +124,14 @@ def open_files(path: str, options: SourceOptions, *, scratch: str) -> Files:
     """
     inner = False
     if os.path.isdir(path):
-        names, sizes = folder_files(path)
+        names, sizes, passed = folder_files(path)
         read: Read = FolderReader(path, names)
     elif path.endswith(".zip"):
-        names, sizes = zip_files(path)
-        read = ZipReader(path, names)
+        names, sizes, places, passed = zip_files(path)
+        read = ZipReader(path, places)
     elif path.endswith(ARCHIVES):
         plain = plain_tar(path, scratch)
-        members, inner = tar_files(plain, path)
+        members, passed, inner = tar_files(plain, path)
         names, sizes, read = [m.name for m in members], [m.size for m in members], TarReader(plain, members)
     else:
         kinds = f"a folder, a {', '.join(ARCHIVES)} archive, a {', '.join(TABLES)} table"
@@ -140,14 +140,16 @@ def open_files(path: str, options: SourceOptions, *, scratch: str) -> Files:
         raise ValueError(f"source (={path!r}) holds no files")
     listed = options.labels is not None and options.labels.endswith(TABLES)
     _check_used(options, (*_FILES, *(_TABLE if listed else ())))
-    notes: list[str] = []
+    notes = [f"passed over: {passed} hidden files"] if passed else []
+    notes += split_notes(names, path)
     if options.labels is None:
         labels = folder_labels(names, options.label_from or ("top" if inner else "auto"))
     elif options.label_from is not None:
         raise ValueError(f"--labels (={options.labels}) and --label-from (={options.label_from}) exclude each other")
     else:
         columns, path_column = options.label_column or (), options.path_column or "path"
-        labels, notes = label_file(options.labels, names, columns, path_column)
+        labels, more = label_file(options.labels, names, columns, path_column)
+        notes += more
     files = Files(names, read, labels=labels, recode=options.recode, sizes=sizes, notes=notes)
     return _numbered(files, options) if options.classes_from else files
 
@@ -180,11 +182,9 @@ def _numbered(files: Files, options: SourceOptions) -> Files:
     if not files.classes:
         raise ValueError(f"--classes-from (={path}) numbers classes, but the source is unlabelled")
     if os.path.isfile(index):
-        with open(index, encoding="utf-8") as stream:
-            classes: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in json.load(stream)["labels"].items()}
+        classes: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in read_index(index)["labels"].items()}
     elif os.path.isfile(path):
-        with open(path, encoding="utf-8") as stream:
-            lines = [line.strip() for line in stream if line.strip()]
+        lines = read_lines(path, "--classes-from")
         if len(set(lines)) < len(lines):
             raise ValueError(f"--classes-from (={path}) must name each class once")
         classes = {name: tuple(lines) for name in files.classes}

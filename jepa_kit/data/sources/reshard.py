@@ -7,6 +7,7 @@ import tarfile
 from itertools import islice
 
 from jepa_kit.data.faults import SampleError
+from jepa_kit.data.parts import is_foreign
 from jepa_kit.data.shard_writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources.base import Recode, Refused, each_once, fingerprint, whole
@@ -34,8 +35,7 @@ class OldShards:
         n = len(self.dataset)
         self._old = [self.dataset.key(i) for i in range(n)]
         self._keys = each_once(self._old)
-        indexes = [part.index for part in self.dataset.parts]
-        foreign = [index for index in indexes if index.get("made_by", {}).get("tool") == "index_shards"]
+        foreign = [part.index for part in self.dataset.parts if is_foreign(part.index)]
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes
         self.splits, self.mixed, self.notes = whole(n + len(self._bad)), False, _left_behind(self.dataset)

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.images import MAX_PIXELS, decode
+from jepa_kit.data.images import MAX_PIXELS, ImageError, decode
 from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop
 from jepa_kit.data.transforms.decoders import DECODERS, DecoderName, check_decoder
 from jepa_kit.data.transforms.flips import Flip
-from jepa_kit.data.transforms.windows import Window
+from jepa_kit.data.transforms.windows import Window, resample
 from jepa_kit.registry import TRANSFORMS, did_you_mean
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
@@ -57,6 +57,58 @@ class _Lane:
     attempt: int
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A transform in its place.
+
+    Args:
+        name: of the transform.
+        transform: what is called.
+        part: its numbers among those of an image.
+        crop: the transform again, where it sets the size.
+        late: whether the size is set, so that it must stay.
+    """
+
+    name: str
+    transform: Transform
+    part: slice
+    crop: Crop | None
+    late: bool
+
+    def window(self, size: tuple[int, int], draws: Sequence[float], max_pixels: int) -> Window:
+        """The crop's, of an image of size (H, W).
+
+        Raises:
+            ImageError: a thin image, of which nearly all would be made larger only to be cut away.
+        """
+        assert self.crop is not None
+        window = self.crop.window(size, draws[self.part])
+        if window.part is not None and window.size[0] * window.size[1] > max_pixels:
+            raise ImageError(
+                f"{size[1]} x {size[0]} pixels would become {window.size[0]} x {window.size[1]} before {self.name} "
+                f"cuts them, more than max_pixels (={max_pixels}) allows"
+            )
+        return window
+
+    def __call__(self, image: Image.Image, draws: Sequence[float], max_pixels: int) -> Image.Image:
+        """The next image.
+
+        Raises:
+            ValueError: what comes out is no RGB image, or of another size though no crop follows.
+        """
+        if self.crop is not None:
+            return resample(image, self.window((image.height, image.width), draws, max_pixels))
+        found = self.transform(image, draws[self.part])
+        if not isinstance(found, Image.Image):
+            raise ValueError(f"transform {self.name!r} gave a {type(found).__name__}, but must give a Pillow image")
+        if found.mode != "RGB" or (self.late and found.size != image.size):
+            raise ValueError(
+                f"transform {self.name!r} gave an image in mode {found.mode!r} of size {found.size}, but must give one "
+                f"in mode 'RGB'{f' of size {image.size}, as no crop comes after it' if self.late else ''}"
+            )
+        return found
+
+
 class View:
     """Decodes, crops, resizes and augments an image: a pure function of its bytes and its draws.
 
@@ -78,20 +130,21 @@ class View:
     ) -> None:
         check_decoder(decoder)
         if not any(isinstance(transform, Crop) for _, transform in transforms):
-            crops = [name for name in TRANSFORMS.names() if hasattr(TRANSFORMS.get(name), "window")]
+            known = [name for name in TRANSFORMS.names() if hasattr(TRANSFORMS.get(name), "window")]
             raise ValueError(
-                f"transforms (={[name for name, _ in transforms]}) must hold one that sets the size: {', '.join(crops)}"
+                f"transforms (={[name for name, _ in transforms]}) must hold one that sets the size: {', '.join(known)}"
             )
         self.transforms = [transform for _, transform in transforms]
         self.decoder, self.max_pixels = decoder, max_pixels
         self.lanes = _lanes(transforms)
         ends = [0, *accumulate(transform.num_draws for transform in self.transforms)]
-        self._parts = [slice(*ends[k : k + 2]) for k in range(len(self.transforms))]
+        parts = [slice(*ends[k : k + 2]) for k in range(len(self.transforms))]
         self.num_draws = ends[-1]
-        first = self.transforms[0]
-        self._first = first if isinstance(first, Crop) else None
-        begin = 0 if self._first is None else 1
-        self._rest = list(zip(self.transforms, self._parts, strict=True))[begin:]
+        crops = [transform if isinstance(transform, Crop) else None for transform in self.transforms]
+        last = max(k for k, crop in enumerate(crops) if crop is not None)
+        steps = [_Step(name, transform, parts[k], crops[k], k > last) for k, (name, transform) in enumerate(transforms)]
+        self._first = None if crops[0] is None else steps[0]
+        self._rest = steps[1:] if self._first else steps
         self._decoder = DECODERS[decoder]
 
     def draws(self, samples: IntArray, *, seed: int, epoch: int) -> FloatArray:
@@ -120,16 +173,18 @@ class View:
 
         Raises:
             ImageError: the bytes are no usable image.
+            ValueError: a transform did not keep to its contract.
         """
         numbers = draws.tolist()
         image: Image.Image | NDArray[np.uint8]
         if self._first is None:
             image = decode(data, self.max_pixels)
         else:
-            own = numbers[self._parts[0]]
-            image = self._decoder(data, partial(self._first.window, draws=own), self.max_pixels)
-        for transform, part in self._rest:
-            image = transform(image if isinstance(image, Image.Image) else Image.fromarray(image), numbers[part])
+            window_of = partial(self._first.window, draws=numbers, max_pixels=self.max_pixels)
+            image = self._decoder(data, window_of, self.max_pixels)
+        for step in self._rest:
+            image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            image = step(image, numbers, self.max_pixels)
         return np.asarray(image)
 
 

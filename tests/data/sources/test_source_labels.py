@@ -1,13 +1,12 @@
 """Labels from tables and lists: the right class for the right file, and a clear word where that cannot be."""
 
 import io
-import json
 import tarfile
 
 import numpy as np
 import pytest
 from scipy.io import savemat
-from small_shards import encoded, picture, write_shards
+from small_shards import encoded, make_samples, picture, write_shards
 
 from jepa_kit.data.sources import Refused, SourceOptions, open_source
 from jepa_kit.data.sources.labels import GROUND_TRUTH
@@ -53,6 +52,49 @@ def test_numbers_stay_those_numbers(root):
     source = table(root, "path,label\nimg/c.jpg,10\nimg/a.jpg,2\n")
     assert source.classes == {"class": tuple(map(str, range(11)))}
     assert [labels for _, labels in rows(source)] == [{"class": 10}, {"class": 2}]
+
+
+def test_numbers_as_pandas_writes_them_beside_empty_cells(root):
+    source = table(root, "path,label\nimg/c.jpg,10.0\nimg/a.jpg,2.0\nimg/b.jpg,\n")
+    assert source.classes == {"class": tuple(map(str, range(11)))}
+    assert [source.sample(i).labels for i in (0, 1)] == [{"class": 10}, {"class": 2}]
+    assert source.notes == []
+
+
+def test_numbers_below_0_are_classes_in_their_order(root):
+    source = table(root, "path,label\nimg/c.jpg,10\nimg/a.jpg,-1\nimg/b.jpg,2\n")
+    assert source.classes == {"class": ("-1", "2", "10")}
+    assert [labels for _, labels in rows(source)] == [{"class": 2}, {"class": 0}, {"class": 1}]
+    assert source.notes == [
+        "label 'class' has numbers below 0: its classes are numbered in their order, -1 as 0; where -1 stands for no "
+        "label, leave those cells empty"
+    ]
+
+
+@pytest.mark.parametrize("texts", [("10.5", "2.5", "3"), ("10", "2", "x")])
+def test_what_is_no_whole_number_is_a_name(root, texts):
+    lines = [f"img/{name}.jpg,{text}\n" for name, text in zip("abc", texts, strict=True)]
+    source = table(root, "path,label\n" + "".join(lines))
+    assert source.classes == {"class": tuple(sorted(texts))}
+    assert [source.classes["class"][labels["class"]] for _, labels in rows(source)] == list(texts)
+
+
+def test_a_table_notices_that_an_image_changed(root):
+    text = "path,label\nimg/a.jpg,x\nimg/gone.jpg,y\n"
+    first = table(root, text).fingerprint()
+    assert table(root, text).fingerprint() == first
+    (root / "img/a.jpg").write_bytes(IMAGES["img/b.jpg"] + b"more")
+    assert table(root, text).fingerprint() != first
+
+
+@pytest.mark.parametrize("option", ["labels", "classes-from"])
+def test_a_list_that_is_not_utf_8(root, option):
+    (root / "latin.txt").write_bytes("a.jpg caf\xe9\n".encode("latin-1"))
+    message = rf"--{option} \(='{root}/latin.txt'\) must be a text in UTF-8, but 'utf-8' codec .* save it as UTF-8"
+    (root / "good.txt").write_text("a.jpg x\n")
+    lists = {"labels": str(root / "good.txt"), option.replace("-", "_"): str(root / "latin.txt")}
+    with pytest.raises(ValueError, match=message):
+        open_source(str(root / "img"), SourceOptions(**lists), seed=0, scratch="")
 
 
 def test_several_labels_and_other_columns(root):
@@ -233,14 +275,13 @@ def test_class_numbers_of_other_shards(root, samples, kind):
         ("x\nyy\n", r"class \(='y'\) of label 'class' is not among the classes of --classes-from; did you mean 'yy'\?"),
         ("x\nx\n", r"--classes-from \(=.*\) must name each class once"),
         (None, r"--classes-from \(=.*\) must be a folder of shards with an index.json, or a list of classes"),
-        ({"labels": {"kind": ["x"]}}, r"label \(='class'\) is not among the labels of --classes-from: kind"),
+        (("kind",), r"label \(='class'\) is not among the labels of --classes-from: kind"),
     ],
 )
 def test_classes_that_do_not_fit(root, content, message):
     given = root / "classes"
-    if isinstance(content, dict):
-        given.mkdir()
-        (given / "index.json").write_text(json.dumps(content))
+    if isinstance(content, tuple):
+        write_shards(given, make_samples(2, labels=content), 2, dict.fromkeys(content, tuple("abcd")))
     elif content is not None:
         given.write_text(content)
     with pytest.raises(ValueError, match=message):
