@@ -26,6 +26,9 @@ from jepa_kit.registry import SLOTS
 from jepa_kit.structures import Grid, MaskBatch, Prediction
 from jepa_kit.target_updates import TargetUpdate
 
+CHANNELS = 3
+"""Of every image that the data give."""
+
 
 @dataclass(frozen=True, eq=False)
 class Output:
@@ -150,6 +153,11 @@ def build_recipe(config: Config) -> JEPA:
     Raises:
         ValueError: what a part refuses; the message begins with its slot.
     """
+    for slot in ("encoder", "target"):
+        channels = config.slots[slot].options.get("in_chans", CHANNELS)
+        if channels != CHANNELS:
+            with located(slot):
+                raise ValueError(f"in_chans (={channels}) must be {CHANNELS}: the data give colour images")
     encoder = _build_encoder(config)
     target = _build(
         config.slots["target"],

@@ -42,6 +42,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises: ValueError: ``value`` is none of a Literal's words."""
+    words = typing.get_args(choices)
+    if value not in words:
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, words))}")
+
+
 def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only, annotated arguments of a callable, by name.
 

@@ -34,13 +34,16 @@ class SetLengths:
         device: where ``offsets`` lives.
 
     Raises:
-        ValueError: no set, or a set without a patch.
+        ValueError: no set, a set without a patch, or lengths that are no integers.
     """
 
     def __init__(self, lengths: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> None:
-        each = np.asarray(lengths, dtype=np.int64)
+        each = np.asarray(lengths)
         if not each.size:
             raise ValueError("lengths (=()) must name at least one set")
+        if each.dtype.kind not in "iu":
+            raise ValueError(f"lengths (={each[0]}, ...) must be integers, not {each.dtype}")
+        each = each.astype(np.int64, copy=False)
         self.longest: int = int(each.max())
         shortest = int(each.min())
         if shortest < 1:
@@ -254,7 +257,21 @@ class MaskBatch:
         context, own = self.context.lengths.each, self.targets.lengths.each
         return SetLengths(context[self.context_of.numpy()] + own)
 
+    @cached_property
+    def shares(self) -> Tensor | None:
+        """[S_t] int64: target set s counts 1 / shares[s] in a loss, so that every image counts the same.
+
+        They are the number of images times the target sets of the set's image. None where all images have as many
+        target sets: each counts 1 / S_t then.
+        """
+        image = self.targets.image.numpy()
+        sets = np.bincount(image)  # of each image
+        if (sets == sets[0]).all():
+            return None
+        return torch.from_numpy(np.count_nonzero(sets) * sets[image])
+
     def map_tensors(self, fn: Any) -> MaskBatch:
+        """These masks with ``fn`` applied to the tensors."""
         other = object.__new__(MaskBatch)
         for name, value in (
             ("context", self.context.map_tensors(fn)),
@@ -262,6 +279,7 @@ class MaskBatch:
             ("grid", self.grid),
             ("context_of", fn(self.context_of)),
             ("sequences", self.sequences.map_tensors(fn)),
+            ("shares", None if self.shares is None else fn(self.shares)),
             ("on_host", self.host()),
         ):
             object.__setattr__(other, name, value)
@@ -318,15 +336,15 @@ class Prediction:
             )
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of a value for each target patch [P_t] over the patches of a set, then over the sets.
+        """Mean of a value for each target patch [P_t] over the patches of a set, an image's sets, and the images.
 
-        Every target block counts the same, whatever its length: an image's loss then does not depend
-        on who shares its batch, and ranks with as many sets each may average theirs. Where the sets
-        are of one length, this is the plain mean.
+        Every image counts the same, and every target block of an image, whatever its length: an image's loss then does
+        not depend on who shares its batch, and ranks with as many images each may average theirs. Where all sets
+        are of one length and all images have as many, this is the plain mean.
         """
-        lengths = self.masks.targets.lengths
-        if lengths.uniform:
+        lengths, shares = self.masks.targets.lengths, self.masks.shares
+        if lengths.uniform and shares is None:
             return values.mean()
         length = (lengths.offsets[1:] - lengths.offsets[:-1]).to(values.dtype)
-        weight = (1.0 / (len(lengths) * length))[lengths.set_of_token]
+        weight = (1.0 / ((len(lengths) if shares is None else shares) * length))[lengths.set_of_token]
         return (values * weight).sum()

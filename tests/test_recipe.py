@@ -339,6 +339,8 @@ def test_refuses_an_encoder_that_is_neither() -> None:
             r"^target_update: momentum \(=\(2.0, 1.0\)\)",
         ),
         ({"target_update": {"name": "none"}}, r"target_update: target needs a target encoder"),
+        ({"encoder": {**BASE["encoder"], "in_chans": 1}}, r"encoder: in_chans \(=1\) must be 3: the data give colour"),
+        ({"target": {"name": "pixel", "in_chans": 0}}, r"target: in_chans \(=0\) must be 3: the data give colour"),
     ],
 )
 def test_says_which_slot_of_a_config_is_wrong(changes: dict[str, Any], message: str) -> None:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
-from jepa_kit.registry import REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
+from jepa_kit.registry import REQUIRED, SLOTS, Option, PartRegistry, check_choice, did_you_mean, signature_options
 
 Pair = tuple[int, int]
 
@@ -31,6 +32,13 @@ def test_signature_is_the_schema() -> None:
         "scale": Option("scale", float, REQUIRED),
         "phase": Option("phase", int, 0),
     }
+
+
+def test_a_choice_is_one_of_the_words() -> None:
+    words = Literal["inclusive", "released"]
+    check_choice("edges", "inclusive", words)
+    with pytest.raises(ValueError, match=r"^edges \(='open'\) must be one of 'inclusive', 'released'$"):
+        check_choice("edges", "open", words)
 
 
 def test_signature_of_a_class_without_a_constructor_is_empty() -> None:

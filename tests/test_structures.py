@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +45,12 @@ def test_lengths_of_one_size_are_uniform() -> None:
     assert SetLengths([5]).uniform
     assert SetLengths([2, 2, 2]).uniform
     assert not SetLengths([2, 2, 3]).uniform
+
+
+@pytest.mark.parametrize("lengths", [[2.5, 1.5], (2.0, 1.0)])
+def test_lengths_are_integers(lengths: Any) -> None:
+    with pytest.raises(ValueError, match=rf"lengths \(={lengths[0]}, ...\) must be integers, not float64"):
+        SetLengths(lengths)
 
 
 def test_lengths_compare_by_value() -> None:
@@ -227,6 +237,37 @@ def test_every_set_counts_the_same_in_a_mean() -> None:
 def test_a_mean_over_sets_of_one_length_is_the_plain_mean() -> None:
     values = torch.randn(12)
     assert torch.equal(prediction_of((4, 4, 4)).mean(values), values.mean())
+
+
+# One set of image 0, three of image 1, two of image 2.
+UNLIKE = torch.tensor([0, 1, 2, 1, 2, 1])
+
+
+def unlike_masks(lengths: tuple[int, ...]) -> MaskBatch:
+    targets = PatchSets(torch.arange(sum(lengths)) % 12, UNLIKE, SetLengths(lengths))
+    return MaskBatch(make_sets((2, 2, 2)), targets, (3, 4), UNLIKE)
+
+
+@pytest.mark.parametrize("lengths", [(4, 1, 3, 2, 5, 2), (3,) * 6], ids=["ragged", "of one length"])
+def test_every_image_counts_the_same_in_a_mean(lengths: tuple[int, ...]) -> None:
+    values = torch.randn(sum(lengths), dtype=torch.float64)
+    of_sets = [float(part.mean()) for part in values.split(lengths)]
+    of_images = [np.mean([v for v, b in zip(of_sets, UNLIKE.tolist(), strict=True) if b == k]) for k in range(3)]
+    masks = unlike_masks(lengths)
+    x = torch.zeros(sum(lengths), 5)
+    for held in (masks, masks.to("cpu"), pickle.loads(pickle.dumps(masks))):
+        found = Prediction(x, x, torch.zeros(6, 5), held).mean(values)
+        assert float(found) == pytest.approx(np.mean(of_images), abs=1e-15)
+
+
+def test_shares_are_made_on_the_host_and_only_where_images_differ() -> None:
+    assert make_masks().shares is None
+    masks = unlike_masks((1,) * 6)
+    assert masks.shares is not None
+    assert masks.shares.tolist() == [3, 9, 6, 9, 6, 9]
+    moved = masks.to("meta")
+    assert moved.shares is not None
+    assert moved.shares.device.type == "meta"
 
 
 # --- parts of a batch ---

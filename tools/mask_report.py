@@ -13,7 +13,8 @@ examples:
   python tools/mask_report.py --config-file projects/ijepa/configs/in1k_vitb16.yaml --images-per-batch 32 \\
       --draws 4096 masker='{name: multigroup}' data.shards=shards/photos/train
 
-Overrides (key=value) change --config-file, not --compare. Warnings say in words where a masker is biased.
+Overrides (key=value) change --config-file, not --compare. Warnings say in words where a masker is biased. Where the
+images of a batch share what is drawn (their sizes, the cut), ± is the standard error of a mean over batches.
 Exit status: 0, or 2 for a mistake in the command, a config or the data.
 """
 
@@ -73,6 +74,9 @@ def run(arguments: argparse.Namespace) -> str:
     from jepa_kit.evaluation.mask_report import mask_report
     from jepa_kit.evaluation.pictures import mask_gallery
 
+    for option in ("draws", "images_per_batch"):
+        if (value := getattr(arguments, option)) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} (={value}) must be at least 1")
     files = [arguments.config_file] + ([arguments.compare] if arguments.compare else [])
     configs = [load_config(files[0], arguments.overrides), *(load_config(file, []) for file in files[1:])]
     reports = [
@@ -116,8 +120,10 @@ def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
 
 
 def _figures(report: MaskReport) -> list[tuple[str, str]]:
-    def spread(lengths: Any) -> str:
-        return f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})"
+    def spread(name: str) -> str:
+        lengths, error = getattr(report, name), report.standard_errors.get(name)
+        of_mean = "" if error is None else f" ± {error:.1f}"
+        return f"{lengths.mean():.1f}{of_mean} ({lengths.min()} to {lengths.max()})"
 
     def part(cost: Any) -> str:
         return f"{cost.tokens:.1f}, " + ("no formula" if cost.gflop is None else f"{cost.gflop:.2f} GFLOP")
@@ -132,9 +138,10 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
             f"{report.grid[0]}x{report.grid[1]}, {report.images}, {report.images_per_batch}",
         ),
         ("context sets, target sets an image", "{:.3g}, {:.3g}".format(*report.sets_per_image)),
-        ("patches in a context before truncation", spread(report.context_before)),
-        ("patches in a context", spread(report.context)),
-        ("patches in a target", spread(report.targets)),
+        ("patches in a context before truncation", spread("context_before")),
+        ("patches in a context", spread("context")),
+        ("patches in a target before truncation", spread("targets_before")),
+        ("patches in a target", spread("targets")),
         ("P(context), first and last row", " ".join(ends[:2])),
         ("P(context), first and last column", " ".join(ends[2:])),
         ("shapes of rectangular targets", str(len(report.shapes))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,8 @@ def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
         path = f"loss[{i}]" if isinstance(raw, list) else "loss"
         if isinstance(term, dict):
             weight = check_value(f"{path}.weight", term.get("weight", WEIGHT.default), WEIGHT, problems)
+            if weight is not None and not math.isfinite(weight):
+                problems.append(f"{path}.weight (={weight}) must be finite")
             term = {k: v for k, v in term.items() if k != "weight"}
         part = check_part(path, term, LOSSES, problems)
         if part is None:

@@ -30,11 +30,12 @@ def _finite(low: float, *, strict: bool = False) -> Range:
 
 
 def _above_0(default: Any) -> Any:
-    return _option("above 0", _finite(0, strict=True), default)
+    return _option("above 0 and finite", _finite(0, strict=True), default)
 
 
 def _at_least(low: int, default: Any) -> Any:
-    return _option(f"at least {low}", _finite(low), default)
+    words = f"at least {low}" + (" and finite" if isinstance(default, float) else "")
+    return _option(words, _finite(low), default)
 
 
 def range_problem(section: type, name: str, value: Any) -> str | None:
@@ -108,13 +109,15 @@ class DataConfig(_Section):
     max_skipped: float = _option("in [0, 1]", lambda x: 0 <= x <= 1, 0.01)
     transforms: Sequence[Mapping[str, Any]] | None = _option("a list of at least one", bool, None, parts=TRANSFORMS)
     crop_scale: tuple[float, float] | None = _option("ascending, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1, None)
-    crop_ratio: tuple[float, float] | None = _option("ascending, above 0", lambda x: 0 < x[0] <= x[1] < math.inf, None)
+    crop_ratio: tuple[float, float] | None = _option(
+        "ascending, above 0 and finite", lambda x: 0 < x[0] <= x[1] < math.inf, None
+    )
     flip: float | None = _option("in [0, 1]", lambda x: 0 <= x <= 1, None)
     decoder: Literal["pillow", "fast"] = "pillow"
     max_pixels: int = _at_least(1, 89_478_485)
     mean: tuple[float, float, float] = _option("finite", lambda x: all(map(math.isfinite, x)), (0.485, 0.456, 0.406))
     std: tuple[float, float, float] = _option(
-        "above 0 each", lambda x: all(0 < v < math.inf for v in x), (0.229, 0.224, 0.225)
+        "above 0 and finite each", lambda x: all(0 < v < math.inf for v in x), (0.229, 0.224, 0.225)
     )
     shuffle_window: int = _at_least(1, 16384)
     num_workers: int = _at_least(0, 2)
@@ -177,7 +180,7 @@ class OptimConfig(_Section):
     final_lr: float = _at_least(0, 1e-6)
     warmup_epochs: float = _at_least(0, 40.0)
     weight_decay: tuple[float, float] = _option(
-        "at least 0 each", lambda x: all(0 <= v < math.inf for v in x), (0.04, 0.4)
+        "at least 0 and finite each", lambda x: all(0 <= v < math.inf for v in x), (0.04, 0.4)
     )
     betas: tuple[float, float] = _option("in [0, 1) each", lambda x: all(0 <= v < 1 for v in x), (0.9, 0.999))
     eps: float = _above_0(1e-8)
@@ -217,8 +220,8 @@ class TrainConfig(_Section):
         keep_checkpoints: how many of the latest checkpoints stay.
         keep_every: checkpoints of a step that divides by it stay for good; a multiple of the steps between two. None
             for none.
-        checkpoint: "file" is one file, written beside the steps; "sharded" a folder to which each rank writes its part
-            while the steps wait; "auto" shards where ``parallel`` does.
+        checkpoint: "file" is one file; "sharded" a folder to which each rank writes its part; "auto" shards where
+            ``parallel`` does. Either is written beside the steps.
         bad_numbers: what happens where a loss or a gradient is not finite (jepa_kit/engine/bad_steps.py): "stop";
             "skip" goes on without the batch; "rollback" goes back to the last checkpoint first.
         bad_numbers_limit: most bad steps in a row, or most times back to one checkpoint, before the run stops all the

@@ -6,7 +6,7 @@ P = packed tokens of all sets    D = width    h = heads    d = D / h    R = P or
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jepa_kit.encoders.attention import Backend, attend
 from jepa_kit.encoders.compiled import run_block
+from jepa_kit.registry import check_choice
 from jepa_kit.structures import SetLengths
 
 Init = Literal["released", "depth_scaled"]
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raises: ValueError: ``value`` is none of a Literal's words."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, get_args(choices)))}")
 
 
 ROWS = 256
@@ -175,13 +170,15 @@ def make_blocks(
     """``depth`` blocks; the drop rate rises linearly from 0 to ``drop_path`` at the last one.
 
     Raises:
-        ValueError: a depth below 1, heads that do not divide the width, an MLP without a unit, a drop rate
-            outside [0, 1), an unknown backend.
+        ValueError: a depth below 1, heads that do not divide the width, an MLP without a unit, an eps that is not
+            above 0, a drop rate outside [0, 1), an unknown backend.
     """
     if depth < 1:
         raise ValueError(f"depth (={depth}) must be at least 1")
-    if round(dim * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0: the MLP needs a unit")
+    if not math.isfinite(mlp_ratio) or round(dim * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0 and finite: the MLP needs a unit")
+    if not 0 < norm_eps < math.inf:
+        raise ValueError(f"norm_eps (={norm_eps}) must be above 0 and finite")
     DropPath(drop_path)  # refuses what the user gave, and not a block's share of it
     check_choice("attention", backend, Backend)
     rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]

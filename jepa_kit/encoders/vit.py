@@ -18,14 +18,13 @@ from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import (
     Init,
     add_rows,
-    check_choice,
     fill_rows,
     init_transformer,
     make_blocks,
     take_rows,
 )
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
-from jepa_kit.registry import ENCODERS
+from jepa_kit.registry import ENCODERS, check_choice
 from jepa_kit.structures import Grid, PatchSets, SetLengths
 
 PatchInit = Literal["released", "xavier"]

@@ -1,7 +1,7 @@
 """One training step over several processes, and in several parts: DDP, FSDP2, gradient accumulation.
 
-Losses and gradients are those of one process on the whole batch, to rounding: a loss is a mean over target sets, so the
-mean over ranks with as many sets each, and over parts by their sets, is the mean over all. Three things are others:
+Losses and gradients are those of one process on the whole batch, to rounding: a loss is a mean over images, so the
+mean over ranks with as many images each, and over parts by their images, is the mean over all. Three things are others:
 stochastic depth, which is drawn for each process and each part; a loss term that compares the samples of a batch, which
 sees those of a part; and masks that hang on the batch (the released truncation), which hang on a rank's batch. Parts
 are taken from the masks of the rank's batch, so accumulation changes no mask.
@@ -110,11 +110,7 @@ class Accumulated(nn.Module):
         self.parts = parts
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Output:
-        """As ``JEPA.forward``.
-
-        Raises:
-            ValueError: a batch of fewer images than parts.
-        """
+        """As ``JEPA.forward``."""
         loss: Any = 0.0
         terms: dict[str, Any] = {}
         for last, share, x, m in self.split(images, masks):
@@ -131,12 +127,18 @@ class Accumulated(nn.Module):
         return Output(loss, terms, out.prediction)
 
     def split(self, images: Tensor, masks: MaskBatch) -> Iterator[tuple[bool, float, Tensor, MaskBatch]]:
-        """(whether it is the last, its share of the target sets, images, masks) of each part."""
-        if len(images) < self.parts:
-            raise ValueError(f"accumulate (={self.parts}) must be at most the {len(images)} images of a rank's batch")
-        ends = [len(images) * k // self.parts for k in range(self.parts + 1)]
+        """(whether it is the last, its share of the images, images, masks) of each part.
+
+        There are always as many parts, since sharded ranks talk in each. Where fewer images are left to this rank, as
+        some could not be used, the first parts have its first image with a share of 0, which adds nothing.
+        """
+        whole = min(self.parts, len(images))
+        if whole < self.parts:
+            (first,) = masks.split([0, 1])
+            yield from [(False, 0.0, images[:1], first)] * (self.parts - whole)
+        ends = [len(images) * k // whole for k in range(whole + 1)]
         for k, m in enumerate(masks.split(ends)):
-            yield k == self.parts - 1, len(m.targets) / len(masks.targets), images[ends[k] : ends[k + 1]], m
+            yield k == whole - 1, (ends[k + 1] - ends[k]) / len(images), images[ends[k] : ends[k + 1]], m
 
     def local_gradients(self) -> AbstractContextManager[object]:
         """Inside it, gradients stay in this process."""

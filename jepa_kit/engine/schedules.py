@@ -107,7 +107,7 @@ class Schedule:
             if not value >= 0.0:  # also catches nan
                 raise ValueError(f"{name} (={value}) must be 0 or more")
         self.steps = epochs * steps_per_epoch
-        self.planned = int(stretch * self.steps)
+        self.planned = int(stretch * epochs * steps_per_epoch)  # rounded in the release's order
         self.warmup_steps = int(warmup_epochs * steps_per_epoch)
         self._unrounded = stretch * self.steps
         self._lr = WarmupThenCosine(start_lr, lr, final_lr, self.warmup_steps / self.planned)

@@ -138,13 +138,18 @@ def _heat_map(panel: Axes, table: FloatArray, title: str, colours: str) -> None:
 
 
 def _distributions(band: SubFigure, report: MaskReport) -> None:
-    left, right = band.subplots(1, 2)
-    cut = not np.array_equal(report.context_before, report.context)
-    if cut:
-        _histogram(left, report.context_before, "before truncation", "#9dbfe0", report.grid)
-    _histogram(left, report.context, "after truncation" if cut else "as drawn", "#1f5fa8", report.grid)
-    _histogram(right, report.targets, "", "#e6862c", report.grid)
-    for panel, what in ((left, "context"), (right, "target")):
+    for panel, what, before, after, colours in zip(
+        band.subplots(1, 2),
+        ("context", "target"),
+        (report.context_before, report.targets_before),
+        (report.context, report.targets),
+        (("#9dbfe0", "#1f5fa8"), ("#f3c79a", "#e6862c")),
+        strict=True,
+    ):
+        cut = not np.array_equal(before, after)
+        if cut:
+            _histogram(panel, before, "before truncation", colours[0], report.grid)
+        _histogram(panel, after, "after truncation" if cut else "as drawn", colours[1], report.grid)
         panel.set_title(f"patches in a {what} set", fontsize=9)
         panel.set_ylabel("share of sets", fontsize=8)
         panel.tick_params(labelsize=7)
@@ -156,7 +161,7 @@ def _distributions(band: SubFigure, report: MaskReport) -> None:
 def _histogram(panel: Axes, lengths: IntArray, label: str, colour: str, grid: tuple[int, int]) -> None:
     step = max(1, grid[0] * grid[1] // 98)
     edges = np.arange(0, grid[0] * grid[1] + step + 1, step) - 0.5
-    text = f"{label + ': ' if label else ''}mean {lengths.mean():.1f}, {lengths.min()} to {lengths.max()}"
+    text = f"{label}: mean {lengths.mean():.1f}, {lengths.min()} to {lengths.max()}"
     weights = np.full(len(lengths), 1 / len(lengths))
     panel.hist(lengths, edges.tolist(), weights=weights, color=colour, alpha=0.85, label=text)
 

@@ -5,12 +5,14 @@ B  images of a batch      H, W  the grid, N = H * W patches     S  sets
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from jepa_kit.config import Config
 from jepa_kit.evaluation.mask_cost import Cost, Lengths, cost_of
@@ -45,7 +47,9 @@ class MaskReport:
         grid: (H, W).
         images, images_per_batch: that were drawn, and how many at a time.
         shares: how often each patch is what.
-        context_before, context, targets: [S] lengths: contexts before and after truncation, targets.
+        context_before, context, targets_before, targets: [S] lengths of sets before and after truncation.
+        standard_errors: of the means of these, by name, over batches; empty where the images of a batch share
+            nothing, or there is one batch.
         sets_per_image: (contexts, targets), means.
         shapes: (height, width) -> share of the target sets that are a filled rectangle of that size.
         overlap: share of the patches in targets of a context that are in more than one of them.
@@ -65,7 +69,9 @@ class MaskReport:
     shares: Shares
     context_before: IntArray
     context: IntArray
+    targets_before: IntArray
     targets: IntArray
+    standard_errors: dict[str, float]
     sets_per_image: tuple[float, float]
     shapes: dict[tuple[int, int], float]
     overlap: float
@@ -94,9 +100,13 @@ class MaskReport:
                 for name, table in tables.items()
             },
             "lengths": {
-                "context_before_truncation": _summary(self.context_before),
-                "context": _summary(self.context),
-                "target": _summary(self.targets),
+                name: _summary(getattr(self, lengths), self.standard_errors.get(lengths))
+                for name, lengths in (
+                    ("context_before_truncation", "context_before"),
+                    ("context", "context"),
+                    ("target_before_truncation", "targets_before"),
+                    ("target", "targets"),
+                )
             },
             "sets_per_image": {"context": self.sets_per_image[0], "target": self.sets_per_image[1]},
             "target_shapes": [
@@ -133,11 +143,13 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         samples = np.arange(step * images_per_batch, (step + 1) * images_per_batch)
         arguments = {"seed": config.train.seed, "epoch": 0, "step": step}
         masks = masker(samples, **arguments)
-        before = masker.before_truncation(samples, **arguments) if isinstance(masker, MultiBlock) else masks
+        before = getattr(masker, "before_truncation", masker)(samples, **arguments)
         counts.add(masks, before)
     total = batches * images_per_batch
-    context, targets = np.concatenate(counts.context), np.concatenate(counts.targets)
-    sequences = np.concatenate(counts.sequences)
+    lengths = {name: np.concatenate(of_batches) for name, of_batches in counts.lengths.items()}
+    context, targets, sequences = lengths["context"], lengths["targets"], lengths.pop("sequences")
+    by_batch = _by_batch(masker, config.train.seed, images_per_batch, batches)
+    shared_size = _shared_size(counts.sides)
     sides = np.concatenate(counts.sides)  # [S_t, 2], zero where a target is no rectangle
     shapes = Counter(map(tuple, sides[sides[:, 0] > 0].tolist()))
     return MaskReport(
@@ -146,16 +158,15 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         images=total,
         images_per_batch=images_per_batch,
         shares=counts.shares(len(context), total),
-        context_before=np.concatenate(counts.before),
-        context=context,
-        targets=targets,
+        **lengths,
+        standard_errors=counts.standard_errors(lengths) if shared_size or len(by_batch) > 1 else {},
         sets_per_image=(len(context) / total, len(targets) / total),
         shapes={(h, w): n / len(targets) for (h, w), n in shapes.items()},
         overlap=counts.covered_twice / counts.covered,
         context_blocks=_context_blocks(masker, config.train.seed),
         reached=_missing_shapes(masker, config.train.seed),
-        by_batch=_by_batch(masker, config.train.seed, images_per_batch),
-        shared_size=_shared_size(counts.sides),
+        by_batch=by_batch,
+        shared_size=shared_size,
         cost=cost_of(config, Lengths(context, targets, sequences, total, masker.grid[0] * masker.grid[1])),
     )
 
@@ -167,43 +178,44 @@ class _Counts:
         self.grid = grid
         patches = grid[0] * grid[1]
         self.in_context, self.in_target, self.in_none = np.zeros((3, patches), dtype=np.int64)
-        self.context: list[IntArray] = []
-        self.before: list[IntArray] = []
-        self.targets: list[IntArray] = []
-        self.sequences: list[IntArray] = []
+        self.lengths: defaultdict[str, list[IntArray]] = defaultdict(list)  # of each kind of set, batch by batch
         self.sides: list[IntArray] = []
         self.covered = self.covered_twice = 0
 
     def add(self, masks: MaskBatch, before: MaskBatch) -> None:
         batch_size = int(masks.context.image.max()) + 1
-        context, target = table(masks.context, self.grid), table(masks.targets, self.grid)  # [S, N]
-        self.in_context += context.sum(0)
-        aimed_at = _sum_by(masks.targets.image.numpy(), target, batch_size)  # [B, N], as the next
-        used = _sum_by(masks.context.image.numpy(), context, batch_size) + aimed_at
+        seen = self._count(masks.context, masks.context.image, batch_size)  # [B, N], as the next
+        aimed_at = self._count(masks.targets, masks.targets.image, batch_size)
+        self.in_context += seen.sum(0)
         self.in_target += (aimed_at > 0).sum(0)
-        self.in_none += (used == 0).sum(0)
-        times = _sum_by(masks.context_of.numpy(), target, len(context))  # [S_c, N]: targets of a context on the patch
+        self.in_none += (seen + aimed_at == 0).sum(0)
+        times = self._count(masks.targets, masks.context_of, len(masks.context))  # [S_c, N]: targets of a context
         self.covered += int((times > 0).sum())
         self.covered_twice += int((times > 1).sum())
-        for lengths, sets in (
-            (self.context, masks.context.lengths),
-            (self.before, before.context.lengths),
-            (self.targets, masks.targets.lengths),
-            (self.sequences, masks.sequences),
+        for name, sets in (
+            ("context_before", before.context.lengths),
+            ("context", masks.context.lengths),
+            ("targets_before", before.targets.lengths),
+            ("targets", masks.targets.lengths),
+            ("sequences", masks.sequences),
         ):
-            lengths.append(np.array(sets.on_host))
-        self.sides.append(rectangles(target, self.grid))
+            self.lengths[name].append(sets.each)
+        self.sides.append(rectangles(table(masks.targets, self.grid), self.grid))
+
+    def _count(self, sets: PatchSets, owner: Tensor, owners: int) -> IntArray:
+        """[owners, N]: in how many of its sets each owner (``owner`` [S]) has the patch."""
+        patches = self.grid[0] * self.grid[1]
+        at = owner.numpy()[sets.lengths.set_of_token.numpy()] * patches + sets.index.numpy()
+        return np.bincount(at, minlength=owners * patches).reshape(owners, patches)
+
+    def standard_errors(self, names: Iterable[str]) -> dict[str, float]:
+        """Of the mean lengths, from those of the batches."""
+        means = {name: np.array([batch.mean() for batch in self.lengths[name]]) for name in names}
+        return {name: float(x.std(ddof=1) / len(x) ** 0.5) for name, x in means.items() if len(x) > 1}
 
     def shares(self, contexts: int, images: int) -> Shares:
         counts = (self.in_context / contexts, self.in_target / images, self.in_none / images)
         return Shares(*(count.reshape(self.grid) for count in counts))
-
-
-def _sum_by(owner: IntArray, sets: NDArray[np.bool_], owners: int) -> FloatArray:
-    """[S, N] -> [owners, N]: in how many of its sets each owner has the patch."""
-    of = np.arange(owners)[:, None] == owner  # [owners, S]
-    counts: FloatArray = of.astype(np.float32) @ sets.astype(np.float32)
-    return counts
 
 
 def table(sets: PatchSets, grid: Grid) -> NDArray[np.bool_]:
@@ -255,14 +267,14 @@ def _missing_shapes(masker: Masker, seed: int) -> tuple[int, int] | None:
     return len(drawn), len(drawn | common)
 
 
-def _by_batch(masker: Masker, seed: int, images_per_batch: int) -> dict[int, float]:
+def _by_batch(masker: Masker, seed: int, images_per_batch: int, steps: int) -> dict[int, float]:
     """Mean context of the same images in batches of several sizes; only the one asked for where it is all the same."""
     sizes = sorted({1, 32, 128, images_per_batch})
     other = SMALL_BATCH if images_per_batch != SMALL_BATCH else 2 * SMALL_BATCH
     asked, small = (_contexts(masker, seed, size, max(sizes), steps=2) for size in (images_per_batch, other))
     if np.array_equal(asked, small):
         return {images_per_batch: float(asked.mean())}
-    return {size: float(_contexts(masker, seed, size, max(sizes), steps=16).mean()) for size in sizes}
+    return {size: float(_contexts(masker, seed, size, max(sizes), steps=steps).mean()) for size in sizes}
 
 
 def _contexts(masker: Masker, seed: int, images_per_batch: int, images_per_step: int, *, steps: int) -> IntArray:
@@ -286,10 +298,11 @@ def _shared_size(sides: list[IntArray]) -> bool:
     return len({tuple(shape[0]) for shape in shapes}) > 1
 
 
-def _summary(lengths: IntArray) -> dict[str, Any]:
+def _summary(lengths: IntArray, standard_error: float | None) -> dict[str, Any]:
     values, counts = np.unique(lengths, return_counts=True)
     return {
         "mean": float(lengths.mean()),
+        "standard_error_over_batches": standard_error,
         "standard_deviation": float(lengths.std()),
         "least": int(values[0]),
         "most": int(values[-1]),
@@ -301,6 +314,8 @@ def _summary(lengths: IntArray) -> dict[str, Any]:
 
 UNEVEN = 0.2
 """Relative difference between the halves of an image from which a context counts as lopsided."""
+UNSURE = 0.01
+"""Relative standard error of the mean context above which more images are asked for."""
 
 
 def warnings(report: MaskReport) -> list[str]:
@@ -326,6 +341,12 @@ def warnings(report: MaskReport) -> list[str]:
         )
     if report.shared_size:
         lines.append(f"all targets of a batch have one shape, of {len(report.shapes)} that occur over batches")
+    error, mean = report.standard_errors.get("context", 0.0), float(report.context.mean())
+    if error > UNSURE * mean:
+        lines.append(
+            f"images of a batch share what is drawn, so the mean context ({mean:.1f}) has a standard error of "
+            f"{error:.1f} over {report.images // report.images_per_batch} batches: draw more images"
+        )
     return lines
 
 

@@ -5,6 +5,8 @@ P = target patches    D = width of a target
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +24,8 @@ class SmoothL1(nn.Module):
 
     def __init__(self, *, beta: float = 1.0) -> None:
         super().__init__()
-        if beta <= 0:
-            raise ValueError(f"beta (={beta}) must be above 0; for beta 0 take the loss 'l1'")
+        if not 0 < beta < math.inf:
+            raise ValueError(f"beta (={beta}) must be above 0 and finite; for beta 0 take the loss 'l1'")
         self.beta = beta
 
     def forward(self, prediction: Prediction) -> Tensor:

@@ -34,7 +34,11 @@ __all__ = [
 
 @runtime_checkable
 class Masker(Protocol):
-    """Draws the masks of a batch as a pure function of its arguments."""
+    """Draws the masks of a batch as a pure function of its arguments.
+
+    One that truncates sets may also have ``before_truncation``, called alike, for the sets with all their patches:
+    tools/mask_report.py shows both.
+    """
 
     grid: Grid
     """(H, W): rows and columns of patches."""

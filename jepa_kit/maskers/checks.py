@@ -32,20 +32,14 @@ def check_at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises: ValueError: ``value`` is none of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, choices))}")
-
-
 def check_ratio(name: str, ratio: float, grid: Grid) -> int:
     """How many patches a share of them is, rounded.
 
     Raises:
-        ValueError: no patch, or all of them.
+        ValueError: no patch, all of them, or a ratio that is not finite.
     """
     patches = grid[0] * grid[1]
-    if not 0 < round(patches * ratio) < patches:
+    if not math.isfinite(ratio) or not 0 < round(patches * ratio) < patches:
         raise ValueError(
             f"{name} (={ratio}) must leave a target and a context among the {patches} patches of a "
             f"{grid[0]} x {grid[1]} grid: from {1 / patches:.3g} to {1 - 1 / patches:.3g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +22,7 @@ class Mixture:
     """A union of maskers with weights; which one an image gets is a pure function of (seed, epoch, sample).
 
     The context sets of a batch are the first of every image, then the second of those that have one, and so on; target
-    sets likewise. Where members give an image unlike numbers of target sets, an image with more of them has more weight
-    in the loss, which is a mean over target sets (and ranks then average means over unlike numbers).
+    sets likewise. Every image counts the same in a loss, however many target sets its member gives it.
 
     Training on several masking strategies at once is that of V-JEPA's groups (arXiv 2404.08471), drawn here image by
     image instead of all for each. Results are not yet measured here.
@@ -60,12 +59,23 @@ class Mixture:
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks of a batch; see ``Masker``. ``step`` goes to the members."""
+        return self._join(self.members, samples, seed=seed, epoch=epoch, step=step)
+
+    def before_truncation(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
+        """The masks that members' truncation would cut: those of a call, with all their patches."""
+        whole = [getattr(masker, "before_truncation", masker) for masker in self.members]
+        return self._join(whole, samples, seed=seed, epoch=epoch, step=step)
+
+    def _join(
+        self, draws: Sequence[Callable[..., MaskBatch]], samples: IntArray, *, seed: int, epoch: int, step: int
+    ) -> MaskBatch:
+        """The masks of a batch, each image's by its member's entry in ``draws``."""
         samples = np.asarray(samples)
         member = self.member_of(samples, seed=seed, epoch=epoch)
-        images = [np.flatnonzero(member == i) for i in range(len(self.members))]
+        images = [np.flatnonzero(member == i) for i in range(len(draws))]
         parts = [
-            (masker(samples[at], seed=seed, epoch=epoch, step=step), at)
-            for masker, at in zip(self.members, images, strict=True)
+            (draw(samples[at], seed=seed, epoch=epoch, step=step), at)
+            for draw, at in zip(draws, images, strict=True)
             if at.size
         ]
         return join(parts, self.grid)

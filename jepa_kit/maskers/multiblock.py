@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa_kit.maskers.blocks import Blocks, BlockShape, BoolArray, Edges, corners, fewest_left, reach
-from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_choice, check_grid, check_scale
+from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_grid, check_scale
 from jepa_kit.maskers.packing import keep_first, keep_random, lengths_of, mask_batch, shortest
-from jepa_kit.registry import MASKERS
+from jepa_kit.registry import MASKERS, check_choice
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
@@ -131,9 +131,9 @@ class MultiBlock:
         self.num_contexts = check_at_least("num_contexts", num_contexts, 1)
         self.min_keep = check_at_least("min_keep", min_keep, 1)
         self.min_keep_target = check_at_least("min_keep_target", min_keep_target, 1)
-        check_choice("edges", edges, ("inclusive", "released"))
-        check_choice("size_per", size_per, ("block", "image", "batch"))
-        check_choice("truncation", truncation, ("none", "released", "random", "fixed"))
+        check_choice("edges", edges, Edges)
+        check_choice("size_per", size_per, SizePer)
+        check_choice("truncation", truncation, Truncation)
         self.allow_overlap, self.edges, self.size_per, self.truncation = allow_overlap, edges, size_per, truncation
         self.coupled = coupled_scale_and_aspect
         self.context_length, self.target_length = context_length, target_length

@@ -7,11 +7,13 @@ from typing import Literal
 import numpy as np
 
 from jepa_kit.maskers.blocks import Blocks, BlockShape, BoolArray, corners, fewest_left
-from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_choice, check_grid, check_scale
+from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_grid, check_scale
 from jepa_kit.maskers.packing import lengths_of, mask_batch
-from jepa_kit.registry import MASKERS
+from jepa_kit.registry import MASKERS, check_choice
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
+
+Predict = Literal["union", "blocks"]
 
 ATTEMPTS = 16  # draws of a group's places before the one that always leaves a context
 
@@ -47,11 +49,11 @@ class MultiGroup:
         target_scale: tuple[tuple[float, float], ...] = ((0.15, 0.15), (0.7, 0.7)),
         target_aspect_ratio: tuple[float, float] = (0.75, 1.5),
         min_keep: int = 1,
-        predict: Literal["union", "blocks"] = "union",
+        predict: Predict = "union",
     ) -> None:
         self.grid = check_grid(grid)
         self.min_keep = check_at_least("min_keep", min_keep, 1)
-        check_choice("predict", predict, ("union", "blocks"))
+        check_choice("predict", predict, Predict)
         self.predict, self.num_targets = predict, tuple(num_targets)
         if not num_targets or len(num_targets) != len(target_scale):
             given = f"num_targets (={self.num_targets}) and target_scale (={target_scale})"

@@ -11,8 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jepa_kit.encoders import Encoder
-from jepa_kit.encoders.blocks import check_choice
-from jepa_kit.registry import TARGETS
+from jepa_kit.registry import TARGETS, check_choice
 from jepa_kit.structures import PatchSets
 
 PatchNorm = Literal["patch", "none"]

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.encoders import Encoder
-from jepa_kit.encoders.blocks import check_choice
-from jepa_kit.registry import TARGETS
+from jepa_kit.registry import TARGETS, check_choice
 from jepa_kit.structures import PatchSets
 
 Norm = Literal["layer", "none"]

@@ -6,17 +6,20 @@
    linear probe and nearest neighbours, on three labels: how many objects, how far the nearest, of which shape;
 4. prints one table and saves it as JSON, beside pictures of masks, training curves and patch features.
 
-What is there already is kept: a second call goes on where the first was stopped.
+What is there already is kept: stopped by Ctrl-C or SIGTERM, the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -26,14 +29,17 @@ import torch
 
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.loader import TrainLoader
+from jepa_kit.data.shard_index import read_index
 from jepa_kit.data.shard_writing import INDEX
+from jepa_kit.encoders import Encoder
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
-from jepa_kit.evaluation.features import LoadedRun, load_run, untrained_encoder
+from jepa_kit.engine.signals import Preempted
+from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures import mask_gallery, patch_pca
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
-from jepa_kit.recipe import build_masker
+from jepa_kit.recipe import build_masker, build_recipe
 from tools import make_shards
 
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
@@ -49,21 +55,42 @@ EXAMPLE = """examples:
 """
 
 
-def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: int) -> tuple[Path, Path]:
-    """Shards of training and of test scenes; those that are complete are kept.
+class UnmadeError(Exception):
+    """make_shards has ended with a status that is not 0, and has said why."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: tuple[int, int]) -> tuple[Path, Path]:
+    """Shards of training and of test scenes of (height, width); those that are complete are kept.
 
     Raises:
-        RuntimeError: make_shards refused; it has said why.
+        ValueError: complete shards of other scenes are there.
+        UnmadeError: make_shards refused, or was stopped.
     """
+    size = "x".join(map(str, image_size))
     parts = {"train": (train_scenes, 0), "test": (test_scenes, TEST_SEED)}
     for name, (count, seed) in parts.items():
         if (folder / name / INDEX).exists():
+            check_scenes(folder / name, f"{count} scenes of {size}, seed {seed}")
             print(f"shards: {folder / name} is there already")
-            continue
-        arguments = ["--num-scenes", count, "--image-size", image_size, "--seed", seed, "--overwrite"]
-        if make_shards.main(["synthetic:scenes", str(folder / name), *map(str, arguments)]):
-            raise RuntimeError(f"no shards in {folder / name}")
+    for name, (count, seed) in parts.items():
+        if not (folder / name / INDEX).exists():
+            arguments = ["--num-scenes", count, "--image-size", size, "--seed", seed, "--overwrite"]
+            if status := make_shards.main(["synthetic:scenes", str(folder / name), *map(str, arguments)]):
+                raise UnmadeError(status)
     return folder / "train", folder / "test"
+
+
+def check_scenes(folder: Path, asked: str) -> None:
+    """Raises ValueError where complete shards hold other scenes than those asked for."""
+    index = read_index(str(folder / INDEX))
+    made = index.get("made_by", {})
+    sides = str(made.get("image_size")).split("x")  # a side, or HEIGHTxWIDTH
+    held = f"{index['samples']} scenes of {sides[0]}x{sides[-1]}, seed {made.get('seed')}"
+    if held != asked:
+        raise ValueError(f"{folder} holds {held}, but {asked} are asked for: remove it, or take another --output-dir")
 
 
 def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.device) -> list[Row]:
@@ -121,37 +148,37 @@ def margins(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs all of it; 0, or 2 where something was refused."""
-    text = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        description=text[0], epilog=text[1] + "\n" + EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
-    parser.add_argument("--train-scenes", type=int, default=8064, help="default: %(default)s")
-    parser.add_argument("--test-scenes", type=int, default=1920, help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to configs/quickstart.yaml")
-    args = parser.parse_args(argv)
-    folder: Path = args.output_dir
-    start = time.perf_counter()
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, in this process; its workers end with it. Training listens to SIGTERM itself."""
+    here = os.getpid()
+
+    def stop(*_: object) -> None:
+        if os.getpid() == here:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        own = [f"train.output_dir={folder / 'run'}", f"data.shards={folder / 'shards/train'}"]
-        config = load_config(CONFIG, [*own, *args.overrides])
-        shards = make_data(
-            folder / "shards",
-            train_scenes=args.train_scenes,
-            test_scenes=args.test_scenes,
-            image_size=config.data.image_size[0],
-        )
-        made = time.perf_counter()
-        train(config, resume=True)
-        trained = time.perf_counter()
-        run = load_run(config.train.output_dir)
-        rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
-        pictures = draw(config, run, shards[0], folder)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 2
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequence[str]) -> None:
+    """The four things that the text of this file names, in ``folder``."""
+    start = time.perf_counter()
+    own = [f"train.output_dir={folder / 'run'}", f"data.shards={folder / 'shards/train'}"]
+    config = load_config(CONFIG, [*own, *overrides])
+    encoder = cast(Encoder, build_recipe(config).encoder)
+    layer_numbers(LAYERS, encoder.depth)  # what cannot be evaluated is not trained either
+    size = config.data.image_size
+    shards = make_data(folder / "shards", train_scenes=train_scenes, test_scenes=test_scenes, image_size=size)
+    made = time.perf_counter()
+    train(config, resume=True)
+    trained = time.perf_counter()
+    run = load_run(config.train.output_dir)
+    rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
+    pictures = draw(config, run, shards[0], folder)
     done = time.perf_counter()
     print(f"\nfrozen features on {len(open_shards(config, str(shards[1]))):,} test scenes, accuracy in %\n")
     print(format_table(rows))
@@ -160,6 +187,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nscenes {made - start:.0f} s, training {trained - made:.0f} s, evaluation {done - trained:.0f} s")
     for path in (folder / "results.json", *pictures, Path(config.train.output_dir) / "curves.png"):
         print(f"  {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs all of it; 0, 2 where something was refused, 130 where it was stopped."""
+    text = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        description=text[0], epilog=text[1] + "\n" + EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("output/quickstart"), help="default: %(default)s")
+    parser.add_argument("--train-scenes", type=int, default=8064, help="default: %(default)s")
+    parser.add_argument("--test-scenes", type=int, default=1920, help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to configs/quickstart.yaml")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        with sigterm_as_interrupt():
+            run_all(args.output_dir, args.train_scenes, args.test_scenes, args.overrides)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    except UnmadeError as unmade:
+        return unmade.status
+    except (KeyboardInterrupt, Preempted):
+        print("quickstart: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -206,10 +206,16 @@ def test_refuses_a_depth_below_one() -> None:
         make_blocks(8, 0, 2, mlp_ratio=4.0)
 
 
-@pytest.mark.parametrize("ratio", [0.0, -2.0, 0.01])
+@pytest.mark.parametrize("ratio", [0.0, -2.0, 0.01, math.inf, math.nan])
 def test_refuses_an_mlp_without_a_unit(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"mlp_ratio \(={ratio}\) must be above 0: the MLP needs a unit"):
+    with pytest.raises(ValueError, match=rf"mlp_ratio \(={ratio}\) must be above 0 and finite: the MLP needs a unit"):
         make_blocks(8, 1, 2, mlp_ratio=ratio)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-6, math.inf, math.nan])
+def test_refuses_an_eps_that_is_not_positive(eps: float) -> None:
+    with pytest.raises(ValueError, match=rf"norm_eps \(={eps}\) must be above 0 and finite"):
+        make_blocks(8, 1, 2, mlp_ratio=4.0, norm_eps=eps)
 
 
 def test_refuses_an_unknown_backend() -> None:

@@ -293,6 +293,7 @@ def test_with_small_patches_the_released_init_drowns_content_in_position() -> No
         ({"num_heads": 0}, r"num_heads \(=0\) must divide the width \(=32\)"),
         ({"depth": 0}, r"depth \(=0\) must be at least 1"),
         ({"mlp_ratio": 0.0}, r"mlp_ratio \(=0.0\) must be above 0"),
+        ({"norm_eps": -1.0}, r"norm_eps \(=-1.0\) must be above 0 and finite"),
         ({"in_chans": 0}, r"in_chans \(=0\) must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path \(=1.0\) must be in \[0, 1\)"),
         ({"init": "xavier"}, r"init \(='xavier'\) must be one of 'released', 'depth_scaled'"),

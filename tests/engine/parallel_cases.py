@@ -105,6 +105,7 @@ def check_equality(world):
         ("ddp", 2, CLIP, True),
         ("fsdp", 1, CLIP, True),
         ("fsdp", 2, None, False),
+        ("fsdp", 5, None, False),  # more parts than a rank's images
     ):
         what = f"{mode}, {accumulate} parts, clip_grad {clip_grad}, checkpointing {checkpointing}"
         jepa = make(seed=world.rank)  # rank 0's weights are taken

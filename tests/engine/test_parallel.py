@@ -1,5 +1,6 @@
 """Two and four gloo processes, DDP and FSDP2, whole batches and parts: the numbers of one process."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import parallel_cases
 import pytest
 import torch
 from parallel_cases import SAVED, Training, batch, close, make, same_state
+from PIL import Image
 
+from jepa_kit.data.shard_writing import Sample, write_index, write_shard
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.distributed import World
 from jepa_kit.engine.loop import train
@@ -107,9 +110,57 @@ def test_several_processes_cannot_train_apart(monkeypatch):
         parallelize(make(), CPU, "none")
 
 
-def test_more_parts_than_images():
-    with pytest.raises(ValueError, match=r"accumulate \(=9\) must be at most the 8 images of a rank's batch"):
-        Accumulated(make(), 9)(*batch(0, World()))
+@pytest.mark.parametrize("parts", [9, 20])
+def test_more_parts_than_images(parts):
+    """What is left where images could not be used: the same step, in as many parts as on other ranks."""
+    wanted, found = Training(), Training(World(), accumulate=parts)
+    assert len(list(found.forward.split(*batch(0, World())))) == parts
+    close(found.steps(), wanted.steps(), f"{parts} parts")
+    same_state((found.jepa.state_dict(), {}), (wanted.jepa.state_dict(), {}), f"{parts} parts")
+
+
+def test_parts_without_an_image_of_their_own_leave_no_trace():
+    """Not even a rounding: gradients of 11 parts of 8 images are those of 8 parts, bit by bit."""
+    images, masks = batch(0, World())
+    gradients = []
+    for parts in (8, 11):
+        jepa = make()
+        Accumulated(jepa, parts)(images, masks).loss.backward()
+        gradients.append([p.grad for p in jepa.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_run_goes_on_past_an_image_that_is_none(tiny, tmp_path):
+    """Of 4 images and 4 parts, in one batch 3 are left."""
+    samples = [Sample(f"{k}", "png", png(k) if k != 5 else b"no image") for k in range(20)]
+    (tmp_path / "broken").mkdir()
+    shard, rows = write_shard(str(tmp_path / "broken/shard-000000.tar"), samples)
+    write_index(str(tmp_path / "broken"), [shard], [rows], classes={}, refused=[], made_by={})
+    still = ("encoder.drop_path=0.0", "train.epochs=1", "train.steps_per_epoch=5", "optim.warmup_epochs=0")
+    plain, parts = (
+        read_metrics(
+            train(
+                tiny(
+                    *still,
+                    f"data.shards={tmp_path / 'broken'}",
+                    f"train.accumulate={k}",
+                    f"train.output_dir={tmp_path / str(k)}",
+                )
+            )
+        )
+        for k in (1, 4)
+    )
+    assert parts[-1]["data/skipped"] == plain[-1]["data/skipped"] == 1
+    for line, wanted in zip(parts, plain, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=0, abs=1e-6)
+
+
+def png(seed):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("name", ["train.accumulate=2", "train.activation_checkpointing=true"])

@@ -94,6 +94,13 @@ def test_a_stretched_schedule_ends_before_its_end():
     assert make_schedule()(29).lr == pytest.approx(1e-6, abs=1e-15)
 
 
+def test_a_stretched_length_is_rounded_in_the_releases_order():
+    """1.15 x 10 x 10 updates are 115, where 1.15 x 100 are 114."""
+    schedule = make_schedule(epochs=10, steps_per_epoch=10, stretch=1.15)
+    expected = 0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi * 51 / 115))
+    assert schedule(50).weight_decay == pytest.approx(expected, rel=0, abs=1e-12)
+
+
 def test_without_momentum_nothing_moves():
     assert make_schedule(momentum=None)(29).momentum == 1.0
 

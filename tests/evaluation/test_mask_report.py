@@ -73,6 +73,7 @@ def test_released_biases_are_told_with_their_figures(released: MaskReport) -> No
             "scale and aspect ratio of targets come from one number: 5 of the ",
             "the context block is the same in every image: context_scale (=0.85, 1.0) has no effect on this grid",
             "all targets of a batch have one shape, of 5 that occur over batches",
+            "images of a batch share what is drawn, so the mean context (",
         ),
         strict=True,
     ):
@@ -122,10 +123,58 @@ def test_counts_are_those_of_plain_counting(name: str) -> None:
     assert report.shares.target.ravel() == pytest.approx(target / 40)
     assert report.shares.unused.ravel() == pytest.approx(unused / 40)
     assert sorted(report.context) == sorted(contexts)
+    assert sorted(report.context_before) == sorted(contexts)
+    assert sorted(report.targets_before) == sorted(targets)
     assert sorted(report.targets) == sorted(targets)
     assert report.overlap == pytest.approx(twice / once)
     assert report.sets_per_image == pytest.approx((len(contexts) / 40, len(targets) / 40))
     json.dumps(report.to_dict())
+
+
+CUT = {"name": "multiblock", "truncation": "fixed", "context_length": 12, "target_length": 3}
+
+
+@pytest.mark.parametrize(
+    "masker", [CUT, {"name": "mixture", "maskers": [CUT, {"name": "multiblock", "truncation": "released"}]}]
+)
+def test_lengths_before_truncation(masker: dict[str, Any], tmp_path: Path) -> None:
+    """Those of the same images with the truncation taken out (which redraws for 12 patches of context)."""
+    whole: dict[str, Any] = {"name": "multiblock", "min_keep": 12}
+    if masker["name"] == "mixture":
+        whole = {"name": "mixture", "maskers": [whole, {"name": "multiblock"}]}
+    held = config(masker, 6)
+    report, expected = (mask_report(c, images=60, images_per_batch=20) for c in (held, config(whole, 6)))
+    assert report.context_before.tolist() == expected.context.tolist()
+    assert report.targets_before.tolist() == expected.targets.tolist()
+    lengths = report.to_dict()["lengths"]
+    assert lengths["context_before_truncation"]["mean"] > lengths["context"]["mean"]
+    assert lengths["target_before_truncation"]["mean"] == pytest.approx(expected.targets.mean())
+    assert lengths["target"]["mean"] < lengths["target_before_truncation"]["mean"]
+    mask_page([report], [held], ["cut"], tmp_path / "page.png")
+
+
+def test_standard_errors_are_over_batches() -> None:
+    """Of batches that share their sizes: the deviation of the means of other runs of as many batches."""
+    masker = {"name": "multiblock", **RELEASED}
+    held = [config(masker, 14, train={"seed": seed, "device": "cpu"}) for seed in range(16)]
+    reports = [mask_report(c, images=4 * 32, images_per_batch=32) for c in held]
+    for name in ("context_before", "context", "targets_before", "targets"):
+        means = [getattr(report, name).mean() for report in reports]
+        error = np.sqrt(np.mean([report.standard_errors[name] ** 2 for report in reports]))
+        assert error == pytest.approx(np.std(means, ddof=1), rel=0.5), name
+    assert reports[0].to_dict()["lengths"]["context"]["standard_error_over_batches"] > 1
+    assert any(" has a standard error of " in line and "over 4 batches" in line for line in warnings(reports[0]))
+    assert mask_report(config({"name": "multiblock"}), images=64, images_per_batch=16).standard_errors == {}
+
+
+def test_the_context_by_images_per_batch_is_that_of_the_report(released: MaskReport) -> None:
+    assert released.by_batch[128] == pytest.approx(released.context.mean(), rel=1e-12)
+
+
+def test_a_large_batch_is_counted_set_by_set() -> None:
+    """20,000 images: a table of images times sets would take gigabytes."""
+    report = mask_report(config({"name": "random"}, 4), images=20000, images_per_batch=20000)
+    assert report.shares.context == pytest.approx(np.full((4, 4), 6 / 16), abs=0.02)
 
 
 def test_rectangles() -> None:

@@ -115,7 +115,9 @@ def test_every_built_in_loss_has_its_formula_here() -> None:
     assert set(BUILT_IN) == set(OF_A_TOKEN)
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0])
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_smooth_l1_refuses_a_beta_that_is_not_positive(beta: float) -> None:
-    with pytest.raises(ValueError, match=rf"beta \(={beta}\) must be above 0; for beta 0 take the loss 'l1'"):
+    with pytest.raises(
+        ValueError, match=rf"beta \(={beta}\) must be above 0 and finite; for beta 0 take the loss 'l1'"
+    ):
         SmoothL1(beta=beta)

@@ -61,6 +61,25 @@ def test_sets_come_by_their_number_then_by_image() -> None:
     assert masks.context.image.tolist() == list(range(12))
 
 
+def test_before_truncation_are_the_sets_that_are_cut() -> None:
+    parts = (
+        {"name": "multiblock", "truncation": "released", "edges": "released"},
+        {"name": "multiblock", "truncation": "fixed", "context_length": 20, "target_length": 5},
+        {"name": "random"},
+    )
+    masker = Mixture(grid=(8, 8), maskers=parts)
+    arguments: dict[str, Any] = {"seed": 1, "epoch": 2, "step": 3}
+    masks, before = masker(np.arange(40), **arguments), masker.before_truncation(np.arange(40), **arguments)
+    member = masker.member_of(np.arange(40), seed=1, epoch=2)
+    cut = np.zeros((3, 2), dtype=np.int64)
+    for kind, (after, whole) in enumerate(((masks.context, before.context), (masks.targets, before.targets))):
+        assert after.image.tolist() == whole.image.tolist()
+        for few, all_of_them, b in zip(after.split(), whole.split(), after.image.tolist(), strict=True):
+            assert set(few.tolist()) <= set(all_of_them.tolist())
+            cut[member[b], kind] += len(all_of_them) - len(few)
+    assert (cut > 0).tolist() == [[True, False], [True, True], [False, False]]
+
+
 def test_one_member_is_that_masker() -> None:
     mixed = Mixture(grid=(8, 8), maskers=({"name": "block"},))(np.arange(20), seed=3, epoch=0)
     alone = Block(grid=(8, 8))(np.arange(20), seed=3, epoch=0)
@@ -88,6 +107,10 @@ def test_one_member_is_that_masker() -> None:
         (
             {"maskers": ({"name": "multiblock", "num_targets": 0},)},
             "maskers[0]: num_targets (=0) must be at least 1",
+        ),
+        (
+            {"maskers": ({"name": "blockwise", "ratio": float("inf")},)},
+            "maskers[0]: ratio (=inf) must leave a target and a context among the 64 patches",
         ),
         ({"weights": (1.0,)}, "weights (=(1.0,)) must be one number above 0 for each of the 2 maskers"),
         ({"weights": (1.0, 0.0)}, "weights (=(1.0, 0.0)) must be one number above 0 for each of the 2 maskers"),

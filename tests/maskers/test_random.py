@@ -38,7 +38,7 @@ def test_every_patch_and_every_pair_is_as_likely() -> None:
     assert np.abs(z).max() < stats.norm.isf(1e-3 / 2 / len(z))
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.99, 1.0, -0.5, 2.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.99, 1.0, -0.5, 2.0, float("inf"), float("nan")])
 def test_a_ratio_that_leaves_nothing(ratio: float) -> None:
     with pytest.raises(ValueError) as error:
         Random(grid=(4, 4), ratio=ratio)

@@ -1,7 +1,4 @@
-"""check_parity against the recording of the released code, and against one made here by plain functional code.
-
-B images    C contexts    M target blocks    N patches    L patches of a set    D width
-"""
+"""check_parity against the recording of the released code, and against one made by plain functional code."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from plain_recording import record
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,14 +26,22 @@ def test_the_released_code_is_reproduced(suffix: str, capsys: pytest.CaptureFixt
         assert quantity in printed
     assert "loss, step 29" in printed
     assert "30 steps in torch.float64: all quantities within 1e-08" in printed
+    # It holds no final weights; 40, 31 and 40 are the parameters of a ViT and a predictor of its sizes.
+    _, _, lacking = printed.partition("not in the fixture, so not compared:\n")
+    assert [line.strip() for line in lacking.split("\n\n")[0].splitlines()] == [
+        "final weights of the encoder (final/encoder/, 40 tensors)",
+        "final weights of the predictor (final/predictor/, 31 tensors)",
+        "final weights of the target_encoder (final/target_encoder/, 40 tensors)",
+    ]
 
 
-def copy_fixture(folder: Path, change: Any) -> str:
-    """A copy of the fixture after ``change(content, tensors)``."""
-    content = json.loads(FIXTURE.with_suffix(".json").read_text())
-    tensors = load_file(FIXTURE.with_suffix(".safetensors"))
-    content["trajectory"] = content["trajectory"][:2]
+def copy_fixture(folder: Path, change: Any, *, of: Path = FIXTURE, steps: int = 2) -> str:
+    """A copy of a fixture's first steps after ``change(content, tensors)``."""
+    content = json.loads(of.with_suffix(".json").read_text())
+    tensors = load_file(of.with_suffix(".safetensors"))
+    content["trajectory"] = content["trajectory"][:steps]
     change(content, tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     (folder / "f.json").write_text(json.dumps(content))
     save_file(tensors, folder / "f.safetensors")
     return str(folder / "f")
@@ -64,6 +69,57 @@ def test_a_difference_is_found(name: str, failed: str, tmp_path: Path, capsys: p
     assert main([path, "--tolerance", "1e-2"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "failed"),
+    [
+        ("step0_mean_squared_error", 1.02, "mean squared error, step 0"),
+        ("no_weight_decay", ["predictor/mask_token"], "parameters without weight decay"),
+    ],
+)
+def test_recorded_settings_are_compared(
+    setting: str, value: Any, failed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([copy_fixture(tmp_path, lambda c, t: c["meta"].update({setting: value}))]) == 1
+    above = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<-- above")]
+    assert [line.split("  ")[0] for line in above] == [failed]
+
+
+def drop(tensors: dict[str, Tensor], prefix: str) -> None:
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        (lambda c, t: drop(t, "step0/grad/"), "gradients of the predictor (step0/grad/predictor/, 31 tensors)"),
+        (lambda c, t: drop(t, "step0/grad/encoder"), "gradients of the encoder (step0/grad/encoder/, 40 tensors)"),
+        (lambda c, t: drop(t, "step0/"), "prediction (step0/prediction)"),
+        (lambda c, t: drop(t, "step0/encoder_full"), "encoder, all patches (step0/encoder_full_output)"),
+        (lambda c, t: drop(t, "init/predictor/predictor_pos"), "positions of the predictor (init/predictor/"),
+        (lambda c, t: [step.pop("momentum") for step in c["trajectory"]], "momentum of each step"),
+        (lambda c, t: c.update(trajectory=[{}, {}]), "loss of each step"),
+    ],
+)
+def test_what_is_not_recorded_is_named(
+    change: Any, lacking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([copy_fixture(tmp_path, change)]) == 0
+    before, _, after = capsys.readouterr().out.partition("not in the fixture, so not compared:\n")
+    assert f"  {lacking}" in after
+    assert lacking.split(" (")[0] + "  " not in before, "and yet compared"
+
+
+def test_what_is_not_looked_at_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        content["meta"]["clip_grad"] = 3.0
+        tensors["step0/attention"] = torch.zeros(3)
+
+    assert main([copy_fixture(tmp_path, change)]) == 0
+    named = "in the fixture, but not compared: masks of later steps, meta.clip_grad, step0/attention\n"
+    assert named in capsys.readouterr().out
+
+
 def test_nan_is_a_difference(tmp_path: Path) -> None:
     def change(content: dict[str, Any], _: Any) -> None:
         content["trajectory"][1]["loss"] = math.nan
@@ -71,16 +127,106 @@ def test_nan_is_a_difference(tmp_path: Path) -> None:
     assert main([copy_fixture(tmp_path, change)]) == 1
 
 
+OF_META = ("no_weight_decay", "step0_mean_squared_error")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c, t: c.pop("meta"), "has no 'meta': it is not a recording of training steps"),
+        (lambda c, t: c.update(meta=[1]), "meta (=[1]) must be a mapping"),
         (lambda c, t: c["meta"].pop("depth"), "the fixture's meta has no depth"),
-        (lambda c, t: t.pop("images"), "the fixture has no tensor 'images'; it has"),
-        (lambda c, t: t.pop("masks/1/context/0"), "no tensor masks/1/context/0, so step 1 has no context patches"),
         (lambda c, t: c["meta"].update(depth=2), "unexpected: blocks.2.attn.proj.bias"),
         (lambda c, t: c["meta"].update(patch_size=7), "patch_size (=7) must divide"),
-        (lambda c, t: t.update({"step0/target": t["step0/target"][:3]}), "target has 9216 numbers, but the fixture"),
+        (
+            lambda c, t: c["meta"].update(batch_size=True),
+            "batch_size (=True) of the fixture's meta must be a whole number",
+        ),
+        (lambda c, t: c["meta"].update(dtype="torch.foo"), "dtype (='torch.foo') of the fixture's meta must be torch."),
+        (lambda c, t: c["meta"].update(ema=None), "ema (=None) of the fixture's meta must be two numbers from 0 to 1"),
+        (lambda c, t: c["meta"].update(ema=0.99), "ema (=0.99) of the fixture's meta must be two numbers from 0 to 1"),
+        (lambda c, t: c["meta"].update(optimizer={"eps": 1}), "optimizer (={'eps': 1}) of the fixture's meta must be"),
+        (
+            lambda c, t: c["meta"].update(optimizer="SGD"),
+            "optimizer (='SGD') of the fixture's meta must be a text with",
+        ),
+        (lambda c, t: c["meta"].update(optimizer="AdamW(eps=x)"), "must have numbers after eps="),
+        (lambda c, t: c["meta"].update(ref_lr="1e-3"), "ref_lr (='1e-3') of the fixture's meta must be a number"),
+        (lambda c, t: c["meta"].update(wd=math.inf), "wd (=inf) of the fixture's meta must be a number from 0"),
+        (
+            lambda c, t: c["meta"].update(final_lr=0.1),
+            "final_lr (=0.1) of the fixture's meta must be at most ref_lr (=0",
+        ),
+        (
+            lambda c, t: c["meta"].update(ipe_scale=0.8),
+            "ipe_scale (=0.8) of the fixture's meta must be a number from 1",
+        ),
+        (lambda c, t: c["meta"].update(epochs=1, iterations_per_epoch=1), "2 steps, but epochs * iterations_per_epoch"),
+        (lambda c, t: c["meta"].update(num_target_blocks=3), "masks/0/target/ must hold sets 0 to 2, not 0, 1, 2, 3"),
+        (lambda c, t: c.update(trajectory=[]), "trajectory (=[]) must be a list with a mapping for each step"),
+        (lambda c, t: c.update(trajectory=[1, 2]), "trajectory[0] (=1) must be a mapping with loss, lr"),
+        (lambda c, t: c["trajectory"][1].pop("lr"), "trajectory[1] has no lr, which other steps have"),
+        (lambda c, t: c["trajectory"][1].update(loss=None), "trajectory[1].loss (=None) must be a number"),
+        (lambda c, t: c["trajectory"][1].update(loss=10**400), "trajectory[1].loss (=10000"),
+        (lambda c, t: c["trajectory"][1].update(step=5), "trajectory[1].step (=5) must be 1"),
+        (lambda c, t: t.pop("images"), "the fixture has no tensor 'images'; it has"),
+        (lambda c, t: t.update(images=t["images"][:0]), "images must be [K, B, 3, h, w] with K of 1 or more and the"),
+        (
+            lambda c, t: t.update(images=t["images"][..., :32]),
+            "the rest (4, 3, 64, 64) as meta says, not (5, 4, 3, 64, 32",
+        ),
+        (
+            lambda c, t: t.update(images=t["images"].float()),
+            "images is torch.float32, but the run of the fixture's meta",
+        ),
+        (lambda c, t: t.pop("masks/1/context/0"), "no tensor masks/1/context/0, so step 1 has no context patches"),
+        (lambda c, t: t.pop("masks/0/target/0"), "masks/0/target/ must hold sets 0 to 3, not 1, 2, 3"),
+        (
+            lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"][0]}),
+            "int64 with B = 4 (batch_size of meta)",
+        ),
+        (lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"][:2]}), "not torch.int64 of shape (2, 7)"),
+        (lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"] / 2}), "not torch.float32 of shape (4, 7)"),
+        (lambda c, t: t["masks/0/context/0"].add_(64), "masks/0/context/0 holds patch"),
+        (lambda c, t: t["masks/0/target/2"].zero_(), "masks/0/target/2 holds a patch twice in one image"),
+        (
+            lambda c, t: t.update({"masks/0/target/1": t["masks/0/target/1"][:, 1:]}),
+            "masks/0/target/1 has 11 patches an",
+        ),
+        (lambda c, t: drop(t, "init/target_encoder"), "(checkpoint: init/target_encoder/) does not fit"),
+        (lambda c, t: t.pop("init/predictor/mask_token"), "missing: mask_token"),
+        (
+            lambda c, t: t.pop("step0/grad/encoder/norm.bias"),
+            "lacks 1 of 40 tensors of step0/grad/encoder/ (it must have",
+        ),
+        (
+            lambda c, t: t.update({"step0/grad/encoder/x": torch.ones(1)}),
+            "has step0/grad/encoder/x: no parameter is called",
+        ),
+        (
+            lambda c, t: t.update({"final/head/x": torch.ones(1)}),
+            "trajectory has 2 steps, but its final weights are those",
+        ),
+        (
+            lambda c, t: (c["meta"].pop("steps"), t.update({"final/head/x": torch.ones(1)})),
+            "has final/head/x: no parameter",
+        ),
+        (
+            lambda c, t: (c["meta"].pop("steps"), t.update({"final/encoder/norm.bias": torch.ones(48)})),
+            "lacks 39 of 40",
+        ),
+        (
+            lambda c, t: t.update({"step0/target": t["step0/target"][:3]}),
+            "target is of shape (16, 12, 48), but in the fixture of (3, 12, 48)",
+        ),
+        (
+            lambda c, t: t.update({"step0/prediction": t["step0/prediction"].transpose(0, 1)}),
+            "prediction is of shape (16, 12, 48), but in the fixture of (12, 16, 48)",
+        ),
+        (
+            lambda c, t: (drop(t, "step0"), [c["meta"].pop(name) for name in OF_META], c.update(trajectory=[{}, {}])),
+            "the fixture holds nothing of a run to compare",
+        ),
     ],
 )
 def test_a_bad_fixture_is_named(change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,160 +241,20 @@ def test_files_that_are_no_fixture(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     assert main([str(tmp_path / "a")]) == 2
     assert "a.json is not JSON" in capsys.readouterr().err
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe")
+    assert main([str(tmp_path / "a")]) == 2
+    assert "a.json is not JSON: 'utf-8' codec" in capsys.readouterr().err
     (tmp_path / "a.json").write_text("{}")
     assert main([str(tmp_path / "a.json")]) == 2
     assert "a.safetensors is not a safetensors file" in capsys.readouterr().err
 
 
-# --- a recording of other sizes, two contexts and a stretched schedule, by plain functional code ---
-
-META: dict[str, Any] = {
-    "img_size": [32, 48],
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "mlp_ratio": 2.0,
-    "predictor_embed_dim": 16,
-    "predictor_depth": 1,
-    "predictor_num_heads": 2,
-    "batch_size": 3,
-    "iterations_per_epoch": 3,
-    "epochs": 3,
-    "warmup_epochs": 1,
-    "ipe_scale": 1.25,
-    "ema": [0.9, 1.0],
-    "start_lr": 1e-4,
-    "ref_lr": 2e-3,
-    "final_lr": 1e-5,
-    "wd": 0.1,
-    "final_wd": 0.2,
-    "dtype": "torch.float64",
-}
-GRID, B, C, M = (4, 6), 3, 2, 3
-
-
-def positions(dim: int) -> Tensor:
-    """[1, N, D] the column's sine and cosine, then the row's."""
-    rows, columns = torch.meshgrid(torch.arange(GRID[0]), torch.arange(GRID[1]), indexing="ij")
-    parts = []
-    for at in (columns, rows):
-        for f in (math.sin, math.cos):
-            angle = [[f(float(x) / 10000 ** (i / (dim // 4))) for i in range(dim // 4)] for x in at.flatten()]
-            parts.append(torch.tensor(angle, dtype=torch.float64))
-    return torch.cat(parts, 1).float().double()[None]
-
-
-def block(x: Tensor, w: dict[str, Tensor], name: str, heads: int) -> Tensor:
-    """A pre-norm transformer block over [S, L, D]."""
-    s, length, dim = x.shape
-    y = F.layer_norm(x, (dim,), w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"], 1e-6)
-    qkv = F.linear(y, w[f"{name}.attn.qkv.weight"], w[f"{name}.attn.qkv.bias"])
-    q, k, v = qkv.view(s, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    y = ((q @ k.mT / math.sqrt(dim // heads)).softmax(-1) @ v).transpose(1, 2).reshape(s, length, dim)
-    x = x + F.linear(y, w[f"{name}.attn.proj.weight"], w[f"{name}.attn.proj.bias"])
-    y = F.layer_norm(x, (dim,), w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"], 1e-6)
-    y = F.gelu(F.linear(y, w[f"{name}.mlp.fc1.weight"], w[f"{name}.mlp.fc1.bias"]))
-    return x + F.linear(y, w[f"{name}.mlp.fc2.weight"], w[f"{name}.mlp.fc2.bias"])
-
-
-def encode(w: dict[str, Tensor], images: Tensor, patches: Tensor | None) -> Tensor:
-    """[B, 3, h, w] -> [B, L, D]."""
-    x = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=8).flatten(2).mT
-    x = x + w["pos_embed"]
-    if patches is not None:
-        x = x.gather(1, patches[..., None].expand(-1, -1, x.shape[-1]))
-    for i in range(META["depth"]):
-        x = block(x, w, f"blocks.{i}", META["num_heads"])
-    return F.layer_norm(x, x.shape[-1:], w["norm.weight"], w["norm.bias"], 1e-6)
-
-
-def predict(w: dict[str, Tensor], seen: Tensor, context: Tensor, target: Tensor) -> Tensor:
-    """One context [B, L, D] and one target block [B, T] -> [B, T, D]."""
-    x = F.linear(seen, w["predictor_embed.weight"], w["predictor_embed.bias"]) + w["predictor_pos_embed"][0][context]
-    x = torch.cat([x, w["mask_token"] + w["predictor_pos_embed"][0][target]], 1)
-    x = block(x, w, "predictor_blocks.0", META["predictor_num_heads"])
-    x = F.layer_norm(x, x.shape[-1:], w["predictor_norm.weight"], w["predictor_norm.bias"], 1e-6)
-    return F.linear(x[:, -target.shape[1] :], w["predictor_proj.weight"], w["predictor_proj.bias"])
-
-
-def weights(part: str, dim: int, depth: int, shape: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Random weights under the released names."""
-    hidden = int(dim * META["mlp_ratio"])
-    for i in range(depth):
-        name = f"{part}blocks.{i}."
-        shape |= {f"{name}norm{k}.{v}": (dim,) for k in (1, 2) for v in ("weight", "bias")}
-        shape |= {f"{name}attn.qkv.weight": (3 * dim, dim), f"{name}attn.qkv.bias": (3 * dim,)}
-        shape |= {f"{name}attn.proj.weight": (dim, dim), f"{name}attn.proj.bias": (dim,)}
-        shape |= {f"{name}mlp.fc1.weight": (hidden, dim), f"{name}mlp.fc1.bias": (hidden,)}
-        shape |= {f"{name}mlp.fc2.weight": (dim, hidden), f"{name}mlp.fc2.bias": (dim,)}
-    return {name: 0.3 * torch.randn(size, dtype=torch.float64) for name, size in shape.items()}
-
-
-def record(folder: Path, steps: int) -> str:
-    """Runs the equations of I-JEPA in plain code and writes them down as a fixture."""
-    torch.manual_seed(0)
-    d, e = META["embed_dim"], META["predictor_embed_dim"]
-    encoder = weights("", d, META["depth"], {"patch_embed.proj.weight": (d, 3, 8, 8), "patch_embed.proj.bias": (d,)})
-    encoder |= {"norm.weight": torch.rand(d).double(), "norm.bias": torch.rand(d).double()}
-    predictor = weights("predictor_", e, 1, {"mask_token": (1, 1, e), "predictor_embed.weight": (e, d)})
-    predictor |= {n: torch.rand(e).double() for n in ("predictor_embed.bias", "predictor_norm.weight")}
-    predictor |= {"predictor_norm.bias": torch.rand(e).double(), "predictor_proj.bias": torch.rand(d).double()}
-    predictor |= {"predictor_proj.weight": torch.randn(d, e).double()}
-    trained = {"encoder": encoder, "predictor": predictor}
-    fixed = {"encoder": {"pos_embed": positions(d)}, "predictor": {"predictor_pos_embed": positions(e)}}
-    target = {name: value + 0.01 for name, value in encoder.items()}
-    tensors = {"images": torch.randn(2, B, 3, *META["img_size"]).double()}
-    for part, w in (*trained.items(), ("target_encoder", target)):
-        tensors |= {f"init/{part}/{name}": value.clone() for name, value in w.items()}
-    for w in trained.values():
-        for value in w.values():
-            value.requires_grad_()
-    every = [p for w in trained.values() for p in w.values()]
-    decayed = [p for w in trained.values() for n, p in w.items() if p.ndim > 1]
-    plain = [p for p in every if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain}], weight_decay=0.0)
-    trajectory, planned, warmup = [], int(1.25 * 9), 3
-    for step in range(steps):
-        images = tensors["images"][step % 2]
-        sets = {"context": [torch.stack([torch.randperm(24)[:7].sort().values for _ in range(B)]) for _ in range(C)]}
-        sets["target"] = [torch.stack([torch.randperm(24)[:5].sort().values for _ in range(B)]) for _ in range(M)]
-        tensors |= {f"masks/{step}/{k}/{i}": table for k, tables in sets.items() for i, table in enumerate(tables)}
-        where, lr = (step + 1) / planned, META["ref_lr"]
-        if step + 1 < warmup:
-            lr = META["start_lr"] + (step + 1) / warmup * (META["ref_lr"] - META["start_lr"])
-        else:
-            fall = 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (planned - warmup)))
-            lr = META["final_lr"] + (META["ref_lr"] - META["final_lr"]) * fall
-        decay = META["final_wd"] + (META["wd"] - META["final_wd"]) * 0.5 * (1 + math.cos(math.pi * where))
-        momentum = 0.9 + step * 0.1 / (1.25 * 9)
-        for group, value in zip(optimizer.param_groups, (decay, 0.0), strict=True):
-            group["lr"], group["weight_decay"] = lr, value
-        with torch.no_grad():
-            full = encode(target | fixed["encoder"], images, None)
-            normed = F.layer_norm(full, (d,))
-            s_y = [normed.gather(1, t[..., None].expand(-1, -1, d)) for t in sets["target"] for _ in range(C)]
-        s_x = [encode(encoder | fixed["encoder"], images, c) for c in sets["context"]]
-        w = predictor | fixed["predictor"]
-        s_hat = [predict(w, s_x[i], sets["context"][i], t) for t in sets["target"] for i in range(C)]
-        loss = F.smooth_l1_loss(torch.cat(s_hat), torch.cat(s_y))
-        optimizer.zero_grad()
-        loss.backward()
-        if step == 0:
-            tensors["step0/context_encoder_output"] = torch.cat(s_x).detach().clone()
-            tensors["step0/target_encoder_output"], tensors["step0/target"] = full, torch.cat(s_y)
-            tensors["step0/prediction"] = torch.cat(s_hat).detach().clone()
-            for part, named in trained.items():
-                tensors |= {f"step0/grad/{part}/{n}": p.grad.clone() for n, p in named.items() if p.grad is not None}
-        optimizer.step()
-        with torch.no_grad():
-            target = {n: momentum * value + (1 - momentum) * encoder[n] for n, value in target.items()}
-        trajectory.append({"loss": loss.item(), "lr": lr, "weight_decay": decay, "momentum": momentum})
-    for part, w in (*trained.items(), ("target_encoder", target)):
-        tensors |= {f"final/{part}/{name}": value.detach().clone() for name, value in w.items()}
-    (folder / "other.json").write_text(json.dumps({"meta": META, "trajectory": trajectory}))
-    save_file(tensors, folder / "other.safetensors")
-    return str(folder / "other")
+@pytest.mark.parametrize("value", ["nan", "-1", "small"])
+def test_a_tolerance_is_a_number(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(FIXTURE), f"--tolerance={value}"])
+    assert stopped.value.code == 2
+    assert f"--tolerance: (={value}) must be a number of 0 or more" in capsys.readouterr().err
 
 
 def test_other_sizes_two_contexts_and_a_stretched_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,3 +264,37 @@ def test_other_sizes_two_contexts_and_a_stretched_schedule(tmp_path: Path, capsy
     assert status == 0, printed
     assert "final target_encoder/norm.weight" in printed
     assert "not compared" not in printed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"warmup_epochs": 3}, {"warmup_epochs": 40}, {"start_lr": 4e-3}, {"warmup_epochs": 0, "final_lr": 2e-3}],
+    ids=str,
+)
+def test_schedules_that_a_config_may_not_have(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([record(tmp_path, steps=9, **changes)])
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [
+        ("final/predictor/mask_token", "final predictor/mask_token"),
+        ("final/target_encoder/norm.weight", "final target_encoder/norm.weight"),
+        ("init/target_encoder/pos_embed", "positions of the target_encoder"),
+        ("step0/encoder_full_output", "encoder, all patches"),
+        ("step0/grad/predictor/predictor_proj.bias", "gradient predictor/predictor_proj.bias"),
+    ],
+)
+def test_a_difference_anywhere_is_found(
+    name: str, failed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(_: Any, tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[3] += 1e-6 * tensors[name].abs().max()
+
+    of = Path(record(tmp_path, steps=2))
+    assert main([copy_fixture(tmp_path, change, of=of)]) == 1
+    above = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("<-- above")]
+    assert above == [failed]

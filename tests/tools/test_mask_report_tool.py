@@ -47,6 +47,8 @@ def test_two_side_by_side(tool: Any, files: tuple[str, str], tmp_path: Path, cap
     assert tool.main(["--config-file", files[0], "--compare", files[1], *few, "train.seed=3"]) == 0
     printed = capsys.readouterr().out
     assert "released: " in printed
+    assert " ± " in next(line for line in printed.splitlines() if line.startswith("patches in a context  "))
+    assert "patches in a target before truncation" in printed
     assert "never context and never target" in printed
     assert "corrected: no warnings" in printed
     content = json.loads((out / "mask_report.json").read_text())
@@ -72,7 +74,8 @@ def test_one_with_another_masker(tool: Any, files: tuple[str, str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--draws", "0"], "images (=0) must be at least 1"),
+        (["--draws", "-3"], "--draws (=-3) must be at least 1"),
+        (["--images-per-batch", "0"], "--images-per-batch (=0) must be at least 1"),
         (["masker.num_targets=0"], "num_targets (=0) must be at least 1"),
         (["masker={name: blok}"], "'blok' is not a registered masker"),
         (["data.shards=nowhere"], "nowhere"),
