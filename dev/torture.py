@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -143,7 +144,10 @@ class Process:
         except Preempted:
             status = EX_TEMPFAIL
         finally:
+            if status == 1:  # os._exit would hide it
+                traceback.print_exc()
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
 
     def poll(self) -> int | None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -96,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_intermixed_args(argv)
     try:
         gpus = numbers(arguments.gpus)
-        if arguments.gpu_hours is not None and arguments.gpu_hours <= 0:
-            raise ValueError(f"--gpu-hours (={arguments.gpu_hours}) must be above 0")
+        hours = arguments.gpu_hours
+        if hours is not None and not (hours > 0 and math.isfinite(hours)):
+            raise ValueError(f"--gpu-hours (={hours}) must be above 0 and finite")
         config = load_config(arguments.config_file, arguments.overrides)
         given = Assumptions(
             device=DEVICES[arguments.device],

@@ -12,7 +12,7 @@ examples:
   # go on after a stop, exactly
   python tools/train_net.py --config-file runs/first --resume
 
-  # go on from an earlier checkpoint of the run, where the last one is damaged
+  # go back to an earlier checkpoint of the run, once: where the last one is damaged, say
   python tools/train_net.py --config-file runs/first --resume runs/first/checkpoint_00001000.pt
 
   # go on with a run of the released code: its weights, the moments of its optimiser and its epoch
@@ -36,7 +36,7 @@ examples:
 A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
 the config, the data or the command that is found before the first step, 1 where the run failed (from its first step on
 whatever the cause), 75 after SIGTERM or SIGUSR1 (a checkpoint is written: a scheduler may start the same command, with
---resume, again), 130 after an interruption from the keyboard.
+--resume alone, again), 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="go on from the latest checkpoint of the run folder, or from FILE, an earlier one; where the folder has "
-        "none, from FILE, a released checkpoint",
+        help="go on from the latest checkpoint of the run folder, or go back to FILE, an earlier one; where the folder "
+        "has none, from FILE, a released checkpoint",
     )
     p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
     slurm = p.add_argument_group("Slurm", "hand the run in as a job (docs/clusters.md); one process for each GPU")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,9 @@ import torch
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.engine.bad_numbers import Suspect
-from jepa_kit.engine.checkpoint import part_path, write_archive
+from jepa_kit.engine.checkpoint import part_path
 from jepa_kit.engine.distributed import from_main, together
+from jepa_kit.engine.files import write_archive, write_text
 from jepa_kit.engine.telemetry import all_ranks
 
 Policy = Literal["stop", "skip", "rollback"]
@@ -93,12 +93,7 @@ def append_record(folder: Path, bad: BadStep) -> None:
     path = folder / RECORD
     kept = path.read_text() if path.exists() else ""
     kept = kept[: kept.rfind("\n") + 1]
-    temporary = folder / f".{RECORD}.part"
-    with temporary.open("w") as file:
-        file.write(kept + json.dumps(vars(bad)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, kept + json.dumps(vars(bad)) + "\n")
 
 
 def left_out(record: Sequence[BadStep]) -> frozenset[int]:

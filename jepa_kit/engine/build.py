@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from jepa_kit.config import Config, located
+from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.streams import Access
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.encoders.blocks import checkpoint_activations
-from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, verify
+from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, step_of, verify
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
-from jepa_kit.engine.resume import advice, check_resumable
+from jepa_kit.engine.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.shard_files import layout, load_sharded
 from jepa_kit.engine.store import Store, Where
-from jepa_kit.interop.start import Start, init_from, resume_official
+from jepa_kit.interop.start import ORIGIN, Start, init_from, resume_official
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 
 
@@ -84,6 +85,15 @@ def training_view(config: Config) -> View:
         return build_view(data.view, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
 
 
+def check_shares(settings: TrainConfig, processes: int) -> None:
+    """Raises ValueError where a batch cannot be shared by processes, and by the parts of each."""
+    if settings.batch_size % (processes * settings.accumulate):
+        raise ValueError(
+            f"train.batch_size (={settings.batch_size}) must be divisible by the number of processes (={processes}) "
+            f"times train.accumulate (={settings.accumulate})"
+        )
+
+
 def build_run(config: Config, world: World, device: torch.device) -> Run:
     """Everything that a config is made of, with first weights that are a function of ``train.seed``.
 
@@ -116,10 +126,12 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
         checkpoint_activations(jepa.predictor)
-    if settings.batch_size % (world.size * settings.accumulate):
+    check_shares(settings, world.size)
+    every = settings.checkpoint_every or steps_per_epoch
+    if settings.keep_every is not None and settings.keep_every % every:
         raise ValueError(
-            f"train.batch_size (={settings.batch_size}) must be divisible by the number of processes (={world.size}) "
-            f"times train.accumulate (={settings.accumulate})"
+            f"train.keep_every (={settings.keep_every}) must be a multiple of the steps between two checkpoints "
+            f"(={every}, {'an epoch' if settings.checkpoint_every is None else 'train.checkpoint_every'})"
         )
     forward = parallelize(jepa, device, settings.parallel, settings.accumulate)
     schedule = Schedule(
@@ -164,6 +176,11 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
         told = str(error).replace(str(path), str(latest))  # where it lies, and not where it was fetched to
         raise CheckpointError(f"{told}; {from_main(lambda: advice(store, latest))}") from error
     check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
+    if checkpoint.step != step_of(path) or checkpoint.step > run.schedule.steps:
+        raise CheckpointError(
+            f"{latest} holds step {checkpoint.step}, which is not that of its name, or is after the run's last "
+            f"(={run.schedule.steps}); {from_main(lambda: advice(store, latest))}"
+        )
     if path.is_dir():
         check_state(run.jepa.state_dict(), layout(path)[0], "the model")
         load_sharded(path, run.jepa, run.optimizer)
@@ -171,7 +188,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
         restore(checkpoint, run.jepa, run.optimizer)
     together(lambda: None)  # all have read it
     from_main(store.forget)
-    origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ("source", "licence") if key in checkpoint.origin}
+    origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
 
 
@@ -181,9 +198,12 @@ def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | 
     Raises:
         CheckpointError: a file that cannot be read, or does not fit.
         FileNotFoundError: there is no such file.
+        ValueError: ``resume_from`` is neither a checkpoint of the run nor what it began from.
     """
     if latest is not None:
         start = resume_run(run, store, latest)
+        if resume_from is not None and not store.owns(resume_from):
+            start.lines.append(from_main(lambda: note_of_start(store, resume_from, start.origin)))
         aside = from_main(lambda: store.set_aside(latest))
         return start._replace(lines=[*start.lines, *(f"set aside: {name}" for name in aside)])
     if resume_from is not None:

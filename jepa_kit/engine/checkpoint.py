@@ -24,7 +24,6 @@ saving.py."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
@@ -33,11 +32,12 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.engine.files import flush_folder, write_archive
 from jepa_kit.engine.shard_files import ShardError, read_full
 from jepa_kit.engine.sharded import load_full_state
 
@@ -141,50 +141,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None, keep
     return path
 
 
-class _Telling:
-    """A file for torch.save, which hides why a write failed; ``error`` tells."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def write_archive(content: dict[str, Any], path: Path) -> None:
-    """``torch.save``, with everything on the disk when this returns.
-
-    Raises:
-        OSError: it could not be written: no space, no permission, ...
-    """
-    with path.open("wb") as file:
-        telling = _Telling(file)
-        try:
-            torch.save(content, cast(IO[bytes], telling))
-            file.flush()
-        except (RuntimeError, OSError) as error:
-            raise (telling.error or error) from error
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Has the names in a folder on the disk; does nothing where folders cannot be opened (Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
     """Deletes all checkpoints but the last ``keep``, and those of every ``keep_every`` steps."""
     for old in old_ones(checkpoints(folder), keep, keep_every):
@@ -239,8 +195,8 @@ def load_checkpoint(
     if path.is_dir():
         header = read_header(path)
         model, optimizer = _told(lambda: read_full(path)) if with_state else ({}, {})
-        return _checkpoint({**header, "model": model, "optimizer": optimizer})
-    return _checkpoint(_read_archive(path, map_location))
+        return _checkpoint({**header, "model": model, "optimizer": optimizer}, path)
+    return _checkpoint(_read_archive(path, map_location), path)
 
 
 def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
@@ -327,9 +283,24 @@ def _read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any
     return content
 
 
-def _checkpoint(content: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
     """From what is in a file; ``origin`` and ``position`` came later than the format."""
-    return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__ if name in content})
+    held = {"origin": {}, "position": {}, **content}
+    wrong = [name for name in Checkpoint.__dataclass_fields__ if not _fits(name, held.get(name))]
+    if wrong:
+        what = ", ".join(f"{name!r} ({held[name]!r:.40})" if name in held else f"no {name!r}" for name in wrong)
+        raise CheckpointError(f"{path} is not a checkpoint of jepa_kit: it has {what}")
+    return Checkpoint(**{name: held[name] for name in Checkpoint.__dataclass_fields__})
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field of a checkpoint is of its kind."""
+    if name == "step":
+        return isinstance(value, int) and value >= 0
+    if not isinstance(value, dict):
+        return False
+    states = {"model": [value], "optimizer": list(value.values())}.get(name, [])
+    return all(isinstance(state, dict) and all(map(torch.is_tensor, state.values())) for state in states)
 
 
 def _told(read: Callable[[], T]) -> T:

@@ -1,8 +1,9 @@
 """Any number of processes, started by torchrun or by Slurm's srun; one process without them.
 
 torchrun tells each process who it is through the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT); slurm.py says the same in Slurm's words. Nothing here guesses: a start that would leave every process
-training alone is an error.
+MASTER_PORT); slurm.py says the same in Slurm's words. Nothing here guesses: a start by one of these, or by mpirun, that
+would leave every process training alone is an error. (Of two that are started by hand into one run folder, lock.py lets
+one in.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Iterator, MutableMapping
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +61,12 @@ _SYNC_BUFFERS = next(
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""How many processes mpirun started: Open MPI's, MPICH's and Intel's."""
+
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""How often torchrun's agent, or Slurm, started the same command before."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -91,13 +100,19 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
     Under srun, torchrun's variables are put into ``environ``, where torch.distributed looks for them.
 
     Raises:
-        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm of which this
-            process knows nothing, so that it would train alone.
+        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm or processes of
+            mpirun of which this process knows nothing, so that it would train alone.
     """
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
         environ.update(torchrun_variables(environ))
     missing = [name for name in TORCHRUN if name not in environ]
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
+        for name in MPI:
+            if environ.get(name, "1") != "1":
+                raise ValueError(
+                    f"mpirun started {environ[name]} processes ({name}), and this one would train alone: start them by "
+                    "torchrun or srun (docs/clusters.md)"
+                )
         return World()
     if missing:
         raise ValueError(f"the environment holds a part of torchrun's variables, but not {', '.join(missing)}")
@@ -188,11 +203,40 @@ def process_group(
 def _store(world: World, timeout: timedelta | None) -> dist.Store:
     """Where the processes find one another, apart from those of an earlier start.
 
-    torchrun (torch 2.13) keeps one store over its restarts. The addresses of ranks that are gone lie in it, and a rank
-    that comes before its neighbour has written the new one takes the old.
+    torchrun (torch 2.13) keeps one store over its restarts, with what ranks that are gone wrote into it. So each start
+    has a name of its own.
     """
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout or default_pg_timeout))
-    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    limit = timeout or default_pg_timeout
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
+    return dist.PrefixStore(_name_of_start(store, world, limit), store)
+
+
+def _name_of_start(store: dist.Store, world: World, limit: timedelta) -> str:
+    """What rank 0 names this start, on all ranks: nothing else tells, as torchrun's agents do not count restarts alike.
+
+    A rank says that it is here under a word of its own, and rank 0 answers to that word; so neither takes what an
+    earlier start left for the other's.
+
+    Raises:
+        RuntimeError: a rank did not come within the limit.
+    """
+    own = uuid.uuid4().hex
+    if not world.is_main:
+        store.set(f"here/{world.rank}", own)
+        name = store.get(f"start/{own}").decode()
+        store.set(f"heard/{name}/{world.rank}", "")
+        return name
+    missing, end = set(range(1, world.size)), time.monotonic() + limit.total_seconds()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"heard/{own}/{rank}"]):
+                missing.discard(rank)
+            elif store.check([f"here/{rank}"]):
+                store.set(f"start/{store.get(f'here/{rank}').decode()}", own)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {limit}")
+        time.sleep(0.05)
+    return own
 
 
 def joined() -> bool:
@@ -239,6 +283,11 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_words)
     return values
+
+
+def restarted(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or Slurm started the same command before, as any process has it; all must call it."""
+    return any(gathered(any(environ.get(name, "0") != "0" for name in RESTARTS)))
 
 
 def from_main(decide: Callable[[], T]) -> T:

@@ -22,7 +22,9 @@ from typing import Any
 
 import jepa_kit
 from jepa_kit.config import Config
-from jepa_kit.engine.resume import plan_resume
+from jepa_kit.engine.build import check_shares
+from jepa_kit.engine.lock import only_run_in
+from jepa_kit.engine.resume import check_folders, plan_resume
 from jepa_kit.engine.slurm import minutes
 from jepa_kit.engine.store import store_of
 
@@ -71,8 +73,10 @@ class Job:
         limit = 60 * minutes(self.time)
         if self.signal_seconds >= limit:
             raise ValueError(f"signal_seconds (={self.signal_seconds}) must be below the time limit (={limit} s)")
-        if twice := sorted(self.options.keys() & self._own().keys()):
+        if twice := sorted(self.options.keys() & {*self._own(), "ntasks"}):
             raise ValueError(f"options (={', '.join(twice)}) are set by the job itself: they have options of their own")
+        if "" in self.options:
+            raise ValueError("options (='') must have a name: NAME=VALUE, or NAME= for one without a value")
 
     @property
     def processes(self) -> int:
@@ -136,20 +140,30 @@ def prepare(
         job: what it asks for.
         tool: tools/train_net.py.
         resume: the run folder may hold a run, which goes on.
-        resume_from: as for ``train``.
+        resume_from: as for ``train``. A checkpoint of the run is gone back to here; the job goes on from the latest.
         python_path: folders besides the clone that the config's ``imports`` were found in.
 
     Raises:
         ValueError: no data, a batch that the processes cannot share, or a run folder that holds a run.
     """
-    plan_resume(store_of(config.train), resume, resume_from)
+    store = store_of(config.train)
+    check_folders(store)
+    latest = plan_resume(store, resume, resume_from)
     if config.data.shards is None:
         raise ValueError("data.shards (=None) must name a folder of shards to train")
-    if config.train.batch_size % job.processes:
+    check_shares(config.train, job.processes)
+    parallel = config.train.parallel
+    if parallel != "auto" and (parallel == "none") != (job.processes == 1):
         raise ValueError(
-            f"train.batch_size (={config.train.batch_size}) must be divisible by the job's {job.processes} processes"
+            f"train.parallel (={parallel!r}) does not fit the job's processes (={job.processes}); 'auto' does"
         )
-    run = Path(config.train.output_dir).absolute()
+    if latest is not None and resume_from is not None and store.owns(resume_from):
+        # Once, and here: the job's command is run again whenever the job is requeued.
+        with only_run_in(store.run):
+            for name in store.set_aside(latest):
+                print(f"set aside: {name}")
+        resume_from = None
+    run = store.run.absolute()
     folder = run / JOB_FOLDER
     file = config.save(folder)
     # A requeued job goes on where it was: always with --resume. Its folder was looked at above.
@@ -236,7 +250,7 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
         submitit's job, with ``job_id``.
 
     Raises:
-        ValueError: there is no submitit, or no Slurm.
+        ValueError: there is no submitit, or no Slurm, or sbatch refuses the job.
     """
     if find_spec("submitit") is None:
         raise ValueError(
@@ -261,4 +275,7 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_stderr_to_stdout=True,
     )
-    return executor.submit(task)
+    try:
+        return executor.submit(task)
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"sbatch refused the job: {error}") from error

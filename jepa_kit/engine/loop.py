@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from jepa_kit.engine.boards import check_boards, open_boards
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint import Checkpoint, step_of
 from jepa_kit.engine.curves import plot_curves
-from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment
+from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
 from jepa_kit.engine.failures import under_way
+from jepa_kit.engine.files import write_text
 from jepa_kit.engine.flops import model_flops
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
-from jepa_kit.engine.resume import plan_resume
-from jepa_kit.engine.saving import Saver, write_text
+from jepa_kit.engine.lock import only_run_in
+from jepa_kit.engine.resume import FACTS, check_folders, plan_resume
+from jepa_kit.engine.saving import Saver
 from jepa_kit.engine.signals import Agreement, Answer, Signals, preempted
 from jepa_kit.engine.skipped import SkippedSamples
 from jepa_kit.engine.speed import matrix_peak
@@ -59,7 +61,8 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         the run folder.
 
     Raises:
-        ValueError: the config does not fit the data, the machine or the run in the folder.
+        ValueError: the config does not fit the data, the machine or the run in the folder; or another process has a run
+            there.
         StartError: the processes could not join.
         PeerError: another process failed before the first step, and told why.
         RunError: the run failed under way: too many samples that cannot be used, a cache that takes no more, a loader
@@ -71,18 +74,25 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     world = read_environment()
     device = choose_device(config.train.device, world)
-    folder, store = Path(config.train.output_dir), store_of(config.train)
-    with process_group(world, device), Signals() as signals:
+    store = store_of(config.train)
+    folder = store.run
+    with process_group(world, device), Signals() as signals, ExitStack() as held:
+        again = restarted()
         agreement = Agreement()  # one for all stretches: a group of processes stays until they part
+
+        def begin() -> Where | None:
+            check_folders(store)
+            held.enter_context(only_run_in(folder))
+            return plan_resume(store, resume, resume_from, again=again)
 
         def stretch(latest: Where | None, resume: bool) -> End:
             run = build_run(config, world, device)
             start = start_from(run, store, latest, resume_from)
             places = find_places(world, device, config.train.precision)
-            from_main(lambda: announce(run, folder, store, start, places, resume))
+            from_main(lambda: announce(run, store, start, places, resume, resume_from))
             return run_steps(run, folder, store, start, resume_from, signals, agreement)
 
-        end = stretch(from_main(lambda: plan_resume(store, resume, resume_from)), resume)
+        end = stretch(from_main(begin), resume)
         while end is End.ROLL_BACK:
             end = stretch(from_main(store.newest), True)
         if world.is_main:
@@ -95,12 +105,15 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     return folder
 
 
-def announce(run: Run, folder: Path, store: Store, start: Start, places: Sequence[Place], resume: bool) -> None:
+def announce(
+    run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
+) -> None:
     """Prints and saves what runs where: ``config.yaml`` and ``run.json``.
 
     Raises:
         ValueError: the run folder, or the place of its checkpoints, cannot be written to.
     """
+    folder = store.run
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
     facts = {
@@ -114,13 +127,14 @@ def announce(run: Run, folder: Path, store: Store, start: Start, places: Sequenc
         "steps": run.schedule.steps,
         "steps_per_epoch": run.steps_per_epoch,
         "first_step": start.step,
+        "resume_from": resume_from,
         "origin": start.origin,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         store.begin(run.config.to_yaml())
         write_text(folder / RUN_CONFIG, run.config.to_yaml())
-        write_text(folder / "run.json", json.dumps(facts, indent=1) + "\n")
+        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)

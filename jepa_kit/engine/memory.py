@@ -67,6 +67,7 @@ def training_memory(
     *,
     precision: Precision,
     shards: int = 1,
+    accumulate: int = 1,
     checkpointing: bool = False,
 ) -> Memory:
     """Of one device with the images of ``lengths`` at once (a part of the batch, where it is accumulated).
@@ -76,6 +77,7 @@ def training_memory(
         lengths: of the sets of those images.
         precision: of the matrix products.
         shards: devices that FSDP shares weights and their state over; 1 for a whole copy on each.
+        accumulate: parts of a step's batch; with several, FSDP adds up whole gradients and shares them out at the end.
         checkpointing: blocks of encoder and predictor keep their input alone.
 
     Raises:
@@ -102,7 +104,7 @@ def training_memory(
     block = max(sum(p.numel() for p in b.parameters()) for b in encoder.blocks)
     return Memory(
         weights=FLOAT32 * count / shards,
-        gradients=FLOAT32 * count / shards,
+        gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
         optimizer=2 * FLOAT32 * count / shards,
         target_encoder=FLOAT32 * target / shards,
         # A block's weights in use, the next one's on their way, and a gradient that waits to be shared out.

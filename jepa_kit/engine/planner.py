@@ -7,6 +7,7 @@ share of the device's published peak; what share is reached is for a measurement
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,17 +113,21 @@ class Assumptions:
             raise ValueError(f"peak_share (={self.peak_share}) must be above 0 and at most 1")
         for name in ("samples", "bytes_per_image", "decode_ms"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} (={value}) must be above 0")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} (={value}) must be above 0 and finite")
 
 
 def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> list[Plan]:
     """One plan for each number of devices.
 
     Raises:
-        ValueError: a number below 1, a batch that the devices cannot share or that the data set does not fill, or a
-            network without a formula.
+        ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
+            not fill, a precision without a published peak, or a network without a formula.
     """
+    if config.train.precision != "bf16":
+        raise ValueError(
+            f"train.precision (={config.train.precision!r}) cannot be planned: the peaks in devices.py are of 'bf16'"
+        )
     with torch.device("meta"):
         jepa = build_recipe(config)
     return [_plan(config, jepa, n, assumptions) for n in gpus]
@@ -134,6 +139,11 @@ def _plan(config: Config, jepa: JEPA, gpus: int, given: Assumptions) -> Plan:
         raise ValueError(f"gpus (={gpus}) must be at least 1")
     if batch % gpus:
         raise ValueError(f"train.batch_size (={batch}) must be divisible by gpus (={gpus})")
+    if batch % (gpus * config.train.accumulate):
+        raise ValueError(
+            f"train.batch_size (={batch}) must be divisible by gpus (={gpus}) times train.accumulate "
+            f"(={config.train.accumulate})"
+        )
     part = batch // gpus
     lengths = draw_lengths(config, part)
     work = _workload(config, jepa, lengths, given.samples)
@@ -213,7 +223,12 @@ def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) 
     shards = {"DDP" if gpus > 1 else "one process": 1, **({"FSDP": gpus} if gpus > 1 else {})}
     return {
         name + (", checkpointed" if again else ""): training_memory(
-            jepa, there, precision=config.train.precision, shards=n, checkpointing=again
+            jepa,
+            there,
+            precision=config.train.precision,
+            shards=n,
+            accumulate=config.train.accumulate,
+            checkpointing=again,
         )
         for name, n in shards.items()
         for again in (False, True)

@@ -41,15 +41,20 @@ def check_address(option: str, address: str) -> None:
         )
 
 
+class UnableError(RemoteError, ValueError):
+    """What a handler cannot do at all: a place that is no place for checkpoints."""
+
+
 class _Naming:
     """Makes of every error inside its ``with`` a RemoteError that says what could not be done.
 
-    A handler is code of others, with errors of any kind: botocore's are no OSErrors. What is missing, or no folder, and
-    what it cannot do at all (NotImplementedError) stays what it is.
+    A handler is code of others, with errors of any kind: botocore's are no OSErrors. What is missing, or no folder,
+    stays what it is, and NotImplementedError where the handler ``may_lack`` what was asked.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, may_lack: bool = False) -> None:
         self.what = what
+        self.may_lack = may_lack
 
     def __enter__(self) -> None:
         pass
@@ -57,9 +62,11 @@ class _Naming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(
-            error, FileNotFoundError | NotADirectoryError | NotImplementedError | RemoteError
-        ):
+        if isinstance(error, NotImplementedError):
+            if self.may_lack:
+                return
+            raise UnableError(f"{self.what}: its handler cannot do that") from error
+        if isinstance(error, Exception) and not isinstance(error, FileNotFoundError | NotADirectoryError | RemoteError):
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RemoteError(f"{self.what}: {why or type(error).__name__}") from error
 
@@ -125,7 +132,7 @@ class RemoteFolder:
                 self.remove(name)
             self._rename(part, target)
         except RemoteError:
-            with suppress(RemoteError, FileNotFoundError, NotImplementedError):
+            with suppress(RemoteError, FileNotFoundError):
                 self._remove(part)
             raise
 
@@ -194,7 +201,7 @@ class RemoteFolder:
         """The folder of a file, where the handler has folders."""
         folder = address.rpartition("/")[0] + "/"
         if folder not in self._made:
-            with suppress(NotImplementedError), _Naming(f"{folder} cannot be made"):
+            with suppress(NotImplementedError), _Naming(f"{folder} cannot be made", may_lack=True):
                 path_manager.mkdirs(folder)
             self._made.add(folder)
 
@@ -206,7 +213,7 @@ class RemoteFolder:
                 f"{address} could not be written",
             )
         except NotImplementedError as error:
-            raise RemoteError(f"{address} could not be written: its handler only reads") from error
+            raise UnableError(f"{address} could not be written: its handler only reads") from error
 
     def _rename(self, address: str, target: str) -> None:
         self._asked(lambda: path_manager.mv(address, target), f"{address} could not be renamed to {target}")
@@ -217,7 +224,7 @@ class RemoteFolder:
 
     def _asked(self, do: Callable[[], object], what: str) -> None:
         """Raises where the handler raises or answers False: it has logged the cause then."""
-        with _Naming(what):
+        with _Naming(what, may_lack=True):
             if do() is False:
                 raise RemoteError(f"{what}: its handler refused; its log says why")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.bad_steps import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.build import Run, build_run, resume_run
@@ -57,6 +58,10 @@ class Finding:
         )
 
 
+DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
+"""What a dump must have to be replayed."""
+
+
 def read_dump(path: Path) -> dict[str, Any]:
     """What a dump holds; see ``bad_steps.write_dump``.
 
@@ -74,6 +79,8 @@ def read_dump(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not the dump of a bad step: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or content.get("format") != DUMP_FORMAT:
         raise ValueError(f"{path} is not the dump of a bad step: its format is not {DUMP_FORMAT!r}")
+    if missing := [name for name in DUMPED if name not in content]:
+        raise ValueError(f"{path} is not the dump of a bad step: it has no {', '.join(missing)}")
     return content
 
 
@@ -115,9 +122,11 @@ def weights_before(
 
     Raises:
         CheckpointError: a damaged checkpoint, or one of another run.
-        FileNotFoundError: what the run began from is not there.
+        FileNotFoundError: there is no run in the folder, or what it began from is not there.
         ValueError: the steps cannot be done again: no data; or it is not known what the run began from.
     """
+    if not (folder / RUN_CONFIG).exists():
+        raise FileNotFoundError(f"there is no run in {folder} (no {RUN_CONFIG}): name the run's folder with --run")
     step = int(dump["step"])
     store = store_in(folder)
     latest = next((where for where in reversed(store.checkpoints()) if (step_of(where) or 0) <= step), None)

@@ -1,11 +1,13 @@
 """Which checkpoint a run goes on from. The order counts:
 
-1. ``resume`` names a checkpoint of the run: go on from that one; later ones are set aside under another name.
+1. ``resume`` names a checkpoint of the run: go on from that one; later ones are set aside under another name. Where
+   torchrun or Slurm starts the same command again, that has been done, and rule 2 holds.
 2. ``resume`` and the run has a checkpoint: go on from the latest, exactly. It is an error if it is damaged (an
    earlier one is taken only where it is named, rule 1), if its config differs from the given one in anything but
    ``FREE``, if the data set is another one, or if names or shapes do not fit.
 3. ``resume`` and the run has none: go on from the released checkpoint that was named with it
-   (jepa_kit/interop/start.py); where none was, start at step 0, and say so.
+   (jepa_kit/interop/start.py); where none was, start at step 0, and say so. The same command goes on by rule 2 once the
+   run has a checkpoint; a file that is neither of the run nor what it began from is an error.
 4. No ``resume`` and the folder holds a run (a checkpoint or metrics): an error asks for ``resume`` or another folder.
 5. No ``resume`` and no run there: start at step 0, from the weights of ``train.init_from`` where it is given.
 
@@ -14,7 +16,9 @@ The run's checkpoints are in its folder or where ``train.checkpoint_dir`` says (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, step_of
@@ -33,12 +37,14 @@ FREE = frozenset(
         "data.retries",
         "data.shards",
         "data.timeout",
+        "encoder.compile",
         "evaluate.every",
         "evaluate.label",
         "evaluate.probe",
         "evaluate.probe_samples",
         "evaluate.samples",
         "evaluate.shards",
+        "predictor.compile",
         "train.accumulate",
         "train.activation_checkpointing",
         "train.attention",
@@ -65,25 +71,37 @@ each process and part, on the device; losses that compare the samples of a batch
 and masks that hang on a process' batch, the released truncation (parallel.py)."""
 
 
-def plan_resume(store: Store, resume: bool, resume_from: str | None = None) -> Where | None:
+FACTS = "run.json"
+"""In a run folder: what ran where, and from where it went on."""
+
+
+def check_folders(store: Store) -> None:
+    """Raises ValueError where a folder of the run is a file."""
+    for option, folder in (("train.output_dir", store.run), ("train.checkpoint_dir", store.folder)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option} (={str(folder)!r}) must be a folder, but it is a file")
+
+
+def plan_resume(store: Store, resume: bool, resume_from: str | None = None, *, again: bool = False) -> Where | None:
     """The checkpoint of the run to go on from, or None; see the policy in the module's text.
 
     Args:
         store: where the run has its checkpoints.
         resume: whether to go on.
         resume_from: what to go on from: a checkpoint of the run (rule 1), or a released one (rule 3).
+        again: torchrun or Slurm has started the same command before.
 
     Raises:
-        ValueError: there is a run already, and ``resume`` was not asked for; the run's checkpoints are in another
-            place; or the run folder is a file.
+        ValueError: there is a run already, and ``resume`` was not asked for; or the run's checkpoints are in another
+            place.
         FileNotFoundError: ``resume_from`` names a checkpoint in the run's place that is not there.
         RemoteError: the place cannot be listed.
     """
-    for option, folder in (("train.output_dir", store.run), ("train.checkpoint_dir", store.folder)):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{option} (={str(folder)!r}) must be a folder, but it is a file")
     found = store.checkpoints()
     if resume_from is not None and store.owns(resume_from):
+        if again and found and went_back_to(store.run) == name_of(resume_from):
+            print(f"note: the run went back to {name_of(resume_from)} before; this start goes on from the latest")
+            return found[-1]
         named = [where for where in found if name_of(where) == name_of(resume_from)]
         if not named:
             held = ", ".join(map(name_of, found)) or "none"
@@ -98,6 +116,36 @@ def plan_resume(store: Store, resume: bool, resume_from: str | None = None) -> W
         at = store.run if held == METRICS else store
         raise ValueError(f"{at} already holds a run ({held}): give --resume to go on with it, or {others}")
     return None
+
+
+def went_back_to(run: Path) -> str | None:
+    """The checkpoint that the run in a folder was told to go on from, the last time that it started; or None."""
+    file = run / FACTS
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return name_of(named) if (named := facts.get("resume_from")) else None
+
+
+def note_of_start(store: Store, named: str, origin: Mapping[str, Any]) -> str:
+    """A line for people where ``named``, not of the run, was given to go on from, and the run has a checkpoint.
+
+    Args:
+        store: where the run has its checkpoints.
+        named: a path or an address.
+        origin: where the run's weights came from, as its checkpoint has it.
+
+    Raises:
+        ValueError: it is not what the run began from.
+    """
+    began = {origin.get("file"), str(origin.get("source", "")).removesuffix(" (released layout)")}
+    if name_of(named) in began:
+        return f"note: {named} is where the run began; it goes on from its latest checkpoint"
+    held = ", ".join(map(name_of, store.checkpoints()))
+    source = origin.get("file") or origin.get("source")
+    raise ValueError(
+        f"--resume (={named!r}) is no checkpoint of the run in {store}, which holds: {held}"
+        + (f"; nor is it what the run began from ({source})" if source else "")
+        + ". --resume alone goes on from the latest"
+    )
 
 
 def check_place(store: Store, found: Sequence[Where]) -> None:

@@ -37,12 +37,11 @@ from jepa_kit.engine.checkpoint import (
     checkpoint_path,
     checksum,
     delete,
-    flush_folder,
     part_path,
     save_checkpoint,
-    write_archive,
 )
 from jepa_kit.engine.distributed import PATIENCE, from_main, is_main, joined
+from jepa_kit.engine.files import flush_folder, write_archive
 from jepa_kit.engine.shard_files import ShardError, save_sharded
 from jepa_kit.engine.sharded import ModelState, OptimizerState, full_state, local_part, state_of, with_local
 from jepa_kit.engine.store import Store, store_in
@@ -318,10 +317,3 @@ def check_finite(jepa: nn.Module, step: int) -> None:
             f"{len(broken)} of {len(local)} weights are not finite after {step} steps, first {broken[0]}: "
             "the run has diverged, and no checkpoint is written"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file in one piece."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -17,6 +17,7 @@ import torch
 from jepa_kit.data.faults import Allowance, Skipped
 from jepa_kit.engine.distributed import gathered, is_main, mean_over_ranks
 from jepa_kit.engine.failures import RunError
+from jepa_kit.engine.files import write_text
 
 SKIPPED = "skipped.jsonl"
 SHOWN = 3
@@ -50,9 +51,7 @@ class SkippedSamples:
         self._of_epoch = Counter(line["epoch"] for line in lines)
         self._new: list[Line] = []
         if is_main() and self.path.exists():
-            temporary = folder / f".{SKIPPED}.part"
-            temporary.write_text(_text(lines))
-            temporary.replace(self.path)
+            write_text(self.path, _text(lines))
 
     def add(self, step: int, skipped: Sequence[Skipped]) -> None:
         """Notes what this process's batch of a step lacks."""

@@ -29,6 +29,7 @@ from jepa_kit.engine.checkpoint import (
     step_of,
     verify,
 )
+from jepa_kit.engine.files import write_text
 from jepa_kit.engine.remote import PART, RemoteFolder, check_address, is_address
 from jepa_kit.engine.telemetry import METRICS
 
@@ -153,11 +154,11 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clear()
-            note = self.folder / f".{RUN_CONFIG}{PART}"
-            note.write_text(config, encoding="utf-8")
             if self.place is None:
-                note.replace(self.folder / RUN_CONFIG)
+                write_text(self.folder / RUN_CONFIG, config)
             else:
+                note = self.folder / f".{RUN_CONFIG}{PART}"
+                note.write_text(config, encoding="utf-8")
                 self.place.put(note, RUN_CONFIG)
                 note.unlink()
         except (OSError, NotImplementedError) as error:
@@ -236,7 +237,7 @@ def store_of(settings: TrainConfig) -> Store:
     Raises:
         ValueError: an address that nothing is registered for.
     """
-    return Store(Path(settings.output_dir), settings.checkpoint_dir)
+    return Store(Path(settings.output_dir).expanduser(), settings.checkpoint_dir)
 
 
 def store_in(run: Path) -> Store:

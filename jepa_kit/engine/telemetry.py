@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from jepa_kit.engine.boards import Board
 from jepa_kit.engine.distributed import joined
+from jepa_kit.engine.files import write_text
 from jepa_kit.engine.flops import Lengths, ModelFlops
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.speed import peak_memory
@@ -60,6 +61,7 @@ MEASURED = frozenset(
         "share_of_peak",
         "peak_memory_gib",
         "gflop_per_image",
+        "eval/seconds",
     )
 )
 """What was measured since the line before. Everything else of a line is the same in a run that goes on."""
@@ -181,17 +183,22 @@ def read_metrics(folder: Path) -> list[Record]:
     """The lines of a run.
 
     Raises:
-        ValueError: a line that is not JSON, unless it is the last, which a killed run may leave cut short.
+        ValueError: a line that is not JSON, unless it is the last, which a killed run may leave cut short; or one that
+            is no line of a step.
     """
     path = folder / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     records: list[Record] = []
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:  # noqa: PERF203 (the message names the line)
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
             if number < len(lines) - 1:
                 raise ValueError(f"{path}, line {number + 1} is not JSON: {error}") from error
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number + 1} ({line:.40}) must be a mapping with a 'step'")
+        records.append(record)
     return records
 
 
@@ -219,9 +226,7 @@ class Journal:
         self.steps = steps
         self.boards = boards
         kept = [record for record in read_metrics(folder) if record["step"] < first_step]
-        temporary = folder / f".{METRICS}.part"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(folder / METRICS)
+        write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = (folder / METRICS).open("a")
         with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True) if with_bar else None

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from jepa_kit.engine.distributed import World, joined
+from jepa_kit.engine.distributed import World, gathered
 from jepa_kit.engine.speed import Precision, matrix_peak
 
 
@@ -47,11 +46,7 @@ def find_places(world: World, device: torch.device, precision: Precision) -> lis
         model,
         round(matrix_peak(device, precision) / 1e12, 4),
     )
-    if not joined():
-        return [own]
-    places: list[Any] = [None] * world.size
-    dist.all_gather_object(places, own)
-    return places
+    return gathered(own)
 
 
 def to_dict(places: Sequence[Place]) -> dict[str, Any]:

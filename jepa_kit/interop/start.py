@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ class Start(NamedTuple):
     step: int
     origin: dict[str, Any]
     lines: list[str]
+
+
+ORIGIN = ("source", "licence", "file")
+"""What a run's checkpoints say of its origin; ``file`` is the name of the file that ``--resume`` named."""
 
 
 def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
@@ -95,7 +100,8 @@ def resume_official(
     lines.append(f"resumed from {path} ({origin_words(held)}) after {epoch} epochs, step {step:,}")
     if counts and max(counts) != step:
         lines.append(f"note: AdamW has counted {max(counts):,} updates, and {step:,} are {epoch} epochs of this run")
-    return Start(step, _origin(held.origin, path.name, held.origin.get("licence")), lines)
+    origin = _origin(held.origin, path.name, held.origin.get("licence")) | {"file": Path(path_or_url).name}
+    return Start(step, origin, lines)
 
 
 def _origin(held: dict[str, Any], name: str, licence: str | None) -> dict[str, Any]:

@@ -354,6 +354,21 @@ def test_not_a_dump(tmp_path, replay_tool, capsys, request, content):
     assert wanted[request.node.callspec.id] in message
 
 
+def test_a_dump_that_lacks_something(tiny, bad_at, tmp_path, replay_tool, capsys):
+    bad_at(1)
+    with pytest.raises(FloatingPointError):
+        train(tiny())
+    dump = tmp_path / "run" / "bad_step_00000001" / "rank_0000.pt"
+    for more in ([], ["--at-once"]):  # and not the first weights, of a seed, in place of the run's
+        assert replay_tool.main([str(dump), "--run", str(tmp_path / "none"), *more]) == 2
+        told = capsys.readouterr().err
+        assert f"there is no run in {tmp_path / 'none'} (no config.yaml): name the run's folder with --run" in told
+    content = torch.load(dump, weights_only=True)
+    torch.save({name: value for name, value in content.items() if name not in ("masks", "keys")}, dump)
+    assert replay_tool.main([str(dump)]) == 2
+    assert "rank_0000.pt is not the dump of a bad step: it has no masks, keys\n" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_tool):

@@ -2,6 +2,7 @@ import dataclasses
 import pickle
 import re
 import zipfile
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from jepa_kit.config import SECTIONS
 from jepa_kit.config.sections import RETIRED
+from jepa_kit.encoders import ViT
 from jepa_kit.engine import checkpoint as module
 from jepa_kit.engine.checkpoint import (
     Checkpoint,
@@ -21,9 +23,10 @@ from jepa_kit.engine.checkpoint import (
     save_checkpoint,
 )
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.resume import FREE, check_resumable, plan_resume
+from jepa_kit.engine.resume import FREE, check_folders, check_resumable, plan_resume
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.engine.store import Store
+from jepa_kit.predictors import ViTPredictor
 
 DATA = {"samples": 100, "digest": "ab"}
 CONFIG = {"encoder": {"name": "vit", "depth": 2}, "train": {"seed": 0, "device": "cpu"}, "data": {"mean": [0.5, 0.4]}}
@@ -218,6 +221,26 @@ def test_checkpoints_of_other_code(tmp_path, content, message):
         load_checkpoint(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": None, "step": None}, "it has no 'step', no 'optimizer'"),
+        ({"step": "twelve"}, r"it has 'step' \('twelve'\)"),
+        ({"step": -3}, r"it has 'step' \(-3\)"),
+        ({"model": [1, 2]}, r"it has 'model' \(\[1, 2\]\)"),
+        ({"model": {"encoder.weight": "x"}}, r"it has 'model' \({'encoder.weight': 'x'}\)"),
+        ({"optimizer": {"encoder.weight": {"step": 3}}}, r"it has 'optimizer' \({'encoder.weight': "),
+        ({"config": [1]}, r"it has 'config' \(\[1\]\)"),
+    ],
+)
+def test_fields_of_another_kind(tmp_path, trained, changes, message):
+    path = save_checkpoint(tmp_path, take(*trained), keep=1)
+    content = torch.load(path, weights_only=True) | changes
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+    with pytest.raises(CheckpointError, match=rf"checkpoint_00000003.pt is not a checkpoint of jepa_kit: {message}"):
+        load_checkpoint(path)
+
+
 def test_misfits_are_listed_and_nothing_is_changed(trained):
     other = make_model(width=4)
     other["extra"] = nn.Linear(1, 1, bias=False)
@@ -272,7 +295,7 @@ def test_resume_policy(tmp_path, trained):
 def test_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ValueError, match=r"train.output_dir \(='.*run'\) must be a folder, but it is a file"):
-        plan_resume(Store(tmp_path / "run"), resume=False)
+        check_folders(Store(tmp_path / "run"))
 
 
 def test_a_run_without_a_checkpoint_is_a_run(tmp_path):
@@ -319,4 +342,7 @@ def test_other_data(trained):
 def test_what_may_differ_are_options():
     for key in FREE:
         section, name = key.split(".")
-        assert name in SECTIONS[section].__dataclass_fields__ or name in RETIRED[section]
+        if section in SECTIONS:
+            assert name in SECTIONS[section].__dataclass_fields__ or name in RETIRED[section]
+        else:
+            assert name in signature({"encoder": ViT, "predictor": ViTPredictor}[section]).parameters

@@ -1,6 +1,10 @@
+import os
 import socket
+import subprocess
+import sys
 import textwrap
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,8 @@ from jepa_kit.engine.distributed import (
     together,
     wrap,
 )
+
+ROOT = Path(__file__).parents[2]
 
 ENVIRONMENT = {
     "RANK": "3",
@@ -52,6 +58,14 @@ def test_a_broken_environment(changes, message):
     environment = {name: value for name, value in (ENVIRONMENT | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         read_environment(environment)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpirun_starts_nothing_that_trains_alone(name):
+    with pytest.raises(ValueError, match=rf"mpirun started 2 processes \({name}\), and this one would train alone"):
+        read_environment({name: "2"})
+    assert read_environment({name: "1"}) == World()
+    assert read_environment({name: "2", **ENVIRONMENT}).size == 4
 
 
 def test_tasks_of_srun_know_one_another():
@@ -200,3 +214,55 @@ def test_two_processes(tmp_path, torchrun):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(SCRIPT))
     torchrun(2, script)
+
+
+AGENT = """
+import os, pathlib, time
+import torch, torch.distributed as dist
+from jepa_kit.engine.distributed import process_group, read_environment, restarted
+
+agent = os.environ["AGENT"]
+first = not pathlib.Path(agent).exists()
+pathlib.Path(agent).touch()
+world = read_environment()
+with process_group(world, torch.device("cpu")):
+    dist.all_reduce(torch.ones(1))
+    if first and agent == "A":
+        os._exit(1)
+    if first:
+        time.sleep(60)  # as in a step; its agent ends it
+    print(f"agent {agent}, count {os.environ['TORCHELASTIC_RESTART_COUNT']}: restarted {restarted()}")
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("shared", ["0", "1"])
+def test_two_agents_start_again(tmp_path, shared):
+    """Only the one whose process died counts the restart; with torchrun's store over all starts, or without."""
+    (tmp_path / "agent.py").write_text(AGENT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        end = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={end}", "--rdzv-id=7", "--monitor-interval=0.1", "agent.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = shared
+    agents = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**environment, "AGENT": name},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in "AB"
+    ]
+    try:
+        printed = [agent.communicate(timeout=100)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert "agent A, count 1: restarted True" in printed[0]
+    assert "agent B, count 0: restarted True" in printed[1]

@@ -61,6 +61,8 @@ def test_what_a_job_asks_for():
         ({"time": "2"}, r"signal_seconds \(=120\) must be below the time limit \(=120 s\)"),
         ({"options": {"nodes": "4"}}, r"options \(=nodes\) are set by the job itself"),
         ({"options": {"signal": "TERM@5"}}, r"options \(=signal\) are set by the job itself"),
+        ({"options": {"ntasks": "3"}}, r"options \(=ntasks\) are set by the job itself"),
+        ({"options": {"": ""}}, r"options \(=''\) must have a name: NAME=VALUE, or NAME= for one without a value"),
     ],
 )
 def test_a_job_that_cannot_be(options, message):
@@ -106,8 +108,18 @@ def test_a_released_checkpoint_to_go_on_from(submission):
 
 
 def test_a_run_is_checked_before_it_waits(submission, tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"train.batch_size \(=4\) must be divisible by the job's 3 processes"):
+    message = (
+        r"train.batch_size \(=4\) must be divisible by the number of processes \(={}\) times train.accumulate \(={}\)"
+    )
+    with pytest.raises(ValueError, match=message.format(3, 1)):
         submission(job=Job(time="60", tasks_per_node=3))
+    with pytest.raises(ValueError, match=message.format(2, 4)):
+        submission("train.accumulate=4")
+    for mode, tasks in (("fsdp", 1), ("none", 2)):
+        with pytest.raises(
+            ValueError, match=rf"train.parallel \(='{mode}'\) does not fit the job's processes \(={tasks}\)"
+        ):
+            submission(f"train.parallel={mode}", job=Job(time="60", tasks_per_node=tasks))
     with pytest.raises(ValueError, match=r"data.shards \(=None\) must name a folder of shards to train"):
         submission("data.shards=null")
     (tmp_path / "run").mkdir(exist_ok=True)
@@ -130,6 +142,17 @@ def test_without_slurm(submission, monkeypatch):
     monkeypatch.setattr(launch.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="--submit slurm must be run where Slurm is: there is no sbatch on the path"):
         submit(submission())
+
+
+def test_a_job_that_sbatch_refuses(submission, tmp_path, monkeypatch):
+    """A stand-in for sbatch, which submitit calls."""
+    pytest.importorskip("submitit")
+    for name in ("sbatch", "srun"):  # submitit looks for srun to know that Slurm is here
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"sbatch refused the job: (?s:.*)invalid partition specified: nope"):
+        submit(submission(job=Job(time="60", partition="nope")))
 
 
 def test_the_tool_runs_in_the_task_itself(tmp_path, monkeypatch):

@@ -154,6 +154,21 @@ def test_what_cannot_be_trained(tiny, overrides, message):
     assert not Path(config.train.output_dir).exists()
 
 
+def test_checkpoints_that_would_not_be_kept(tiny):
+    """Of an epoch's steps, here 3."""
+    message = r"train.keep_every \(=4\) must be a multiple of the steps between two checkpoints \(=3, an epoch\)"
+    with pytest.raises(ValueError, match=message):
+        train(tiny("train.keep_every=4"))
+    build_run(tiny("train.keep_every=6"), World(), torch.device("cpu"))
+
+
+def test_a_run_folder_at_home(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert train(tiny("train.output_dir=~/out", "train.epochs=1", "optim.warmup_epochs=0")) == tmp_path / "out"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_a_batch_that_processes_cannot_share(tiny):
     with pytest.raises(ValueError, match=r"batch_size \(=4\) must be divisible by the number of ranks \(=3\)"):
         build_run(tiny(), World(size=3), torch.device("cpu"))

@@ -119,6 +119,53 @@ def test_weights_and_their_state():
     )
 
 
+SHARDED = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_memory_of_runs import IMAGES, config, make
+from torch.distributed.fsdp import FSDPModule
+from jepa_kit.engine.distributed import process_group, read_environment
+from jepa_kit.engine.memory import training_memory
+from jepa_kit.engine.parallel import parallelize
+
+cpu, held = torch.device("cpu"), []
+
+def gradients(jepa):
+    for module in jepa.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in group.fsdp_params if group else []:
+            whole = parameter.unsharded_accumulated_grad  # torch 2.13 keeps them in the parameter, until it is let go
+            if whole is None and hasattr(parameter, "_unsharded_param"):
+                whole = parameter._unsharded_param.grad
+            yield 0 if whole is None else whole.nbytes
+
+with process_group(read_environment(), cpu):
+    jepa, masks, lengths = make(config())
+    planned = [training_memory(jepa, lengths, precision="float32", shards=2, accumulate=n).gradients for n in (1, 2)]
+    forward = parallelize(jepa, cpu, "fsdp", accumulate=2)
+    split = forward.split
+
+    def watched(*arguments):
+        for part in split(*arguments):
+            held.append(sum(gradients(jepa)))
+            yield part
+
+    forward.split = watched
+    forward(torch.randn(IMAGES, 3, 32, 32), masks).loss.backward()
+    own = sum(p.grad.to_local().nbytes for p in jepa.parameters() if p.requires_grad)
+    assert held == [0, planned[1]], (held, planned)
+    assert abs(own / planned[0] - 1) < 0.1, (own, planned)
+"""
+
+
+@pytest.mark.integration
+def test_fsdp_adds_up_whole_gradients(tmp_path, torchrun):
+    """Between the parts of an accumulated step; after it, each of two processes has half of them."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    torchrun(2, tmp_path / "sharded.py", Path(__file__).parent)
+
+
 def test_a_network_without_a_formula():
     jepa, _, lengths = make(config())
     jepa.predictor = nn.Linear(1, 1)

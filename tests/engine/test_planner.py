@@ -122,6 +122,10 @@ def test_the_papers_run():
         ([1], [], {"samples": 0}, r"samples \(=0\) must be above 0"),
         ([1], [], {"peak_share": 1.1}, r"peak_share \(=1.1\) must be above 0 and at most 1"),
         ([1], [], {"peak_share": 0.0}, r"peak_share \(=0.0\) must be above 0 and at most 1"),
+        ([1], [], {"bytes_per_image": float("nan")}, r"bytes_per_image \(=nan\) must be above 0 and finite"),
+        ([1], [], {"decode_ms": float("inf")}, r"decode_ms \(=inf\) must be above 0 and finite"),
+        ([2], ["train.accumulate=5"], {}, r"divisible by gpus \(=2\) times train.accumulate \(=5\)"),
+        ([1], ["train.precision=float32"], {}, r"train.precision \(='float32'\) cannot be planned: the peaks in"),
         ([1], [], {"decode_ms": -1.0}, r"decode_ms \(=-1.0\) must be above 0"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files in folders elsewhere, whatever the handler can and cannot do."""
 
 import pytest
+from iopath.common.file_io import PathHandler
 from places import Bucket, BucketError, Disk
 
 from jepa_kit.data.streams import path_manager
@@ -83,6 +84,21 @@ def test_an_error_of_the_handlers_own_kind(place, handler, monkeypatch, method, 
     monkeypatch.setattr(handler, method, fail)
     with pytest.raises(RemoteError, match=message):
         do(place)
+
+
+@pytest.mark.parametrize(
+    ("method", "do", "message"),
+    [
+        ("_ls", lambda p: p.names(), "a/run cannot be listed: its handler cannot do that"),
+        ("_exists", lambda p: p.holds("b"), "a/run/b cannot be looked for: its handler cannot do that"),
+        ("_rm", lambda p: p.remove("b"), "a/run/b could not be deleted: its handler cannot do that"),
+    ],
+)
+def test_a_handler_that_cannot(place, handler, monkeypatch, method, do, message):
+    monkeypatch.setattr(handler, method, getattr(PathHandler(), method))  # which raises NotImplementedError
+    for kind in (RemoteError, ValueError):  # the second is a mistake in the command
+        with pytest.raises(kind, match=message):
+            do(place)
 
 
 def test_what_is_not_there(place, tmp_path):

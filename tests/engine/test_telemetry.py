@@ -167,6 +167,14 @@ def test_a_broken_line_inside(tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", '{"step": "1"}'])
+def test_a_line_that_is_not_of_a_step(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(ValueError) as caught:
+        read_metrics(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'}, line 2 ({line}) must be a mapping with a 'step'"
+
+
 def test_boards_get_each_line(tmp_path):
     class Board:
         def __init__(self):

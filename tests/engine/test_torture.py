@@ -50,7 +50,10 @@ def test_a_killed_rank_under_torchrun():
 
 
 def test_what_shows_is_told(torture, tmp_path, monkeypatch):
-    lines = {"one": [{"step": 0, "loss": 1.0, "data_wait": 0.1}], "other": [{"step": 0, "loss": 1.5, "data_wait": 0.2}]}
+    lines = {
+        "one": [{"step": 0, "loss": 1.0, "data_wait": 0.1, "eval/seconds": 0.3}],
+        "other": [{"step": 0, "loss": 1.5, "data_wait": 0.2, "eval/seconds": 0.4}],
+    }
     monkeypatch.setattr(torture, "read_metrics", lambda folder: lines[folder.name])
     monkeypatch.setattr(
         torture, "load_checkpoint", lambda folder: type("C", (), {"step": 1, "model": {}, "optimizer": {}})()
@@ -60,6 +63,14 @@ def test_what_shows_is_told(torture, tmp_path, monkeypatch):
     assert "steps of the lines: 1 without stops, 2 with them" in torture.differences(
         tmp_path / "one", tmp_path / "other"
     )
+
+
+def test_a_run_that_fails_says_why(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TORTURE), "--fork", "train.nope=1"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "train.nope is not an option" in done.stdout
 
 
 def test_help_has_examples(torture, capsys):

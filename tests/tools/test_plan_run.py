@@ -46,6 +46,7 @@ def test_json(tool, capsys):
         (["--gpus", "0"], "--gpus (='0') must be numbers from 1 to 4096, such as 8 or 8,64,512"),
         (["--gpus", "8,x"], "--gpus (='8,x') must be numbers from 1 to 4096"),
         (["--gpus", "8", "--gpu-hours", "0"], "--gpu-hours (=0.0) must be above 0"),
+        (["--gpus", "8", "--gpu-hours", "nan"], "--gpu-hours (=nan) must be above 0 and finite"),
         (["--gpus", "4096"], "train.batch_size (=2048) must be divisible by gpus (=4096)"),
         (["--gpus", "1", "encoder.depht=3"], "encoder.depht is not an option of 'vit'; did you mean 'depth'?"),
         (["--gpus", "1", "data.shards=nothing-here"], "nothing-here"),

@@ -74,7 +74,7 @@ def test_through_submitit(run, tool, tmp_path, monkeypatch, capsys):
         ),
         (
             ["--submit", "slurm", "--time", "9", "--nodes", "3"],
-            "train.batch_size (=32) must be divisible by the job's 3",
+            "train.batch_size (=32) must be divisible by the number of processes (=3)",
         ),
         (["--submit", "slurm", "--time", "9", "train.epohs=3"], "train.epohs is not"),
         (["--submit", "slurm", "--time", "9", "data.shards=null"], "data.shards (=None) must name a folder of shards"),

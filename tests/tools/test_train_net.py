@@ -174,6 +174,11 @@ def test_an_output_folder_that_is_a_file(refused, command, tmp_path):
     assert "must be a folder, but it is a file" in refused(2, *command)
 
 
+def test_a_place_that_cannot_hold_checkpoints(refused, command):
+    message = refused(2, *command, "train.checkpoint_dir=https://example.invalid/x")
+    assert "https://example.invalid/x cannot be listed: its handler cannot do that" in message
+
+
 def test_a_checkpoint_cut_short(tool, refused, command, tmp_path):
     assert tool.main(command) == 0
     path = tmp_path / "run" / "checkpoint_00000004.pt"
