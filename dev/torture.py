@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(ROOT))
 
+from jepa_kit.arguments import tool_parser
 from jepa_kit.config import load_config
 from jepa_kit.data.shard_writing import Sample, write_index, write_shard
 from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
@@ -334,10 +335,7 @@ def torture(work: Path, options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        description=description, epilog="examples:" + examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = tool_parser("torture.py", __doc__)
     p.add_argument("--kills", type=int, default=20, help="SIGKILLs (20)")
     p.add_argument("--signals", type=int, default=4, help="SIGTERM and SIGUSR1 in turn (4); none with --processes")
     p.add_argument("--steps", type=int, default=60, help="length of the run, in multiples of 6 (60)")

@@ -49,6 +49,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit import __version__
+from jepa_kit.arguments import tool_parser
 from jepa_kit.data.progress import Progress
 from jepa_kit.data.shard_journal import Journal, alone, make_room, unfinished
 from jepa_kit.data.shard_making import Limits, check_apart, listed, make, orders, split_folder
@@ -61,15 +62,8 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def parser() -> argparse.ArgumentParser:
-    title, _, text = (__doc__ or "").partition("\n\n")
-    sources, _, examples = text.partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="make_shards.py",
-        usage="make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]",
-        description=f"{title}\n\n{sources}",
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("make_shards.py", __doc__)
+    p.usage = "make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]"
     p.add_argument("source", metavar="SOURCE", nargs="?", help="see above")
     p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; made if missing")
     p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 where they differ")

@@ -31,24 +31,19 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import add_config, tool_parser
+
 if TYPE_CHECKING:
     from jepa_kit.evaluation.mask_report import MaskReport
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="mask_report.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint")
+    p = tool_parser("mask_report.py", __doc__)
+    add_config(p)
     p.add_argument("--compare", metavar="OTHER", help="another, to put beside it")
     p.add_argument("--draws", type=int, default=2048, metavar="N", help="images to draw masks for (default: 2048)")
     p.add_argument("--images-per-batch", type=int, default=128, metavar="N", help="of a process (default: 128)")
     p.add_argument("--output-dir", default="output/mask_report", metavar="DIR", help="default: output/mask_report")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML")
     return p
 
 

@@ -34,8 +34,8 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import add_config, tool_parser
 from jepa_kit.config import Config, load_config
-from jepa_kit.config.arguments import add_config, tool_parser
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.engine.devices import DEVICES
 from jepa_kit.engine.flops import FORMULA

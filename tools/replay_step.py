@@ -31,7 +31,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.config.arguments import tool_parser
+from jepa_kit.arguments import tool_parser
 from jepa_kit.engine.distributed import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 

@@ -57,8 +57,8 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import add_config, tool_parser
 from jepa_kit.config import Config, load_config
-from jepa_kit.config.arguments import add_config, tool_parser
 from jepa_kit.engine.distributed import PeerError, StartError
 from jepa_kit.engine.failures import RunError
 from jepa_kit.engine.launch import Job, prepare, submit, write_script

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jepa_kit.config.arguments import add_config, tool_parser
+from jepa_kit.arguments import add_config, tool_parser
 
 TEXT = """Does something.
 
