@@ -12,8 +12,9 @@ examples:
   python tools/compare.py runs/* --protocol linear,knn --network target,untrained
 
 A run is a folder with results of tools/eval_net.py (evaluation/*.json) or of the quickstart (results.json), or such a
-file. Cells are percent: "mean ± deviation over seeds", or for one run "figure (its standard error)".
-Exit status: 0, or 2 for a mistake in the command or the files.
+file; checkpoints of several steps have lines of their own. Cells are percent: "mean ± deviation over seeds", or for one
+run "figure (its standard error)".
+Exit status: 0, 2 for a mistake in the command or the files, 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -27,15 +28,11 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import tool_parser
+
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="compare.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("compare.py", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
     p.add_argument("--protocol", metavar="NAMES", help="only these, with commas")
     p.add_argument("--network", metavar="NAMES", help="only these, with commas: target, context, untrained, pixels")
@@ -45,32 +42,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Runs the tool; returns the exit status: 0, 2 for a mistake of the user's, 130 after an interruption."""
     arguments = parser().parse_args(argv)
     try:
         print(run(arguments))
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ncompare.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 def run(arguments: argparse.Namespace) -> str:
     """The table; writes the files."""
     # here, so that --help does not wait for torch and scikit-learn
-    from jepa_kit.evaluation.compare import compare, figure, load, to_csv, to_markdown
+    from jepa_kit.evaluation.compare import compare, figure, to_csv, to_markdown
+    from jepa_kit.evaluation.compared_runs import load
 
-    runs = [load(path) for path in arguments.runs]
+    runs = load(*arguments.runs)
     for option, field in (("protocol", "protocol"), ("network", "network"), ("label", "label")):
         names = getattr(arguments, option)
         if names is None:
             continue
         wanted = [name.strip() for name in names.split(",")]
-        known = sorted({getattr(row, field) for one in runs for _, row in one.rows})
+        known = sorted({getattr(answer.row, field) for one in runs for answer in one.rows})
         for name in wanted:
             if name not in known:
                 raise ValueError(f"--{option} (={name!r}) must be of {', '.join(known)}: the results have no other")
-        runs = [one._replace(rows=[(d, row) for d, row in one.rows if getattr(row, field) in wanted]) for one in runs]
+        runs = [one._replace(rows=[a for a in one.rows if getattr(a.row, field) in wanted]) for one in runs]
     cells = compare(runs)
     table = to_markdown(cells)
     if arguments.output:

@@ -56,6 +56,8 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import tool_parser
+
 if TYPE_CHECKING:
     import torch
 
@@ -73,13 +75,7 @@ PATIENCE = timedelta(days=7)
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="eval_net.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("eval_net.py", __doc__)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, or a run folder (its latest)")
     what.add_argument("--config-file", metavar="FILE", help="a config, whose baselines alone are evaluated")
@@ -132,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jepa_kit.engine.distributed import PeerError, StartError  # here, so that --help does not wait for torch
 
     try:
-        text = list_protocols() if arguments.list else run(arguments)
+        if arguments.list:
+            print(list_protocols())
+        else:
+            run(arguments)
     except (StartError, PeerError) as error:
         print(f"eval_net.py: {error}", file=sys.stderr)
         return 1
@@ -142,13 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\neval_net.py: interrupted", file=sys.stderr)
         return 130
-    if text:
-        print(text)
     return 0
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """The table of an evaluation; writes its file. With several processes, all but the first give no text."""
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates; of several processes the first prints the table and writes the file."""
     # here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.config import import_named, load_config
     from jepa_kit.engine.build import open_together
@@ -171,8 +168,24 @@ def run(arguments: argparse.Namespace) -> str:
     device = choose_device(config.train.device, world)
     with process_group(world, device, patience=PATIENCE):
         train, test = open_together(config, learned_from), open_together(config, asked)
+        if world.is_main:
+            note_shared(train, test)
         rows, checkpoint = evaluated(arguments, specs, file, loaded, config, train, test, world, device)
-        return written(arguments, rows, config, checkpoint, train, test, built) if world.is_main else ""
+        if world.is_main:
+            tell(arguments, rows, config, checkpoint, train, test, built)
+
+
+def note_shared(train: ShardDataset, test: ShardDataset) -> None:
+    """Says on stderr where the test samples are training samples, which a sanity check may want and a score not."""
+    from jepa_kit.evaluation.store import shared_samples
+
+    shared = shared_samples(train, test)
+    if shared:
+        print(
+            f"note: {shared:,} of {len(test):,} test samples ({test.path}) lie in the training shards ({train.path}) "
+            "too: scores tell what is remembered of them",
+            file=sys.stderr,
+        )
 
 
 def evaluated(
@@ -190,6 +203,7 @@ def evaluated(
     from jepa_kit.engine.distributed import from_main
     from jepa_kit.evaluation.networks import ENCODERS, config_networks, run_networks, sha256
     from jepa_kit.evaluation.report import evaluate
+    from jepa_kit.evaluation.results import about_checkpoint
     from jepa_kit.evaluation.store import FeatureStore
 
     about: dict[str, Any] = {
@@ -202,7 +216,7 @@ def evaluated(
         networks = config_networks(config, **about)
     else:
         digest = from_main(lambda: sha256(file))
-        checkpoint = {"file": called(arguments.checkpoint, file), "sha256": digest, "step": loaded.step}
+        checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
         chosen = arguments.encoder or "target"
         encoders = [which for which in ENCODERS if chosen in (which, "both")]
         networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
@@ -230,7 +244,7 @@ def evaluated(
     return rows, checkpoint
 
 
-def written(
+def tell(
     arguments: argparse.Namespace,
     rows: list[Row],
     config: Config,
@@ -238,24 +252,27 @@ def written(
     train: ShardDataset,
     test: ShardDataset,
     built: Sequence[tuple[str, dict[str, Any], Probe]],
-) -> str:
-    """The table; writes the file of results, with all options of the protocols."""
+) -> None:
+    """Prints the table, and writes the file of results, with all options of the protocols."""
     from jepa_kit.evaluation.report import format_table, plain_options
     from jepa_kit.evaluation.results import config_results, write_results
 
+    print(format_table(rows))
     content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
     content["protocols"] = plain_options(built)
     output = arguments.output or (default_output(arguments.checkpoint, content) if checkpoint else None)
     if output:
         write_results(content, output)
         print(f"results: {output}", file=sys.stderr)
-    return format_table(rows)
 
 
 def check_choices(arguments: argparse.Namespace, built: Sequence[tuple[str, dict[str, Any], Probe]]) -> None:
-    """Raises ValueError for an option that would do nothing, and for one that lacks another."""
+    """Raises ValueError for an option that would do nothing, that lacks another, or a file that cannot be written."""
     from jepa_kit.engine.remote import is_address
+    from jepa_kit.evaluation.results import check_output
 
+    if arguments.output:
+        check_output("--output", arguments.output)
     if arguments.layers and not any(probe.takes_layers for _, _, probe in built):
         names = ", ".join(name for name, _, _ in built)
         raise ValueError(f"--layers (={arguments.layers!r}) would do nothing: {names} choose their layers themselves")

@@ -9,6 +9,9 @@ examples:
   python tools/health.py --checkpoint runs/first/checkpoint_00000500.pt runs/first --encoder context \\
       --images 512 --shards shards/photos/val --output health.json
 
+  # a run of another machine, whose config asks for a GPU
+  python tools/health.py --checkpoint runs/first train.device=cpu
+
 How to read each figure: docs/evaluation.md, "Health". The same is measured inside a run with evaluate.every=N.
 Exit status: 0 whatever the verdict, 2 for a mistake in the command, a checkpoint or the shards, 130 after an
 interruption from the keyboard.
@@ -17,7 +20,7 @@ interruption from the keyboard.
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -27,10 +30,15 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import tool_parser
+
 if TYPE_CHECKING:
     from jepa_kit.evaluation.health import Health
 
+OVERRIDE = re.compile(r"[\w.]+=")
 ROWS = (
+    ("images", "images"),
+    ("width", "width of a token"),
     ("varying", "share of tokens' mean square that varies"),
     ("of_images", "share of that which position does not explain"),
     ("within_images", "share of that between patches of one image"),
@@ -51,13 +59,7 @@ ROWS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="health.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("health.py", __doc__)
     p.add_argument(
         "--checkpoint", required=True, nargs="+", metavar="FILE", help="checkpoints, or run folders (their latest)"
     )
@@ -67,14 +69,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
     p.add_argument("--output", metavar="FILE", help="writes the figures as JSON")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the runs' configs")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns the exit status: 0, 2 for a mistake of the user's, 130 after an interruption."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
+    # `--checkpoint A B train.device=cpu` takes all three
+    given = [name for name in arguments.checkpoint if OVERRIDE.match(name) and not Path(name).exists()]
+    arguments.checkpoint = [name for name in arguments.checkpoint if name not in given]
+    arguments.overrides += given
     try:
-        print(run(arguments))
+        run(arguments)
     except (ValueError, OSError) as error:
         print(f"health.py: {error}", file=sys.stderr)
         return 2
@@ -84,28 +91,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """The table and the verdicts; writes the file."""
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the table and the verdicts, and writes the file."""
     # here, so that --help does not wait for torch
     from jepa_kit.config import versions
+    from jepa_kit.evaluation.results import check_output, write_results
     from jepa_kit.evaluation.verdict import judge
 
+    if not arguments.checkpoint:
+        raise ValueError(f"--checkpoint must name one beside {', '.join(arguments.overrides)}")
+    if arguments.images < 16:
+        raise ValueError(f"--images (={arguments.images}) must be at least 16 to say anything about a network")
+    if arguments.output:
+        check_output("--output", arguments.output)
     names = arguments.checkpoint
     found = [measure(name, arguments) for name in names]
     verdicts = [judge(health) for _, health in found]
+    lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
+    lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
+    print("\n\n".join(lines))
     if arguments.output:
         entries = [
             {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
             for name, (step, health), v in zip(names, found, verdicts, strict=True)
         ]
-        file = Path(arguments.output)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps({"seed": arguments.seed, "health": entries, "versions": versions()}, indent=1) + "\n"
-        )
-    lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
-    lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
-    return "\n\n".join(lines)
+        content = {"seed": arguments.seed, "health": entries, "versions": versions()}
+        write_results(content, arguments.output)
 
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
@@ -122,14 +133,14 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator
 
-    loaded = load_run(checkpoint)
+    loaded = load_run(checkpoint, arguments.overrides)
     config, data = loaded.config, loaded.config.data
     dataset = open_shards(config, images_to_look_at(arguments.shards, data.shards))
     order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
     batches = eval_batches(
         dataset,
         image_size=data.image_size,
-        samples=order[: max(arguments.images, 1)],
+        samples=order[: arguments.images],
         decoder=data.decoder,
         max_pixels=data.max_pixels,
     )
@@ -155,7 +166,7 @@ def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
         return "-" if value is None else f"{value:.4g}"
 
     first = found[0]
-    about = f"{first.images} images under {first.masks} masks, {first.encoder} encoder, width {first.width}"
+    about = f"images under {first.masks} masks, {first.encoder} encoder"
     label = max(len(text) for _, text in ROWS)
     width = max(12, *(len(title) for title in titles))
     lines = [about, " " * label + "".join(f"  {title:>{width}}" for title in titles)]

@@ -26,15 +26,11 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jepa_kit.arguments import tool_parser
+
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:")
-    p = argparse.ArgumentParser(
-        prog="visualize.py",
-        description=description,
-        epilog="examples:" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = tool_parser("visualize.py", __doc__)
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or a run folder (its latest)")
     p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
     p.add_argument("--output", metavar="DIR", help="default: pictures in the run folder")
@@ -67,6 +63,7 @@ def run(arguments: argparse.Namespace) -> str:
     from jepa_kit.engine.distributed import World, choose_device
     from jepa_kit.engine.remote import is_address
     from jepa_kit.evaluation.features import load_run
+    from jepa_kit.evaluation.results import check_output
     from jepa_kit.evaluation.shard_choice import images_to_look_at
     from jepa_kit.evaluation.visual import draw_run, gather
 
@@ -82,6 +79,7 @@ def run(arguments: argparse.Namespace) -> str:
     source = Path(arguments.checkpoint)
     folder = source if source.is_dir() else source.parent
     output = Path(arguments.output) if arguments.output else folder / "pictures"
+    check_output("--output", output / "page.png")
     material = gather(
         loaded,
         dataset,

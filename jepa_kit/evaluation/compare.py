@@ -1,14 +1,11 @@
-"""Results of any number of runs in one table and one figure; runs that differ by their seed alone become one.
-
-A run is a folder (its ``evaluation`` folder, and ``results.json`` in it or beside it) or a file of results.
-"""
+"""Results of any number of runs in one table and one figure; runs that differ by their seed alone become one."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -16,42 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepa_kit.evaluation.report import Row, describe, markdown
-from jepa_kit.evaluation.results import read_results
+from jepa_kit.evaluation.compared_runs import Answer, Data, Run
+from jepa_kit.evaluation.report import Row, describe, markdown, told_apart
 
-NEVER_TELLS = (
-    ("train", "seed"),
-    ("train", "output_dir"),
-    ("train", "log_every"),
-    ("train", "checkpoint"),
-    ("train", "checkpoint_dir"),
-    ("train", "checkpoint_every"),
-    ("train", "keep_checkpoints"),
-    ("train", "keep_every"),
-    ("train", "tensorboard"),
-    ("train", "wandb"),
-    ("train", "device"),
-    ("train", "attention"),
-    ("data", "num_workers"),
-    ("data", "prefetch"),
-    ("data", "shards"),
-    ("data", "cache"),
-    ("data", "cache_gb"),
-    ("data", "retries"),
-    ("data", "backoff"),
-    ("data", "timeout"),
-)
-"""What a config may differ in and still be the same recipe; and in all of ``evaluate``, which never touches a run."""
 BASELINES = ("untrained", "pixels")
-
-
-class Run(NamedTuple):
-    """The rows of one run: its name, what its recipe and its data are, its seed, and rows with their step."""
-
-    name: str
-    recipe: str
-    seed: int
-    rows: list[tuple[str, Row]]
 
 
 class Key(NamedTuple):
@@ -89,89 +54,95 @@ class Cell:
         return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}"
 
 
-def load(path: str | Path) -> Run:
-    """A run's results; where two files answer one question, the newer one.
-
-    Raises:
-        ValueError: no results there, or results of runs of different recipes in one folder.
-        FileNotFoundError: there is no such file or folder.
-    """
-    path = Path(path)
-    files = _files(path)
-    contents = [read_results(file) for file in files]
-    recipes = {_recipe(content) for content in contents}
-    if len(recipes) > 1:
-        raise ValueError(f"{path} holds results of {len(recipes)} recipes; name their files one by one")
-    newest: dict[tuple[Any, ...], tuple[str, Row]] = {}
-    for content in contents:
-        data = _data(content)
-        for raw in content["rows"]:
-            row = Row(**raw)
-            newest[data, row.title, row.network, row.layers, row.seed, row.column] = (data, row)
-    return Run(_name(path), recipes.pop(), contents[0]["seeds"]["run"], list(newest.values()))
-
-
-def _name(path: Path) -> str:
-    """The run's folder, as a reader calls it."""
-    place = path.resolve()
-    place = place.parent if place.is_file() else place
-    while place.name in ("run", "evaluation"):
-        place = place.parent
-    return place.name or str(path)
-
-
-def _files(path: Path) -> list[Path]:
-    """Files of results, the oldest first."""
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; a run is a folder or a file of results")
-    places = [*path.glob("evaluation/*.json"), *path.glob("results.json"), *path.glob("run/evaluation/*.json")]
-    if not places:
-        raise ValueError(f"{path} holds no results (evaluation/*.json or results.json): tools/eval_net.py makes them")
-    return sorted(places, key=lambda file: (file.stat().st_mtime_ns, file.name))
-
-
-def _recipe(content: dict[str, Any]) -> str:
-    """What runs that differ by their seed alone have in common."""
-    config = json.loads(json.dumps(content["config"]))
-    config.pop("versions", None)
-    config.pop("evaluate", None)
-    for section, key in NEVER_TELLS:
-        config.get(section, {}).pop(key, None)
-    step = (content["checkpoint"] or {}).get("step")
-    return json.dumps({"config": config, "step": step}, sort_keys=True)
-
-
-def _data(content: dict[str, Any]) -> str:
-    """The test data, as a reader calls it: the folder, without `test` or `val`."""
-    path = Path(content["data"]["test"]["shards"])
-    return path.parent.name if path.name in ("test", "val") and path.parent.name else path.name
-
-
 def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
     """Every figure, averaged over runs of one recipe; in the order of the runs.
+
+    Figures are averaged, and stand in one column, where they answer one question: same data, same protocol with the
+    same options and seed, same label. What differs under one name is named.
 
     Raises:
         ValueError: no run, or one run's seed twice in a group.
     """
     if not runs:
         raise ValueError("runs (=[]) must be at least one")
-    groups: dict[str, list[Run]] = {}
+    by_recipe: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.recipe, []).append(run)
-    found: dict[Key, list[Row]] = {}
-    for members in groups.values():
+        by_recipe.setdefault(run.recipe, []).append(run)
+    groups = list(by_recipe.values())
+    for members in groups:
         seeds = [run.seed for run in members]
         if len(set(seeds)) < len(seeds):
-            names = ", ".join(run.name for run in members)
-            raise ValueError(f"runs {names} have one recipe and seeds {seeds}: each seed may be there once")
-        group = _common([run.name for run in members])
-        for run in members:
-            for data, row in run.rows:
-                key = Key(group, data, row.title, describe(row.network, row.layers), row.column)
-                found.setdefault(key, []).append(row)
+            places = ", ".join(str(run.place) for run in members)
+            raise ValueError(f"runs {places} have one recipe and seeds {seeds}: each seed may be there once")
+    answers = [answer for members in groups for run in members for answer in run.rows]
+    data_names, titles = _data_names(answers), _titles(answers)
+    found: dict[Key, list[Row]] = {}
+    for group, members in zip(_first_unique(_group_names(groups)), groups, strict=True):
+        for data, _, row, title in ((*a, titles[_question(a)]) for run in members for a in run.rows):
+            key = Key(group, data_names[data], title, describe(row.network, row.layers), row.column)
+            found.setdefault(key, []).append(row)
     return {key: _cell(rows) for key, rows in found.items()}
+
+
+def _first_unique(ways: Iterable[list[str]]) -> list[str]:
+    """Of several ways to name things, the first by which no two have one name."""
+    return next(names for names in ways if len(set(names)) == len(names))
+
+
+def _group_names(groups: Sequence[Sequence[Run]]) -> Iterator[list[str]]:
+    """Ways to name groups of runs: by the ends of their paths, longer and longer; with the step; by all runs; by a
+    file."""
+    longest = max(len(run.place.parts) for members in groups for run in members)
+    steps = ["" if g[0].step is None else f", step {g[0].step:,}" for g in groups]
+    for join in (_common, ", ".join):
+        for added in ([""] * len(groups), steps):
+            for parts in range(1, longest + 1):
+                yield [join([_end(r.place, parts) for r in g]) + add for g, add in zip(groups, added, strict=True)]
+    yield [str(members[0].files[0]) for members in groups]
+
+
+def _data_names(answers: Sequence[Answer]) -> dict[Data, str]:
+    """What a reader calls the data: by the end of the test folder; with that of the training folder; by digests."""
+    several = list(dict.fromkeys(answer.data for answer in answers))
+    tests = [d.test_place.parent if d.test_place.name in ("test", "val") else d.test_place for d in several]
+    trains = [d.train_place for d in several]
+    longest = max(len(place.parts) for place in (*tests, *trains))
+
+    def ways() -> Iterator[list[str]]:
+        for parts in range(1, longest + 1):
+            yield [_end(test, parts) for test in tests]
+        for parts in range(1, longest + 1):
+            ends = ((_end(test, parts), _end(train, parts)) for test, train in zip(tests, trains, strict=True))
+            yield [f"{test} (learned from {train})" for test, train in ends]
+        digests = zip(tests, several, strict=True)
+        yield [f"{_end(test, 1)} {data.test[:8]} (learned from {data.train[:8]})" for test, data in digests]
+
+    return dict(zip(several, _first_unique(ways()), strict=True))
+
+
+def _end(path: Path, parts: int) -> str:
+    return "/".join(path.parts[-parts:])
+
+
+def _question(answer: Answer) -> tuple[str, str]:
+    """(its title, what it was asked with)."""
+    return answer.row.title, json.dumps(answer.asked, sort_keys=True)
+
+
+def _titles(answers: Sequence[Answer]) -> dict[tuple[str, str], str]:
+    """What a protocol is called: its title, and options that tell it from another of this title."""
+    asked: dict[str, dict[str, Answer]] = {}
+    for answer in answers:
+        title, text = _question(answer)
+        asked.setdefault(title, {})[text] = answer
+    found = {}
+    for title, ways in asked.items():
+        known = [answer.asked for answer in ways.values() if answer.row.options]
+        for text, answer in ways.items():
+            added = told_apart(answer.asked, known if answer.row.options else [a.asked for a in ways.values()])
+            unknown = "" if answer.row.options or not known else "options unknown"
+            found[title, text] = " ".join(filter(None, (title, added, unknown)))
+    return found
 
 
 def _common(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -220,11 +220,15 @@ def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dic
 
 
 class LoadedRun(NamedTuple):
-    """A run read back: its config, its networks, and how many updates they have had."""
+    """A run read back: its config, its networks, how many updates they have had, and on which data.
+
+    ``data`` is the checkpoint's: samples and a digest; None where it is not known.
+    """
 
     config: Config
     jepa: JEPA
     step: int
+    data: Mapping[str, Any] | None = None
 
 
 def latest_checkpoint(checkpoint: str | Path) -> Path:
@@ -252,13 +256,13 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> LoadedRun
     config = config_from_dict(held.config, overrides, folder=str(Path(checkpoint).parent), source=str(checkpoint))
     jepa = build_recipe(config)
     restore(held, jepa)
-    return LoadedRun(config, jepa.eval(), held.step)
+    return LoadedRun(config, jepa.eval(), held.step, held.data)
 
 
 def untrained_encoder(config: Config, seed: int) -> nn.Module:
     """The encoder of a config with fresh weights, a function of the seed alone; torch's random state stays as it is.
 
-    With the seed of a run, these are the weights that the run began with.
+    With the seed of a run, these are the weights that the run began with, unless it took others (``train.init_from``).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

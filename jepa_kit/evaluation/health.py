@@ -142,8 +142,8 @@ def measure_health(
         precision: of the matrix products.
 
     Raises:
-        ValueError: too few images or masks, images of another kind, or a recipe without a term that looks at the
-        target.
+        ValueError: too few images or masks, images of another kind, a recipe without a term that looks at the target,
+        or outputs that are not finite.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 [N, 3, h, w], not {images.dtype} of shape {tuple(images.shape)}")
@@ -297,6 +297,9 @@ class _Predictions:
         self.held: list[tuple[Prediction, Tensor]] = []
 
     def add(self, out: Prediction, other: Tensor, masks: MaskBatch) -> None:
+        for name, tokens in (("predictions", out.prediction), ("targets", out.target)):
+            if not tokens.isfinite().all():
+                raise ValueError(f"{name} must be finite, but the network gives NaN or infinity: it diverged")
         self.held.append((Prediction(out.prediction.cpu(), out.target.cpu(), out.context.cpu(), masks), other.cpu()))
 
     def mean_targets(self) -> tuple[Tensor, Tensor]:
@@ -311,12 +314,13 @@ class _Predictions:
         return sums.sum(0) / counts.sum(), sums / counts.clamp(min=1)[:, None]
 
     def losses(self, distance: Callable[[Prediction], float]) -> dict[str, float]:
-        """The four losses of ``Health``, each a mean over target sets."""
+        """The four losses of ``Health``, each a mean over images, as the recipe's."""
         mean, at = self.mean_targets()
         names = ("loss", "loss_mean", "loss_position", "loss_other")
-        sums, sets, square = dict.fromkeys(names, 0.0), 0, 0.0
+        sums, images, square = dict.fromkeys(names, 0.0), 0, 0.0
         for out, other in self.held:
             target, masks = out.target.double(), out.masks
+            here = int(masks.targets.image.max()) + 1
             pairs = (
                 (out.prediction.double(), target),
                 (mean.expand_as(target), target),
@@ -324,10 +328,10 @@ class _Predictions:
                 (out.prediction.double(), other.double()),
             )
             for name, (guess, truth) in zip(names, pairs, strict=True):
-                sums[name] += distance(Prediction(guess, truth, out.context, masks)) * len(masks.targets)
-            sets += len(masks.targets)
-            square += float(target.square().mean()) * len(masks.targets)
-        return {name: 0.0 if value < ROUNDING * square else value / sets for name, value in sums.items()}
+                sums[name] += distance(Prediction(guess, truth, out.context, masks)) * here
+            images += here
+            square += float(target.square().mean()) * here
+        return {name: 0.0 if value < ROUNDING * square else value / images for name, value in sums.items()}
 
 
 def _distance(jepa: JEPA, predictions: _Predictions) -> Callable[[Prediction], float]:

@@ -87,7 +87,8 @@ def run_networks(
         encoders: of ``target`` (the paper's choice) and ``context``.
         baselines: of ``untrained`` (the same network with fresh weights) and ``pixels`` (averaged down to 16 x 16; for
             protocols of patches, all pixels of a patch).
-        untrained_seed: of the fresh weights; None takes the run's, so that they are those that it began with.
+        untrained_seed: of the fresh weights; None takes the run's, so that they are those that a run
+            without ``train.init_from`` began with.
         device: where encoders run.
         checkpoint_sha256: of the file that the run was read from; None keeps no features of its encoders.
 

@@ -1,6 +1,6 @@
 """Pictures: masks over images, and principal components of patch features.
 
-Training curves are drawn by ``jepa_kit.engine.telemetry.plot_curves``.
+Training curves are drawn by ``jepa_kit.engine.curves.plot_curves``.
 
     B     images                  h, w  sides in pixels      p, q  height and width of a patch
     H, W  rows, columns of patches    n  patches of an image, H * W    S  context sets

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from jepa_kit.evaluation.protocols import (
     Task,
     build_protocols,
 )
+from jepa_kit.evaluation.results import Row as Row
 from jepa_kit.evaluation.results import results as results
 from jepa_kit.evaluation.results import write_results as write_results
 from jepa_kit.evaluation.store import Arrays, FeatureStore, bar, say
@@ -43,59 +45,12 @@ MASK = "mask"
 """What stands for a label in rows of protocols that take masks."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One network under one protocol on one label; figures in [0, 1].
-
-    Args:
-        network: see ``Network``.
-        layers: the layer set, or the ones that the protocol chose from, as "last, last4"; None where there are none.
-        pooling: how an encoder's tokens became features; None where there are none, or the encoder was trained.
-        seed: of the weights of an untrained network.
-        width: of its features (the widest layer set).
-        label: whose classes were told apart; ``mask`` for segmentation.
-        seconds: that the protocol took, by the clock.
-        variant: as in ``ProbeResult``; and options, where a protocol was asked for with others as well.
-        protocol, metric, accuracy, standard_error, draws, validation, settings, n_train, n_test, classes,
-            chance: see ``ProbeResult``.
-    """
-
-    network: str
-    layers: str | None
-    pooling: str | None
-    seed: int | None
-    width: int
-    protocol: str
-    label: str
-    accuracy: float
-    standard_error: float
-    chance: float
-    validation: float | None
-    classes: int
-    n_train: int
-    n_test: int
-    settings: dict[str, Any]
-    variant: str = ""
-    metric: str = "accuracy"
-    draws: int = 1
-    seconds: float = 0.0
-
-    @property
-    def column(self) -> str:
-        """The heading of its figure in a table."""
-        return self.label if self.metric == "accuracy" else f"{self.label} {self.metric}"
-
-    @property
-    def title(self) -> str:
-        """What the protocol is called in a table."""
-        return f"{self.protocol} {self.variant}".strip()
-
-
 _FROM_PROBE = {field.name for field in fields(ProbeResult)} & {field.name for field in fields(Row)}
 
 
 class _Job(NamedTuple):
     name: str
+    options: dict[str, Any]
     variant: str
     probe: Probe
     network: Network
@@ -149,12 +104,28 @@ def evaluate(
 
     Raises:
         ValueError: no network or label, or two networks of one name; an unknown protocol or label; classes that
-            differ between ``train`` and ``test``; what a protocol refuses. All processes raise where one does.
+            differ between ``train`` and ``test``; what a protocol refuses, named with its label and network. All
+            processes raise where one does.
     """
     built = build_protocols(protocols)
     _check_networks(networks, seed)
     world = world or World()
     jobs, known = _jobs(built, networks, train, test, labels)
+    images = Images(
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        decoder=decoder,
+        max_pixels=max_pixels,
+        precision=precision,
+    )
+    for job in jobs:
+        check = getattr(job.probe, "check", None)
+        if check is not None and job.label in known:
+            with _named(job):
+                check(known[job.label][0], train.key)
     wanted = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
     store = store or FeatureStore()
     arrays = [
@@ -172,16 +143,6 @@ def evaluate(
         else {}
         for part in (train, test)
     ]
-    images = Images(
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        decoder=decoder,
-        max_pixels=max_pixels,
-        precision=precision,
-    )
 
     def ask(job: _Job) -> list[Row]:
         parts = [
@@ -198,7 +159,8 @@ def evaluate(
             images=images,
         )
         start = time.perf_counter()
-        found = job.probe(task)
+        with _named(job):
+            found = job.probe(task)
         seconds = time.perf_counter() - start
         figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
         say(f"{job.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
@@ -206,6 +168,16 @@ def evaluate(
 
     found = [job for share in gathered(together(lambda: _share(jobs, ask, world, progress))) for job in share]
     return _in_order([row for _, rows in sorted(found, key=lambda one: one[0]) for row in rows])
+
+
+@contextmanager
+def _named(job: _Job) -> Iterator[None]:
+    """What a protocol refuses, with the question that it was asked."""
+    try:
+        yield
+    except ValueError as error:
+        asked = f"protocol {job.name!r}, label {job.label!r}, {job.network.name}"
+        raise ValueError(f"{asked}: {error}") from error
 
 
 def _share(
@@ -239,7 +211,7 @@ def _jobs(
     """The questions, and label -> the classes of the training and of the test samples."""
     asked = list(train.classes) if labels is None else list(labels)
     jobs, needed = [], []
-    for (name, _, probe), variant in zip(built, _variants(built), strict=True):
+    for (name, options, probe), variant in zip(built, _variants(built), strict=True):
         if probe.takes == "masks":
             for part in (train, test):
                 if not part.has_masks:
@@ -253,18 +225,20 @@ def _jobs(
         fitting = [n for n in networks if n.encoder is not None or not probe.trains_encoder]
         if not fitting:
             raise ValueError(f"protocol {name!r} trains an encoder, and {', '.join(n.name for n in networks)} has none")
-        jobs += [_Job(name, variant, probe, network, label) for network in fitting for label in mine]
+        jobs += [_Job(name, dict(options), variant, probe, network, label) for network in fitting for label in mine]
     return jobs, _labels(train, test, list(dict.fromkeys(needed)))
 
 
 def _variants(built: Sequence[tuple[str, dict[str, Any], Probe]]) -> list[str]:
     """For protocols that are asked for several times, the options that tell them apart; else nothing."""
-    found = []
-    for name, options, _ in built:
-        others = [theirs for other, theirs, _ in built if other == name]
-        differing = [key for key in options if any(theirs[key] != options[key] for theirs in others)]
-        found.append(" ".join(f"{key}={json.dumps(options[key])}" for key in differing).replace('"', ""))
-    return found
+    return [told_apart(options, [theirs for other, theirs, _ in built if other == name]) for name, options, _ in built]
+
+
+def told_apart(options: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """The options that differ from those of any other, as ``k=5 temperature=0.1``."""
+    told = {key: json.dumps(value) for key, value in options.items()}
+    differing = [key for key in told if any(json.dumps(theirs.get(key)) != told[key] for theirs in others)]
+    return " ".join(f"{key}={told[key]}" for key in differing).replace('"', "")
 
 
 def _labels(train: ShardDataset, test: ShardDataset, labels: Sequence[str]) -> dict[str, tuple[IntArray, IntArray]]:
@@ -307,6 +281,7 @@ def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float)
         width=max((features.width for features in task.train.features.values()), default=0),
         label=job.label,
         seconds=round(seconds, 3),
+        options=job.options,
         **(
             {name: getattr(found, name) for name in _FROM_PROBE} | {"variant": f"{found.variant} {job.variant}".strip()}
         ),

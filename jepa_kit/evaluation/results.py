@@ -7,8 +7,10 @@ versions, and for each row the protocol with its settings, the network, its laye
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,72 @@ from jepa_kit.config import Config, versions
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.evaluation.features import LoadedRun, latest_checkpoint
 from jepa_kit.evaluation.networks import sha256
-from jepa_kit.evaluation.store import identity
+from jepa_kit.evaluation.store import identity, shared_samples
 
 FORMAT = "jepa_kit evaluation/2"
+_NEEDED = (
+    "checkpoint",
+    "config",
+    *(f"data.{part}.{name}" for part in ("train", "test") for name in ("shards", "index_sha256")),
+    "seeds.run",
+    "seeds.protocols",
+    "rows",
+)
+"""What a file of results must have."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network under one protocol on one label; figures in [0, 1].
+
+    Args:
+        network: see ``Network``.
+        layers: the layer set, or the ones that the protocol chose from, as "last, last4"; None where there are none.
+        pooling: how an encoder's tokens became features; None where there are none, or the encoder was trained.
+        seed: of the weights of an untrained network.
+        width: of its features (the widest layer set).
+        label: whose classes were told apart; ``mask`` for segmentation.
+        seconds: that the protocol took, by the clock.
+        options: all that the protocol was asked with, the defaults too.
+        variant: as in ``ProbeResult``; and options, where a protocol was asked for with others as well.
+        protocol, metric, accuracy, standard_error, draws, validation, settings, n_train, n_test, classes,
+            chance: see ``ProbeResult``.
+    """
+
+    network: str
+    layers: str | None
+    pooling: str | None
+    seed: int | None
+    width: int
+    protocol: str
+    label: str
+    accuracy: float
+    standard_error: float
+    chance: float
+    validation: float | None
+    classes: int
+    n_train: int
+    n_test: int
+    settings: dict[str, Any]
+    variant: str = ""
+    metric: str = "accuracy"
+    draws: int = 1
+    seconds: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def column(self) -> str:
+        """The heading of its figure in a table."""
+        return self.label if self.metric == "accuracy" else f"{self.label} {self.metric}"
+
+    @property
+    def title(self) -> str:
+        """What the protocol is called in a table."""
+        return f"{self.protocol} {self.variant}".strip()
 
 
 def results(
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     *,
     run: LoadedRun,
     checkpoint: str | Path,
@@ -40,12 +101,17 @@ def results(
         train, test, seed: as given to ``evaluate``.
     """
     file = latest_checkpoint(checkpoint)
-    about = {"file": str(file), "sha256": sha256(file), "step": run.step}
+    about = about_checkpoint(str(file), sha256(file), run)
     return config_results(rows, config=run.config, checkpoint=about, train=train, test=test, seed=seed)
 
 
+def about_checkpoint(file: str, digest: str, run: LoadedRun) -> dict[str, Any]:
+    """What a file of results says of the checkpoint: its training data too, as the checkpoint names them."""
+    return {"file": file, "sha256": digest, "step": run.step, "data": None if run.data is None else dict(run.data)}
+
+
 def config_results(
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     *,
     config: Config,
     checkpoint: Mapping[str, Any] | None,
@@ -63,6 +129,7 @@ def config_results(
             "decoder": config.data.decoder,
             "train": identity(train),
             "test": identity(test),
+            "test_samples_in_train": shared_samples(train, test),
         },
         "seeds": {"run": config.train.seed, "protocols": seed},
         "precision": config.train.precision,
@@ -72,19 +139,47 @@ def config_results(
 
 
 def write_results(content: dict[str, Any], file: str | Path) -> Path:
-    """Writes JSON in one piece; folders are made where they are missing."""
+    """Writes JSON in one piece; folders are made where they are missing.
+
+    Raises:
+        ValueError: a number is not finite, for which JSON has no word.
+    """
     file = Path(file)
+    for place, number in _not_finite(content):
+        raise ValueError(f"{file} cannot be written: {place} (={number}) is not finite, and JSON has no such number")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    return temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers that are not finite, and where they stand, as ``rows.0.accuracy``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    held = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in held:
+        yield from _not_finite(part, f"{place}.{key}".lstrip("."))
+
+
+def check_output(option: str, file: str | Path) -> None:
+    """Raises ValueError, before any work is done, where a file could not be written: ``option`` names it."""
+    path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"{option} (={str(file)!r}) must name a file, but is a folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{option} (={str(file)!r}) must lie in a folder that can be written to, which {above} is not")
 
 
 def read_results(file: str | Path) -> dict[str, Any]:
     """The content of a file that ``write_results`` wrote.
 
     Raises:
-        ValueError: it is not JSON, or of another kind.
+        ValueError: it is not JSON, of another kind, or incomplete.
         FileNotFoundError: there is no such file.
     """
     text = Path(file).read_text(encoding="utf-8")
@@ -95,4 +190,22 @@ def read_results(file: str | Path) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(f"{file} has format (={found!r}), but this release reads {FORMAT!r}: evaluate again")
+    for name in _NEEDED:
+        part: Any = content
+        for key in name.split("."):
+            if not isinstance(part, dict) or key not in part:
+                raise ValueError(f"{file} has no {name}: it is incomplete; evaluate again")
+            part = part[key]
+    for number, row in enumerate(content["rows"], 1):
+        _check_row(row, f"{file}: row {number}")
     return content
+
+
+def _check_row(row: Mapping[str, Any], called: str) -> None:
+    known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(Row)}
+    for name, needed in known.items():
+        if needed and name not in row:
+            raise ValueError(f"{called} has no {name!r}")
+    for name in row:
+        if name not in known:
+            raise ValueError(f"{called} has {name!r}, which this release does not know")

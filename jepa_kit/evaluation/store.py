@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -86,16 +86,17 @@ class FeatureStore:
             progress: says on stderr what is being done.
 
         Raises:
-            ValueError: a value outside its range, or an image that cannot be read; on all processes.
+            ValueError: a value outside its range, an image that cannot be read, or a kept array that is damaged; on
+                all processes.
         """
         arrays: Arrays = {}
         asked = [self._array(network, view, dataset, image_size, decoder) for network, view in wanted]
         # one process looks: all must agree on what is missing
-        there = from_main(lambda: [one.file is not None and one.file.with_suffix(".json").exists() for one in asked])
+        there = from_main(lambda: [one.file is not None and _is_kept(one.file) for one in asked])
         missing: list[_Array] = []
         for one, kept in zip(asked, there, strict=True):
             if kept:
-                arrays[one.network.name, one.view] = np.load(cast(Path, one.file), mmap_mode="r")
+                arrays[one.network.name, one.view] = _mapped(cast(Path, one.file))
             else:
                 missing.append(one)
         if not missing:
@@ -177,7 +178,7 @@ class FeatureStore:
                 temporary.write_text(json.dumps(words, indent=1) + "\n")
                 temporary.replace(file.with_suffix(".json"))
             self._wait()
-            kept_arrays[key] = np.load(file, mmap_mode="r")
+            kept_arrays[key] = _mapped(file)
         return kept_arrays
 
     def _unfinished(self, kept: Path) -> Path:
@@ -213,6 +214,18 @@ class FeatureStore:
         return _Array(network, view, self.folder / f"{key}.npy", words)
 
 
+def _is_kept(file: Path) -> bool:
+    """Whether an array and its words are there."""
+    return file.with_suffix(".json").exists() and file.exists()
+
+
+def _mapped(file: Path) -> NDArray[Any]:
+    try:
+        return np.load(file, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and its features are extracted again") from error
+
+
 def identity(dataset: ShardDataset) -> dict[str, Any]:
     """What tells data sets apart, wherever they lie: their length, and a digest of what their index says of shards."""
     entries = json.dumps([[shard[key] for key in ("file", "samples", "bytes", "sha256")] for shard in dataset.shards])
@@ -221,6 +234,16 @@ def identity(dataset: ShardDataset) -> dict[str, Any]:
         "samples": len(dataset),
         "index_sha256": hashlib.sha256(entries.encode()).hexdigest(),
     }
+
+
+def shared_samples(train: ShardDataset, test: ShardDataset) -> int:
+    """How many test samples lie in shards that the training set has too, by digest (else by name and size)."""
+
+    def content(shard: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (shard["sha256"],) if shard["sha256"] else (shard["file"], shard["samples"], shard["bytes"])
+
+    learned = {content(shard) for shard in train.shards}
+    return sum(shard["samples"] for shard in test.shards if content(shard) in learned)
 
 
 def bar(what: str, total: int, unit: str, progress: bool) -> tqdm[Any]:

@@ -5,7 +5,6 @@ B = images    n = patches of an image, H * W    D = width of a target    h = hea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from jepa_kit.evaluation.decoder import (
 )
 from jepa_kit.evaluation.features import LoadedRun, evaluating, untrained_encoder
 from jepa_kit.evaluation.health import BATCH, measure_health, several_masks
+from jepa_kit.evaluation.results import write_results
 from jepa_kit.evaluation.verdict import judge
 from jepa_kit.evaluation.visual_maps import Guess, all_targets, attention_weights, guesses, predict
 from jepa_kit.evaluation.visual_page import (
@@ -108,7 +108,11 @@ def gather(
         ValueError: too few images in the data set.
     """
     if len(dataset) < images + BATCH:
-        raise ValueError(f"{dataset.path} holds {len(dataset)} images, but pictures need at least {images + BATCH}")
+        most = len(dataset) - BATCH
+        raise ValueError(
+            f"images (={images}) must be at most {most}: {dataset.path} holds {len(dataset)}, and the decoder learns "
+            f"from {BATCH} others at least"
+        )
     order = permutation(generator(Stream.EVALUATION, seed=seed, lane=3), len(dataset))[: images + others]
     data = run.config.data
     batches = eval_batches(
@@ -169,7 +173,7 @@ def draw_run(
         "files": [file.name for file in files],
         "versions": versions(),
     }
-    (folder / "visualize.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_results(content, folder / "visualize.json")
     return content
 
 

@@ -182,8 +182,8 @@ def test_images_of_another_kind(encoder):
 
 def test_a_run_is_read_back(tiny_run, tiny_config):
     folder, saved = tiny_run
-    config, jepa, step = load_run(folder)
-    assert step == 5
+    config, jepa, step, data = load_run(folder)
+    assert (step, data) == (5, {"samples": 8, "digest": ""})
     assert config == tiny_config
     assert not jepa.training
     assert all(torch.equal(jepa.state_dict()[name], value) for name, value in saved.state_dict().items())

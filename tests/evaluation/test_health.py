@@ -1,6 +1,8 @@
 """What is measured on a JEPA, against plain numpy; and the verdict on networks whose state is known by construction."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import scipy.stats
 import torch
 from torch import nn
 
-from jepa_kit.config import config_from_dict
+from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.scenes import render
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.optimizer import build_optimizer
@@ -20,6 +22,7 @@ from jepa_kit.evaluation.verdict import judge
 from jepa_kit.maskers import MultiBlock, Random
 from jepa_kit.recipe import build_masker, build_recipe
 
+QUICKSTART = Path(__file__).parents[2] / "projects" / "ijepa" / "configs" / "quickstart.yaml"
 RAW = {
     "masker": {"name": "random", "ratio": 0.5},
     "encoder": {"name": "vit", "embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8},
@@ -174,6 +177,10 @@ def test_what_cannot_be_measured(images):
             measure_health(jepa, shown, masker, **options)
         assert str(error.value) == message
     assert measure_health(jepa, images[:16], masker, masks=1).lidar is None
+    nn.init.constant_(jepa.predictor.proj.bias, math.inf)
+    with pytest.raises(ValueError) as error:
+        measure_health(jepa, images[:16], masker)
+    assert str(error.value) == "predictions must be finite, but the network gives NaN or infinity: it diverged"
 
 
 def test_pixels_as_targets_have_health(images):
@@ -325,6 +332,38 @@ def train_few_without_momentum(jepa, masker, images, steps):
         x = normalize(images[torch.from_numpy(chosen)], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         train_step(jepa, optimizer, Hyper(2e-3, 0.04, 0.0), x, masker(chosen, seed=0, epoch=step))
         yield step + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_momentum_0_on_the_quickstart_is_constant(seed):
+    """From step 30 on; 320 scenes, in batches of 64."""
+    config = load_config(QUICKSTART, ["target_update={name: ema, momentum: [0.0, 0.0]}", "train.device=cpu"])
+    torch.manual_seed(seed)
+    jepa, masker = build_recipe(config), build_masker(config)
+    scenes = torch.from_numpy(np.stack([render(seed, i, (64, 64)).image for i in range(384)])).permute(0, 3, 1, 2)
+    optimizer = build_optimizer(jepa, betas=(0.9, 0.999), eps=1e-8)
+    for step in range(60):
+        chosen = 64 + np.random.default_rng(step).permutation(320)[:64]
+        x = normalize(scenes[torch.from_numpy(chosen)], config.data.mean, config.data.std)
+        train_step(
+            jepa, optimizer, Hyper(1e-3 * min(1, (step + 1) / 5), 0.04, 0.0), x, masker(chosen, seed=seed, epoch=step)
+        )
+        if step % 10 == 9:
+            health = measure_health(jepa, scenes[:64], masker, masks=2, mean=config.data.mean, std=config.data.std)
+            verdict = judge(health)
+            assert verdict.state == ("constant" if step >= 29 else verdict.state), step
+            assert "sound" not in verdict.reason
+
+
+def test_targets_that_shrink_are_not_called_sound(images):
+    health = measured(*recipe(), images)
+    shrinking = dataclasses.replace(health, loss_mean=health.loss / 5)
+    assert judge(shrinking).state == "not learned"
+    assert judge(shrinking).reason.startswith(
+        "the loss is 5.0 times that of the mean target: targets may be shrinking, and predictions fit another image's"
+    )
+    assert judge(dataclasses.replace(health, loss_mean=health.loss)).reason.startswith("targets are sound, but")
 
 
 def test_gap_of_a_squared_loss():

@@ -15,7 +15,7 @@ from jepa_kit.evaluation.networks import Network, pixel_network
 from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
-from jepa_kit.evaluation.store import FeatureStore
+from jepa_kit.evaluation.store import FeatureStore, shared_samples
 
 PIXELS = pixel_network()
 LOGISTIC = {"name": "logistic", "subsets": ["all"]}
@@ -224,7 +224,10 @@ def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scen
         "file": str(latest),
         "sha256": hashlib.sha256(latest.read_bytes()).hexdigest(),
         "step": 5,
+        "data": {"samples": 8, "digest": ""},
     }
+    assert read["rows"][0]["options"]["subsets"] == ["all"]
+    assert read["data"]["test_samples_in_train"] == 0
     assert read["data"]["image_size"] == [16, 16]
     assert read["data"]["decoder"] == "pillow"
     assert read["data"]["train"]["samples"] == 96
@@ -265,6 +268,57 @@ def test_what_evaluate_refuses(scenes, options, message):
     with pytest.raises(ValueError) as error:
         evaluate(options.pop("networks"), *scenes, **options)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "knn", "neighbours": [96]}, "neighbours (=(96,)) must hold numbers from 1 to 95, one below N"),
+        ({"name": "logistic", "subsets": ["90/class"]}, "subsets (='90/class') asks for 90, but class 0 has "),
+        ({"name": "finetune", "subset": "90/class"}, "subsets (='90/class') asks for 90, but class 0 has "),
+    ],
+)
+def test_what_a_protocol_cannot_answer_is_told_before_anything_is_read(loaded, scenes, reads, spec, message):
+    with pytest.raises(ValueError) as error:
+        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=[LOGISTIC, spec], labels=["count"])
+    assert str(error.value).startswith(f"protocol {spec['name']!r}, label 'count', target: {message}")
+    assert not reads
+
+
+@pytest.mark.parametrize("name", ["linear", "count", "paper_linear", {"name": "attentive", "lrs": [1e-3, 1e-2]}])
+def test_a_class_too_rare_is_told_before_anything_is_read(loaded, scenes, reads, monkeypatch, name):
+    rare = np.where(np.arange(96) == 7, 7, np.arange(96) % 6)
+    monkeypatch.setattr(scenes[0], "labels", lambda label: rare)
+    with pytest.raises(ValueError, match=r"label 'count', target: the training set .*; class 7 has 1"):
+        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=[name], labels=["count"])
+    assert not reads
+
+
+def test_what_a_protocol_refuses_names_its_question(loaded, scenes):
+    specs = [{"name": "attentive", "num_heads": 5}]
+    with pytest.raises(ValueError) as error:
+        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=specs, labels=["shape"])
+    expected = "protocol 'attentive', label 'shape', target: num_heads (=5) must divide the width (=16)"
+    assert str(error.value) == expected
+
+
+def test_the_defaults_of_logistic_do_for_few_images(scenes):
+    """1 % of 96 scenes is one image of each class."""
+    rows = evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=["logistic"], labels=["count"])
+    assert [(row.title, row.validation is None) for row in rows] == [
+        ("logistic 1%", True),
+        ("logistic 10%", True),
+        ("logistic", False),
+    ]
+
+
+def test_shared_samples_are_counted(scenes):
+    """By the shards' digests, whatever they are called."""
+    train, test = scenes
+    assert (shared_samples(train, train), shared_samples(train, test)) == (96, 0)
+    shards = [dict(part.shards[0], file=f"shard-00000{k}.tar") for k, part in enumerate(scenes)]
+    mixed = type("Mixed", (), {"shards": shards})
+    assert shared_samples(train, mixed) == 48
 
 
 def test_shards_whose_classes_differ(scenes, tmp_path):

@@ -1,6 +1,7 @@
 """Features that are kept: what is extracted again, what is not, and by how many processes."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,21 @@ def test_what_was_broken_off_is_extracted_again(run, scenes, tmp_path, reads):
     FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
     (words,) = tmp_path.glob("*.json")
     words.unlink()
+    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    assert len(reads) == 2 * 96
+
+
+def test_what_was_damaged_is_named(run, scenes, tmp_path, reads):
+    asked = wanted(run)[:1]
+    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    (file,) = tmp_path.glob("*.npy")
+    for size in (1000, 0):
+        os.truncate(file, size)
+        with pytest.raises(ValueError) as error:
+            FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+        assert str(error.value).startswith(f"{file} is damaged (")
+        assert str(error.value).endswith("): delete it, and its features are extracted again")
+    file.unlink()
     FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
     assert len(reads) == 2 * 96
 

@@ -14,6 +14,7 @@ from jepa_kit.config import config_from_dict
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.build import open_shards
+from jepa_kit.engine.checkpoint import Checkpoint, save_checkpoint
 from jepa_kit.evaluation.decoder import (
     Decoder,
     energy_score,
@@ -28,6 +29,7 @@ from jepa_kit.evaluation.features import load_run
 from jepa_kit.evaluation.visual import draw_run, gather, middle_block
 from jepa_kit.evaluation.visual_maps import attention_weights, guesses
 from jepa_kit.maskers import Random
+from jepa_kit.recipe import build_recipe
 from jepa_kit.structures import PatchSets
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -185,8 +187,11 @@ def test_the_page_of_a_run(tiny_run, scenes, tmp_path, monkeypatch):
             sizes[name] = picture.size
     assert len({width for width, _ in sizes.values()}) == 1
     assert sizes["page.png"][1] > sum(height for name, (_, height) in sizes.items() if name != "page.png")
-    with pytest.raises(ValueError, match=r"holds 96 images, but pictures need at least 97"):
+    with pytest.raises(ValueError) as error:
         gather(run, scenes[0], images=33, others=64, device=torch.device("cpu"))
+    assert str(error.value) == (
+        f"images (=33) must be at most 32: {scenes[0].path} holds 96, and the decoder learns from 64 others at least"
+    )
 
 
 def tool(name):
@@ -218,7 +223,11 @@ def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
     options = ["--shards", scenes[1].path, "--images", "32", "--masks", "2", "--encoder", "context"]
     assert tool("health").main(["--checkpoint", *names, *options, "--output", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("32 images under 2 masks, context encoder, width 16\n")
+    assert printed.startswith("images under 2 masks, context encoder\n")
+    assert [line.split() for line in printed.splitlines()[2:4]] == [
+        ["images", "32", "32"],
+        ["width", "of", "a", "token", "16", "16"],
+    ]
     assert "step 2        step 5\n" in printed
     assert f"{names[1]}, step 5: not learned: targets are sound" in printed
     content = json.loads(file.read_text())
@@ -234,13 +243,59 @@ def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
         ("visualize", ["--checkpoint", "s3://a/b"], "--output must name a folder: --checkpoint (='s3://a/b') is in no"),
         ("visualize", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
-        ("health", ["--shards", "SCENES", "--images", "15"], "images (=15) must be at least 16"),
+        ("health", ["--shards", "SCENES", "--images", "15"], "--images (=15) must be at least 16 to say anything"),
+        ("health", ["--shards", "SCENES", "--images", "-5"], "--images (=-5) must be at least 16 to say anything"),
+        (
+            "health",
+            ["--shards", "SCENES", "--output", "SCENES"],
+            "--output (='SCENES') must name a file, but is a fold",
+        ),
+        ("health", ["--checkpoint", "train.device=cpu"], "--checkpoint must name one beside train.device=cpu"),
+        (
+            "visualize",
+            ["--shards", "SCENES", "--output", "SCENES/index.json/a"],
+            "--output (='SCENES/index.json/a/page",
+        ),
     ],
 )
 def test_mistakes_exit_with_2(tiny_run, scenes, name, arguments, message, capsys):
-    arguments = [scenes[0].path if a == "SCENES" else a for a in arguments]
+    arguments = [a.replace("SCENES", scenes[0].path) for a in arguments]
     assert tool(name).main(["--checkpoint", str(tiny_run[0]), *arguments]) == 2
-    assert f"{name}.py: {message}" in capsys.readouterr().err
+    assert f"{name}.py: {message.replace('SCENES', scenes[0].path)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_health_of_a_run_of_another_machine(tiny_config, tmp_path, scenes, capsys, before):
+    """Its config asks for a GPU that is not there; and a folder whose name reads as an override is a folder."""
+    folder = tmp_path / "train.device=cpu"
+    folder.mkdir()
+    torch.manual_seed(0)
+    config = config_from_dict(tiny_config.to_dict(), ["train.device=cuda:99"])
+    jepa = build_recipe(config)
+    held = Checkpoint(step=5, model=jepa.state_dict(), optimizer={}, config=config.to_dict(), versions={}, data={})
+    save_checkpoint(folder, held, keep=5)
+    command = ["--checkpoint", str(folder), "--shards", scenes[1].path, "--images", "16"]
+    assert tool("health").main(command) == 2
+    assert "cuda:99" in capsys.readouterr().err
+    override = ["train.device=cpu"]
+    assert tool("health").main(override + command if before else [*command[:2], *override, *command[2:]]) == 0
+    assert "step 5: not learned" in capsys.readouterr().out
+
+
+def test_health_of_networks_that_diverged(tiny_run, scenes, tmp_path, capsys):
+    folder, jepa = tiny_run
+    torch.nn.init.constant_(jepa.predictor.proj.weight, float("nan"))
+    held = Checkpoint(
+        step=9, model=jepa.state_dict(), optimizer={}, config=load_run(folder).config.to_dict(), versions={}, data={}
+    )
+    file = save_checkpoint(tmp_path, held, keep=5)
+    few = ["--shards", scenes[0].path, "--images", "32"]
+    for name in ("health", "visualize"):
+        output = tmp_path / name
+        assert tool(name).main(["--checkpoint", str(file), *few, "--output", str(output)]) == 2
+        expected = f"{name}.py: predictions must be finite, but the network gives NaN or infinity: it diverged\n"
+        assert capsys.readouterr().err.endswith(expected)
+        assert not output.exists()
 
 
 def test_shards_are_opened_and_read_as_the_config_says(tiny_config, tiny_run, scenes, tmp_path, monkeypatch):

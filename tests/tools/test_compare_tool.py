@@ -64,6 +64,15 @@ def test_a_choice_that_is_not_there(tool, runs, capsys, options, message):
     assert capsys.readouterr().err == f"compare.py: {message}\n"
 
 
+def test_an_interruption_from_the_keyboard(tool, runs, monkeypatch, capsys):
+    def interrupted(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jepa_kit.evaluation.compared_runs.load", interrupted)
+    assert tool.main(runs) == 130
+    assert capsys.readouterr().err == "\ncompare.py: interrupted\n"
+
+
 def test_folders_that_hold_nothing(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path)]) == 2
     assert "holds no results" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.shard_writing import write_index, write_shard
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources import Scenes
+from jepa_kit.engine.build import data_identity
 from jepa_kit.engine.distributed import StartError
 from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.protocols import PROTOCOLS
@@ -202,6 +203,8 @@ def test_no_baselines(tool, run, capsys):
         (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels."),
         (["--protocol", "knn", "--seed", "-1"], "seed (=-1) must be at least 0"),
         (["--protocol", "knn", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
+        (["--protocol", "finetune", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
+        (["--protocol", "finetune", "--batch-size", "-5"], "batch_size (=-5) must be at least 1"),
         (["--protocol", "knn", "train.device=tpu"], "device (='tpu') must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         (["--protocol", "knn", "--test-shards", "nowhere"], "nowhere"),
         (["--protocol", "knn", "data.max_pixels=9"], "cannot be used: 16 x 16 pixels are more than max_pixels (=9)"),
@@ -212,6 +215,26 @@ def test_mistakes_are_one_line(refused, run, options, message):
     found = refused("--checkpoint", run, *options)
     assert message in found
     assert len(found.splitlines()) == 1
+
+
+def test_outputs_that_cannot_be_written_are_told_first(refused, run, tmp_path):
+    """Before the checkpoint is read: there is none."""
+    command = ["--checkpoint", tmp_path / "absent.pt", "--protocol", "knn", "--output"]
+    assert refused(*command, tmp_path) == f"--output (='{tmp_path}') must name a file, but is a folder"
+    file = run / "config.yaml"
+    expected = f"--output (='{file}/a.json') must lie in a folder that can be written to, which {file} is not"
+    assert refused(*command, file / "a.json") == expected
+
+
+def test_test_samples_that_were_trained_on_are_told(tool, run, tmp_path, capsys):
+    shards, elsewhere = (str(run.parent / name) for name in ("scenes/train", "elsewhere"))
+    command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]
+    command += ["--output", str(tmp_path / "a.json"), "--train-shards", shards, "--test-shards"]
+    for asked, shared in ((shards, 96), (elsewhere, 0)):
+        assert tool.main([*command, asked]) == 0
+        told = f"note: {shared} of 96 test samples ({shards}) lie in the training shards ({shards}) too: "
+        assert (told in capsys.readouterr().err) == bool(shared)
+        assert json.loads((tmp_path / "a.json").read_text())["data"]["test_samples_in_train"] == shared
 
 
 def test_checkpoints_that_cannot_be_used(refused, run, tmp_path):
@@ -226,7 +249,8 @@ def test_checkpoints_that_cannot_be_used(refused, run, tmp_path):
 
 def test_unlabelled_shards(refused, run):
     unlabelled = run.parent / "unlabelled"
-    found = refused("--checkpoint", run, "--protocol", "knn", "--train-shards", unlabelled, "--test-shards", unlabelled)
+    held_out = run.parent / "scenes" / "val"
+    found = refused("--checkpoint", run, "--protocol", "knn", "--train-shards", unlabelled, "--test-shards", held_out)
     assert found == f"labels (=[]) must name at least one; the shards in {unlabelled} carry none"
     found = refused("--checkpoint", run, "--protocol", "knn", "--test-shards", unlabelled)
     assert found == f"label (='count') cannot be read: the shards in {unlabelled} are unlabelled"
@@ -263,6 +287,7 @@ def test_a_checkpoint_in_shards(tool, run, tmp_path):
     found = json.loads(file.read_text())["checkpoint"]
     lines = [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in sorted(checkpoint.iterdir())]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert found.pop("data") == data_identity(ShardDataset(run.parent / "scenes" / "train"))
     assert found == {"file": str(checkpoint), "sha256": digest, "step": 2}
 
 

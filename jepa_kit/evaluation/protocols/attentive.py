@@ -6,6 +6,7 @@ B  samples of a batch    n  patches    D  width    h  heads    d = D / h    K  c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import ClassVar, Literal
 
@@ -20,12 +21,13 @@ from jepa_kit.evaluation.protocols.base import (
     LayerSet,
     ProbeResult,
     Task,
-    check_holdout,
     check_labels,
     classification_result,
+    share_held_out,
     split,
 )
 from jepa_kit.evaluation.protocols.heads import Recipe
+from jepa_kit.evaluation.protocols.linear import check_split
 from jepa_kit.rng import IntArray, Stream, generator
 
 HOLDOUT = 0.2
@@ -127,8 +129,6 @@ class Attentive:
             raise ValueError(f"lrs (={lrs}) must be at least one, above 0")
         if len(set(lrs)) < len(lrs):
             raise ValueError(f"lrs (={lrs}) must hold each once")
-        if holdout is not None and len(lrs) == 1:
-            raise ValueError(f"holdout (={holdout}) would do nothing: lrs (={lrs}) leaves nothing to choose")
         if weight_decay < 0:
             raise ValueError(f"weight_decay (={weight_decay}) must be at least 0")
         self.features, self.num_heads, self.lrs, self.weight_decay = (
@@ -138,11 +138,13 @@ class Attentive:
             weight_decay,
         )
         self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = HOLDOUT if holdout is None else holdout
-        check_holdout(self.holdout)
+        self.holdout = share_held_out(holdout, HOLDOUT, len(lrs), f"lrs (={lrs})")
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Each learning rate on a part of the training set, the best again on all of it."""
@@ -150,18 +152,21 @@ class Attentive:
         train_labels, test_labels = check_labels(len(train), task.labels()[0], len(test), task.labels()[1])
         classes, answers = np.unique(train_labels, return_inverse=True)
         tried: dict[float, float] = {}
-        if len(self.lrs) > 1:  # with one there is nothing to choose, and nothing is held out
+        if self.holdout is not None:  # else there is one, and nothing to choose
             ((fit_on, choose_on),) = split(train_labels, self.holdout, task.seed)
             for lr in self.lrs:
                 probe = self._fit(train, answers, fit_on, len(classes), lr, task)
-                tried[lr] = float(np.mean(predict(probe, train, choose_on, task.device) == answers[choose_on]))
+                right = probe and np.mean(predict(probe, train, choose_on, task.device) == answers[choose_on])
+                tried[lr] = float(right or 0.0)
         best = max(self.lrs, key=lambda lr: tried.get(lr, 0.0))
         probe = self._fit(train, answers, np.arange(len(train)), len(classes), best, task)
+        if probe is None:
+            raise ValueError(f"lrs (={self.lrs}): training with {best} diverged; take lower ones")
         found = classes[predict(probe, test, np.arange(len(test)), task.device)]
         settings = {
             "lr": best,
             "tried": [{"lr": lr, "validation": right} for lr, right in tried.items()],
-            "holdout": self.holdout if tried else None,
+            "holdout": self.holdout,
             "num_heads": self.num_heads or default_heads(train.width),
             "weight_decay": self.weight_decay,
             "recipe": asdict(self.recipe),
@@ -170,8 +175,8 @@ class Attentive:
 
     def _fit(
         self, features: Features, answers: IntArray, index: IntArray, classes: int, lr: float, task: Task
-    ) -> nn.Sequential:
-        """A probe trained on these samples."""
+    ) -> nn.Sequential | None:
+        """A probe trained on these samples; None where its loss is no longer finite."""
         width = features.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
@@ -192,6 +197,8 @@ class Attentive:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+            if not torch.isfinite(loss):
+                return None
         return probe
 
 

@@ -95,7 +95,7 @@ class Images:
         precision: of the matrix products, ``train.precision``.
 
     Raises:
-        ValueError: another precision.
+        ValueError: another precision, or no image at a time.
     """
 
     image_size: tuple[int, int]
@@ -109,6 +109,8 @@ class Images:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size (={self.batch_size}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,6 +187,9 @@ class Probe(Protocol):
     The docstring of its class is its card: what it is, where it comes from (``Source``) and where it departs from that
     (``Departures``), its options in words (``Args``), and what a user may write (``Example``).
     ``tools/eval_net.py --list`` prints the first, the third and the fourth.
+
+    It may have ``check(labels, key)``, which is called before any feature is extracted and raises ValueError where
+    the training set's classes [N], or its keys (sample number -> name), do not do for it.
 
     Attributes:
         label: the one label that it is about, or None where it takes any.
@@ -278,6 +283,26 @@ def check_holdout(holdout: float) -> None:
     """Raises ValueError where a share cannot be held out."""
     if not 0 < holdout <= 0.5:
         raise ValueError(f"holdout (={holdout}) must be above 0 and at most 0.5")
+
+
+def share_held_out(holdout: float | None, default: float, settings: int, what: str) -> float | None:
+    """The share of the training set that chooses between settings; None where there is one.
+
+    Args:
+        holdout: what the user gave, if anything.
+        default: else.
+        settings: how many there are.
+        what: leaves nothing to choose where there is one.
+
+    Raises:
+        ValueError: a share that cannot be held out, or that would do nothing.
+    """
+    if holdout is None:
+        return default if settings > 1 else None
+    check_holdout(holdout)
+    if settings == 1:
+        raise ValueError(f"holdout (={holdout}) would do nothing: {what} leaves nothing to choose")
+    return holdout
 
 
 def split(labels: IntArray, holdout: float, seed: int, splits: int = 1) -> list[tuple[IntArray, IntArray]]:

@@ -22,10 +22,10 @@ from jepa_kit.evaluation.protocols.base import (
     LayerSet,
     ProbeResult,
     Task,
-    check_holdout,
+    share_held_out,
 )
-from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe
-from jepa_kit.evaluation.protocols.linear import Head, grid
+from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe, best_head
+from jepa_kit.evaluation.protocols.linear import ONE, Head, grid
 from jepa_kit.rng import IntArray, Stream, generator
 
 IGNORED = 255
@@ -51,7 +51,7 @@ class Dense:
     Args:
         layers: the layer set of the tokens: last, last4 (the last 4 concatenated), or blocks as 2+4.
         most: mask values above this one count as this one: 1 makes scenes into room and solid. None keeps all.
-        heads, lrs, weight_decays, holdout: as ``linear`` has them; the optimiser is AdamW.
+        heads, lrs, weight_decays, holdout: as ``linear`` has them; holdout None for 0.1. The optimiser is AdamW.
         epochs: passes over the patches.
         batch_size: patches of an update, at most.
 
@@ -74,16 +74,16 @@ class Dense:
         weight_decays: tuple[float, ...] = (0.0,),
         epochs: int = 5,
         batch_size: int = 4096,
-        holdout: float = 0.1,
+        holdout: float | None = None,
     ) -> None:
         if most is not None and not 1 <= most < IGNORED:
             raise ValueError(f"most (={most}) must be from 1 to {IGNORED - 1}")
-        self.features, self.most, self.holdout = LayerSet(layers, "none"), most, holdout
+        self.features, self.most = LayerSet(layers, "none"), most
         self.settings = [
             type(s)(self.features, s.norm, s.lr, s.weight_decay) for s in grid([layers], heads, lrs, weight_decays)
         ]
         self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        check_holdout(holdout)
+        self.holdout = share_held_out(holdout, 0.1, len(self.settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)
@@ -98,19 +98,21 @@ class Dense:
         if classes < 2:
             raise ValueError(f"masks of {task.train.dataset.path} must hold at least 2 values, not 1")
         targets = patch_shares(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
-        order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
-        choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
         flat = {self.features: flattened(train)}
         known = targets.sum(1).numpy() > 0
-        fit, choose = (each[known[each]] for each in (of_images(fit_on, patches), of_images(choose_on, patches)))
-        searched = HeadGrid(self.settings, flat, classes, task.device)
-        searched.fit(flat, targets, self.recipe, seed=task.seed, index=fit)
-        scores = searched.scores(flat, targets.argmax(1), choose)
-        best = max(range(len(scores)), key=lambda k: (scores[k][0], -scores[k][1]))
+        best, tried = 0, []
+        if self.holdout is not None:  # else there is one setting, and nothing to choose
+            order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
+            choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
+            fit, choose = (each[known[each]] for each in (of_images(fit_on, patches), of_images(choose_on, patches)))
+            searched = HeadGrid(self.settings, flat, classes, task.device)
+            searched.fit(flat, targets, self.recipe, seed=task.seed, index=fit)
+            scores = searched.scores(flat, targets.argmax(1), choose)
+            best, tried = best_head(self.settings, scores), [score[0] for score in scores]
         head = HeadGrid([self.settings[best]], flat, classes, task.device)
-        head.fit(flat, targets, self.recipe, seed=task.seed, index=np.flatnonzero(known))
+        head.fit(flat, targets, self.recipe, seed=task.seed, index=np.flatnonzero(known)).check()
         counts = confusion(head, self.features, test, masks[1], classes)
-        return self._results(counts, scores[best][0], best, [score[0] for score in scores], (len(train), len(test)))
+        return self._results(counts, best, tried, (len(train), len(test)))
 
     def _masks(self, dataset: ShardDataset, images: Images) -> Masks:
         cropped = (crop_mask(dataset.mask(i, images.max_pixels), images.image_size) for i in range(len(dataset)))
@@ -119,9 +121,7 @@ class Dense:
             masks = np.where((masks > self.most) & (masks != IGNORED), np.uint8(self.most), masks)
         return masks
 
-    def _results(
-        self, counts: IntArray, validation: float, best: int, tried: list[float], sizes: tuple[int, int]
-    ) -> list[ProbeResult]:
+    def _results(self, counts: IntArray, best: int, tried: list[float], sizes: tuple[int, int]) -> list[ProbeResult]:
         """From how often each class (rows) was answered by each (columns)."""
         total, right = counts.sum(), np.diag(counts)
         union = counts.sum(0) + counts.sum(1) - right
@@ -130,7 +130,7 @@ class Dense:
         largest = counts.sum(1).max() / total
         settings: dict[str, Any] = {
             "chosen": self.settings[best].plain(),
-            "tried": [s.plain() | {"validation": v} for s, v in zip(self.settings, tried, strict=True)],
+            "tried": [s.plain() | {"validation": v} for s, v in zip(self.settings, tried, strict=False)],
             "iou": {int(k): float(v) for k, v in zip(np.flatnonzero(there), iou, strict=True)},
             "most": self.most,
             "confusion": counts.tolist(),
@@ -143,7 +143,7 @@ class Dense:
             ProbeResult(
                 protocol="dense",
                 accuracy=figure,
-                validation=validation,
+                validation=tried[best] if tried else None,
                 settings=settings,
                 n_train=sizes[0],
                 n_test=sizes[1],

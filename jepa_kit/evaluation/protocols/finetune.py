@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -111,6 +111,8 @@ class Finetune:
             ("label_smoothing", label_smoothing, "in [0, 1)", 0 <= label_smoothing < 1),
             ("mixup", mixup, "at least 0", mixup >= 0),
             ("drop_path", drop_path, "in [0, 1)", 0 <= drop_path < 1),
+            ("crop_scale", crop_scale, "ascending, above 0, at most 1", 0 < crop_scale[0] <= crop_scale[1] <= 1),
+            ("flip", flip, "a probability, 0 to 1", 0 <= flip <= 1),
         ):
             if not holds:
                 raise ValueError(f"{name} (={value}) must be {right}")
@@ -121,6 +123,9 @@ class Finetune:
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return ()
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        self.subset.draw(labels, seed=0, draw=0)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Trains, then asks the test set once."""
@@ -185,6 +190,8 @@ class Finetune:
                 optimizer.step()
                 total += float(loss.detach())
             losses.append(total / steps)
+            if not math.isfinite(total):
+                raise ValueError(f"lr (={self.lr}): training diverged in epoch {epoch + 1}; take a lower one")
         return losses
 
     def _factor(self, done: float) -> float:

@@ -22,7 +22,6 @@ from jepa_kit.evaluation.protocols.base import (
     LayerSet,
     ProbeResult,
     Task,
-    check_holdout,
     check_labels,
     classification_result,
     split,
@@ -118,6 +117,10 @@ class _Group:
 
     def _product(self, x: Tensor) -> Tensor:
         return (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
+
+    def finite(self) -> Tensor:
+        """[H] which heads have finite weights."""
+        return self.weight.isfinite().all(dim=2).all(dim=0) & self.bias.isfinite().all(dim=1)
 
     def step(self, x: Tensor, target: Tensor, recipe: Recipe, factor: float) -> None:
         """One update from a batch: x [B, D]; target [B] classes, or [B, K] shares of them."""
@@ -221,6 +224,11 @@ class HeadGrid:
                     group.step(held[group.input], target, recipe, factor)
         return self
 
+    def check(self) -> None:
+        """Raises ValueError where the weights of every head are no longer finite."""
+        if not any(bool(group.finite().any()) for group in self.groups):
+            raise _diverged(self.settings)
+
     def logits(self, inputs: Inputs, index: IntArray) -> Tensor:
         """[b, heads, K] of these samples, heads in the order of the settings; on the device."""
         held = {key: inputs[key].rows(index, self.device) for key in {g.input for g in self.groups}}
@@ -242,11 +250,12 @@ class HeadGrid:
 
 
 def grid_probe(
-    protocol: str, task: Task, settings: Sequence[Setting], recipe: Recipe, holdout: float, *, variant: str = ""
+    protocol: str, task: Task, settings: Sequence[Setting], recipe: Recipe, holdout: float | None
 ) -> ProbeResult:
     """All heads in one pass, the best on held-out samples, and that one again on the whole training set.
 
-    The test set is asked once, of one head. Of equal accuracies the lower cross entropy wins.
+    The test set is asked once, of one head. Of equal accuracies the lower cross entropy wins. Without a ``holdout``
+    there is one setting, and it is trained once.
 
     Raises:
         ValueError: labels that do not fit, a class too rare to hold a sample of it out, or heads that all diverged.
@@ -255,22 +264,38 @@ def grid_probe(
     train, test = ({key: part.features[key] for key in sets} for part in (task.train, task.test))
     lengths = len(next(iter(train.values()))), len(next(iter(test.values())))
     train_labels, test_labels = check_labels(lengths[0], task.labels()[0], lengths[1], task.labels()[1])
-    check_holdout(holdout)
     classes, answers = np.unique(train_labels, return_inverse=True)
     targets = torch.from_numpy(answers)
-    ((fit_on, choose_on),) = split(train_labels, holdout, task.seed)
-    grid = HeadGrid(settings, train, len(classes), task.device)
-    scores = grid.fit(train, targets, recipe, seed=task.seed, index=fit_on).scores(train, targets, choose_on)
-    best = max(range(len(settings)), key=lambda k: (scores[k][0], -scores[k][1]))
-    if not math.isfinite(scores[best][1]):
-        raise ValueError(f"lr (={sorted({s.lr for s in settings})}): every head diverged; take lower ones")
-    chosen = settings[best]
+    chosen, validation, tried = settings[0], None, []
+    if holdout is not None:
+        ((fit_on, choose_on),) = split(train_labels, holdout, task.seed)
+        grid = HeadGrid(settings, train, len(classes), task.device)
+        scores = grid.fit(train, targets, recipe, seed=task.seed, index=fit_on).scores(train, targets, choose_on)
+        best = best_head(settings, scores)
+        chosen, validation = settings[best], scores[best][0]
+        tried = [
+            s.plain() | {"validation": accuracy, "cross_entropy": entropy if math.isfinite(entropy) else None}
+            for s, (accuracy, entropy) in zip(settings, scores, strict=True)
+        ]
     final = HeadGrid([chosen], train, len(classes), task.device).fit(train, targets, recipe, seed=task.seed)
+    final.check()
     parts = np.array_split(np.arange(lengths[1]), math.ceil(lengths[1] / 4096))
     votes = np.concatenate([final.logits(test, part)[:, 0].argmax(dim=1).cpu().numpy() for part in parts])
-    tried = [
-        s.plain() | {"validation": accuracy, "cross_entropy": entropy if math.isfinite(entropy) else None}
-        for s, (accuracy, entropy) in zip(settings, scores, strict=True)
-    ]
     found = {"chosen": chosen.plain(), "recipe": asdict(recipe), "holdout": holdout, "tried": tried}
-    return classification_result(protocol, classes[votes], train_labels, test_labels, scores[best][0], found)
+    return classification_result(protocol, classes[votes], train_labels, test_labels, validation, found)
+
+
+def best_head(settings: Sequence[Setting], scores: Sequence[tuple[float, float]]) -> int:
+    """The place of the highest accuracy; of equal ones, of the lowest cross entropy.
+
+    Raises:
+        ValueError: all diverged.
+    """
+    best = max(range(len(settings)), key=lambda k: (scores[k][0], -scores[k][1]))
+    if not math.isfinite(scores[best][1]):
+        raise _diverged(settings)
+    return best
+
+
+def _diverged(settings: Sequence[Setting]) -> ValueError:
+    return ValueError(f"lr (={sorted({s.lr for s in settings})}): every head diverged; take lower ones")

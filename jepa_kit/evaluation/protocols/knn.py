@@ -5,7 +5,7 @@ N  training samples    M  test samples    D  width of a feature    K  classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -58,6 +58,9 @@ class KNN:
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
 
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        _fitting(self.neighbours, len(labels))
+
     def __call__(self, task: Task) -> list[ProbeResult]:
         """One figure."""
         train, test = task.both(LayerSet(task.layers))
@@ -108,9 +111,7 @@ def knn_probe(
     """
     train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
     _check(neighbours, temperature, queries)
-    ks = sorted({k for k in neighbours if k < len(train)})
-    if not ks:
-        raise ValueError(f"neighbours (={tuple(neighbours)}) must hold numbers from 1 to {len(train) - 1}, one below N")
+    ks = _fitting(neighbours, len(train))
     classes, answers = np.unique(train_labels, return_inverse=True)
     bank = Bank(train, answers, len(classes), temperature, device)
     asked = np.arange(len(train))
@@ -128,6 +129,14 @@ def knn_probe(
         "test_by_k": {k: float(a) for k, a in zip(ks, (predictions == test_labels).mean(axis=1), strict=True)},
     }
     return classification_result("knn", predictions[best], train_labels, test_labels, validation[best], settings)
+
+
+def _fitting(neighbours: Sequence[int], samples: int) -> list[int]:
+    """The values of k that so many training samples have neighbours for."""
+    ks = sorted({k for k in neighbours if k < samples})
+    if not ks:
+        raise ValueError(f"neighbours (={tuple(neighbours)}) must hold numbers from 1 to {samples - 1}, one below N")
+    return ks
 
 
 def _check(neighbours: Sequence[int], temperature: float, queries: int) -> None:

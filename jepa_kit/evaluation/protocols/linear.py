@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, ProbeResult, Task, check_holdout
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, ProbeResult, Task, share_held_out, split
 from jepa_kit.evaluation.protocols.heads import Optimizer, Recipe, Setting, grid_probe
+from jepa_kit.rng import IntArray
 
 LAYERS = ("last", "last4")
 HEADS = ("plain", "norm")
 Head = Literal["plain", "norm"]
+HOLDOUT = 0.2
+ONE = "one combination of layers, heads, lrs and weight_decays"
 
 
 def grid(
@@ -38,6 +41,12 @@ def grid(
     ]
 
 
+def check_split(labels: IntArray, holdout: float | None) -> None:
+    """Raises ValueError where a class is too rare to hold a sample of it out."""
+    if holdout is not None:
+        split(labels, holdout, seed=0)
+
+
 @PROTOCOLS.register("linear")
 class Linear:
     """A linear classifier on frozen features: the best of a grid, trained in one pass.
@@ -58,7 +67,7 @@ class Linear:
         optimizer: sgd, adamw or lars.
         epochs: passes over the features; the learning rate falls to 0 along a cosine.
         batch_size: samples of an update, at most.
-        holdout: share of the training set that chooses, in (0, 0.5].
+        holdout: share of the training set that chooses between several heads, in (0, 0.5]; None for 0.2.
 
     Raises:
         ValueError: a value outside its range.
@@ -79,16 +88,18 @@ class Linear:
         optimizer: Optimizer = "adamw",
         epochs: int = 20,
         batch_size: int = 256,
-        holdout: float = 0.2,
+        holdout: float | None = None,
     ) -> None:
         self.layers = layers
         self.settings = grid(layers, heads, lrs, weight_decays)
         self.recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
-        self.holdout = holdout
-        check_holdout(holdout)
+        self.holdout = share_held_out(holdout, HOLDOUT, len(self.settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return tuple(LayerSet(name) for name in self.layers)
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         return [grid_probe("linear", task, self.settings, self.recipe, self.holdout)]
@@ -110,7 +121,7 @@ class PaperLinear:
     Args:
         lrs: to choose from, for 256 images; multiplied by the batch over 256.
         weight_decays: to choose from.
-        layers, heads, holdout: as ``linear`` has them.
+        layers, heads, holdout: as ``linear`` has them; holdout None for 0.1.
         epochs: passes over the features; the learning rate is divided by 10 after 15, 30 and 45.
         batch_size: samples of an update, at most.
     """
@@ -129,19 +140,21 @@ class PaperLinear:
         heads: tuple[Head, ...] = ("plain", "norm"),
         epochs: int = 50,
         batch_size: int = 16384,
-        holdout: float = 0.1,
+        holdout: float | None = None,
     ) -> None:
-        grid(layers, heads, lrs, weight_decays)
-        check_holdout(holdout)
+        settings = grid(layers, heads, lrs, weight_decays)
         self.layers, self.heads, self.lrs, self.weight_decays = layers, heads, lrs, weight_decays
         self.recipe = Recipe(optimizer="lars", epochs=epochs, batch_size=batch_size, steps=(15, 30, 45))
-        self.holdout = holdout
+        self.holdout = share_held_out(holdout, 0.1, len(settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return tuple(LayerSet(name) for name in self.layers)
 
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.holdout)
+
     def __call__(self, task: Task) -> list[ProbeResult]:
-        batch = min(self.recipe.batch_size, int(len(task.labels()[0]) * (1 - self.holdout)))
+        batch = min(self.recipe.batch_size, int(len(task.labels()[0]) * (1 - (self.holdout or 0))))
         rates = [lr * batch / 256 for lr in self.lrs]
         settings = grid(self.layers, self.heads, rates, self.weight_decays)
         return [grid_probe("paper_linear", task, settings, self.recipe, self.holdout)]
@@ -161,12 +174,14 @@ SCHEDULES: dict[str, tuple[int, tuple[int, ...] | None]] = {
 class _Transfer:
     """The paper's transfer recipe by its data set's schedule."""
 
-    def __init__(self, protocol: str, dataset: str, layers: tuple[str, ...], heads: tuple[Head, ...], holdout: float):
+    def __init__(
+        self, protocol: str, dataset: str, layers: tuple[str, ...], heads: tuple[Head, ...], holdout: float | None
+    ) -> None:
         epochs, steps = SCHEDULES[dataset]
-        self.protocol, self.layers, self.holdout = protocol, layers, holdout
+        self.protocol, self.layers = protocol, layers
         self.settings = grid(layers, heads, [0.01], [5e-4])
         self.recipe = Recipe(optimizer="sgd", epochs=epochs, batch_size=256, steps=steps, nesterov=True)
-        check_holdout(holdout)
+        self.holdout = share_held_out(holdout, HOLDOUT, len(self.settings), ONE)
 
     def wanted(self) -> tuple[LayerSet, ...]:
         return tuple(LayerSet(name) for name in self.layers)
@@ -204,7 +219,7 @@ class PaperTransfer:
         dataset: str,
         layers: tuple[str, ...] = LAYERS,
         heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float = 0.2,
+        holdout: float | None = None,
     ) -> None:
         if dataset not in SCHEDULES:
             raise ValueError(f"dataset (={dataset!r}) must be one of {', '.join(SCHEDULES)}")
@@ -212,6 +227,9 @@ class PaperTransfer:
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return self.transfer.wanted()
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.transfer.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         return self.transfer(task)
@@ -240,12 +258,15 @@ class Count:
         *,
         layers: tuple[str, ...] = LAYERS,
         heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float = 0.2,
+        holdout: float | None = None,
     ) -> None:
         self.transfer = _Transfer("count", "clevr_count", layers, heads, holdout)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return self.transfer.wanted()
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.transfer.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         return self.transfer(task)
@@ -273,12 +294,15 @@ class Distance:
         *,
         layers: tuple[str, ...] = LAYERS,
         heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float = 0.2,
+        holdout: float | None = None,
     ) -> None:
         self.transfer = _Transfer("distance", "clevr_dist", layers, heads, holdout)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return self.transfer.wanted()
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.transfer.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         return self.transfer(task)

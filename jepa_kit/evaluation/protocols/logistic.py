@@ -51,8 +51,8 @@ class Logistic:
 
     Source: low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) ask what 1 % of the labels give; MSN
     answers by a logistic regression on frozen features. Departures: whitening, unless ``whiten`` is false; the penalty
-    and the number of components are chosen inside the labels given; I-JEPA's own figure for 1 % is from fine-tuning
-    (``finetune``).
+    and the number of components are chosen inside the labels given (where a class has one image, the
+    middle ones are taken); I-JEPA's own figure for 1 % is from fine-tuning (``finetune``).
 
     Example: ``{name: logistic, subsets: [1%, 10/class, all], draws: 5}``
 
@@ -104,6 +104,8 @@ class Logistic:
                 raise ValueError(f"{option} (={value}) would do nothing: names (={names!r}) lists the samples")
         if draws is not None and subsets == ("all",):
             raise ValueError(f"draws (={draws}) would do nothing: subsets (={subsets}) has nothing to draw")
+        if names is not None and not Path(names).is_file():
+            raise ValueError(f"names (={names!r}) must be a file with a name of a sample on each line; there is none")
         self.subsets = [Subset(text) for text in (SUBSETS if subsets is None else subsets)]
         self.names, self.draws = names, DRAWS if draws is None else draws
         self.penalties, self.whiten, self.cuts, self.max_iter = penalties, whiten, cuts, max_iter
@@ -112,18 +114,26 @@ class Logistic:
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
 
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        list(self._drawn(labels, key, seed=0))
+
     def __call__(self, task: Task) -> list[ProbeResult]:
         """One figure for each subset, or one for the list of names."""
-        labels = task.labels()[0]
+        drawn = self._drawn(task.labels()[0], task.train.dataset.key if self.names else None, task.seed)
+        return [self._mean(task, draws, variant) for variant, draws in drawn]
+
+    def _drawn(
+        self, labels: IntArray, key: Callable[[int], str] | None, seed: int
+    ) -> Iterator[tuple[str, list[IntArray]]]:
+        """(variant, the samples of each draw) of each figure."""
         if self.names is not None:
-            chosen = [listed(self.names, task.train.dataset.key, len(labels))]
-            return [self._mean(task, chosen, Path(self.names).name)]
-        drawn = []
+            assert key is not None
+            yield Path(self.names).name, [listed(self.names, key, len(labels))]
+            return
         for subset in self.subsets:
             draws = range(1 if subset.is_all else self.draws)
-            chosen = [subset.draw(labels, seed=task.seed, draw=d) for d in draws]
-            drawn.append(self._mean(task, chosen, "" if subset.is_all else subset.text))
-        return drawn
+            variant = "" if subset.is_all else subset.text
+            yield variant, [subset.draw(labels, seed=seed, draw=d) for d in draws]
 
     def _mean(self, task: Task, draws: list[IntArray], variant: str) -> ProbeResult:
         """The mean over draws; its error is their deviation."""
@@ -189,7 +199,8 @@ def logistic_probe(
     training set; then the classifier is fitted to the whole training set. Penalties are tried from the strongest on,
     until two in a row have passed the least cross entropy. The intercept is not penalised. Below ``FEW`` samples, what
     is held out is drawn ``SPLITS`` times, and more of it where a class would else have none. With one penalty and one
-    cut there is nothing to choose, and nothing is held out.
+    cut there is nothing to choose, and nothing is held out. Where a class has one sample, nothing can be held out: the
+    middle one of the penalties and of the cuts is taken.
 
     Args:
         train, test: [N, D] and [M, D] features.
@@ -203,11 +214,14 @@ def logistic_probe(
         max_iter: iterations of each fit; ``settings["converged"]`` says whether the last one needed fewer.
 
     Raises:
-        ValueError: see ``check_samples``; a class too rare to hold a sample of it out; an option outside its range.
+        ValueError: see ``check_samples``; an option outside its range.
     """
     train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
     _check(penalties, cuts, holdout, max_iter, whiten)
-    prepared = _prepared(train, CUTS if cuts is None else cuts) if whiten else {train.shape[1]: Standardising(train)}
+    cuts = CUTS if cuts is None else cuts
+    if np.unique(train_labels, return_counts=True)[1].min() == 1:  # nothing can be held out
+        penalties, cuts = [_middle(penalties)], [_middle(cuts)]
+    prepared = _prepared(train, cuts) if whiten else {train.shape[1]: Standardising(train)}
     tried: list[dict[str, float]] = []
     if len(prepared) > 1 or len(penalties) > 1:
         pairs = _pairs(train_labels, holdout, seed)
@@ -233,6 +247,11 @@ def logistic_probe(
     return classification_result("logistic", predictions, train_labels, test_labels, validation, settings)
 
 
+def _middle(values: Sequence[float]) -> float:
+    """The one in the middle; of an even number, the former of two."""
+    return values[(len(values) - 1) // 2]
+
+
 def _prepared(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array], NDArray[np.float32]]]:
     """For each number of components, what brings features to them."""
     whitening = Whitening(train)
@@ -242,7 +261,7 @@ def _prepared(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array]
 def _pairs(labels: IntArray, holdout: float, seed: int) -> list[tuple[IntArray, IntArray]]:
     if len(labels) >= FEW:
         return split(labels, holdout, seed)
-    least = len(np.unique(labels)) / len(labels)  # one of each class
+    least = (len(np.unique(labels)) + 0.5) / len(labels)  # one of each class, whatever rounding does
     return split(labels, min(0.5, max(holdout, least)), seed, SPLITS)
 
 

@@ -80,6 +80,15 @@ def test_with_one_learning_rate_nothing_is_held_out():
         Attentive(epochs=2, lrs=(1e-3, 1e-2))(task(x, rare, x, rare))
 
 
+def test_a_rate_that_diverges_is_not_taken():
+    (found,) = Attentive(epochs=3, lrs=(1e30, 1e-3))(task(*PROBLEM))
+    assert found.settings["lr"] == 1e-3
+    assert found.settings["tried"][0]["validation"] == 0.0
+    with pytest.raises(ValueError) as error:
+        Attentive(epochs=3, lrs=(1e30,))(task(*PROBLEM))
+    assert str(error.value) == "lrs (=(1e+30,)): training with 1e+30 diverged; take lower ones"
+
+
 def test_torchs_random_state_stays_as_it_is():
     torch.manual_seed(5)
     state = torch.get_rng_state()

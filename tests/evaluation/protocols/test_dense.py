@@ -106,6 +106,23 @@ def test_answers_are_logits_upsampled_to_the_image():
     assert np.abs(counts - expected).sum() <= 4  # ties within rounding
 
 
+@pytest.mark.parametrize("lrs", [(1e38,), (1e38, 2e38)])
+def test_heads_that_diverge(lrs):
+    with pytest.raises(ValueError) as error:
+        Dense(epochs=2, batch_size=64, lrs=lrs)(task(squares(30, seed=1), squares(10, seed=2)))
+    assert str(error.value) == f"lr (={list(lrs)}): every head diverged; take lower ones"
+
+
+def test_with_one_head_nothing_is_held_out():
+    """It is what the head gives that is trained on all patches."""
+    train, test = squares(40, seed=1), squares(10, seed=2)
+    accuracy, _ = Dense(epochs=2, batch_size=64, lrs=(1e-2,))(task(train, test))
+    several, _ = Dense(epochs=2, batch_size=64, lrs=(1e-12, 1e-2))(task(train, test))
+    assert (accuracy.validation, accuracy.settings["tried"]) == (None, [])
+    assert accuracy.settings["confusion"] == several.settings["confusion"]
+    assert several.validation > 0.5
+
+
 def test_values_above_the_most_are_one_class():
     train, test = squares(60, seed=1), squares(20, seed=2)
     accuracy, _ = Dense(most=1, epochs=2, batch_size=256)(task(train, test))
@@ -123,11 +140,22 @@ def test_masks_are_cropped_as_images_are():
     assert patch_grid(24, (16, 24)) == (4, 6)
 
 
-@pytest.mark.parametrize("most", [0, 255])
-def test_options(most):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"most": 0}, "most (=0) must be from 1 to 254"),
+        ({"most": 255}, "most (=255) must be from 1 to 254"),
+        (
+            {"holdout": 0.5, "lrs": (1e-3,)},
+            "holdout (=0.5) would do nothing: one combination of layers, heads, lrs and weight_decays leaves nothing "
+            "to choose",
+        ),
+    ],
+)
+def test_options(options, message):
     with pytest.raises(ValueError) as error:
-        Dense(most=most)
-    assert str(error.value) == f"most (={most}) must be from 1 to 254"
+        Dense(**options)
+    assert str(error.value) == message
 
 
 def test_masks_of_one_value():

@@ -118,6 +118,20 @@ def test_a_sample_that_cannot_be_used_is_named(encoder, tmp_path):
     assert str(error.value).startswith(named)
 
 
+def test_training_that_diverges(encoder, shards):
+    labels = [np.arange(len(part)) % 2 for part in shards]
+    with pytest.raises(ValueError) as error:
+        Finetune(epochs=2, warmup_epochs=0, batch_size=8, lr=1e6)(task(encoder, shards, *labels))
+    assert str(error.value) == "lr (=1000000.0): training diverged in epoch 1; take a lower one"
+
+
+@pytest.mark.parametrize("batch_size", [0, -5])
+def test_images_at_a_time(batch_size):
+    with pytest.raises(ValueError) as error:
+        Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=batch_size)
+    assert str(error.value) == f"batch_size (={batch_size}) must be at least 1"
+
+
 def test_stochastic_depth_rises_to_the_last_block(encoder):
     model = Finetune(drop_path=0.2)._model(encoder, 3)
     assert [block.drop_path.rate for block in model.encoder.blocks] == pytest.approx([0, 0.1, 0.2])
@@ -135,6 +149,8 @@ def test_stochastic_depth_rises_to_the_last_block(encoder):
         ({"label_smoothing": 1.0}, "label_smoothing (=1.0) must be in [0, 1)"),
         ({"mixup": -1.0}, "mixup (=-1.0) must be at least 0"),
         ({"drop_path": 1.0}, "drop_path (=1.0) must be in [0, 1)"),
+        ({"crop_scale": (1.0, 0.5)}, "crop_scale (=(1.0, 0.5)) must be ascending, above 0, at most 1"),
+        ({"flip": 2.0}, "flip (=2.0) must be a probability, 0 to 1"),
     ],
 )
 def test_options(options, message):

@@ -6,6 +6,7 @@ import torch
 from protocol_problems import PROBLEM, TRAIN, TRAIN_LABELS, task
 from torch import nn
 
+from jepa_kit.evaluation.protocols import build_protocols
 from jepa_kit.evaluation.protocols.base import Features, LayerSet
 from jepa_kit.evaluation.protocols.heads import INIT, TRUST, HeadGrid, Recipe, Setting, grid_probe
 from jepa_kit.evaluation.protocols.linear import PaperLinear, grid
@@ -134,6 +135,44 @@ def test_the_best_on_held_out_samples_is_trained_again_on_all():
     train, test = (dict(part.features) for part in (one.train, one.test))
     alone = HeadGrid([settings()[best]], train, 4).fit(train, TARGETS, recipe, seed=2)
     assert np.array_equal(found.predictions, alone.logits(test, np.arange(200))[:, 0].argmax(1))
+
+
+ONE_HEAD = {"layers": ("last4",), "heads": ("plain",)}
+ALONE = {
+    "linear": {**ONE_HEAD, "lrs": (1e-2,), "weight_decays": (0.0,), "epochs": 3},
+    "paper_linear": {**ONE_HEAD, "lrs": (0.1,), "weight_decays": (0.0,), "epochs": 3, "batch_size": 64},
+    "paper_transfer": {**ONE_HEAD, "dataset": "places205"},
+    "count": ONE_HEAD,
+    "distance": ONE_HEAD,
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_with_one_head_nothing_is_held_out(name, monkeypatch):
+    """It is trained once, on all samples, also where a class has one; a holdout would do nothing."""
+    trained = []
+    fit = HeadGrid.fit
+    monkeypatch.setattr(HeadGrid, "fit", lambda self, *a, **k: trained.append(k.get("index")) or fit(self, *a, **k))
+    rare = np.where(np.arange(400) == 7, 9, PROBLEM[1])
+    one = task(PROBLEM[0], rare, *PROBLEM[2:])
+    ((_, _, probe),) = build_protocols([{"name": name} | ALONE[name]])
+    probe.check(rare, str)
+    (found,) = probe(one)
+    assert trained == [None]
+    assert (found.validation, found.settings["holdout"], found.settings["tried"]) == (None, None, [])
+    with pytest.raises(ValueError) as error:
+        build_protocols([{"name": name, "holdout": 0.3} | ALONE[name]])
+    assert str(error.value) == (
+        f"protocol {name!r}: holdout (=0.3) would do nothing: one combination of layers, heads, lrs and weight_decays "
+        "leaves nothing to choose"
+    )
+
+
+def test_one_head_that_diverges():
+    ((_, _, probe),) = build_protocols([{"name": "linear"} | ALONE["linear"] | {"optimizer": "sgd", "lrs": (1e38,)}])
+    with pytest.raises(ValueError) as error:
+        probe(task(*PROBLEM))
+    assert str(error.value) == "lr (=[1e+38]): every head diverged; take lower ones"
 
 
 def test_schedules():

@@ -121,15 +121,20 @@ def test_options(options, message):
     assert str(error.value) == message
 
 
-def test_needs_two_samples_of_each_class():
-    labels = TRAIN_LABELS.copy()
-    labels[0] = 9
-    with pytest.raises(ValueError) as error:
-        logistic_probe(TRAIN, labels, TEST, TEST_LABELS)
-    assert str(error.value) == (
-        "the training set (400 samples) must have a sample of each of its 5 classes to fit on and one to choose on; "
-        "class 9 has 1"
-    )
+def test_a_class_of_one_sample_leaves_nothing_to_choose():
+    """The middle setting is taken, as if it were the only one."""
+    few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[: 1 + k] for k in range(4)])
+    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
+    only = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[1e-2], cuts=[1e-6])
+    assert (found.accuracy, found.settings) == (only.accuracy, only.settings)
+    assert (found.settings["penalty"], found.settings["holdout"], found.validation) == (1e-2, None, None)
+
+
+def test_as_many_samples_are_held_out_as_there_are_classes():
+    """47 samples of 12 classes: 12 / 47 of 47 is 11.999 in floating point."""
+    labels = np.arange(47) % 12
+    x = np.random.default_rng(0).normal(size=(47, 5)).astype(np.float32)
+    assert logistic_probe(x, labels, x, labels, penalties=[1.0, 0.1]).settings["tried"]
 
 
 def test_says_when_it_stopped_early():
@@ -185,6 +190,10 @@ class TestSubsets:
             (
                 {"names": "a.txt", "subsets": ("1%",)},
                 "subsets (=('1%',)) would do nothing: names (='a.txt') lists the samples",
+            ),
+            (
+                {"names": "nowhere.txt"},
+                "names (='nowhere.txt') must be a file with a name of a sample on each line; there is none",
             ),
             ({"subsets": ("all",), "draws": 5}, "draws (=5) would do nothing: subsets (=('all',)) has nothing to draw"),
         ],
