@@ -34,6 +34,8 @@ COLOURS = ("#e6194b", "#1f77ff", "#ff9f0a", "#2ca02c", "#b44be1", "#00b8c4", "#8
 GREY = "#c9c9c9"
 PANEL = 1.45
 """Width of a panel in inches."""
+LABEL = 1.9
+"""Width of the legend's longest entry in inches."""
 DPI = 130
 
 Pixels = NDArray[np.uint8]
@@ -156,7 +158,8 @@ def mask_gallery(
         Line2D([], [], color=COLOURS[m % len(COLOURS)], linewidth=2, label=f"target block {m + 1}")
         for m in range(min(most, len(COLOURS)))
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=8)
+    in_a_row = int(figure.get_figwidth() // LABEL)
+    figure.legend(handles=legend, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=8)
     return _save(figure, path)
 
 

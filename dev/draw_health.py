@@ -1,0 +1,137 @@
+"""Four runs on scenes and what their health says: the figures of docs/evaluation.md and docs/images/health.png.
+
+    make quickstart
+    python dev/draw_health.py output/quickstart/shards output/health --picture docs/images/health.png
+
+Each run is `tools/train_net.py` on the quickstart's config; it measures itself on held-out scenes (`evaluate.every`).
+Runs that are there already are kept. A collapse is over early: those runs end after two of the sixteen epochs that
+their schedules are laid out for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+
+from jepa_kit.engine.curves import Panel
+from jepa_kit.engine.telemetry import Record, read_metrics
+from jepa_kit.evaluation.online import STATES
+from jepa_kit.evaluation.verdict import CONSTANT, DIMENSIONAL, LEARNED
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "projects" / "ijepa" / "configs" / "quickstart.yaml"
+WIDTH = 96
+"""Of the quickstart's encoder."""
+
+
+class Case(NamedTuple):
+    """A run: its name, what it changes in the quickstart's config, and how it is drawn."""
+
+    name: str
+    overrides: tuple[str, ...]
+    line: str
+
+
+SHORT = ("train.epochs=2", "optim.stretch=8", "evaluate.every=10")
+CASES = (
+    Case("a run that learns", ("evaluate.every=40",), "-"),
+    Case("no stop-gradient", ("target_update={name: tied, stop_gradient: false}", *SHORT), "-"),
+    Case("momentum 0", ("target_update={name: ema, momentum: [0.0, 0.0]}", *SHORT), "--"),
+    Case(
+        "whole-image brightness",
+        (
+            "encoder.input_norm=none",
+            "optim.lr=2e-3",
+            "target_update.momentum=[0.98, 1.0]",
+            "masker={name: multiblock, truncation: fixed, context_length: 20, target_length: 9}",
+            "train.epochs=4",
+            "optim.stretch=4",
+            "evaluate.every=20",
+        ),
+        "-.",
+    ),
+)
+
+PANELS = (
+    (Panel("loss", ("eval/loss",)), "log", None),
+    (Panel("varying: share of tokens that varies", ("eval/varying",)), "log", CONSTANT),
+    (Panel(f"token_rank: directions, of {WIDTH}", ("eval/token_rank",)), "linear", DIMENSIONAL * WIDTH),
+    (Panel("loss / best of positions alone", ("eval/relative_to_position",)), "log", 1.0),
+    (Panel("cross-sample gap", ("eval/cross_sample_gap",)), "linear", LEARNED),
+    (Panel("effective rank of features (misleading)", ("eval/effective_rank",)), "linear", None),
+)
+"""Each with its scale, and the line that the verdict draws."""
+
+TABLE = ("loss", "varying", "of_images", "within_images", "token_rank", "relative_to_position", "cross_sample_gap")
+
+
+def measured(case: Case, shards: Path, out: Path) -> list[Record]:
+    """The lines of a run that hold its health; it is trained where it is not there."""
+    folder = out / case.name.replace(" ", "_")
+    own = (f"data.shards={shards / 'train'}", f"evaluate.shards={shards / 'test'}", f"train.output_dir={folder}")
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIG), "--resume"]
+    subprocess.run([*command, *own, *case.overrides], check=True)
+    return [line for line in read_metrics(folder) if "eval/varying" in line]
+
+
+def draw(runs: Sequence[tuple[Case, list[Record]]], picture: Path) -> None:
+    """A panel for each figure, a line for each run, over the logarithm of updates."""
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    for ax, (panel, scale, line) in zip(axes.flat, PANELS, strict=True):
+        for case, lines in runs:
+            (key,) = panel.keys
+            points = [(update(x), x[key]) for x in lines if key in x]
+            ax.plot(*zip(*points, strict=True), case.line, label=case.name, linewidth=1.5)
+        if line is not None:
+            ax.axhline(line, color="black", linestyle=":", linewidth=0.8)
+        ax.set(title=panel.title, xscale="log", yscale=scale)
+        ax.title.set_fontsize(10)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.2)
+    for ax in axes[1]:
+        ax.set_xlabel("updates", fontsize=8)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
+    figure.savefig(picture, dpi=100)
+
+
+def update(line: Record) -> int:
+    """How many updates were done when a line was written."""
+    return int(line["step"]) + 1
+
+
+def table(case: Case, lines: Sequence[Record]) -> str:
+    """The run's figures in about ten places, and where the verdict changes."""
+    rows = [f"{case.name}: update, {', '.join(TABLE)}"]
+    shown = max(1, len(lines) // 10)
+    before: Any = None
+    for k, line in enumerate(lines):
+        verdict = STATES[int(line["eval/verdict"])]
+        if verdict != before or k % shown == 0 or k == len(lines) - 1:
+            figures = "".join(f"{line.get(f'eval/{name}', float('nan')):10.4f}" for name in TABLE)
+            rows.append(f"{update(line):6d}{figures}  {verdict}")
+        before = verdict
+    return "\n".join(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder with train and test")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the runs")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="default: health.png in OUT")
+    arguments = parser.parse_args(argv)
+    runs = [(case, measured(case, arguments.shards, arguments.out)) for case in CASES]
+    for case, lines in runs:
+        print(f"\n{table(case, lines)}")
+    draw(runs, arguments.picture or arguments.out / "health.png")
+
+
+if __name__ == "__main__":
+    main()
