@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -160,11 +161,12 @@ def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[s
     """Names of those shards that are there and are not as the folder's own index says, as far as that costs nothing.
 
     A foreign index is older than a shard that was replaced; ours has checksums, and may have been copied in any order.
+    A time to come tells nothing: the shard is from a machine whose clock is ahead.
     """
     sizes = {entry["file"]: entry["bytes"] for entry in index["shards"]}
     made = os.path.getmtime(os.path.join(folder, INDEX)) if is_foreign(index) else math.inf
     there = [(os.path.basename(file), os.stat(file)) for file in sorted(files) if os.path.isfile(file)]
-    return [name for name, facts in there if sizes.get(name) != facts.st_size or facts.st_mtime > made]
+    return [name for name, facts in there if sizes.get(name) != facts.st_size or made < facts.st_mtime <= time.time()]
 
 
 def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> Part:

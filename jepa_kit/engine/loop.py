@@ -76,7 +76,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     device = choose_device(config.train.device, world)
     store = store_of(config.train)
     folder = store.run
-    with process_group(world, device), Signals() as signals, ExitStack() as held:
+    with process_group(world, device), ExitStack() as held:
         again = restarted()
         agreement = Agreement()  # one for all stretches: a group of processes stays until they part
 
@@ -85,6 +85,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             held.enter_context(only_run_in(folder))
             return plan_resume(store, resume, resume_from, again=again)
 
+        latest = from_main(begin)
+        signals = held.enter_context(Signals())  # from here on: a signal ends a start that waits for another run
+
         def stretch(latest: Where | None, resume: bool) -> End:
             run = build_run(config, world, device)
             start = start_from(run, store, latest, resume_from)
@@ -92,7 +95,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             from_main(lambda: announce(run, store, start, places, resume, resume_from))
             return run_steps(run, folder, store, start, resume_from, signals, agreement)
 
-        end = stretch(from_main(begin), resume)
+        end = stretch(latest, resume)
         while end is End.ROLL_BACK:
             end = stretch(from_main(store.newest), True)
         if world.is_main:

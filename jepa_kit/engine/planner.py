@@ -126,7 +126,8 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
     """
     if config.train.precision != "bf16":
         raise ValueError(
-            f"train.precision (={config.train.precision!r}) cannot be planned: the peaks in devices.py are of 'bf16'"
+            f"train.precision (={config.train.precision!r}) cannot be planned: the peaks in devices.py are of 'bf16'; "
+            "train.precision=bf16 plans that run"
         )
     with torch.device("meta"):
         jepa = build_recipe(config)

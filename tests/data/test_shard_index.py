@@ -118,6 +118,14 @@ def test_a_shard_that_was_replaced(foreign, named):
     assert keys(f"{foreign}{named}") == [s.key for s in make_samples(10)[6:]]
 
 
+def test_a_shard_of_a_machine_whose_clock_is_ahead(foreign, caplog):
+    ahead = time.time() + 3600
+    os.utime(foreign / "one.tar", (ahead, ahead))
+    for _ in range(2):
+        assert len(keys(foreign)) == 6
+    assert not caplog.text, "it is indexed once"
+
+
 def test_a_folder_that_changed_and_cannot_be_written(foreign, monkeypatch):
     keys(foreign)
     shutil.copy(foreign.parent / "two/two.tar", foreign)

@@ -51,6 +51,20 @@ def hold():
         process.stdout.close()
 
 
+def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
+    config = tiny()
+    hold(Path(config.train.output_dir), 60)
+    file = config.save(tmp_path)
+    script = "import sys; from jepa_kit.config import load_config; from jepa_kit.engine.loop import train\n"
+    script += "train(load_config(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(file)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("waiting up to 120 s for process ")
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+
+
 def test_a_second_run_in_a_folder(tiny, tmp_path, hold, monkeypatch, capsys):
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
     run = train(tiny("train.checkpoint_every=2"))
