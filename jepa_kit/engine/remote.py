@@ -174,7 +174,10 @@ class RemoteFolder:
             self._rename(self.at(name), self.at(target))
             return
         try:
-            self._asked(lambda: path_manager.copy(self.at(name), self.at(target), overwrite=True), f"{self.at(name)}")
+            self._asked(
+                lambda: path_manager.copy(self.at(name), self.at(target), overwrite=True),
+                f"{self.at(name)} could not be copied to {self.at(target)}",
+            )
         except NotImplementedError:
             with NamedTemporaryFile() as file:
                 self.get(name, Path(file.name))

@@ -67,6 +67,11 @@ def test_a_handler_that_answers_false(place, handler, file, monkeypatch):
     monkeypatch.setattr(handler, "_copy_from_local", lambda **_: False)
     with pytest.raises(RemoteError, match=r"c.pt\S* could not be written: its handler refused; its log says why"):
         place.put(file, "c.pt")
+    monkeypatch.setattr(handler, "_copy", lambda *_, **__: False, raising=False)
+    monkeypatch.setattr(place, "_renames", False)
+    with pytest.raises(RemoteError, match=r"b.pt could not be copied to \S+d.pt: its handler refused; its log says why"):
+        place.rename("b.pt", "d.pt")
+    assert place.holds("b.pt")
 
 
 @pytest.mark.parametrize(
