@@ -69,7 +69,7 @@ def test_a_handler_that_answers_false(place, handler, file, monkeypatch):
         place.put(file, "c.pt")
     monkeypatch.setattr(handler, "_copy", lambda *_, **__: False, raising=False)
     monkeypatch.setattr(place, "_renames", False)
-    with pytest.raises(RemoteError, match=r"b.pt could not be copied to \S+d.pt: its handler refused; its log says why"):
+    with pytest.raises(RemoteError, match=r"b.pt could not be copied to \S+d.pt: its handler refused; its log"):
         place.rename("b.pt", "d.pt")
     assert place.holds("b.pt")
 
