@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
@@ -294,7 +295,9 @@ def _ask(
     """Cross entropy and accuracy on the samples held out."""
     fit_on, choose_on = pair
     classifier = _fit(features[fit_on], labels[fit_on], penalty, max_iter)
-    log_chances = classifier.predict_log_proba(features[choose_on])  # [M, K]
+    scores = classifier.decision_function(features[choose_on])  # [M, K], or [M] of the second of two classes
+    scores = scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], axis=1)
+    log_chances = log_softmax(scores, axis=1)  # predict_log_proba has -inf where a chance rounds to 0
     answers = np.searchsorted(classifier.classes_, labels[choose_on])
     entropy = -float(log_chances[np.arange(len(answers)), answers].mean())
     return entropy, float(np.mean(log_chances.argmax(axis=1) == answers))

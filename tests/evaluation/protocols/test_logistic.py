@@ -1,14 +1,17 @@
 """Logistic regression against scikit-learn, and on few labels."""
 
+import warnings
+
 import numpy as np
 import pytest
 from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, logistic_probe
+from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _ask, _fit, logistic_probe
 from jepa_kit.evaluation.protocols.whitening import Whitening
 
 
@@ -68,6 +71,22 @@ def test_chooses_the_least_cross_entropy():
     best = min(found.settings["tried"], key=lambda trial: trial["cross_entropy"])
     assert (found.settings["components"], found.settings["penalty"]) == (best["components"], best["penalty"])
     assert found.validation == best["accuracy"]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_cross_entropy_is_scikit_learns_and_finite(classes):
+    """Also where a wrong label lies so far off that its chance rounds to 0."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % classes
+    features = rng.normal(size=(120, 4)) + 3 * np.eye(4)[labels]
+    pair = (np.arange(60), np.arange(60, 120))
+    ours, _ = _ask(features, labels, pair, 1e-2, 100)
+    fitted = _fit(features[:60], labels[:60], 1e-2, 100)
+    assert ours == pytest.approx(log_loss(labels[60:], fitted.predict_proba(features[60:])), rel=1e-9)
+    features[60] = -1e4 * features[60]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 100 < _ask(features, labels, pair, 1e-2, 100)[0] < np.inf
 
 
 def test_stops_two_penalties_after_the_least_cross_entropy():
