@@ -90,7 +90,7 @@ class Watch:
         if on_device.is_cuda:
             numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
             numbers.copy_(on_device, non_blocking=True)
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event(blocking=True)  # the host sleeps: a spinning one takes a core from the loader
             ready.record()
         self.waiting.append(Suspect(step, hyper, batch, tuple(out.terms), numbers, ready))
 

@@ -199,12 +199,15 @@ class Saver:
             self.error = carry_error(self.store, error)
 
     def _held(self, model: ModelState, optimizer: OptimizerState) -> tuple[ModelState, OptimizerState]:
-        """The state in host memory."""
+        """Return the state in host memory; the host waits once, for all copies together."""
         moments = {name: self._copied(f"optimizer {name}", state) for name, state in optimizer.items()}
-        return self._copied("model", model), moments
+        held = self._copied("model", model), moments
+        if any(value.is_cuda for state in (model, *optimizer.values()) for value in state.values()):
+            torch.cuda.current_stream().synchronize()
+        return held
 
     def _copied(self, kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in host memory that stays the same from one checkpoint to the next; of shards, this rank's."""
+        """Start copies into host memory that every checkpoint uses again, and return them; of shards, this rank's."""
         copies = {}
         for name, value in state.items():
             key, local = f"{kind} {name}", local_part(value.detach())
@@ -212,8 +215,6 @@ class Saver:
             if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
                 copy = self.copy[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             copies[name] = with_local(value, copy.copy_(local, non_blocking=True))
-        if any(value.is_cuda for value in state.values()):
-            torch.cuda.current_stream().synchronize()
         return copies
 
     def _write_shards(self, model: ModelState, optimizer: OptimizerState, header: Checkpoint, group: Any) -> None:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kit.engine import checkpoint as format_module
 from jepa_kit.engine import loop, saving
@@ -85,6 +87,20 @@ def test_what_is_written_is_the_state_at_the_call(tmp_path, model, monkeypatch):
         assert checkpoints(tmp_path) == []
         go.set()
     assert torch.equal(load_checkpoint(tmp_path).model["encoder.weight"], before)
+
+
+def test_the_host_waits_once_for_all_copies(monkeypatch):
+    waits = []
+    stream = SimpleNamespace(synchronize=lambda: waits.append(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    saver = Saver(Store(Path("nowhere")), keep=1)
+    with FakeTensorMode():
+        for device, wanted in (("cpu", 0), ("cuda", 1)):
+            model = {f"weight{k}": torch.empty(3, device=device) for k in range(4)}
+            moments = {name: {"exp_avg": torch.empty(3, device=device)} for name in model}
+            held, held_moments = saver._held(model, moments)
+            assert len(waits) == wanted
+            assert {v.device.type for v in (*held.values(), held_moments["weight0"]["exp_avg"])} == {"cpu"}
 
 
 def test_one_at_a_time(tmp_path, model, monkeypatch):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kit.engine import speed
 from jepa_kit.engine.flops import ModelFlops, PredictorFlops, SetFlops
@@ -229,6 +230,32 @@ def test_the_peak_is_that_of_products(monkeypatch):
     monkeypatch.setattr(speed, "LONG_ENOUGH", 0.5)
     speed.matrix_peak.__wrapped__(torch.device("cpu"), "bf16")
     assert set(sides) == {256, 512, 1024}
+
+
+def test_on_cuda_five_products_are_timed_by_the_device(monkeypatch):
+    recorded = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+
+        def synchronize(self):
+            assert recorded[-1] is self
+
+        def elapsed_time(self, end):
+            assert recorded == [self, end]
+            return 20.0  # milliseconds
+
+    products = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append((a, b)))
+    with FakeTensorMode():
+        a = torch.empty(4, 4, device="cuda")
+        assert speed._seconds(a, a) == pytest.approx(4e-3)
+    assert len(products) == speed.PRODUCTS == 5
 
 
 def test_the_peak_is_measured_once_and_draws_nothing():
