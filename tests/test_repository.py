@@ -20,7 +20,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def files(*folders: str) -> list[Path]:
     """Text files under these folders; those of the root too, where no folder is named."""
-    found = [] if folders else [f for f in ROOT.iterdir() if f.is_file()]
+    found = [] if folders else [f for f in ROOT.iterdir() if f.is_file() and f.name != ".git"]  # a file in a worktree
     for folder in folders or FOLDERS:
         found += [f for f in (ROOT / folder).rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     return sorted(f for f in found if f.suffix in TEXT)
