@@ -39,6 +39,14 @@ def test_a_window_mixes_neighbours_only():
         assert (np.diff(part) == 1).mean() < 0.5
 
 
+def test_the_last_partial_window_is_mixed_too():
+    """150 samples in windows of 60: the last 30 places hold their samples in another order in every epoch."""
+    lasts = [epoch_order([30] * 5, seed=3, epoch=e, window=60)[120:] for e in range(20)]
+    assert all((np.diff(last) == 1).mean() < 0.3 for last in lasts)
+    starts = np.mean([last[0] == last.min() for last in lasts])
+    assert starts < 0.3, "the first place is not that of the first sample"
+
+
 def test_a_window_of_everything_is_a_full_permutation():
     """Each sample is equally likely at each place: chi-square over 4,000 epochs."""
     from scipy.stats import chisquare

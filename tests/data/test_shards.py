@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import tarfile
 import threading
 from functools import partial
 
@@ -172,6 +173,16 @@ def test_a_shard_that_was_cut_short(folder, dataset):
         ValueError, match=r"shard-000002.tar of .* holds \d+ bytes, but index.json says \d+: it was cut"
     ):
         dataset.image(22)
+
+
+@pytest.mark.parametrize("size", [299, 301, 10**9])
+def test_a_header_of_another_size_is_refused(size):
+    """Python's own tar header, of more bytes and of fewer than the index lists; and of the same."""
+    header = tarfile.TarInfo("folder/0001.jpg")
+    header.size = size
+    fault = reading.header_fault(header.tobuf(tarfile.USTAR_FORMAT), 300, "folder/0001")
+    assert fault == f"its header says {size} bytes, but index.json 300"
+    assert reading.header_fault(header.tobuf(tarfile.USTAR_FORMAT), size, "folder/0001") is None
 
 
 def test_a_sample_that_is_no_image(tmp_path):

@@ -27,6 +27,17 @@ def test_members_are_drawn_by_weight(weights: tuple[float, ...] | None) -> None:
     assert stats.chisquare(np.bincount(member), 9000 * share / share.sum()).pvalue > LEVEL
 
 
+def test_the_member_of_a_sample_changes_with_epoch_and_seed() -> None:
+    """Independent draws: two epochs (or seeds) agree on 1 of 3 samples, and an epoch drawn again on all."""
+    masker = Mixture(grid=(8, 8), maskers=TWO)
+    samples = np.arange(3000)
+    first = masker.member_of(samples, seed=0, epoch=0)
+    np.testing.assert_array_equal(first, masker.member_of(samples, seed=0, epoch=0))
+    for seed, epoch in ((0, 1), (0, 2), (1, 0)):
+        agree = int((masker.member_of(samples, seed=seed, epoch=epoch) == first).sum())
+        assert stats.binomtest(agree, len(samples), 1 / 3).pvalue > LEVEL
+
+
 def test_the_choice_is_independent_of_the_masks() -> None:
     """A member draws for its images what it draws for any: the mean context of a masker is that of its part."""
     masker = Mixture(grid=(14, 14), maskers=({"name": "multiblock"}, {"name": "random"}))
