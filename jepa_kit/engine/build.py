@@ -19,6 +19,7 @@ from jepa_kit.data.streams import Access
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.encoders.blocks import checkpoint_activations
 from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, step_of, verify
+from jepa_kit.engine.checkpoint_files import reading
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
@@ -182,8 +183,9 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
             f"(={run.schedule.steps}); {from_main(lambda: advice(store, latest))}"
         )
     if path.is_dir():
-        check_state(run.jepa.state_dict(), layout(path)[0], "the model")
-        load_sharded(path, run.jepa, run.optimizer)
+        with reading(path):
+            check_state(run.jepa.state_dict(), layout(path)[0], "the model")
+            load_sharded(path, run.jepa, run.optimizer)
     else:
         restore(checkpoint, run.jepa, run.optimizer)
     together(lambda: None)  # all have read it

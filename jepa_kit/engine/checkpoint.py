@@ -24,12 +24,9 @@ saving.py."""
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,24 +34,45 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.engine.checkpoint_files import (
+    FORMAT,
+    HEADER,
+    CheckpointError,
+    checksum,
+    read_archive,
+    read_header,
+    reading,
+    verify,
+)
 from jepa_kit.engine.files import flush_folder, write_archive
-from jepa_kit.engine.shard_files import ShardError, read_full
+from jepa_kit.engine.shard_files import read_full
 from jepa_kit.engine.sharded import load_full_state
 
-T = TypeVar("T")
 W = TypeVar("W", Path, str)
 
-FORMAT = "jepa_kit/1"
+__all__ = [
+    "FORMAT",
+    "HEADER",
+    "Checkpoint",
+    "CheckpointError",
+    "check_state",
+    "checkpoint_path",
+    "checkpoints",
+    "checksum",
+    "delete",
+    "delete_old",
+    "load_checkpoint",
+    "old_ones",
+    "optimizer_state",
+    "part_path",
+    "read_header",
+    "restore",
+    "save_checkpoint",
+    "step_of",
+    "verify",
+]
 
-HEADER = "run.pt"
-"""In a sharded checkpoint: what a file holds besides the state, and what verifies the shards."""
-
-_ZIP = b"PK\x03\x04"
 _NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file, and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,95 +210,12 @@ def load_checkpoint(
         raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds: {', '.join(beside) or 'none'}")
     if not verified:
         verify(path)
-    if path.is_dir():
-        header = read_header(path)
-        model, optimizer = _told(lambda: read_full(path)) if with_state else ({}, {})
-        return _checkpoint({**header, "model": model, "optimizer": optimizer}, path)
-    return _checkpoint(_read_archive(path, map_location), path)
-
-
-def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
-    """Reads every byte of a checkpoint and compares checksums.
-
-    Args:
-        path: a file or a folder of shards.
-        rank, size: of shards, only every ``size``-th is looked at, from ``rank`` on.
-
-    Raises:
-        CheckpointError: it is not as it was written; the message names the file.
-        OSError: it cannot be read.
-    """
-    if path.is_dir():
-        for name, (length, crc) in list(read_header(path)["files"].items())[rank::size]:
-            file = path / name
-            if not file.exists():
-                raise CheckpointError(f"{path} is damaged: {name} is missing")
-            if file.stat().st_size != length:
-                raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is cut short: it had {length} bytes")
-            if checksum(file) != crc:
-                raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum is another")
-        return
-    with path.open("rb") as opened:
-        start = opened.read(len(_ZIP))
-    told = f"{path} ({path.stat().st_size} bytes)"
-    if start != _ZIP:  # torch.save writes a zip archive
-        raise CheckpointError(f"{told} is not a checkpoint: it does not start like one")
-    if not zipfile.is_zipfile(path):  # the archive's directory is at its end
-        raise CheckpointError(f"{told} is cut short: its end is missing")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{told} is damaged: {error}") from error
-    if broken is not None:
-        raise CheckpointError(f"{told} is damaged: the checksum of its record {broken} is another")
-
-
-def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds besides the state.
-
-    Raises:
-        CheckpointError: it has no header, or a damaged one.
-    """
-    header = path / HEADER
-    if not header.exists():
-        raise CheckpointError(f"{path} is not a checkpoint: it holds no {HEADER}")
-    verify(header)
-    content = _read_archive(header, "cpu")
-    files = content.get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{header} is not of a sharded checkpoint: it names no files")
-    return content
-
-
-def _read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    try:
-        content = torch.load(str(path), map_location=map_location, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of jepa_kit: it holds other things than tensors and plain values, "
-            "which could run code and are not read"
-        ) from error
-    except RuntimeError as error:
-        told = f"{path} ({path.stat().st_size} bytes)"
-        raise CheckpointError(f"{told} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
-    found_format = content.get("format") if isinstance(content, dict) else None
-    if found_format != FORMAT:
-        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
-            f"(it holds: {keys}); tools/convert_checkpoint.py reads those of other code"
-        )
-    return content
+    with reading(path):
+        if path.is_dir():
+            header = read_header(path)
+            model, optimizer = read_full(path) if with_state else ({}, {})
+            return _checkpoint({**header, "model": model, "optimizer": optimizer}, path)
+        return _checkpoint(read_archive(path, map_location), path)
 
 
 def _checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -301,13 +236,6 @@ def _fits(name: str, value: Any) -> bool:
         return False
     states = {"model": [value], "optimizer": list(value.values())}.get(name, [])
     return all(isinstance(state, dict) and all(map(torch.is_tensor, state.values())) for state in states)
-
-
-def _told(read: Callable[[], T]) -> T:
-    try:
-        return read()
-    except ShardError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _names(names: Iterable[str], most: int = 10) -> str:
