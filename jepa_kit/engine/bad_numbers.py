@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: seen by all ranks together, and never taken into the weights.
+"""Losses and gradients that are not finite: seen by all ranks together, and never taken into weights or buffers.
 
 How they are seen without waiting for the device and without a message of their own:
 
@@ -6,7 +6,9 @@ How they are seen without waiting for the device and without a message of their 
    ranks, which DDP and FSDP take anyway, carries that to all. So one number, the norm of all gradients, tells every
    rank.
 2. ``step_if_finite``: AdamW reads that number on the device and leaves parameters and moments alone where it is bad.
-3. ``Watch``: the host reads it ``LAG`` steps later, when the device is long past it. All ranks read the number of the
+3. ``Buffers`` (buffers.py): the same number, on the device, takes back what the forward pass made of buffers (batch
+   norm's statistics, a centre of targets).
+4. ``Watch``: the host reads it ``LAG`` steps later, when the device is long past it. All ranks read the number of the
    same step at the same step, so they decide alike.
 
 What a run does about it is in bad_steps.py.

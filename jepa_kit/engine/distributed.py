@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
+from jepa_kit.engine.buffers import broadcast_buffers
 from jepa_kit.engine.slurm import torchrun_variables
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ _words: Any = None
 """The group that words go over, between processes on the host: gloo, beside NCCL too. None is the first group."""
 
 
-# The buffers of a JEPA are constant tables. torch 2.13 renames the argument.
+# torch 2.13 renames the argument.
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -259,10 +260,12 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The model, or DDP around it where there are several processes.
 
     DDP starts every process from rank 0's weights and averages gradients. Parameters without a gradient (the target
-    encoder) take no part in it: each process moves its own copy by the same rule.
+    encoder) take no part in it: each process moves its own copy by the same rule. Buffers that training changes are
+    rank 0's at each forward pass, as they are in a checkpoint; constant tables are not sent.
     """
     if not joined():
         return model
+    broadcast_buffers(model)
     options: dict[str, Any] = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
 

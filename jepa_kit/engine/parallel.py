@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_kit.encoders.blocks import Block
+from jepa_kit.engine.buffers import broadcast_buffers
 from jepa_kit.engine.distributed import joined, wrap
 from jepa_kit.recipe import JEPA, Output
 from jepa_kit.structures import MaskBatch
@@ -90,6 +91,7 @@ def shard(jepa: JEPA, device: torch.device) -> None:
             if hasattr(network, method):
                 register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
+    broadcast_buffers(jepa)
 
 
 class Accumulated(nn.Module):

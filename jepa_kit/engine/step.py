@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.engine.bad_numbers import spread, step_if_finite
+from jepa_kit.engine.buffers import Buffers
 from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.recipe import JEPA, Output
@@ -43,9 +44,10 @@ def train_step(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip_grad: float | None = None,
 ) -> Update:
-    """Runs one update and returns what the forward pass gave, with the gradient's norm; waits for the device nowhere.
+    """Run one update and return what the forward pass gave, with the gradient's norm; waits for the device nowhere.
 
-    Where the loss of any rank or a gradient is not finite, parameters and optimiser stay as they are (bad_numbers.py).
+    If the loss of any rank or a gradient is not finite, parameters, optimiser and buffers stay as they are
+    (bad_numbers.py); only the target encoder moves.
 
     Args:
         jepa: the recipe, in training mode.
@@ -58,11 +60,13 @@ def train_step(
         clip_grad: largest norm of all gradients together, or None.
     """
     set_hyper(optimizer, hyper)
+    buffers = Buffers(jepa)
     with autocast():
         out = (forward or jepa)(images, masks)
     spread(out.loss).backward()
     grad_norm = clip_gradients(jepa, clip_grad)
     step_if_finite(optimizer, grad_norm)
+    buffers.restore_unless(torch.isfinite(grad_norm))
     optimizer.zero_grad(set_to_none=True)
     jepa.update_target(hyper.momentum)
     return Update(out.loss, out.terms, out.prediction, grad_norm)

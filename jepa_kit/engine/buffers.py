@@ -1,0 +1,66 @@
+"""Buffers that training changes: batch norm's statistics, the centre of targets in DINO, ...
+
+They are those of the state dict. A buffer that is not persistent is in no checkpoint, so it must be a table that the
+constructor computes, as the position tables of jepa_kit are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield (module, name in it, full name) of each buffer of the state dict, once."""
+    for prefix, module in model.named_modules():
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                yield module, name, f"{prefix}.{name}" if prefix else name
+
+
+class Buffers:
+    """Persistent buffers before a step; a model without any costs nothing. Waits for no device.
+
+    Args:
+        model: before its forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        places = list(persistent_buffers(model))
+        self.before = [(*place, place[0]._buffers[place[1]].detach().clone()) for place in places]  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def restore_unless(self, finite: Tensor) -> None:
+        """Put back the values from before where ``finite`` [] bool is false.
+
+        Raises:
+            ValueError: the forward pass gave a buffer another shape.
+        """
+        for module, name, full_name, before in self.before:
+            now = module._buffers[name]
+            if now is None or now.shape != before.shape:
+                shape = None if now is None else tuple(now.shape)
+                raise ValueError(
+                    f"buffer {full_name} has the shape {shape} after the forward pass, and {tuple(before.shape)} "
+                    "before: it must keep its shape, so that a bad batch can be taken back and checkpoints fit"
+                )
+            now.copy_(torch.where(finite, now, before))
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's persistent buffers before each forward pass in training: those that a checkpoint has.
+
+    DDP's own option does not see a buffer that is replaced, and FSDP has none.
+    """
+
+    def send(*_: object) -> None:
+        for module, name, _full_name in persistent_buffers(model) if model.training else ():
+            value = module._buffers[name]
+            assert value is not None
+            dist.broadcast(value.detach(), 0)
+
+    if any(persistent_buffers(model)):
+        model.register_forward_pre_hook(send)
