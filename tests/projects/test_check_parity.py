@@ -25,7 +25,7 @@ def test_the_released_code_is_reproduced(suffix: str, capsys: pytest.CaptureFixt
     for quantity in ("encoder, context", "target ", "prediction", "gradient predictor/mask_token", "schedule of lr"):
         assert quantity in printed
     assert "loss, step 29" in printed
-    assert "30 steps in torch.float64: all quantities within 1e-08" in printed
+    assert "30 steps in torch.float64 on cpu: all quantities within 1e-08" in printed
     # It holds no final weights; 40, 31 and 40 are the parameters of a ViT and a predictor of its sizes.
     _, _, lacking = printed.partition("not in the fixture, so not compared:\n")
     assert [line.strip() for line in lacking.split("\n\n")[0].splitlines()] == [
@@ -33,6 +33,36 @@ def test_the_released_code_is_reproduced(suffix: str, capsys: pytest.CaptureFixt
         "final weights of the predictor (final/predictor/, 31 tensors)",
         "final weights of the target_encoder (final/target_encoder/, 40 tensors)",
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_either_precision_on_either_device(dtype: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(FIXTURE), "--device", device, "--dtype", dtype]) == 0
+    printed = capsys.readouterr().out
+    tolerance = {"float64": "1e-08", "float32": "1e-05"}[dtype]
+    assert f"30 steps in torch.{dtype} on {device}: all quantities within {tolerance}\n" in printed
+
+
+def test_float32_is_compared_with_what_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording that is wrong by what float32 could not hold is seen as such, and rounding is a difference."""
+
+    def change(_: Any, tensors: dict[str, Tensor]) -> None:
+        tensors["step0/prediction"].view(-1)[3] += 1e-4
+
+    path = copy_fixture(tmp_path, change)
+    assert main([path, "--dtype", "float32"]) == 1
+    above = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("<-- above")]
+    assert above == ["prediction"]
+    assert main([str(FIXTURE), "--dtype", "float32", "--tolerance", "1e-8"]) == 1
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(FIXTURE), "--device", "cuda"]) == 2
+    assert "check_parity: device (='cuda') needs CUDA" in capsys.readouterr().err
+    assert main([str(FIXTURE), "--device", "tpu"]) == 2
+    assert "device (='tpu') must be 'auto', 'cpu', 'cuda' or 'cuda:N'" in capsys.readouterr().err
 
 
 def copy_fixture(folder: Path, change: Any, *, of: Path = FIXTURE, steps: int = 2) -> str:
