@@ -150,6 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.config import import_named, load_config
     from jepa_kit.engine.build import open_together
     from jepa_kit.engine.distributed import choose_device, process_group, read_environment
+    from jepa_kit.engine.precision import resolve_precision
     from jepa_kit.evaluation.features import latest_checkpoint, load_run
     from jepa_kit.evaluation.protocols import build_protocols, parse_specs
     from jepa_kit.evaluation.shard_choice import asked_shards, training_shards
@@ -167,6 +168,8 @@ def run(arguments: argparse.Namespace) -> None:
     world = read_environment()
     device = choose_device(config.train.device, world)
     with process_group(world, device, patience=PATIENCE):
+        config = resolve_precision(config, device)
+        loaded = loaded._replace(config=config) if loaded else None
         train, test = open_together(config, learned_from), open_together(config, asked)
         if world.is_main:
             note_shared(train, test)
@@ -201,6 +204,7 @@ def evaluated(
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """The rows, and what the file of results says of the checkpoint."""
     from jepa_kit.engine.distributed import from_main
+    from jepa_kit.engine.precision import precision_of
     from jepa_kit.evaluation.networks import ENCODERS, config_networks, run_networks, sha256
     from jepa_kit.evaluation.report import evaluate
     from jepa_kit.evaluation.results import about_checkpoint
@@ -235,7 +239,7 @@ def evaluated(
         std=config.data.std,
         decoder=config.data.decoder,
         max_pixels=config.data.max_pixels,
-        precision=config.train.precision,
+        precision=precision_of(config),
         store=FeatureStore(arguments.features, world),
         device=device,
         world=world,

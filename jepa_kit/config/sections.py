@@ -209,7 +209,8 @@ class TrainConfig(_Section):
         batch_size: images of one update, over all ranks.
         epochs: length of the run.
         steps_per_epoch: updates of an epoch; None for as many as the data give.
-        precision: of the matrix products; weights and optimiser are float32 either way.
+        precision: of the matrix products (jepa_kit/engine/precision.py); weights and optimiser stay float32.
+            "auto" is bf16 on CUDA, and on a CPU the faster of bf16 and float32; what it became is stored.
         seed: of everything random, 0 to 2**63 - 1.
         output_dir: the run folder, on this machine or a file system that all see.
         checkpoint_dir: where its checkpoints go: another folder, or an address that a handler of iopath takes
@@ -243,7 +244,7 @@ class TrainConfig(_Section):
     batch_size: int = _at_least(1, 2048)
     epochs: int = _at_least(1, 300)
     steps_per_epoch: int | None = _at_least(1, None)
-    precision: Literal["float32", "bf16"] = "bf16"
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     seed: int = _option("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, 0)
     output_dir: str = _option("a path, and no address", lambda x: x and "://" not in x, "output")
     checkpoint_dir: str | None = _option("a path or an address", bool, None)

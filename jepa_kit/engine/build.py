@@ -23,6 +23,7 @@ from jepa_kit.engine.checkpoint_files import reading
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
+from jepa_kit.engine.precision import resolve_precision
 from jepa_kit.engine.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.shard_files import layout, load_sharded
@@ -176,7 +177,9 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
     except CheckpointError as error:
         told = str(error).replace(str(path), str(latest))  # where it lies, and not where it was fetched to
         raise CheckpointError(f"{told}; {from_main(lambda: advice(store, latest))}") from error
-    check_resumable(checkpoint, run.config.to_dict(), data_identity(run.dataset))
+    precision = checkpoint.config["train"]["precision"]
+    config = resolve_precision(run.config, run.device, precision)
+    check_resumable(checkpoint, config.to_dict(), data_identity(run.dataset))
     if checkpoint.step != step_of(path) or checkpoint.step > run.schedule.steps:
         raise CheckpointError(
             f"{latest} holds step {checkpoint.step}, which is not that of its name, or is after the run's last "
@@ -191,7 +194,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
     together(lambda: None)  # all have read it
     from_main(store.forget)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
-    return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"])
+    return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"], precision)
 
 
 def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | None = None) -> Start:

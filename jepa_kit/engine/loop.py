@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ from jepa_kit.engine.files import write_text
 from jepa_kit.engine.flops import model_flops
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
 from jepa_kit.engine.lock import only_run_in
+from jepa_kit.engine.precision import autocast_of, precision_of, products_in, resolve_precision
 from jepa_kit.engine.resume import FACTS, check_folders, plan_resume
 from jepa_kit.engine.saving import Saver
 from jepa_kit.engine.signals import Agreement, Answer, Signals, preempted
 from jepa_kit.engine.skipped import SkippedSamples
 from jepa_kit.engine.speed import matrix_peak
-from jepa_kit.engine.step import autocast_of, train_step
+from jepa_kit.engine.step import train_step
 from jepa_kit.engine.store import Store, Where, store_of
 from jepa_kit.engine.telemetry import Journal, Meter, Record
 from jepa_kit.engine.topology import Place, describe, find_places, to_dict
@@ -91,9 +93,11 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         def stretch(latest: Where | None, resume: bool) -> End:
             run = build_run(config, world, device)
             start = start_from(run, store, latest, resume_from)
-            places = find_places(world, device, config.train.precision)
-            from_main(lambda: announce(run, store, start, places, resume, resume_from))
-            return run_steps(run, folder, store, start, resume_from, signals, agreement)
+            run = replace(run, config=resolve_precision(config, device, start.precision))
+            with products_in(precision_of(run.config), device):
+                places = find_places(world, device, precision_of(run.config))
+                from_main(lambda: announce(run, store, start, places, resume, resume_from))
+                return run_steps(run, folder, store, start, resume_from, signals, agreement)
 
         end = stretch(latest, resume)
         while end is End.ROLL_BACK:
@@ -142,7 +146,7 @@ def announce(
         raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(*describe(places, run.config.train.precision), sep="\n")
+    print(*describe(places, precision_of(run.config)), sep="\n")
     if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
         print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
     print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
@@ -207,7 +211,7 @@ def run_steps(
     every = settings.checkpoint_every or run.steps_per_epoch
     autocast = autocast_of(settings.precision, run.device)
     hooks = build_hooks(run)
-    meter = Meter(flops=model_flops(run.jepa), peak=matrix_peak(run.device, settings.precision))
+    meter = Meter(flops=model_flops(run.jepa), peak=matrix_peak(run.device, precision_of(run.config)))
     saver, watch = build_saver(run, store), Watch()
     bad_steps = build_bad_steps(run, folder, saver, start, resume_from)
     skipped = build_skipped(run, folder, first)

@@ -19,6 +19,7 @@ from jepa_kit.config import Config
 from jepa_kit.engine.devices import Device
 from jepa_kit.engine.flops import Lengths, model_flops
 from jepa_kit.engine.memory import FLOAT32, Memory, training_memory
+from jepa_kit.engine.precision import precision_of, with_precision
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 
 DRAWN = 512
@@ -122,8 +123,10 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
 
     Raises:
         ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
-            not fill, a precision without a published peak, or a network without a formula.
+            not fill, a precision without a published peak, or a network without a formula. ``auto`` is bf16 here.
     """
+    if config.train.precision == "auto":
+        config = with_precision(config, "bf16")
     if config.train.precision != "bf16":
         raise ValueError(
             f"train.precision (={config.train.precision!r}) cannot be planned: the peaks in devices.py are of 'bf16'; "
@@ -226,7 +229,7 @@ def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) 
         name + (", checkpointed" if again else ""): training_memory(
             jepa,
             there,
-            precision=config.train.precision,
+            precision=precision_of(config),
             shards=n,
             accumulate=config.train.accumulate,
             checkpointing=again,

@@ -26,8 +26,9 @@ from jepa_kit.engine.checkpoint import load_checkpoint, restore, step_of
 from jepa_kit.engine.distributed import World
 from jepa_kit.engine.loop import seed_torch
 from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.precision import autocast_of
 from jepa_kit.engine.resume import check_resumable
-from jepa_kit.engine.step import autocast_of, train_step
+from jepa_kit.engine.step import train_step
 from jepa_kit.engine.store import name_of, store_in
 from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.recipe import JEPA, build_recipe

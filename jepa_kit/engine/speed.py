@@ -7,11 +7,10 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-Precision = Literal["float32", "bf16"]
+from jepa_kit.engine.precision import Precision
 
 LONG_ENOUGH = 5e-3
 """Seconds from which a product's time says something."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +22,6 @@ class Update(Output):
     """What the forward pass gave, and grad_norm []: the norm of all gradients together, over ranks, before clipping."""
 
     grad_norm: Tensor
-
-
-def autocast_of(
-    precision: Literal["float32", "bf16"], device: torch.device
-) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the context of a forward pass of a run."""
-    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
 def train_step(

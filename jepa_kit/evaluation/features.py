@@ -24,12 +24,12 @@ from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import Encoder
 from jepa_kit.engine.checkpoint import load_checkpoint, restore
+from jepa_kit.engine.precision import Precision, autocast_of
 from jepa_kit.engine.store import to_read
 from jepa_kit.recipe import JEPA, build_recipe
 
 Float32 = NDArray[np.float32]
 Pooling = Literal["mean", "none"]
-Precision = Literal["float32", "bf16"]
 Source = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
@@ -147,7 +147,7 @@ def block_source(
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
         first = min(block for block, _ in wanted)
         x = normalize(images.to(device, non_blocking=True), mean, std)
-        with evaluating(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with evaluating(network), autocast_of(precision, device)():
             tokens = network.forward_layers(x, last=network.depth - first + 1)  # tensors [B * n, D]
         outputs = {
             block: tokens[block - first].float().unflatten(0, (len(images), -1))  # [B, n, D]
@@ -159,9 +159,9 @@ def block_source(
 
 
 def check_precision(precision: str) -> None:
-    """Raises ValueError for a precision of matrix products that is not one of two."""
+    """Raise ValueError for an unknown precision of matrix products; tf32 is float32 outside of training."""
     if precision not in get_args(Precision):
-        raise ValueError(f"precision (={precision!r}) must be 'float32' or 'bf16'")
+        raise ValueError(f"precision (={precision!r}) must be one of {', '.join(map(repr, get_args(Precision)))}")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
+from jepa_kit.engine.precision import Precision, autocast_of
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health_measures import (
     alpha_req,
@@ -122,7 +123,7 @@ def measure_health(
     mean: Sequence[float] = DataConfig.mean,
     std: Sequence[float] = DataConfig.std,
     device: torch.device | str = "cpu",
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Precision = "float32",
 ) -> Health:
     """Measures a JEPA on images; the same for the same arguments.
 
@@ -157,7 +158,7 @@ def measure_health(
         for number, chosen in enumerate(_batches(len(images))):
             drawn = several_masks(masker, chosen, masks, seed=seed, step=number)
             x = normalize(images[torch.from_numpy(chosen)].to(device), mean, std)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with autocast_of(precision, device)():
                 seen = jepa.encoder_for(encoder)(x)  # [B * n, D]
                 out, other = _predict(jepa, x, drawn.to(device))
             tokens.add(seen.unflatten(0, (len(x), -1)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jepa_kit.config import Config
 from jepa_kit.encoders import Encoder
+from jepa_kit.engine.precision import precision_of, resolve_precision
 from jepa_kit.evaluation.features import (
     BlockSource,
     LoadedRun,
@@ -97,7 +98,7 @@ def run_networks(
     """
     check_names("encoders", encoders, ENCODERS)
     check_names("baselines", baselines, BASELINES)
-    config = run.config
+    config = resolve_precision(run.config, torch.device(device))
     networks = [
         _of_encoder(
             which,
@@ -120,6 +121,7 @@ def config_networks(
 ) -> list[Network]:
     """The baselines of a config: its encoder with fresh weights, and raw pixels; see ``run_networks``."""
     check_names("baselines", baselines, BASELINES)
+    config = resolve_precision(config, torch.device(device))
     networks = []
     seed = config.train.seed if untrained_seed is None else untrained_seed
     encoder = untrained_encoder(config, seed)
@@ -159,7 +161,7 @@ def _of_encoder(
     identity: dict[str, Any] | None,
     seed: int | None = None,
 ) -> Network:
-    data, precision = config.data, config.train.precision
+    data, precision = config.data, precision_of(config)
     network = cast(Encoder, encoder)
     source = block_source(network, device=device, precision=precision, mean=data.mean, std=data.std)
     if identity is not None:

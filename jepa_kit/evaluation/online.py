@@ -32,6 +32,7 @@ from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.build import Run, open_together
 from jepa_kit.engine.distributed import together
+from jepa_kit.engine.precision import Precision, autocast_of, precision_of
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health import BATCH, measure_health
 from jepa_kit.evaluation.neighbours import Bank
@@ -70,7 +71,7 @@ class OnlineEvaluation:
     masker: Masker
     mean: Sequence[float]
     std: Sequence[float]
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Precision = "float32"
     seed: int = 0
     probe: Literal["none", "knn", "linear"] = "none"
     labels: IntArray | None = None
@@ -111,7 +112,7 @@ class OnlineEvaluation:
         with evaluating(jepa):
             for part in images.split(BATCH) if len(images) else ():  # torch splits nothing into one part of nothing
                 x = normalize(part.to(device), self.mean, self.std)
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                with autocast_of(self.precision, device)():
                     tokens = jepa.encoder_for("target")(x)  # [B * n, D]
                 parts.append(tokens.unflatten(0, (len(x), -1)).double().mean(1).cpu().numpy())
         return np.concatenate(parts) if parts else np.empty((0, 0))
@@ -159,7 +160,7 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
         masker=build_masker(config),
         mean=config.data.mean,
         std=config.data.std,
-        precision=config.train.precision,
+        precision=precision_of(config),
         seed=config.train.seed,
         probe=wanted.probe,
         labels=labels,

@@ -21,11 +21,15 @@ from jepa_kit.recipe import JEPA
 
 
 class Start(NamedTuple):
-    """Where a run begins: its next step, what its checkpoints say of the origin, and lines for people."""
+    """Where a run begins: its next step, what its checkpoints say of the origin, and lines to print.
+
+    ``precision`` is that of the run whose checkpoint was read; None for a new run.
+    """
 
     step: int
     origin: dict[str, Any]
     lines: list[str]
+    precision: str | None = None
 
 
 ORIGIN = ("source", "licence", "file")

@@ -77,7 +77,7 @@ BLOCKS = "It takes: num_targets, scale, overlap"
         ("optim: null", "optim (=None) must be a mapping, or left out. It takes: lr, start_lr,"),
         ("optim: {lr: fast}", "optim.lr (='fast') must be a float"),
         ("optim: {lrs: 1}", "optim.lrs is not an option; did you mean 'lr'? It takes: lr, start_lr,"),
-        ("train: {precision: fp16}", "train.precision (='fp16') must be one of 'float32', 'bf16'"),
+        ("train: {precision: fp16}", "train.precision (='fp16') must be one of 'auto', 'float32', 'tf32', 'bf16'"),
         (
             "data: {image_size: big}",
             "data.image_size (='big') must be a list of 2 (an int, an int), or one int for a square",

@@ -8,7 +8,7 @@ from torch import nn
 
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.step import autocast_of, train_step
+from jepa_kit.engine.step import train_step
 
 
 class Scalar(nn.Module):
@@ -86,11 +86,3 @@ def test_a_wrapper_is_called_in_place_of_the_model():
 
     train_step(model, build_optimizer(model), HYPER, torch.ones(1, 1), None, forward=Wrapper())
     assert len(calls) == 1
-
-
-def test_a_forward_pass_in_the_precision_of_the_run():
-    cpu, product = torch.device("cpu"), torch.ones(2, 2)
-    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        for _ in range(2):  # each call makes a context of its own
-            with autocast_of(precision, cpu)():
-                assert (product @ product).dtype == dtype

@@ -159,7 +159,7 @@ def test_pixel_patches():
     [
         ({"layers": "last6"}, "layers (='last6') asks for 6 layers, but the encoder has 5"),
         ({"pooling": "max"}, "pooling (='max') must be 'mean' or 'none'"),
-        ({"precision": "fp16"}, "precision (='fp16') must be 'float32' or 'bf16'"),
+        ({"precision": "fp16"}, "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"),
     ],
 )
 def test_options_out_of_range(encoder, options, message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from jepa_kit.data.faults import SampleError
 from jepa_kit.data.images import ImageError
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
+from jepa_kit.engine.precision import autocast_of
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Images,
@@ -249,10 +251,10 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
     return list(groups.values())
 
 
-def autocast(task: Task) -> torch.autocast:
+def autocast(task: Task) -> AbstractContextManager[object]:
     """Matrix products of the network as the task says."""
     assert task.images is not None
-    return torch.autocast(task.device.type, torch.bfloat16, enabled=task.images.precision == "bf16")
+    return autocast_of(task.images.precision, task.device)()
 
 
 @torch.no_grad()

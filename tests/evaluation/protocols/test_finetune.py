@@ -99,7 +99,7 @@ def test_matrix_products_have_the_precision_that_is_asked_for(encoder, shards, p
 def test_another_precision(encoder, shards):
     with pytest.raises(ValueError) as error:
         Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, precision="fp16")
-    assert str(error.value) == "precision (='fp16') must be 'float32' or 'bf16'"
+    assert str(error.value) == "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"
 
 
 def test_a_sample_that_cannot_be_used_is_named(encoder, tmp_path):
