@@ -25,7 +25,8 @@ setup(
     package_data={"jepa_kit": ["py.typed"]},
     install_requires=[
         "torch>=2.10,<2.14",
-        # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels.
+        # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels, and so it does beside torch
+        # for CUDA 13: the wheel needs the CUDA 12 runtime that torch 2.10 brings. The extra "xformers" is that pair.
         'xformers>=0.0.35; sys_platform == "linux" and platform_machine == "x86_64"',
         "einops>=0.8",
         "fvcore>=0.1.5.post20221221",
@@ -46,6 +47,7 @@ setup(
         "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],
         "slurm": ["submitit>=1.5"],
         "wandb": ["wandb>=0.17"],
+        "xformers": ["torch==2.10.*", "xformers==0.0.35"],
         "dev": [
             "datasets>=3.0",
             "hypothesis>=6.100",

@@ -32,12 +32,20 @@ class SetLengths:
     Args:
         lengths: S positive integers.
         device: where ``offsets`` lives.
+        whole: each set is all patches of an image, so that the lengths are the same at every step.
 
     Raises:
         ValueError: no set, a set without a patch, or lengths that are no integers.
     """
 
-    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        device: torch.device | str = "cpu",
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.whole = whole
         each = np.asarray(lengths)
         if not each.size:
             raise ValueError("lengths (=()) must name at least one set")
@@ -103,6 +111,7 @@ class SetLengths:
         other = object.__new__(SetLengths)
         other.each, other.on_host = self.each, self.on_host
         other.total, other.longest, other.uniform = self.total, self.longest, self.uniform
+        other.whole = self.whole
         other.offsets = fn(self.offsets)
         other.layouts = {}
         return other
@@ -143,7 +152,7 @@ class PatchSets:
         return cls(
             index,
             torch.arange(batch_size, device=device),
-            SetLengths([num_patches] * batch_size, device),
+            SetLengths([num_patches] * batch_size, device, whole=True),
         )
 
     @classmethod

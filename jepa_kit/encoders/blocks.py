@@ -42,7 +42,10 @@ def add_rows(x: Tensor, rows: int) -> Tensor:
 
 
 def take_rows(x: Tensor, rows: int) -> Tensor:
-    """[R, D] -> [rows, D], the first ones; no view where these are all: FSDP2 warns of views that a network gives."""
+    """[R, ...] -> [rows, ...], the first ones.
+
+    No view if these are all: its backward would fill a tensor with zeros and copy, and FSDP2 warns of views.
+    """
     return x if len(x) == rows else x[:rows]
 
 
@@ -60,7 +63,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
-        q, k, v = qkv[: lengths.total].unbind(1)  # 3 x [P, h, d]
+        q, k, v = take_rows(qkv, lengths.total).unbind(1)  # 3 x [P, h, d]
         out = attend(q, k, v, lengths, self.backend).flatten(1)  # [P, D]
         return self.proj(add_rows(out, len(x)))  # [R, D]
 

@@ -52,7 +52,7 @@ def _compiled(function: Callable[..., Tensor], compiler: str) -> Callable[..., T
 def run_block(block: Any, x: Tensor, lengths: SetLengths) -> Tensor:
     """What ``block(x, lengths)`` is without compilation, to rounding."""
     qkv = _compiled(before_attention, COMPILER)(block, _varies(x))  # [R, 3, h, d]
-    q, k, v = qkv[: lengths.total].unbind(1)  # 3 x [P, h, d]
+    q, k, v = (qkv if lengths.total == len(qkv) else qkv[: lengths.total]).unbind(1)  # 3 x [P, h, d]
     out = attend(q, k, v, lengths, block.attn.backend).flatten(1)  # [P, D]
     out = nn.functional.pad(out, (0, 0, 0, len(x) - len(out))) if len(out) < len(x) else out  # [R, D]
     drops = block.training and block.drop_path.rate > 0

@@ -206,7 +206,7 @@ class ViT(nn.Module):
         table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
         content = self.patch_embed(images, patches)  # [R, D]
         if patches is None:
-            lengths = SetLengths([len(table)] * len(images), images.device)
+            lengths = SetLengths([len(table)] * len(images), images.device, whole=True)
             position = table.repeat(len(images), 1)
         else:
             lengths = patches.lengths

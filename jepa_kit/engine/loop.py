@@ -24,6 +24,7 @@ from jepa_kit.data.device import to_device
 from jepa_kit.data.faults import Allowance
 from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
+from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.bad_numbers import Watch
 from jepa_kit.engine.bad_steps import BadSteps
 from jepa_kit.engine.boards import check_boards, open_boards
@@ -118,17 +119,21 @@ def announce(
     """Prints and saves what runs where: ``config.yaml`` and ``run.json``.
 
     Raises:
-        ValueError: the run folder, or the place of its checkpoints, cannot be written to.
+        ValueError: the run folder, or the place of its checkpoints, cannot be written to; or ``train.attention`` cannot
+            run here.
     """
     folder = store.run
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
+    dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
+    attention = describe_backend(run.device, dtype, run.config.train.attention)
     facts = {
         "versions": versions(),
         "device": str(run.device.type),
         "gpu": gpu,
         "world_size": run.world.size,
         "topology": to_dict(places),
+        "attention": attention,
         "data": data_identity(run.dataset),
         "parameters": {name: count for name, count in parameters.items() if count},
         "steps": run.schedule.steps,
@@ -147,6 +152,7 @@ def announce(
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(*describe(places, precision_of(run.config)), sep="\n")
+    print(f"attention: {attention}")
     if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
         print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
     print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")

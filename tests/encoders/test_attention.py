@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kit.encoders import attention
 from jepa_kit.encoders.attention import BACKENDS, attend, why_not
 from jepa_kit.structures import SetLengths
 
@@ -204,14 +203,3 @@ def test_xformers_says_why_it_cannot_run_in_float64() -> None:
         dtype = torch.float64
 
     assert why_not("xformers", OnCuda()) == "it has no float64 kernels; use 'sdpa' or 'reference'"  # type: ignore[arg-type]
-
-
-def test_auto_does_without_an_xformers_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # what an import then raises is an ImportError
-    monkeypatch.setattr(attention, "_xformers", attention._xformers.__wrapped__)
-    ops, reason = attention._xformers()
-    assert ops is None
-    assert reason is not None
-    assert reason.startswith("xformers does not import (")

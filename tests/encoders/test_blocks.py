@@ -92,6 +92,14 @@ def test_rows_are_added_only_where_half_precision_on_a_cpu_gains_from_them() -> 
     assert not filled[len(x) :].any()
 
 
+def test_no_tensor_is_filled_with_zeros_to_take_all_rows() -> None:
+    lengths = SetLengths([5, 1, 9])
+    x = torch.randn(lengths.total, DIM, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        Block(DIM, HEADS)(x, lengths).sum().backward()
+    assert not {event.key for event in profile.key_averages()} & {"aten::slice_backward", "aten::zeros"}
+
+
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 def test_rows_that_are_no_tokens_change_nothing(drop_path: float) -> None:
     block, lengths = random_block(), SetLengths([5, 1, 9])

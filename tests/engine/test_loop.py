@@ -52,6 +52,7 @@ def test_a_run_folder(tiny, capsys):
     assert load_config(folder) == load_config(folder / "checkpoint_00000006.pt") == config
     facts = json.loads((folder / "run.json").read_text())
     assert (facts["device"], facts["world_size"], facts["data"]["samples"]) == ("cpu", 1, 20)
+    assert facts["attention"] == "sdpa (dense products and scaled_dot_product_attention)"
     lines = numbers(folder)
     assert [line["step"] for line in lines] == list(range(6))
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
@@ -61,12 +62,20 @@ def test_a_run_folder(tiny, capsys):
     for text in (
         "torch ",
         "device: CPU, 1 process\n",
+        f"attention: {facts['attention']}\n",
         "data: 20 samples",
         "parameters: encoder ",
         "steps: 6 (2 epochs of",
     ):
         assert text in printed
     assert "step 6/6  epoch 1  loss " in printed
+
+
+def test_a_backend_that_cannot_run_ends_the_start(tiny):
+    config = tiny("train.attention=xformers")
+    with pytest.raises(ValueError, match="attention backend 'xformers' cannot run: it has kernels for CUDA only"):
+        train(config)
+    assert not (Path(config.train.output_dir) / "run.json").exists()
 
 
 def test_a_resumed_run_is_the_run(tiny, tmp_path, capsys):

@@ -1,0 +1,185 @@
+"""Attention over packed sets by one CUDA kernel: torch's FlashAttention and memory-efficient attention, and xformers.
+
+Legend of shapes as in attention.py. Nothing here is imported or asked before tokens are on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jepa_kit.structures import SetLengths
+
+HALF = (torch.bfloat16, torch.float16)
+STEP = 8
+"""The kernels take widths of a head that are a multiple of this."""
+
+
+class _Flash(torch.autograd.Function):
+    """FlashAttention-2 as torch contains it.
+
+    ``torch.nn.attention.varlen`` calls the same two operators and takes ten times their host time, in the wrapper of a
+    custom operator (dev/LOG.md).
+    """
+
+    title = "FlashAttention"
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+        """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
+        out, logsumexp, *rng, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, offsets, offsets, longest, longest, 0.0, False, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
+        ctx.longest, ctx.scale = longest, scale
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
+        n = ctx.longest
+        grads = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, logsumexp, offsets, offsets, n, n, 0.0, False, *rng, scale=ctx.scale
+        )
+        return (*grads, None, None, None)
+
+
+class _Efficient(torch.autograd.Function):
+    """Memory-efficient attention as torch contains it: float32, and half precision on GPUs before Ampere."""
+
+    title = "memory-efficient attention"
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+        """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))  # [1, P, h, d]
+        needed = any(ctx.needs_input_grad)
+        out, logsumexp, *rng, _, _ = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, offsets, offsets, longest, longest, 0.0, 0, needed, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
+        ctx.longest, ctx.scale = longest, scale
+        return out.squeeze(0)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
+        n = ctx.longest
+        grad = grad.contiguous().unsqueeze(0)
+        *grads, _ = torch.ops.aten._efficient_attention_backward(
+            grad, q, k, v, None, out, offsets, offsets, n, n, logsumexp, 0.0, *rng, 0, False, scale=ctx.scale
+        )
+        return (*(x.squeeze(0) for x in grads), None, None, None)
+
+
+def packed_kernel(q: Tensor) -> type[_Flash | _Efficient] | None:
+    """Return torch's kernel for packed sets of tensors like ``q`` [P, h, d], or None if there is none."""
+    if q.device.type != "cuda":
+        return None
+    recent = _is_recent(q.device)
+    if q.dtype in HALF and recent and _has_flash() and q.shape[-1] <= 256:
+        return _Flash
+    has_kernel = q.dtype in (torch.float32, torch.float16) or (q.dtype == torch.bfloat16 and recent)
+    return _Efficient if has_kernel and torch.version.hip is None else None
+
+
+@lru_cache
+def _is_recent(device: torch.device) -> bool:
+    """Whether the GPU is of Ampere (compute capability 8.0) or newer; also for fake tensors, which need no GPU."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
+def _has_flash() -> bool:
+    return not torch.cuda.is_available() or torch.backends.cuda.is_flash_attention_available()
+
+
+def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    """[P, h, d] -> [P, h, d] by one launch for all sets."""
+    width = q.shape[-1]
+    missing = -width % STEP
+    scale = None  # d ** -0.5 of the d that the kernel sees
+    if missing:  # zeros change no product of q and k, and give outputs that are taken off again
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        scale = width**-0.5
+    out: Tensor = kernel.apply(q, k, v, lengths.offsets, lengths.longest, scale)  # type: ignore[no-untyped-call]
+    return out.narrow(-1, 0, width) if missing else out
+
+
+def attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    """[P, h, d] -> [P, h, d] by xformers' ``memory_efficient_attention``."""
+    ops, _ = _xformers()
+    if lengths.uniform:
+        shape = (len(lengths), lengths.longest, *q.shape[1:])  # [S, L, h, d]
+        out = ops.memory_efficient_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape))
+        return out.reshape(q.shape)
+    bias = lengths.layouts.get("xformers")
+    if bias is None:
+        bias = ops.fmha.BlockDiagonalMask.from_seqlens(list(lengths.on_host), device=q.device)
+        lengths.layouts["xformers"] = bias
+    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+
+def why_not_xformers(q: Tensor) -> str | None:
+    """Return why xformers cannot attend over tensors like ``q`` [P, h, d], or None if it can."""
+    if q.device.type != "cuda":
+        return f"it has kernels for CUDA only, and the tokens are on {q.device.type}; use 'sdpa'"
+    if q.dtype == torch.float64:
+        return "it has no float64 kernels; use 'sdpa' or 'reference'"
+    reason = _xformers()[1]
+    if reason is not None:
+        return reason
+    return _refusal(q.device, q.dtype, q.shape[-1], torch.are_deterministic_algorithms_enabled())
+
+
+@lru_cache
+def _xformers() -> tuple[Any, str | None]:
+    """Return (xformers.ops, None), or (None, why it cannot be used)."""
+    log = logging.getLogger("xformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of a library that does not load, which is returned here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import xformers.ops as ops
+    except ImportError as error:
+        return None, f"xformers does not import ({error})"
+    finally:
+        log.setLevel(level)
+    import xformers._cpp_lib as library
+
+    # Its attention operators are registered even if its library did not load, and then refuse every input.
+    if not library._built_with_cuda:
+        return None, (
+            "the kernels of this xformers do not load. xformers 0.0.35 loads beside torch 2.10 (CUDA 12.8); beside "
+            "torch for CUDA 13, install nvidia-cuda-runtime-cu12==12.8.90 and add its folder nvidia/cuda_runtime/lib to "
+            "LD_LIBRARY_PATH. Or use 'sdpa'"
+        )
+    return ops, None
+
+
+@lru_cache
+def _refusal(device: torch.device, dtype: torch.dtype, width: int, deterministic: bool) -> str | None:
+    """Return why none of xformers' operators takes such tensors, forward and backward, or None if one does.
+
+    Args:
+        deterministic: whether torch is set to deterministic algorithms; the operators look at it themselves.
+    """
+    fmha = _xformers()[0].fmha
+    x = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
+    inputs = fmha.Inputs(x, x, x, attn_bias=fmha.BlockDiagonalMask.from_seqlens([1], device=device))
+    for operators in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS):
+        reasons = {op.NAME: op.not_supported_reasons(inputs) for op in operators}
+        if all(reasons.values()):
+            each = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+            return f"none of its operators takes {str(dtype).removeprefix('torch.')} with heads of {width} ({each})"
+    return None

@@ -1,0 +1,174 @@
+"""Attention over packed sets by dense kernels: padded, set by set, or length by length.
+
+For devices and precisions without a kernel that takes packed sets. Legend of shapes as in attention.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jepa_kit.structures import SetLengths
+
+STEP = 8
+"""Padded sets have a length that is a multiple of this."""
+MOST_PADDING = 2.0
+"""Sets are not padded where that would make their tokens more than so many times as many."""
+SHORT = 128
+"""Up to so many tokens two products are faster than torch's fused kernel on a CPU in float32; at 200 slower."""
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    """[P, h, d] -> [P, h, d], by the fastest of this file's ways for the device, the precision and the lengths."""
+    if lengths.uniform:
+        q, k, v = (x.unflatten(0, (len(lengths), lengths.longest)).transpose(1, 2) for x in (q, k, v))  # [S, h, L, d]
+        return _dense(q, k, v).transpose(1, 2).flatten(0, 1)
+    if _plain_products(q) and _padded_length(lengths) * len(lengths) <= MOST_PADDING * lengths.total:
+        return _attend_padded(q, k, v, lengths)
+    if q.device.type == "cpu" and not _plain_products(q):
+        return _attend_in_turn(q, k, v, lengths)
+    return _attend_by_length(q, k, v, lengths)
+
+
+def _plain_products(q: Tensor) -> bool:
+    """Whether two products and a softmax are faster than torch's fused kernel."""
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over [S, h, L, d]; mask [S, 1, L] is 0 where there is a key and -inf where there is none."""
+    if _plain_products(q):
+        # torch's fused kernel does not use the CPU's matrix units in its backward pass: with 40 to 200 tokens a set it
+        # takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
+        return _products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view(q.shape)
+    assert mask is None
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over [n, L, d] by two products; mask [S, 1, L] as in ``_dense``, where n is S times the heads."""
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)  # [n, L, L]
+    if mask is not None:
+        scores = (scores.view(len(mask), -1, scores.shape[-1]) + mask).view(scores.shape)
+    return torch.bmm(scores.softmax(-1), v)
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """All sets padded to one length, a multiple of ``STEP``.
+
+    token: [S * L] the packed token at each place; a padded place repeats the first token of its set.
+    mask: [S, 1, L] 0 where there is a token, -inf where there is none.
+    place: [P] where each packed token stands.
+    """
+
+    token: Tensor
+    mask: Tensor
+    place: Tensor
+
+
+def _padded_length(lengths: SetLengths) -> int:
+    return -(-lengths.longest // STEP) * STEP
+
+
+def _padded(lengths: SetLengths) -> _Padded:
+    """The layout of these lengths, made once and kept with them."""
+    layout = lengths.layouts.get("padded")
+    if layout is None:
+        each = np.array(lengths.on_host)[:, None]
+        column = np.arange(_padded_length(lengths))
+        real = column < each  # [S, L]
+        token = np.cumsum(each)[:, None] - each + np.where(real, column, 0)
+        mask = np.where(real, np.float32(0), np.float32(-np.inf))[:, None]
+        parts = (token.ravel(), mask, np.flatnonzero(real))
+        layout = _Padded(*(torch.from_numpy(x).to(lengths.device) for x in parts))
+        lengths.layouts["padded"] = layout
+    return layout
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    """One product for all sets. Its sizes are few, where those of ``_attend_by_length`` are new at every step:
+    on a CPU in half precision a kernel is compiled for each size, about half a millisecond."""
+    layout = _padded(lengths)
+    shape = (len(lengths), layout.mask.shape[-1])
+    packed = torch.stack((q, k, v), dim=1).index_select(0, layout.token)  # [S * L, 3, h, d]
+    qs, ks, vs = packed.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # 3 x [S, h, L, d]
+    out = _dense(qs, ks, vs, layout.mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
+    return out.index_select(0, layout.place)
+
+
+def _attend_in_turn(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    """Set after set, without a copy. On one core in float32 this takes 0.5 to 0.9 of the time of
+    ``_attend_by_length``, and 0.8 to 0.9 of the reference's."""
+    out = []
+    for one in zip(*(x.split(lengths.on_host) for x in (q, k, v)), strict=True):
+        qs, ks, vs = (x.transpose(0, 1) for x in one)  # 3 x [h, L, d]
+        if qs.shape[1] <= SHORT:
+            y = _products(qs, ks, vs)
+        else:
+            y = F.scaled_dot_product_attention(qs[None], ks[None], vs[None])[0]
+        out.append(y.transpose(0, 1))
+    return torch.cat(out)
+
+
+@dataclass(frozen=True)
+class _ByLength:
+    """Sets in the order of their length: those of one length stand together and need no padding and no mask.
+
+    order: [P] the packed token at each place; None where the sets stand in that order already.
+    place: [P] where each packed token stands.
+    groups: (sets, length) of the sets of each length.
+    """
+
+    order: Tensor | None
+    place: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+
+def _by_length(lengths: SetLengths) -> _ByLength:
+    """The layout of these lengths, made once and kept with them."""
+    layout = lengths.layouts.get("by_length")
+    if layout is None:
+        each = np.array(lengths.on_host)
+        length, sets = np.unique(each, return_counts=True)
+        token = np.argsort(np.repeat(each, each), kind="stable")  # [P]
+        place = np.empty_like(token)
+        place[token] = np.arange(len(token))
+        order = None if (np.diff(each) >= 0).all() else torch.from_numpy(token).to(lengths.device)
+        groups = tuple(zip(sets.tolist(), length.tolist(), strict=True))
+        layout = _ByLength(order, torch.from_numpy(place).to(lengths.device), groups)
+        lengths.layouts["by_length"] = layout
+    return layout
+
+
+class _Reorder(torch.autograd.Function):
+    """x[order] for a permutation. Its backward is a gather by the inverse, where torch's would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(grad, inverse, order), None, None
+
+
+def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+    layout = _by_length(lengths)
+    # On a CPU this takes 0.9 (bf16) of the time of padding to buckets of about one length.
+    if layout.order is not None:
+        q, k, v = (_Reorder.apply(x, layout.order, layout.place) for x in (q, k, v))
+    sizes = [sets * length for sets, length in layout.groups]
+    out = []
+    for group, *qkv in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        qg, kg, vg = (x.unflatten(0, group).transpose(1, 2) for x in qkv)  # 3 x [S_g, h, L_g, d]
+        out.append(_dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
+    y = torch.cat(out)
+    return y if layout.order is None else _Reorder.apply(y, layout.place, layout.order)

@@ -1,0 +1,385 @@
+"""Which kernel attention launches on CUDA, seen with fake tensors; what is passed to it; xformers that does not load.
+
+The CPU build of torch has the schemas and the shapes of the CUDA operators, and no kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jepa_kit.encoders import ViT, attend, attention_cuda
+from jepa_kit.encoders.attention import describe_backend, why_not
+from jepa_kit.structures import PatchSets, SetLengths
+
+RAGGED = (3, 17, 1, 5)
+KERNELS = {torch.bfloat16: "_flash_attention", torch.float16: "_flash_attention", torch.float32: "_efficient_attention"}
+
+
+class Launched(TorchDispatchMode):
+    """Collects the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def attention(self) -> list[str]:
+        return [name for name in self.names if "attention" in name]
+
+
+@pytest.fixture
+def no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cuda, "_xformers", lambda: (None, "xformers is left out"))
+
+
+@pytest.fixture
+def fake_cuda(no_xformers: None) -> Iterator[None]:
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+def on_cuda(lengths: SetLengths) -> SetLengths:
+    return lengths.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+
+
+def launched(lengths: SetLengths, dtype: torch.dtype, width: int = 8) -> Launched:
+    lengths = on_cuda(lengths)
+    q, k, v = torch.empty(lengths.total, 3, 2, width, device="cuda", dtype=dtype).unbind(1)
+    with Launched() as seen:
+        out = attend(q, k, v, lengths)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "cuda")
+    return seen
+
+
+# --- which kernel ---
+
+
+@pytest.mark.parametrize("width", [8, 24, 80])
+@pytest.mark.parametrize("sets", [RAGGED, (5, 5, 5)], ids=["ragged", "uniform"])
+@pytest.mark.parametrize("dtype", KERNELS, ids=str)
+@pytest.mark.usefixtures("fake_cuda")
+def test_one_launch_for_all_sets_whose_lengths_change_from_step_to_step(
+    dtype: torch.dtype, sets: tuple[int, ...], width: int
+) -> None:
+    seen = launched(SetLengths(sets), dtype, width)
+    assert seen.attention == [KERNELS[dtype] + "_forward"]
+    assert not set(seen.names) & {"cat", "index_select", "clone", "constant_pad_nd"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("fake_cuda")
+def test_whole_images_take_torchs_choice_of_kernels(dtype: torch.dtype) -> None:
+    for lengths in (SetLengths([9, 9], whole=True), PatchSets.full(2, 9).lengths):
+        seen = launched(lengths, dtype).names
+        assert not any(name.endswith("_attention_forward") for name in seen)
+
+
+def test_an_encoder_knows_whole_images() -> None:
+    encoder = ViT(image_size=(8, 8), patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    images = torch.empty(2, 3, 8, 8)
+    assert encoder.embed(images, None)[1].whole
+    assert not encoder.embed(images, PatchSets.from_padded(torch.zeros(2, 3, dtype=torch.long)))[1].whole
+
+
+def test_whole_stays_with_the_lengths_that_move() -> None:
+    assert SetLengths([4, 4], whole=True).map_tensors(lambda x: x).whole
+    assert not SetLengths([4, 4]).whole
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_a_width_that_the_kernels_do_not_take_is_padded() -> None:
+    seen = launched(SetLengths(RAGGED), torch.bfloat16, width=6)
+    assert seen.attention == ["_flash_attention_forward"]
+    assert seen.names.count("constant_pad_nd") == 3
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_float64_has_no_packed_kernel() -> None:
+    assert attention_cuda.packed_kernel(torch.empty(4, 2, 8, device="cuda", dtype=torch.float64)) is None
+
+
+@pytest.mark.usefixtures("no_xformers")
+def test_older_gpus_get_the_kernels_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cuda, "_is_recent", lambda device: False)
+    with FakeTensorMode():
+        kernels = {t: attention_cuda.packed_kernel(torch.empty(4, 2, 8, device="cuda", dtype=t)) for t in KERNELS}
+    assert kernels[torch.float16] is kernels[torch.float32] is attention_cuda._Efficient
+    assert kernels[torch.bfloat16] is None
+
+
+# --- what is passed to the kernels: with operators of plain maths in their place ---
+
+
+def masked(q: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """[P, P] -inf between tokens of different sets."""
+    token = torch.arange(len(q), device=offsets.device)
+    sets = torch.bucketize(token, offsets[1:], right=True)
+    return torch.where(sets[:, None] == sets, 0.0, -torch.inf).to(q.dtype)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, offsets, scale)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def plain_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, offsets: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dao et al. 2022, appendix B.4: from the output and the logsumexp, without the scores of the forward pass."""
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, offsets, scale)
+    weight = torch.exp(scores - logsumexp[..., None])
+    of_weight = torch.einsum("ihd,jhd->hij", grad, v)
+    of_scores = weight * (of_weight - (grad * out).sum(-1).T[..., None]) * scale
+    return (
+        torch.einsum("hij,jhd->ihd", of_scores, k),
+        torch.einsum("hij,ihd->jhd", of_scores, q),
+        torch.einsum("hij,ihd->jhd", weight, grad),
+    )
+
+
+def flash(q, k, v, of_q, of_k, n, m, dropout, causal, debug, *, scale=None, **others):  # type: ignore[no-untyped-def]
+    assert (n, m, dropout, causal, debug) == (int(of_q.diff().max()), n, 0.0, False, False)
+    assert of_q is of_k or torch.equal(of_q, of_k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, logsumexp = plain(q, k, v, of_q, scale)
+    return out, logsumexp, torch.tensor([1, 2]), torch.tensor(3), q.new_empty(0)
+
+
+def flash_backward(grad, q, k, v, out, lse, of_q, of_k, n, m, dropout, causal, rng, unused, *, scale=None, **others):  # type: ignore[no-untyped-def]
+    assert (rng.tolist(), int(unused)) == ([1, 2], 3)
+    assert (n, m, dropout, causal) == (int(of_q.diff().max()), n, 0.0, False)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return plain_gradients(grad, q, k, v, out, lse, of_q, scale)
+
+
+def efficient(q, k, v, bias, of_q, of_k, n, m, dropout, mask, needs_lse=False, *, scale=None, **others):  # type: ignore[no-untyped-def]
+    assert (bias, n, m, dropout, mask, len(q)) == (None, int(of_q.diff().max()), n, 0.0, 0, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, logsumexp = plain(q[0], k[0], v[0], of_q, scale)
+    lse = logsumexp if needs_lse else q.new_empty(0)
+    return out[None], lse, torch.tensor(1), torch.tensor(2), n, m
+
+
+def efficient_backward(  # type: ignore[no-untyped-def]
+    grad, q, k, v, bias, out, of_q, of_k, n, m, lse, dropout, seed, offset, mask, of_bias, *, scale=None, **others
+):
+    assert (bias, dropout, int(seed), int(offset), mask, of_bias) == (None, 0.0, 1, 2, 0, False)
+    assert grad.is_contiguous()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grads = plain_gradients(grad[0], q[0], k[0], v[0], out[0], lse, of_q, scale)
+    return (*(x[None] for x in grads), None)
+
+
+@pytest.fixture
+def plain_operators() -> Iterator[None]:
+    """torch's CUDA operators on the CPU; the dispatcher checks arguments and results against their schemas."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash, "CPU")
+        library.impl("_flash_attention_backward", flash_backward, "CPU")
+        library.impl("_efficient_attention_forward", efficient, "CPU")
+        library.impl("_efficient_attention_backward", efficient_backward, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("width", [8, 6, 24])
+@pytest.mark.parametrize("kernel", [attention_cuda._Flash, attention_cuda._Efficient])
+@pytest.mark.usefixtures("plain_operators")
+def test_operators_of_plain_maths_give_attention_and_its_gradients(kernel: Any, width: int) -> None:
+    lengths = SetLengths(RAGGED)
+    torch.manual_seed(0)
+    qkv = torch.randn(lengths.total, 3, 2, width, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(lengths.total, 2, width, dtype=torch.float64)
+
+    def gradient(out: Tensor) -> Tensor:
+        return torch.autograd.grad(out, qkv, upstream)[0]
+
+    ours = attention_cuda.attend_packed(kernel, *qkv.unbind(1), lengths)
+    sets = zip(*(x.split(RAGGED) for x in qkv.unbind(1)), strict=True)
+    theirs = torch.cat(
+        [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one)).transpose(0, 1) for one in sets]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(ours), gradient(theirs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [attention_cuda._Flash, attention_cuda._Efficient])
+def test_a_step_calls_two_operators_and_fills_nothing_with_zeros(kernel: Any) -> None:
+    """torch.nn.attention.varlen fills two tensors with zeros in every backward pass."""
+    qkv = torch.empty(26, 3, 2, 8, device="meta", requires_grad=True)
+    lengths = SetLengths(RAGGED, "meta")
+    with Launched() as seen:
+        out = attention_cuda.attend_packed(kernel, *qkv.unbind(1), lengths)
+        out.backward(torch.empty_like(out))
+    assert qkv.grad is not None
+    views = {"unbind", "unsqueeze", "squeeze", "detach", "empty_like"}
+    forward, backward, *rest = [name for name in seen.names if name not in views]
+    assert forward.endswith("_attention_forward")
+    assert backward.endswith("_attention_backward")
+    assert rest == ["stack"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [6, 24, 64, 80, 128])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 2e-6)])
+def test_kernels_equal_float64(dtype: torch.dtype, tolerance: float, width: int) -> None:
+    """Lengths as in training; outputs are averages of standard normal numbers, and gradients are a few times larger."""
+    each = (77, 1, 200, 150, 33, 256)
+    torch.manual_seed(0)
+    qkv, upstream = torch.randn(sum(each), 3, 4, width), torch.randn(sum(each), 4, width)
+    results = []
+    for device, kind, backend in (("cuda", dtype, "sdpa"), ("cpu", torch.float64, "reference")):
+        x = qkv.to(dtype).to(device, kind).requires_grad_()
+        out = attend(*x.unbind(1), SetLengths(each, device), backend)  # type: ignore[arg-type]
+        (grad,) = torch.autograd.grad(out, x, upstream.to(dtype).to(device, kind))
+        results.append((out.double().cpu(), grad.double().cpu()))
+    (out, grad), (exact, exact_grad) = results
+    assert float((out - exact).abs().max()) < tolerance
+    assert float((grad - exact_grad).abs().max()) < 5 * tolerance
+
+
+# --- xformers ---
+
+
+def fake_xformers(monkeypatch: pytest.MonkeyPatch, *, loads: bool, refuses: str | None) -> None:
+    """An xformers whose operators are registered, and run only if its library loads and they refuse nothing."""
+
+    class Operator:
+        NAME = "fa2F@2.5.7-pt"
+
+        @staticmethod
+        def is_available() -> bool:
+            return True
+
+        @staticmethod
+        def not_supported_reasons(inputs: Any) -> list[str]:
+            assert inputs.query.shape[:3] == (1, 1, 1)
+            return [refuses] if refuses else []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None) -> Tensor:
+        assert loads
+        assert not refuses
+        return torch.full_like(q, 7)
+
+    fmha = SimpleNamespace(
+        ALL_FW_OPS=[Operator],
+        ALL_BW_OPS=[Operator],
+        Inputs=lambda q, k, v, attn_bias: SimpleNamespace(query=q),
+        BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths),
+    )
+    modules: dict[str, Any] = {name: ModuleType(name) for name in ("xformers", "xformers.ops", "xformers._cpp_lib")}
+    modules["xformers"].ops, modules["xformers"]._cpp_lib = modules["xformers.ops"], modules["xformers._cpp_lib"]
+    modules["xformers.ops"].fmha = fmha
+    modules["xformers.ops"].memory_efficient_attention = attention
+    modules["xformers._cpp_lib"]._built_with_cuda = loads
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture(autouse=True)
+def fresh_answers() -> Iterator[None]:
+    """Nothing is remembered of an xformers from one test to the next."""
+    cached = (attention_cuda._xformers, attention_cuda._refusal)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def attend_on_fake_cuda(backend: Any = "auto") -> list[str]:
+    with FakeTensorMode(), torch.no_grad(), Launched() as seen:
+        q = torch.empty(26, 2, 8, device="cuda", dtype=torch.bfloat16)
+        attend(q, q, q, on_cuda(SetLengths([13, 13])), backend)
+    return seen.names
+
+
+def test_xformers_is_taken_if_its_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_xformers(monkeypatch, loads=True, refuses=None)
+    assert "full_like" in attend_on_fake_cuda()
+    assert "full_like" in attend_on_fake_cuda("xformers")
+    with FakeTensorMode():
+        assert describe_backend(torch.device("cuda"), torch.bfloat16) == "xformers"
+
+
+@pytest.mark.parametrize(
+    ("loads", "refuses", "message"),
+    [
+        (False, None, "the kernels of this xformers do not load.*torch 2.10.*nvidia-cuda-runtime-cu12==12.8.90"),
+        (
+            True,
+            "xFormers wasn't build with CUDA support",
+            r"none of its operators takes bfloat16 with heads of 8 \(fa2F@2.5.7-pt: xFormers wasn't build with CUDA",
+        ),
+    ],
+    ids=["library", "operators"],
+)
+def test_registered_kernels_that_do_not_run_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, loads: bool, refuses: str | None, message: str
+) -> None:
+    fake_xformers(monkeypatch, loads=loads, refuses=refuses)
+    assert "_flash_attention_forward" in attend_on_fake_cuda()
+    with pytest.raises(ValueError, match=f"attention backend 'xformers' cannot run: {message}"):
+        attend_on_fake_cuda("xformers")
+
+
+def test_the_installed_xformers_is_asked_for_its_library() -> None:
+    """Not a fake one: the names that the answer hangs on exist, and on a CPU build of torch nothing loads."""
+    pytest.importorskip("xformers")
+    library = pytest.importorskip("xformers._cpp_lib")
+    reason = attention_cuda._xformers()[1]
+    assert (reason is None) == library._built_with_cuda
+    from xformers.ops import fmha
+
+    assert all(hasattr(op, "not_supported_reasons") for op in (*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS))
+
+
+def test_auto_does_without_an_xformers_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # what an import then raises is an ImportError
+    with FakeTensorMode():
+        q = torch.empty(26, 2, 8, device="cuda", dtype=torch.bfloat16)
+        reason = why_not("xformers", q)
+    assert reason is not None
+    assert reason.startswith("xformers does not import (")
+    assert "_flash_attention_forward" in attend_on_fake_cuda()
+
+
+# --- what the log says ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [
+        (torch.bfloat16, "FlashAttention over packed sets, scaled_dot_product_attention over whole images"),
+        (torch.float32, "memory-efficient attention over packed sets, scaled_dot_product_attention over whole images"),
+        (torch.float64, "dense products and scaled_dot_product_attention"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("fake_cuda")
+def test_describes_what_runs_on_cuda(dtype: torch.dtype, kernels: str) -> None:
+    device = torch.device("cuda")
+    described = describe_backend(device, dtype)
+    assert described.startswith(f"sdpa ({kernels}); not xformers: ")
+    assert describe_backend(device, dtype, "sdpa") == f"sdpa ({kernels})"
+    assert describe_backend(device, dtype, "reference") == "reference"
+
+
+def test_describes_what_runs_on_a_cpu() -> None:
+    expected = "sdpa (dense products and scaled_dot_product_attention)"
+    assert describe_backend(torch.device("cpu"), torch.float32) == expected
+    with pytest.raises(ValueError, match="attention backend 'xformers' cannot run: it has kernels for CUDA only"):
+        describe_backend(torch.device("cpu"), torch.float32, "xformers")
