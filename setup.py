@@ -25,8 +25,8 @@ setup(
     package_data={"jepa_kit": ["py.typed"]},
     install_requires=[
         "torch>=2.10,<2.14",
-        # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels, and so it does beside torch
-        # for CUDA 13: the wheel needs the CUDA 12 runtime that torch 2.10 brings. The extra "xformers" is that pair.
+        # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels, and so it does beside
+        # torch for CUDA 13: the wheel needs the CUDA 12 runtime that torch 2.10 brings. The extra "xformers" is a pair.
         'xformers>=0.0.35; sys_platform == "linux" and platform_machine == "x86_64"',
         "einops>=0.8",
         "fvcore>=0.1.5.post20221221",

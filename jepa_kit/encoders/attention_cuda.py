@@ -32,17 +32,19 @@ class _Flash(torch.autograd.Function):
     title = "FlashAttention"
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None
+    ) -> Tensor:
         """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
         out, logsumexp, *rng, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, offsets, offsets, longest, longest, 0.0, False, False, scale=scale
         )
         ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
         ctx.longest, ctx.scale = longest, scale
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
         n = ctx.longest
@@ -58,7 +60,9 @@ class _Efficient(torch.autograd.Function):
     title = "memory-efficient attention"
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None
+    ) -> Tensor:
         """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))  # [1, P, h, d]
         needed = any(ctx.needs_input_grad)
@@ -67,10 +71,10 @@ class _Efficient(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
         ctx.longest, ctx.scale = longest, scale
-        return out.squeeze(0)  # type: ignore[no-any-return]
+        return out.squeeze(0)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
         n = ctx.longest
@@ -111,7 +115,7 @@ def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Te
     if missing:  # zeros change no product of q and k, and give outputs that are taken off again
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         scale = width**-0.5
-    out: Tensor = kernel.apply(q, k, v, lengths.offsets, lengths.longest, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = kernel.apply(q, k, v, lengths.offsets, lengths.longest, scale)
     return out.narrow(-1, 0, width) if missing else out
 
 
@@ -161,8 +165,8 @@ def _xformers() -> tuple[Any, str | None]:
     if not library._built_with_cuda:
         return None, (
             "the kernels of this xformers do not load. xformers 0.0.35 loads beside torch 2.10 (CUDA 12.8); beside "
-            "torch for CUDA 13, install nvidia-cuda-runtime-cu12==12.8.90 and add its folder nvidia/cuda_runtime/lib to "
-            "LD_LIBRARY_PATH. Or use 'sdpa'"
+            "torch for CUDA 13, install nvidia-cuda-runtime-cu12==12.8.90 and add its folder nvidia/cuda_runtime/lib "
+            "to LD_LIBRARY_PATH. Or use 'sdpa'"
         )
     return ops, None
 
