@@ -27,7 +27,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import socket
 import statistics
 import sys
@@ -55,6 +54,7 @@ from bench_step import (
     step_flops,
     timed,
 )
+from kernel_kinds import profiled
 from plain_jepa import PaddedMasks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -95,17 +95,6 @@ OPTIONS = {
     "bf16_checkpointing": Option("bf16", checkpointing=True),
 }
 """``plain`` in the same precision stands beside each."""
-
-KERNELS = (
-    ("attention", r"flash|fmha|attention|attn"),
-    ("matrix products", r"gemm|cutlass|xmma|nvjet|cublas|matmul"),
-    ("optimiser, average, norm of gradients", r"multi_tensor|foreach|adam|lerp"),
-    ("layer norm", r"layer_?norm"),
-    ("copies", r"memcpy|memset"),
-    ("gather, scatter, index", r"index|gather|scatter"),
-    ("other elementwise", r""),
-)
-"""Kinds of CUDA kernels by their names, the first that fits."""
 
 Result = tuple[Tensor, Tensor]
 """Loss and norm of the gradients, on the device."""
@@ -253,16 +242,10 @@ def compared(mine: list[tuple[float, float]], other: list[tuple[float, float]], 
 
 
 def kernels(step: Step, masks: list[MaskBatch]) -> dict[str, float]:
-    """Share of the time of some steps by kind of kernel; ``none`` is time in which no kernel ran."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        seconds = sum(timed(lambda m=m: step(m)[0], "cuda")[0] for m in masks)
-    shares: dict[str, float] = dict.fromkeys((kind for kind, _ in KERNELS), 0.0)
-    for event in recorded.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = next(kind for kind, pattern in KERNELS if re.search(pattern, event.key, re.IGNORECASE))
-            shares[kind] += event.self_device_time_total / 1e6 / seconds
+    """Return the share of the time of some steps by kind of kernel; ``none`` is time in which no kernel ran."""
+    seconds: list[float] = []
+    found = profiled(lambda: seconds.extend(timed(lambda m=m: step(m)[0], "cuda")[0] for m in masks), "cuda")
+    shares = {kind: spent / sum(seconds) for kind, spent in found["seconds"].items()}
     return {**shares, "none": 1.0 - sum(shares.values())}
 
 
@@ -342,7 +325,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: small base; on CUDA base large huge")
     parser.add_argument("--options", nargs="+", choices=OPTIONS, help="default: all; on CUDA those of bf16")
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels")
-    parser.add_argument("--batch-size", type=int, help="images of a step; default: 8, on CUDA 128, for huge 64")
+    parser.add_argument("--batch-size", type=int, help="images of a step; default: 8, on CUDA 128")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--repeats", type=int, help="steps of each that are timed; default: 5, on CUDA 20")
     parser.add_argument("--no-processes", action="store_true", help="leave out DDP and FSDP2 over two processes")
@@ -358,11 +341,12 @@ def main(argv: list[str] | None = None) -> None:
     repeats = args.repeats or (20 if cuda else 5)
     results = []
     for size in sizes:
+        torch._dynamo.reset()  # it gives up compiling a function after eight programs, and each size takes some
         s = Setting(
             size=size,
             image_size=args.image_size,
             patch_size=14 if size == "huge" else 16,
-            batch_size=args.batch_size or ((64 if size == "huge" else 128) if cuda else 8),
+            batch_size=args.batch_size or (128 if cuda else 8),
             masks="ragged",
             dtype="float32",
             device=args.device,
