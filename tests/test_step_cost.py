@@ -1,0 +1,121 @@
+"""What a training step asks of a device: kernels a block, and no wait of the host. Counted without a GPU."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from benchmarks.count_operators import CountOperators, Phase
+from benchmarks.fake_cuda import as_if_on_hopper
+from jepa_kit.encoders import ViT
+from jepa_kit.losses import SmoothL1
+from jepa_kit.maskers import RELEASED, Masker, MultiBlock
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.recipe import JEPA
+from jepa_kit.registry import MASKERS
+from jepa_kit.structures import MaskBatch
+from jepa_kit.target_updates import EMA
+from jepa_kit.targets import RepresentationTarget
+
+GRID = (8, 8)
+BATCH = 4
+
+FAKE_HAS_NO_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
+"""RuntimeError: a CPU build refuses what such an operator would do next on CUDA."""
+
+LEVEL = {
+    "encoder": {"forward": 36, "backward": 29},
+    "predictor": {"forward": 18, "backward": 29},
+}
+"""Kernels of one block in float32: context and target encoder together, and the predictor's."""
+
+
+def small_jepa(encoder_depth: int = 2, predictor_depth: int = 2) -> JEPA:
+    shape = {"num_heads": 2, "attention": "sdpa"}
+    encoder = ViT(image_size=(64, 64), patch_size=8, embed_dim=48, depth=encoder_depth, **shape)
+    predictor = ViTPredictor(embed_dim=48, out_dim=48, grid=GRID, width=24, depth=predictor_depth, **shape)
+    target = RepresentationTarget(embed_dim=48)
+    losses: list[tuple[str, nn.Module, float]] = [("smooth_l1", SmoothL1(), 1.0)]
+    return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=EMA())
+
+
+def masks_of(masker: Masker) -> MaskBatch:
+    masks = masker(np.arange(BATCH), seed=0, epoch=0, step=0)
+    masks.map_tensors(lambda x: x)  # what is derived from masks needs real numbers on the host
+    return masks
+
+
+def on_fake_cuda(jepa: JEPA) -> JEPA:
+    """Replace parameters and buffers, inside a FakeTensorMode; ``Module.to`` cannot do it."""
+    for module in jepa.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
+    return jepa
+
+
+def count_on_meta(encoder_depth: int, predictor_depth: int) -> dict[str, int]:
+    """Kernels of a forward and a backward pass in float32 with the released masks, on meta tensors."""
+    masks = masks_of(MultiBlock(grid=GRID, **{**RELEASED, "min_keep": 4, "min_keep_target": 1})).to("meta")
+    with torch.device("meta"):
+        jepa = small_jepa(encoder_depth, predictor_depth)
+        images = torch.empty(BATCH, 3, 64, 64)
+    counter = CountOperators(device="meta", phase="forward")
+    with counter:
+        loss = jepa(images, masks).loss
+        counter.phase = "backward"
+        loss.backward()
+    return {name: phase.kernels for name, phase in counter.phases.items()}
+
+
+def test_a_block_launches_no_more_kernels_than_the_level_reached():
+    """Fewer is progress: lower ``LEVEL``. More needs a reason."""
+    base, encoder, predictor = count_on_meta(2, 2), count_on_meta(3, 2), count_on_meta(2, 3)
+    added = {
+        "encoder": {name: encoder[name] - base[name] for name in base},
+        "predictor": {name: predictor[name] - base[name] for name in base},
+    }
+    assert all(added[part][name] <= LEVEL[part][name] for part in LEVEL for name in base), added
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", MASKERS.names())
+def test_the_host_never_waits_for_the_device(name, half):
+    """On fake CUDA tensors, without gradients: the CPU build of torch cannot differentiate those."""
+    options = {"maskers": [{"name": "random"}, {"name": "block"}]} if name == "mixture" else {}
+    masks = masks_of(MASKERS.build(name, options, grid=GRID))
+    real = small_jepa()
+    with as_if_on_hopper(), FakeTensorMode(allow_non_fake_inputs=True):
+        jepa = on_fake_cuda(real)
+        images = torch.empty(BATCH, 3, 64, 64, device="cuda")
+        on_device = masks.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+        counter = CountOperators()
+        autocast = torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
+        with torch.no_grad(), autocast, counter:
+            jepa(images, on_device)
+            jepa.update_target(0.996)
+    total = sum(counter.phases.values(), Phase())
+    assert total.kernels > 100
+    assert total.syncs == 0
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: torch.ops.aten.nonzero(x),
+        lambda x: torch.ops.aten.index(x, [torch.empty(3, dtype=torch.bool, device="cuda")]),
+        lambda x: x.repeat_interleave(torch.ones(3, dtype=torch.long, device="cuda")),
+    ],
+    ids=["number", "copy", "nonzero", "boolean index", "repeat"],
+)
+def test_a_wait_is_counted(wait):
+    with as_if_on_hopper(), FakeTensorMode(), CountOperators() as counter, contextlib.suppress(FAKE_HAS_NO_NUMBERS):
+        wait(torch.empty(3, device="cuda"))
+    assert counter.phases["other"].syncs >= 1
