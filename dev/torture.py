@@ -2,10 +2,10 @@
 """Kills a training run again and again, in every phase, and checks that nothing of it shows in the end.
 
 A tiny run is done once without a stop, and once with stops: SIGKILL while it starts, between two steps, while a
-checkpoint is being written, just after one was, at any time; and SIGTERM and SIGUSR1, which must leave the status 75.
-It is resumed after each. Losses, gradient norms and schedules of every line, and all weights and moments at the end,
-must be the same bit for bit. With --processes N the run is one of N processes under torchrun, which starts all again
-when one of them is killed.
+checkpoint is being written, just after one was, at any time; and SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP, which
+must write a checkpoint and leave the status 75, or 130 for SIGINT. It is resumed after each. Losses, gradient norms and
+schedules of every line, and all weights and moments at the end, must be the same bit for bit. With --processes N the
+run is one of N processes under torchrun, which starts all again when one of them is killed.
 
 examples:
   python dev/torture.py                               # 20 SIGKILLs and 4 other signals; a few minutes
@@ -49,9 +49,10 @@ from jepa_kit.config import load_config
 from jepa_kit.data.shard_writing import Sample, write_index, write_shard
 from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.signals import EX_TEMPFAIL, Preempted
+from jepa_kit.engine.signals import Preempted
 from jepa_kit.engine.telemetry import MEASURED, METRICS, read_metrics
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 1800.0
 """Seconds that any phase may take to come."""
 
@@ -142,8 +143,8 @@ class Process:
                 os.dup2(out.fileno(), 2)
             train(load_config(config, [f"train.output_dir={json.dumps(str(folder))}", *overrides]), resume=True)
             status = 0
-        except Preempted:
-            status = EX_TEMPFAIL
+        except Preempted as stopped:
+            status = stopped.status
         finally:
             if status == 1:  # os._exit would hide it
                 traceback.print_exc()
@@ -250,7 +251,7 @@ def stop_once(process: Process, there: Callable[[], bool], number: int, rank: in
 def plan(draw: random.Random, kills: int, signals: int, names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """(phase, signal), every phase as often as any other, in a random order."""
     stops = [(names[k % len(names)], signal.SIGKILL) for k in range(kills)]
-    stops += [("step", (signal.SIGTERM, signal.SIGUSR1)[k % 2]) for k in range(signals)]
+    stops += [("step", SIGNALS[k % len(SIGNALS)]) for k in range(signals)]
     draw.shuffle(stops)
     yield from stops
 
@@ -308,7 +309,7 @@ def torture(work: Path, options: argparse.Namespace) -> int:
         where = f"after step {last_step(stopped) + 1}" if came else "it had ended before"
         if came and not many:
             status = process.wait()
-            wanted = -number if number == signal.SIGKILL else EX_TEMPFAIL
+            wanted = -number if number == signal.SIGKILL else Preempted(number, 0).status
             if status not in (wanted, 0):
                 bad.append(f"{signal.Signals(number).name} left status {status}, not {wanted}")
         done.append(f"{signal.Signals(number).name:8} {name:22} {where}" + (f", rank {rank}" if many else ""))
@@ -337,7 +338,9 @@ def torture(work: Path, options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     p = tool_parser("torture.py", __doc__)
     p.add_argument("--kills", type=int, default=20, help="SIGKILLs (20)")
-    p.add_argument("--signals", type=int, default=4, help="SIGTERM and SIGUSR1 in turn (4); none with --processes")
+    p.add_argument(
+        "--signals", type=int, default=4, help="SIGTERM, SIGINT, SIGUSR1 and SIGHUP in turn (4); none with --processes"
+    )
     p.add_argument("--steps", type=int, default=60, help="length of the run, in multiples of 6 (60)")
     p.add_argument("--every", type=int, default=2, help="steps between two checkpoints (2)")
     p.add_argument("--seed", type=int, default=0, help="of the times of the kills (0)")
@@ -346,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--work", type=Path, help="folder to work in, kept afterwards; otherwise a temporary one")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config of the run")
     options = p.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored in a background job and under nohup, and inherited
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
     if options.work is not None:
         options.work.mkdir(parents=True, exist_ok=True)
         return torture(options.work, options)

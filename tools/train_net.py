@@ -35,8 +35,8 @@ examples:
 
 A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
 the config, the data or the command that is found before the first step, 1 where the run failed (from its first step on
-whatever the cause), 75 after SIGTERM or SIGUSR1 (a checkpoint is written: a scheduler may start the same command, with
---resume alone, again), 130 after an interruption from the keyboard.
+whatever the cause), 75 after SIGTERM, SIGHUP or SIGUSR1 (a checkpoint is written: a scheduler may start the same
+command, with --resume alone, again), 130 after Ctrl-C: the first one writes a checkpoint too, a second one aborts.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ if find_spec("jepa_kit") is None:
 
 from jepa_kit.arguments import add_config, tool_parser
 from jepa_kit.config import Config, load_config
+from jepa_kit.engine.checkpoint import checkpoints, step_of
 from jepa_kit.engine.distributed import PeerError, StartError
 from jepa_kit.engine.failures import RunError
 from jepa_kit.engine.launch import Job, prepare, submit, write_script
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.signals import EX_TEMPFAIL, Preempted, requeue
+from jepa_kit.engine.signals import INTERRUPTED, Preempted, requeue
 
 OVERRIDE = re.compile(r"[\w.\[\]]+=")
 """How ``key=value`` begins; neither an address nor a path with a folder does."""
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output_dir = arguments.config_file
     if output_dir is not None:
         overrides.append(f"train.output_dir={json.dumps(output_dir)}")
-    known = set(sys.path)
+    known, config = set(sys.path), None
     try:
         job = job_of(arguments)
         config = load_config(arguments.config_file, overrides)
@@ -178,8 +179,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, StartError, PeerError, OSError) as error:
         return fail(1, str(error))
     except KeyboardInterrupt:
-        return fail(130, "interrupted; --resume goes on from the latest checkpoint")
+        return fail(INTERRUPTED, interrupted(config))
     return 0
+
+
+def interrupted(config: Config | None) -> str:
+    """Return the message for a run that ended without a checkpoint of its last step."""
+    kept = "nothing was written"
+    if config is not None:
+        place = config.train.checkpoint_dir or config.train.output_dir
+        steps = [] if "://" in place else [step_of(path) for path in checkpoints(Path(place))]
+        kept = f"--resume continues at step {steps[-1]:,}, its latest checkpoint" if steps else "no checkpoint is there"
+        kept = f"--resume continues from the latest checkpoint in {place}" if "://" in place else kept
+    return f"interrupted; {kept}"
 
 
 HEAD_START = 3.0
@@ -187,9 +199,9 @@ HEAD_START = 3.0
 
 
 def leave(stopped: Preempted) -> int:
-    """After a signal. The job is put into Slurm's queue again, but for SIGTERM: that one comes with `scancel` too."""
+    """Exit after a signal. SIGUSR1 also requeues a job of Slurm; the others may mean that it shall end (`scancel`)."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    if is_main and stopped.number != signal.SIGTERM:
+    if is_main and stopped.number == signal.SIGUSR1:
         try:
             if done := requeue():
                 print(done, flush=True)
@@ -197,7 +209,7 @@ def leave(stopped: Preempted) -> int:
             return fail(1, f"{stopped}, but {error}")
     if not is_main and "SLURM_STEP_ID" in os.environ:
         time.sleep(HEAD_START)
-    return fail(EX_TEMPFAIL, str(stopped))
+    return fail(stopped.status, str(stopped))
 
 
 def fail(status: int, message: str) -> int:

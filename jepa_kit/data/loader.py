@@ -7,12 +7,14 @@ out of its batch, and named in it; no other takes its place.
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from types import FrameType
+from multiprocessing import active_children
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -319,10 +321,13 @@ def _load(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own numbers
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_signals,
     )
+    before = set(active_children())
+    iterator = iter(loader)
+    _workers.update(set(active_children()) - before)
     try:
-        yield from loader
+        yield from iterator
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
         if not _is_death(error) or not num_workers:
             raise
@@ -332,24 +337,27 @@ def _load(
         ) from error
 
 
-GRACE = 30
-"""Seconds between SIGTERM and SIGKILL that Slurm (KillWait) and torchrun give by default."""
+_workers: WeakSet[Any] = WeakSet()
 
 
-def _outlive_signals(worker: int) -> None:
-    """In a worker: the signals by which Slurm asks a run to end go to every process of it, and are for the main one.
+def _kill_workers() -> None:
+    """At exit: workers that are left over after an error. multiprocessing would send SIGTERM, and wait for them."""
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
 
-    A worker outlives SIGUSR1, and SIGTERM by ``GRACE``; a second SIGTERM ends it. (Python itself sends SIGTERM to
-    workers that are left over when the main process ends, and waits for them.)
+
+atexit.register(_kill_workers)  # after multiprocessing's own, so that it runs before it
+
+
+def _ignore_signals(worker: int) -> None:
+    """In a worker: signals that ask a run to end reach the whole process group, and are for the main process alone.
+
+    The main process may need longer than any grace period: for a long step, and for its checkpoint. It ends its
+    workers itself; if it is killed, they notice (torch's watchdog).
     """
-
-    def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(GRACE)
-
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, first)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_death(error: Exception) -> bool:

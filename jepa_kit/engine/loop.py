@@ -72,7 +72,8 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             worker that died, ...
         FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
         SaveError: a checkpoint could not be written.
-        Preempted: SIGTERM or SIGUSR1; the checkpoint is written.
+        Preempted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 (signals.py); the checkpoint is written.
+        KeyboardInterrupt: SIGINT before the first step, or a second one.
     """
     check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     world = read_environment()
@@ -109,7 +110,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             print(f"{end.value}: {folder}", flush=True)
         barrier()
         if end is End.STOPPED:
-            raise preempted(signals.number)
+            raise preempted(signals.number, signals.step)
     return folder
 
 
@@ -222,6 +223,7 @@ def run_steps(
     bad_steps = build_bad_steps(run, folder, saver, start, resume_from)
     skipped = build_skipped(run, folder, first)
     journal = open_journal(run, folder, first) if run.world.is_main else None
+    signals.stepping = True
     agreement.answer()  # to what was asked before a roll back; who still wants it asks again
     with under_way(folder), journal or nullcontext(), saver:
         batches = to_device(run.loader.batches(first), run.device, prefetch=run.config.data.prefetch)
@@ -282,6 +284,7 @@ def run_steps(
                         journal.flush()
                     saver.save(run.jepa, run.optimizer, header(run, step + 1, start.origin))
             if stopping and step != last:
+                signals.step = step + 1
                 return End.STOPPED
         agreement.answer()
     return End.DONE

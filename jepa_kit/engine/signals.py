@@ -1,9 +1,11 @@
-"""SIGTERM and SIGUSR1: the run ends after a step that all ranks agree on, and can be gone on with.
+"""SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1: the run ends after a step that all ranks agree on, and can be resumed.
 
-The first signal, of either kind, on any rank, asks for the end; the run finishes its step, writes a checkpoint and
-leaves with the status ``EX_TEMPFAIL`` (75), on which a scheduler can put it into its queue again. The second ends the
-process at once, as if nothing were here. Within ``SAME`` seconds of the first it is taken for the same one: Slurm
-signals every process of a step, and torchrun passes on what it gets itself.
+The first signal, on any rank, asks for the end; the run finishes its step, writes a checkpoint and exits with status
+``EX_TEMPFAIL`` (75), on which a scheduler can requeue it, or 130 after SIGINT. The second ends the process at once,
+as if nothing were here. Within ``SAME`` seconds of the first it is taken for the same one: Slurm signals every process
+of a step, and torchrun passes on what it gets itself. (One process alone takes a second SIGINT at its word.) SIGINT
+before the first step ends the process at once, as there is nothing to save. A signal that is ignored when the process
+starts (nohup) stays ignored.
 
 How ranks agree: every ``EVERY`` steps they start to send one another, over gloo and beside the steps, one number (0:
 go on, 1: stop, 2: something of this rank's failed), and look at the largest ``EVERY`` steps later. So all see the
@@ -27,12 +29,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jepa_kit.engine.distributed import gathered, joined
+from jepa_kit.engine.distributed import gathered, is_main, joined
 
 EX_TEMPFAIL = 75
 """sysexits.h: a failure that will not be one later."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""If ranks got different ones, the first of these counts: SIGTERM may be that of ``scancel``, whose job must not be
+requeued."""
 SAME = 2.0
 EVERY = 4
 
@@ -50,27 +57,30 @@ class Preempted(Exception):
 
     Args:
         number: the signal, the same on all ranks.
+        step: updates that the checkpoint has had.
         here: whether this rank got it, and not another alone.
     """
 
-    def __init__(self, number: int, *, here: bool = True) -> None:
-        self.number = number
+    def __init__(self, number: int, step: int, *, here: bool = True) -> None:
+        self.number, self.step = number, step
         by = signal.Signals(number).name + ("" if here else " to another rank")
-        super().__init__(f"stopped by {by}; the checkpoint is written, and --resume goes on from it")
+        super().__init__(f"stopped by {by} after {step:,} steps; the checkpoint is written, and --resume continues it")
+
+    @property
+    def status(self) -> int:
+        """The exit status of a tool."""
+        return INTERRUPTED if self.number == signal.SIGINT else EX_TEMPFAIL
 
 
-def preempted(own: int | None) -> Preempted:
-    """Why a run was stopped; all ranks must call it.
-
-    SIGTERM counts where ranks got different signals: it may be that of ``scancel``, and that job must not be put into
-    the queue again.
+def preempted(own: int | None, step: int) -> Preempted:
+    """Return why a run was stopped; all ranks must call it.
 
     Args:
         own: the signal that this rank got, or None.
+        step: updates that the checkpoint has had.
     """
-    numbers = {number for number in gathered(own) if number is not None}
-    number = signal.SIGTERM if signal.SIGTERM in numbers else numbers.pop()
-    return Preempted(number, here=own == number)
+    number = min((number for number in gathered(own) if number is not None), key=SIGNALS.index)
+    return Preempted(number, step, here=own == number)
 
 
 class Signals:
@@ -78,15 +88,20 @@ class Signals:
 
     Attributes:
         number: the first signal, or None so far.
+        step: updates that the checkpoint has had, once the run is stopped.
+        stepping: set when the first step begins: from then on SIGINT saves.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.step = 0
+        self.stepping = False
         self.time = 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        self.before = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.hear) for number in heard}
         return self
 
     def __exit__(
@@ -97,9 +112,16 @@ class Signals:
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
+        interrupt = number == signal.SIGINT
+        if interrupt and not self.stepping:
+            raise KeyboardInterrupt
         if self.number is None:
             self.number, self.time = number, time.monotonic()
-        elif time.monotonic() - self.time > SAME:
+            if interrupt and is_main():  # not by print: it may be what was interrupted
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts without one\n")
+        elif time.monotonic() - self.time > (0.0 if interrupt and not joined() else SAME):
+            if interrupt:
+                raise KeyboardInterrupt
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -1,10 +1,14 @@
 """Batches are pure functions of (seed, step): for any number of workers and ranks, and from any step on."""
 
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +198,38 @@ class Deadly(Halves):
 def test_a_worker_that_dies_is_an_error_and_no_hang(dataset, num_workers):
     with pytest.raises(RuntimeError, match=r"a loader worker died \(.*\). Often memory ran out: fewer num_workers"):
         take(loader(dataset, masker=Deadly(), num_workers=num_workers), 6)
+
+
+def test_workers_outlive_the_signals_of_their_group(dataset):
+    """However often they come: the main process may need any time for its step and its checkpoint."""
+    batches = loader(dataset, num_workers=2).batches()
+    found = [next(batches)]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) * 2:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+    found += islice(batches, 7)
+    for (_, a), (_, b) in zip(found, take(loader(dataset), 8), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.integration
+def test_workers_do_not_hold_up_the_exit_after_an_error(dataset):
+    """multiprocessing sends daemons SIGTERM at exit, and waits for them; the traceback keeps the loader alive."""
+    script = (
+        "import sys; from jepa_kit.data.loader import TrainLoader; from jepa_kit.data.shards import ShardDataset\n"
+        "from jepa_kit.data.transforms import train_view\n"
+        "view = train_view(image_size=(12, 16))\n"
+        "dataset = ShardDataset(sys.argv[1])\n"
+        "batches = TrainLoader(dataset=dataset, masker=None, view=view, batch_size=6, num_workers=2).batches()\n"
+        "next(batches)\n"
+        "sys.last = batches\n"
+        "raise KeyError('of its own')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script, str(dataset.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "KeyError: 'of its own'" in done.stderr
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a run ends after a step, with a checkpoint, and goes on as if it had not."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1: a run ends after a step, with a checkpoint, and goes on as if it had not."""
 
 import os
 import signal
@@ -36,20 +36,34 @@ def signalled(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_run_after_its_step(tiny, signalled, number, tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def _listening():
+    """Signals are heard, also if the tests were started in the background or by nohup, which ignore two of them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_signal_ends_the_run_after_its_step(tiny, signalled, number, tmp_path, capfd):
     before = signal.getsignal(number)
     signalled(number, 1)
     config = tiny()
     folder = Path(config.train.output_dir)
     with pytest.raises(
-        Preempted, match=f"stopped by {number.name}; the checkpoint is written, and --resume goes"
+        Preempted, match=f"stopped by {number.name} after 2 steps; the checkpoint is written, and --resume continues it"
     ) as stopped:
         train(config)
     assert stopped.value.number == number
+    assert stopped.value.status == (130 if number == signal.SIGINT else EX_TEMPFAIL)
     assert signal.getsignal(number) == before
     assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000002.pt"]
-    assert f"stopped: {folder}\n" in capsys.readouterr().out
+    printed = capfd.readouterr()
+    assert f"stopped: {folder}\n" in printed.out
+    assert ("stopping after this step, with a checkpoint; Ctrl-C again" in printed.err) == (number == signal.SIGINT)
     train(config, resume=True)
     whole = train(tiny(f"train.output_dir={tmp_path / 'whole'}"))
     assert [line["loss"] for line in read_metrics(folder)] == [line["loss"] for line in read_metrics(whole)]
@@ -83,17 +97,49 @@ def test_the_second_signal_ends_the_process():
 @pytest.mark.parametrize(
     ("own", "others", "number", "words"),
     [
-        (signal.SIGUSR1, [None], signal.SIGUSR1, "stopped by SIGUSR1; "),
-        (None, [signal.SIGUSR1], signal.SIGUSR1, "stopped by SIGUSR1 to another rank; "),
-        (signal.SIGUSR1, [None, signal.SIGTERM], signal.SIGTERM, "stopped by SIGTERM to another rank; "),
+        (signal.SIGUSR1, [None], signal.SIGUSR1, "stopped by SIGUSR1 after 7 steps; "),
+        (None, [signal.SIGUSR1], signal.SIGUSR1, "stopped by SIGUSR1 to another rank after 7 steps; "),
+        (signal.SIGUSR1, [None, signal.SIGTERM], signal.SIGTERM, "stopped by SIGTERM to another rank after 7 steps; "),
+        (signal.SIGHUP, [signal.SIGINT], signal.SIGINT, "stopped by SIGINT to another rank after 7 steps; "),
     ],
 )
 def test_ranks_agree_on_the_signal(monkeypatch, own, others, number, words):
     """SIGTERM counts: it may be that of scancel, and its job is not put into the queue again."""
     monkeypatch.setattr(signals, "gathered", lambda value: [value, *others])
-    stopped = signals.preempted(own)
+    stopped = signals.preempted(own, 7)
     assert stopped.number == number
     assert str(stopped).startswith(words)
+
+
+def test_a_second_interrupt_aborts(tiny, monkeypatch):
+    plain, calls = loop.train_step, []
+
+    def train_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    config = tiny()
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert checkpoints(Path(config.train.output_dir)) == []
+
+
+def test_an_interrupt_before_the_first_step_aborts(tiny, monkeypatch):
+    monkeypatch.setattr(loop, "build_run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny())
+
+
+def test_what_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with Signals() as heard:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert heard.number is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_no_signal():
@@ -154,6 +200,6 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
     config.save(tmp_path)
     printed = torchrun(2, script, tmp_path / "config.yaml").stdout
     assert printed.count("STOPPED 9 stopped by ") == 2  # asked at step 4, answered at step 8
-    assert "STOPPED 9 stopped by SIGTERM; " in printed
-    assert "STOPPED 9 stopped by SIGTERM to another rank; " in printed
+    assert "STOPPED 9 stopped by SIGTERM after 9 steps; " in printed
+    assert "STOPPED 9 stopped by SIGTERM to another rank after 9 steps; " in printed
     assert checkpoints(Path(config.train.output_dir))[-1].name == "checkpoint_00000009.pt"

@@ -32,8 +32,9 @@ def torture():
 
 @pytest.mark.integration
 def test_three_kills_and_a_signal():
-    printed = run("--fork", "--kills", "3", "--signals", "1", "--steps", "18")
+    printed = run("--fork", "--kills", "3", "--signals", "2", "--steps", "18")
     assert printed.count("SIGKILL") == 3
+    assert printed.count("SIGINT") == 1
     assert "writing a checkpoint" in printed
 
 

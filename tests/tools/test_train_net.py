@@ -255,18 +255,20 @@ def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
             None,
             75,
             True,
-            "stopped by SIGUSR1; the checkpoint is written, and --resume goes on from it",
+            "stopped by SIGUSR1 after 12 steps; the checkpoint is written, and --resume continues it",
         ),
-        (signal.SIGTERM, 0, None, 75, False, "stopped by SIGTERM; the checkpoint is written"),  # perhaps of scancel
-        (signal.SIGUSR1, 1, None, 75, False, "stopped by SIGUSR1; the checkpoint is written"),  # rank 0 does it
-        (signal.SIGUSR1, 0, "no scontrol", 1, True, "and --resume goes on from it, but no scontrol"),
+        (signal.SIGTERM, 0, None, 75, False, "stopped by SIGTERM after 12 steps"),  # perhaps of scancel
+        (signal.SIGHUP, 0, None, 75, False, "stopped by SIGHUP after 12 steps"),
+        (signal.SIGINT, 0, None, 130, False, "stopped by SIGINT after 12 steps"),
+        (signal.SIGUSR1, 1, None, 75, False, "stopped by SIGUSR1 after 12 steps"),  # rank 0 does it
+        (signal.SIGUSR1, 0, "no scontrol", 1, True, "and --resume continues it, but no scontrol"),
     ],
 )
 def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fails, status, queued, message):
     asked = []
 
     def train(config, *, resume, resume_from):
-        raise Preempted(number)
+        raise Preempted(number, 12)
 
     def requeue():
         asked.append(True)
@@ -284,10 +286,17 @@ def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fa
     assert printed.out == ("job 7 is in Slurm's queue again\n" if queued and not fails else "")
 
 
-def test_an_interruption(refused, command, tool, monkeypatch):
+def test_an_interruption(refused, command, tool, monkeypatch, tmp_path):
     def interrupted(config, *, resume, resume_from):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tool, "train", interrupted)
-    message = "train_net.py: interrupted; --resume goes on from the latest checkpoint\n"
+    command = [*command, "--output-dir", str(tmp_path / "new")]
+    assert refused(130, *command) == "train_net.py: interrupted; no checkpoint is there\n"
+    (tmp_path / "new").mkdir()
+    for step in (900, 1000):
+        (tmp_path / f"new/checkpoint_{step:08}.pt").touch()
+    message = "train_net.py: interrupted; --resume continues at step 1,000, its latest checkpoint\n"
     assert refused(130, *command) == message
+    message = "train_net.py: interrupted; --resume continues from the latest checkpoint in file://there\n"
+    assert refused(130, *command, "train.checkpoint_dir=file://there") == message
