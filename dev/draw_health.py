@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
-
 from jepa_kit.engine.curves import Panel
 from jepa_kit.engine.telemetry import Record, read_metrics
 from jepa_kit.evaluation.online import STATES
 from jepa_kit.evaluation.verdict import CONSTANT, DIMENSIONAL, LEARNED
+from jepa_kit.plotting import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "projects" / "ijepa" / "configs" / "quickstart.yaml"
@@ -82,7 +81,8 @@ def measured(case: Case, shards: Path, out: Path) -> list[Record]:
 
 def draw(runs: Sequence[tuple[Case, list[Record]]], picture: Path) -> None:
     """A panel for each figure, a line for each run, over the logarithm of updates."""
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots(2, 3)
     for ax, (panel, scale, line) in zip(axes.flat, PANELS, strict=True):
         for case, lines in runs:
             (key,) = panel.keys

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> str:
     """The table; writes the files."""
     # here, so that --help does not wait for torch and scikit-learn
+    from jepa_kit.engine.curves import drawn
     from jepa_kit.evaluation.compare import compare, figure, to_csv, to_markdown
     from jepa_kit.evaluation.compared_runs import load
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> str:
         base.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{base}.md").write_text(table + "\n", encoding="utf-8")
         Path(f"{base}.csv").write_text(to_csv(cells), encoding="utf-8")
-        figure(cells, f"{base}.png")
+        drawn(f"{base}.png", lambda: figure(cells, f"{base}.png"))
     return table
 
 

@@ -26,7 +26,8 @@ GROUPS = {
     "tokens_per_second": "speed",
     "gflop_per_image": "speed",
     "tflops": "speed",
-    "share_of_peak": "speed",
+    "mfu": "speed",
+    "reserved_memory_gib": "speed",
     "data_wait": "speed",
     "peak_memory_gib": "speed",
 }

@@ -6,11 +6,14 @@ unit in one panel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jepa_kit.engine.telemetry import Record, read_metrics
+
+T = TypeVar("T")
 
 
 class Panel(NamedTuple):
@@ -29,9 +32,9 @@ TRAINING = (
     Panel("momentum", ("momentum",)),
     Panel("gradient norm", ("grad_norm",)),
     Panel("images / s", ("images_per_second",), 1.0, True),
-    Panel("share of matrix peak, %", ("share_of_peak",), 100.0, True),
+    Panel("mfu, % of the measured matrix peak", ("mfu",), 100.0, True),
     Panel("waited for images, % of time", ("data_wait",), 100.0, True),
-    Panel("peak memory, GiB", ("peak_memory_gib",), 1.0, True),
+    Panel("peak memory, GiB", ("peak_memory_gib", "reserved_memory_gib"), 1.0, True),
 )
 
 EVALUATION = (
@@ -55,13 +58,22 @@ OWN = ("loss", "data")
 COLUMNS = 4
 
 
+def drawn(what: str, draw: Callable[[], T]) -> T | None:
+    """Return what ``draw`` gives, or None with a warning on stderr: results must not be lost to their picture."""
+    try:
+        return draw()
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"warning: {what} was not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
 def plot_curves(folder: Path) -> Path | None:
     """Draws ``curves.png`` from ``metrics.jsonl``.
 
     Returns:
         the picture's path, or None where there is no line to draw.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from jepa_kit.plotting import Figure
 
     records = read_metrics(folder)
     if not records:
@@ -144,7 +156,7 @@ def _small(
 
 
 def _finish(axes: Any, last: float, *, ticks: int) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from jepa_kit.plotting import MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

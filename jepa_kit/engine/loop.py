@@ -30,7 +30,7 @@ from jepa_kit.engine.bad_steps import BadSteps
 from jepa_kit.engine.boards import check_boards, open_boards
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint import Checkpoint, step_of
-from jepa_kit.engine.curves import plot_curves
+from jepa_kit.engine.curves import drawn, plot_curves
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
 from jepa_kit.engine.failures import under_way
 from jepa_kit.engine.files import write_text
@@ -106,7 +106,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             end = stretch(from_main(store.newest), True)
         if world.is_main:
             if end is End.DONE:  # after a signal there are seconds left, and matplotlib takes some
-                plot_curves(folder)
+                drawn("curves.png", lambda: plot_curves(folder))
             print(f"{end.value}: {folder}", flush=True)
         barrier()
         if end is End.STOPPED:
@@ -133,7 +133,7 @@ def announce(
         "device": str(run.device.type),
         "gpu": gpu,
         "world_size": run.world.size,
-        "topology": to_dict(places),
+        "topology": to_dict(places, precision_of(run.config)),
         "attention": attention,
         "data": data_identity(run.dataset),
         "parameters": {name: count for name, count in parameters.items() if count},

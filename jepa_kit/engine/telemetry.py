@@ -10,9 +10,11 @@ One line of ``metrics.jsonl`` for each logged step:
     tokens_per_second             the same for patches seen by the context encoder and patches predicted
     gflop_per_image               model GFLOP of an image (flops.py): forward, and backward as twice that
     tflops                        model TFLOP a second of one process, mean over processes
-    share_of_peak                 of that, in the matrix products that its device can do (speed.py), 0 to 1
+    mfu                           ``tflops`` over what the device does in a large matrix product of the run's precision,
+                                  measured at the start (speed.py; ``mfu_peak`` in run.json), 0 to 1
     data_wait                     share of the time in which the step waited for images
     peak_memory_gib               most memory of a process since it began: tensors on CUDA, resident memory on the CPU
+    reserved_memory_gib           CUDA: the most that torch's allocator held for them
     context_length, target_length mean patches of a context set and of a target set in this step
     data/skipped                  images that could not be used and were left out, since the run began (skipped.py)
     <hook>/<name>                 what hooks gave after this step (hooks.py)
@@ -52,14 +54,16 @@ Record = dict[str, float]
 """A line of metrics.jsonl."""
 
 METRICS = "metrics.jsonl"
+BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
 MEASURED = frozenset(
     (
         "images_per_second",
         "tokens_per_second",
         "data_wait",
         "tflops",
-        "share_of_peak",
+        "mfu",
         "peak_memory_gib",
+        "reserved_memory_gib",
         "gflop_per_image",
         "eval/seconds",
     )
@@ -136,6 +140,7 @@ class Meter:
             masks.context.num_patches / len(masks.context),
             masks.targets.num_patches / len(masks.targets),
             peak_memory(device) / 2**30,
+            torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else math.nan,
             math.nan if self.flop is None else self.flop / seconds,
             math.nan if self.peak is None else self.peak,
         ]
@@ -152,9 +157,9 @@ class Meter:
         return record
 
     def _speed(self, table: Tensor) -> Record:
-        """From the host's values of each rank: [ranks, 8]."""
+        """From the host's values of each rank: [ranks, 9]."""
         ranks = len(table)
-        images, tokens, wait, context, target, _, flop, peak = table.mean(0).tolist()
+        images, tokens, wait, context, target, _, _, flop, peak = table.mean(0).tolist()
         record = {
             "images_per_second": images * ranks,
             "tokens_per_second": tokens * ranks,
@@ -163,10 +168,12 @@ class Meter:
             "context_length": context,
             "target_length": target,
         }
+        if math.isfinite(reserved := float(table[:, 6].max())):
+            record["reserved_memory_gib"] = reserved
         if math.isfinite(flop):
             record |= {"gflop_per_image": flop / max(images, 1e-9) / 1e9, "tflops": flop / 1e12}
             if math.isfinite(peak):
-                record["share_of_peak"] = flop / peak
+                record["mfu"] = flop / peak
         return record
 
 
@@ -198,6 +205,8 @@ def read_metrics(folder: Path) -> list[Record]:
             break
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}, line {number + 1} ({line:.40}) must be a mapping with a 'step'")
+        if "share_of_peak" in record:  # of earlier versions
+            record["mfu"] = record.pop("share_of_peak")
         records.append(record)
     return records
 
@@ -229,7 +238,7 @@ class Journal:
         write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = (folder / METRICS).open("a")
         with_bar = sys.stderr.isatty() if bar is None else bar
-        self.bar: Any = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True) if with_bar else None
+        self.bar: Any = tqdm(total=steps, initial=first_step, bar_format=BAR, dynamic_ncols=True) if with_bar else None
 
     def __enter__(self) -> Journal:
         return self
@@ -264,7 +273,7 @@ class Journal:
         if "loss" not in record:  # a step whose batch was left out, with what hooks gave
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(_short(record))
+            self.bar.set_description_str(_short(record, bar=True))
             return
         images_a_step = record["samples"] / (record["step"] + 1)
         seconds = (self.steps - record["step"] - 1) * images_a_step / record["images_per_second"]
@@ -277,11 +286,15 @@ class Journal:
         os.fsync(self.file.fileno())
 
 
-def _short(record: Record) -> str:
-    share = f"  {record['share_of_peak']:.0%} of peak" if "share_of_peak" in record else ""
+def _short(record: Record, bar: bool = False) -> str:
+    """Format a line; that of a progress bar leaves it 25 of 120 columns."""
+    mfu = f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
     skipped = f"  {record['data/skipped']:.0f} images skipped" if record.get("data/skipped") else ""
+    if bar:
+        wait = f"  wait {record['data_wait']:.0%}"
+        return f"loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s{wait}{mfu}{skipped}"
     return (
         f"epoch {record['epoch']}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  "
         f"momentum {record['momentum']:.4f}  {record['images_per_second']:.0f} images/s  "
-        f"data wait {record['data_wait']:.0%}{share}{skipped}"
+        f"data wait {record['data_wait']:.0%}{mfu}{skipped}"
     )

@@ -49,11 +49,17 @@ def find_places(world: World, device: torch.device, precision: Precision) -> lis
     return gathered(own)
 
 
-def to_dict(places: Sequence[Place]) -> dict[str, Any]:
-    """For ``run.json``: the places, and Slurm's number of the job where there is one."""
+def to_dict(places: Sequence[Place], precision: Precision) -> dict[str, Any]:
+    """Return what ``run.json`` holds: places, what ``mfu`` is measured against, and the number of a job of Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     return {
         "nodes": len({place.host for place in places}),
+        "mfu_peak": {
+            "measured": "large square matrix product, at the start",
+            "precision": precision,
+            "devices": sorted({place.model for place in places}),
+            "tflops_a_process": sum(place.matrix_tflops for place in places) / len(places),
+        },
         "places": [asdict(place) for place in places],
         **({"slurm_job": job} if job else {}),
     }
@@ -75,7 +81,7 @@ def describe(places: Sequence[Place], precision: Precision) -> list[str]:
     lines = [
         f"device: {models}, {count} process{'es' if count > 1 else ''}",
         f"topology: {nodes}: {where}",
-        f"matrix products in {precision}: {speed} TFLOP/s a process, measured",
+        f"mfu is over {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
     ]
     lines += [
         f"note: rank {place.rank} on {place.host} ({place.device}) does {place.matrix_tflops / most:.0%} of the fastest"

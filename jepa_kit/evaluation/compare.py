@@ -194,19 +194,17 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
 
     Bars are the deviation over seeds, or for one run its standard error.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from jepa_kit.plotting import Figure, colormaps, save_figure
 
     panels = list(dict.fromkeys((key.data, key.column) for key in cells))
     names = list(dict.fromkeys(_series(key) for key in cells))
-    colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors  # type: ignore[attr-defined]
+    colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     protocols = {one: list(dict.fromkeys(k.protocol for k in cells if (k.data, k.column) == one)) for one in panels}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     height = 1.2 + 0.42 * max(len(found) for found in protocols.values()) + 0.1 * len(names)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, height * rows + 0.5), squeeze=False)
+    fig = Figure(figsize=(4.2 * columns, height * rows + 0.5))
+    axes = fig.subplots(rows, columns, squeeze=False)
     for ax, one in zip(axes.flat, panels, strict=False):
         places = {protocol: -k for k, protocol in enumerate(protocols[one])}
         for n, name in enumerate(names):
@@ -237,11 +235,7 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(4, len(handles)), fontsize=9)
     fig.tight_layout(rect=(0, 0.35 / fig.get_figheight() * -(-len(handles) // 4) + 0.02, 1, 1))
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(file, dpi=130)
-    plt.close(fig)
-    return file
+    return save_figure(fig, file, dpi=130)
 
 
 def _series(key: Key) -> str:

@@ -9,12 +9,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure, SubFigure  # not pyplot: no window, no global state
 from torch import Tensor
 
 from jepa_kit.config import Config
@@ -22,6 +18,7 @@ from jepa_kit.data.scenes import render
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.evaluation.mask_report import MaskReport, warnings
 from jepa_kit.evaluation.pictures import COLOURS, DPI, dim_hidden, outline
+from jepa_kit.plotting import Axes, Figure, LineCollection, SubFigure, save_figure
 from jepa_kit.recipe import build_masker
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import MaskBatch, PatchSets
@@ -90,11 +87,7 @@ def mask_page(reports: Sequence[MaskReport], configs: Sequence[Config], names: S
         _shapes_and_cost(bands[3], report)
         _gallery(bands[4], samples_of(config, GALLERY), drawn, sets)
         _words(bands[5], report)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        figure.savefig(path, dpi=DPI, format="png")
-    return path
+    return save_figure(figure, path, dpi=DPI)
 
 
 def _heading(band: SubFigure, report: MaskReport, name: str) -> None:

@@ -11,22 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure  # not pyplot: no window, no global state
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_kit.config import DataConfig
 from jepa_kit.encoders import Encoder
 from jepa_kit.evaluation.features import extract_features
+from jepa_kit.plotting import Axes, Figure, Line2D, LineCollection, Patch, save_figure
 from jepa_kit.structures import Grid, MaskBatch
 
 COLOURS = ("#e6194b", "#1f77ff", "#ff9f0a", "#2ca02c", "#b44be1", "#00b8c4", "#8c564b", "#f032e6")
@@ -160,7 +155,7 @@ def mask_gallery(
     ]
     in_a_row = int(figure.get_figwidth() // LABEL)
     figure.legend(handles=legend, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path, dpi=DPI)
 
 
 def _draw_blocks(panel: Axes, masks: MaskBatch, context: int, size: Sequence[int]) -> list[int]:
@@ -238,7 +233,7 @@ def patch_pca(
         for column, picture in enumerate((large.clamp(0, 1) * 255).round().to(torch.uint8)):
             _show(row[column], picture)
         _label(row[0], f"{name}\n{100 * share:.0f} % of variance")
-    return _save(figure, path)
+    return save_figure(figure, path, dpi=DPI)
 
 
 def principal_components(tokens: NDArray[np.floating], count: int = 3) -> tuple[NDArray[np.float64], float]:
@@ -295,11 +290,3 @@ def _show(panel: Axes, image: Tensor, title: str = "") -> None:
 
 def _label(panel: Axes, text: str) -> None:
     panel.set_ylabel(text, fontsize=8)
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        figure.savefig(path, dpi=DPI, format="png")
-    return path

@@ -11,19 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure, SubFigure  # not pyplot: no window, no global state
 from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_kit.evaluation.pictures import DPI, outline, principal_components, to_colours
 from jepa_kit.evaluation.visual_maps import Guess
+from jepa_kit.plotting import Axes, Figure, LineCollection, SubFigure, colormaps, save_figure
 from jepa_kit.structures import Grid
 
 COLUMNS = 8
@@ -71,7 +68,7 @@ def page(sections: Sequence[Section], path: Path, *, heading: str, lines: Sequen
     parts[0].text(0.5, 1 - 0.5 / top, "\n".join(wrapped), ha="center", va="top", fontsize=10, linespacing=1.4)
     for part, section, height in zip(parts[1:], sections, heights, strict=True):
         _draw(part, section, height)
-    return _save(figure, path)
+    return save_figure(figure, path, dpi=DPI, format=path.suffix[1:] or "png")
 
 
 def single(section: Section, path: Path, *, aspect: float = 1.0) -> Path:
@@ -79,7 +76,7 @@ def single(section: Section, path: Path, *, aspect: float = 1.0) -> Path:
     height = _height(section, aspect)
     figure = Figure(figsize=(LEFT + COLUMNS * PANEL + 0.2, height))
     _draw(figure, section, height)
-    return _save(figure, path)
+    return save_figure(figure, path, dpi=DPI, format=path.suffix[1:] or "png")
 
 
 def _height(section: Section, aspect: float) -> float:
@@ -128,7 +125,7 @@ def show_map(panel: Axes, image: Tensor, values: NDArray[np.floating], low: floa
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     size = (image.shape[1], image.shape[2])
     large = F.interpolate(torch.from_numpy(scaled)[None, None].float(), size, mode="nearest")[0, 0].numpy()
-    colours = matplotlib.colormaps[MAP](large)[..., :3]
+    colours = colormaps[MAP](large)[..., :3]
     panel.imshow(0.68 * colours + 0.32 * grey[..., None], interpolation="nearest")
 
 
@@ -304,10 +301,3 @@ def decoder_section(
         draw=draw,
         titles=["image", "what was seen", *titles],
     )
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        figure.savefig(path, dpi=DPI, format=path.suffix[1:] or "png")
-    return path

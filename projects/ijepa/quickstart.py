@@ -33,6 +33,7 @@ from jepa_kit.data.shard_index import read_index
 from jepa_kit.data.shard_writing import INDEX
 from jepa_kit.encoders import Encoder
 from jepa_kit.engine.build import open_shards, training_view
+from jepa_kit.engine.curves import drawn
 from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.signals import Preempted
@@ -178,7 +179,7 @@ def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequen
     trained = time.perf_counter()
     run = load_run(config.train.output_dir)
     rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
-    pictures = draw(config, run, shards[0], folder)
+    pictures = drawn("a picture", lambda: draw(config, run, shards[0], folder)) or []
     done = time.perf_counter()
     print(f"\nfrozen features on {len(open_shards(config, str(shards[1]))):,} test scenes, accuracy in %\n")
     print(format_table(rows))

@@ -22,7 +22,7 @@ def line(step, **more):
         "momentum": 0.996,
         "grad_norm": 1.5,
         "images_per_second": 16.0,
-        "share_of_peak": 0.25,
+        "mfu": 0.25,
         "data_wait": 0.25,
         "peak_memory_gib": 2.0,
         "data/skipped": 0.0,
@@ -100,3 +100,12 @@ def test_lines_of_an_older_version_lack_values(tmp_path):
     left_out = {"step": 2, "epoch": 0, "samples": 24, "online/knn": 5.0}
     assert draw(tmp_path, [old | {"momentum": 1.0, "images_per_second": 1.0, "data_wait": 0.0}, line(1), left_out])
     assert plot_curves(tmp_path)
+
+
+def test_a_picture_that_fails_is_a_warning(capsys):
+    def fail():
+        raise ValueError("no room")
+
+    assert curves.drawn("curves.png", fail) is None
+    assert capsys.readouterr().err == "warning: curves.png was not drawn: ValueError: no room\n"
+    assert curves.drawn("curves.png", lambda: 3) == 3

@@ -1,11 +1,13 @@
+import io
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jepa_kit.engine import speed
+from jepa_kit.engine import speed, telemetry
 from jepa_kit.engine.flops import ModelFlops, PredictorFlops, SetFlops
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.telemetry import Journal, Meter, read_metrics
@@ -65,7 +67,7 @@ def test_a_record_has_what_was_measured(monkeypatch):
             "tokens_per_second": 2 * 11 / 8.0,
             "gflop_per_image": (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 2 / 1e9,
             "tflops": 2 * (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 8.0 / 1e12,
-            "share_of_peak": 2 * (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 8.0 / 1e6,
+            "mfu": 2 * (TARGET_ENCODER + 3 * (ENCODER + PREDICTOR)) / 8.0 / 1e6,
             "data_wait": 2.0 / 8.0,
             "peak_memory_gib": 1.5,
             "context_length": 2.5,
@@ -88,12 +90,12 @@ def test_each_record_starts_anew():
 @pytest.mark.parametrize(
     ("options", "left_out"),
     [
-        ({}, {"gflop_per_image", "tflops", "share_of_peak"}),
-        ({"peak": 1e9}, {"gflop_per_image", "tflops", "share_of_peak"}),
-        ({"flops": FLOPS}, {"share_of_peak"}),
+        ({}, {"gflop_per_image", "tflops", "mfu"}),
+        ({"peak": 1e9}, {"gflop_per_image", "tflops", "mfu"}),
+        ({"flops": FLOPS}, {"mfu"}),
         (
             {"flops": ModelFlops(None, None, "images", False), "peak": 1e9},
-            {"gflop_per_image", "tflops", "share_of_peak"},
+            {"gflop_per_image", "tflops", "mfu"},
         ),
     ],
 )
@@ -104,7 +106,7 @@ def test_what_has_no_formula_is_left_out(options, left_out):
         clock.now += 1.0
         meter.count(MASKS, 2)
         record = meter.record(HYPER, output(), MASKS)
-        assert {"gflop_per_image", "tflops", "share_of_peak"} - record.keys() == left_out
+        assert {"gflop_per_image", "tflops", "mfu"} - record.keys() == left_out
 
 
 def record(step, loss=0.5):
@@ -206,11 +208,38 @@ def test_a_step_that_was_left_out_has_a_line_for_programs_alone(tmp_path, capsys
 
 def test_the_short_line_tells_of_speed_and_of_images_left_out(tmp_path, capsys):
     with Journal(tmp_path, first_step=0, steps=100, bar=False) as journal:
-        journal.write(record(9) | {"share_of_peak": 0.123, "data/skipped": 3.0})
+        journal.write(record(9) | {"mfu": 0.123, "data/skipped": 3.0})
         journal.write(record(19) | {"data/skipped": 0.0})
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("data wait 25%  12% of peak  3 images skipped  0:00:45 left")
+    assert first.endswith("data wait 25%  mfu 12%  3 images skipped  0:00:45 left")
     assert second.endswith("data wait 25%  0:00:40 left")
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "share_of_peak": 0.25}\n')
+    assert read_metrics(tmp_path) == [{"step": 3, "mfu": 0.25}]
+
+
+def test_the_bar_has_room_for_itself(tmp_path, monkeypatch):
+    """At 120 columns, with every figure and large numbers."""
+    screen = io.StringIO()
+    plain = telemetry.tqdm
+    monkeypatch.setattr(
+        telemetry, "tqdm", lambda **options: plain(**options | {"file": screen, "ncols": 120, "dynamic_ncols": False})
+    )
+    with Journal(tmp_path, first_step=10_000, steps=375_000, bar=True) as journal:
+        journal.write(record(10_000) | {"mfu": 0.56, "images_per_second": 12_345.0})
+        journal.bar.refresh()
+    last = screen.getvalue().rsplit("\r", 1)[-1].rstrip()
+    assert len(last) <= 120
+    assert "loss 0.5000  12345 images/s  wait 25%  mfu 56%" in last
+    assert len(last.split("|")[1]) >= 25
+
+
+def test_reserved_memory_is_logged_on_cuda(monkeypatch):
+    monkeypatch.setattr(telemetry.torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    table = torch.tensor([[1.0, 2.0, 0.1, 4.0, 5.0, 1.5, 3.0, math.nan, math.nan]] * 2)
+    assert Meter()._speed(table)["reserved_memory_gib"] == 3.0
 
 
 # --- what figures are held against ---

@@ -26,7 +26,7 @@ def test_what_people_read():
     assert describe(places, "bf16") == [
         "device: H100, 4 processes",
         "topology: 2 nodes: a (2), b (2)",
-        "matrix products in bf16: 79 to 100 TFLOP/s a process, measured",
+        "mfu is over 79 to 100 TFLOP/s a process: a large matrix product in bf16 on H100, measured now",
         "note: rank 1 on a (cuda:1) does 79% of the fastest",
     ]
     assert len(describe([place(0, device="cpu"), place(1, tflops=1.0, device="cpu")], "bf16")) == 3
@@ -34,8 +34,14 @@ def test_what_people_read():
 
 def test_what_programs_read(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    found = to_dict([place(0), place(1, "b", 99.0)])
+    found = to_dict([place(0), place(1, "b", 99.0)], "bf16")
     assert found["nodes"] == 2
+    assert found["mfu_peak"] == {
+        "measured": "large square matrix product, at the start",
+        "precision": "bf16",
+        "devices": ["H100"],
+        "tflops_a_process": 99.5,
+    }
     assert found["places"][1] == {
         "rank": 1,
         "local_rank": 1,
@@ -46,7 +52,7 @@ def test_what_programs_read(monkeypatch):
     }
     assert "slurm_job" not in found
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert to_dict([place(0)])["slurm_job"] == "17"
+    assert to_dict([place(0)], "bf16")["slurm_job"] == "17"
 
 
 SCRIPT = """
