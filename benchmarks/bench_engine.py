@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch
-from bench_step import (
+from steps import (
     Setting,
     autocast,
     machine_name,

@@ -1,354 +1,245 @@
-"""One training step of jepa_kit against a plain, unpacked implementation of the same equations (plain_jepa.py).
+"""One training step of jepa_kit against other code for the same equations.
 
-Both start from the same weights and see the same images and masks (new masks at every step, as in training); their
-losses are compared before anything is timed. A step is forward, backward, AdamW (the same for both) and the target
-encoder's average. Times are medians over repeats in which the two take turns. Peak memory is that of a process of its
-own for each.
+    plain       plain_jepa.py: dense tokens, padding and masks; our fused AdamW and average
+    release     plain_jepa.py as the released code does it: attention with its scores in memory, AdamW neither fused
+                nor foreach, the average parameter by parameter
+    reference   --reference PATH: a checkout of the released code itself (uniform masks only)
+    base        --base PATH: another checkout of jepa_kit
 
-    python benchmarks/bench_step.py --batch-size 16 --threads 2
-    python benchmarks/bench_step.py --size base --image-size 224 --masks ragged --dtypes bf16
+Each contender is a process of its own. They start from the same weights and see the same images and masks (new masks
+at every step, as in training); their losses are compared before anything is timed. Then they take turns, step by step;
+ratios are medians over the turns. Peak memory is that of each process.
+
+    python benchmarks/bench_step.py --batch-size 16 --threads 1
+    python benchmarks/bench_step.py --sizes small base --base ../before --dtypes bf16
 
 What the masks are: ``ragged`` is the default multi-block masker (contexts and blocks of different lengths; the plain
 side pads them to the longest and masks); ``uniform`` has the released truncation (one length for the batch).
 
-Achieved FLOP/s counts what the equations need, by formula (matrix products and attention of unpadded tokens, backward
-as twice forward), over the time of a step; the peak is a large matrix product in the same run and dtype. On a machine
-that others use too, wall times are theirs as much as ours: with ``--threads 1`` go by the CPU time of the process.
+Achieved FLOP/s counts what the equations need, by the formula of jepa_kit/engine/flops.py, over the time of a step; the
+peak is a large matrix product in the same run and dtype. On a machine that others use too, wall times are theirs as
+much as ours: with ``--threads 1`` go by the CPU time of the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
-import multiprocessing
 import os
-import platform
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+import tempfile
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import numpy as np
 import torch
-from plain_jepa import Encoder, PaddedMasks, PlainJEPA, Predictor
-from torch import Tensor
+from steps import DTYPES, Setting, machine_name, make_masks, matrix_peak, step_flops
 
-from jepa_kit.encoders import SIZES, ViT
-from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.schedules import Hyper, set_hyper
-from jepa_kit.engine.step import train_step
-from jepa_kit.losses import SmoothL1
-from jepa_kit.maskers import RELEASED, MultiBlock
-from jepa_kit.predictors import ViTPredictor
-from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch, SetLengths
-from jepa_kit.target_updates import EMA
-from jepa_kit.targets import RepresentationTarget
+from jepa_kit.encoders import SIZES
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-5, "bf16": 1e-2}
-"""Largest relative difference between the two losses."""
-
-HYPER = Hyper(lr=1e-4, weight_decay=0.04, momentum=0.996)
-WIDTH = 384
-"""Of the predictor."""
+"""Largest relative difference between two losses."""
+CHECKED = 2
+"""Steps whose losses are compared: the second loss has the first one's gradient in it."""
 
 
-def predictor_depth(size: str) -> int:
-    """6 up to ViT-B, 12 for larger ones (I-JEPA, A.1)."""
-    return 6 if SIZES[size].embed_dim <= SIZES["base"].embed_dim else 12
+class Contender:
+    """A process of step_worker.py.
+
+    Raises:
+        SystemExit: the process ended; what it wrote is on stderr.
+    """
+
+    def __init__(self, name: str, s: Setting, path: Path | None) -> None:
+        self.name = name
+        root, kind = (path, "ours") if name == "base" else (ROOT, name)
+        command = [sys.executable, str(Path(__file__).with_name("step_worker.py")), str(root), kind]
+        command += [json.dumps(asdict(s)), *([str(path)] if kind == "reference" else [])]
+        # torch 2.13's cuDNN attention builds a plan for every new length; no code that is used in practice waits for it.
+        environment = {**os.environ, "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, *order: object) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise SystemExit(f"contender {self.name!r} ended with exit code {self.process.wait()}; see above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+        self.process.wait()
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is measured."""
-
-    size: str
-    image_size: int
-    patch_size: int
-    batch_size: int
-    masks: str
-    dtype: str
-    device: str
-    attention: str
-    threads: int
-
-
-def make_ours(s: Setting) -> JEPA:
-    torch.manual_seed(0)
-    side = (s.image_size, s.image_size)
-    encoder = ViT(image_size=side, patch_size=s.patch_size, size=s.size, attention=s.attention)  # type: ignore[arg-type]
-    predictor = ViTPredictor(
-        embed_dim=encoder.embed_dim,
-        out_dim=encoder.embed_dim,
-        grid=encoder.grid,
-        width=WIDTH,
-        depth=predictor_depth(s.size),
-        num_heads=SIZES[s.size].num_heads,
-        attention=s.attention,  # type: ignore[arg-type]
-    )
-    target = RepresentationTarget(embed_dim=encoder.embed_dim)
-    losses = [("smooth_l1", SmoothL1(), 1.0)]
-    jepa = JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=EMA())
-    return jepa.to(s.device)
+def measure(s: Setting, others: dict[str, Path | None], repeats: int) -> dict[str, Any]:
+    """Check that the losses agree, then time, weigh and profile ours and the others."""
+    contenders: dict[str, Contender] = {}
+    try:
+        for name, path in {"ours": None, **others}.items():
+            contenders[name] = Contender(name, s, path)
+        with tempfile.TemporaryDirectory() as folder:
+            state = str(Path(folder) / "weights.pt")
+            contenders["ours"]("save", state)
+            for contender in contenders.values():
+                contender("start", state)
+        losses = {name: [c("loss") for _ in range(CHECKED)] for name, c in contenders.items()}
+        for name, of_other in losses.items():
+            pairs = zip(losses["ours"], of_other, strict=True)
+            if not max(abs(a - b) / abs(b) for a, b in pairs) < TOLERANCE[s.dtype]:
+                raise SystemExit(f"the losses of 'ours' and {name!r} differ: {losses}")
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        order = list(contenders)
+        for _ in range(repeats):
+            for name in order:
+                times[name].append(contenders[name]("turn"))
+            order = order[1:] + order[:1]
+        memory = {name: c("memory") for name, c in contenders.items()}
+        profiles = {} if s.device.startswith("cuda") else {name: c("profile") for name, c in contenders.items()}
+    finally:
+        for contender in contenders.values():
+            contender.close()
+    return {**asdict(s), "repeats": repeats, "losses": losses, **summary(s, times, memory), "profile": profiles}
 
 
-def make_plain(s: Setting, ours: JEPA) -> PlainJEPA:
-    shape, grid = SIZES[s.size], ours.encoder.grid
-    encoders = [
-        Encoder(grid, s.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.mlp_ratio) for _ in range(2)
-    ]
-    predictor = Predictor(grid, shape.embed_dim, WIDTH, predictor_depth(s.size), shape.num_heads)
-    plain = PlainJEPA(*encoders, predictor).to(s.device)
-    plain.load_state_dict(ours.state_dict())
-    return plain
+def summary(
+    s: Setting, times: dict[str, list[tuple[float, float]]], memory: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """What the report gives, from (wall, CPU) seconds of each turn and (most, before) bytes."""
+    others = [name for name in times if name != "ours"]
 
+    def median(i: int) -> dict[str, float]:
+        return {name: statistics.median(t[i] for t in of_one) for name, of_one in times.items()}
 
-def make_images(s: Setting) -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(s.batch_size, 3, s.image_size, s.image_size).to(s.device)
+    def ratio(i: int) -> dict[str, float]:
+        pairs = {name: zip(times["ours"], times[name], strict=True) for name in others}
+        return {name: statistics.median(a[i] / b[i] for a, b in of_pair) for name, of_pair in pairs.items()}
 
-
-def make_masks(s: Setting) -> Iterator[MaskBatch]:
-    """The masks of step 0, 1, ...: in training, no two steps have the same sizes."""
-    side = s.image_size // s.patch_size
-    options = {**RELEASED, "min_keep_target": 1} if s.masks == "uniform" else {}
-    masker = MultiBlock(grid=(side, side), **options)
-    for step in itertools.count():
-        yield masker(np.arange(s.batch_size), seed=0, epoch=step, step=step).to(s.device)
-
-
-def autocast(s: Setting) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bf16")
-
-
-Step = Callable[[MaskBatch], Tensor]
-
-
-def our_step(s: Setting, jepa: JEPA) -> Step:
-    optimizer, images = build_optimizer(jepa), make_images(s)
-    return lambda masks: train_step(jepa, optimizer, HYPER, images, masks, autocast=lambda: autocast(s)).loss.detach()
-
-
-def plain_step(s: Setting, plain: PlainJEPA) -> Step:
-    optimizer, images, update = build_optimizer(plain), make_images(s), EMA()
-
-    def step(masks: MaskBatch) -> Tensor:
-        set_hyper(optimizer, HYPER)
-        with autocast(s):
-            loss = plain(images, PaddedMasks(masks))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update.update(plain.target_encoder, plain.encoder, HYPER.momentum)
-        return loss.detach()
-
-    return step
-
-
-# --- measures ---
-
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def timed(run: Callable[[], Tensor], device: str) -> tuple[float, float]:
-    """(wall, CPU of this process) in seconds."""
-    synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def matrix_peak(s: Setting, repeats: int = 7) -> tuple[float, float]:
-    """FLOP/s of a large square matrix product in the dtype, by wall and by CPU time; the best of the repeats."""
-    side = 8192 if s.device.startswith("cuda") else 3072
-    a, b = (torch.randn(side, side, device=s.device, dtype=DTYPES[s.dtype]) for _ in range(2))
-    a @ b
-    times = [timed(lambda: a @ b, s.device) for _ in range(repeats)]
-    return 2 * side**3 / min(t[0] for t in times), 2 * side**3 / min(t[1] for t in times)
-
-
-def step_flops(s: Setting, masks: MaskBatch) -> float:
-    """FLOP of a step by formula: 2 a multiply-add; norms, GELU, softmax, loss and optimiser are left out."""
-    shape = SIZES[s.size]
-    d, pixels = shape.embed_dim, 3 * s.patch_size**2
-    patches = (s.image_size // s.patch_size) ** 2
-
-    def blocks(lengths: SetLengths, dim: int, depth: int, ratio: float) -> float:
-        linear = sum(lengths) * 2 * dim * dim * (4 + 2 * ratio)
-        return depth * (linear + sum(4 * n * n * dim for n in lengths))
-
-    def encoder(lengths: SetLengths) -> float:
-        return sum(lengths) * 2 * pixels * d + blocks(lengths, d, shape.depth, shape.mlp_ratio)
-
-    context, targets = masks.context.lengths, masks.targets.lengths
-    pairs = zip(masks.context_of.tolist(), targets, strict=True)
-    sequences = SetLengths([context.on_host[c] + n for c, n in pairs])
-    predictor = blocks(sequences, WIDTH, predictor_depth(s.size), 4.0) + 2 * d * WIDTH * (context.total + targets.total)
-    return encoder(SetLengths([patches] * s.batch_size)) + 3 * (encoder(context) + predictor)
-
-
-def process_memory(which: str) -> int:
-    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at most (Linux)."""
-    # Not getrusage: a process that was spawned begins with the peak of its parent there.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{which}:")))
-
-
-def peak_memory(s: Setting, which: str, out: Any) -> None:
-    """Runs in a process of its own: three steps; puts (peak bytes, bytes before the first step)."""
+    result = {
+        "seconds": median(0),
+        "cpu_seconds": median(1),
+        "time_ratio": ratio(0),
+        "cpu_time_ratio": ratio(1),
+        "cpu_time_turns": {name: [t[1] for t in of_one] for name, of_one in times.items()},
+        "peak_bytes": {name: most for name, (most, _) in memory.items()},
+        "peak_memory_ratio": {name: memory["ours"][0] / memory[name][0] for name in others},
+        "peak_memory_ratio_above_start": {
+            name: (memory["ours"][0] - memory["ours"][1]) / (memory[name][0] - memory[name][1]) for name in others
+        },
+    }
     torch.set_num_threads(s.threads)
-    ours = make_ours(s)
-    step = our_step(s, ours) if which == "ours" else plain_step(s, make_plain(s, ours))
-    if which == "plain":
-        del ours
-    masks = list(itertools.islice(make_masks(s), 3))
-    if s.device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        for m in masks:
-            step(m)
-        out.put((torch.cuda.max_memory_allocated(), before))
-        return
-    before = process_memory("VmRSS")
-    for m in masks:
-        step(m)
-    out.put((process_memory("VmHWM"), before))
-
-
-def in_own_process(s: Setting, which: str) -> tuple[int, int]:
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=peak_memory, args=(s, which, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
-
-
-def measure(s: Setting, repeats: int) -> dict[str, Any]:
-    """Checks that the losses agree, then times and weighs both."""
-    ours = make_ours(s)
-    steps = {"ours": our_step(s, ours), "plain": plain_step(s, make_plain(s, ours))}
-    masks = make_masks(s)
-    first = next(masks)
-    # Two steps: the second loss has the first one's gradient in it.
-    losses = [{name: float(step(m)) for name, step in steps.items()} for m in (first, next(masks))]
-    difference = max(abs(loss["ours"] - loss["plain"]) / loss["plain"] for loss in losses)
-    if not difference < TOLERANCE[s.dtype]:
-        raise SystemExit(f"the two losses differ: {losses}")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    flops = []
-    for i, m in enumerate(itertools.islice(masks, repeats)):
-        flops.append(step_flops(s, m))
-        for name in ("ours", "plain") if i % 2 else ("plain", "ours"):
-            times[name].append(timed(partial(steps[name], m), s.device))
-    del steps, ours
-    wall = {name: statistics.median(t[0] for t in of_side) for name, of_side in times.items()}
-    ratio, cpu_ratio = (
-        statistics.median(a[i] / b[i] for a, b in zip(times["ours"], times["plain"], strict=True)) for i in range(2)
-    )
     peak, cpu_peak = matrix_peak(s)
-    rate, cpu_rate = (
-        {k: statistics.median(f / t[i] for f, t in zip(flops, v, strict=True)) for k, v in times.items()}
-        for i in range(2)
-    )
-    memory = {name: in_own_process(s, name) for name in ("ours", "plain")}
-    activations = {name: top - before for name, (top, before) in memory.items()}
+    # On CUDA a turn has masks of several steps; the mean over all of them stands for each.
+    flop = statistics.mean(step_flops(s, m) for m in islice(make_masks(s), CHECKED, CHECKED + len(times["ours"])))
     return {
-        **asdict(s),
-        "loss": losses[0]["ours"],
-        "loss_relative_difference": difference,
-        "seconds": wall,
-        "time_ratio": ratio,
-        "cpu_time_ratio": cpu_ratio,
-        "peak_bytes": {name: top for name, (top, _) in memory.items()},
-        "peak_memory_ratio": memory["ours"][0] / memory["plain"][0],
-        "peak_memory_ratio_above_start": activations["ours"] / activations["plain"],
-        "tflop_of_a_step": statistics.median(flops) / 1e12,
-        "tflops": {name: r / 1e12 for name, r in rate.items()},
+        **result,
+        "tflop_of_a_step": flop / 1e12,
         "matrix_peak_tflops": peak / 1e12,
-        "share_of_peak": {name: r / peak for name, r in rate.items()},
-        "share_of_peak_by_cpu_time": {name: r / cpu_peak for name, r in cpu_rate.items()},
-        "repeats": repeats,
+        "share_of_peak": {name: flop / t / peak for name, t in median(0).items()},
+        "share_of_peak_by_cpu_time": {name: flop / t / cpu_peak for name, t in median(1).items()},
     }
 
 
 def describe(r: dict[str, Any]) -> str:
-    share = r["share_of_peak_by_cpu_time"]
-    return (
-        f"{r['masks']:8s}{r['dtype']:9s}{r['seconds']['ours']:.2f} s, plain {r['seconds']['plain']:.2f} s; "
-        f"ratio of time {r['time_ratio']:.2f} (CPU time {r['cpu_time_ratio']:.2f}), "
-        f"of peak memory {r['peak_memory_ratio']:.2f} (above the start {r['peak_memory_ratio_above_start']:.2f}); "
-        f"{r['tflops']['ours']:.3f} TFLOP/s, {r['share_of_peak']['ours']:.0%} of the matrix peak "
-        f"(by CPU time {share['ours']:.0%}, plain {share['plain']:.0%})"
-    )
+    lines = [
+        f"{r['size']} {r['masks']} {r['dtype']}: {r['seconds']['ours']:.2f} s a step (CPU {r['cpu_seconds']['ours']:.2f}), "
+        f"{r['share_of_peak_by_cpu_time']['ours']:.0%} of the matrix peak by CPU time"
+    ]
+    if r["profile"]:
+        products, attention = (r["profile"]["ours"].get(k, 0.0) for k in ("products", "attention"))
+        lines[0] += f"; {products:.1%} in products, {attention:.1%} in fused attention"
+    for name in r["time_ratio"]:
+        lines.append(
+            f"  over {name:10s} time {r['time_ratio'][name]:.3f}, CPU time {r['cpu_time_ratio'][name]:.3f}, "
+            f"peak memory {r['peak_memory_ratio'][name]:.3f}"
+        )
+    return "\n".join(lines)
 
 
-def machine_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu_{platform.machine()}"
+def instruction_set() -> str:
+    """What the CPU computes with, as torch and oneDNN see it."""
+    found = [torch.backends.cpu.get_cpu_capability()]
+    found += [name for name, has in (("bf16", "avx512_bf16"), ("amx", "amx_tile")) if has in _flags()]
+    return "_".join(found).lower()
+
+
+def _flags() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    return next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: small; huge on CUDA")
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels")
-    parser.add_argument("--patch-size", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--patch-size", type=int, help="default: 16; 14 for huge")
+    parser.add_argument("--batch-size", type=int, help="default: 16; 128 on CUDA")
     parser.add_argument("--masks", nargs="+", choices=["ragged", "uniform"], default=["ragged", "uniform"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--attention", default="auto", help="backend of attend")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7, help="steps of each side that are timed")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--against", nargs="*", choices=["plain", "release"], default=["plain", "release"])
+    parser.add_argument("--base", type=Path, help="another checkout of jepa_kit")
+    parser.add_argument("--reference", type=Path, help="a checkout of the released I-JEPA code")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE_torchVERSION_step.json")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    on_cuda = args.device.startswith("cuda")
+    args.sizes = args.sizes or ["huge" if on_cuda else "small"]
+    args.batch_size = args.batch_size or (128 if on_cuda else 16)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    version = torch.__version__.split("+")[0]
-    name = f"{machine_name(args.device)}_torch{version}_step.json".replace(" ", "_")
+    machine = machine_name(args.device)
+    if not args.device.startswith("cuda"):
+        machine += f"_{instruction_set()}"
+    name = f"{machine}_torch{torch.__version__.split('+')[0]}_step.json".replace(" ", "_")
     output = args.output or Path(__file__).parent / "results" / name
     results = []
-    for masks in args.masks:
-        for dtype in args.dtypes:
-            setting = Setting(
-                size=args.size,
-                image_size=args.image_size,
-                patch_size=args.patch_size,
-                batch_size=args.batch_size,
-                masks=masks,
-                dtype=dtype,
-                device=args.device,
-                attention=args.attention,
-                threads=args.threads,
-            )
-            r = measure(setting, args.repeats)
-            results.append(r)
-            print(describe(r), flush=True)
+    for size in args.sizes:
+        for masks in args.masks:
+            for dtype in args.dtypes:
+                setting = Setting(
+                    size=size,
+                    image_size=args.image_size,
+                    patch_size=args.patch_size or (14 if size == "huge" else 16),
+                    batch_size=args.batch_size,
+                    masks=masks,
+                    dtype=dtype,
+                    device=args.device,
+                    attention=args.attention,
+                    threads=args.threads,
+                )
+                others: dict[str, Path | None] = dict.fromkeys(args.against)
+                if args.reference is not None and masks == "uniform":
+                    others["reference"] = args.reference.resolve()
+                if args.base is not None:
+                    others["base"] = args.base.resolve()
+                results.append(measure(setting, others, args.repeats))
+                print(describe(results[-1]), flush=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "machine": machine_name(args.device),
-        "torch": torch.__version__,
-        "load_average": os.getloadavg()[0],
-        "results": results,
-    }
+    report = {"machine": machine, "torch": torch.__version__, "load_average": os.getloadavg()[0], "results": results}
     output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {output}")
 

@@ -2,6 +2,8 @@
 
 The whole image goes through a convolution, the visible patches are gathered after it, sets are rows of one [S, L, D]
 tensor (padded to the longest and masked where lengths differ), and the context is repeated for every target block.
+``explicit`` attention keeps its scores in memory, and ``move`` averages parameter by parameter: with an AdamW that is
+neither fused nor foreach, these are the step of the released code.
 
     B = images    M = target blocks of an image    S = sets    L = tokens of the longest set    D, E = widths
 """
@@ -19,9 +21,9 @@ from jepa_kit.structures import MaskBatch, PatchSets
 class Layer(nn.Module):
     """Pre-norm transformer layer; its parameters are named as those of ``jepa_kit.encoders.blocks.Block``."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, explicit: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.explicit = heads, explicit
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -32,9 +34,17 @@ class Layer(nn.Module):
         s, n, d = x.shape
         qkv = self.attn["qkv"](self.norm1(x)).reshape(s, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [S, heads, L, d]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = scores_and_sum(q, k, v, mask) if self.explicit else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.attn["proj"](y.transpose(1, 2).reshape(s, n, d))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+def scores_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention over [S, heads, L, d] with its scores in memory; ``mask`` is True where there is a key."""
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # [S, heads, L, L]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
 
 
 class PatchEmbed(nn.Module):
@@ -47,12 +57,21 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, grid: tuple[int, int], patch_size: int, dim: int, depth: int, heads: int, ratio: float) -> None:
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        ratio: float,
+        explicit: bool = False,
+    ) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_2d(dim, grid), persistent=False)
-        self.blocks = nn.ModuleList(Layer(dim, heads, ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Layer(dim, heads, ratio, explicit) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: Tensor, index: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -66,13 +85,15 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    def __init__(self, grid: tuple[int, int], dim: int, width: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, grid: tuple[int, int], dim: int, width: int, depth: int, heads: int, explicit: bool = False
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_2d(width, grid), persistent=False)
-        self.blocks = nn.ModuleList(Layer(width, heads, 4.0) for _ in range(depth))
+        self.blocks = nn.ModuleList(Layer(width, heads, 4.0, explicit) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.proj = nn.Linear(width, dim)
 
@@ -103,6 +124,13 @@ class PlainJEPA(nn.Module):
         s_hat_y = self.predictor(s_x, masks.seen, masks.hidden, masks.both_mask)
         error = F.smooth_l1_loss(s_hat_y.float(), s_y.float(), reduction="none")
         return error.mean() if masks.weight is None else (error.mean(-1) * masks.weight).sum()
+
+
+@torch.no_grad()
+def move(target_encoder: nn.Module, encoder: nn.Module, momentum: float) -> None:
+    """target encoder <- its average with the encoder, parameter by parameter."""
+    for old, new in zip(target_encoder.parameters(), encoder.parameters(), strict=True):
+        old.mul_(momentum).add_((1.0 - momentum) * new.detach())
 
 
 class PaddedMasks:

@@ -14,26 +14,28 @@ from torch.utils.checkpoint import checkpoint
 
 from jepa_kit.encoders.attention import Backend, attend
 from jepa_kit.encoders.compiled import run_block
+from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import check_choice
 from jepa_kit.structures import SetLengths
 
 Init = Literal["released", "depth_scaled"]
 
 
-ROWS = 256
-"""``fill_rows`` makes the number of tokens a multiple of this."""
+COUNTS = 64
+"""``fill_rows`` leaves so many numbers of rows between one power of two and the next."""
 
 
 def fill_rows(x: Tensor) -> Tensor:
-    """[P, D] -> [R, D]: zero rows after the tokens, where they make the matrix products faster.
+    """[P, D] -> [R, D]: zero rows after the tokens, if they make the matrix products faster.
 
     On a CPU in half precision a product's kernel is compiled for its sizes, about 2 ms for each size not seen
-    lately; ragged sets have another number of tokens at every step. The rows are no set's: attention leaves them
-    out, and who made them takes them off again.
+    lately; ragged sets have another number of tokens at every step. There are at most 1 / COUNTS more rows than
+    tokens. The rows are no set's: attention leaves them out, and who made them takes them off again.
     """
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return x
-    return add_rows(x, -(-len(x) // ROWS) * ROWS)
+    step = max(1, (1 << (len(x) - 1).bit_length()) // (2 * COUNTS))
+    return add_rows(x, -(-len(x) // step) * step)
 
 
 def add_rows(x: Tensor, rows: int) -> Tensor:
@@ -58,8 +60,8 @@ class Attention(nn.Module):
             raise ValueError(f"num_heads (={num_heads}) must divide the width (={dim})")
         self.num_heads = num_heads
         self.backend: Backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
@@ -73,11 +75,11 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
+        return self.fc2(self.fc1.gelu(x))
 
 
 class DropPath(nn.Module):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from jepa_kit.encoders.blocks import (
     take_rows,
 )
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
+from jepa_kit.encoders.products import linear
 from jepa_kit.registry import ENCODERS, check_choice
 from jepa_kit.structures import Grid, PatchSets, SetLengths
 
@@ -71,7 +71,7 @@ class PatchEmbed(nn.Module):
             w = images.shape[-1] // p
             view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
             pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
-        return F.linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
+        return linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
 
 
 @ENCODERS.register("vit")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks, take_rows
 from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import PREDICTORS
 from jepa_kit.structures import MaskBatch
 
@@ -62,7 +63,7 @@ class ViTPredictor(nn.Module):
         if width < 4 or width % 4:
             raise ValueError(f"width (={width}) must be a multiple of 4: sine and cosine of rows and columns")
         self.width, self.grid, self.init = width, grid, init
-        self.embed = nn.Linear(embed_dim, width)
+        self.embed = Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_2d(width, grid), persistent=False)
@@ -77,7 +78,7 @@ class ViTPredictor(nn.Module):
             compiled=compile,
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.proj = nn.Linear(width, out_dim)
+        self.proj = Linear(width, out_dim)
         self.init_weights()
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from jepa_kit.encoders.blocks import (
-    ROWS,
+    COUNTS,
     Attention,
     Block,
     DropPath,
@@ -81,13 +81,13 @@ def test_norm_eps_is_that_of_every_norm() -> None:
 # --- rows that are no tokens ---
 
 
-def test_rows_are_added_only_where_half_precision_on_a_cpu_gains_from_them() -> None:
-    x = torch.randn(ROWS + 3, 4)
+def test_rows_are_added_only_in_half_precision_on_a_cpu() -> None:
+    x = torch.randn(259, 4)
     assert fill_rows(x) is x
     with torch.autocast("cpu", torch.bfloat16):
         filled = fill_rows(x)
-        assert fill_rows(x[:ROWS]).shape == (ROWS, 4)
-    assert filled.shape == (2 * ROWS, 4)
+        assert fill_rows(x[:256]).shape == (256, 4)
+    assert filled.shape == (260, 4)
     assert torch.equal(filled[: len(x)], x)
     assert not filled[len(x) :].any()
 
@@ -98,6 +98,13 @@ def test_no_tensor_is_filled_with_zeros_to_take_all_rows() -> None:
     with torch.profiler.profile() as profile:
         Block(DIM, HEADS)(x, lengths).sum().backward()
     assert not {event.key for event in profile.key_averages()} & {"aten::slice_backward", "aten::zeros"}
+
+
+def test_rows_are_few_and_so_are_their_numbers() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = {n: len(fill_rows(torch.empty(n, 1))) for n in range(1, 4097)}
+    assert all(n <= rows < n * (1 + 1 / COUNTS) for n, rows in filled.items())
+    assert len({rows for n, rows in filled.items() if n > 2048}) == COUNTS
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])

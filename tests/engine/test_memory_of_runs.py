@@ -61,7 +61,7 @@ def saved_bytes(jepa, masks, precision):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """bf16 on a CPU fills up rows and has plain attention, which keeps its scores."""
-    monkeypatch.setattr(blocks, "ROWS", 1)
+    monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
     monkeypatch.setattr(attention, "_plain_products", lambda q: False)
 
 

@@ -1,0 +1,144 @@
+"""One contender of bench_step.py, in a process of its own: reads orders from stdin, writes answers as JSON lines.
+
+    python step_worker.py ROOT KIND SETTING [CHECKOUT]
+
+ROOT is the checkout whose jepa_kit is imported; KIND is ``ours``, ``plain``, ``release`` or ``reference``, whose code
+is at CHECKOUT. Each order is a JSON list: a name of ``Worker``'s methods and its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT, KIND = sys.argv[1:3]
+sys.path[:0] = [ROOT, str(Path(__file__).parent)]
+
+import torch
+from plain_jepa import PaddedMasks, PlainJEPA, move
+from steps import HYPER, Setting, autocast, make_images, make_masks, make_ours, make_plain, process_memory, timed
+from torch import Tensor
+
+from jepa_kit.engine.optimizer import build_optimizer, parameter_groups
+from jepa_kit.engine.schedules import set_hyper
+from jepa_kit.engine.step import train_step
+from jepa_kit.structures import MaskBatch
+from jepa_kit.target_updates import EMA
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
+WARM_UP, STEPS = 2, 8
+"""Of a turn on CUDA: untimed steps, and steps between two synchronisations."""
+
+
+def make_step(s: Setting, state: Path) -> tuple[Callable[[MaskBatch], Any], Callable[[Any], Tensor]]:
+    """(what prepares masks, the step over them), with the weights at ``state``."""
+    images, jepa = make_images(s), make_ours(s)
+    jepa.load_state_dict(torch.load(state, map_location=s.device))
+    if KIND == "ours":
+        optimizer = build_optimizer(jepa)
+        return lambda m: m, lambda m: train_step(
+            jepa, optimizer, HYPER, images, m, autocast=lambda: autocast(s)
+        ).loss.detach()
+    if KIND == "reference":
+        from step_reference import Reference, uniform_masks
+
+        model: Any = Reference(sys.argv[4], s, jepa)
+        prepare: Callable[[MaskBatch], Any] = uniform_masks
+    else:
+        model, prepare = make_plain(s, jepa, explicit=KIND == "release"), PaddedMasks
+    del jepa
+    return prepare, plain_step(s, model, images)
+
+
+def plain_step(s: Setting, model: PlainJEPA, images: Tensor) -> Callable[[Any], Tensor]:
+    plain = KIND == "plain"
+    groups = parameter_groups(model)
+    optimizer = build_optimizer(model) if plain else torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)
+    update = EMA().update if plain else move
+
+    def step(masks: Any) -> Tensor:
+        set_hyper(optimizer, HYPER)
+        with autocast(s):
+            loss = model(images, masks)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update(model.target_encoder, model.encoder, HYPER.momentum)
+        return loss.detach()
+
+    return step
+
+
+class Worker:
+    """Answers orders; step i of every contender has the same masks."""
+
+    def __init__(self, s: Setting) -> None:
+        self.s, self.masks, self.drawn = s, make_masks(s), 0
+        self.cuda = s.device.startswith("cuda")
+
+    def save(self, path: str) -> None:
+        """Write the weights that all start from."""
+        torch.save(make_ours(self.s).state_dict(), path)
+
+    def start(self, path: str) -> None:
+        self.prepare, self.step = make_step(self.s, Path(path))
+        self.before = self._memory("VmRSS")
+
+    def _memory(self, which: str) -> int:
+        if self.cuda:
+            return torch.cuda.memory_allocated() if which == "VmRSS" else torch.cuda.max_memory_allocated()
+        return process_memory(which)
+
+    def _next(self) -> Any:
+        return self.prepare(next(self.masks))
+
+    def loss(self) -> float:
+        """Run a step and return its loss."""
+        return float(self.step(self._next()))
+
+    def turn(self) -> tuple[float, float]:
+        """(wall, CPU) seconds of a step; on CUDA of one of several between two synchronisations."""
+        if not self.cuda:
+            masks = self._next()
+            return timed(lambda: self.step(masks), self.s.device)
+        ready = [self._next() for _ in range(WARM_UP + STEPS)]
+        for masks in ready[:WARM_UP]:
+            self.step(masks)
+        wall, cpu = timed(lambda: [self.step(m) for m in ready[WARM_UP:]][-1], self.s.device)
+        torch.cuda.empty_cache()  # for the contender that is next
+        return wall / STEPS, cpu / STEPS
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes at most, and before the first step."""
+        return self._memory("VmHWM"), self.before
+
+    def profile(self) -> dict[str, float]:
+        """Shares of a step's time on a CPU: matrix products, fused attention, and what else takes 1 % or more."""
+        from torch.profiler import ProfilerActivity, profile
+
+        masks, of = self._next(), Counter[str]()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            self.step(masks)
+        for event in recorded.events():
+            name = "products" if event.name in PRODUCTS else event.name
+            of["attention" if "scaled_dot_product" in name else name] += event.self_cpu_time_total
+        total = sum(of.values())
+        return {name: time / total for name, time in of.most_common() if time >= 0.01 * total}
+
+
+def main() -> None:
+    setting = Setting(**json.loads(sys.argv[3]))
+    torch.set_num_threads(setting.threads)
+    worker, answers = Worker(setting), sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        print(json.dumps(getattr(worker, name)(*arguments)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
