@@ -93,7 +93,9 @@ def measure(s: Setting, others: dict[str, Path | None], repeats: int) -> dict[st
             contenders[name] = Contender(name, s, path)
         with tempfile.TemporaryDirectory() as folder:
             state = str(Path(folder) / "weights.pt")
-            contenders["ours"]("save", state)
+            saver = Contender("ours", s, None)  # a process of its own: its memory is not that of a step
+            saver("save", state)
+            saver.close()
             for contender in contenders.values():
                 contender("start", state)
         losses = {name: [c("loss") for _ in range(CHECKED)] for name, c in contenders.items()}

@@ -6,6 +6,7 @@ P = packed tokens of all sets    D = width    h = heads    d = D / h    R = P or
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -51,6 +52,28 @@ def take_rows(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else x[:rows]
 
 
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Tokens that stand in several sets at a block's input, and tokens that are read at its output.
+
+    Args:
+        source: [P], for each token of the sets the row of the block's input; None if row i is token i.
+        kept: [P_k], the tokens that the block returns, in this order; None for all.
+        lengths: of the sets of the kept tokens; as many sets as before.
+    """
+
+    source: Tensor | None
+    kept: Tensor | None
+    lengths: SetLengths
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[R, D], the block's input -> [R_k, D], its rows of the tokens that are kept, and ``fill_rows``."""
+        index = self.source if self.kept is None else self.kept
+        if self.source is not None and self.kept is not None:
+            index = self.source.index_select(0, self.kept)
+        return x if index is None else fill_rows(x.index_select(0, index))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention inside each set, with one projection for q, k and v."""
 
@@ -63,11 +86,18 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+    def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None, rows: int | None = None) -> Tensor:
+        """[R, D] -> [rows, D], the first of which are tokens; see ``Block.forward``. ``rows`` is R by default."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
-        q, k, v = take_rows(qkv, lengths.total).unbind(1)  # 3 x [P, h, d]
+        return self.proj(self.attend(qkv, lengths, route, len(x) if rows is None else rows))
+
+    def attend(self, qkv: Tensor, lengths: SetLengths, route: Route | None, rows: int) -> Tensor:
+        """[R, 3, h, d] -> [rows, D]: attention between the two products."""
+        source, kept = (None, None) if route is None else (route.source, route.kept)
+        qkv = take_rows(qkv, lengths.total) if source is None else qkv.index_select(0, source)
+        q, k, v = qkv.unbind(1)  # 3 x [P, h, d]
         out = attend(q, k, v, lengths, self.backend).flatten(1)  # [P, D]
-        return self.proj(add_rows(out, len(x)))  # [R, D]
+        return add_rows(out if kept is None else out.index_select(0, kept), rows)
 
 
 class MLP(nn.Module):
@@ -133,17 +163,23 @@ class Block(nn.Module):
         self.mlp = MLP(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+    def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None) -> Tensor:
+        """[R, D] -> [R, D]; with a ``route`` from its sources to the tokens that it keeps.
+
+        What a token's own vector decides (norm1, q, k, v) is computed once for each row of ``x``, and what follows
+        attention for kept tokens alone.
+        """
         if self.checkpointed and torch.is_grad_enabled():
             draws = self.training and self.drop_path.rate > 0
-            return checkpoint(self._forward, x, lengths, use_reentrant=False, preserve_rng_state=draws)
-        return self._forward(x, lengths)
+            return checkpoint(self._forward, x, lengths, route, use_reentrant=False, preserve_rng_state=draws)
+        return self._forward(x, lengths, route)
 
-    def _forward(self, x: Tensor, lengths: SetLengths) -> Tensor:
+    def _forward(self, x: Tensor, lengths: SetLengths, route: Route | None) -> Tensor:
         if self.compiled:
-            return run_block(self, x, lengths)
-        x = x + self.drop_path(self.attn(self.norm1(x), lengths), lengths)
-        return x + self.drop_path(self.mlp(self.norm2(x)), lengths)
+            return run_block(self, x, lengths, route)
+        stream, after = (x, lengths) if route is None else (route.rows(x), route.lengths)
+        x = stream + self.drop_path(self.attn(self.norm1(x), lengths, route, len(stream)), after)
+        return x + self.drop_path(self.mlp(self.norm2(x)), after)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

@@ -14,9 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa_kit.encoders.attention import attend
 from jepa_kit.structures import SetLengths
 
 COMPILER = "inductor"
@@ -49,15 +48,14 @@ def _compiled(function: Callable[..., Tensor], compiler: str) -> Callable[..., T
     return torch.compile(function, backend=compiler)
 
 
-def run_block(block: Any, x: Tensor, lengths: SetLengths) -> Tensor:
-    """What ``block(x, lengths)`` is without compilation, to rounding."""
+def run_block(block: Any, x: Tensor, lengths: SetLengths, route: Any = None) -> Tensor:
+    """Return what ``block(x, lengths, route)`` returns without compilation, to rounding."""
+    stream, after = (x, lengths) if route is None else (route.rows(x), route.lengths)  # [R_k, D]
     qkv = _compiled(before_attention, COMPILER)(block, _varies(x))  # [R, 3, h, d]
-    q, k, v = (qkv if lengths.total == len(qkv) else qkv[: lengths.total]).unbind(1)  # 3 x [P, h, d]
-    out = attend(q, k, v, lengths, block.attn.backend).flatten(1)  # [P, D]
-    out = nn.functional.pad(out, (0, 0, 0, len(x) - len(out))) if len(out) < len(x) else out  # [R, D]
+    y = block.attn.proj(block.attn.attend(qkv, lengths, route, len(stream)))  # [R_k, D]
     drops = block.training and block.drop_path.rate > 0
-    kept, kept_mlp = (block.drop_path(x.new_ones(len(x), 1), lengths) if drops else None for _ in range(2))
-    return _compiled(after_attention, COMPILER)(block, x, _varies(block.attn.proj(out)), kept, kept_mlp)
+    kept, kept_mlp = (block.drop_path(x.new_ones(len(stream), 1), after) if drops else None for _ in range(2))
+    return _compiled(after_attention, COMPILER)(block, _varies(stream), _varies(y), kept, kept_mlp)
 
 
 def _varies(x: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if half else x.dtype
 
 
+def _is_ours(x: Tensor, dtype: torch.dtype) -> bool:
+    # Compilers and tracers know torch's operator better.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return x.device.type == "cpu" and x.ndim == 2 and not traced and _available(dtype)
+
+
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")  # type: ignore[no-any-return]
 
@@ -56,8 +62,7 @@ class _Linear(torch.autograd.Function):
             dw = grad.t() @ x
         if of_bias:
             # torch sums columns in float32 at half the speed of this product.
-            ones = grad.new_ones(1, len(grad))
-            db = (ones @ grad)[0] if grad.dtype == torch.float32 else grad.sum(0)
+            db = grad.t().mv(grad.new_ones(len(grad))) if grad.dtype == torch.float32 else grad.sum(0)
         return dx, dw, db
 
 
@@ -73,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         [R, N].
     """
     dtype = _dtype(x)
-    if x.device.type != "cpu" or x.ndim != 2 or torch.compiler.is_compiling() or not _available(dtype):
+    if not _is_ours(x, dtype):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -87,8 +92,7 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """Return the GELU of ``self(x)``: one kernel if no gradient is needed, which would need what goes into it."""
         dtype = _dtype(x)
-        kept = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if kept or x.device.type != "cpu" or x.ndim != 2 or not _available(dtype):
+        if torch.is_grad_enabled() or not _is_ours(x, dtype):
             return F.gelu(self(x))
         bias = None if self.bias is None else self.bias.to(dtype)
         return _onednn(x.to(dtype), self.weight.to(dtype), bias, "gelu")

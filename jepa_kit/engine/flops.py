@@ -3,8 +3,9 @@
 n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
 D_e, D_p, D_o  widths of encoder, predictor and targets
 
-The formula is what the equations ask for, whoever computes them: padding, activations that are computed a second time
-to save memory, and the update of weights and target encoder are no part of it.
+The formula is what the equations need, whoever computes them: padding, activations that are computed a second time
+to save memory, and the update of weights and target encoder are no part of it. Nor are what the predictor does not need:
+q, k, v of a context token in its first block once for each target, and what follows the last attention for context.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from jepa_kit.encoders import ViT
+from jepa_kit.encoders.blocks import Block
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
@@ -24,8 +26,9 @@ from jepa_kit.structures import MaskBatch
 FORMULA = (
     "2 FLOP a multiply-add, matrix products only. "
     "A block on sets of n tokens: sum(n) * (8 D^2 + 4 D F) + 4 D sum(n^2). "
-    "Encoder: depth blocks + sum(n) * 2 C p^2 D. Predictor, on sequences of context and target: depth blocks "
-    "+ context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
+    "Encoder: depth blocks + sum(n) * 2 C p^2 D. Predictor, on sequences of context and target: depth blocks, "
+    "q, k, v of the first once for each context and target token and what follows attention in the last for target "
+    "tokens alone, + context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
     "A training step: target encoder + 3 * (encoder + predictor), backward as twice forward; "
     "targets that carry a gradient count three times too. Optimiser and target update are left out."
 )
@@ -84,23 +87,42 @@ def encoder_flops(encoder: nn.Module) -> SetFlops | None:
 
 @dataclass(frozen=True)
 class PredictorFlops:
-    """Of a forward pass of a predictor: its blocks over sequences, a map in and a map out."""
+    """Of a forward pass of a predictor: its blocks over sequences, a map in and a map out.
+
+    Args:
+        blocks: of all blocks, if each computed everything for every token of the sequences.
+        per_context_token, per_target_token: of the maps.
+        before_attention: for each token, of q, k and v in the first block.
+        after_attention: for each token, of what follows attention in the last block.
+    """
 
     blocks: SetFlops
     per_context_token: float
     per_target_token: float
+    before_attention: float = 0.0
+    after_attention: float = 0.0
 
     def __call__(self, lengths: Lengths) -> float:
-        maps = self.per_context_token * int(lengths.context.sum()) + self.per_target_token * int(lengths.targets.sum())
-        return self.blocks(lengths.sequences) + maps
+        context, targets, sequences = (int(x.sum()) for x in (lengths.context, lengths.targets, lengths.sequences))
+        maps = self.per_context_token * context + self.per_target_token * targets
+        saved = self.before_attention * (sequences - context - targets) + self.after_attention * (sequences - targets)
+        return self.blocks(lengths.sequences) + maps - saved
 
 
 def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
     """Of a forward pass of a predictor; None for another one than ``vit``."""
     if not isinstance(predictor, ViTPredictor):
         return None
-    maps = (2.0 * predictor.embed.weight.numel(), 2.0 * predictor.proj.weight.numel())
-    return PredictorFlops(block_flops(predictor.blocks), *maps)
+    first, last = predictor.blocks[0], predictor.blocks[-1]
+    assert isinstance(first, Block) and isinstance(last, Block)
+    after = (last.attn.proj, last.mlp.fc1, last.mlp.fc2)
+    return PredictorFlops(
+        block_flops(predictor.blocks),
+        2.0 * predictor.embed.weight.numel(),
+        2.0 * predictor.proj.weight.numel(),
+        2.0 * first.attn.qkv.weight.numel(),
+        2.0 * sum(m.weight.numel() for m in after),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ What a block keeps for its backward pass, for each token (attention by a fused k
     q, k, v; output of attention           4 * w D        and a sum for each head, 4 h
     before and after the GELU              2 * w F
 
+The predictor's first block keeps what stands before q, k and v for each context and target token once; its last keeps
+what follows attention for target tokens, and attention's output a second time for these.
+
 tests/engine/test_memory_of_runs.py holds this against what torch saves. It is not all: kernels' workspaces, NCCL's
 buffers, the CUDA context and what the allocator cannot use come on top, some GB.
 """
@@ -93,9 +96,9 @@ def training_memory(
     flops = model_flops(jepa)
     context, sequences = int(lengths.context.sum()), int(lengths.sequences.sum())
     seen = int(flops.seen(lengths).sum())
-    kept = _network(encoder.blocks, context, number, checkpointing) + _network(
-        predictor.blocks, sequences, number, checkpointing
-    )
+    targets = int(lengths.targets.sum())
+    kept = _network(encoder.blocks, context, number, checkpointing)
+    kept += _network(predictor.blocks, sequences, number, checkpointing, context + targets, targets)
     kept += _ends(encoder, predictor, lengths, number)
     if flops.targets_trained:  # and a LayerNorm over the targets
         kept += _network(encoder.blocks, seen, number, checkpointing) + seen * _ends_of(encoder, number)
@@ -126,15 +129,46 @@ def _sizes(blocks: nn.ModuleList) -> Iterator[tuple[int, int, int]]:
         yield block.norm1.normalized_shape[0], block.mlp.fc1.out_features, block.attn.num_heads
 
 
+def _before(d: int, number: int) -> float:
+    """Bytes that a block keeps for each token of what stands before q, k and v."""
+    return FLOAT32 * d + 8 + number * d
+
+
+def _after(d: int, f: int, number: int) -> float:
+    """Bytes that a block keeps for each token of what follows attention."""
+    return FLOAT32 * d + 8 + number * d + 2 * number * f
+
+
 def _block(d: int, f: int, h: int, number: int) -> float:
     """Bytes that a block keeps for each token."""
-    return 2 * FLOAT32 * d + 16 + 6 * number * d + FLOAT32 * h + 2 * number * f
+    return _before(d, number) + 4 * number * d + FLOAT32 * h + _after(d, f, number)
 
 
-def _network(blocks: nn.ModuleList, tokens: int, number: int, checkpointing: bool) -> float:
+def _network(
+    blocks: nn.ModuleList,
+    tokens: int,
+    number: int,
+    checkpointing: bool,
+    first: int | None = None,
+    last: int | None = None,
+) -> float:
+    """Bytes that blocks keep.
+
+    Args:
+        first: tokens at the first block's input, if some stand in several sets.
+        last: tokens that the last block returns, if not all.
+    """
+    sizes = list(_sizes(blocks))
+    (d, _, _), (e, f, _) = sizes[0], sizes[-1]
     if checkpointing:
-        return sum(tokens * FLOAT32 * d for d, _, _ in _sizes(blocks))
-    return sum(tokens * _block(*size, number) for size in _sizes(blocks))
+        kept = sum(tokens * FLOAT32 * d for d, _, _ in sizes)
+        return kept if first is None else kept + (first - tokens) * FLOAT32 * d
+    kept = sum(tokens * _block(*size, number) for size in sizes)
+    if first is not None:
+        kept += (first - tokens) * _before(d, number)
+    if last is not None:
+        kept += (last - tokens) * _after(e, f, number) + last * number * e
+    return kept
 
 
 def _working(blocks: nn.ModuleList, tokens: int, number: int, checkpointing: bool) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, fill_rows, init_transformer, make_blocks, take_rows
+from jepa_kit.encoders.blocks import Init, Route, fill_rows, init_transformer, make_blocks, take_rows
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import PREDICTORS
@@ -106,11 +106,16 @@ class ViTPredictor(nn.Module):
         seen = self.embed(fill_rows(context))[: len(context)] + self.pos_embed[masks.context.index]  # [P_c, E]
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
         order, is_target = sequence_order(masks)
-        x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]).index_select(0, order))  # [R, E]
-        for block in self.blocks:
-            x = block(x, masks.sequences)
-        x = self.proj(fill_rows(self.norm(x.index_select(0, is_target))))
-        return take_rows(x, len(is_target))  # [P_t, out_dim]
+        x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]))  # [P_c + P_t, E] and rows
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            # A context token stands in the sequence of each of its target blocks, and is the same in all of them up to
+            # the first attention. After the last attention only target tokens are read.
+            source, kept = order if i == 0 else None, is_target if i == last else None
+            lengths = masks.sequences if kept is None else masks.targets.lengths
+            inner = source is None and kept is None
+            x = block(x, masks.sequences, None if inner else Route(source, kept, lengths))
+        return take_rows(self.proj(self.norm(x)), len(is_target))  # [P_t, out_dim]
 
 
 def sequence_order(masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jepa_kit.config import config_from_dict
-from jepa_kit.encoders import attention, blocks
+from jepa_kit.encoders import attention_dense, blocks
 from jepa_kit.encoders.blocks import checkpoint_activations
 from jepa_kit.engine.flops import Lengths
 from jepa_kit.engine.memory import training_memory
@@ -62,7 +62,7 @@ def saved_bytes(jepa, masks, precision):
 def as_on_a_gpu(monkeypatch):
     """bf16 on a CPU fills up rows and has plain attention, which keeps its scores."""
     monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
-    monkeypatch.setattr(attention, "_plain_products", lambda q: False)
+    monkeypatch.setattr(attention_dense, "_plain_products", lambda q: False)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
