@@ -41,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch
+from kernel_kinds import profiled
+from plain_jepa import PaddedMasks
 from steps import (
     Setting,
     autocast,
@@ -54,8 +56,6 @@ from steps import (
     step_flops,
     timed,
 )
-from kernel_kinds import profiled
-from plain_jepa import PaddedMasks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

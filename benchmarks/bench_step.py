@@ -61,14 +61,15 @@ class Contender:
         root, kind = (path, "ours") if name == "base" else (ROOT, name)
         command = [sys.executable, str(Path(__file__).with_name("step_worker.py")), str(root), kind]
         command += [json.dumps(asdict(s)), *([str(path)] if kind == "reference" else [])]
-        # torch 2.13's cuDNN attention builds a plan for every new length; no code that is used in practice waits for it.
+        # cuDNN's attention builds a plan for every new length, for which plain code would wait.
         environment = {**os.environ, "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def __call__(self, *order: object) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             print(json.dumps(order), file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
@@ -156,19 +157,20 @@ def summary(
 
 
 def describe(r: dict[str, Any]) -> str:
-    lines = [
-        f"{r['size']} {r['masks']} {r['dtype']}: {r['seconds']['ours']:.2f} s a step (CPU {r['cpu_seconds']['ours']:.2f}), "
+    wall, cpu = r["seconds"]["ours"], r["cpu_seconds"]["ours"]
+    head = (
+        f"{r['size']} {r['masks']} {r['dtype']}: {wall:.2f} s a step (CPU {cpu:.2f}), "
         f"{r['share_of_peak_by_cpu_time']['ours']:.0%} of the matrix peak by CPU time"
-    ]
+    )
     if r["profile"]:
         products, attention = (r["profile"]["ours"].get(k, 0.0) for k in ("products", "attention"))
-        lines[0] += f"; {products:.1%} in products, {attention:.1%} in fused attention"
-    for name in r["time_ratio"]:
-        lines.append(
-            f"  over {name:10s} time {r['time_ratio'][name]:.3f}, CPU time {r['cpu_time_ratio'][name]:.3f}, "
-            f"peak memory {r['peak_memory_ratio'][name]:.3f}"
-        )
-    return "\n".join(lines)
+        head += f"; {products:.1%} in products, {attention:.1%} in fused attention"
+    lines = [
+        f"  over {name:10s} time {r['time_ratio'][name]:.3f}, CPU time {r['cpu_time_ratio'][name]:.3f}, "
+        f"peak memory {r['peak_memory_ratio'][name]:.3f}"
+        for name in r["time_ratio"]
+    ]
+    return "\n".join([head, *lines])
 
 
 def instruction_set() -> str:

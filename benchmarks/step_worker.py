@@ -19,13 +19,14 @@ ROOT, KIND = sys.argv[1:3]
 sys.path[:0] = [ROOT, str(Path(__file__).parent)]
 
 import torch
-from plain_jepa import PaddedMasks, PlainJEPA, move
+from plain_jepa import PaddedMasks, move
 from steps import HYPER, Setting, autocast, make_images, make_masks, make_ours, make_plain, process_memory, timed
 from torch import Tensor
 
 from jepa_kit.engine.optimizer import build_optimizer, parameter_groups
 from jepa_kit.engine.schedules import set_hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch
 from jepa_kit.target_updates import EMA
 
@@ -36,25 +37,23 @@ WARM_UP, STEPS = 2, 8
 
 def make_step(s: Setting, state: Path) -> tuple[Callable[[MaskBatch], Any], Callable[[Any], Tensor]]:
     """(what prepares masks, the step over them), with the weights at ``state``."""
-    images, jepa = make_images(s), make_ours(s)
-    jepa.load_state_dict(torch.load(state, map_location=s.device))
+    images, ours = make_images(s), make_ours(s)
+    ours.load_state_dict(torch.load(state, map_location=s.device))
     if KIND == "ours":
-        optimizer = build_optimizer(jepa)
-        return lambda m: m, lambda m: train_step(
-            jepa, optimizer, HYPER, images, m, autocast=lambda: autocast(s)
-        ).loss.detach()
+        return lambda masks: masks, our_step(s, ours, images)
     if KIND == "reference":
         from step_reference import Reference, uniform_masks
 
-        model: Any = Reference(sys.argv[4], s, jepa)
-        prepare: Callable[[MaskBatch], Any] = uniform_masks
-    else:
-        model, prepare = make_plain(s, jepa, explicit=KIND == "release"), PaddedMasks
-    del jepa
-    return prepare, plain_step(s, model, images)
+        return uniform_masks, plain_step(s, Reference(sys.argv[4], s, ours), images)
+    return PaddedMasks, plain_step(s, make_plain(s, ours, explicit=KIND == "release"), images)
 
 
-def plain_step(s: Setting, model: PlainJEPA, images: Tensor) -> Callable[[Any], Tensor]:
+def our_step(s: Setting, jepa: JEPA, images: Tensor) -> Callable[[Any], Tensor]:
+    optimizer = build_optimizer(jepa)
+    return lambda masks: train_step(jepa, optimizer, HYPER, images, masks, autocast=lambda: autocast(s)).loss.detach()
+
+
+def plain_step(s: Setting, model: Any, images: Tensor) -> Callable[[Any], Tensor]:
     plain = KIND == "plain"
     groups = parameter_groups(model)
     optimizer = build_optimizer(model) if plain else torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)

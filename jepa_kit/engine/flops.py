@@ -4,8 +4,8 @@ n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size   
 D_e, D_p, D_o  widths of encoder, predictor and targets
 
 The formula is what the equations need, whoever computes them: padding, activations that are computed a second time
-to save memory, and the update of weights and target encoder are no part of it. Nor are what the predictor does not need:
-q, k, v of a context token in its first block once for each target, and what follows the last attention for context.
+to save memory, and the update of weights and target encoder are no part of it. The predictor needs q, k and v of its
+first block once for each context token, and what follows its last attention for target tokens alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
     if not isinstance(predictor, ViTPredictor):
         return None
     first, last = predictor.blocks[0], predictor.blocks[-1]
-    assert isinstance(first, Block) and isinstance(last, Block)
+    assert isinstance(first, Block)
+    assert isinstance(last, Block)
     after = (last.attn.proj, last.mlp.fc1, last.mlp.fc2)
     return PredictorFlops(
         block_flops(predictor.blocks),
