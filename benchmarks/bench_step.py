@@ -111,7 +111,9 @@ def measure(s: Setting, others: dict[str, Path | None], repeats: int) -> dict[st
                 times[name].append(contenders[name]("turn"))
             order = order[1:] + order[:1]
         memory = {name: c("memory") for name, c in contenders.items()}
-        profiles = {} if s.device.startswith("cuda") else {name: c("profile") for name, c in contenders.items()}
+        profiles = {}
+        if not s.device.startswith("cuda"):
+            profiles = {name: c("profile") for name, c in contenders.items() if name in ("ours", "base")}
     finally:
         for contender in contenders.values():
             contender.close()
@@ -213,6 +215,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def store(output: Path, machine: str, results: list[dict[str, Any]]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "torch": torch.__version__, "load_average": os.getloadavg()[0], "results": results}
+    output.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     machine = machine_name(args.device)
@@ -242,9 +250,7 @@ def main(argv: list[str] | None = None) -> None:
                     others["base"] = args.base.resolve()
                 results.append(measure(setting, others, args.repeats))
                 print(describe(results[-1]), flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, "torch": torch.__version__, "load_average": os.getloadavg()[0], "results": results}
-    output.write_text(json.dumps(report, indent=2) + "\n")
+                store(output, machine, results)  # after each: what follows may be stopped
     print(f"wrote {output}")
 
 

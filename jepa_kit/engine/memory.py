@@ -161,9 +161,9 @@ def _network(
     sizes = list(_sizes(blocks))
     (d, _, _), (e, f, _) = sizes[0], sizes[-1]
     if checkpointing:
-        kept = sum(tokens * FLOAT32 * d for d, _, _ in sizes)
+        kept = float(sum(tokens * FLOAT32 * d for d, _, _ in sizes))
         return kept if first is None else kept + (first - tokens) * FLOAT32 * d
-    kept = sum(tokens * _block(*size, number) for size in sizes)
+    kept = float(sum(tokens * _block(*size, number) for size in sizes))
     if first is not None:
         kept += (first - tokens) * _before(d, number)
     if last is not None:
