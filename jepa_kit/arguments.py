@@ -1,8 +1,12 @@
-"""What the command lines of tools share: help out of the tool's own text, a config and what is changed in it."""
+"""What the command lines of tools share: the environment, help out of the tool's own text, a config and overrides."""
 
 from __future__ import annotations
 
 import argparse
+
+from jepa_kit.machine import prepare
+
+prepare()  # here, because tools import this module first, and torch reads the environment when it is imported
 
 
 def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[set[str]] = [
-    {"arguments", "plotting", "structures", "registry", "rng"},
+    {"arguments", "machine", "plotting", "structures", "registry", "rng"},
     {"maskers", "encoders", "losses"},
     {"predictors", "targets", "target_updates"},
     {"recipe", "data", "config"},

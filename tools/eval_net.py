@@ -205,6 +205,7 @@ def evaluated(
     """The rows, and what the file of results says of the checkpoint."""
     from jepa_kit.engine.distributed import from_main
     from jepa_kit.engine.precision import precision_of
+    from jepa_kit.engine.workers import choose_workers
     from jepa_kit.evaluation.networks import ENCODERS, config_networks, run_networks, sha256
     from jepa_kit.evaluation.report import evaluate
     from jepa_kit.evaluation.results import about_checkpoint
@@ -234,7 +235,7 @@ def evaluated(
         layers=arguments.layers or "last",
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        num_workers=config.data.num_workers,
+        num_workers=choose_workers(config.data.num_workers, device),
         mean=config.data.mean,
         std=config.data.std,
         decoder=config.data.decoder,

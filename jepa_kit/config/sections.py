@@ -92,7 +92,8 @@ class DataConfig(_Section):
         max_pixels: an image of more rows times columns is not decoded.
         mean, std: of the channels, for pixel values in [0, 1]; ImageNet's.
         shuffle_window: samples that are shuffled together.
-        num_workers: loader processes of each rank.
+        num_workers: loader processes of each rank; 0 loads in the training process. "auto": its usable cores on CUDA, a
+            quarter of them on a CPU; 0 if images load in no time (jepa_kit/engine/workers.py).
         prefetch: batches that are on their way to a CUDA device while a step runs; 0 copies each when it is needed.
 
     Raises:
@@ -120,7 +121,7 @@ class DataConfig(_Section):
         "above 0 and finite each", lambda x: all(0 < v < math.inf for v in x), (0.229, 0.224, 0.225)
     )
     shuffle_window: int = _at_least(1, 16384)
-    num_workers: int = _at_least(0, 2)
+    num_workers: int | Literal["auto"] = _option('at least 0, or "auto"', lambda x: x == "auto" or x >= 0, "auto")
     prefetch: int = _at_least(0, 2)
 
     def __post_init__(self) -> None:
@@ -234,6 +235,8 @@ class TrainConfig(_Section):
         activation_checkpointing: encoder and predictor keep each block's input alone for the backward pass, and compute
             the rest again: less memory, more time.
         device: torch's name of the device; "auto" takes CUDA where there is one.
+        deterministic: on CUDA, kernels that give the same bits every time (docs/faults.md), at some cost; an operator
+            without one is an error. On a CPU it changes nothing.
         tensorboard: whether each line is written for TensorBoard too, in the run folder.
         wandb: project of wandb (Weights & Biases) that gets each line too; None for no wandb.
 
@@ -261,6 +264,7 @@ class TrainConfig(_Section):
     accumulate: int = _at_least(1, 1)
     activation_checkpointing: bool = False
     device: str = _option("a device", bool, "auto")
+    deterministic: bool = False
     tensorboard: bool = True
     wandb: str | None = _option("a project's name", bool, None)
 

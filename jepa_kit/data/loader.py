@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import atexit
 import signal
+import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import active_children
 from typing import Any
@@ -193,6 +194,21 @@ class TrainLoader:
                 begin = g * self.batch_size + self.rank * part
                 yield Request(epoch * self.steps_per_epoch + g, epoch, order[begin : begin + part].copy())
             epoch, first = epoch + 1, 0
+
+    def seconds_per_image(self, count: int = 16) -> float | None:
+        """Return the seconds that one core takes to load an image, from the first ``count``; None if none is usable.
+
+        Other processes and waiting for a disk do not count.
+        """
+        samples = next(self.requests(0)).samples[:count]
+        view, loaded = self._batches.view, 0
+        draws = view.draws(samples, seed=self.seed, epoch=0)
+        start = time.thread_time()
+        for b, i in enumerate(samples.tolist()):
+            with suppress(SampleError, ImageError):  # the run counts it when it comes to it
+                view(self.dataset.image_bytes(i), draws[b])
+                loaded += 1
+        return (time.thread_time() - start) / loaded if loaded else None
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
         """(step, batch) from ``start_step`` on, without end.

@@ -28,6 +28,7 @@ from jepa_kit.engine.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.shard_files import layout, load_sharded
 from jepa_kit.engine.store import Store, Where
+from jepa_kit.engine.workers import set_workers
 from jepa_kit.interop.start import ORIGIN, Start, init_from, resume_official
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 
@@ -119,9 +120,9 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         rank=world.rank,
         world_size=world.size,
         shuffle_window=config.data.shuffle_window,
-        num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
     )
+    set_workers(loader, config.data.num_workers, device)
     steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
     torch.manual_seed(settings.seed)
     jepa = build_recipe(config).to(device).train()

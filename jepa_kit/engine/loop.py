@@ -31,6 +31,7 @@ from jepa_kit.engine.boards import check_boards, open_boards
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint import Checkpoint, step_of
 from jepa_kit.engine.curves import drawn, plot_curves
+from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
 from jepa_kit.engine.failures import under_way
 from jepa_kit.engine.files import write_text
@@ -47,6 +48,7 @@ from jepa_kit.engine.step import train_step
 from jepa_kit.engine.store import Store, Where, store_of
 from jepa_kit.engine.telemetry import Journal, Meter, Record
 from jepa_kit.engine.topology import Place, describe, find_places, to_dict
+from jepa_kit.engine.workers import limit_threads
 from jepa_kit.interop.start import Start
 from jepa_kit.rng import Stream, generator
 
@@ -75,12 +77,13 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         Preempted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 (signals.py); the checkpoint is written.
         KeyboardInterrupt: SIGINT before the first step, or a second one.
     """
+    limit_threads()
     check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     world = read_environment()
     device = choose_device(config.train.device, world)
     store = store_of(config.train)
     folder = store.run
-    with process_group(world, device), ExitStack() as held:
+    with deterministic(config.train.deterministic), process_group(world, device), ExitStack() as held:
         again = restarted()
         agreement = Agreement()  # one for all stretches: a group of processes stays until they part
 
@@ -136,6 +139,8 @@ def announce(
         "topology": to_dict(places, precision_of(run.config)),
         "attention": attention,
         "data": data_identity(run.dataset),
+        "num_workers": run.loader.num_workers,
+        "threads": torch.get_num_threads(),
         "parameters": {name: count for name, count in parameters.items() if count},
         "steps": run.schedule.steps,
         "steps_per_epoch": run.steps_per_epoch,
@@ -159,6 +164,7 @@ def announce(
     print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
     if run.dataset.remote:
         print(f"data: {run.loader.fetching()}")
+    print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
     print(f"parameters: {counts}")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:

@@ -53,6 +53,7 @@ FREE = frozenset(
         "train.checkpoint",
         "train.checkpoint_dir",
         "train.checkpoint_every",
+        "train.deterministic",
         "train.device",
         "train.init_from",
         "train.keep_checkpoints",

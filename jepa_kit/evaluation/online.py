@@ -33,6 +33,7 @@ from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.build import Run, open_together
 from jepa_kit.engine.distributed import together
 from jepa_kit.engine.precision import Precision, autocast_of, precision_of
+from jepa_kit.engine.workers import choose_workers
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health import BATCH, measure_health
 from jepa_kit.evaluation.neighbours import Bank
@@ -149,7 +150,7 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
         dataset,
         image_size=config.data.image_size,
         samples=chosen,
-        num_workers=config.data.num_workers,
+        num_workers=choose_workers(config.data.num_workers, run.device),
         decoder=config.data.decoder,
         max_pixels=config.data.max_pixels,
     )

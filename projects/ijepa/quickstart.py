@@ -25,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import jepa_kit.arguments  # noqa: F401 (first: it sets what torch reads when it is imported)
+
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
+    print("importing torch and scikit-learn", flush=True)
+
 import torch
 
 from jepa_kit.config import Config, load_config
