@@ -25,6 +25,7 @@ from typing import Any
 
 from iopath.common.file_io import file_lock
 
+from jepa_kit.data.shard_writing import Shard, sha256_of
 from jepa_kit.data.streams import Access, StreamError, copy
 
 TEMPORARY_GB = 20.0
@@ -105,6 +106,18 @@ class ShardCache:
             if self._is_whole(path, shard):
                 return Fetched(path)
             return _recent_fault(path, self.opened) or self._fetch(path, shard)
+
+    def summed(self, shard: RemoteShard, entry: Shard) -> None:
+        """Give a fetched shard the name of the version whose size and SHA-256 are known now.
+
+        Args:
+            shard: as it was fetched.
+            entry: of the index that was made of it.
+        """
+        known = RemoteShard(shard.address, entry.bytes, entry.sha256)
+        folder = self._inside("shards")
+        with lock(self.folder, shard.name), suppress(FileNotFoundError):  # if it was removed to make room
+            os.replace(os.path.join(folder, shard.name), os.path.join(folder, known.name))
 
     def _inside(self, *names: str) -> str:
         folder = os.path.join(self.folder, *names)
@@ -197,13 +210,7 @@ def _difference(path: str, shard: RemoteShard) -> str | None:
     size = os.path.getsize(path)
     if shard.bytes not in (None, size):
         return f"{size} bytes came, but its index says {shard.bytes}"
-    if shard.sha256 is None:
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return None if digest.hexdigest() == shard.sha256 else "its SHA-256 is not that of its index"
+    return None if shard.sha256 in (None, sha256_of(path)) else "its SHA-256 is not that of its index"
 
 
 def _remove_own(folder: str, owner: int) -> None:

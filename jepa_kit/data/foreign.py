@@ -1,4 +1,4 @@
-"""Shards without an index get theirs, by reading their tar headers once.
+"""Shards without an index get theirs, by reading them once: their tar headers, and all bytes for their SHA-256.
 
 A sample is what tar members of one name have in common up to the first dot of it. A member that a name has already
 begins another sample of that name: shards may have been joined, or count anew. A sample's image is the member of a
@@ -30,10 +30,13 @@ from jepa_kit.data.shard_writing import (
     UNFINISHED,
     Rows,
     Shard,
+    sha256_of,
     write_index,
 )
 
 BLOCK = tarfile.BLOCKSIZE
+INDEXER = 2
+"""Of what an index of foreign shards contains; one with another number is made again. 2: checksums, links."""
 SAY_EVERY = 30.0
 """Seconds between two lines about the progress."""
 
@@ -55,12 +58,13 @@ class Scan:
     refused: list[dict[str, str]]
 
 
-def scan(path: str, name: str) -> Scan:
-    """Reads the tar headers of a shard, and its label members.
+def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
+    """Read the tar headers of a shard, and its label members.
 
     Args:
         path: of the file.
         name: of the shard, for its entry.
+        checksum: whether its SHA-256 is computed too: the file is read whole for it.
 
     Raises:
         OSError: the file cannot be read.
@@ -90,7 +94,7 @@ def scan(path: str, name: str) -> Scan:
     numbers = np.array(places, dtype=np.int64).reshape(-1, 6)
     names = dict.fromkeys(name for row in found for name in row)
     columns = {name: np.array([row.get(name, -1) for row in found]) for name in names}
-    entry = Shard(name, len(keys), size, None)
+    entry = Shard(name, len(keys), size, sha256_of(path) if checksum else None)
     return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:]), refused)
 
 
@@ -195,7 +199,9 @@ def write_foreign_index(folder: str, scans: Sequence[Scan], path: str) -> None:
     most = {name: max(int(part.labels[name].max()) for part in parts if name in part.labels) for name in names}
     classes = {name: [str(k) for k in range(most[name] + 1)] for name in names}
     entries = [s.entry for s in scans]
-    write_index(folder, entries, parts, classes=classes, refused=refused, made_by={"tool": "index_shards"})
+    write_index(
+        folder, entries, parts, classes=classes, refused=refused, made_by={"tool": "index_shards", "version": INDEXER}
+    )
 
 
 class Progress:
@@ -229,7 +235,7 @@ def index_files(files: Sequence[str], folder: str, path: str) -> None:
     log.info("indexing %d shards of %s, once", len(files), path)
     progress, scans = Progress("shards indexed", len(files)), []
     for file in files:
-        scans.append(scan(file, os.path.basename(file)))
+        scans.append(scan(file, os.path.basename(file), checksum=True))
         progress.step()
     write_foreign_index(folder, scans, path)
 

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.cache import RemoteShard, ShardCache, lock
-from jepa_kit.data.foreign import Progress, Scan, index_files, scan, shards_in, write_foreign_index
-from jepa_kit.data.shard_index import read_array, read_index
+from jepa_kit.data.foreign import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
+from jepa_kit.data.shard_index import KEPT_INDEXES, is_foreign, read_array, read_index
 from jepa_kit.data.shard_writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard, replacing
 from jepa_kit.data.streams import Access, StreamError, expand, is_remote, is_shard, read
 from jepa_kit.rng import IntArray
@@ -71,13 +71,9 @@ class Part:
         """Whether there are masks of pixels."""
         return "masks" in self.index
 
-    def array(self, name: str) -> NDArray[Any]:
-        """An array of the index, memory-mapped where all of its rows are wanted.
-
-        Raises:
-            ValueError: it is missing or damaged, or not as the index says.
-        """
-        found = read_array(self.folder, name, self.index)
+    def array(self, name: str, *, verified: bool = False) -> NDArray[Any]:
+        """Return an array of the index, memory-mapped if all of its rows are wanted; see ``read_array``."""
+        found = read_array(self.folder, name, self.index, verified=verified)
         return found if self.rows is None else found[self.rows]
 
 
@@ -130,8 +126,12 @@ def _open_folder(folder: str, access: Access) -> Part:
         return _part(folder, found[0], found[1], folder)
     own, index = folder, _own_index(folder)
     if index is not None:
-        changed = _changed(folder, index, glob.glob(os.path.join(glob.escape(folder), "*.tar")))
-        if changed and is_foreign(index):
+        files = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
+        changed = _changed(folder, index, files)
+        if _outdated(index, files):
+            log.warning("%s in %s is of an earlier version, without checksums: indexed again", INDEX, folder)
+            index = None
+        elif changed and is_foreign(index):
             log.warning("%s was added to %s, or changed, since it was indexed: indexed again", changed[0], folder)
             index = None
         elif changed:
@@ -152,9 +152,11 @@ def _own_index(folder: str) -> dict[str, Any] | None:
     return read_index(path) if os.path.isfile(path) else None
 
 
-def is_foreign(index: dict[str, Any]) -> bool:
-    """Whether an index was made here, of the shards of others: it can be made again."""
-    return index.get("made_by", {}).get("tool") == "index_shards"
+def _outdated(index: dict[str, Any], files: Sequence[str]) -> bool:
+    """Whether an earlier release made the index of foreign shards, all of which are here to be indexed again."""
+    listed = {entry["file"] for entry in index["shards"]}
+    here = {os.path.basename(file) for file in files if os.path.isfile(file)}
+    return is_foreign(index) and index["made_by"].get("version") != INDEXER and listed <= here
 
 
 def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[str]:
@@ -181,7 +183,11 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
         folder = _streamed_index(addresses, shown, access, cache)
     else:
         index = _own_index(parent)
-        if index is not None and is_foreign(index) and _changed(parent, index, addresses):
+        if (
+            index is not None
+            and is_foreign(index)
+            and (_changed(parent, index, addresses) or _outdated(index, addresses))
+        ):
             index = None
         if index is not None and (part := _subset(shown, parent, index, addresses)):
             return part
@@ -226,7 +232,7 @@ def _kept(access: Access, identity: Any, make: Callable[[str], None]) -> str:
     """The folder of an index that is made once, by one process."""
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     root = _index_root(access)
-    folder = os.path.join(root, "indexes", name)
+    folder = os.path.join(root, KEPT_INDEXES, name)
     os.makedirs(folder, exist_ok=True)
     with lock(root, name):
         if not os.path.isfile(os.path.join(folder, INDEX)):
@@ -237,7 +243,7 @@ def _kept(access: Access, identity: Any, make: Callable[[str], None]) -> str:
 def _local_index(files: Sequence[str], path: str, access: Access) -> str:
     facts = [os.stat(file) if os.path.exists(file) else None for file in files]
     versions = [(os.path.abspath(f), s and s.st_size, s and s.st_mtime_ns) for f, s in zip(files, facts, strict=True)]
-    return _kept(access, versions, lambda folder: index_files(files, folder, path))
+    return _kept(access, [INDEXER, versions], lambda folder: index_files(files, folder, path))
 
 
 def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | None:
@@ -290,7 +296,8 @@ def _streamed_index(addresses: Sequence[str], path: str, access: Access, cache: 
                         f"shards (={path!r}) have no index, and to make it each is read once, but {fetched.fault}. "
                         "What was read is not read again"
                     )
-                found = scan(fetched.path, _file(addresses[number]))
+                found = scan(fetched.path, _file(addresses[number]), checksum=True)
+                shelf.summed(RemoteShard(addresses[number]), found.entry)
                 _save_scan(kept, found)
             progress.step()
             return found
@@ -302,12 +309,13 @@ def _streamed_index(addresses: Sequence[str], path: str, access: Access, cache: 
             if name.startswith("part-"):
                 os.remove(os.path.join(folder, name))
 
-    return _kept(access, list(addresses), make)
+    return _kept(access, [INDEXER, *addresses], make)
 
 
 def _save_scan(path: str, found: Scan) -> None:
     rows, names = found.rows, list(found.rows.labels)
-    meta = {"entry": [found.entry.file, found.entry.bytes], "keys": rows.keys, "names": names, "refused": found.refused}
+    entry = [found.entry.file, found.entry.bytes, found.entry.sha256]
+    meta = {"entry": entry, "keys": rows.keys, "names": names, "refused": found.refused}
     labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
@@ -321,4 +329,5 @@ def _load_scan(path: str) -> Scan | None:
             rows = Rows(meta["keys"], kept["offsets"], labels, kept["masks"])
     except (FileNotFoundError, BadZipFile, ValueError, KeyError):
         return None
-    return Scan(Shard(meta["entry"][0], len(rows.keys), meta["entry"][1], None), rows, meta["refused"])
+    name, size, sha256 = meta["entry"]
+    return Scan(Shard(name, len(rows.keys), size, sha256), rows, meta["refused"])

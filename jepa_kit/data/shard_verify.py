@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.foreign import scan
-from jepa_kit.data.shard_index import read_array, read_index
+from jepa_kit.data.shard_index import is_foreign, read_array, read_index
 from jepa_kit.data.shard_journal import folders_with_shards
 from jepa_kit.data.shard_writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, sha256_of
 
@@ -48,20 +48,20 @@ def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Repor
     if not folders:
         raise ValueError(f"--verify (={out!r}) holds no {INDEX}, nor does a folder in it: there is nothing to compare")
     problems: list[str] = []
-    tasks: list[tuple[str, dict[str, Any], dict[str, NDArray[Any]]]] = []
+    tasks: list[tuple[str, dict[str, Any], dict[str, NDArray[Any]], bool]] = []
     for folder in folders:
         try:
-            entries = _entries(folder)
+            entries, foreign = _entries(folder)
         except ValueError as error:
             problems.append(str(error))
             continue
-        tasks += [(folder, entry, part) for entry, part in entries]
+        tasks += [(folder, entry, part, foreign) for entry, part in entries]
         listed = {entry["file"] for entry, _ in entries}
         extra = {os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))} - listed
         problems += [f"{os.path.join(folder, name)}: {INDEX} does not list it" for name in sorted(extra)]
-    total, done = sum(entry["bytes"] for _, entry, _ in tasks), 0
+    total, done = sum(entry["bytes"] for _, entry, *_ in tasks), 0
     with ThreadPoolExecutor(workers) as pool:
-        for (folder, entry, _), found in zip(tasks, pool.map(lambda task: _check(*task), tasks), strict=True):
+        for (folder, entry, *_), found in zip(tasks, pool.map(lambda task: _check(*task), tasks), strict=True):
             problems += [f"{os.path.join(folder, entry['file'])}: {text}" for text in found]
             done += entry["bytes"]
             show(done, total)
@@ -72,8 +72,8 @@ def _has(folder: str, name: str) -> bool:
     return os.path.exists(os.path.join(folder, name))
 
 
-def _entries(folder: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]]:
-    """Each shard of the index, with its rows of the arrays.
+def _entries(folder: str) -> tuple[list[tuple[dict[str, Any], dict[str, NDArray[Any]]]], bool]:
+    """Return each shard of the index, with its rows of the arrays; and whether the shards are foreign.
 
     Raises:
         ValueError: the index or an array is not usable; the text begins with its path.
@@ -89,10 +89,10 @@ def _entries(folder: str) -> list[tuple[dict[str, Any], dict[str, NDArray[Any]]]
         part |= {f"label {name}": part[LABELS][:, k] for k, name in enumerate(index["labels"])}
         entries.append((entry, part))
         start += entry["samples"]
-    return entries
+    return entries, is_foreign(index)
 
 
-def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]]) -> list[str]:
+def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]], foreign: bool) -> list[str]:
     """What is wrong with a shard."""
     path = os.path.join(folder, entry["file"])
     if not os.path.isfile(path):
@@ -104,7 +104,7 @@ def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]]) ->
         return [f"its bytes have changed: their SHA-256 is not that of {INDEX}"]
     seen = scan(path, entry["file"])
     rows = seen.rows
-    found = [f"{fault['name']}: {fault['reason']}" for fault in seen.refused if entry["sha256"] is not None]
+    found = [f"{fault['name']}: {fault['reason']}" for fault in seen.refused if not foreign]
     if len(rows.keys) != entry["samples"]:
         return [*found, f"it has {len(rows.keys)} samples, but {INDEX} says {entry['samples']}"]
     if [key.encode("utf-8") for key in rows.keys] != part[KEYS].tolist():

@@ -4,8 +4,9 @@ A folder of shards:
 
     shard-000000.tar ...   <key>.jpg or <key>.png; <key>.cls (the label 'class') or <key>.json (others, by name);
                            <key>.mask.png where there are masks: one 8-bit channel, a class number for each pixel
-    index.json             format version; samples, bytes and SHA-256 of each shard; labels and the names of their
-                           classes; masks and the names of theirs; what was refused and why; how it was made
+    index.json             format version; samples, bytes and SHA-256 of each shard; SHA-256 of the arrays; labels and
+                           the names of their classes; masks and the names of theirs; what was refused and why; how it
+                           was made
     offsets.npy            [N, 4] int64: byte offset and size of a sample's image, then of its label, inside its shard
                            (-1 and 0 where it has no label)
     labels.npy             [N, L] int64: the labels, in the order of index.json; -1 is "none"
@@ -233,14 +234,18 @@ def write_index(
     masks = np.concatenate([part.masks for part in rows])
     if (masks[:, 0] >= 0).any():
         arrays[MASKS] = masks
+    sums = {}
     for name, array in arrays.items():
-        with replacing(os.path.join(folder, name)) as temporary, open(temporary, "wb") as stream:
-            np.save(stream, array)
+        with replacing(os.path.join(folder, name)) as temporary:
+            with open(temporary, "wb") as stream:
+                np.save(stream, array)
+            sums[name] = sha256_of(temporary)
     index: dict[str, Any] = {
         "format": "jepa_kit shards",
         "version": FORMAT_VERSION,
         "samples": len(keys),
         "shards": [asdict(shard) for shard in shards],
+        "arrays": sums,
         "labels": {name: list(names) for name, names in classes.items()},
         "refused": [dict(entry) for entry in refused],
         "made_by": dict(made_by),

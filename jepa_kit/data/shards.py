@@ -69,27 +69,32 @@ class ShardDataset:
                 raise ValueError(f"masks have other classes in {part.path} than in {masked[0].path}")
         self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
         self._reader = ShardReader(self.path, self.shards, places, self._cache)
-        self._open()
+        self._open(verified=False)
 
     def _shelf(self) -> ShardCache:
         if self._cache is None:
             self._cache = ShardCache(self._access)
         return self._cache
 
-    def _open(self) -> None:
-        self._offsets: IntArray = _joined([part.array(OFFSETS) for part in self.parts])
-        self._keys: NDArray[np.bytes_] = _joined([part.array(KEYS) for part in self.parts])
-        self._labels: IntArray = _joined([_columns(part, [*self.classes]) for part in self.parts])
+    def _open(self, *, verified: bool) -> None:
+        def arrays(name: str) -> list[NDArray[Any]]:
+            return [part.array(name, verified=verified) for part in self.parts if name != MASKS or part.has_masks]
+
+        self._offsets: IntArray = _joined(arrays(OFFSETS))
+        self._keys: NDArray[np.bytes_] = _joined(arrays(KEYS))
+        labels = zip(self.parts, arrays(LABELS), strict=True)
+        self._labels: IntArray = _joined([_columns(part, found, [*self.classes]) for part, found in labels])
         self._masks: IntArray | None = None
+        masks = iter(arrays(MASKS))
         if self.has_masks:
-            self._masks = _joined([p.array(MASKS) if p.has_masks else _no_masks(p) for p in self.parts])
+            self._masks = _joined([next(masks) if part.has_masks else _no_masks(part) for part in self.parts])
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _ARRAYS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        self._open(verified=True)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -241,9 +246,9 @@ def _no_masks(part: Part) -> IntArray:
     return np.tile(np.array([-1, 0], dtype=np.int64), (sum(entry["samples"] for entry in part.shards), 1))
 
 
-def _columns(part: Part, names: Sequence[str]) -> IntArray:
+def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
     """[n, L] the labels of a part in the order of ``names``; -1 where the part does not carry one."""
-    own, found = list(part.classes), part.array(LABELS)
+    own = list(part.classes)
     if own == list(names):
         return found
     missing = np.full(len(found), -1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from torch import nn
 
 from jepa_kit.config import Config, located
 from jepa_kit.config.sections import TrainConfig
+from jepa_kit.data.identity import identity
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.streams import Access
@@ -50,9 +49,8 @@ class Run:
 
 
 def data_identity(dataset: ShardDataset) -> dict[str, Any]:
-    """What tells data sets apart, wherever they lie: their length, and a digest of the sizes of their shards."""
-    text = json.dumps([[shard["file"], shard["samples"], shard["bytes"]] for shard in dataset.shards])
-    return {"samples": len(dataset), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    """Return what tells data sets apart, wherever they lie; see jepa_kit/data/identity.py."""
+    return identity(dataset.shards)
 
 
 def open_shards(config: Config, shards: str | Sequence[str] | None = None) -> ShardDataset:
@@ -180,7 +178,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
         raise CheckpointError(f"{told}; {from_main(lambda: advice(store, latest))}") from error
     precision = checkpoint.config["train"]["precision"]
     config = resolve_precision(run.config, run.device, precision)
-    check_resumable(checkpoint, config.to_dict(), data_identity(run.dataset))
+    notes = check_resumable(checkpoint, config.to_dict(), data_identity(run.dataset))
     if checkpoint.step != step_of(path) or checkpoint.step > run.schedule.steps:
         raise CheckpointError(
             f"{latest} holds step {checkpoint.step}, which is not that of its name, or is after the run's last "
@@ -195,7 +193,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
     together(lambda: None)  # all have read it
     from_main(store.forget)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
-    return Start(checkpoint.step, origin, [f"resumed at step {checkpoint.step:,}"], precision)
+    return Start(checkpoint.step, origin, [*notes, f"resumed at step {checkpoint.step:,}"], precision)
 
 
 def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | None = None) -> Start:

@@ -22,6 +22,7 @@ from jepa_kit.config import Config, versions
 from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.device import to_device
 from jepa_kit.data.faults import Allowance
+from jepa_kit.data.identity import brief
 from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders.attention import describe_backend
@@ -138,7 +139,7 @@ def announce(
         "world_size": run.world.size,
         "topology": to_dict(places, precision_of(run.config)),
         "attention": attention,
-        "data": data_identity(run.dataset),
+        "data": brief(data_identity(run.dataset)),
         "num_workers": run.loader.num_workers,
         "threads": torch.get_num_threads(),
         "parameters": {name: count for name, count in parameters.items() if count},

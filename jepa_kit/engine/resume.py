@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jepa_kit.data.identity import difference
 from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, step_of
 from jepa_kit.engine.store import Store, Where, name_of, store_in
 from jepa_kit.engine.telemetry import METRICS
@@ -181,13 +182,19 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, inner in items for key, leaf in _flat(inner, name).items()}
 
 
-def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the run of a checkpoint would not be the run of this config and data.
+def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    """Check that the run of a checkpoint is the run of this config and data.
 
     Args:
         checkpoint: to go on from.
         config: the resolved config as a mapping; its ``versions`` are not compared.
-        data: what tells the data set apart.
+        data: the identity of the data set (jepa_kit/data/identity.py).
+
+    Returns:
+        Notes on what could not be compared.
+
+    Raises:
+        CheckpointError: options or data differ; the message lists the options, or names the first shard.
     """
     then, now = _flat(checkpoint.config), _flat(config)
     unset = "(not set)"
@@ -201,8 +208,10 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
             f"the run of the checkpoint (step {checkpoint.step}) has another config, so it cannot be resumed:\n  "
             + "\n  ".join(differences)
         )
-    if data != checkpoint.data:
+    fault, note = difference(checkpoint.data, data)
+    if fault:
         raise CheckpointError(
-            f"the run of the checkpoint (step {checkpoint.step}) had another data set: {checkpoint.data}, "
-            f"but data.shards holds {dict(data)}"
+            f"the run of the checkpoint (step {checkpoint.step}) had another data set than data.shards names, so it "
+            f"cannot be resumed: {fault}"
         )
+    return [] if note is None else [f"note: {note}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kit.config import Config, versions
+from jepa_kit.data.identity import brief
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.evaluation.features import LoadedRun, latest_checkpoint
 from jepa_kit.evaluation.networks import sha256
@@ -107,7 +108,7 @@ def results(
 
 def about_checkpoint(file: str, digest: str, run: LoadedRun) -> dict[str, Any]:
     """What a file of results says of the checkpoint: its training data too, as the checkpoint names them."""
-    return {"file": file, "sha256": digest, "step": run.step, "data": None if run.data is None else dict(run.data)}
+    return {"file": file, "sha256": digest, "step": run.step, "data": None if run.data is None else brief(run.data)}
 
 
 def config_results(

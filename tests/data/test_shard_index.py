@@ -145,3 +145,124 @@ def test_our_own_index_is_never_made_again(folder, samples, caplog):
     (folder / "more.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
     assert len(ShardDataset(folder)) == len(samples)
     assert f"more.tar in {folder} is not as its index.json says: see make_shards.py --verify" in caplog.text
+
+
+def edited(folder, name, change, *, old):
+    """Changes an array; ``old`` takes its checksum away, as data sets of earlier releases have none."""
+    array = np.load(folder / name)
+    change(array)
+    np.save(folder / name, array)
+    index = json.loads((folder / "index.json").read_text())
+    if old:
+        del index["arrays"]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+IMPOSSIBLE = {
+    "class 999": ("labels.npy", (3, 0), 999, "sample 3 has class 999 of label 'class', which has 4 classes"),
+    "class -2": ("labels.npy", (3, 0), -2, "sample 3 has class -2 of label 'class', which has 4 classes"),
+    "beyond the shard": (
+        "offsets.npy",
+        (12, 1),
+        2**62,
+        f"the image of sample 12 has {2**62} bytes at ",
+    ),
+    "before the shard": ("offsets.npy", (12, 0), -512, "the image of sample 12 has "),
+    "no image": ("offsets.npy", (12, slice(0, 2)), (-1, 0), "the image of sample 12 has 0 bytes at -1, in a shard of"),
+    "inside a block": ("offsets.npy", (12, 0), 5121, "the image of sample 12 has "),
+    "negative size": ("offsets.npy", (12, 3), -1, "the label of sample 12 has -1 bytes at "),
+    "no text": ("keys.npy", 5, b"\xff\xfe", "key 5 is no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("damage", IMPOSSIBLE)
+def test_what_cannot_be_is_refused_without_checksums(folder, damage):
+    name, place, value, message = IMPOSSIBLE[damage]
+    edited(folder, name, lambda array: array.__setitem__(place, value), old=True)
+    with pytest.raises(ValueError, match=rf"^{folder / name} is damaged: {message}.*; make the shards again$"):
+        ShardDataset(folder)
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "offsets.npy", "keys.npy"])
+def test_every_changed_byte_of_an_array_is_noticed(folder, name, samples):
+    """Each byte in turn, header and numbers; unchanged it opens, and without checksums too."""
+    whole = (folder / name).read_bytes()
+    for place in range(0, len(whole), 7):
+        (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=rf"^{folder / name} (was changed or damaged|is not a whole|holds )"):
+            ShardDataset(folder)
+    (folder / name).write_bytes(whole)
+    assert len(ShardDataset(folder)) == len(samples)
+    edited(folder, name, lambda array: None, old=True)
+    assert len(ShardDataset(folder)) == len(samples)
+
+
+BAD_NUMBERS = {
+    "samples": ({"samples": -1}, "'samples' of it (=-1) must be 0 to "),
+    "a truth": ({"samples": True}, "'samples' of it (=True) must be of type int"),
+    "bytes": (
+        {"shards": [{"file": "a", "samples": 0, "bytes": -5, "sha256": None}]},
+        "'bytes' of shards[0] (=-5) must b",
+    ),
+    "huge": (
+        {"shards": [{"file": "a", "samples": 0, "bytes": 10**30, "sha256": None}]},
+        "'bytes' of shards[0] (=1000000",
+    ),
+    "sum": (
+        {"shards": [{"file": "a", "samples": 0, "bytes": 5, "sha256": "ab"}]},
+        "'sha256' of shards[0] (='ab') must be",
+    ),
+    "classes": ({"labels": {"class": ["a", 7]}}, "'class' (=['a', 7]) must be a list of texts"),
+    "arrays": ({"arrays": {"labels.npy": 5}}, "'labels.npy' of arrays (=5) must be of type str"),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_NUMBERS)
+def test_an_index_with_impossible_values(folder, edit_index, damage):
+    change, message = BAD_NUMBERS[damage]
+    edit_index(lambda index: index.update(change))
+    with pytest.raises(ValueError, match="make the shards again") as caught:
+        ShardDataset(folder)
+    assert str(caught.value).startswith(f"{folder}/index.json is not whole: {message}")
+
+
+def test_a_deeply_nested_index(folder):
+    (folder / "index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"index.json is not whole: .*; make the shards again"):
+        ShardDataset(folder)
+
+
+@pytest.mark.parametrize(
+    "header", ["(" * 2000, "{'descr': '<i8', 'fortran_order': False, 'shape': (9", "{[1]: 2}", "\0"]
+)
+def test_a_broken_header_of_an_array(folder, header):
+    text = header.encode() + b"\n"
+    (folder / "labels.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(200))
+    with pytest.raises(ValueError, match=r"labels.npy is not a whole array: .*; make the shards again"):
+        ShardDataset(folder)
+
+
+def test_an_index_of_an_earlier_version_is_made_again(foreign, caplog):
+    keys(foreign)
+    index = json.loads((foreign / "index.json").read_text())
+    index["made_by"], index["shards"][0]["sha256"] = {"tool": "index_shards"}, None
+    (foreign / "index.json").write_text(json.dumps(index))
+    assert ShardDataset(foreign).shards[0]["sha256"] is not None
+    assert f"index.json in {foreign} is of an earlier version, without checksums: indexed again" in caplog.text
+
+
+def test_a_damaged_array_of_a_foreign_index_names_what_to_remove(foreign):
+    ShardDataset(foreign)
+    edited(foreign, "labels.npy", lambda array: array.__setitem__((0, 0), 1 - array[0, 0]), old=False)
+    with pytest.raises(
+        ValueError, match=rf"its SHA-256 is not that .*; remove {foreign}/index.json, and it is made ag"
+    ):
+        ShardDataset(foreign)
+
+
+def test_a_damaged_array_in_the_cache_names_what_to_remove(foreign, tmp_path):
+    ShardDataset(str(foreign / "one.tar"))
+    (kept,) = (tmp_path / "user_cache/jepa_kit/indexes").iterdir()
+    edited(kept, "labels.npy", lambda array: array.__setitem__((0, 0), 1 - array[0, 0]), old=False)
+    with pytest.raises(ValueError, match=rf"its SHA-256 is not that of index.json; remove {kept}, and it"):
+        ShardDataset(str(foreign / "one.tar"))

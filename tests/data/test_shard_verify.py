@@ -44,11 +44,13 @@ def test_folders_in_the_folder(tmp_path, samples):
     assert problem.startswith(f"{tmp_path}/val/shard-000002.tar: it has 100 bytes, but index.json says ")
 
 
-def test_shards_from_elsewhere_have_no_checksums(folder):
+def test_shards_from_elsewhere_get_checksums(folder):
     for name in ("index.json", "offsets.npy", "labels.npy", "keys.npy"):
         (folder / name).unlink()
     ShardDataset(folder)
     assert problems(folder) == []
+    change_byte(folder / SHARD, 9000)
+    assert problems(folder) == [f"{SHARD}: its bytes have changed: their SHA-256 is not that of index.json"]
 
 
 def change_byte(path, place):
@@ -67,6 +69,7 @@ def edit_array(folder, name, change):
     array = np.load(folder / name)
     change(array)
     np.save(folder / name, array)
+    edit(folder, lambda index: index.pop("arrays", None))  # as in data sets of earlier releases
 
 
 def without_checksums(folder):
@@ -114,7 +117,7 @@ DAMAGES = {
         ["offsets.npy holds float64 of shape (3, 4), but index.json has 23 samples: it must be int64 of"],
     ),
     "offsets": (
-        lambda f: edit_array(f, "offsets.npy", lambda a: a.__setitem__((12, 0), 7)),
+        lambda f: edit_array(f, "offsets.npy", lambda a: a.__setitem__((12, 0), a[11, 0])),
         [f"{SHARD}: its members are not where offsets.npy says"],
     ),
     "labels": (
@@ -131,7 +134,11 @@ DAMAGES = {
     ),
     "a header, without checksums": (  # of the first sample's label
         broken_header,
-        [f"{SHARD}: its members are not where offsets.npy says", f"{SHARD}: its labels 'class' are not those of lab"],
+        [
+            f"{SHARD}: before ",
+            f"{SHARD}: its members are not where offsets.npy says",
+            f"{SHARD}: its labels 'class' are not those of labels.npy",
+        ],
     ),
     "two things": (
         lambda f: (os.remove(f / SHARD), os.truncate(f / "shard-000002.tar", 0)),

@@ -11,6 +11,7 @@ from torch import nn
 
 from jepa_kit.config import SECTIONS
 from jepa_kit.config.sections import RETIRED
+from jepa_kit.data.identity import identity
 from jepa_kit.encoders import ViT
 from jepa_kit.engine import checkpoint as module
 from jepa_kit.engine.checkpoint import (
@@ -28,7 +29,8 @@ from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.engine.store import Store
 from jepa_kit.predictors import ViTPredictor
 
-DATA = {"samples": 100, "digest": "ab"}
+SHARDS = [{"file": f"shard-{k}.tar", "samples": 50, "bytes": 10240, "sha256": f"{k:064x}"} for k in range(2)]
+DATA = identity(SHARDS)
 CONFIG = {"encoder": {"name": "vit", "depth": 2}, "train": {"seed": 0, "device": "cpu"}, "data": {"mean": [0.5, 0.4]}}
 
 
@@ -331,12 +333,13 @@ def test_what_moves_no_number_may_differ(trained):
 
 
 def test_other_data(trained):
+    """Names, counts and sizes agree: the contents of one shard do not."""
     message = (
-        r"the run of the checkpoint \(step 3\) had another data set: {'samples': 100, 'digest': 'ab'}, "
-        r"but data.shards holds {'samples': 100, 'digest': 'cd'}"
+        r"the run of the checkpoint \(step 3\) had another data set than data.shards names, so it cannot be resumed: "
+        rf"shard 1 differs: shard-1.tar had SHA-256 {1:064x}, but here shard-1.tar has {9:064x}$"
     )
     with pytest.raises(CheckpointError, match=message):
-        check_resumable(take(*trained), CONFIG, {"samples": 100, "digest": "cd"})
+        check_resumable(take(*trained), CONFIG, identity([SHARDS[0], SHARDS[1] | {"sha256": f"{9:064x}"}]))
 
 
 MAY_DIFFER = {

@@ -7,7 +7,7 @@ import tarfile
 from itertools import islice
 
 from jepa_kit.data.faults import SampleError
-from jepa_kit.data.parts import is_foreign
+from jepa_kit.data.shard_index import is_foreign
 from jepa_kit.data.shard_writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources.base import Recode, Refused, each_once, fingerprint, whole
