@@ -6,7 +6,8 @@ known extension; labels are ``.cls`` members (label ``class``) or the whole numb
 names). Names of classes are not known: they are the numbers.
 
 What is broken costs what is broken: of a shard that was cut short the samples before the cut are used, of one with a
-corrupt stretch those before and after it. What is left out is listed in the index under ``refused``.
+corrupt stretch those before and after it. What is left out is listed in the index under ``refused``: sparse files and
+devices too. A hard or symbolic link is the file that it leads to, if that is in the same shard.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import logging
 import os
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +35,18 @@ from jepa_kit.data.shard_writing import (
     sha256_of,
     write_index,
 )
+from jepa_kit.data.tars import (
+    BLOCK,
+    COMPRESSED,
+    TAR_ERRORS,
+    compressed_shard,
+    compression,
+    follow,
+    is_filler,
+    stored_size,
+    target_of,
+)
 
-BLOCK = tarfile.BLOCKSIZE
 INDEXER = 2
 """Of what an index of foreign shards contains; one with another number is made again. 2: checksums, links."""
 SAY_EVERY = 30.0
@@ -68,12 +80,17 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: it is compressed.
     """
     size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        if how := compression(stream.read(BLOCK)):
+            raise compressed_shard(path, how)
     members, refused = _members(path, size)
     keys: list[str] = []
     places: list[list[tuple[int, int]]] = []
     found: list[dict[str, int]] = []
+    links: dict[str, list[str]] = {}
     with open(path, "rb") as stream:
         for key, parts in _samples(members):
             image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
@@ -83,10 +100,12 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
             kind = next((k for k in ("cls", "json") if k in parts), None)
             label, mask = parts[kind] if kind else None, parts.get(MASK_EXTENSION)
             keys.append(key)
-            places.append([(m.offset_data, m.size) if m else (-1, 0) for m in (image, label, mask)])
+            places.append([(m.offset, m.size) if m else (-1, 0) for m in (image, label, mask)])
+            if linked := [m.header for m in (image, mask) if m and m.header != m.name]:
+                links.setdefault(key, []).extend(linked)
             labels: dict[str, int] = {}
             if label is not None:
-                stream.seek(label.offset_data)
+                stream.seek(label.offset)
                 labels, fault = parse_label(stream.read(label.size), kind == "cls")
                 if fault:
                     refused.append({"name": f"{key}.{kind}", "reason": f"{fault}: used without that label"})
@@ -95,57 +114,97 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
     names = dict.fromkeys(name for row in found for name in row)
     columns = {name: np.array([row.get(name, -1) for row in found]) for name in names}
     entry = Shard(name, len(keys), size, sha256_of(path) if checksum else None)
-    return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:]), refused)
+    return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:], links), refused)
 
 
-def _members(path: str, size: int) -> tuple[list[tarfile.TarInfo], list[dict[str, str]]]:
-    """The members that are whole, and what lies between and after them that is none."""
-    members: list[tarfile.TarInfo] = []
+class _File(NamedTuple):
+    """A file of a shard: its name, where its bytes are, and the name in the header before them (of a link: another)."""
+
+    name: str
+    offset: int
+    size: int
+    header: str
+
+
+class _Link(NamedTuple):
+    """A link in a shard: the path that it leads to, and that as it is written."""
+
+    name: str
+    path: str
+    written: str
+
+
+def _members(path: str, size: int) -> tuple[list[_File], list[dict[str, str]]]:
+    """The files that are whole, links to them included, and what is left out."""
+    found: list[_File | _Link] = []
+    files: dict[str, _File] = {}  # by normalised path, the last of each
     faults: list[dict[str, str]] = []
-    end = 0
-    try:
-        # ignore_zeros: a header that cannot be read is passed over, block by block, up to the next good one
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    reason = f"the shard ends after {size} bytes, in the middle of it"
-                    faults.append({"name": member.name, "reason": reason})
-                    return members, faults
-                if member.offset > end and not _is_empty(path, end, member.offset):
-                    reason = f"bytes {end} to {member.offset} are no tar members: the shard is corrupt there"
-                    faults.append({"name": f"before {member.name}", "reason": reason})
-                members.append(member)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-    except tarfile.TarError as error:
-        faults.append({"name": f"from byte {end} on", "reason": f"no tar members: {error}"})
-        return members, faults
-    if end < size and not _is_empty(path, end, size):
-        faults.append(
-            {"name": f"from byte {end} on", "reason": "no tar members: the shard is corrupt or cut short there"}
-        )
-    return members, faults
-
-
-def _is_empty(path: str, begin: int, end: int) -> bool:
-    """Whether a stretch of a file holds zeros alone, as between archives that were joined and at the end of one."""
+    end, reason = 0, "the shard is corrupt or cut short there"
     with open(path, "rb") as stream:
-        stream.seek(begin)
-        while begin < end:
-            block = stream.read(min(1 << 20, end - begin))
-            if block.count(0) != len(block):
-                return False
-            begin += len(block)
-    return True
+        try:
+            # ignore_zeros: a header that cannot be read is passed over, block by block, up to the next good one
+            with tarfile.open(path, "r:", ignore_zeros=True) as tar:
+                for member in tar:
+                    if member.offset > end and not is_filler(stream, end, member.offset):
+                        text = f"bytes {end} to {member.offset} are no tar members: the shard is corrupt there"
+                        faults.append({"name": f"before {member.name}", "reason": text})
+                    if member.offset_data + stored_size(member) > size:
+                        text = f"the shard ends after {size} bytes, in the middle of it"
+                        faults.append({"name": member.name, "reason": text})
+                        end = size
+                        break
+                    end, one = tar.offset, _file(member, files)
+                    if isinstance(one, str):
+                        faults.append({"name": member.name, "reason": one})
+                    elif one is not None:
+                        found.append(one)
+        except TAR_ERRORS as error:
+            reason = str(error) or type(error).__name__
+        if end < size and not is_filler(stream, end, size):
+            faults.append({"name": f"from byte {end} on", "reason": f"no tar members: {reason}"})
+    return _linked(found, files, faults), faults
 
 
-def _samples(members: Sequence[tarfile.TarInfo]) -> list[tuple[str, dict[str, tarfile.TarInfo]]]:
+def _file(member: tarfile.TarInfo, files: dict[str, _File]) -> _File | _Link | str | None:
+    """A member as a file or a link, None for a folder, or why it is neither."""
+    if member.issparse():
+        return "a sparse file (tar -S), whose bytes are not in one piece: pack the shard again without -S"
+    if member.islnk() or member.issym():
+        link = _Link(member.name, target_of(member), member.linkname)
+        if link.path not in files:  # a symbolic link to what comes later, or to nothing
+            return link
+        one = files[link.path]._replace(name=member.name)
+    elif member.isreg():
+        one = _File(member.name, member.offset_data, member.size, member.name)
+    else:
+        return None if member.isdir() else "a device, a pipe or a member of unknown type, not a file"
+    files[os.path.normpath(member.name)] = one
+    return one
+
+
+def _linked(found: Sequence[_File | _Link], files: Mapping[str, _File], faults: list[dict[str, str]]) -> list[_File]:
+    """The files, with links to later ones resolved; a link to nothing is a fault."""
+    links = {os.path.normpath(one.name): one for one in found if isinstance(one, _Link)}
+    whole = []
+    for one in found:
+        if isinstance(one, _File):
+            whole.append(one)
+        elif target := files.get(follow(one.path, links)):
+            whole.append(target._replace(name=one.name))
+        else:
+            reason = f"a link to {one.written!r}, which is no file of the shard"
+            faults.append({"name": one.name, "reason": reason})
+    return whole
+
+
+def _samples(members: Sequence[_File]) -> list[tuple[str, dict[str, _File]]]:
     """(key, extension -> member) of each sample; a member that its key has already begins another one of that key."""
-    samples: list[tuple[str, dict[str, tarfile.TarInfo]]] = []
-    latest: dict[str, dict[str, tarfile.TarInfo]] = {}
+    samples: list[tuple[str, dict[str, _File]]] = []
+    latest: dict[str, dict[str, _File]] = {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if not member.isreg() or not stem:
+        if not stem:
             continue
         key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
         if key not in latest or extension in latest[key]:
@@ -254,6 +313,8 @@ def shards_in(folder: str) -> list[str]:
         )
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
     if not files:
+        if packed := [name for name in sorted(os.listdir(folder)) if COMPRESSED.search(name)]:
+            raise compressed_shard(os.path.join(folder, packed[0]), "by its name")
         inner = [name for name in sorted(os.listdir(folder)) if os.path.exists(os.path.join(folder, name, INDEX))]
         hint = f"; these folders in it do: {', '.join(inner)}" if inner else ""
         raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it holds none{hint}")

@@ -316,6 +316,7 @@ def _save_scan(path: str, found: Scan) -> None:
     rows, names = found.rows, list(found.rows.labels)
     entry = [found.entry.file, found.entry.bytes, found.entry.sha256]
     meta = {"entry": entry, "keys": rows.keys, "names": names, "refused": found.refused}
+    meta["links"] = rows.links
     labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
@@ -326,7 +327,7 @@ def _load_scan(path: str) -> Scan | None:
         with np.load(path) as kept:
             meta = json.loads(str(kept["meta"]))
             labels = dict(zip(meta["names"], kept["labels"].astype(np.int64), strict=True))
-            rows = Rows(meta["keys"], kept["offsets"], labels, kept["masks"])
+            rows = Rows(meta["keys"], kept["offsets"], labels, kept["masks"], meta["links"])
     except (FileNotFoundError, BadZipFile, ValueError, KeyError):
         return None
     name, size, sha256 = meta["entry"]

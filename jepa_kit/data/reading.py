@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jepa_kit.data.cache import RemoteShard, ShardCache
@@ -34,12 +34,18 @@ class ShardReader:
         shards: their entries in the index: ``file``, ``bytes`` and ``sha256``.
         places: path or address of each.
         cache: for shards of other machines; None where there are none.
+        links: key -> names that the header of its members may have instead, if these are links.
     """
 
     def __init__(
-        self, path: str, shards: Sequence[dict[str, Any]], places: Sequence[str], cache: ShardCache | None
+        self,
+        path: str,
+        shards: Sequence[dict[str, Any]],
+        places: Sequence[str],
+        cache: ShardCache | None,
+        links: Mapping[str, Sequence[str]],
     ) -> None:
-        self.path, self.shards, self.places, self.cache = path, shards, places, cache
+        self.path, self.shards, self.places, self.cache, self.links = path, shards, places, cache, links
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +82,7 @@ class ShardReader:
                 raise SampleError(f"{what} cannot be read: {error}") from error
         if len(block) < size + HEADER:
             raise SampleError(fault or self._length_fault(shard, what))
-        if wrong := header_fault(block[:HEADER], size, key):
+        if wrong := header_fault(block[:HEADER], size, key, self.links.get(key, ())):
             raise SampleError(f"{what} is corrupt at byte {offset - HEADER}, or was changed: {wrong}")
         return block[HEADER:]
 
@@ -125,8 +131,11 @@ class ShardReader:
         return f"{what} holds {size} bytes, but index.json says {listed}: it was cut short or changed"
 
 
-def header_fault(header: bytes, size: int, key: str) -> str | None:
-    """What is wrong with the 512 bytes before a member, which should be the tar header of ``size`` bytes of ``key``."""
+def header_fault(header: bytes, size: int, key: str, links: Sequence[str] = ()) -> str | None:
+    """What is wrong with the 512 bytes before a member, which should be the tar header of ``size`` bytes of ``key``.
+
+    ``links`` are names that it may have instead.
+    """
     if header.startswith(f"{key}.".encode()) and header[124:135] == b"%011o" % size and header[257:262] == b"ustar":
         return None  # the usual one, without the 20 microseconds of the rest
     try:
@@ -135,6 +144,7 @@ def header_fault(header: bytes, size: int, key: str) -> str | None:
         return f"no tar header is there ({error})"
     if found.size != size:
         return f"its header says {found.size} bytes, but index.json {size}"
-    if key.isascii() and len(key) <= SHORT_KEY and not found.name.startswith(f"{key}."):
+    clear = all(name.isascii() and len(name) <= SHORT_KEY for name in (key, *links))
+    if clear and found.name not in links and not found.name.startswith(f"{key}."):
         return f"its header is that of {found.name!r}, not of {key!r}"
     return None

@@ -23,8 +23,8 @@ KEPT_INDEXES = "indexes"
 """Folder of the cache for indexes of shards that have none beside them."""
 MOST = 2**62
 """Of samples and bytes: what fits into int64 with room for sums."""
-HEADER_ERRORS = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
-HEADER_ERRORS += (RecursionError, tokenize.TokenError)  # deeply nested; cut inside a bracket
+_NOT_WHOLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
+HEADER_ERRORS = (*_NOT_WHOLE, RecursionError, tokenize.TokenError)  # deeply nested; cut inside a bracket
 """What numpy raises on the header of a broken .npy file."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -72,6 +72,8 @@ def _fault(index: Mapping[str, Any]) -> str | None:
         faults.append(_mistyped(index["labels"], dict.fromkeys(index["labels"], list), "labels"))
         arrays = index.get("arrays", {})  # earlier releases wrote none
         faults.append(_mistyped(arrays, dict.fromkeys(arrays, str), "arrays"))
+        links = index.get("links", {})
+        faults.append(_mistyped(links, dict.fromkeys(links, list), "links"))
         faults.append(_mistyped(index["masks"], _MASKS, "masks") if "masks" in index else None)
     if not any(faults):
         named = [*index["labels"].items(), ("masks", index.get("masks", {}).get("classes", []))]

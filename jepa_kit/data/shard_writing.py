@@ -6,7 +6,7 @@ A folder of shards:
                            <key>.mask.png where there are masks: one 8-bit channel, a class number for each pixel
     index.json             format version; samples, bytes and SHA-256 of each shard; SHA-256 of the arrays; labels and
                            the names of their classes; masks and the names of theirs; what was refused and why; how it
-                           was made
+                           was made; of foreign shards, links to members of other names
     offsets.npy            [N, 4] int64: byte offset and size of a sample's image, then of its label, inside its shard
                            (-1 and 0 where it has no label)
     labels.npy             [N, L] int64: the labels, in the order of index.json; -1 is "none"
@@ -99,12 +99,14 @@ class Rows:
         offsets: [n, 4] int64.
         labels: label name -> [n] int64, -1 where a sample has none.
         masks: [n, 2] int64, -1 and 0 where a sample has none.
+        links: key -> names in the headers before its image and mask, if these are links to members of other names.
     """
 
     keys: list[str]
     offsets: IntArray
     labels: dict[str, IntArray]
     masks: IntArray
+    links: dict[str, list[str]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -250,6 +252,12 @@ def write_index(
         "refused": [dict(entry) for entry in refused],
         "made_by": dict(made_by),
     }
+    links: dict[str, list[str]] = {}
+    for part in rows:
+        for key, names in part.links.items():
+            links.setdefault(key, []).extend(names)
+    if links:
+        index["links"] = links
     if MASKS in arrays:
         index["masks"] = {"samples": int((masks[:, 0] >= 0).sum()), "classes": list(mask_classes)}
     with replacing(os.path.join(folder, INDEX)) as temporary, open(temporary, "w", encoding="utf-8") as text:

@@ -68,7 +68,8 @@ class ShardDataset:
             if tuple(part.index["masks"]["classes"]) != self.mask_classes:
                 raise ValueError(f"masks have other classes in {part.path} than in {masked[0].path}")
         self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
-        self._reader = ShardReader(self.path, self.shards, places, self._cache)
+        links = {key: names for part in self.parts for key, names in part.index.get("links", {}).items()}
+        self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
         self._open(verified=False)
 
     def _shelf(self) -> ShardCache:

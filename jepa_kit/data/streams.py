@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 from iopath.common.file_io import HTTPURLHandler, PathManager
 
+from jepa_kit.data.tars import COMPRESSED, compressed_shard
+
 BLOCK = 1 << 18
 PROGRESS = 1 << 20
 """Bytes that must come before new tries are given."""
@@ -117,7 +119,11 @@ def expand(addresses: str | Sequence[str]) -> list[str]:
 
 def _check_address(address: str) -> None:
     """Raises ValueError for an address that no try could open."""
-    if not is_remote(address) or address.startswith("pipe:"):
+    if address.startswith("pipe:"):
+        return
+    if COMPRESSED.search(address.partition("?")[0]) and not os.path.isdir(address):
+        raise compressed_shard(address, "by its name")
+    if not is_remote(address):
         return
     if address.startswith(HTTP):
         try:

@@ -17,34 +17,55 @@ from collections.abc import Sequence
 from typing import IO, NamedTuple
 
 from jepa_kit.data.sources.files import hidden
+from jepa_kit.data.tars import BLOCK, TAR_ERRORS, compression, follow, pieces, target_of
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-MOST_LINKS = 40
-"""Links that lead on to links, at most: what Linux allows."""
 
 
 class Member(NamedTuple):
-    """A file in a tar archive: its path, and where its bytes are; or where a link leads that is lost."""
+    """A file in a tar archive: its path, and where its bytes are; or why it cannot be read.
+
+    ``pieces`` are (place, size) of the stretches of a sparse file that are stored, one behind another; else None.
+    """
 
     name: str
     offset: int
     size: int
     lost: str = ""
+    pieces: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def stored(self) -> int:
+        """Bytes in the archive."""
+        return self.size if self.pieces is None else sum(count for _, count in self.pieces)
+
+
+class _Link(NamedTuple):
+    """A link in a tar archive: the path that it leads to, and that as it is written."""
+
+    name: str
+    path: str
+    written: str
 
 
 class TarReader:
     """Members of an uncompressed tar file, by offset and size."""
 
     def __init__(self, path: str, members: Sequence[Member]) -> None:
-        self.path, self.places = path, [(m.offset, m.size, m.lost) for m in members]
+        self.path, self.places = path, [m._replace(name="") for m in members]
 
     def __call__(self, i: int) -> bytes:
-        offset, size, lost = self.places[i]
-        if lost:
-            raise OSError(f"a link to {lost!r}, which is no file of the archive")
+        member = self.places[i]
+        if member.lost:
+            raise OSError(member.lost)
         with open(self.path, "rb") as stream:
-            stream.seek(offset)
-            return stream.read(size)
+            stream.seek(member.offset)
+            if member.pieces is None:
+                return stream.read(member.size)
+            data = bytearray(member.size)
+            for place, count in member.pieces:
+                data[place : place + count] = stream.read(count)
+            return bytes(data)
 
 
 class ZipReader:
@@ -84,13 +105,17 @@ def zip_files(path: str) -> tuple[list[str], list[int], list[int], int]:
 
 
 def plain_tar(path: str, scratch: str) -> str:
-    """The path itself, or of a .tar.gz the plain tar in ``scratch``, which is made, or is there from a run before.
+    """The path itself, or of a gzip file the plain tar in ``scratch``, which is made, or is there from a run before.
 
     Raises:
         ValueError: the archive is broken.
     """
-    if path.endswith(".tar"):
+    with open(path, "rb") as stream:
+        how = compression(stream.read(BLOCK))
+    if how is None:
         return path
+    if how != "gzip":
+        raise ValueError(f"source (={path!r}) is compressed by {how}: decompress it first, or use gzip")
     status = os.stat(path)
     plain = os.path.join(scratch, f".unpacked.{status.st_size:x}.{status.st_mtime_ns:x}.tar")
     if not os.path.exists(plain):
@@ -121,7 +146,7 @@ def tar_files(plain: str, path: str) -> tuple[list[Member], int, bool]:
     with open(plain, "rb") as stream:
         try:
             members, passed = _members(stream, 0)
-        except tarfile.TarError as error:
+        except TAR_ERRORS as error:
             raise ValueError(f"source (={path!r}) is not a whole tar archive: {error}") from error
         if any(m.name.endswith(".cls") for m in members):
             raise ValueError(f"source (={path!r}) holds .cls files, as WebDataset shards do: give wds:{path}")
@@ -132,9 +157,9 @@ def tar_files(plain: str, path: str) -> tuple[list[Member], int, bool]:
             folder = outer.name.removesuffix(".tar")
             try:
                 found, more = _members(stream, outer.offset)
-            except tarfile.TarError as error:
+            except TAR_ERRORS as error:
                 raise ValueError(f"{outer.name} in source (={path!r}) is not a whole tar archive: {error}") from error
-            if any(m.offset + m.size > outer.offset + outer.size for m in found):
+            if any(m.offset + m.stored > outer.offset + outer.size for m in found):
                 raise ValueError(f"{outer.name} in source (={path!r}) is not a whole tar archive: it is cut short")
             inside += [m._replace(name=f"{folder}/{m.name}") for m in found]
             passed += more
@@ -147,17 +172,18 @@ def _members(stream: IO[bytes], start: int) -> tuple[list[Member], int]:
     A second name of a file is stored as a hard link to the first.
     """
     every: list[Member] = []
-    links: dict[str, tuple[str, str, str]] = {}  # path -> name, the path that it leads to, that as it is written
+    links: dict[str, _Link] = {}
     stream.seek(start)
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             name = re.sub(r"^(\./)+", "", member.name)
             if member.isreg():
-                every.append(Member(name, member.offset_data, member.size))
+                stretches = pieces(member) if member.issparse() else None
+                every.append(Member(name, member.offset_data, member.size, pieces=stretches))
             elif member.islnk() or member.issym():
-                folder = os.path.dirname(name) if member.issym() else ""
-                target = os.path.normpath(os.path.join(folder, member.linkname))
-                links[os.path.normpath(name)] = (name, target, member.linkname)
+                links[os.path.normpath(name)] = _Link(name, target_of(member), member.linkname)
+            elif not member.isdir():
+                every.append(Member(name, -1, 0, "a device, a pipe or a member of unknown type, not a file"))
             tar.members = []  # type: ignore[attr-defined]  # else every header of a large archive stays in memory
         # tarfile takes whatever is no header for the end
         stream.seek(tar.offset)
@@ -167,12 +193,9 @@ def _members(stream: IO[bytes], start: int) -> tuple[list[Member], int]:
         if end.count(0) < len(end):
             raise tarfile.ReadError(f"bad header at byte {tar.offset - start}")
     files = {os.path.normpath(member.name): member for member in every} if links else {}
-    for name, target, written in links.values():
-        for _ in range(MOST_LINKS):
-            if target not in links:
-                break
-            target = links[target][1]
-        found = files.get(target)
-        every.append(found._replace(name=name) if found else Member(name, -1, 0, written))
+    for name, path, written in links.values():
+        found = files.get(follow(path, links))
+        lost = f"a link to {written!r}, which is no file of the archive"
+        every.append(found._replace(name=name) if found else Member(name, -1, 0, lost))
     members = [member for member in every if not hidden(member.name)]
     return members, len(every) - len(members)
