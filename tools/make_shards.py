@@ -41,6 +41,7 @@ import glob
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -198,6 +199,8 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
     for m in made:
         size = f"{m.samples} samples in {m.shards} shards, {m.bytes / 1e6:.1f} MB"
         print(f"{m.folder}: {size}; labels: {labels}{masks}")
+    for note, count in sum((Counter(m.notes) for m in made), Counter()).items():
+        print(f"note: {count} of {len(source)} images have {note}")
     refused = [entry for m in made for entry in m.refused]
     if refused:
         print(f"refused {len(refused)} of {len(source)} files: {listed(refused)}")

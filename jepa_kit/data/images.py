@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -40,6 +41,19 @@ UPRIGHT = 1
 _PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
 
 
+DEPTHS = (8, 12, 16)
+"""Bits that grey pixels of 16 or 32 stored bits may use."""
+_UNUSED_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that move no pixel: texts and a colour profile. Pillow refuses files in which they are large."""
+_XMP = b"XML:com.adobe.xmp\0\0"
+"""Begins an uncompressed text that may hold the orientation."""
+_XMP_LIMIT = 1 << 20
+"""Bytes; above it, Pillow refuses a text."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_logged: set[str] = set()
+log = logging.getLogger(__name__)
+
+
 class ImageError(ValueError):
     """The bytes of a file are no usable image; the text is the reason."""
 
@@ -66,7 +80,7 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _reasons():
         Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, with a reason, and may be higher
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(_pixels_of_png(data) if data.startswith(_PNG) else data))
         except UnidentifiedImageError as error:  # its own text names an address in memory
             raise ImageError(_what_it_is(data)) from error
         finally:
@@ -76,6 +90,23 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             f"{image.width} x {image.height} pixels are more than max_pixels (={max_pixels}) allows: it is not decoded"
         )
     return image
+
+
+def _pixels_of_png(data: bytes) -> bytes:
+    """A PNG without texts and colour profile; the same bytes if it has none, or if one of them is damaged."""
+    kept, at, copied = [], len(_PNG), 0
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if kind in _UNUSED_CHUNKS and end <= len(data):
+            content = memoryview(data)[at + 8 : end - 4]
+            if zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != data[end - 4 : end]:
+                return data  # Pillow has the message
+            if not (content[: len(_XMP)] == _XMP and length < _XMP_LIMIT):
+                kept.append(data[copied:at])
+                copied = end
+        at = end
+    return b"".join([*kept, data[copied:]]) if kept else data
 
 
 def _what_it_is(data: bytes) -> str:
@@ -116,8 +147,40 @@ def orientation(image: Image.Image) -> int:
     return mark if mark in range(1, 9) else UPRIGHT
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright: a camera's orientation mark is obeyed, 16-bit grey keeps its upper 8 bits, alpha is dropped.
+def _log_once(note: str) -> None:
+    if note not in _logged:
+        _logged.add(note)
+        log.warning("an image has %s (more such images are not reported); see docs/data.md, Kinds of images", note)
+
+
+def eight_bits(image: Image.Image, note: Callable[[str], None]) -> Image.Image:
+    """Return whole numbers of more than 8 bits, one channel, as 8 bits.
+
+    No file format has a place for the number of bits that are used, so it is that of the largest value: 8, 12 or 16.
+
+    Args:
+        image: of a mode in ``_DEEP_MODES``.
+        note: called with a message if fewer bits are used than are stored.
+
+    Raises:
+        ImageError: a value below 0 or above 65,535.
+    """
+    values = np.asarray(image, dtype=np.int64)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most > 65535:
+        raise ImageError(f"its pixels are whole numbers from {least} to {most}: they must be within 0 to 65535")
+    bits = next(bits for bits in DEPTHS if most < 1 << bits)
+    if most and bits < DEPTHS[-1]:
+        note(f"more than 8 bits stored for a pixel, but no value above {(1 << bits) - 1}: taken for {bits}-bit numbers")
+    return Image.fromarray((values >> bits - 8).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image, note: Callable[[str], None] = _log_once) -> Image.Image:
+    """Return an image as RGB, upright: its orientation mark is obeyed, deep grey becomes 8 bits, alpha is dropped.
+
+    Args:
+        image: decoded.
+        note: called with what a user should know of how its pixels were understood; logs it once by default.
 
     Raises:
         ImageError: a mode that has no RGB, such as floating point numbers of an unknown range.
@@ -126,7 +189,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if orientation(image) != UPRIGHT:
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_MODES:  # Pillow's convert would clip everything above 255 to white
-            image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8))
+            image = eight_bits(image, note)
         if image.mode == "F":
             raise ImageError("its pixels are floating point numbers, whose range no file tells")
         if image.mode == "P" and "transparency" in image.info:

@@ -10,6 +10,7 @@ import contextlib
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Standing:
         whole: whether its index is there.
         shards, rows: what is written.
         refused: ``name`` and ``reason`` of what was left out.
+        notes: what the user should know of images -> how many of this run it is about.
     """
 
     total: int
@@ -40,6 +42,7 @@ class Standing:
     shards: list[Shard] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     refused: list[dict[str, str]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
     _told: int = 0
     """So many refusals are in the journal."""
 

@@ -45,13 +45,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished folder of shards."""
+    """A finished folder of shards; ``notes`` are about images of this run: text -> how many."""
 
     folder: str
     samples: int
     shards: int
     bytes: int
     refused: Refusals
+    notes: dict[str, int]
 
 
 def check_apart(source: str, out: str) -> None:
@@ -207,6 +208,7 @@ class _Feed:
                 return False
             if isinstance(found, Packed):
                 self._next = found
+                self._standing.notes.update(filter(None, [found.note]))
             else:
                 self._standing.refused.append({"name": found.name, "reason": found.reason})
                 self._advance()
@@ -251,7 +253,7 @@ def _finish(journal: Journal, standing: Standing, source: Source) -> Made:
         mask_classes=source.mask_classes,
     )
     samples, size = sum(s.samples for s in standing.shards), sum(s.bytes for s in standing.shards)
-    return Made(folder, samples, len(standing.shards), size, standing.refused)
+    return Made(folder, samples, len(standing.shards), size, standing.refused, dict(standing.notes))
 
 
 def listed(refused: Refusals) -> str:

@@ -54,6 +54,7 @@ class Sample:
         image: bytes of the image file.
         labels: label name -> class number; empty where unlabelled.
         mask: bytes of a PNG of one 8-bit channel, a class number for each pixel of the image as it is stored; or none.
+        note: what the user should know of how the image was understood; empty for nothing.
     """
 
     key: str
@@ -61,6 +62,7 @@ class Sample:
     image: bytes
     labels: Mapping[str, int] = field(default_factory=dict)
     mask: bytes | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +74,14 @@ class Packed:
         data: its members, headers and padding included.
         places: [3, 2] offset in ``data`` and size of image, label and mask; -1 and 0 for what the sample lacks.
         labels: label name -> class number.
+        note: see ``Sample``.
     """
 
     key: str
     data: bytes
     places: IntArray
     labels: Mapping[str, int]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def pack(sample: Sample) -> Packed:
         found[extension] = len(data) + len(header), len(content)
         data += header + content + bytes(-len(content) % tarfile.BLOCKSIZE)
     places = [found.get(name, (-1, 0)) for name in (sample.extension, label, MASK_EXTENSION)]
-    return Packed(sample.key, data, np.array(places, dtype=np.int64), sample.labels)
+    return Packed(sample.key, data, np.array(places, dtype=np.int64), sample.labels, sample.note)
 
 
 def tar_size(members: int) -> int:

@@ -7,8 +7,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from jepa_kit.data import images
 from jepa_kit.data.images import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -84,6 +85,116 @@ def test_sixteen_bit_grey_of_pillow(file_format):
     deep = (RAMP.astype(np.uint16) << 8) + 200
     pixels = np.asarray(decode(saved(Image.fromarray(deep), file_format)))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None], 3, axis=2))
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    monkeypatch.setattr(images, "_logged", set())
+
+
+DEEP = {  # (bits in use, dtype and format of the file)
+    "int32": (8, np.int32, "TIFF"),
+    "int32 of 12": (12, np.int32, "TIFF"),
+    "int32 of 16": (16, np.int32, "TIFF"),
+    "uint16 of 8": (8, np.uint16, "TIFF"),
+    "uint16 of 12": (12, np.uint16, "TIFF"),
+    "uint16 of 12, big-endian": (12, ">u2", "TIFF"),
+    "PNG of 12": (12, np.uint16, "PNG"),
+    "uint16": (16, np.uint16, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_grey_is_as_bright_as_its_bits(kind, notes, caplog):
+    """The values of an 8-bit ramp, stored with more bits, show the ramp; a note where fewer bits are used, once."""
+    bits, dtype, file_format = DEEP[kind]
+    values = (RAMP.astype(np.int64) << (bits - 8)) + (3 if bits > 8 else 0)
+    data = saved(Image.fromarray(values.astype(dtype)), file_format)
+    assert np.asarray(Image.open(io.BytesIO(data))).max() == values.max(), "the file has them"
+    for _ in range(2):
+        np.testing.assert_array_equal(np.asarray(decode(data)), np.repeat(RAMP[..., None], 3, axis=2))
+    expected = [f"no value above {2**bits - 1}: taken for {bits}-bit numbers"] if bits < 16 else []
+    assert len(caplog.records) == len(expected)
+    assert all(text in caplog.text for text in expected)
+
+
+def test_a_black_deep_image_has_no_note(notes, caplog):
+    assert np.asarray(decode(saved(Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "PNG"))).max() == 0
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("least", "most"), [(-1, 300), (0, 65536), (-(2**31), 2**31 - 1)])
+def test_numbers_of_no_known_range_are_refused(least, most):
+    data = saved(Image.fromarray(np.array([[least, most]], dtype=np.int32)), "TIFF")
+    with pytest.raises(ImageError, match=rf"whole numbers from {least} to {most}: they must be within 0 to 65535"):
+        decode(data)
+
+
+def test_a_rotated_deep_image_is_upright():
+    deep = Image.fromarray(RAMP.astype(np.uint16) << 8)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.asarray(decode(saved(deep, "PNG", exif=exif)))
+    np.testing.assert_array_equal(pixels[..., 0], RAMP[::-1, ::-1])
+
+
+def test_a_palette_with_alpha():
+    image = colours().quantize(8)
+    with_alpha = image.convert("PA")
+    assert with_alpha.mode == "PA"
+    np.testing.assert_array_equal(np.asarray(to_rgb(with_alpha)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("file_format", ["TIFF", "PNG"])
+def test_bilevel_images_are_black_and_white(file_format):
+    pixels = np.asarray(decode(saved(Image.fromarray(RAMP > 99), file_format)))
+    np.testing.assert_array_equal(pixels, np.where(RAMP > 99, 255, 0)[..., None].repeat(3, axis=2))
+
+
+def chunk(name, content):
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+LARGE = {
+    "zTXt": b"notes\0\0" + zlib.compress(bytes(3 << 20)),
+    "iTXt": b"notes\0\1\0\0\0" + zlib.compress(bytes(3 << 20)),
+    "iTXt, plain": b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * (3 << 20),
+    "iCCP": b"profile\0\0" + zlib.compress(bytes(3 << 20)),
+}
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_png_with_a_large_text_or_profile(kind, place):
+    whole = saved(colours(), "PNG")
+    at = whole.index(b"IDAT") - 4 if place == "before the pixels" else whole.index(b"IEND") - 4
+    extra = chunk(kind[:4].encode(), LARGE[kind])
+    data = whole[:at] + extra + whole[at:]
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(colours()))
+    if place == "before the pixels":  # behind them, Pillow looks at no checksum
+        with pytest.raises(ImageError):
+            decode(data[: at + 40] + bytes([data[at + 40] ^ 1]) + data[at + 41 :])
+
+
+def test_a_png_with_many_texts():
+    """More than Pillow's bound of 64 MB for all texts together."""
+    whole = saved(colours(), "PNG")
+    texts = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70
+    at = whole.index(b"IDAT") - 4
+    np.testing.assert_array_equal(np.asarray(decode(whole[:at] + texts + whole[at:])), np.asarray(colours()))
+
+
+def test_the_orientation_of_a_png_stays():
+    """In its eXIf chunk, beside texts that are left out; and in XMP, where Pillow looks if EXIF is without the mark."""
+    exif, plain = Image.Exif(), Image.Exif()
+    exif[0x0112], plain[0x0131] = 3, "software"
+    text = PngInfo()
+    text.add_text("a", "b" * 500, zip=True)
+    data = saved(Image.fromarray(RAMP), "PNG", exif=exif, pnginfo=text)
+    np.testing.assert_array_equal(np.asarray(decode(data))[..., 0], RAMP[::-1, ::-1])
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="3"/>')
+    data = saved(Image.fromarray(RAMP), "PNG", exif=plain, pnginfo=text)
+    assert orientation(Image.open(io.BytesIO(data))) == orientation(open_header(data)) == 3
 
 
 def test_alpha_is_dropped():

@@ -108,7 +108,10 @@ class Recode:
             raise Refused("empty file")
         try:
             image = open_image(data)
-            pixels = to_rgb(image)  # what reading the shard will do, so that nothing fails then that did not fail now
+            notes: list[str] = []
+            pixels = to_rgb(
+                image, notes.append
+            )  # what reading the shard will do, so that nothing fails then that did not fail now
         except DECODE_ERRORS as error:
             raise Refused(f"not a decodable image: {error or type(error).__name__}") from error
         extension = KEPT_FORMATS.get(image.format or "")
@@ -117,7 +120,8 @@ class Recode:
             extension, data = "jpg", _encode_jpeg(small, self.quality or DEFAULT_QUALITY)
         elif small is not pixels or extension is None:
             extension, data = "png", encode_png(small)
-        return Sample(key, extension, data, labels, None if mask is None else self._mask(mask, pixels, small))
+        small_mask = None if mask is None else self._mask(mask, pixels, small)
+        return Sample(key, extension, data, labels, small_mask, "".join(notes))
 
     def _shrunk(self, pixels: Image.Image) -> Image.Image:
         short = min(pixels.size)
