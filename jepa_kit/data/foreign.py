@@ -3,7 +3,8 @@
 A sample is what tar members of one name have in common up to the first dot of it. A member that a name has already
 begins another sample of that name: shards may have been joined, or count anew. A sample's image is the member of a
 known extension; labels are ``.cls`` members (label ``class``) or the whole numbers of ``.json`` members (by their
-names). Names of classes are not known: they are the numbers.
+names), but for sizes of images, and for names whose numbers no class can have. Names of classes are not known: they are
+the numbers.
 
 What is broken costs what is broken: of a shard that was cut short the samples before the cut are used, of one with a
 corrupt stretch those before and after it. What is left out is listed in the index under ``refused``: sparse files and
@@ -18,6 +19,7 @@ import logging
 import os
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +51,8 @@ from jepa_kit.data.tars import (
 
 INDEXER = 2
 """Of what an index of foreign shards contains; one with another number is made again. 2: checksums, links."""
+SIZES = ("width", "height", "original_width", "original_height")
+"""Whole numbers in a .json that are no labels: img2dataset writes them."""
 SAY_EVERY = 30.0
 """Seconds between two lines about the progress."""
 
@@ -63,11 +67,13 @@ class Scan:
         entry: of the index.
         rows: its samples.
         refused: ``name`` and ``reason`` of samples without an image, labels that are none, and broken stretches.
+        outside: name of a whole number in .json members -> how many samples have one that no class can have.
     """
 
     entry: Shard
     rows: Rows
     refused: list[dict[str, str]]
+    outside: dict[str, int]
 
 
 def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
@@ -91,6 +97,7 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
     places: list[list[tuple[int, int]]] = []
     found: list[dict[str, int]] = []
     links: dict[str, list[str]] = {}
+    outside: Counter[str] = Counter()
     with open(path, "rb") as stream:
         for key, parts in _samples(members):
             image = next((parts[e] for e in IMAGE_EXTENSIONS if e in parts), None)
@@ -106,7 +113,8 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
             labels: dict[str, int] = {}
             if label is not None:
                 stream.seek(label.offset)
-                labels, fault = parse_label(stream.read(label.size), kind == "cls")
+                labels, fault, beyond = parse_label(stream.read(label.size), kind == "cls")
+                outside.update(beyond)
                 if fault:
                     refused.append({"name": f"{key}.{kind}", "reason": f"{fault}: used without that label"})
             found.append(labels)
@@ -114,7 +122,7 @@ def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
     names = dict.fromkeys(name for row in found for name in row)
     columns = {name: np.array([row.get(name, -1) for row in found]) for name in names}
     entry = Shard(name, len(keys), size, sha256_of(path) if checksum else None)
-    return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:], links), refused)
+    return Scan(entry, Rows(keys, numbers[:, :4], columns, numbers[:, 4:], links), refused, dict(outside))
 
 
 class _File(NamedTuple):
@@ -214,20 +222,23 @@ def _samples(members: Sequence[_File]) -> list[tuple[str, dict[str, _File]]]:
     return samples
 
 
-def parse_label(text: bytes, is_cls: bool) -> tuple[dict[str, int], str | None]:
-    """Class numbers of a label member, and what is wrong with it; captions and the like in a .json are no fault."""
+def parse_label(text: bytes, is_cls: bool) -> tuple[dict[str, int], str | None, list[str]]:
+    """Return the class numbers of a label member, what is wrong with it, and names whose numbers no class can have.
+
+    Captions and the like in a .json are no fault, and -1 stands for no label.
+    """
     shown = text[:40].decode(errors="replace")
     try:
         found = {"class": int(text)} if is_cls else json.loads(text or b"{}")
-    except ValueError:
-        return {}, f"{shown!r} is no {'class number' if is_cls else 'JSON'}"
+    except (ValueError, RecursionError):  # the last where it is nested thousands deep
+        return {}, f"{shown!r} is no {'class number' if is_cls else 'JSON'}", []
     if not isinstance(found, dict):
-        return {}, f"{shown!r} is no mapping of labels"
+        return {}, f"{shown!r} is no mapping of labels", []
     whole = {k: v for k, v in found.items() if type(v) is int}
     labels = {k: v for k, v in whole.items() if 0 <= v < MAX_CLASSES}
     if is_cls and not labels:
-        return {}, f"{shown!r} is no class number from 0 to {MAX_CLASSES - 1}"
-    return labels, None
+        return {}, f"{shown!r} is no class number from 0 to {MAX_CLASSES - 1}", []
+    return labels, None, [k for k, v in whole.items() if k not in labels and v != -1]
 
 
 def write_foreign_index(folder: str, scans: Sequence[Scan], path: str) -> None:
@@ -250,17 +261,46 @@ def write_foreign_index(folder: str, scans: Sequence[Scan], path: str) -> None:
         raise ValueError(
             f"shards (={path!r}) must hold images, but no sample of its {len(parts)} shards has one{reasons}"
         )
+    names, notes, more = _labels_among(scans)
+    refused += more
     for entry in refused[:10]:
         log.warning("%s: %s", entry["name"], entry["reason"])
     if len(refused) > 10:
         log.warning("and %d more; %s lists all under 'refused'", len(refused) - 10, os.path.join(folder, INDEX))
-    names = sorted({name for part in parts for name in part.labels})
+    for text in notes:
+        log.warning("%s: %s", path, text)
     most = {name: max(int(part.labels[name].max()) for part in parts if name in part.labels) for name in names}
     classes = {name: [str(k) for k in range(most[name] + 1)] for name in names}
     entries = [s.entry for s in scans]
-    write_index(
-        folder, entries, parts, classes=classes, refused=refused, made_by={"tool": "index_shards", "version": INDEXER}
-    )
+    made_by = {"tool": "index_shards", "version": INDEXER}
+    write_index(folder, entries, parts, classes=classes, refused=refused, made_by=made_by, notes=notes)
+
+
+def _labels_among(scans: Sequence[Scan]) -> tuple[list[str], list[str], list[dict[str, str]]]:
+    """Which whole numbers of foreign shards are labels; notes on those that are none; and labels that samples lack."""
+    outside: Counter[str] = Counter()
+    within: Counter[str] = Counter()
+    for found in scans:
+        outside.update(found.outside)
+        within.update({name: int((numbers >= 0).sum()) for name, numbers in found.rows.labels.items()})
+    sizes = sorted(name for name in {*outside, *within} if name.lower() in SIZES)
+    ids = sorted(name for name, count in outside.items() if count > within[name] and name not in sizes)
+    notes = [f"{', '.join(sizes)}: taken for sizes of images, not for labels"] if sizes else []
+    notes += [
+        f"{name}: no label, since {outside[name]} of {outside[name] + within[name]} samples have a number outside 0 to "
+        f"{MAX_CLASSES - 1}"
+        for name in ids
+    ]
+    names = sorted(name for name in within if name not in sizes and name not in ids)
+    lacking = [
+        {
+            "name": f"label {name!r}",
+            "reason": f"{outside[name]} samples have a number outside 0 to {MAX_CLASSES - 1}: used without that label",
+        }
+        for name in names
+        if outside[name]
+    ]
+    return names, notes, lacking
 
 
 class Progress:

@@ -316,7 +316,7 @@ def _save_scan(path: str, found: Scan) -> None:
     rows, names = found.rows, list(found.rows.labels)
     entry = [found.entry.file, found.entry.bytes, found.entry.sha256]
     meta = {"entry": entry, "keys": rows.keys, "names": names, "refused": found.refused}
-    meta["links"] = rows.links
+    meta |= {"links": rows.links, "outside": found.outside}
     labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
     with replacing(path) as temporary, open(temporary, "wb") as out:
         np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
@@ -331,4 +331,4 @@ def _load_scan(path: str) -> Scan | None:
     except (FileNotFoundError, BadZipFile, ValueError, KeyError):
         return None
     name, size, sha256 = meta["entry"]
-    return Scan(Shard(name, len(rows.keys), size, sha256), rows, meta["refused"])
+    return Scan(Shard(name, len(rows.keys), size, sha256), rows, meta["refused"], meta["outside"])

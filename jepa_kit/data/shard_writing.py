@@ -216,6 +216,7 @@ def write_index(
     refused: Sequence[Mapping[str, str]],
     made_by: Mapping[str, Any],
     mask_classes: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> None:
     """Writes the arrays, then ``index.json``, and takes the mark of an unfinished folder away.
 
@@ -227,6 +228,7 @@ def write_index(
         refused: ``name`` and ``reason`` of each sample that was left out.
         made_by: the tool and its options.
         mask_classes: names of the classes of masks, from 0; empty where there are none or they are not known.
+        notes: what a user should know about labels that were found.
     """
     keys = [key.encode("utf-8") for part in rows for key in part.keys]
     columns = [
@@ -260,8 +262,7 @@ def write_index(
     for part in rows:
         for key, names in part.links.items():
             links.setdefault(key, []).extend(names)
-    if links:
-        index["links"] = links
+    index |= {key: found for key, found in (("links", links), ("notes", list(notes))) if found}
     if MASKS in arrays:
         index["masks"] = {"samples": int((masks[:, 0] >= 0).sum()), "classes": list(mask_classes)}
     with replacing(os.path.join(folder, INDEX)) as temporary, open(temporary, "w", encoding="utf-8") as text:

@@ -42,8 +42,8 @@ class ShardDataset:
         access: how shards of other machines are read.
 
     Raises:
-        ValueError: nothing is there; an index of another version, or one that disagrees with its own files; parts whose
-            labels have other classes; an address that does not answer.
+        ValueError: nothing is there; an index of another version, or one that disagrees with its own files; an address
+            that does not answer.
     """
 
     def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
@@ -58,15 +58,19 @@ class ShardDataset:
         if self.remote:
             self._shelf()
         self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
-        self.classes = _merged(self.parts)
-        """Label name -> the names of its classes."""
+        self.classes, self.conflicts = _merged(self.parts)
+        """Label name -> the names of its classes; and label names that cannot be used -> why."""
+        self.mask_conflict: str | None = None
+        """Why masks cannot be used though there are some."""
         masked = [part for part in self.parts if part.has_masks]
+        for part in masked:
+            if part.index["masks"]["classes"] != masked[0].index["masks"]["classes"]:
+                self.mask_conflict = f"masks have other classes in {part.path} than in {masked[0].path}"
+        if self.mask_conflict:
+            masked = []
         self.has_masks = bool(masked)
         self.mask_classes: tuple[str, ...] = tuple(masked[0].index["masks"]["classes"]) if masked else ()
         """Names of the classes of masks, from 0; empty without masks, or where nobody named them."""
-        for part in masked:
-            if tuple(part.index["masks"]["classes"]) != self.mask_classes:
-                raise ValueError(f"masks have other classes in {part.path} than in {masked[0].path}")
         self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
         links = {key: names for part in self.parts for key, names in part.index.get("links", {}).items()}
         self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
@@ -153,6 +157,8 @@ class ShardDataset:
         return np.flatnonzero(self._labels[:, self._column(name)] >= 0)
 
     def _column(self, name: str) -> int:
+        if name in self.conflicts:
+            raise ValueError(self.conflicts[name])
         if not self.classes:
             raise ValueError(f"label (={name!r}) cannot be read: the shards in {self.path} are unlabelled")
         if name not in self.classes:
@@ -198,6 +204,8 @@ class ShardDataset:
             ValueError: the shards carry no masks, or not for this sample.
         """
         i = self._checked(i)
+        if self.mask_conflict:
+            raise ValueError(self.mask_conflict)
         if self._masks is None:
             raise ValueError(f"mask of sample {i} cannot be read: the shards in {self.path} carry no masks")
         if self._masks[i, 0] < 0:
@@ -256,23 +264,23 @@ def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
     return np.stack([found[:, own.index(n)] if n in own else missing for n in names], axis=1)
 
 
-def _merged(parts: Sequence[Part]) -> dict[str, tuple[str, ...]]:
-    """The classes of all parts; one that knows the first ones alone (as numbers that it has seen) fits a longer list.
+def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """The classes of all parts, and why a label has none: its numbers stand for other classes in another part.
 
-    Raises:
-        ValueError: the same label with other classes.
+    A part that knows the first classes alone (as numbers that it has seen) fits a longer list.
     """
     merged: dict[str, tuple[str, ...]] = {}
     origin: dict[str, str] = {}
+    conflicts: dict[str, str] = {}
     for part in parts:
         for name, classes in part.classes.items():
-            known = merged.get(name, ())
-            shorter, longer = sorted((known, classes), key=len)
+            shorter, longer = sorted((merged.get(name, ()), classes), key=len)
             if longer[: len(shorter)] != shorter:
-                raise ValueError(
+                conflicts[name] = (
                     f"label (={name!r}) must have the same classes in all parts, but those of {part.path} are not "
                     f"those of {origin[name]}"
                 )
+                continue
             merged[name] = longer
             origin.setdefault(name, part.path)
-    return merged
+    return {name: classes for name, classes in merged.items() if name not in conflicts}, conflicts

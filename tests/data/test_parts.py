@@ -1,5 +1,6 @@
 """Folders, patterns, lists and addresses: the same samples by every way, and indexes that are made once."""
 
+import dataclasses
 import io
 import json
 import os
@@ -12,8 +13,10 @@ import pytest
 from bad_server import serving
 from small_shards import encoded, picture, write_shards
 
+from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shard_writing import Sample
 from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.streams import Access
 
 NAMES = ("index.json", "offsets.npy", "labels.npy", "keys.npy")
@@ -71,11 +74,34 @@ def test_a_list_of_folders_is_one_data_set(tmp_path, folder, samples):
 
 
 def test_lists_whose_classes_differ(tmp_path, folder, samples):
-    write_shards(tmp_path / "other", samples[:2], 2, {"class": tuple("abXd")})
-    with pytest.raises(
-        ValueError, match=r"label \(='class'\) must have the same classes in all parts, but those of .*oth"
-    ):
-        ShardDataset([str(folder), str(tmp_path / "other")])
+    """Training looks at no labels: images can be used, and a label is an error when it is asked for."""
+    other = [Sample(f"o/{k}", s.extension, s.image, {"class": 1, "count": 2}) for k, s in enumerate(samples[:2])]
+    write_shards(tmp_path / "other", other, 2, {"class": tuple("abXd"), "count": tuple("0123")})
+    both = [str(folder), str(tmp_path / "other")]
+    for dataset in (ShardDataset(both), pickle.loads(pickle.dumps(ShardDataset(both)))):
+        assert [dataset.image_bytes(i) for i in range(25)] == [s.image for s in [*samples, *other]]
+        assert dataset.classes == {"count": tuple("0123")}
+        assert dataset.read(24)["labels"] == {"count": 2}
+        message = r"label \(='class'\) must have the same classes in all parts, but those of .*other are not "
+        for ask in (dataset.labels, dataset.labelled):
+            with pytest.raises(ValueError, match=message):
+                ask("class")
+    with pytest.raises(ValueError, match=r"source \(='wds:.*'\) cannot be put into one set of shards: label"):
+        open_source(f"wds:{'::'.join(both)}", SourceOptions(), seed=0, scratch="")
+
+
+def test_lists_whose_masks_have_other_classes(tmp_path, samples):
+    mask = encode_mask(np.zeros((16, 18), dtype=np.uint8))
+    for name, classes in (("a", ["none", "cat"]), ("b", ["none", "dog"])):
+        write_shards(tmp_path / name, [dataclasses.replace(samples[0], mask=mask)], 2, {"class": tuple("abcd")})
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        index["masks"]["classes"] = classes
+        (tmp_path / name / "index.json").write_text(json.dumps(index))
+    dataset = ShardDataset([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert dataset.image_bytes(1) == samples[0].image
+    assert not dataset.has_masks
+    with pytest.raises(ValueError, match=r"masks have other classes in .*b than in .*a$"):
+        dataset.mask(0)
 
 
 def test_foreign_shards_of_two_folders_that_saw_other_classes(tmp_path, samples):

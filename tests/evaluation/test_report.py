@@ -1,5 +1,6 @@
 """Evaluations of several networks: what is shared, what a table and a file say, and what is refused."""
 
+import copy
 import hashlib
 import json
 
@@ -323,13 +324,27 @@ def test_shared_samples_are_counted(scenes):
 
 def test_shards_whose_classes_differ(scenes, tmp_path):
     other = scene_shards(tmp_path / "other", 4, seed=0)
-    other.classes["shape"] = ("sphere", "cube")
+    other.classes["shape"] = ("cube", "sphere")
     with pytest.raises(ValueError) as error:
         evaluate([PIXELS], scenes[0], other, image_size=(16, 16))
     assert str(error.value) == (
         f"label (='shape') must have the same classes in both: {scenes[0].path} has 8 (sphere, cube, cylinder, cone, "
-        f"ring, ...), {other.path} has 2 (sphere, cube)"
+        f"ring, ...), {other.path} has 2 (cube, sphere)"
     )
+
+
+def test_test_shards_may_lack_the_last_classes(scenes):
+    """As foreign ones do, whose classes are the numbers that they hold; the other way round there is an error."""
+    train, test = (copy.copy(part) for part in scenes)
+    most = min(int(test.labels("shape").max()), len(train.classes["shape"]) - 2)
+    test.classes = {"shape": tuple(map(str, range(most + 1)))}
+    train.classes = {"shape": tuple(map(str, range(8)))}
+    test._labels = np.minimum(test._labels[:, -1:], most)
+    train._labels = train._labels[:, -1:]
+    (row,) = evaluate([PIXELS], train, test, image_size=(16, 16), protocols=["knn"])
+    assert 0 <= row.accuracy <= 1
+    with pytest.raises(ValueError, match=r"label \(='shape'\) must have the same classes in both"):
+        evaluate([PIXELS], test, train, image_size=(16, 16), protocols=["knn"])
 
 
 @pytest.mark.parametrize(

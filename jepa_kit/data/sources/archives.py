@@ -97,7 +97,9 @@ def zip_files(path: str) -> tuple[list[str], list[int], list[int], int]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            every = sorted((e.filename, k, e.file_size) for k, e in enumerate(archive.infolist()) if not e.is_dir())
+            # some writers on Windows separate folders by backslashes, which the format does not allow
+            named = [(e.filename.replace("\\", "/"), k, e.file_size) for k, e in enumerate(archive.infolist())]
+            every = sorted(entry for entry in named if not entry[0].endswith("/"))
     except zipfile.BadZipFile as error:
         raise ValueError(f"source (={path!r}) is not a whole zip archive: {error}") from error
     found = [entry for entry in every if not hidden(entry[0])]

@@ -110,6 +110,11 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, files
 
 
+def _with_slashes(name: str, root: str) -> str:
+    """A path of a table that may have been written on Windows; a file whose name has a backslash keeps it."""
+    return name if "\\" in name and os.path.exists(os.path.join(root, name)) else name.replace("\\", "/")
+
+
 def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else -1  # a link to nowhere: it is refused when it is read
 
@@ -121,8 +126,8 @@ def open_table(path: str, *, path_column: str, label_columns: Sequence[str], rec
         ValueError: a table that is not readable, or without these columns.
     """
     table = read_table(path)
-    names = [name.replace(os.sep, "/") for name in table_column(table, path_column, path)]
-    labels = table_labels(table, label_columns, path, without=[path_column])
     root = os.path.dirname(path)
+    names = [_with_slashes(name, root) for name in table_column(table, path_column, path)]
+    labels = table_labels(table, label_columns, path, without=[path_column])
     sizes = [_size(os.path.join(root, name)) for name in names]
     return Files(names, FolderReader(root, names), labels=labels, recode=recode, sizes=sizes)

@@ -277,6 +277,8 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
     """The labels of a list's files, for the files of the source."""
     if not labels.values:
         raise ValueError(f"--labels (={path!r}) must have a column of labels: name it with --label-column")
+    known = set(names)
+    files = [file if file in known else file.replace("\\", "/") for file in files]  # a list from Windows
     if len(set(files)) < len(files):
         twice = next(file for k, file in enumerate(files) if file in files[:k])
         raise ValueError(f"--labels (={path!r}) must name each file once, but names {twice!r} twice")

@@ -32,6 +32,8 @@ class OldShards:
 
     def __init__(self, pattern: str, recode: Recode) -> None:
         self.recode, self.dataset = recode, ShardDataset(pattern)
+        if conflicts := [*self.dataset.conflicts.values(), *filter(None, [self.dataset.mask_conflict])]:
+            raise ValueError(f"source (='wds:{pattern}') cannot be put into one set of shards: {conflicts[0]}")
         n = len(self.dataset)
         self._old = [self.dataset.key(i) for i in range(n)]
         self._keys = each_once(self._old)
@@ -39,6 +41,7 @@ class OldShards:
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes
         self.splits, self.mixed, self.notes = whole(n + len(self._bad)), False, _left_behind(self.dataset)
+        self.notes += [note for index in foreign for note in index.get("notes", [])]
 
     def __len__(self) -> int:
         return len(self._keys) + len(self._bad)

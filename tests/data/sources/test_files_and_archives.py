@@ -149,6 +149,33 @@ def test_extension_is_that_of_the_content(tmp_path):
     assert (sample.key, sample.extension) == ("x", "jpg")
 
 
+def test_paths_of_windows(tmp_path):
+    """Backslashes in a zip (as .NET wrote them), in a table and in a list are slashes; a real name keeps its own."""
+    images = {r"cat\1.png": TREE["train/cat/1.png"], r"dog\sub\2.jpg": TREE["train/cat/0.jpg"]}
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        archive.writestr("cat\\", b"")
+        for name, data in images.items():
+            archive.writestr(name, data)
+    assert b"cat\\1.png" in (tmp_path / "w.zip").read_bytes()
+    packed = opened(str(tmp_path / "w.zip"), tmp_path)
+    assert (packed.names, packed.classes) == (["cat/1.png", "dog/sub/2.jpg"], {"class": ("cat", "sub")})
+    assert packed.sample(0).image == images[r"cat\1.png"]
+    assert packed.sample(0).labels == {"class": 0}
+    for name, data in images.items():
+        place = tmp_path / name.replace("\\", "/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data)
+    (tmp_path / r"odd\3.png").write_bytes(TREE["train/cat/1.png"])
+    rows = [r"cat\1.png,a", r"dog\sub\2.jpg,b", r"odd\3.png,a"]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows]))
+    table = opened(str(tmp_path / "t.csv"), tmp_path)
+    assert table.names == ["cat/1.png", "dog/sub/2.jpg", r"odd\3.png"]
+    assert [table.sample(i).labels["class"] for i in range(3)] == [0, 1, 0]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows[:2]]))
+    labelled = opened(str(tmp_path / "w.zip"), tmp_path, labels=str(tmp_path / "list.csv"))
+    assert [labelled.sample(i).labels["class"] for i in range(2)] == [0, 1]
+
+
 def test_keys_are_unique_and_webdatasets():
     names = ["a/x.jpg", "a/x.png", "a/x.y.jpg", "a/x_y.jpg", "b.c/x.jpg", "x", "__meta__/x.jpg", "a/x_1.jpg"]
     assert unique_keys(names) == ["a/x", "a/x_1", "a/x_y", "a/x_y_1", "b.c/x", "x", "_meta__/x", "a/x_1_1"]
