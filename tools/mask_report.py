@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> str:
     """The table; writes the files."""
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.config import load_config, versions
-    from jepa_kit.evaluation.mask_page import first_masks, mask_page, samples_of
+    from jepa_kit.evaluation.mask_page import first_masks, mask_page, samples_of, shows_data
     from jepa_kit.evaluation.mask_report import mask_report
     from jepa_kit.evaluation.pictures import mask_gallery
 
@@ -95,7 +95,14 @@ def run(arguments: argparse.Namespace) -> str:
         columns=few,
         heading=f"masker: {configs[0].slots['masker'].name}",
     )
-    return f"{format_table(names, reports)}\n\nwrote {folder / 'mask_report.json'}, {picture} and {gallery}"
+    shards = configs[0].data.shards
+    note = ""
+    if shards is not None and not shows_data(configs[0]):
+        note = (
+            f"\n\nnote: the pictures show synthetic scenes: data.shards (={shards!r}) has no index.json on this "
+            "machine, and a report opens no other data"
+        )
+    return f"{format_table(names, reports)}{note}\n\nwrote {folder / 'mask_report.json'}, {picture} and {gallery}"
 
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:

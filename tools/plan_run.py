@@ -36,7 +36,7 @@ if find_spec("jepa_kit") is None:
 
 from jepa_kit.arguments import add_config, tool_parser
 from jepa_kit.config import Config, load_config
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.parts import indexed_samples
 from jepa_kit.engine.devices import DEVICES
 from jepa_kit.engine.flops import FORMULA
 from jepa_kit.engine.planner import Assumptions, Plan, describe, plan_run, table
@@ -82,10 +82,22 @@ def numbers(text: str) -> list[int]:
 
 
 def samples_of(config: Config, given: int | None) -> int:
-    """Images of the data set: as given, those of the config's shards, or ImageNet's where it has none."""
+    """Return images of the data set: as given, by the index of the config's shards, or ImageNet's if it names none.
+
+    Raises:
+        ValueError: the shards have no index here; planning opens no data, and runs no `pipe:` command.
+    """
     if given is not None:
         return given
-    return IMAGENET if config.data.shards is None else len(ShardDataset(config.data.shards))
+    if config.data.shards is None:
+        return IMAGENET
+    found = indexed_samples(config.data.shards)
+    if found is None:
+        raise ValueError(
+            f"--samples N must be given: data.shards (={config.data.shards!r}) has no index.json on this machine, and "
+            "planning opens no data"
+        )
+    return found
 
 
 def implied_share(plan: Plan, given: Assumptions, gpu_hours: float) -> float:

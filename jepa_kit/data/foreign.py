@@ -53,6 +53,8 @@ INDEXER = 2
 """Of what an index of foreign shards contains; one with another number is made again. 2: checksums, links."""
 SIZES = ("width", "height", "original_width", "original_height")
 """Whole numbers in a .json that are no labels: img2dataset writes them."""
+LOOKED_AT = 1000
+"""Files of a folder without shards in which images are looked for."""
 SAY_EVERY = 30.0
 """Seconds between two lines about the progress."""
 
@@ -345,6 +347,8 @@ def shards_in(folder: str) -> list[str]:
     Raises:
         ValueError: no such folder, no ``*.tar`` in it, or a folder that a writer left unfinished.
     """
+    if os.path.isfile(folder):
+        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it is a file: {_make(folder)}")
     if not os.path.isdir(folder):
         raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but there is no such folder")
     if os.path.exists(os.path.join(folder, UNFINISHED)):
@@ -357,5 +361,25 @@ def shards_in(folder: str) -> list[str]:
             raise compressed_shard(os.path.join(folder, packed[0]), "by its name")
         inner = [name for name in sorted(os.listdir(folder)) if os.path.exists(os.path.join(folder, name, INDEX))]
         hint = f"; these folders in it do: {', '.join(inner)}" if inner else ""
+        if not inner and (image := _first_image(folder)):
+            hint = f", and images ({image}): {_make(folder)}"
         raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it holds none{hint}")
     return files
+
+
+def _make(source: str) -> str:
+    name = os.path.basename(os.path.abspath(source)).partition(".")[0]
+    return f"`python tools/make_shards.py {source} shards/{name}` makes shards of it, for data.shards=shards/{name}"
+
+
+def _first_image(folder: str) -> str | None:
+    """The first file of an image's name in a folder or below, among as many as a message is worth looking at."""
+    looked = 0
+    for parent, _, files in os.walk(folder):
+        for name in sorted(files):
+            looked += 1
+            if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                return os.path.relpath(os.path.join(parent, name), folder)
+        if looked > LOOKED_AT:
+            break
+    return None

@@ -7,20 +7,16 @@ out of its batch, and named in it; no other takes its place.
 
 from __future__ import annotations
 
-import atexit
-import signal
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import active_children
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from jepa_kit.data.ahead import Ahead
 from jepa_kit.data.faults import SampleError, Skipped
@@ -29,6 +25,7 @@ from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
 from jepa_kit.data.transforms.decoders import DecoderName
+from jepa_kit.data.workers import load
 from jepa_kit.maskers import Masker
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
@@ -223,7 +220,7 @@ class TrainLoader:
 
     def _numbered(self, start_step: int) -> Iterator[tuple[int, Batch]]:
         ahead = Ahead(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
-        loaded = _load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
+        loaded = load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
         with closing(loaded):
             try:
                 for step, batch in enumerate(loaded, start_step):
@@ -323,65 +320,4 @@ def eval_batches(
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)
     parts = [chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]
     view = eval_view(image_size=image_size, share=share, decoder=decoder, max_pixels=max_pixels)
-    return _load(_EvalBatches(dataset, view), parts, num_workers, pin_memory)
-
-
-def _load(
-    batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool
-) -> Generator[Batch, None, None]:
-    """One batch for each request, in their order."""
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own numbers
-        worker_init_fn=_ignore_signals,
-    )
-    before = set(active_children())
-    iterator = iter(loader)
-    _workers.update(set(active_children()) - before)
-    try:
-        yield from iterator
-    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-        if not _is_death(error) or not num_workers:
-            raise
-        raise RuntimeError(
-            f"a loader worker died ({error or type(error).__name__}). Often memory ran out: fewer num_workers than "
-            f"{num_workers} or a smaller batch_size help; or /dev/shm is too small for the batches in flight"
-        ) from error
-
-
-_workers: WeakSet[Any] = WeakSet()
-
-
-def _kill_workers() -> None:
-    """At exit: workers that are left over after an error. multiprocessing would send SIGTERM, and wait for them."""
-    for worker in list(_workers):
-        if worker.is_alive():
-            worker.kill()
-
-
-atexit.register(_kill_workers)  # after multiprocessing's own, so that it runs before it
-
-
-def _ignore_signals(worker: int) -> None:
-    """In a worker: signals that ask a run to end reach the whole process group, and are for the main process alone.
-
-    The main process may need longer than any grace period: for a long step, and for its checkpoint. It ends its
-    workers itself; if it is killed, they notice (torch's watchdog).
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether an error of DataLoader means that a worker is gone, and not that it raised the error itself.
-
-    It is found dead by its process (RuntimeError), or by its end of the connection over which a finished batch was
-    being fetched. What a worker raises is raised again with a text that begins "Caught".
-    """
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return not str(error).startswith("Caught")
+    return load(_EvalBatches(dataset, view), parts, num_workers, pin_memory)

@@ -101,6 +101,34 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
     return parts
 
 
+def indexed_samples(path: str | Sequence[str]) -> int | None:
+    """Return how many samples shards have by the indices that lie beside them here; opens no data and runs nothing.
+
+    Args:
+        path: as for ``open_parts``.
+
+    Returns:
+        None if an index is missing or on another machine: a data set would have to be opened for it.
+
+    Raises:
+        ValueError: nothing is there, or an index is broken.
+    """
+    total = 0
+    for address in expand(path):
+        if is_remote(address):
+            return None
+        if not os.path.exists(address):
+            raise ValueError(f"shards (={address!r}) must be a folder of .tar shards or a shard, but nothing is there")
+        index = _own_index(os.path.dirname(address) if is_shard(address) else address)
+        entries = [
+            e for e in (index or {"shards": []})["shards"] if not is_shard(address) or e["file"] == _file(address)
+        ]
+        if not entries:
+            return None
+        total += sum(entry["samples"] for entry in entries)
+    return total
+
+
 def _check_once(addresses: Sequence[str], path: str | Sequence[str]) -> None:
     """Raises ValueError for a folder or a shard that is named twice, by whatever names."""
     seen: set[str] = set()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa_kit.config import Config
+from jepa_kit.data.parts import indexed_samples
 from jepa_kit.data.scenes import render
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.evaluation.mask_report import MaskReport, warnings
@@ -29,10 +30,18 @@ WIDTH = 8.0
 """Of a report's column, in inches."""
 
 
+def shows_data(config: Config) -> bool:
+    """Return whether the pictures of a report are of the config's own data."""
+    return config.data.shards is not None and indexed_samples(config.data.shards) is not None
+
+
 def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
-    """[B, 3, h, w] uint8: the first samples of the config's data, cropped as in training; scenes where it has none."""
+    """Return [B, 3, h, w] uint8: the first samples of the config's data, cropped as in training, or scenes.
+
+    Scenes if it names no shards, or some without an index on this machine: a report fetches nothing, runs no command.
+    """
     size = config.data.image_size
-    if config.data.shards is None:
+    if not shows_data(config):
         images = [render(seed, i, size).image for i in range(count)]
     else:
         data = open_shards(config)

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -242,6 +243,70 @@ def test_other_errors_of_a_worker_keep_their_text(dataset):
     with pytest.raises(RuntimeError, match="of its own") as caught:
         take(loader(dataset, masker=Faulty(), num_workers=1), 1)
     assert "worker died" not in str(caught.value)
+
+
+@dataclass
+class Unsendable(Halves):
+    """Masks that no process can be sent: the thread that sends a batch fails, and not the worker that made it."""
+
+    def __call__(self, samples, *, seed, epoch, step=0):
+        masks = super().__call__(samples, seed=seed, epoch=epoch, step=step)
+        object.__setattr__(masks, "lock", threading.Lock())
+        return masks
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error_and_no_hang(dataset):
+    with pytest.raises(TypeError, match=r"Caught TypeError in a loader worker, as a batch was sent(.|\n)*cannot"):
+        take(loader(dataset, masker=Unsendable(), num_workers=1), 2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_full_shared_memory_is_told_with_advice(dataset, monkeypatch):
+    """The text is torch's own, of a /dev/shm of 4 MB that was full."""
+
+    def full(size):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_785_2461214746_0>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    message = r"/dev/shm \(\d+ MB\) is full: .*--shm-size=8g.*fewer data.num_workers than 1; 0 does without it"
+    with pytest.raises(RuntimeError, match=message):
+        take(loader(dataset, num_workers=1), 1)
+    assert not multiprocessing.active_children()
+
+
+FEW_FILES = """
+import resource, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+from jepa_kit.data.loader import TrainLoader
+from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.transforms import eval_view
+loader = TrainLoader(
+    dataset=ShardDataset({folder!r}), masker=None, view=eval_view(image_size=(8, 8)), batch_size=2, num_workers=2
+)
+for step, batch in loader.batches():
+    time.sleep(0.05)  # so that workers run ahead
+    if step == 20:
+        break
+print("done", resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= {soft})
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(sys.platform != "linux", reason="counts files as Linux does")
+@pytest.mark.parametrize("hard", [26, 4096])
+def test_few_open_files(folder, hard):
+    """`ulimit -n 26` and two workers: an error with advice, or more files if the hard limit allows; never a hang."""
+    script = FEW_FILES.format(soft=26, hard=hard, folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    if hard > 26:
+        assert (done.returncode, done.stdout) == (0, "done True\n"), done.stderr
+    else:
+        assert done.returncode == 1
+        assert "ulimit -n" in done.stderr.splitlines()[-1]
+        assert done.stderr.splitlines()[-1].startswith("RuntimeError: ")
+        assert "Exception ignored" not in done.stderr
 
 
 def test_images_of_any_size_and_mode(tmp_path):

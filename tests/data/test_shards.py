@@ -125,6 +125,19 @@ def test_a_folder_without_shards(tmp_path, folder):
         ShardDataset(tmp_path / "empty")
 
 
+def test_images_that_are_no_shards_yet(tmp_path):
+    """A folder of photographs, or an archive, in place of shards: the message has the command that makes them."""
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    (tmp_path / "photos/cat/1.JPG").touch()
+    command = rf"`python tools/make_shards.py {tmp_path}/photos/? shards/photos` makes shards of it"
+    for path in (tmp_path / "photos", f"{tmp_path}/photos/"):
+        with pytest.raises(ValueError, match=rf"but it holds none, and images \(cat/1.JPG\): {command}"):
+            ShardDataset(path)
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it is a file: `python tools/ma"):
+        ShardDataset(tmp_path / "photos.zip")
+
+
 def test_an_unfinished_folder(folder):
     (folder / "index.json").unlink()
     (folder / "UNFINISHED").touch()

@@ -71,6 +71,16 @@ def test_one_with_another_masker(tool: Any, files: tuple[str, str], tmp_path: Pa
     assert report["sets_per_image"] == {"context": 2.0, "target": 2.0}
 
 
+def test_a_report_runs_no_command_of_its_config(
+    tool: Any, files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    mark = tmp_path / "opened"
+    few = ["--draws", "16", "--images-per-batch", "16", "--output-dir", str(tmp_path / "out")]
+    assert tool.main(["--config-file", files[1], *few, f"data.shards='pipe:touch {mark}'"]) == 0
+    assert not mark.exists()
+    assert "note: the pictures show synthetic scenes: data.shards (='pipe:touch " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -49,14 +49,38 @@ def test_json(tool, capsys):
         (["--gpus", "8", "--gpu-hours", "nan"], "--gpu-hours (=nan) must be above 0 and finite"),
         (["--gpus", "4096"], "train.batch_size (=2048) must be divisible by gpus (=4096)"),
         (["--gpus", "1", "encoder.depht=3"], "encoder.depht is not an option of 'vit'; did you mean 'depth'?"),
-        (["--gpus", "1", "data.shards=nothing-here"], "nothing-here"),
+        (
+            ["--gpus", "1", "data.shards=nothing-here"],
+            "shards (='nothing-here') must be a folder of .tar",
+        ),
+        (
+            ["--gpus", "1", "data.shards='pipe:touch opened'"],
+            "--samples N must be given: data.shards (='pipe:to",
+        ),
+        (
+            ["--gpus", "1", "data.shards=http://127.0.0.1:9/a.tar"],
+            "has no index.json on this machine, and plan",
+        ),
     ],
 )
-def test_mistakes(tool, capsys, arguments, message):
+def test_mistakes(tool, capsys, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert tool.main(["--config-file", CONFIG, "--device", "h100", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("plan_run.py: ")
     assert message in printed
+    assert not list(tmp_path.iterdir()), "no command of pipe: was run"
+
+
+def test_a_plan_for_shards_reads_their_index_alone(tool, tmp_path):
+    write_index_alone = {"format": "jepa_kit shards", "version": 1, "samples": 7, "labels": {}, "refused": []}
+    entries = [{"file": f"{k}.tar", "samples": k, "bytes": 10240, "sha256": None} for k in (3, 4)]
+    (tmp_path / "index.json").write_text(json.dumps(write_index_alone | {"shards": entries}))
+    config = tool.load_config(CONFIG, [f"data.shards={tmp_path}"])
+    assert tool.samples_of(config, None) == 7
+    (tmp_path / "3.tar").touch()
+    assert tool.samples_of(tool.load_config(CONFIG, [f"data.shards={tmp_path}/3.tar"]), None) == 3
+    assert tool.samples_of(config, 5) == 5
 
 
 def test_an_unknown_device(tool, capsys):
