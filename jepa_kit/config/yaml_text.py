@@ -89,6 +89,10 @@ def parse_yaml(text: str, source: str) -> Any:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError([f"line {line}: not YAML: {str(error).splitlines()[0]}"], source) from error
+    except RecursionError as error:
+        raise ConfigError(["nested too deeply for a config"], source) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError([f"not a value of a config: {error}"], source) from error
     if loader.duplicates:
         raise ConfigError(loader.duplicates, source)
     return value

@@ -106,3 +106,17 @@ def test_a_merge_key_is_no_duplicate() -> None:
 
 def test_lists_of_scalars_are_on_one_line() -> None:
     assert dump_yaml({"a": [1, 2.5], "b": [{"c": None}]}) == "a: [1, 2.5]\nb:\n- c: null\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 2000, "nested too deeply for a config"),
+        ("{a: " * 2000, "nested too deeply for a config"),
+        ("a: " + "9" * 9000, "not a value of a config: Exceeds the limit"),
+    ],
+    ids=["lists", "maps", "digits"],
+)
+def test_absurd_texts_are_errors_of_the_config(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "x.yaml")
