@@ -93,14 +93,24 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _pixels_of_png(data: bytes) -> bytes:
-    """A PNG without texts and colour profile; the same bytes if it has none, or if one of them is damaged."""
+    """A PNG without texts and colour profile; the same bytes if it has none, or if one of them is damaged.
+
+    Raises:
+        ImageError: pixels whose checksum is another.
+    """
     kept, at, copied = [], len(_PNG), 0
     while at + 12 <= len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
-        if kind in _UNUSED_CHUNKS and end <= len(data):
+        if (kind == b"IDAT" or kind in _UNUSED_CHUNKS) and end <= len(data):
             content = memoryview(data)[at + 8 : end - 4]
-            if zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != data[end - 4 : end]:
+            damaged = zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != data[end - 4 : end]
+            if kind == b"IDAT":
+                if damaged:  # Pillow looks at no checksum of pixels
+                    raise ImageError(f"its pixels are damaged: the checksum of the chunk at byte {at} is another")
+                at = end
+                continue
+            if damaged:
                 return data  # Pillow has the message
             if not (content[: len(_XMP)] == _XMP and length < _XMP_LIMIT):
                 kept.append(data[copied:at])

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tokenize
+import warnings
 from collections.abc import Mapping
 from tarfile import BLOCKSIZE
 from typing import Any
@@ -24,7 +25,7 @@ KEPT_INDEXES = "indexes"
 MOST = 2**62
 """Of samples and bytes: what fits into int64 with room for sums."""
 _NOT_WHOLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
-HEADER_ERRORS = (*_NOT_WHOLE, RecursionError, tokenize.TokenError)  # deeply nested; cut inside a bracket
+HEADER_ERRORS = (*_NOT_WHOLE, RecursionError, tokenize.TokenError, UserWarning)  # deeply nested; cut inside a bracket
 """What numpy raises on the header of a broken .npy file."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -124,7 +125,9 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
     shape, kind = (index["samples"], *columns), "S" if name == KEYS else "i"
     try:
         # a plain array over the mapped file: indexing np.memmap itself costs several times as much
-        found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a header of Python 2: ours are none
+            found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, but {INDEX} is there: {again}") from error
     except HEADER_ERRORS as error:

@@ -176,6 +176,18 @@ def test_a_png_with_a_large_text_or_profile(kind, place):
             decode(data[: at + 40] + bytes([data[at + 40] ^ 1]) + data[at + 41 :])
 
 
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_png_whose_pixels_are_damaged_is_refused(depth):
+    """Each byte of its pixels: Pillow decodes some of these files, as it passes over the checksum that they carry."""
+    whole = saved(colours(), "PNG") if depth == 8 else png(np.full((9, 7, 1), 700), 0)
+    begin, end = whole.index(b"IDAT") + 4, whole.index(b"IEND") - 8
+    for at in range(begin, end):
+        with pytest.raises(
+            ImageError, match=r"its pixels are damaged: the checksum of the chunk at byte \d+ is another"
+        ):
+            decode(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+
+
 def test_a_png_with_many_texts():
     """More than Pillow's bound of 64 MB for all texts together."""
     whole = saved(colours(), "PNG")
