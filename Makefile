@@ -33,8 +33,10 @@ test: lint ## lint, types and the quick tests
 test-slow: $(STAMP) ## the tests that take minutes
 	dev/test.sh slow $(ARGS)
 
-test-gpu: $(STAMP) ## the tests that need a CUDA device
-	dev/test.sh gpu $(ARGS)
+# Installs nothing if PYTHON has torch and pytest: machines with a GPU often have no network.
+test-gpu: ## the tests that need a CUDA device
+	@[ -x "$(RUN)" ] || $(PYTHON) -c 'import pytest, torch' 2>/dev/null || $(MAKE) venv
+	PYTHON="$(PYTHON)" dev/test.sh gpu $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy, as the pre-commit hooks run them
 	dev/lint.sh all

@@ -1,0 +1,58 @@
+"""What test_on_device.py runs under torchrun with one rank: DDP and FSDP2 on a device, against no wrapper at all.
+
+torchrun --nproc-per-node 1 one_rank_cases.py cpu|cuda      (gloo on a CPU, NCCL on CUDA)
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from parallel_cases import batch, make
+
+from jepa_kit.engine.distributed import World
+from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.parallel import parallelize
+from jepa_kit.engine.schedules import Hyper
+from jepa_kit.engine.sharded import full_state, is_sharded
+from jepa_kit.engine.step import train_step
+
+HYPER = Hyper(lr=1e-3, weight_decay=0.04, momentum=0.9)
+STEPS = 4
+
+
+def losses(device, mode, accumulate=1):
+    """Loss and gradient norm of each step, and the final weights, on the CPU."""
+    jepa = make().to(device)
+    forward = None if mode is None else parallelize(jepa, device, mode, accumulate)
+    optimizer = build_optimizer(jepa)
+    found = []
+    for step in range(STEPS):
+        images, masks = batch(step, World())
+        out = train_step(jepa, optimizer, HYPER, images.to(device), masks.to(device), forward=forward)
+        found.append(torch.stack([out.loss, out.grad_norm]).detach().cpu())
+    if mode == "fsdp":
+        assert all(is_sharded(p) for p in jepa.parameters())
+    state = jepa.state_dict() if mode is None else full_state(jepa, optimizer)[0]
+    return torch.stack(found), {name: value.cpu() for name, value in state.items()}
+
+
+def main(device):
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.index is not None else None
+    )
+    assert dist.get_world_size() == 1
+    wanted, weights = losses(device, None)
+    for mode, accumulate in (("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)):
+        found, state = losses(device, mode, accumulate)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert state.keys() == weights.keys()
+        for name, value in weights.items():
+            torch.testing.assert_close(
+                state[name], value, rtol=0, atol=1e-4
+            )  # AdamW's step is as long as lr at rounding
+    print(f"{dist.get_backend()}: 4 forms agree")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(torch.device("cuda", 0) if sys.argv[1] == "cuda" else torch.device("cpu"))
