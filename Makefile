@@ -44,7 +44,7 @@ lint: $(STAMP) ## ruff (rules and format) and mypy, as the pre-commit hooks run 
 format: $(STAMP) ## lets ruff mend and format what it can
 	dev/lint.sh fix
 
-torture: $(STAMP) ## a run that is killed 20 times, against one that is not (ARGS="--processes 2 --kills 4" for torchrun)
+torture: $(STAMP) ## a run that is killed 20 times and interrupted 4 times, against one that is not (ARGS="--processes 2 --kills 4" for torchrun)
 	$(RUN) dev/torture.py $(ARGS)
 
 parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)

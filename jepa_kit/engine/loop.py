@@ -96,6 +96,9 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         latest = from_main(begin)
         signals = held.enter_context(Signals())  # from here on: a signal ends a start that waits for another run
 
+        if world.is_main:  # the rest may take a while, and is silent
+            print("starting: opens the data, builds the networks, measures the machine", flush=True)
+
         def stretch(latest: Where | None, resume: bool) -> End:
             run = build_run(config, world, device)
             start = start_from(run, store, latest, resume_from)
@@ -167,6 +170,9 @@ def announce(
         print(f"data: {run.loader.fetching()}")
     print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
     print(f"parameters: {counts}")
+    compiled = [slot for slot in ("encoder", "predictor") if run.config.slots[slot].options.get("compile")]
+    if compiled:
+        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:
         print(line)

@@ -23,6 +23,7 @@ NEVER_TELLS = (
     ("train", "keep_every"),
     ("train", "tensorboard"),
     ("train", "wandb"),
+    ("train", "deterministic"),
     ("train", "device"),
     ("train", "attention"),
     ("data", "num_workers"),

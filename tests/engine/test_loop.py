@@ -62,6 +62,7 @@ def test_a_run_folder(tiny, capsys):
         assert line["loss"] == pytest.approx(line["loss/smooth_l1"] + 0.5 * line["loss/cosine"], rel=1e-5)
     printed = capsys.readouterr().out
     for text in (
+        "starting: ",
         "torch ",
         "device: CPU, 1 process\n",
         f"attention: {facts['attention']}\n",
@@ -102,6 +103,12 @@ def test_resuming_a_complete_run_does_nothing(tiny):
     before = numbers(folder), checkpoints(folder)[-1].stat().st_mtime_ns
     train(tiny(), resume=True)
     assert (numbers(folder), checkpoints(folder)[-1].stat().st_mtime_ns) == before
+
+
+def test_compiling_is_announced(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "run_steps", lambda *args: loop.End.DONE)
+    train(tiny("encoder.compile=true"))
+    assert "compiling: the blocks of encoder, in the first steps, which may take minutes\n" in capsys.readouterr().out
 
 
 def test_nothing_to_resume_is_said(tiny, capsys):
