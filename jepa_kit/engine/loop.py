@@ -8,8 +8,6 @@ A run folder holds ``config.yaml`` (resolved), ``run.json`` (where and what), ``
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from enum import Enum
@@ -19,13 +17,11 @@ from typing import Any
 import torch
 
 from jepa_kit.config import Config, versions
-from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.device import to_device
 from jepa_kit.data.faults import Allowance
-from jepa_kit.data.identity import brief
 from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
-from jepa_kit.encoders.attention import describe_backend
+from jepa_kit.engine.announce import announce
 from jepa_kit.engine.bad_numbers import Watch
 from jepa_kit.engine.bad_steps import BadSteps
 from jepa_kit.engine.boards import check_boards, open_boards
@@ -35,12 +31,11 @@ from jepa_kit.engine.curves import drawn, plot_curves
 from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
 from jepa_kit.engine.failures import under_way
-from jepa_kit.engine.files import write_text
 from jepa_kit.engine.flops import model_flops
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
 from jepa_kit.engine.lock import only_run_in
 from jepa_kit.engine.precision import autocast_of, precision_of, products_in, resolve_precision
-from jepa_kit.engine.resume import FACTS, check_folders, plan_resume
+from jepa_kit.engine.resume import check_folders, plan_resume
 from jepa_kit.engine.saving import Saver
 from jepa_kit.engine.signals import Agreement, Answer, Signals, preempted
 from jepa_kit.engine.skipped import SkippedSamples
@@ -48,7 +43,7 @@ from jepa_kit.engine.speed import matrix_peak
 from jepa_kit.engine.step import train_step
 from jepa_kit.engine.store import Store, Where, store_of
 from jepa_kit.engine.telemetry import Journal, Meter, Record
-from jepa_kit.engine.topology import Place, describe, find_places, to_dict
+from jepa_kit.engine.topology import find_places
 from jepa_kit.engine.workers import limit_threads
 from jepa_kit.interop.start import Start
 from jepa_kit.rng import Stream, generator
@@ -119,68 +114,6 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         if end is End.STOPPED:
             raise preempted(signals.number, signals.step)
     return folder
-
-
-def announce(
-    run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
-) -> None:
-    """Prints and saves what runs where: ``config.yaml`` and ``run.json``.
-
-    Raises:
-        ValueError: the run folder, or the place of its checkpoints, cannot be written to; or ``train.attention`` cannot
-            run here.
-    """
-    folder = store.run
-    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
-    parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
-    dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
-    attention = describe_backend(run.device, dtype, run.config.train.attention)
-    facts = {
-        "versions": versions(),
-        "device": str(run.device.type),
-        "gpu": gpu,
-        "world_size": run.world.size,
-        "topology": to_dict(places, precision_of(run.config)),
-        "attention": attention,
-        "data": brief(data_identity(run.dataset)),
-        "num_workers": run.loader.num_workers,
-        "threads": torch.get_num_threads(),
-        "parameters": {name: count for name, count in parameters.items() if count},
-        "steps": run.schedule.steps,
-        "steps_per_epoch": run.steps_per_epoch,
-        "first_step": start.step,
-        "resume_from": resume_from,
-        "origin": start.origin,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        store.begin(run.config.to_yaml())
-        write_text(folder / RUN_CONFIG, run.config.to_yaml())
-        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
-    counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(*describe(places, precision_of(run.config)), sep="\n")
-    print(f"attention: {attention}")
-    if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
-        print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
-    print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
-    if run.dataset.remote:
-        print(f"data: {run.loader.fetching()}")
-    print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
-    print(f"parameters: {counts}")
-    compiled = [slot for slot in ("encoder", "predictor") if run.config.slots[slot].options.get("compile")]
-    if compiled:
-        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
-    print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
-    for line in start.lines:
-        print(line)
-    if store.apart:
-        print(f"checkpoints: {store}")
-    if resume and not start.step:
-        print(f"nothing to resume: {store} holds no checkpoint; starting at step 0")
-    print(f"run folder: {folder}", flush=True)
 
 
 def open_journal(run: Run, folder: Path, first_step: int) -> Journal:
