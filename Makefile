@@ -10,7 +10,7 @@ STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu lint format torture parity bench clean
+.PHONY: help venv quickstart test test-slow test-gpu lint format torture mutate parity bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ format: $(STAMP) ## lets ruff mend and format what it can
 
 torture: $(STAMP) ## a run that is killed 20 times and interrupted 4 times, against one that is not (ARGS="--processes 2 --kills 4" for torchrun)
 	$(RUN) dev/torture.py $(ARGS)
+
+mutate: $(STAMP) ## small faults in a copy of the code, which the tests must find; writes dev/mutants.md (half an hour)
+	$(RUN) dev/mutate.py $(ARGS)
 
 parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)
 	$(RUN) projects/ijepa/check_parity.py $(FIXTURE) $(ARGS)
