@@ -62,6 +62,22 @@ def test_permutation_is_that_of_its_numbers():
     np.testing.assert_array_equal(permutation(generator(Stream.ORDER, seed=9), 100), np.argsort(numbers))
 
 
+def test_equal_numbers_stay_in_order_on_every_machine():
+    class Equal:
+        def random(self, n):
+            return np.zeros(n)
+
+    np.testing.assert_array_equal(permutation(Equal(), 1000), np.arange(1000))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint64])
+def test_sizes_of_any_type_of_integer(dtype):
+    sizes = [500, 0, 700]
+    order = epoch_order(np.array(sizes, dtype=dtype), seed=3, epoch=1, window=50)
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(order, epoch_order(sizes, seed=3, epoch=1, window=50))
+
+
 def test_window_below_one():
     with pytest.raises(ValueError, match=r"shuffle_window \(=0\) must be at least 1"):
         epoch_order([3], seed=0, epoch=0, window=0)
