@@ -18,7 +18,6 @@ Exit status: 0 if at most 3 % of the mutants that ran survive, 1 otherwise.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import random
@@ -31,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import cache_from_source
@@ -41,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mutations import Replace, sites
+from mutations import described, mutated
 
 from jepa_kit.arguments import tool_parser
 
@@ -82,32 +81,8 @@ PRELOAD = (
 )
 """Imported once, before the fork of each mutant's process; nothing of jepa_kit."""
 
-KEY = ("file", "function", "operator", "line", "was", "now", "nth")
-
-
-def described(tree: Path, file: str) -> Iterator[tuple[dict[str, Any], ast.Module, ast.AST, ast.AST]]:
-    """Each mutant of a file as it is stored, with the module and the node to replace in it."""
-    source = (tree / file).read_text()
-    lines, module, seen = source.splitlines(), ast.parse(source), Counter[tuple[str, ...]]()
-    for function, node, operator, new in sites(module):
-        line = lines[getattr(node, "lineno", 1) - 1].strip() if hasattr(node, "lineno") else ""
-        was, now = (ast.unparse(n).split(":\n")[0] for n in (node, new))
-        key = (file, function, operator, line, was, now)
-        yield {**dict(zip(KEY, key, strict=False)), "nth": seen[key]}, module, node, new
-        seen[key] += 1
-
-
-def mutated(tree: Path, mutant: dict[str, Any]) -> tuple[str, str] | None:
-    """Return (file, its text with the mutant in it), or None if the line is gone. A function may have moved."""
-    moved = (str(f.relative_to(tree)) for f in sorted((tree / "jepa_kit").rglob("*.py")))
-    for file in (mutant["file"], *moved):
-        text = (tree / file).read_text() if (tree / file).is_file() else ""
-        if mutant["line"] not in text or mutant["function"].split(".")[-1] not in text:
-            continue
-        for found, module, old, new in described(tree, file):
-            if all(found[k] == mutant[k] for k in KEY[1:]):
-                return file, ast.unparse(ast.fix_missing_locations(Replace(old, new).visit(module)))
-    return None
+PATIENCE = 1800.0
+"""Seconds that a mutant's tests may take, waiting included; their CPU time is limited by that of the area's tests."""
 
 
 def draw(tree: Path, number: int, seed: int) -> list[dict[str, Any]]:
@@ -130,16 +105,20 @@ def draw(tree: Path, number: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def tests_of(tree: Path, area: str, file: str) -> list[str]:
-    """Test files of an area, those with the file's name in theirs first."""
+def stages(tree: Path, area: str, file: str, killer: str) -> list[list[str]]:
+    """Return the tests of an area, most likely killers first: the last one's, those with the file's name, the rest."""
     found = [f for part in AREAS[area][1].split() for f in sorted((tree / "tests").glob(part))]
     files = [str(g.relative_to(tree)) for f in found for g in (sorted(f.rglob("test_*.py")) if f.is_dir() else [f])]
-    stem = Path(file).stem
-    return sorted(dict.fromkeys(files), key=lambda f: not stem or stem not in Path(f).stem)
+    named = [f for f in files if file and Path(file).stem in Path(f).stem]
+    first = [killer] if (tree / killer.partition("::")[0]).is_file() else []
+    return [first, named, [f for f in dict.fromkeys(files) if f not in named]]
 
 
-def start(copy: Path, tests: Sequence[str], log: Path, seconds: int) -> int:
-    """Fork a process that runs the tests in a copy of the tree with at most that much CPU time. Return its id."""
+def start(copy: Path, tests: list[list[str]], log: Path, seconds: int) -> int:
+    """Fork a process that runs tests, stage by stage, in a copy of the tree, for so many seconds of CPU. Return its id.
+
+    Its status is 0 if all pass; no test in a stage, or one that is gone by now, counts as passed.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -157,7 +136,12 @@ def start(copy: Path, tests: Sequence[str], log: Path, seconds: int) -> int:
             del sys.modules[name]
         pytest = import_module("pytest")
         options = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={copy}.tmp", "-m", "not slow and not gpu"]
-        code = int(pytest.main([*options, "-k", NOT_COMPILED, *tests]))
+        for stage in filter(None, tests):
+            code = int(pytest.main([*options, "-k", NOT_COMPILED, *stage]))
+            gone = "::" in stage[0] and code == pytest.ExitCode.USAGE_ERROR
+            code = 0 if gone or code == pytest.ExitCode.NO_TESTS_COLLECTED else code
+            if code:
+                break
         sys.stdout.flush()
     finally:
         os._exit(code)
@@ -184,14 +168,14 @@ class Sandbox:
         (self.folder / file).write_text(text)
         Path(cache_from_source(str(self.folder / file))).unlink(missing_ok=True)
 
-    def begin(self, area: str, change: tuple[str, str] | None, cpu: int, wall: float) -> None:
-        """Start the tests of an area with ``change`` made, or with none."""
+    def begin(self, area: str, change: tuple[str, str] | None, killer: str, cpu: int) -> None:
+        """Start the tests of an area with ``change`` made, or with none, ``killer`` first."""
         self.file = change[0] if change else ""
         if change:
             self.text = (self.folder / self.file).read_text()
             self.write(*change)
-        self.deadline = time.monotonic() + wall
-        self.pid = start(self.folder, tests_of(self.folder, area, self.file), self.log, cpu)
+        self.deadline = time.monotonic() + PATIENCE
+        self.pid = start(self.folder, stages(self.folder, area, self.file, killer), self.log, cpu)
 
     def poll(self) -> tuple[str, str, float] | None:
         """(verdict, the test that failed, seconds of CPU) once the tests are through, and the file is as it was."""
@@ -235,7 +219,8 @@ class Run:
             area, mutant = self.waiting.pop(0)
             change = mutated(box.folder, mutant) if mutant else None
             if mutant is None or change:
-                box.begin(area, change, int(30 + 4 * self.cost.get(area, 300)), wall=1800)
+                killer = mutant.get("by", "") if mutant else ""
+                box.begin(area, change, killer, int(30 + 4 * self.cost.get(area, 300)))
                 return area, mutant
             mutant[self.column] = "gone"
         return None

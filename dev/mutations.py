@@ -1,10 +1,12 @@
-"""One small change of a syntax tree at a time, for `dev/mutate.py`."""
+"""One small change of a syntax tree at a time, how it is stored, and how it is found again: for `dev/mutate.py`."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 SWAPS: dict[type, type] = {
@@ -109,3 +111,31 @@ class Replace(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         return self.new if node is self.old else self.generic_visit(node)
+
+
+KEY = ("file", "function", "operator", "line", "was", "now", "nth")
+
+
+def described(tree: Path, file: str) -> Iterator[tuple[dict[str, Any], ast.Module, ast.AST, ast.AST]]:
+    """Each mutant of a file as it is stored, with the module and the node to replace in it."""
+    source = (tree / file).read_text()
+    lines, module, seen = source.splitlines(), ast.parse(source), Counter[tuple[str, ...]]()
+    for function, node, operator, new in sites(module):
+        line = lines[getattr(node, "lineno", 1) - 1].strip() if hasattr(node, "lineno") else ""
+        was, now = (ast.unparse(n).split(":\n")[0] for n in (node, new))
+        key = (file, function, operator, line, was, now)
+        yield {**dict(zip(KEY, key, strict=False)), "nth": seen[key]}, module, node, new
+        seen[key] += 1
+
+
+def mutated(tree: Path, mutant: dict[str, Any]) -> tuple[str, str] | None:
+    """Return (file, its text with the mutant in it), or None if the line is gone. A function may have moved."""
+    moved = (str(f.relative_to(tree)) for f in sorted((tree / "jepa_kit").rglob("*.py")))
+    for file in (mutant["file"], *moved):
+        text = (tree / file).read_text() if (tree / file).is_file() else ""
+        if mutant["line"] not in text or mutant["function"].split(".")[-1] not in text:
+            continue
+        for found, module, old, new in described(tree, file):
+            if all(found[k] == mutant[k] for k in KEY[1:]):
+                return file, ast.unparse(ast.fix_missing_locations(Replace(old, new).visit(module)))
+    return None

@@ -270,6 +270,15 @@ def test_shares_are_made_on_the_host_and_only_where_images_differ() -> None:
     assert moved.shares.device.type == "meta"
 
 
+def test_sets_masks_and_predictions_are_compared_as_objects() -> None:
+    """Their tensors have no single truth value, and caches take them as keys."""
+    for make in (make_sets, make_masks, lambda: prediction_of((4, 4))):
+        one, other = make(), make()
+        assert one == one
+        assert one != other
+        assert len({one, other, one}) == 2
+
+
 # --- parts of a batch ---
 
 
@@ -298,3 +307,16 @@ def test_masks_that_were_moved_know_what_they_were_moved_from() -> None:
     parts = moved.split([0, 1, len(masks.context)])
     assert {part.context.index.device.type for part in parts} == {"meta"}
     assert sum(part.targets.num_patches for part in parts) == masks.targets.num_patches
+
+
+def test_parts_move_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, waits = make_masks().to("meta"), []
+    plain = MaskBatch.to
+
+    def to(self: MaskBatch, device: Any, non_blocking: bool = False) -> MaskBatch:
+        waits.append(not non_blocking)
+        return plain(self, device, non_blocking)
+
+    monkeypatch.setattr(MaskBatch, "to", to)
+    masks.split([0, 1, 3])
+    assert waits == [False, False]

@@ -155,6 +155,42 @@ def test_what_is_derived_from_lengths_is_made_once() -> None:
     assert all(lengths.layouts[name] is layout for name, layout in layouts.items())
 
 
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "way", "kernel"),
+    [
+        ((128, 1), torch.float32, "_attend_in_turn", "_products"),
+        ((129, 127), torch.float64, "_attend_in_turn", "F.scaled_dot_product_attention"),
+        ((9, 16), torch.bfloat16, "_attend_padded", "_products"),  # 32 places for 25 tokens
+        ((17, 2), torch.bfloat16, "_attend_by_length", "_products"),  # 48 places for 19
+        ((8, 8), torch.float16, "", "_products"),
+        ((8, 8), torch.float32, "", "F.scaled_dot_product_attention"),
+    ],
+)
+def test_the_way_on_a_cpu(
+    lengths: tuple[int, ...], dtype: torch.dtype, way: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which way is fastest was measured (benchmarks/bench_attention.py); the numbers are the same."""
+    taken = []
+
+    def spy(owner: object, name: str, label: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: taken.append(label) or original(*args))
+
+    for name in ("_attend_in_turn", "_attend_padded", "_attend_by_length", "_products"):
+        spy(attention, name, name)
+    spy(attention.F, "scaled_dot_product_attention", "F.scaled_dot_product_attention")
+    q, k, v = (x.to(dtype) for x in draw(lengths)[:3])
+    attend(q, k, v, lengths, "sdpa")
+    assert [t for t in taken if t.startswith("_attend")] == ([way] if way else [])
+    assert kernel in taken
+    assert len({t for t in taken if not t.startswith("_attend")}) == (2 if lengths == (129, 127) else 1)
+
+
+def test_sets_in_the_order_of_their_length_are_not_moved() -> None:
+    assert attention._by_length(SetLengths([1, 2, 2, 5])).order is None
+    assert attention._by_length(SetLengths([2, 1])).order is not None
+
+
 def test_plain_lengths_are_taken_too() -> None:
     q, k, v, _ = draw((2, 3))
     assert torch.equal(attend(q, k, v, [2, 3]), attend(q, k, v, SetLengths([2, 3])))

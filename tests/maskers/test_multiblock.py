@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jepa_kit.maskers import RELEASED, MultiBlock, multiblock
+from jepa_kit.rng import Stream, uniforms
 from jepa_kit.structures import MaskBatch, PatchSets
 
 LEVEL = 1e-3
@@ -112,6 +113,23 @@ def test_sizes_have_the_probabilities_of_the_formula(grid: tuple[int, int], coup
     assert stats.chisquare(got, wanted).pvalue > LEVEL
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_each_block_takes_its_scale_then_its_aspect_ratio_from_the_stream(coupled: bool) -> None:
+    """Number by number: masks of a run stay what they were."""
+    grid, samples = (12, 20), np.arange(7)
+    masker = MultiBlock(grid=grid, num_contexts=2, context_aspect_ratio=(0.5, 2.0), coupled_scale_and_aspect=coupled)
+    height, width = masker.sizes(samples, seed=5, epoch=6)
+    numbers = uniforms(Stream.MASK_SIZE, samples, 12, seed=5, epoch=6)
+    for k in range(6):
+        (low, high), (flat, tall) = ((0.85, 1.0), (0.5, 2.0)) if k < 2 else ((0.15, 0.2), (0.75, 1.5))
+        for b in samples:
+            u, v = numbers[b, 2 * k], numbers[b, 2 * k + (not coupled)]
+            area, ratio = 240 * (low + u * (high - low)), flat + v * (tall - flat)
+            h, w = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            expected = min(round(max(h, area / 20)), 12), min(round(max(w, area / 12)), 20)
+            assert (height[k, b], width[k, b]) == expected
+
+
 def test_blocks_of_an_image_are_independent() -> None:
     h, w = MultiBlock(grid=(28, 28)).sizes(np.arange(3000), seed=0, epoch=0)
     area = h * w
@@ -190,6 +208,9 @@ def test_size_per() -> None:
     assert (batch == batch[:, :1]).all()
     # A batch's size is a function of (seed, step) alone, the others of (seed, epoch, sample).
     assert np.array_equal(sizes("batch", epoch=1), batch)
+    shared = MultiBlock(grid=grid, size_per="batch")
+    assert same(shared.before_truncation(samples, seed=0, epoch=0), shared(samples, seed=0, epoch=0, step=0))
+    assert not same(shared.before_truncation(samples, seed=0, epoch=0, step=1), shared(samples, seed=0, epoch=0))
     assert len({tuple(sizes("batch", step=step)[2, 0]) for step in range(20)}) > 5
     assert len({tuple(sizes("batch", seed=seed)[2, 0]) for seed in range(20)}) > 5
     assert np.array_equal(sizes("image", step=5), image)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from jepa_kit.maskers import MultiGroup, multigroup
+from jepa_kit.rng import uniforms
 
 LEVEL = 1e-3
 """Of every statistical test here; the seeds are fixed."""
@@ -77,6 +79,21 @@ def test_a_context_that_would_be_too_small_is_drawn_again(monkeypatch: pytest.Mo
     corners = [bool(corner & {0, 13, 182, 195}) for corner in (set(t.tolist()) for t in masks.targets.split())]
     assert min(masks.context.lengths) >= 10
     assert all(corner for corner, short in zip(corners, before < 10, strict=True) if short)
+
+
+def test_no_number_is_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw of every group has an attempt of its own, so that places drawn again do not hang on the first ones."""
+    drawn = []
+
+    def record(*args: Any, attempt: int, **options: int) -> Any:
+        drawn.append(attempt)
+        return uniforms(*args, attempt=attempt, **options)
+
+    monkeypatch.setattr(multigroup, "uniforms", record)
+    masker = MultiGroup(grid=(14, 14), num_targets=(2,) * 3, target_scale=((0.7, 0.7),) * 3, min_keep=10)
+    masker(np.arange(500), seed=0, epoch=0)
+    assert len(drawn) > 9  # each group drew some images again, more than twice
+    assert len(set(drawn)) == len(drawn)
 
 
 @pytest.mark.parametrize(
