@@ -62,7 +62,8 @@ AREAS: dict[str, tuple[str, str]] = {
     "order": ("data/order.py", "data/test_order.py data/test_exactness.py"),
     "loader": (
         "data/loader.py data/reading.py data/sample_workers.py data/ahead.py",
-        "data/test_loader.py data/test_ahead.py data/test_shards.py data/test_streams.py data/test_exactness.py",
+        "data/test_loader.py data/test_ahead.py data/test_shards.py data/test_streams.py data/test_exactness.py "
+        "data/test_faults.py data/test_shard_making.py",
     ),
     "probes": ("evaluation/protocols/*.py", "evaluation/protocols"),
     "health": (

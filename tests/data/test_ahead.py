@@ -42,6 +42,7 @@ def test_as_far_as_the_window_and_no_further(started):
     fetched = []
     ahead = started(((step, 10 * step) for step in itertools.count()), fetched.append, 3)
     assert fetched == [], "nothing before the first step"
+    assert all(thread.daemon for thread in ahead._threads), "a program can end while a fetch stalls"
     ahead.advance(0)
     assert until(lambda: len(fetched) == 4)
     time.sleep(0.05)

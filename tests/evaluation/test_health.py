@@ -16,6 +16,7 @@ from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.evaluation import health as health_module
 from jepa_kit.evaluation.health import EPOCH, measure_health, several_masks
 from jepa_kit.evaluation.health_measures import lidar, rankme
 from jepa_kit.evaluation.verdict import judge
@@ -125,6 +126,23 @@ def test_every_figure_against_plain_numpy(images, masker, loss):
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
     np.testing.assert_allclose(health.features, tokens.mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_every_image_counts_the_same_whatever_its_batch(images, monkeypatch):
+    jepa, masker = recipe()
+    whole = measure_health(jepa, images[:24], masker).to_dict()
+    monkeypatch.setattr(health_module, "_batches", lambda count: np.split(np.arange(count), [20]))
+    apart = measure_health(jepa, images[:24], masker).to_dict()
+    del whole["loss_other"], whole["cross_sample_gap"]  # the next image of the batch is another one
+    for name, value in whole.items():
+        assert apart[name] == (value if name == "encoder" else pytest.approx(value, rel=1e-5)), name
+
+
+@pytest.mark.parametrize(("varying", "found"), [(1.5e-12, 1.5e-12), (0.7e-12, 0.0)])
+def test_what_varies_by_less_than_rounding_is_constant(varying, found):
+    tokens = health_module._Tokens()
+    tokens.add(1.0 + math.sqrt(varying) * torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64))
+    assert tokens.figures()["varying"] == pytest.approx(found, rel=1e-2)
 
 
 def test_masks_of_an_image_are_joined():

@@ -97,6 +97,19 @@ def test_alpha_needs_a_range():
     assert alpha_req(RANDOM.normal(size=(100, 2)) @ RANDOM.normal(size=(2, 30))) is None
 
 
+def test_alpha_leaves_out_what_is_rounding():
+    """Of 8 eigenvalues it takes the second to the fourth, and needs all three above 1e-14 of the first."""
+    basis = scipy.linalg.hadamard(16).astype(float)[:, 1:9]  # columns at right angles, of mean 0
+    for last, expected in ((1.5e-14, True), (0.7e-14, False)):
+        x = basis * np.sqrt([1.0, 0.5, 0.1, last, 0, 0, 0, 0])
+        assert (alpha_req(x) is not None) is expected
+
+
+def test_lidar_of_the_fewest_classes_and_samples():
+    """Two classes differ in one direction."""
+    assert lidar(RANDOM.normal(size=(2, 2, 5))) == pytest.approx(1.0)
+
+
 def test_lidar():
     classes = RANDOM.normal(size=(40, 1, 6)) * [5, 4, 3, 1, 0.1, 0.1] + RANDOM.normal(size=(40, 5, 6))
     means = classes.mean(axis=1)
@@ -142,6 +155,7 @@ def test_directions_at_random():
         (np.ones((1, 4)), "features must be [N, D] with N at least 2, not of shape (1, 4)"),
         (np.ones(4), "features must be [N, D] with N at least 2, not of shape (4,)"),
         (np.array([[1.0, 2.0], [np.nan, 1.0]]), "features must be finite, but that of sample 1 is not"),
+        (np.diag([1.0, 1.0, np.inf])[:, ::-1], "features must be finite, but that of sample 2 is not"),
     ],
 )
 def test_features_that_cannot_be_measured(x, message):
