@@ -116,6 +116,9 @@ def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     with safe_open(tmp_path / "x", "pt") as file:
         assert file.metadata() == {"key": "ü"}
+    for length in range(8):  # of the header: the format wants tensors at a multiple of 8 bytes
+        safetensors.write_file(tmp_path / "y", {"a": torch.zeros(3)}, {"key": "k" * length})
+        assert int.from_bytes((tmp_path / "y").read_bytes()[:8], "little") % 8 == 0
 
 
 def test_nothing_else_is_offered():

@@ -2,6 +2,7 @@
 
 import json
 
+import PIL.Image
 import pytest
 import torch
 
@@ -120,6 +121,8 @@ def test_our_card_and_preprocessor(make_weights, tmp_path):
     found = processor(pixels, return_tensors="pt")["pixel_values"]
     expected = load_encoder(tmp_path / "a").preprocess(pixels[None])
     assert (found - expected).abs().max() < 1e-5
+    assert processor(torch.zeros(3, 50, 40), return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+    assert processor.resample == PIL.Image.Resampling.BILINEAR
 
 
 def test_our_note_stays_through_transformers(make_weights, tmp_path):

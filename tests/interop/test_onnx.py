@@ -45,6 +45,13 @@ def test_the_fixture(converted, recorded):
     assert (tokens - recorded["target_encoder_output"]).abs().max() < 1e-4
 
 
+def test_old_runtimes_can_read_it(make_weights, tmp_path):
+    """Its format is the oldest that has its operators, whatever the newest is that the library could write."""
+    write(make_weights(), tmp_path / "a.onnx", "onnx")
+    model = onnx.load(tmp_path / "a.onnx")
+    assert model.ir_version == onnx.helper.find_min_ir_version_for(model.opset_import)
+
+
 def test_another_image_size(make_weights, tmp_path):
     weights = make_weights()
     words = write(weights, tmp_path / "a.onnx", "onnx", image_size=(48, 40))
@@ -61,7 +68,12 @@ def test_many_weights_are_a_file_of_their_own(make_weights, tmp_path, monkeypatc
     monkeypatch.setattr(ours, "LARGE", 1000)
     weights = make_weights()
     write(weights, tmp_path / "a.onnx", "onnx")
-    assert (tmp_path / "a.onnx.data").stat().st_size > 4 * sum(v.numel() for v in weights.state.values())
+    size = (tmp_path / "a.onnx.data").stat().st_size
+    assert size > 4 * sum(v.numel() for v in weights.state.values())
+    for limit, apart in ((size, True), (size + 1, False)):
+        monkeypatch.setattr(ours, "LARGE", limit)
+        write(weights, tmp_path / f"{limit}.onnx", "onnx")
+        assert (tmp_path / f"{limit}.onnx.data").exists() is apart
     images = torch.randn(2, 3, 32, 32)
     assert (run(tmp_path / "a.onnx", images)[0] - FrozenEncoder(weights).forward_features(images)).abs().max() < 1e-4
     found = read_encoder(tmp_path / "a.onnx")

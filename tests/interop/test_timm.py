@@ -85,13 +85,20 @@ def test_files_of_another_maker(plain, make_weights, tmp_path, kind, wrapper):
     assert found.provenance.encoder is None
 
 
+def test_channels_are_those_of_the_weights(make_weights, tmp_path):
+    weights = make_weights(in_chans=5)
+    save_file({"pos_embed": weights.table[None], **weights.state}, tmp_path / "a")
+    assert read_encoder(tmp_path / "a", None, num_heads=2).architecture.in_chans == 5
+
+
 def test_a_folder_of_the_hub(plain, tmp_path):
     save_file({**plain, "head.weight": torch.zeros(3, 16)}, tmp_path / "model.safetensors")
-    known = {"license": "cc-by-nc-4.0", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    known = {"license": "cc-by-nc-4.0", "mean": [0.1, 0.2, 0.3], "std": [1.0, 0.5, 0.25]}
     config = {"architecture": "vit_huge_patch14_gap_224", "pretrained_cfg": known}
     (tmp_path / "config.json").write_text(json.dumps(config))
     held = read_encoder(tmp_path, None, num_heads=2).provenance
-    assert (held.licence, held.mean, held.notes) == ("cc-by-nc-4.0", (0.1, 0.2, 0.3), ("left out: head.weight",))
+    assert (held.licence, held.notes) == ("cc-by-nc-4.0", ("left out: head.weight",))
+    assert (held.mean, held.std) == ((0.1, 0.2, 0.3), (1.0, 0.5, 0.25))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has timm's config.json, but no model.safetensors"):
         read_encoder(tmp_path, None)

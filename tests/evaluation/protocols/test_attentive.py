@@ -5,6 +5,7 @@ import pytest
 import torch
 from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
 
+from jepa_kit.evaluation.protocols import attentive
 from jepa_kit.evaluation.protocols.attentive import Attentive, AttentivePool, Standardise, default_heads
 from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
 
@@ -39,6 +40,16 @@ def test_tokens_are_standardised_over_the_training_set():
     np.testing.assert_allclose(out[..., 0].mean(), 0, atol=1e-5)
     np.testing.assert_allclose(out[..., 0].std(), 1, rtol=1e-2)
     np.testing.assert_allclose(out[..., 1], 0, atol=1e-3)
+
+
+def test_of_many_images_some_give_the_statistics(monkeypatch):
+    monkeypatch.setattr(attentive, "FOR_STATISTICS", 10)
+    x = np.random.default_rng(0).normal(size=(50, 6, 2))
+    index = np.arange(5, 40)  # 35 of them: every third
+    found = Standardise(Features(x), index)
+    some = x[5:40:3].reshape(-1, 2)
+    np.testing.assert_allclose(found.mean, some.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.scale, 1 / some.std(0, ddof=1), rtol=1e-5)
 
 
 def test_it_finds_the_patch_that_tells():

@@ -8,6 +8,7 @@ from jepa_kit.config.errors import ConfigError
 from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols, parse_specs
 from jepa_kit.evaluation.protocols.base import check_samples
 from jepa_kit.evaluation.protocols.cards import card_of
+from jepa_kit.evaluation.protocols.heads import Recipe
 
 SPECS = {
     "knn": {},
@@ -51,6 +52,74 @@ def test_every_card_tells_a_user_what_to_write(name):
     build_protocols([spec])
     assert set(card.options) == set(PROTOCOLS.options(name))
     assert all(card.options.values())
+
+
+HEADS = {"layers": ("last", "last4"), "heads": ("plain", "norm"), "holdout": None}
+DEFAULTS = {
+    "knn": {"neighbours": (10, 20, 100, 200), "temperature": 0.07, "queries": 10_000},  # Wu et al. 2018: 200, 0.07
+    "logistic": {
+        **{"subsets": None, "names": None, "draws": None, "whiten": True, "cuts": None, "holdout": None},
+        "penalties": (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
+        "max_iter": 1000,
+    },
+    "linear": {
+        **HEADS,
+        **{"lrs": (0.003, 0.01, 0.03, 0.1, 0.3), "weight_decays": (0.0, 0.01)},
+        **{"optimizer": "adamw", "epochs": 20, "batch_size": 256},
+    },
+    "paper_linear": {  # I-JEPA, A.2
+        **HEADS,
+        **{"lrs": (0.01, 0.05, 0.001), "weight_decays": (0.0005, 0.0), "epochs": 50, "batch_size": 16384},
+    },
+    "count": HEADS,
+    "distance": HEADS,
+    "attentive": {
+        **{"layers": "last", "num_heads": None, "lrs": (1e-3,), "weight_decay": 0.01},
+        **{"epochs": 10, "batch_size": 128, "holdout": None},
+    },
+    "dense": {
+        **{"layers": "last", "most": None, "heads": ("norm",), "lrs": (1e-3, 1e-2), "weight_decays": (0.0,)},
+        **{"epochs": 5, "batch_size": 4096, "holdout": None},
+    },
+    "finetune": {  # MAE, A.1, for small sets
+        **{"epochs": 50, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75},
+        **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "mixup": 0.2, "drop_path": 0.1},
+        **{"crop_scale": (0.7, 1.0), "flip": 0.5, "subset": "all"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS.names())
+def test_defaults_are_part_of_a_protocol(name):
+    """Figures made with others cannot be compared."""
+    if name == "paper_transfer":
+        ((_, options, probe),) = build_protocols([{"name": name, "dataset": "inat18"}])
+        assert options == {"dataset": "inat18", **HEADS}
+        assert {(s.lr, s.weight_decay) for s in probe.transfer.settings} == {(0.01, 5e-4)}  # I-JEPA, A.2
+        assert probe.transfer.recipe == Recipe(
+            optimizer="sgd", epochs=84, batch_size=256, steps=(24, 48, 72), nesterov=True
+        )
+        return
+    ((_, options, _),) = build_protocols([name])
+    assert options == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "finetune", "flip": 0.0, "layer_decay": 1.0, "label_smoothing": 0.0, "drop_path": 0.0, "mixup": 0.0},
+        {"name": "finetune", "flip": 1.0, "batch_size": 2, "weight_decay": 0.0, "warmup_epochs": 0.0, "epochs": 1},
+        {"name": "linear", "holdout": 0.5, "epochs": 1},
+        {"name": "attentive", "weight_decay": 0.0, "lrs": [1e-3, 1e-2], "holdout": 0.5},
+        {"name": "dense", "most": 1},
+        {"name": "dense", "most": 254},
+    ],
+)
+def test_the_ends_of_ranges_can_be_chosen(spec):
+    ((_, options, _),) = build_protocols([spec])
+    assert (
+        options.items() >= {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "name"}.items()
+    )
 
 
 def test_a_card_as_it_is_read():
