@@ -50,7 +50,7 @@ AREAS: dict[str, tuple[str, str]] = {
         "maskers/packing.py structures.py",
         "maskers/test_packing.py test_structures.py maskers test_recipe.py",
     ),
-    "attention": ("encoders/attention.py encoders/blocks.py", "encoders predictors"),
+    "attention": ("encoders/attention*.py encoders/blocks.py", "encoders predictors"),
     "positions": (
         "encoders/pos_embed.py encoders/vit.py predictors/vit.py",
         "encoders/test_pos_embed.py encoders/test_vit.py predictors encoders test_recipe.py",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_kit.encoders import attention_dense
 from jepa_kit.encoders.attention import BACKENDS, attend, why_not
 from jepa_kit.structures import SetLengths
 
@@ -177,8 +178,8 @@ def test_the_way_on_a_cpu(
         monkeypatch.setattr(owner, name, lambda *args: taken.append(label) or original(*args))
 
     for name in ("_attend_in_turn", "_attend_padded", "_attend_by_length", "_products"):
-        spy(attention, name, name)
-    spy(attention.F, "scaled_dot_product_attention", "F.scaled_dot_product_attention")
+        spy(attention_dense, name, name)
+    spy(attention_dense.F, "scaled_dot_product_attention", "F.scaled_dot_product_attention")
     q, k, v = (x.to(dtype) for x in draw(lengths)[:3])
     attend(q, k, v, lengths, "sdpa")
     assert [t for t in taken if t.startswith("_attend")] == ([way] if way else [])
@@ -187,8 +188,8 @@ def test_the_way_on_a_cpu(
 
 
 def test_sets_in_the_order_of_their_length_are_not_moved() -> None:
-    assert attention._by_length(SetLengths([1, 2, 2, 5])).order is None
-    assert attention._by_length(SetLengths([2, 1])).order is not None
+    assert attention_dense._by_length(SetLengths([1, 2, 2, 5])).order is None
+    assert attention_dense._by_length(SetLengths([2, 1])).order is not None
 
 
 def test_plain_lengths_are_taken_too() -> None:
