@@ -78,6 +78,7 @@ def test_figures_are_scikit_learns():
     train, test = squares(200, seed=1), squares(40, seed=2)
     accuracy, miou = Dense(epochs=10, batch_size=256)(task(train, test))
     assert (accuracy.metric, miou.metric) == ("accuracy", "mIoU")
+    assert (accuracy.n_train, accuracy.n_test, accuracy.classes) == (200, 40, 4)
     counts = np.array(accuracy.settings["confusion"])
     truth, answers = (np.repeat(np.indices(counts.shape)[axis].ravel(), counts.ravel()) for axis in (0, 1))
     assert counts.sum() == (test[0].masks != 255).sum()

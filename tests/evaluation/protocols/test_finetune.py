@@ -6,7 +6,7 @@ import torch
 from conftest import scene_shards
 
 from jepa_kit.encoders import ViT
-from jepa_kit.evaluation.protocols.base import Images, Part, Task
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, Images, Part, Task
 from jepa_kit.evaluation.protocols.finetune import Classifier, Finetune, layer_groups
 
 
@@ -79,6 +79,8 @@ def test_the_same_again_and_on_few_labels(encoder, shards):
     first, second = (probe(task(encoder, shards, *labels))[0] for _ in range(2))
     assert np.array_equal(first.predictions, second.predictions)
     assert (first.variant, first.settings["samples"], first.n_train) == ("2/class", 16, 16)
+    kept = {name: value for name, value in first.settings.items() if name not in ("loss_by_epoch", "samples")}
+    assert kept == {name: getattr(probe, name) for name in PROTOCOLS.options("finetune") if name != "subset"}
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])

@@ -6,7 +6,7 @@ from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, c
 
 from jepa_kit.config.errors import ConfigError
 from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols, parse_specs
-from jepa_kit.evaluation.protocols.base import check_samples
+from jepa_kit.evaluation.protocols.base import Features, check_samples
 from jepa_kit.evaluation.protocols.cards import card_of
 from jepa_kit.evaluation.protocols.heads import Recipe
 
@@ -183,6 +183,17 @@ class TestEveryProtocol:
 X, Y = TRAIN[:20], TRAIN_LABELS[:20]
 BAD = X.copy()
 BAD[3, 2] = np.nan
+
+
+def test_layers_are_joined_along_the_width():
+    """For features of images and of tokens, in memory and row by row."""
+    for shape in ((5, 3), (5, 3, 3)):
+        first, second = (np.random.default_rng(k).normal(size=shape).astype(np.float16) for k in range(2))
+        expected = np.concatenate([first, second], axis=-1).astype(np.float32)
+        joined = Features(first, second)
+        assert (len(joined), joined.width) == (5, 6)
+        np.testing.assert_array_equal(joined.array, expected)
+        np.testing.assert_array_equal(joined.rows(np.array([4, 0])), expected[[4, 0]])
 
 
 @pytest.mark.parametrize(
