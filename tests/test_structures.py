@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -276,6 +277,7 @@ def test_sets_masks_and_predictions_are_compared_as_objects() -> None:
         one, other = make(), make()
         assert one == one
         assert one != other
+        assert one != dataclasses.replace(one)
         assert len({one, other, one}) == 2
 
 
