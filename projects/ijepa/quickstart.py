@@ -214,8 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except UnmadeError as unmade:
         return unmade.status
-    except (KeyboardInterrupt, Preempted):
-        print("quickstart: stopped; the same command goes on from here", file=sys.stderr)
+    except (KeyboardInterrupt, Preempted) as stopped:
+        after = f" after {stopped.step:,} steps" if isinstance(stopped, Preempted) else ""
+        print(f"quickstart: stopped{after}; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 
