@@ -30,6 +30,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint"
     )
+    add_trust(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML"
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-imports``, for tools that open checkpoints or configs of others."""
+    parser.add_argument(
+        "--trust-imports",
+        action="store_true",
+        help="run `imports` of a checkpoint's config, or of one at an address, that do not ship with jepa_kit",
     )

@@ -67,7 +67,14 @@ def parser() -> argparse.ArgumentParser:
         default="formula",
         help="keep the file's position table where it is not the sine-cosine formula's (default: refuse it)",
     )
+    p.add_argument(
+        "--prefix",
+        metavar="NAME.",
+        help="take the names of weights that begin with it, without it, as teacher. (what torch.compile, DDP, FSDP and "
+        "probes add, as module. and backbone., comes off anyway)",
+    )
     p.add_argument("--sha256", metavar="HEX", help="what IN must have")
+    p.add_argument("--allow-unchecked", action="store_true", help="read IN even if its checksum is missing or wrong")
     p.add_argument("source", metavar="IN", help="a file, a folder, or an http address of a file")
     p.add_argument("target", metavar="OUT", help="a file, for hf a folder; must not be there yet")
     return p
@@ -86,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_heads=a.num_heads,
             image_size=None if a.image_size is None else (a.image_size, a.image_size),
             positions=a.positions,
+            prefix=a.prefix,
+            allow_unchecked=a.allow_unchecked,
         )
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)

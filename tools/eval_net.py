@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import add_trust, tool_parser
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output", metavar="FILE", help="the results as JSON (default: a file in `evaluation` beside the checkpoint)"
     )
+    add_trust(p)
     p.add_argument(
         "overrides", nargs="*", metavar="key=value", help="what to change in the run's config, as train.device=cpu"
     )
@@ -161,8 +162,12 @@ def run(arguments: argparse.Namespace) -> None:
     # once: a run that goes on may have a later one in a moment
     import_named(arguments.overrides)
     file = latest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
-    loaded = load_run(file, arguments.overrides) if file else None
-    config = loaded.config if loaded else load_config(arguments.config_file, arguments.overrides)
+    loaded = load_run(file, arguments.overrides, trust_imports=arguments.trust_imports) if file else None
+    config = (
+        loaded.config
+        if loaded
+        else load_config(arguments.config_file, arguments.overrides, trust_imports=arguments.trust_imports)
+    )
     learned_from = training_shards(arguments.train_shards, config.data.shards)
     asked = asked_shards(arguments.test_shards, learned_from)
     world = read_environment()

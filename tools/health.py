@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import add_trust, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.health import Health
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
     p.add_argument("--output", metavar="FILE", help="writes the figures as JSON")
+    add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the runs' configs")
     return p
 
@@ -133,7 +134,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator
 
-    loaded = load_run(checkpoint, arguments.overrides)
+    loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data
     dataset = open_shards(config, images_to_look_at(arguments.shards, data.shards))
     order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))

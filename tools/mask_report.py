@@ -73,7 +73,11 @@ def run(arguments: argparse.Namespace) -> str:
         if (value := getattr(arguments, option)) < 1:
             raise ValueError(f"--{option.replace('_', '-')} (={value}) must be at least 1")
     files = [arguments.config_file] + ([arguments.compare] if arguments.compare else [])
-    configs = [load_config(files[0], arguments.overrides), *(load_config(file, []) for file in files[1:])]
+    trust = arguments.trust_imports
+    configs = [
+        load_config(file, overrides, trust_imports=trust)
+        for file, overrides in zip(files, (arguments.overrides, []), strict=False)
+    ]
     reports = [
         mask_report(config, images=arguments.draws, images_per_batch=arguments.images_per_batch) for config in configs
     ]

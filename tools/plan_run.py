@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hours = arguments.gpu_hours
         if hours is not None and not (hours > 0 and math.isfinite(hours)):
             raise ValueError(f"--gpu-hours (={hours}) must be above 0 and finite")
-        config = load_config(arguments.config_file, arguments.overrides)
+        config = load_config(arguments.config_file, arguments.overrides, trust_imports=arguments.trust_imports)
         given = Assumptions(
             device=DEVICES[arguments.device],
             peak_share=arguments.peak_share,

@@ -31,7 +31,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import add_trust, tool_parser
 from jepa_kit.engine.distributed import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 
@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         help="the file of weights that the run began from, where it lies in another place; read where no checkpoint of "
         "the run is left from before the step",
     )
+    add_trust(p)
     p.add_argument("--at-once", action="store_true", help="take the last checkpoint's weights as they are")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return p
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
-        dump = read_dump(arguments.dump)
+        dump = read_dump(arguments.dump, trust_imports=arguments.trust_imports)
         device = choose_device(arguments.device, World())
         bad, step = dump["bad"], dump["step"]
         numbers = ", ".join(f"{name} {value:g}" for name, value in dump["numbers"].items())

@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known, config = set(sys.path), None
     try:
         job = job_of(arguments)
-        config = load_config(arguments.config_file, overrides)
+        config = load_config(arguments.config_file, overrides, trust_imports=arguments.trust_imports)
         if job is not None:
             found_in = [path for path in sys.path if path not in known]  # where `imports` of the config lie
             hand_in(config, job, arguments.submit, resume, resume_from, found_in)

@@ -26,7 +26,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import add_trust, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="it learns from (default: 1024)")
     p.add_argument("--decoder-steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="of the images, masks, decoder and noise (default: 0)")
+    add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the run's config")
     return p
 
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> str:
             raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
     if is_address(arguments.checkpoint) and not arguments.output:
         raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
-    loaded = load_run(arguments.checkpoint, arguments.overrides)
+    loaded = load_run(arguments.checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     dataset = open_shards(loaded.config, images_to_look_at(arguments.shards, loaded.config.data.shards))
     source = Path(arguments.checkpoint)
     folder = source if source.is_dir() else source.parent

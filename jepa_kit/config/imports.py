@@ -10,7 +10,10 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from jepa_kit.config.errors import ConfigError
+
 _PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates", "data.transforms")
+_OURS = ("jepa_kit", "projects")
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -32,6 +35,46 @@ def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
         problems.append(f"imports (={raw!r}) must be a list of modules, such as [projects.my_variant.masker]")
         return []
     return [os.path.abspath(os.path.join(folder, x)) if x.endswith(".py") else x for x in raw]
+
+
+def ships_with_project(name: str) -> bool:
+    """Whether an entry is a module of this installation's jepa_kit/ or projects/; nothing is imported to find out.
+
+    Args:
+        name: dotted, or an absolute path of a .py file.
+    """
+    if name.endswith(".py"):
+        path = os.path.realpath(name)
+        return os.path.isfile(path) and any(path.startswith(os.path.join(_REPOSITORY, top, "")) for top in _OURS)
+    parts = name.split(".")
+    if parts[0] not in _OURS or not all(part.isidentifier() for part in parts):
+        return False
+    if _REPOSITORY not in sys.path:
+        sys.path.append(_REPOSITORY)
+    for folder in sys.path:  # another module of this name must not come first
+        path = os.path.join(folder or os.getcwd(), *parts)
+        if os.path.isfile(f"{path}.py") or os.path.isdir(path):
+            return os.path.realpath(path) == os.path.join(os.path.realpath(_REPOSITORY), *parts)
+    return False
+
+
+def check_trusted(raw: Any, source: str) -> None:
+    """Raise ConfigError if ``imports`` of a config that others may have written names modules from elsewhere.
+
+    Args:
+        raw: what the config has under ``imports``.
+        source: the checkpoint or config, for the message.
+    """
+    names = resolve_imports(raw, os.getcwd(), [])
+    foreign = [name for name in names if not ships_with_project(name)]
+    if foreign:
+        raise ConfigError(
+            [
+                f"imports: {', '.join(map(repr, foreign))} would run as code, and does not ship with jepa_kit. If you "
+                "trust it: --trust-imports (trust_imports=True); or name your own copy, imports=[my_parts.py]"
+            ],
+            source,
+        )
 
 
 def import_parts(name: str, folder: str) -> Exception | None:

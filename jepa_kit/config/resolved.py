@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_kit.config.checking import Part, check_config
 from jepa_kit.config.errors import ConfigError
-from jepa_kit.config.imports import import_members, import_parts, resolve_imports
+from jepa_kit.config.imports import check_trusted, import_members, import_parts, resolve_imports
 from jepa_kit.config.merging import apply_overrides
 from jepa_kit.config.sections import DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.sources import RUN_CONFIG, read_config
@@ -70,7 +70,7 @@ def _part(part: Part) -> dict[str, Any]:
     return {"name": part.name} | plain(dict(part.options))
 
 
-def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_imports: bool = False) -> Config:
     """Reads, merges, imports and checks a config.
 
     Args:
@@ -78,17 +78,19 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             handler ``imports`` among the overrides may register.
         overrides: ``key.key=value`` with the value in YAML, as in ``masker.num_targets=8`` or
             ``masker={name: random, ratio: 0.6}``.
+        trust_imports: run ``imports`` of a checkpoint, or of a file at an address, that do not ship with jepa_kit.
+            Those of a local YAML file, and of the overrides, are the user's own and always run.
 
     Raises:
         ConfigError: with every mistake of the file and the overrides. A file that cannot be read at all, or a base
             of it, is reported alone.
     """
-    path = os.fspath(file)
+    path = os.path.expanduser(os.fspath(file))
     folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
     if "://" in path:
         import_named(overrides)
     problems: list[str] = []
-    raw = read_config(path, problems)
+    raw = read_config(path, problems, trust_imports=trust_imports or bool(_own_imports(overrides)))
     return _check(raw, overrides, folder, path, problems)
 
 
@@ -99,14 +101,25 @@ def import_named(overrides: Sequence[str]) -> None:
         ConfigError: it cannot be imported.
     """
     problems: list[str] = []
-    named = [text for text in overrides if text.startswith("imports=")]
-    _, cause = _import_all(apply_overrides({}, named, problems).get("imports", []), os.getcwd(), problems)
+    _, cause = _import_all(
+        apply_overrides({}, _own_imports(overrides), problems).get("imports", []), os.getcwd(), problems
+    )
     if problems:
         raise ConfigError(problems) from cause
 
 
+def _own_imports(overrides: Sequence[str]) -> list[str]:
+    """Overrides that replace ``imports``."""
+    return [text for text in overrides if text.partition("=")[0].strip() == "imports"]
+
+
 def config_from_dict(
-    raw: Mapping[str, Any], overrides: Sequence[str] = (), *, folder: str = ".", source: str = "config"
+    raw: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    folder: str = ".",
+    source: str = "config",
+    trust_imports: bool = True,
 ) -> Config:
     """Checks a plain mapping, such as ``Config.to_dict`` gives, and what is laid over it.
 
@@ -115,10 +128,14 @@ def config_from_dict(
         overrides: as for ``load_config``.
         folder: where modules of ``imports`` are looked for besides ``sys.path`` and the current folder.
         source: names the config in messages.
+        trust_imports: run ``imports`` of the mapping that do not ship with jepa_kit; False for one from a file that
+            others may have written.
 
     Raises:
-        ConfigError: with every mistake.
+        ConfigError: with every mistake; imports that are not trusted are reported alone.
     """
+    if not trust_imports and not _own_imports(overrides):
+        check_trusted(raw.get("imports", []), source)
     return _check(raw, overrides, folder, source, [])
 
 

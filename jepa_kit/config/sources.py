@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from jepa_kit.config.errors import ConfigError
-from jepa_kit.config.imports import resolve_imports
+from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.data.streams import Access, copy, path_manager
@@ -25,25 +25,29 @@ _TAKES = "a config is a YAML file, a run folder or a checkpoint"
 _ZIP = b"PK\x03\x04"
 
 
-def read_config(file: str, problems: list[str]) -> dict[Any, Any]:
+def read_config(file: str, problems: list[str], *, trust_imports: bool = False) -> dict[Any, Any]:
     """The raw mapping that a file holds, laid over its bases; ``imports`` of all of them, the base's first.
 
     Args:
         file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``), here or at an
             address that a handler of ``jepa_kit.data.streams.path_manager`` opens.
         problems: gets lines about what does not keep the rest from being checked.
+        trust_imports: allow any ``imports`` in checkpoints and in files at addresses; a local YAML file is its user's.
 
     Raises:
-        ConfigError: the file is missing or none of these, a base is, or the bases go round in a circle.
+        ConfigError: the file is missing or none of these, a base is, the bases go round in a circle, or imports
+            that are not trusted.
     """
-    return _read_over_bases(file, (), problems)
+    return _read_over_bases(file, (), problems, trust_imports)
 
 
-def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str]) -> dict[Any, Any]:
+def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], trust: bool) -> dict[Any, Any]:
     path = _config_file(file, above)
     if path in above:
         raise ConfigError([f"_BASE_ goes round in a circle: {' -> '.join([*above[above.index(path) :], path])}"], path)
-    raw = _read_mapping(path)
+    raw, is_checkpoint = _read_mapping(path)
+    if "imports" in raw and not trust and (is_checkpoint or "://" in path):
+        check_trusted(raw["imports"], path)
     if "imports" in raw:
         raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
     if "_BASE_" not in raw:
@@ -51,7 +55,8 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str]) -> 
     base = raw.pop("_BASE_")
     if not isinstance(base, str) or not base:
         raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file"], path)
-    lower = _read_over_bases(os.path.join(os.path.dirname(path), os.path.expanduser(base)), (*above, path), problems)
+    below = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    lower = _read_over_bases(below, (*above, path), problems, trust)
     lower.pop("versions", None)
     merged = merge(lower, raw)
     if "imports" in lower and "imports" in raw:
@@ -61,7 +66,7 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str]) -> 
 
 def _config_file(file: str, above: tuple[str, ...]) -> str:
     """The file itself, for a folder the config in it; absolute where it is local."""
-    path = file.rstrip("/") if "://" in file else os.path.abspath(file)
+    path = file.rstrip("/") if "://" in file else os.path.abspath(os.path.expanduser(file))
     if _is_file(path):
         return path
     inside = next((name for name in INSIDE if _is_file(os.path.join(path, name))), None)
@@ -85,16 +90,17 @@ def _is_file(path: str) -> bool:
         return True
 
 
-def _read_mapping(path: str) -> dict[Any, Any]:
+def _read_mapping(path: str) -> tuple[dict[Any, Any], bool]:
+    """The mapping of a file, and whether the file is a checkpoint."""
     with path_manager.open(path, "rb") as file:
         start = file.read(len(_ZIP))
         data = b"" if start == _ZIP else start + file.read()
     if start == _ZIP and "://" in path:
         with tempfile.NamedTemporaryFile() as here:
             copy(path, cast(BinaryIO, here), Access())
-            return _read_checkpoint(here.name, path)
+            return _read_checkpoint(here.name, path), True
     if start == _ZIP:
-        return _read_checkpoint(path, path)
+        return _read_checkpoint(path, path), True
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -102,7 +108,7 @@ def _read_mapping(path: str) -> dict[Any, Any]:
     raw = parse_yaml(text, path)
     if not isinstance(raw, dict):
         raise ConfigError([f"the file holds {_kind(raw)}, but a config is a mapping with keys such as masker"], path)
-    return raw
+    return raw, False
 
 
 def _read_checkpoint(file: str, path: str) -> dict[Any, Any]:

@@ -17,7 +17,15 @@ from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.streams import Access
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.encoders.blocks import checkpoint_activations
-from jepa_kit.engine.checkpoint import CheckpointError, check_state, load_checkpoint, restore, step_of, verify
+from jepa_kit.engine.checkpoint import (
+    CheckpointError,
+    check_finite,
+    check_state,
+    load_checkpoint,
+    restore,
+    step_of,
+    verify,
+)
 from jepa_kit.engine.checkpoint_files import reading
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
@@ -189,6 +197,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
             check_state(run.jepa.state_dict(), layout(path)[0], "the model")
             load_sharded(path, run.jepa, run.optimizer)
     else:
+        check_finite(checkpoint.model, str(latest))
         restore(checkpoint, run.jepa, run.optimizer)
     together(lambda: None)  # all have read it
     from_main(store.forget)

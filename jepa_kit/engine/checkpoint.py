@@ -262,6 +262,13 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wha
         raise CheckpointError(f"{what} does not fit the checkpoint; " + "; ".join(complaints))
 
 
+def check_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError with the names of tensors that hold a NaN or an infinite number."""
+    bad = [name for name, x in state.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
+    if bad:
+        raise CheckpointError(f"{what} has weights that are NaN or infinite: {_names(bad, 5)}")
+
+
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Gives model and optimiser the checkpoint's state.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.config.imports import check_trusted
 from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.bad_steps import DUMP_FORMAT, left_out, read_record
@@ -63,12 +64,13 @@ DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "ke
 """What a dump must have to be replayed."""
 
 
-def read_dump(path: Path) -> dict[str, Any]:
+def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
     """What a dump holds; see ``bad_steps.write_dump``.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a dump.
+        ConfigError: its config has imports that do not ship with jepa_kit, and ``trust_imports`` is not given.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; bad_step_<step>/rank_<rank>.pt in a run folder is one")
@@ -82,6 +84,8 @@ def read_dump(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not the dump of a bad step: its format is not {DUMP_FORMAT!r}")
     if missing := [name for name in DUMPED if name not in content]:
         raise ValueError(f"{path} is not the dump of a bad step: it has no {', '.join(missing)}")
+    if not trust_imports:
+        check_trusted(content["config"].get("imports", []), str(path))
     return content
 
 

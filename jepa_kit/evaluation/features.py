@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import Encoder
-from jepa_kit.engine.checkpoint import load_checkpoint, restore
+from jepa_kit.engine.checkpoint import check_finite, load_checkpoint, restore
 from jepa_kit.engine.precision import Precision, autocast_of
 from jepa_kit.engine.store import to_read
 from jepa_kit.recipe import JEPA, build_recipe
@@ -239,21 +239,30 @@ def latest_checkpoint(checkpoint: str | Path) -> Path:
     return to_read(checkpoint)
 
 
-def load_run(checkpoint: str | Path, overrides: Sequence[str] = ()) -> LoadedRun:
+def load_run(checkpoint: str | Path, overrides: Sequence[str] = (), *, trust_imports: bool = False) -> LoadedRun:
     """The recipe of a checkpoint with its weights, on the CPU, as it is evaluated.
 
     Args:
         checkpoint: a file, or a run folder, whose latest checkpoint is taken.
         overrides: of the config, as on the command line: ``train.attention=reference``.
+        trust_imports: run ``imports`` of its config that do not ship with jepa_kit.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not a checkpoint, or (after an override of a part) does not fit its config.
-        ConfigError: an override that the config does not take.
+        CheckpointError: it is not a checkpoint, has weights that are not finite, or (after an override of a part)
+            does not fit its config.
+        ConfigError: an override that the config does not take, or imports that are not trusted.
     """
     import_named(overrides)
     held = load_checkpoint(latest_checkpoint(checkpoint))
-    config = config_from_dict(held.config, overrides, folder=str(Path(checkpoint).parent), source=str(checkpoint))
+    config = config_from_dict(
+        held.config,
+        overrides,
+        folder=str(Path(checkpoint).parent),
+        source=str(checkpoint),
+        trust_imports=trust_imports,
+    )
+    check_finite(held.model, str(checkpoint))
     jepa = build_recipe(config)
     restore(held, jepa)
     return LoadedRun(config, jepa.eval(), held.step, held.data)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from jepa_kit.data.streams import path_manager
 from jepa_kit.engine.checkpoint import FORMAT, HEADER, CheckpointError, checkpoints
 from jepa_kit.engine.store import to_read
+from jepa_kit.interop.digest import HOW, file_digest
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
@@ -55,8 +57,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
         return path
     if path.is_dir():
         raise CheckpointError(f"{text} is a folder, and sha256 is of one file")
-    with path.open("rb") as file:
-        found = _sha256(file)
+    found = file_digest(path)
     if found != sha256.lower():
         if remote:
             path.unlink()  # the cache would give the same file again
@@ -64,15 +65,12 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
     return path
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def recognise(path: Path) -> Format:
+def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
     """The format of a file or folder, by its content.
+
+    Args:
+        path: of it.
+        allow_unchecked: see ``open_archive``.
 
     Raises:
         CheckpointError: none of the formats; the message says what it looks like instead.
@@ -83,9 +81,9 @@ def recognise(path: Path) -> Format:
         start = file.read(512)
     what = f"{path} ({path.stat().st_size} bytes)"
     if start.startswith(b"PK\x03\x04"):
-        return _recognise_archive(path)
+        return _recognise_archive(path, allow_unchecked)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
-        return "safetensors" if read_header(path).get("__metadata__", {}).get("format_name") == FORMAT_NAME else "timm"
+        return "safetensors" if read_header(path)["__metadata__"].get("format_name") == FORMAT_NAME else "timm"
     if start[:1] == b"\x08":  # the field ir_version of a protobuf
         return "onnx"
     if not start:
@@ -124,15 +122,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} must hold a mapping, not a {type(held).__name__}")
     return held
 
 
-def _recognise_archive(path: Path) -> Format:
-    held = open_archive(path)
+def _recognise_archive(path: Path, allow_unchecked: bool) -> Format:
+    held = open_archive(path, allow_unchecked=allow_unchecked)
     if held.get("format") == FORMAT:
         return "jepa_kit"
     if any(isinstance(held.get(part), dict) for part in ("encoder", "target_encoder")):
@@ -140,30 +138,58 @@ def _recognise_archive(path: Path) -> Format:
     return "timm"
 
 
-def open_archive(path: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, its tensors mapped from the file; nothing in the file is executed.
+def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]:
+    """What ``torch.save`` wrote, its tensors mapped from the file; every byte verified, nothing executed.
+
+    Args:
+        path: of the file.
+        allow_unchecked: read a file whose records have no CRC-32, or a wrong one.
 
     Raises:
-        CheckpointError: a file cut short, damaged, with objects that could run code, or without a mapping.
+        CheckpointError: a file cut short, damaged, written without CRCs, with objects that could run code, or
+            without a mapping.
     """
     what = f"{path} ({path.stat().st_size} bytes)"
     if not zipfile.is_zipfile(path):  # the archive's directory is at its end
         raise CheckpointError(f"{what} is cut short: its end is missing")
+    if not allow_unchecked:
+        _check_records(path, what)
     try:
         held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{what} holds other things than tensors and plain values, which could run code, and is refused: "
-            f"{_reason(error)}"
+            f"{reason(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {reason(error)}") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{what} must hold a mapping of names to tensors, not a {type(held).__name__}")
     return {str(key): value for key, value in held.items()}
 
 
-def _reason(error: BaseException) -> str:
+def _check_records(path: Path, what: str) -> None:
+    """Compare the CRC-32 of every record of an archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = [record for record in archive.infolist() if record.file_size]
+            without = bool(records) and not any(record.CRC for record in records)
+            broken = None if without else archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, LookupError, OSError, zlib.error) as error:
+        raise CheckpointError(f"{what} is damaged: {error}") from error
+    if without:
+        raise CheckpointError(
+            f"{what} was written without checksums (torch.serialization.set_crc32_options(False)), so damage would "
+            f"not show; {HOW}"
+        )
+    if broken is not None:
+        raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} is another")
+
+
+def reason(error: BaseException) -> str:
+    """What an error of torch.load says of the file, without its advice on how to load it nevertheless."""
+    if found := re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|type)) +(\S+)", str(error)):
+        return f"it names {found[1]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
-    return (telling or lines or [type(error).__name__])[0][:200]
+    telling = [line for line in lines if not line.startswith("Weights only load failed")]
+    return (telling or [type(error).__name__])[0].partition(" Please ")[0][:200]

@@ -7,33 +7,24 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, check_finite, load_checkpoint
 from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
-from jepa_kit.interop.weights import EncoderWeights, Positions, choose
+from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Positions, Reading, choose
 
 WHOLE = ("official", "jepa_kit")
+"""Formats of a whole run; the others hold one encoder."""
 OUR_OWN = ("jepa_kit", "safetensors")
 """Formats with a note of ours that every reader of theirs needs; what only jepa_kit does may go into these."""
-"""Formats of a whole run; the others hold one encoder."""
 
 
-def read(
-    path: Path,
-    format: Format | None = None,
-    *,
-    num_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    positions: Positions = "formula",
-) -> Checkpoint | EncoderWeights:
-    """What a file or folder holds.
+def read(path: Path, format: Format | None = None, reading: Reading = AS_IT_IS) -> Checkpoint | EncoderWeights:
+    """What a file or folder holds. Nothing in it is executed or imported.
 
     Args:
         path: of it.
         format: what it must be; None for whatever its content says.
-        num_heads: for official and timm, where it is not a known size.
-        image_size: for timm, where the position table does not tell it.
-        positions: see ``check_positions``.
+        reading: options.
 
     Returns:
         a Checkpoint from official and jepa_kit, EncoderWeights from the others.
@@ -41,18 +32,22 @@ def read(
     Raises:
         CheckpointError: it is another format, or cannot be read.
     """
-    found = recognise(path)
+    found = recognise(path, allow_unchecked=reading.allow_unchecked)
     if format is not None and found != format:
         raise CheckpointError(f"{path} is not in the format {format!r}: by its content it is {found!r}")
-    if found == "official":
-        return official.read(path, num_heads=num_heads)
     if found == "jepa_kit":
-        return load_checkpoint(path)
-    if found == "hf":
-        return hf.read(path, positions=positions)
-    if found == "timm":
-        return timm.read(path, positions=positions, num_heads=num_heads, image_size=image_size)
-    return (safetensors if found == "safetensors" else onnx).read(path, positions=positions)
+        held = load_checkpoint(path)
+        check_checkpoint(held, str(path))
+        return held
+    readers = {"official": official, "hf": hf, "timm": timm, "safetensors": safetensors, "onnx": onnx}
+    try:
+        return readers[found].read(path, reading)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # a value of another type than the format has there
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or not as {found!r} files are: {kind}: {error}") from error
 
 
 def read_encoder(
@@ -63,6 +58,8 @@ def read_encoder(
     num_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
     positions: Positions = "formula",
+    prefix: str | None = None,
+    allow_unchecked: bool = False,
 ) -> EncoderWeights:
     """The weights of one encoder, from any format.
 
@@ -70,16 +67,30 @@ def read_encoder(
         path_or_url: see ``fetch``.
         encoder: ``target``, ``context``, or None for what the file holds (the target encoder where it has both).
         sha256: of the file.
-        (others): see ``read``.
+        (others): see ``Reading``.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it cannot be read, or does not hold this encoder.
         ValueError: another word for ``encoder``.
     """
+    reading = Reading(
+        num_heads=num_heads,
+        image_size=image_size,
+        positions=positions,
+        prefix=prefix,
+        allow_unchecked=allow_unchecked,
+    )
     path = fetch(path_or_url, sha256)
-    held = read(path, num_heads=num_heads, image_size=image_size, positions=positions)
+    held = read(path, None, reading)
     return encoder_from(held, encoder, path.name)
+
+
+def check_checkpoint(held: Checkpoint, what: str) -> None:
+    """Raise CheckpointError for weights or moments that are not finite."""
+    check_finite(held.model, what)
+    moments = {f"{key} of {name}": x for name, state in held.optimizer.items() for key, x in state.items()}
+    check_finite(moments, f"the optimiser of {what}")
 
 
 def encoder_from(held: Checkpoint | EncoderWeights, encoder: str | None, source: str) -> EncoderWeights:
@@ -127,7 +138,12 @@ def write(
         return _words(whole)
     weights = encoder_from(held, encoder, "a checkpoint")
     if format == "onnx":
-        onnx.write(weights, path, image_size=image_size)
+        try:
+            onnx.write(weights, path, image_size=image_size)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise _not_written(path, error) from error
         note = (
             "" if image_size in (None, weights.architecture.image_size) else f"; positions interpolated to {image_size}"
         )
@@ -150,13 +166,19 @@ def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
         )
 
 
+def _not_written(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"{path} could not be written, and nothing is left of it: {error.strerror}")
+
+
 def _in_one_piece(path: Path, write: object) -> None:
-    """Writes beside, then renames: a crash leaves nothing under the name."""
+    """Write beside, then rename: a crash or a full disk leaves nothing under the name."""
     part = path.with_name(f".{path.name}.part")
     assert callable(write)
     try:
         write(part)
         part.rename(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
     finally:
         if part.is_dir():
             shutil.rmtree(part)
@@ -183,8 +205,10 @@ def convert(
     num_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
     positions: Positions = "formula",
+    prefix: str | None = None,
+    allow_unchecked: bool = False,
 ) -> str:
-    """From one file or folder to another; see ``read`` and ``write``.
+    """From one file or folder to another; see ``read``, ``Reading`` and ``write``.
 
     Returns:
         what was written, in words.
@@ -192,8 +216,9 @@ def convert(
     for name, value in (("from", from_), ("to", to)):
         if value is not None and value not in get_args(Format):
             raise ValueError(f"{name} (={value!r}) must be one of {', '.join(get_args(Format))}")
+    reading = Reading(num_heads=num_heads, positions=positions, prefix=prefix, allow_unchecked=allow_unchecked)
     path = fetch(source, sha256)
-    held = read(path, from_, num_heads=num_heads, positions=positions)
+    held = read(path, from_, reading)
     if isinstance(held, Checkpoint) and to not in WHOLE:
         held, encoder = encoder_from(held, encoder, path.name), None
-    return write(held, Path(target), to, encoder=encoder, image_size=image_size)
+    return write(held, Path(target).expanduser(), to, encoder=encoder, image_size=image_size)

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from jepa_kit.config import DataConfig
 from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.digest import check_digest, file_digest
 from jepa_kit.interop.files import open_archive, read_json
+from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
 from jepa_kit.interop.weights import (
     ABOUT,
+    AS_IT_IS,
     Architecture,
     EncoderWeights,
-    Positions,
     Provenance,
+    Reading,
     check_positions,
     check_shapes,
     read_about,
@@ -60,15 +63,22 @@ IN_MEMORY = {
 
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 HEADS = ("classifier.", "pooler.", "embeddings.mask_token")
+FILES = "jepa_kit.files"
+"""In the metadata of the weights: SHA-256 of the files beside them, by name."""
 
 
 def write(weights: EncoderWeights, folder: Path) -> None:
     """Writes config, weights, preprocessor and a card that says what they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = weights.about()
-    _write_json(folder / "config.json", {**to_config(weights.architecture), ABOUT: json.loads(about)})
-    _write_json(folder / "preprocessor_config.json", _preprocessor(weights))
-    write_file(folder / "model.safetensors", to_names(weights), {"format": "pt", ABOUT: about})
+    # transformers copies the note into what it saves, without a digest: it does not state that there is one
+    about = json.loads(weights.about(sealed=False))
+    beside = {"config.json": {**to_config(weights.architecture), ABOUT: about}}
+    beside["preprocessor_config.json"] = _preprocessor(weights)
+    for name, held in beside.items():
+        _write_json(folder / name, held)
+    digests = json.dumps({name: file_digest(folder / name) for name in beside}, sort_keys=True)
+    metadata = {"format": "pt", ABOUT: weights.about(), FILES: digests}
+    write_file(folder / "model.safetensors", to_names(weights), metadata)
     licence = weights.provenance.licence
     lines = ["---", *([f"license: {licence.lower()}"] if licence and " " not in licence else [])]
     lines += ["library_name: transformers", "pipeline_tag: image-feature-extraction", "---", "", "# I-JEPA encoder", ""]
@@ -161,24 +171,26 @@ def from_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read(folder: Path, *, positions: Positions = "formula") -> EncoderWeights:
-    """Reads a folder of transformers.
+def read(folder: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
+    """Read a folder of transformers.
 
     Raises:
         CheckpointError: another architecture, missing files, weights that do not fit the config.
     """
     config = read_json(folder / "config.json")
     architecture = _architecture(config, folder)
-    state = {name.removeprefix("ijepa."): value for name, value in _open(folder).items()}
-    left_out = [name for name in state if name.startswith(HEADS)]
-    state = {name: value for name, value in state.items() if name not in left_out}
+    state, left_out = strip_names(_open(folder, reading), str(folder), reading.prefix)
+    state = {name.removeprefix("ijepa."): value for name, value in state.items()}
+    heads = [name for name in state if name.startswith(HEADS)]
+    state = {name: value for name, value in state.items() if name not in heads}
+    left_out += heads
     table = state.pop(TABLE, None)
     if table is None or table.ndim != 3 or len(table) != 1:
         shape = "missing" if table is None else f"{tuple(table.shape)}"
         raise CheckpointError(f"{TABLE} of {folder} must be [1, N, D], but it is {shape}")
     state = from_names(state)
     check_shapes(architecture, state, str(folder))
-    own = check_positions(table[0], architecture.grid, f"{TABLE} of {folder}", positions)
+    own = check_positions(table[0], architecture.grid, f"{TABLE} of {folder}", reading.positions)
     provenance = _provenance(config, folder)
     if left_out:
         provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
@@ -209,19 +221,29 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
         raise CheckpointError(f"{folder}: config.json has a size that is no number: {error}") from error
 
 
-def _open(folder: Path) -> dict[str, Tensor]:
+def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
     """All weights of a folder: one file, several with an index, or an old ``pytorch_model.bin``."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise CheckpointError(f"{index} must have a weight_map of names to files")
+        names = sorted(set(listed.values()))
     if not index.is_file() and not (folder / names[0]).is_file():
         if (folder / "pytorch_model.bin").is_file():
-            return open_archive(folder / "pytorch_model.bin")
+            return open_archive(folder / "pytorch_model.bin", allow_unchecked=reading.allow_unchecked)
         raise CheckpointError(f"the folder {folder} has a config.json, but no model.safetensors")
     state: dict[str, Tensor] = {}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is not in the folder")
-        state |= read_file(folder / name)[0]
+        tensors, metadata = read_file(folder / name, allow_unchecked=reading.allow_unchecked)
+        state |= tensors
+        for other, stored in json.loads(metadata.get(FILES, "{}")).items():
+            file = folder / other
+            found = file_digest(file) if file.is_file() else "no file"
+            check_digest(stored, found, str(file), needed=True, allow_unchecked=reading.allow_unchecked)
     return state
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any
 
 import torch
 
-from jepa_kit.config import Config, config_from_dict, versions
+from jepa_kit.config import Config, ConfigError, Part, config_from_dict, versions
+from jepa_kit.config.checking import check_part, check_section
+from jepa_kit.config.imports import import_members
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint import FORMAT, Checkpoint, CheckpointError
+from jepa_kit.engine.files import write_archive
 from jepa_kit.interop.weights import (
     Architecture,
     EncoderWeights,
@@ -22,7 +24,7 @@ from jepa_kit.interop.weights import (
     check_shapes,
 )
 from jepa_kit.maskers.multiblock import RELEASED
-from jepa_kit.registry import ENCODERS
+from jepa_kit.registry import ENCODERS, SLOTS
 
 PARTS = {"target": "target_encoder", "context": "encoder"}
 
@@ -30,24 +32,33 @@ PARTS = {"target": "target_encoder", "context": "encoder"}
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Writes a checkpoint under any name."""
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_archive(content, path)
 
 
 def config_of(checkpoint: Checkpoint, what: str) -> Config:
-    """The config of a checkpoint whose encoder is a ViT.
+    """What formats need of the config of a checkpoint whose encoder is a ViT: encoder, names of parts, sections.
+
+    Nothing that the config names is imported: options of parts other than the encoder are not looked at.
 
     Raises:
         CheckpointError: another encoder, for which other formats have no names.
-        ConfigError: a config that is not one.
+        ConfigError: values that the encoder or the sections do not take.
     """
-    config = config_from_dict(checkpoint.config, source=f"the config of {what}")
-    part = config.slots["encoder"]
-    if part.name != "vit":
-        raise CheckpointError(f"{what}: encoder.name (={part.name!r}) must be 'vit', the only one that formats share")
-    return config
+    import_members()
+    raw, problems = checkpoint.config, list[str]()
+    named = {slot: part.get("name") for slot in SLOTS if isinstance(part := raw.get(slot), dict)}
+    if named.get("encoder") != "vit":
+        raise CheckpointError(
+            f"{what}: encoder.name (={named.get('encoder')!r}) must be 'vit', the only one that formats share"
+        )
+    slots = {slot: Part(str(name), {}) for slot, name in named.items()}
+    sections = {name: dict(raw.get(name) or {}) for name in ("data", "optim", "train")}
+    sections["data"].pop("transforms", None)  # which may be of the user's
+    part = check_part("encoder", raw["encoder"], ENCODERS, problems)
+    checked = {name: check_section(name, section, problems) for name, section in sections.items()}
+    if problems or part is None:
+        raise ConfigError(problems, f"the config of {what}")
+    return Config(slots={**slots, "encoder": part}, losses=(), **checked)
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -83,7 +94,7 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
         raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for what the file holds")
     config = config_of(checkpoint, source)
     held = {which: any(k.startswith(f"{part}.") for k in checkpoint.model) for which, part in PARTS.items()}
-    tied = config.slots["target_update"].name == "tied"
+    tied = _is_tied(config)
     which = encoder or ("target" if held["target"] or tied else "context")
     part = PARTS["context"] if which == "target" and tied else PARTS[which]
     if not any(k.startswith(f"{part}.") for k in checkpoint.model):
@@ -97,6 +108,11 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
     if which == "target" and tied:
         provenance = replace(provenance, notes=("the target encoder is the context encoder itself",))
     return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=positions)
+
+
+def _is_tied(config: Config) -> bool:
+    part = config.slots.get("target_update")
+    return part is not None and part.name == "tied"
 
 
 def _provenance(checkpoint: Checkpoint, config: Config, which: Which, source: str) -> Provenance:

@@ -24,11 +24,22 @@ from torch import Tensor
 
 from jepa_kit.config import Config
 from jepa_kit.encoders.pos_embed import sincos_2d
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, check_finite
+from jepa_kit.engine.files import write_archive
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.interop.files import open_archive
+from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.native import architecture_of, config_of, released_config, steps_per_epoch
-from jepa_kit.interop.weights import ABOUT, Architecture, check_positions, check_shapes, shapes_to_architecture
+from jepa_kit.interop.weights import (
+    ABOUT,
+    AS_IT_IS,
+    Architecture,
+    Reading,
+    check_positions,
+    check_shapes,
+    depth_of,
+    shapes_to_architecture,
+)
 
 PREFIX = "predictor_"
 POSITIONS = ("pos_embed", "predictor_pos_embed")
@@ -72,8 +83,8 @@ def licence_of(path: Path) -> str:
     return LICENCE if path.name in RELEASED_FILES else f"not stated ({LICENCE} if these are weights released by Meta)"
 
 
-def read(path: Path, *, num_heads: int | None = None) -> Checkpoint:
-    """Reads a file in the released layout, with the parts that it has.
+def read(path: Path, reading: Reading = AS_IT_IS) -> Checkpoint:
+    """Read a file in the released layout, with the parts that it has.
 
     A file that ``write`` made of a run of ours carries config, step and origin. For another one they are: the released
     recipe with the sizes of the weights; ``epoch`` times the fewest updates an epoch that AdamW's count allows
@@ -81,26 +92,30 @@ def read(path: Path, *, num_heads: int | None = None) -> Checkpoint:
 
     Args:
         path: of the file.
-        num_heads: of encoder and predictor, where the encoder is not of a known size.
+        reading: ``num_heads`` is of encoder and predictor.
 
     Raises:
         CheckpointError: it cannot be read, or parts of it do not belong together.
     """
-    held = open_archive(path)
+    held = open_archive(path, allow_unchecked=reading.allow_unchecked)
     named = {part: held[part] for part in PARTS if isinstance(held.get(part), dict)}
     if not named.keys() & {"encoder", "target_encoder"}:
         raise CheckpointError(f"{path} has no encoder and no target_encoder; it holds {', '.join(held)}")
     prefix = {part: MODULE if all(n.startswith(MODULE) for n in state) else "" for part, state in named.items()}
-    parts = {part: {n.removeprefix(prefix[part]): v for n, v in state.items()} for part, state in named.items()}
+    parts = {part: strip_names(state, f"{part} of {path}", reading.prefix)[0] for part, state in named.items()}
     note = held.get(ABOUT)
-    shape = _encoders(parts, path, note, num_heads)
+    shape = _encoders(parts, path, note, reading.num_heads)
     positions = _positions(parts, shape, path)
     model = {
         f"{part}.{name}": value
         for part, state in parts.items()
         for name, value in (predictor_from_official if part == "predictor" else encoder_from_official)(state).items()
     }
+    for part in parts.keys() & {"predictor"}:
+        check_finite(parts[part], f"predictor of {path}")
     optimizer = _optimizer(held.get("opt"), parts, path)
+    for name, state in optimizer.items():
+        check_finite(state, f"the optimiser's state for {name} of {path}")
     if note is not None:
         origin = {**note["origin"], **({"positions": positions} if positions else {})}
         return Checkpoint(model=model, optimizer=optimizer, **{**note, "origin": origin})
@@ -170,7 +185,6 @@ def _predictor_options(parts: Mapping[str, Any], shape: Architecture, path: Path
     if "predictor" not in parts:
         return {}
     state = predictor_from_official(parts["predictor"])
-    numbers = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
     if "embed.weight" not in state or "blocks.0.mlp.fc1.weight" not in state:
         some = ", ".join(list(parts["predictor"])[:6])
         raise CheckpointError(
@@ -179,7 +193,7 @@ def _predictor_options(parts: Mapping[str, Any], shape: Architecture, path: Path
     width = state["embed.weight"].shape[0]
     return {
         "width": width,
-        "depth": 1 + max(numbers),
+        "depth": depth_of(state),
         "num_heads": shape.num_heads,
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "norm_eps": shape.norm_eps,
@@ -276,8 +290,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         content = {key: content[key] for key in kept["keys"] if key in content} | content
     else:
         content |= _values(checkpoint, config)
-    with path.open("wb") as file:
-        torch.save(content, file)
+    write_archive(content, path)
 
 
 def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str, Tensor]]:

@@ -9,10 +9,12 @@ B = images    N = H * W patches    D = width    h = heads    d = D / h
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +22,17 @@ from torch import Tensor
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed
 from jepa_kit.encoders.vit import patch_grid
 from jepa_kit.engine.checkpoint import CheckpointError
-from jepa_kit.interop.safetensors import raw
-from jepa_kit.interop.weights import ABOUT, EncoderWeights, Positions, check_positions, check_shapes, read_about
+from jepa_kit.interop.digest import DIGEST, check_digest, file_digest, raw
+from jepa_kit.interop.weights import (
+    ABOUT,
+    AS_IT_IS,
+    EncoderWeights,
+    Reading,
+    check_positions,
+    check_shapes,
+    is_sealed,
+    read_about,
+)
 
 OPSET = 20
 """The first with Gelu; onnxruntime 1.17 and later run it."""
@@ -162,31 +173,73 @@ def _block(graph: _Graph, x: str, name: str, weights: EncoderWeights) -> str:
 
 
 def _store(onnx: Any, model: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Write beside, then rename, the data first: without the graph they are no model."""
     total = sum(value.numel() * 4 for value in weights.values())
     data = path.with_name(path.name + ".data") if total >= LARGE else None
-    offset = 0
-    with data.open("wb") if data else path.open("wb") as file:
-        for name, value in weights.items():
-            entry = model.graph.initializer.add()
-            entry.name, entry.data_type = name, onnx.TensorProto.FLOAT
-            entry.dims.extend(value.shape)
-            if data is None:
-                entry.raw_data = bytes(raw(value))
-                continue
-            entry.data_location = onnx.TensorProto.EXTERNAL
-            length = file.write(raw(value))
-            for key, held in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
-                pair = entry.external_data.add()
-                pair.key, pair.value = key, held
-            offset += length
+    if data is not None and data.exists():
+        raise FileExistsError(f"{data}, for the weights of {path.name}, is there already")
+    parts = [(file.with_name(f".{file.name}.part"), file) for file in (data, path) if file is not None]
+    try:
         if data is None:
+            _add(onnx, model, weights, None, "")
+        else:
+            with parts[0][0].open("wb") as file:
+                _add(onnx, model, weights, file, data.name)
+                _flush(file)
+        found = _digest(model, parts[0][0] if data else None)
+        pair = model.metadata_props.add()
+        pair.key, pair.value = DIGEST, found
+        with parts[-1][0].open("wb") as file:
             file.write(model.SerializeToString())
+            _flush(file)
+        for part, final in parts:
+            part.rename(final)
+    finally:
+        for part, _ in parts:
+            part.unlink(missing_ok=True)
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _add(onnx: Any, model: Any, weights: dict[str, Tensor], file: IO[bytes] | None, name: str) -> None:
+    """Add the weights to the graph, their bytes to ``file`` (called ``name``) if there is one."""
+    offset = 0
+    for key, value in weights.items():
+        entry = model.graph.initializer.add()
+        entry.name, entry.data_type = key, onnx.TensorProto.FLOAT
+        entry.dims.extend(value.shape)
+        if file is None:
+            entry.raw_data = bytes(raw(value))
+            continue
+        entry.data_location = onnx.TensorProto.EXTERNAL
+        length = file.write(raw(value))
+        for attribute, held in (("location", name), ("offset", str(offset)), ("length", str(length))):
+            pair = entry.external_data.add()
+            pair.key, pair.value = attribute, held
+        offset += length
+
+
+def _digest(model: Any, data: Path | None) -> str:
+    """SHA-256 of the whole model, its digest left out, and of the file of its weights."""
+    found = hashlib.sha256()
+    bare = type(model)()
+    bare.CopyFrom(model)
+    kept = [(entry.key, entry.value) for entry in bare.metadata_props if entry.key != DIGEST]
+    del bare.metadata_props[:]
+    for key, value in kept:
+        pair = bare.metadata_props.add()
+        pair.key, pair.value = key, value
+    found.update(bare.SerializeToString(deterministic=True))
     if data is not None:
-        path.write_bytes(model.SerializeToString())
+        found.update(file_digest(data).encode())
+    return found.hexdigest()
 
 
-def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
-    """Reads the weights of a file that ``write`` wrote.
+def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
+    """Read the weights of a file that ``write`` wrote.
 
     Raises:
         CheckpointError: the package onnx is missing, or a file that is damaged or not of jepa_kit.
@@ -194,11 +247,24 @@ def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
     onnx = _onnx()
     from google.protobuf.message import DecodeError
 
+    data = path.with_name(path.name + ".data")
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+        entries = {entry.key: entry.value for entry in model.metadata_props}
+        external = any(entry.data_location == onnx.TensorProto.EXTERNAL for entry in model.graph.initializer)
+        if external and not data.is_file():
+            raise CheckpointError(f"{path} has its weights in {data.name}, which is not beside it")
+        needed = is_sealed(entries.get(ABOUT))
+        if needed or DIGEST in entries:
+            found = _digest(model, data if external else None)
+            check_digest(entries.get(DIGEST), found, str(path), needed=needed, allow_unchecked=reading.allow_unchecked)
+        if external:
+            onnx.load_external_data_for_model(model, str(path.parent))
+    except CheckpointError:
+        raise
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
         raise CheckpointError(f"{path} is damaged, or not an ONNX file: {error}") from error
-    about = read_about({entry.key: entry.value for entry in model.metadata_props}.get(ABOUT))
+    about = read_about(entries.get(ABOUT))
     if about is None:
         raise CheckpointError(f"{path} is an ONNX file, but none of jepa_kit: its weights have no names that are known")
     architecture, provenance = about
@@ -206,6 +272,8 @@ def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
     names = [name for name in held if name not in ("scale", "pos_embed.interpolated")]
     state = {name: torch.from_numpy(onnx.numpy_helper.to_array(held[name]).copy()) for name in names}
     table = state.pop("pos_embed", None)
+    if table is None:
+        raise CheckpointError(f"{path} has no pos_embed, which the format has")
     check_shapes(architecture, state, str(path))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
     return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)

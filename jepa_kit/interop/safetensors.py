@@ -6,6 +6,7 @@ The file has ``pos_embed`` [N, D] beside the parameters, for readers who do not 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop.digest import DIGEST, check_digest, digest, raw
 from jepa_kit.interop.weights import (
     ABOUT,
+    AS_IT_IS,
     EncoderWeights,
-    Positions,
+    Reading,
     check_positions,
     check_shapes,
+    is_sealed,
     read_about,
 )
 
@@ -42,13 +46,13 @@ def write(weights: EncoderWeights, path: Path) -> None:
     )
 
 
-def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
-    """Reads what ``write`` wrote.
+def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
+    """Read what ``write`` wrote.
 
     Raises:
         CheckpointError: damaged, without our metadata, or weights that do not fit them.
     """
-    state, metadata = read_file(path)
+    state, metadata = read_file(path, allow_unchecked=reading.allow_unchecked)
     about = read_about(metadata.get(ABOUT))
     if about is None:
         raise CheckpointError(
@@ -57,8 +61,10 @@ def read(path: Path, *, positions: Positions = "formula") -> EncoderWeights:
         )
     architecture, provenance = about
     table = state.pop("pos_embed", None)
+    if table is None:
+        raise CheckpointError(f"{path} has no pos_embed, which the format has")
     check_shapes(architecture, state, str(path))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
     return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
 
 
@@ -68,22 +74,28 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not one, or cut short.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise CheckpointError(f"{path} is cut short: it has {size} bytes, and its header alone {length}")
         text = file.read(length)
     try:
         header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        metadata = header.setdefault("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ must map names to text")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} begins like a safetensors file, but its header is damaged: {error}") from error
-    size, needed = path.stat().st_size, 8 + length + max(ends, default=0)
+    needed = 8 + length + max(ends, default=0)
     if size < needed:
         raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed}")
     return header
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, mapped from it, and its metadata.
+def read_file(path: Path, *, allow_unchecked: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, mapped from it, and its metadata; verified if it carries a digest.
 
     Raises:
         CheckpointError: cut short or damaged.
@@ -91,18 +103,24 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     read_header(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    needed = is_sealed(metadata.get(ABOUT))
+    if needed or DIGEST in metadata:
+        found = digest(tensors, metadata)
+        check_digest(metadata.get(DIGEST), found, str(path), needed=needed, allow_unchecked=allow_unchecked)
+    return tensors, metadata
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file one tensor at a time.
+    """Write a safetensors file one tensor at a time, with a digest of all in its metadata.
 
     The library's own writer copies every tensor before it writes the first, so that a file mapped into memory is
     there twice.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: digest(tensors, metadata)}}
     end = 0
     for name, value in tensors.items():
         begin, end = end, end + value.numel() * value.element_size()
@@ -113,8 +131,5 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
             file.write(raw(value))
-
-
-def raw(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major, without a copy where it is contiguous."""
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file.flush()
+        os.fsync(file.fileno())

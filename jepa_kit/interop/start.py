@@ -16,7 +16,7 @@ from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
-from jepa_kit.interop.weights import Architecture, architecture_of_vit
+from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
 from jepa_kit.recipe import JEPA
 
 
@@ -47,7 +47,7 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
         CheckpointError: it cannot be read, or does not fit; nothing has been changed then.
     """
     path = fetch(path_or_url)
-    held = read(path, num_heads=architecture_of_vit(_vit(jepa)).num_heads)
+    held = read(path, None, Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
     if isinstance(held, Checkpoint) and any(name.startswith("encoder.") for name in held.model):
         weights = encoder_from(held, "context", path.name)
         names = {name.partition(".")[0] for name in held.model}
@@ -82,7 +82,7 @@ def resume_official(
         CheckpointError: another format, a part that is missing, or a run of other sizes; nothing has been changed then.
     """
     path = fetch(path_or_url)
-    held = read(path, "official", num_heads=architecture_of_vit(_vit(jepa)).num_heads)
+    held = read(path, "official", Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
     assert isinstance(held, Checkpoint)
     parts = {name.partition(".")[0] for name in held.model}
     missing = [part for part in official.PARTS if part not in parts] + ([] if held.optimizer else ["opt"])

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.interop.files import open_archive, read_json
+from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
 from jepa_kit.interop.weights import (
     ABOUT,
+    AS_IT_IS,
     EncoderWeights,
-    Positions,
     Provenance,
+    Reading,
     check_positions,
     check_shapes,
     read_about,
@@ -38,20 +40,8 @@ def write(weights: EncoderWeights, path: Path) -> None:
     write_file(path, tensors, {"format": "pt", ABOUT: weights.about()})
 
 
-def read(
-    path: Path,
-    *,
-    positions: Positions = "formula",
-    num_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-) -> EncoderWeights:
-    """Reads a state dict with timm's names: safetensors, a torch archive, or timm's folder of the Hub.
-
-    Args:
-        path: of the file or folder.
-        positions: see ``check_positions``.
-        num_heads: where the file has no note of jepa_kit and the size is not a known one.
-        image_size: likewise, where the position table does not tell it.
+def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
+    """Read a state dict with timm's names: safetensors, a torch archive, or timm's folder of the Hub.
 
     Raises:
         CheckpointError: it cannot be read, or is not a ViT of I-JEPA's kind.
@@ -63,9 +53,10 @@ def read(
         file = path / "model.safetensors"
         if not file.is_file():
             raise CheckpointError(f"the folder {path} has timm's config.json, but no model.safetensors")
-    state, note = _open(file)
-    left_out = [name for name in state if name.startswith(HEADS)]
-    state = {name: value for name, value in state.items() if name not in left_out}
+    state, note, left_out = _open(file, reading)
+    heads = [name for name in state if name.startswith(HEADS)]
+    state = {name: value for name, value in state.items() if name not in heads}
+    left_out += heads
     table = state.pop("pos_embed", None)
     if table is not None and (table.ndim != 3 or len(table) != 1):
         raise CheckpointError(f"pos_embed of {path} must be [1, N, D], not {tuple(table.shape)}")
@@ -75,30 +66,37 @@ def read(
         architecture, provenance = about
         check_shapes(architecture, state, str(path))
     else:
-        architecture = shapes_to_architecture(state, str(path), table=table, num_heads=num_heads, image_size=image_size)
+        architecture = shapes_to_architecture(
+            state, str(path), table=table, num_heads=reading.num_heads, image_size=reading.image_size
+        )
         provenance = Provenance(encoder=None, source=f"{path.name} (timm)", licence=known.get("license"))
         if "mean" in known and "std" in known:
             provenance = replace(provenance, mean=tuple(known["mean"]), std=tuple(known["std"]))
     if left_out:
         provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", positions)
+    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
     return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict of a file, and its note of jepa_kit."""
+def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, list[str]]:
+    """The state dict of a file under bare names, its note of jepa_kit, and the names left out."""
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     if not is_archive:
-        tensors, metadata = read_file(path)
-        return tensors, metadata.get(ABOUT)
-    held: Mapping[str, Any] = open_archive(path)
+        tensors, metadata = read_file(path, allow_unchecked=reading.allow_unchecked)
+        state, left_out = strip_names(tensors, str(path), reading.prefix)
+        return state, metadata.get(ABOUT), left_out
+    held: Mapping[str, Any] = open_archive(path, allow_unchecked=reading.allow_unchecked)
+    prefix = reading.prefix
     for key in WRAPPERS:
         if isinstance(held.get(key), dict):
             held = held[key]
+    first, _, rest = (prefix or "").partition(".")
+    if isinstance(held.get(first), dict):  # as DINO's {"teacher": {...}, "student": {...}}
+        held, prefix = held[first], rest or None
     others = [name for name, value in held.items() if not isinstance(value, Tensor)]
     if others or not held:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of any known layout: it holds {', '.join(list(held)[:8]) or 'nothing'}"
-        )
-    return {name.removeprefix("module."): value for name, value in held.items()}, None
+        some = ", ".join(map(str, list(held)[:8])) or "nothing"
+        raise CheckpointError(f"{path} is not a checkpoint of any known layout: it holds {some}")
+    state, left_out = strip_names(held, str(path), prefix)
+    return state, None, left_out

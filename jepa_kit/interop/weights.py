@@ -6,6 +6,7 @@ N = H * W patches of an image    D = width    C = channels    p = patch size in 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,7 +19,8 @@ from jepa_kit.config import DataConfig
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.encoders.pos_embed import sincos_2d
-from jepa_kit.engine.checkpoint import CheckpointError, check_state
+from jepa_kit.engine.checkpoint import CheckpointError, check_finite, check_state
+from jepa_kit.interop.names import hint
 from jepa_kit.structures import Grid
 
 Which = Literal["target", "context"]
@@ -26,6 +28,10 @@ Positions = Literal["formula", "file"]
 
 ABOUT = "jepa_kit"
 """The key under which every format keeps ``EncoderWeights.about``."""
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SEALED = "sealed"
+"""The key in the note of a file that carries a digest (digest.py)."""
 
 NOT_STATED = "not stated"
 
@@ -50,6 +56,15 @@ class Architecture:
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     input_norm: str = "none"
+
+    def __post_init__(self) -> None:
+        sizes = (*self.image_size, self.patch_size, self.embed_dim, self.depth, self.num_heads, self.mlp_hidden)
+        if len(self.image_size) != 2 or any(type(n) is not int or n < 1 for n in (*sizes, self.in_chans)):
+            raise ValueError(f"sizes must be ints of at least 1: {asdict(self)}")
+        if not (isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1):
+            raise ValueError(f"norm_eps (={self.norm_eps!r}) must be a float above 0 and below 1")
+        if type(self.qkv_bias) is not bool:
+            raise ValueError(f"qkv_bias (={self.qkv_bias!r}) must be true or false")
 
     @property
     def grid(self) -> Grid:
@@ -123,6 +138,40 @@ class Provenance:
     std: tuple[float, float, float] = DataConfig.std
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.encoder not in (None, *get_args(Which)):
+            raise ValueError(f"encoder (={self.encoder!r}) must be 'target', 'context' or null")
+        for name, values, least in (("mean", self.mean, -math.inf), ("std", self.std, 0.0)):
+            if len(values) != 3 or not all(isinstance(x, int | float) and least < x < math.inf for x in values):
+                raise ValueError(f"{name} (={values!r}) must be 3 finite numbers" + (" above 0" if least == 0 else ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a file is read, beside what its content says.
+
+    Args:
+        num_heads: if neither the file nor the size of the encoder determines it.
+        image_size: (h, w), for timm, if the position table does not determine it.
+        positions: see ``check_positions``.
+        prefix: names of weights that begin with it are taken, without it; for official, timm and hf.
+        allow_unchecked: accept files whose checksum is missing (torch files written without CRCs) or wrong.
+    """
+
+    num_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    positions: Positions = "formula"
+    prefix: str | None = None
+    allow_unchecked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions (={self.positions!r}) must be 'formula' or 'file'")
+
+
+AS_IT_IS = Reading()
+"""No option."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncoderWeights:
@@ -148,9 +197,10 @@ class EncoderWeights:
         shape = self.architecture
         return sincos_2d(shape.embed_dim, shape.grid).to(self.state["patch_embed.proj.weight"].dtype)
 
-    def about(self) -> str:
-        """Provenance and architecture as JSON, for the file's metadata."""
-        return json.dumps({**asdict(self.provenance), "architecture": asdict(self.architecture)}, sort_keys=True)
+    def about(self, *, sealed: bool = True) -> str:
+        """Provenance and architecture as JSON, for the file's metadata; ``sealed``: the file has a digest."""
+        held = {**asdict(self.provenance), "architecture": asdict(self.architecture)}
+        return json.dumps({**held, SEALED: True} if sealed else held, sort_keys=True)
 
     def words(self) -> str:
         """Which encoder this is, from where, under which licence: one line for people."""
@@ -181,12 +231,22 @@ def read_about(text: str | None) -> tuple[Architecture, Provenance] | None:
         return None
     try:
         held = json.loads(text)
+        held.pop(SEALED, None)
         shape = held.pop("architecture")
         for mapping, keys in ((shape, ("image_size",)), (held, ("mean", "std", "notes"))):
             mapping.update({key: tuple(mapping[key]) for key in keys})
         return Architecture(**shape), Provenance(**held)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the file's note {ABOUT!r} is damaged ({error}); it was written by jepa_kit") from error
+
+
+def is_sealed(text: str | None) -> bool:
+    """Whether a note states that its file has a digest; a note that is damaged does not."""
+    try:
+        held = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and SEALED in held
 
 
 def shapes_to_architecture(
@@ -218,31 +278,49 @@ def shapes_to_architecture(
         raise CheckpointError(
             f"{what} is not a ViT as I-JEPA has it: patch_embed.proj.weight [D, C, p, p] and "
             f"blocks.0.mlp.fc1.weight [hidden, D] must be there; it holds {some}"
+            + hint(state, "patch_embed.proj.weight")
         )
     embed_dim, in_chans, p, _ = patch.shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    architecture = Architecture(
-        image_size=image_size or _image_size(table, p, what),
-        patch_size=p,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads or _heads(embed_dim, depth, what),
-        mlp_hidden=fc1.shape[0],
-        in_chans=in_chans,
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
-        norm_eps=norm_eps,
-    )
+    depth = depth_of(state)
+    try:
+        architecture = Architecture(
+            image_size=image_size or _image_size(table, p, what),
+            patch_size=p,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads or _heads(embed_dim, depth, what),
+            mlp_hidden=fc1.shape[0],
+            in_chans=in_chans,
+            qkv_bias="blocks.0.attn.qkv.bias" in state,
+            norm_eps=norm_eps,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{what} has sizes that no encoder has: {error}") from error
     check_shapes(architecture, state, what)
     return architecture
 
 
+def depth_of(state: Mapping[str, Any]) -> int:
+    """Number of blocks that names as ``blocks.7.norm1.bias`` show: those numbered without a gap from 0."""
+    numbers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    return next(n for n in range(len(numbers) + 1) if str(n) not in numbers)
+
+
 def check_shapes(architecture: Architecture, state: Mapping[str, Tensor], what: str) -> None:
-    """Raises CheckpointError with every name that is missing, unexpected or misshapen."""
+    """Raise CheckpointError with every name that is missing, unexpected or misshapen, and for bad numbers."""
+    if architecture.depth > len(state):  # before so many blocks are made
+        raise CheckpointError(f"{what} has {len(state)} weights, too few for {architecture.depth} blocks")
     try:
         expected = _parameters(architecture)
     except ValueError as error:
         raise CheckpointError(f"{what} has sizes that no encoder has: {error}") from error
     check_state(expected, state, f"{what}: {architecture.words()}")
+    wrong = [f"{name} ({value.dtype})" for name, value in state.items() if value.dtype not in FLOATS]
+    if wrong:
+        raise CheckpointError(f"{what} has weights that must be float64, float32, float16 or bfloat16: {wrong[0]}")
+    check_finite(state, what)
 
 
 @lru_cache(maxsize=8)
@@ -301,13 +379,13 @@ def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Posi
         positions: ``formula`` refuses a table that is another one; ``file`` keeps it (a fine-tuned model's).
 
     Raises:
-        CheckpointError: another length or, with ``formula``, other numbers.
-        ValueError: another word for ``positions``.
+        CheckpointError: another length, numbers that are not finite or, with ``formula``, other numbers.
     """
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions (={positions!r}) must be 'formula' or 'file'")
     if table is None:
         return None
+    if table.ndim != 2:
+        raise CheckpointError(f"{what} must be [N, D], but is {tuple(table.shape)}")
+    check_finite({"the table": table}, what)
     n, width = grid[0] * grid[1], table.shape[1]
     if len(table) != n:
         raise CheckpointError(f"{what} holds {len(table)} positions, but a grid of {grid[0]} x {grid[1]} has {n}")

@@ -182,7 +182,7 @@ def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequen
     made = time.perf_counter()
     train(config, resume=True)
     trained = time.perf_counter()
-    run = load_run(config.train.output_dir)
+    run = load_run(config.train.output_dir, trust_imports=True)
     rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
     pictures = drawn("a picture", lambda: draw(config, run, shards[0], folder)) or []
     done = time.perf_counter()

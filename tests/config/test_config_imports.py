@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from jepa_kit.config import ConfigError, load_config
+from jepa_kit.config import ConfigError, config_from_dict, load_config
+from jepa_kit.config.imports import ships_with_project
 from jepa_kit.registry import MASKERS
 
 Write = Callable[..., Path]
@@ -172,3 +174,61 @@ def test_imports_that_are_no_list_of_modules(write: Write, value: str) -> None:
     assert len(caught.value.problems) == 2
     with pytest.raises(ConfigError, match=message):
         load_config(valid, [f"imports={value}"])
+
+
+HOSTILE = "import pathlib\npathlib.Path({trace!r}).touch()\n" + PART
+
+
+@pytest.fixture
+def hostile(write: Write, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint whose config imports a module that leaves a trace, and the trace."""
+    trace = tmp_path / "trace"
+    write(HOSTILE.format(name="mine", trace=str(trace)), "evil.py")
+    raw = load_config(write(name="valid.yaml")).to_dict()
+    raw |= {"imports": [str(tmp_path / "evil.py")], "masker": {"name": "mine", "phase": 1}}
+    torch.save({"config": raw}, tmp_path / "x.pt")
+    return tmp_path / "x.pt", trace
+
+
+def test_a_checkpoint_does_not_run_code(hostile: tuple[Path, Path]) -> None:
+    file, trace = hostile
+    with pytest.raises(ConfigError, match=r"x.pt: 1 mistake\n  imports: '.*evil.py' would run as code, and does not"):
+        load_config(file)
+    raw = torch.load(file, weights_only=True)["config"]
+    with pytest.raises(ConfigError, match=r"If you trust it: --trust-imports \(trust_imports=True\); or name your own"):
+        config_from_dict(raw, trust_imports=False)
+    assert not trace.exists()
+    assert load_config(file, trust_imports=True).slots["masker"].name == "mine"
+    assert trace.exists()
+
+
+def test_a_base_that_is_a_checkpoint_does_not_run_code(hostile: tuple[Path, Path], write: Write) -> None:
+    _, trace = hostile
+    with pytest.raises(ConfigError, match="would run as code"):
+        load_config(write("_BASE_: x.pt\n", "over.yaml"))
+    assert not trace.exists()
+
+
+def test_the_users_own_copy_takes_the_place_of_a_checkpoints(hostile: tuple[Path, Path], write: Write) -> None:
+    own = write(PART.format(name="mine"), "own.py")
+    config = load_config(hostile[0], [f"imports=[{own}]"])
+    assert config.imports == (str(own),)
+    assert not hostile[1].exists()
+
+
+def test_what_ships_with_the_project_is_trusted_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert ships_with_project("jepa_kit.maskers.random")
+    assert ships_with_project("projects.ijepa.quickstart")
+    assert ships_with_project(str(root / "projects" / "ijepa" / "quickstart.py"))
+    (tmp_path / "projects" / "ijepa").mkdir(parents=True)
+    (tmp_path / "projects" / "ijepa" / "quickstart.py").write_text("")
+    (tmp_path / "projects" / "other.py").write_text("")
+    for name in ("os", "projects.other", "jepa_kit.nothing", "jepa_kit.maskers...random", str(tmp_path / "x.py")):
+        assert not ships_with_project(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not ships_with_project("projects.other")
+    assert not ships_with_project("projects.ijepa.quickstart")  # another module of this name comes first
+    (tmp_path / "link.py").symlink_to(tmp_path / "projects" / "other.py")
+    assert not ships_with_project(str(tmp_path / "link.py"))

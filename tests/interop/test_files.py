@@ -52,7 +52,8 @@ def test_names_count_for_nothing(converted, tmp_path):
         (pickle.dumps({"encoder": 1}), "is a bare pickle, which can run code as it is read, and is refused"),
         (b"GGUF....", r"is none of the formats official, jepa_kit, .*: it begins with b'GGUF....'"),
         (b"PK\x03\x04 and no more", "is cut short: its end is missing"),
-        ((50).to_bytes(8, "little") + b"{not json", "begins like a safetensors file, but its header is damaged"),
+        ((50).to_bytes(8, "little") + b"{not json", "is cut short: it has 17 bytes, and its header alone 50"),
+        ((9).to_bytes(8, "little") + b"{not json", "begins like a safetensors file, but its header is damaged"),
         ((12).to_bytes(8, "little") + b'{"a": [1,2]}', "begins like a safetensors file, but its header is damaged"),
     ],
 )

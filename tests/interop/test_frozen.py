@@ -8,6 +8,7 @@ from PIL import Image
 import jepa_kit
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.interop.formats import write
+from jepa_kit.interop.frozen import FrozenEncoder
 
 HEADS = 4
 
@@ -51,6 +52,36 @@ def test_preprocessing(make_weights, tmp_path):
     assert (found[0] - expected).abs().max() < 1e-5
     assert torch.equal(encoder.preprocess(images[0]), found[:1])
     assert encoder.embed(found).shape == (2, 16)
+
+
+def test_preprocessing_of_paths_and_arrays(make_weights, tmp_path):
+    """A file, turned by its orientation mark, and arrays give what Pillow's images of the same pixels give."""
+    encoder = FrozenEncoder(make_weights())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), dtype=np.uint8)
+    images = [Image.fromarray(one) for one in pixels]
+    expected = encoder.preprocess(images)
+    assert torch.equal(encoder.preprocess(pixels), expected)
+    assert torch.equal(encoder.preprocess(list(pixels)), expected)
+    assert torch.equal(encoder.preprocess(pixels[1]), expected[1:])
+    grey = pixels[0, ..., 0]
+    for array in (grey, grey[..., None]):
+        assert torch.equal(encoder.preprocess(array), encoder.preprocess(Image.fromarray(grey)))
+    exif = Image.Exif()
+    exif[0x0112] = 8  # shown a quarter turn to the left
+    images[0].rotate(-90, expand=True).save(tmp_path / "a.png", exif=exif)
+    images[1].save(tmp_path / "b.png")
+    assert torch.equal(encoder.preprocess(str(tmp_path / "a.png")), expected[:1])
+    assert torch.equal(encoder.preprocess(Image.open(tmp_path / "a.png")), expected[:1])
+    assert torch.equal(encoder.preprocess([tmp_path / "a.png", tmp_path / "b.png"]), expected)
+    (tmp_path / "c.jpg").write_text("text")
+    with pytest.raises(ValueError, match=r"c.jpg cannot be read as an image: no image format that Pillow knows"):
+        encoder.preprocess(tmp_path / "c.jpg")
+    with pytest.raises(FileNotFoundError):
+        encoder.preprocess("nowhere.jpg")
+    with pytest.raises(ValueError, match=r"images must be uint8 \[h, w, 3\] or \[h, w\], not float64 of shape \(4, 4"):
+        encoder.preprocess(np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match="images must be of Pillow, paths, numpy arrays or a tensor, not a int"):
+        encoder.preprocess([3])
 
 
 def test_another_image_size_is_said(make_weights, tmp_path):
@@ -115,7 +146,7 @@ def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
     found = load_file(tmp_path / "x")
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     with safe_open(tmp_path / "x", "pt") as file:
-        assert file.metadata() == {"key": "ü"}
+        assert file.metadata() == {"key": "ü", "jepa_kit.sha256": file.metadata()["jepa_kit.sha256"]}
     for length in range(8):  # of the header: the format wants tensors at a multiple of 8 bytes
         safetensors.write_file(tmp_path / "y", {"a": torch.zeros(3)}, {"key": "k" * length})
         assert int.from_bytes((tmp_path / "y").read_bytes()[:8], "little") % 8 == 0

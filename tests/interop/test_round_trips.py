@@ -9,6 +9,7 @@ import torch
 import jepa_kit
 from jepa_kit.engine.checkpoint import CheckpointError
 from jepa_kit.interop.formats import convert, read, read_encoder, write
+from jepa_kit.interop.weights import Reading
 
 FORMATS = ["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 HEADS = 4
@@ -84,9 +85,9 @@ def test_a_table_of_its_own(make_weights, tmp_path, format):
     write(weights, tmp_path / "a", format)
     with pytest.raises(CheckpointError, match=r"grid of 4 x 4: it differs by up to 0.1. .*positions='file' keeps it"):
         read(tmp_path / "a")
-    assert torch.equal(read(tmp_path / "a", positions="file").table, own)
+    assert torch.equal(read(tmp_path / "a", None, Reading(positions="file")).table, own)
     with pytest.raises(ValueError, match=r"positions \(='both'\) must be 'formula' or 'file'"):
-        read(tmp_path / "a", positions="both")
+        read_encoder(tmp_path / "a", positions="both")
 
 
 @pytest.mark.parametrize("format", ["official", "jepa_kit"])
@@ -164,7 +165,7 @@ class _Unwritable:
     class architecture:
         input_norm = "none"
 
-    def about(self):
+    def about(self, sealed=True):
         raise CheckpointError("gone")
 
 

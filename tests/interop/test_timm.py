@@ -113,7 +113,7 @@ def test_known_sizes_tell_their_heads(make_weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cls_token": torch.zeros(1, 1, 16)}, "unexpected: cls_token"),
+        ({"cls_token": torch.zeros(1, 1, 16)}, r"is a ViT with extra tokens \(cls_token\), such as DINO's or MAE's"),
         ({"fc_norm.weight": torch.zeros(16)}, "unexpected: fc_norm.weight"),
         ({"blocks.0.ls1.gamma": torch.zeros(16)}, "unexpected: blocks.0.ls1.gamma"),
         ({"norm.bias": None}, "missing: norm.bias"),

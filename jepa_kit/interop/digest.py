@@ -1,0 +1,66 @@
+"""Checksums of weights: what our writers store, and what readers verify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jepa_kit.engine.checkpoint import CheckpointError
+
+DIGEST = "jepa_kit.sha256"
+"""The metadata key of the digest. The note (``ABOUT``) repeats that there is one, so that damage to this key shows."""
+
+HOW = "allow_unchecked=True (--allow-unchecked) loads it as it is"
+
+
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major, without a copy if it is contiguous."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256, in hex, of names, types, shapes and bytes of all tensors, and of all metadata but the digest itself."""
+    found = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != DIGEST}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(raw(value))
+    return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def check_digest(stored: str | None, found: str, what: str, *, needed: bool, allow_unchecked: bool) -> None:
+    """Compare a stored digest with the content's.
+
+    Args:
+        stored: in the file; None if it has none.
+        found: of the content.
+        what: names the file in messages.
+        needed: the file states that it has a digest.
+        allow_unchecked: accept a file that fails.
+
+    Raises:
+        CheckpointError: the digests differ, or a needed one is missing.
+    """
+    if allow_unchecked or (stored is None and not needed):
+        return
+    if stored is None:
+        raise CheckpointError(f"{what} is damaged: its checksum ({DIGEST}) is missing; {HOW}")
+    if stored != found:
+        raise CheckpointError(
+            f"{what} is damaged, or was changed after jepa_kit wrote it: its SHA-256 is {found[:16]}..., "
+            f"not {stored[:16]}...; {HOW}"
+        )

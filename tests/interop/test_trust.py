@@ -1,0 +1,77 @@
+"""Opening a checkpoint runs no code: not of a pickle (test_files.py), nor of `imports` in its config."""
+
+import pytest
+import torch
+
+from jepa_kit.config import ConfigError
+from jepa_kit.engine.checkpoint import Checkpoint, save_checkpoint
+from jepa_kit.evaluation.features import load_run
+from jepa_kit.interop.formats import convert
+from jepa_kit.interop.frozen import load_encoder
+from jepa_kit.recipe import build_recipe
+from jepa_kit.registry import MASKERS
+from tools import eval_net, health, visualize
+
+PARTS = """
+import pathlib
+pathlib.Path({trace!r}).touch()
+from jepa_kit.maskers.random import Random
+from jepa_kit.registry import MASKERS
+
+@MASKERS.register("theirs")
+class Theirs(Random):
+    pass
+"""
+
+
+@pytest.fixture
+def foreign(tiny, tmp_path):
+    """A checkpoint of a run with a masker of its own, and the trace that importing it leaves."""
+    trace = tmp_path / "trace"
+    (tmp_path / "parts.py").write_text(PARTS.format(trace=str(trace)))
+    config = tiny()
+    state = build_recipe(config).state_dict()
+    raw = config.to_dict() | {"imports": [str(tmp_path / "parts.py")], "masker": {"name": "theirs", "ratio": 0.5}}
+    yield save_checkpoint(tmp_path, Checkpoint(3, state, {}, raw, {}, {}), None), trace
+    MASKERS._obj_map.pop("theirs", None)
+
+
+def test_an_encoder_is_loaded_and_converted_without_imports(foreign, tmp_path):
+    file, trace = foreign
+    assert load_encoder(file).provenance.step == 3
+    for format in ("official", "hf", "timm", "safetensors", "jepa_kit"):
+        convert(file, tmp_path / format, to=format)
+        assert load_encoder(tmp_path / format, num_heads=2).architecture.depth == 2
+    assert not trace.exists()
+
+
+def test_a_run_needs_trust(foreign, shards, capsys):
+    file, trace = foreign
+    common = ["--checkpoint", str(file)]
+    calls = [
+        (eval_net, [*common, "--protocol", "knn", "--train-shards", str(shards), "--test-shards", str(shards)]),
+        (health, common),
+        (visualize, common),
+    ]
+    for tool, arguments in calls:
+        assert tool.main(arguments) == 2
+        assert "parts.py' would run as code, and does not ship with jepa_kit. If you trust" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="would run as code"):
+        load_run(file)
+    assert not trace.exists()
+    assert load_run(file, trust_imports=True).config.slots["masker"].name == "theirs"
+    assert trace.exists()
+    for tool, _ in calls:
+        assert tool.parser().parse_intermixed_args([*common, "--trust-imports"]).trust_imports
+
+
+def test_a_run_with_weights_that_are_not_finite(tiny, tmp_path):
+    config = tiny()
+    state = build_recipe(config).state_dict()
+    state["encoder.norm.bias"][0] = torch.nan
+    file = save_checkpoint(tmp_path, Checkpoint(3, state, {}, config.to_dict(), {}, {}), None)
+    for load in (load_run, load_encoder):
+        with pytest.raises(
+            ValueError, match=r"checkpoint_00000003.pt has weights that are NaN or infinite: encoder.norm"
+        ):
+            load(file)
