@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TextIO
 
 from jepa_kit.machine import prepare
 
@@ -43,3 +47,47 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run `imports` of a checkpoint's config, or of one at an address, that do not ship with jepa_kit",
     )
+
+
+class _Unbreakable:
+    """A standard stream whose reader may close it early, as ``| head`` does: the rest is discarded."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def _try(self, call: Callable[[], int | None]) -> int:
+        try:
+            return call() or 0
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            return 0
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def run_tool(main: Callable[[], int]) -> int:
+    """Run a tool's ``main`` so that no terminal or pipe stops it; returns its exit status.
+
+    Characters that the terminal does not have are printed as ``?``. A reader that closes the pipe ends the printing,
+    not the work, and Python has nothing left to flush at its exit.
+    """
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.stdout, sys.stderr = (_Unbreakable(stream) for stream in streams)
+    try:
+        return main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jepa_kit.arguments import add_config, tool_parser
@@ -29,3 +34,41 @@ def test_overrides_may_stand_anywhere() -> None:
     parser.add_argument("--device")
     arguments = parser.parse_intermixed_args(["a.b=1", "--config-file", "x.yaml", "--device", "cpu", "c=[2, 3]"])
     assert (arguments.config_file, arguments.overrides) == ("x.yaml", ["a.b=1", "c=[2, 3]"])
+
+
+TOOL = """
+import pathlib, sys
+from jepa_kit.arguments import run_tool
+
+def main():
+    print("accuracy 40.4 ± 1.1 " * 20_000)
+    pathlib.Path(sys.argv[1]).write_text("done")
+    print("more", file=sys.stderr)
+    return 3
+
+sys.exit(run_tool(main))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("how", ["ascii", "pipe", "both pipes", "head"])
+def test_no_terminal_or_pipe_stops_a_tool(tmp_path: Path, how: str) -> None:
+    """A terminal of ASCII alone, and readers that close their end at once or after a while."""
+    done = tmp_path / "done"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"} if how == "ascii" else dict(os.environ)
+    with subprocess.Popen(
+        [sys.executable, "-c", TOOL, str(done)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if how == "ascii":
+            assert b"accuracy 40.4 ? 1.1" in process.stdout.read()
+        if how == "head":
+            process.stdout.read(100)
+        process.stdout.close()
+        if how == "both pipes":
+            process.stderr.close()
+        else:
+            assert process.stderr.read() == b"more\n"  # no traceback, and nothing ignored at the exit
+    assert process.returncode == 3
+    assert done.read_text() == "done"

@@ -28,7 +28,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import run_tool, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,4 +85,4 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -38,7 +38,7 @@ from typing import get_args
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jepa_kit.arguments  # noqa: F401 (first: it sets what torch reads when it is imported)
+from jepa_kit.arguments import run_tool  # first: it sets what torch reads when it is imported
 from jepa_kit.interop.files import Format
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.weights import Positions, Which
@@ -104,4 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

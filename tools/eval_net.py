@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, tool_parser
+from jepa_kit.arguments import add_trust, run_tool, tool_parser
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"one of {NAMES} (see --list); several with commas, or the option again; with options of its own as "
         "'{name: knn, neighbours: [5]}'",
     )
-    p.add_argument("--encoder", choices=("target", "context", "both"), help="default: target, the paper's")
+    p.add_argument(
+        "--encoder",
+        choices=("target", "context", "both"),
+        help="default: target, the paper's; context if there is none",
+    )
     p.add_argument(
         "--layers",
         metavar="LAYERS",
@@ -211,7 +215,7 @@ def evaluated(
     from jepa_kit.engine.distributed import from_main
     from jepa_kit.engine.precision import precision_of
     from jepa_kit.engine.workers import choose_workers
-    from jepa_kit.evaluation.networks import ENCODERS, config_networks, run_networks, sha256
+    from jepa_kit.evaluation.networks import ENCODERS, config_networks, encoder_named, run_networks, sha256
     from jepa_kit.evaluation.report import evaluate
     from jepa_kit.evaluation.results import about_checkpoint
     from jepa_kit.evaluation.store import FeatureStore
@@ -227,7 +231,7 @@ def evaluated(
     else:
         digest = from_main(lambda: sha256(file))
         checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
-        chosen = arguments.encoder or "target"
+        chosen = arguments.encoder or encoder_named(loaded.jepa)
         encoders = [which for which in ENCODERS if chosen in (which, "both")]
         networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
     rows = evaluate(
@@ -263,16 +267,17 @@ def tell(
     test: ShardDataset,
     built: Sequence[tuple[str, dict[str, Any], Probe]],
 ) -> None:
-    """Prints the table, and writes the file of results, with all options of the protocols."""
+    """Write the file of results, with all options of the protocols, and then print the table."""
     from jepa_kit.evaluation.report import format_table, plain_options
     from jepa_kit.evaluation.results import config_results, write_results
 
-    print(format_table(rows))
     content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
     content["protocols"] = plain_options(built)
     output = arguments.output or (default_output(arguments.checkpoint, content) if checkpoint else None)
     if output:
         write_results(content, output)
+    print(format_table(rows))
+    if output:
         print(f"results: {output}", file=sys.stderr)
 
 
@@ -354,4 +359,4 @@ def split(names: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

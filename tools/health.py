@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, tool_parser
+from jepa_kit.arguments import add_trust, run_tool, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.health import Health
@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", required=True, nargs="+", metavar="FILE", help="checkpoints, or run folders (their latest)"
     )
     p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
-    p.add_argument("--encoder", choices=("target", "context"), default="target", help="default: target, the paper's")
+    p.add_argument(
+        "--encoder", choices=("target", "context"), help="default: target, the paper's; context if there is none"
+    )
     p.add_argument("--images", type=int, default=256, metavar="N", help="default: 256")
     p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
     p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
@@ -110,7 +112,6 @@ def run(arguments: argparse.Namespace) -> None:
     verdicts = [judge(health) for _, health in found]
     lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
     lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
-    print("\n\n".join(lines))
     if arguments.output:
         entries = [
             {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         ]
         content = {"seed": arguments.seed, "health": entries, "versions": versions()}
         write_results(content, arguments.output)
+    print("\n\n".join(lines))
 
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
@@ -130,6 +132,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.engine.distributed import World, choose_device
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.health import measure_health
+    from jepa_kit.evaluation.networks import encoder_named
     from jepa_kit.evaluation.shard_choice import images_to_look_at
     from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator
@@ -150,7 +153,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
         loaded.jepa.to(device),
         torch.cat([batch.images for batch in batches]),
         build_masker(config),
-        encoder=arguments.encoder,
+        encoder=encoder_named(loaded.jepa, arguments.encoder),
         masks=arguments.masks,
         seed=arguments.seed,
         mean=data.mean,
@@ -177,4 +180,4 @@ def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

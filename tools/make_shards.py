@@ -50,7 +50,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit import __version__
-from jepa_kit.arguments import tool_parser
+from jepa_kit.arguments import run_tool, tool_parser
 from jepa_kit.data.progress import Progress
 from jepa_kit.data.shard_journal import Journal, alone, make_room, unfinished
 from jepa_kit.data.shard_making import Limits, check_apart, listed, make, orders, split_folder
@@ -220,4 +220,4 @@ def _verify(folder: str, workers: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_config, tool_parser
+from jepa_kit.arguments import add_config, run_tool, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.mask_report import MaskReport
@@ -161,4 +161,4 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

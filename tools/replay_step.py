@@ -31,7 +31,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, tool_parser
+from jepa_kit.arguments import add_trust, run_tool, tool_parser
 from jepa_kit.engine.distributed import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 
@@ -79,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -57,7 +57,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_config, tool_parser
+from jepa_kit.arguments import add_config, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.engine.checkpoint import checkpoints, step_of
 from jepa_kit.engine.distributed import PeerError, StartError
@@ -220,4 +220,4 @@ def fail(status: int, message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

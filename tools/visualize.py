@@ -26,7 +26,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, tool_parser
+from jepa_kit.arguments import add_trust, run_tool, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +81,10 @@ def run(arguments: argparse.Namespace) -> str:
     folder = source if source.is_dir() else source.parent
     output = Path(arguments.output) if arguments.output else folder / "pictures"
     check_output("--output", output / "page.png")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     material = gather(
         loaded,
         dataset,
@@ -88,16 +92,17 @@ def run(arguments: argparse.Namespace) -> str:
         others=arguments.decoder_images,
         device=choose_device(loaded.config.train.device, World()),
         seed=arguments.seed,
+        say=say,
     )
     content = draw_run(
         material,
         output,
         name="/".join(folder.resolve().parts[-2:]),
         steps=arguments.decoder_steps,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
     )
     return "\n".join([f"{content['verdict']}: {content['reason']}", *(str(output / name) for name in content["files"])])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

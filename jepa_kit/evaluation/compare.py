@@ -94,21 +94,32 @@ def _group_names(groups: Sequence[Sequence[Run]]) -> Iterator[list[str]]:
     file."""
     longest = max(len(run.place.parts) for members in groups for run in members)
     steps = ["" if g[0].step is None else f", step {g[0].step:,}" for g in groups]
+    sizes = [f", at {' x '.join(map(str, size))}" if (size := g[0].rows[0].data.size) else "" for g in groups]
     for join in (_common, ", ".join):
-        for added in ([""] * len(groups), steps):
+        for added in ([""] * len(groups), steps, sizes, [a + b for a, b in zip(steps, sizes, strict=True)]):
             for parts in range(1, longest + 1):
                 yield [join([_end(r.place, parts) for r in g]) + add for g, add in zip(groups, added, strict=True)]
     yield [str(members[0].files[0]) for members in groups]
 
 
 def _data_names(answers: Sequence[Answer]) -> dict[Data, str]:
-    """What a reader calls the data: by the end of the test folder; with that of the training folder; by digests."""
+    """What a reader calls the data: by the end of the test folder; with that of the training folder; by digests.
+
+    Each also with the size of the images and their decoder.
+    """
     several = list(dict.fromkeys(answer.data for answer in answers))
     tests = [d.test_place.parent if d.test_place.name in ("test", "val") else d.test_place for d in several]
     trains = [d.train_place for d in several]
     longest = max(len(place.parts) for place in (*tests, *trains))
+    read = [f" at {' x '.join(map(str, d.size or ['any']))}" for d in several]
+    decoded = [f"{at}, {d.decoder}" for at, d in zip(read, several, strict=True)]
 
     def ways() -> Iterator[list[str]]:
+        for added in ([""] * len(several), read, decoded):
+            for names in places():
+                yield [name + end for name, end in zip(names, added, strict=True)]
+
+    def places() -> Iterator[list[str]]:
         for parts in range(1, longest + 1):
             yield [_end(test, parts) for test in tests]
         for parts in range(1, longest + 1):

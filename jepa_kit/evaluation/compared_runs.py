@@ -40,10 +40,19 @@ NEVER_TELLS = (
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test samples of protocols: the digests of their indexes. Where they lie tells nothing apart."""
+    """Training and test samples of protocols: the digests of their indexes, and how their images were read.
+
+    Args:
+        train, test: digests.
+        size: (h, w) of the images; None if the file does not state it.
+        decoder: of the images, likewise.
+        train_place, test_place: where they lie, which does not make them other data.
+    """
 
     train: str
     test: str
+    size: tuple[int, ...] | None
+    decoder: str | None
     train_place: Path = field(compare=False)
     test_place: Path = field(compare=False)
 
@@ -145,7 +154,15 @@ def _recipe(content: dict[str, Any]) -> str:
 
 def _answers(content: dict[str, Any]) -> list[Answer]:
     train, test = content["data"]["train"], content["data"]["test"]
-    data = Data(train["index_sha256"], test["index_sha256"], Path(train["shards"]), Path(test["shards"]))
+    size = content["data"].get("image_size") or content["config"].get("data", {}).get("image_size")
+    data = Data(
+        train["index_sha256"],
+        test["index_sha256"],
+        tuple(size) if isinstance(size, list) else None,
+        content["data"].get("decoder"),
+        Path(train["shards"]),
+        Path(test["shards"]),
+    )
     answers = []
     for raw in content["rows"]:
         # older files tell options beside the rows, by protocol

@@ -27,12 +27,29 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
+from jepa_kit.recipe import JEPA
 from jepa_kit.registry import did_you_mean
 
 BASELINES = ("untrained", "pixels")
 ENCODERS: tuple[Literal["target"], Literal["context"]] = ("target", "context")
 NO_BLOCK = 0
 """The block of features that come from no layer."""
+
+
+def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "context"]:
+    """The encoder that is evaluated: as asked, else the target encoder if the recipe has one.
+
+    Raises:
+        ValueError: the target encoder of a recipe that has none.
+    """
+    if which is None:
+        return "context" if jepa.target_network is None else "target"
+    check_names("encoder", [which], ENCODERS)
+    if which == "target" and jepa.target_network is None:
+        raise ValueError(
+            "encoder (='target') must be 'context': this recipe has no target encoder (its target_update makes none)"
+        )
+    return "target" if which == "target" else "context"
 
 
 class View(NamedTuple):
@@ -75,7 +92,7 @@ class Network:
 def run_networks(
     run: LoadedRun,
     *,
-    encoders: Sequence[Literal["target", "context"]] = ("target",),
+    encoders: Sequence[Literal["target", "context"]] | None = None,
     baselines: Sequence[str] = BASELINES,
     untrained_seed: int | None = None,
     device: torch.device | str = "cpu",
@@ -85,7 +102,7 @@ def run_networks(
 
     Args:
         run: images are normalised as its config says, matrix products have its precision.
-        encoders: of ``target`` (the paper's choice) and ``context``.
+        encoders: of ``target`` (the paper's choice) and ``context``; None for the target encoder if there is one.
         baselines: of ``untrained`` (the same network with fresh weights) and ``pixels`` (averaged down to 16 x 16; for
             protocols of patches, all pixels of a patch).
         untrained_seed: of the fresh weights; None takes the run's, so that they are those that a run
@@ -94,15 +111,16 @@ def run_networks(
         checkpoint_sha256: of the file that the run was read from; None keeps no features of its encoders.
 
     Raises:
-        ValueError: an unknown or repeated name.
+        ValueError: an unknown or repeated name, or an encoder that the recipe does not have.
     """
+    encoders = [encoder_named(run.jepa)] if encoders is None else encoders
     check_names("encoders", encoders, ENCODERS)
     check_names("baselines", baselines, BASELINES)
     config = resolve_precision(run.config, torch.device(device))
     networks = [
         _of_encoder(
             which,
-            run.jepa.encoder_for(which),
+            run.jepa.encoder_for(encoder_named(run.jepa, which)),
             config,
             device,
             identity=None if checkpoint_sha256 is None else {"checkpoint": checkpoint_sha256, "encoder": which},

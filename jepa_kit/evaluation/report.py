@@ -126,6 +126,10 @@ def evaluate(
         if check is not None and job.label in known:
             with _named(job):
                 check(known[job.label][0], train.key)
+    for label, (ours, theirs) in known.items():
+        if len(unknown := np.setdiff1d(theirs, ours)):
+            name = train.classes[label][unknown[0]]
+            raise ValueError(f"label (={label!r}): {test.path} has samples of {name!r}, and {train.path} none")
     wanted = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
     store = store or FeatureStore()
     arrays = [
@@ -252,6 +256,11 @@ def _labels(train: ShardDataset, test: ShardDataset, labels: Sequence[str]) -> d
                 f"label (={label!r}) must have the same classes in both: "
                 f"{train.path} has {_some(ours)}, {test.path} has {_some(theirs)}"
             )
+        if (count := len(np.unique(known[label][0]))) < 2:
+            raise ValueError(
+                f"label (={label!r}) must have samples of at least 2 classes in {train.path}, which has those of "
+                f"{count}; --label with the others leaves it out"
+            )
     return known
 
 
@@ -261,8 +270,12 @@ def _some(classes: Sequence[str], most: int = 5) -> str:
 
 
 def _views(job: _Job, layers: str) -> Iterator[tuple[Network, Any]]:
-    for wanted in job.probe.wanted(layers):
-        yield from ((job.network, view) for view in job.network.views(*wanted))
+    try:
+        for wanted in job.probe.wanted(layers):
+            yield from ((job.network, view) for view in job.network.views(*wanted))
+    except ValueError as error:
+        fits = "--layers last" if job.probe.takes_layers else f"--protocol '{{name: {job.name}, layers: [last]}}'"
+        raise ValueError(f"protocol {job.name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
 
 
 def _features(job: _Job, layers: str, arrays: Arrays) -> dict[Any, Features]:

@@ -31,6 +31,7 @@ from jepa_kit.evaluation.decoder import (
 )
 from jepa_kit.evaluation.features import LoadedRun, evaluating, untrained_encoder
 from jepa_kit.evaluation.health import BATCH, measure_health, several_masks
+from jepa_kit.evaluation.networks import encoder_named
 from jepa_kit.evaluation.results import write_results
 from jepa_kit.evaluation.verdict import judge
 from jepa_kit.evaluation.visual_maps import Guess, all_targets, attention_weights, guesses, predict
@@ -55,6 +56,8 @@ DRAWS = 3
 """Draws of the decoder's noise."""
 ASKED = 64
 """Images whose predictions are placed among all patches, for the median."""
+FEWEST = 24
+"""Images that a page needs: 16 for the figures of health, 8 for the decoder."""
 STEPS = 600
 """Updates of the decoder."""
 
@@ -99,19 +102,45 @@ class Material:
         return patchify((x - centre) / deviation, self.patch_size), centre, deviation
 
 
-def gather(
-    run: LoadedRun, dataset: ShardDataset, *, images: int, others: int, device: torch.device, seed: int = 0
-) -> Material:
-    """Images of a data set in an order of chance, and the recipe's masks of them.
+def divided(samples: int, images: int, others: int, path: str = "the data set") -> tuple[int, int]:
+    """How many images are looked at, and how many others the decoder learns from; fewer than wanted of a small set.
+
+    Args:
+        samples: in the data set.
+        images, others: wanted.
+        path: of the data set, for the message.
 
     Raises:
-        ValueError: too few images in the data set.
+        ValueError: fewer than 24 images.
     """
-    if len(dataset) < images + BATCH:
-        most = len(dataset) - BATCH
-        raise ValueError(
-            f"images (={images}) must be at most {most}: {dataset.path} holds {len(dataset)}, and the decoder learns "
-            f"from {BATCH} others at least"
+    if samples < FEWEST:
+        raise ValueError(f"{path} holds {samples} images; pictures of a run need at least {FEWEST}")
+    kept = min(others, max(BATCH, samples - images), samples // 3)  # for the decoder
+    images = min(images, samples - kept)
+    return images, min(others, samples - images)
+
+
+def gather(
+    run: LoadedRun,
+    dataset: ShardDataset,
+    *,
+    images: int,
+    others: int,
+    device: torch.device,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Material:
+    """Images of a data set in random order, and the recipe's masks of them; fewer if there are not so many.
+
+    Raises:
+        ValueError: fewer than 24 images in the data set.
+    """
+    wanted = (images, others)
+    images, others = divided(len(dataset), images, others, dataset.path)
+    if (images, others) != wanted:
+        say(
+            f"{dataset.path} holds {len(dataset)} images: pictures are of {images}, and the decoder learns from "
+            f"{others} others"
         )
     order = permutation(generator(Stream.EVALUATION, seed=seed, lane=3), len(dataset))[: images + others]
     data = run.config.data
@@ -142,6 +171,7 @@ def draw_run(
         run.jepa,
         material.images,
         build_masker(config),
+        encoder=encoder_named(run.jepa),
         mean=config.data.mean,
         std=config.data.std,
         device=material.device,
@@ -190,7 +220,8 @@ def _tokens(material: Material, encoder: nn.Module) -> NDArray[np.floating]:
 def _components(material: Material) -> Section:
     run = material.run
     untrained = untrained_encoder(run.config, run.config.train.seed).to(material.device)
-    encoders = {"target encoder": run.jepa.encoder_for("target"), "untrained": untrained}
+    which = encoder_named(run.jepa)
+    encoders = {f"{which} encoder": run.jepa.encoder_for(which), "untrained": untrained}
     tokens = {name: _tokens(material, encoder) for name, encoder in encoders.items()}
     return components_section(material.images[:COLUMNS], tokens, material.grid)
 
@@ -213,11 +244,18 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
 
 def _attention(material: Material, asked: Sequence[int]) -> Section:
     """Of the patches that were asked for in the guesses."""
-    encoder: Any = material.run.jepa.encoder_for("target")
+    which = encoder_named(material.run.jepa)
+    encoder: Any = material.run.jepa.encoder_for(which)
     images = material.images[:ATTENTIONS]
     weights = attention_weights(encoder, material.normalized(images)).cpu()  # [m, h, n, n]
     return attention_section(
-        images, weights.numpy(), asked[: len(images)], material.grid, material.patch_size, encoder.depth
+        images,
+        weights.numpy(),
+        asked[: len(images)],
+        material.grid,
+        material.patch_size,
+        encoder.depth,
+        name=f"{which} encoder",
     )
 
 

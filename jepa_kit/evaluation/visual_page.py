@@ -228,7 +228,14 @@ def guess_section(
 
 
 def attention_section(
-    images: Tensor, weights: NDArray[np.floating], asked: Sequence[int], grid: Grid, patch_size: int, block: int
+    images: Tensor,
+    weights: NDArray[np.floating],
+    asked: Sequence[int],
+    grid: Grid,
+    patch_size: int,
+    block: int,
+    *,
+    name: str = "target encoder",
 ) -> Section:
     """Attention of a block: some heads for one patch, their mean, and what all patches attend to.
 
@@ -237,6 +244,7 @@ def attention_section(
         weights: [m, heads, n, n].
         asked: [m] the patch of each image whose attention is drawn.
         block: its number, from 1.
+        name: of the encoder.
     """
     heads = min(weights.shape[1], COLUMNS - 3)
 
@@ -253,7 +261,7 @@ def attention_section(
 
     return Section(
         name="attention",
-        title=f"3  Attention of the target encoder, block {block}",
+        title=f"3  Attention of the {name}, block {block}",
         text="How much one patch (red, as above) takes from every other: some heads, the mean of all heads, what all "
         "patches take on average. Each map has its own scale from 0 (black) to its 99th percentile (bright).",
         rows=len(images),

@@ -32,6 +32,7 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
 
 import torch
 
+from jepa_kit.arguments import run_tool
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shard_index import read_index
@@ -43,6 +44,7 @@ from jepa_kit.engine.distributed import choose_device, read_environment
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.signals import Preempted
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
+from jepa_kit.evaluation.networks import encoder_named
 from jepa_kit.evaluation.pictures import mask_gallery, patch_pca
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
 from jepa_kit.recipe import build_masker, build_recipe
@@ -131,8 +133,9 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
     )
     _, batch = next(loader.batches(0))
     assert batch.masks is not None
+    which = encoder_named(run.jepa)
     encoders: dict[str, Any] = {
-        "target encoder": run.jepa.encoder_for("target"),
+        f"{which} encoder": run.jepa.encoder_for(which),
         "untrained": untrained_encoder(config, config.train.seed),
     }
     return [
@@ -222,4 +225,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

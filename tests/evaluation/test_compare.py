@@ -322,3 +322,20 @@ def test_files_that_are_no_results(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"a\.json") as error:
         load(file)
     assert message in str(error.value)
+
+
+def test_other_sizes_and_decoders_are_other_data(tmp_path):
+    """One run at two sizes, and with two decoders: nothing is averaged, and columns say which is which."""
+    ways = ([16, 16], "pillow"), ([32, 32], "pillow"), ([32, 32], "fast")
+    for number, (size, decoder) in enumerate(ways):
+        held = content([row("target", "count", 0.1 * (number + 1))])
+        held["data"] |= {"image_size": size, "decoder": decoder}
+        held["config"]["data"]["image_size"] = size
+        write_results(held, tmp_path / "a" / "evaluation" / f"{number}.json")
+    cells = compare(load(tmp_path / "a"))
+    assert {(key.group, key.data): round(cell.mean, 3) for key, cell in cells.items()} == {
+        ("a, at 16 x 16", "scenes at 16 x 16, pillow"): 0.1,
+        ("a, at 32 x 32", "scenes at 32 x 32, pillow"): 0.2,
+        ("a, at 32 x 32", "scenes at 32 x 32, fast"): 0.3,
+    }
+    assert "scenes at 32 x 32, fast: count" in to_markdown(cells)

@@ -12,7 +12,7 @@ from conftest import scene_shards
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
-from jepa_kit.evaluation.networks import Network, pixel_network
+from jepa_kit.evaluation.networks import Network, encoder_named, pixel_network
 from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
 from jepa_kit.evaluation.report import Row, evaluate, format_table, results, run_networks, write_results
@@ -167,9 +167,17 @@ def test_a_recipe_without_a_target_encoder_is_evaluated_by_its_context_encoder(t
     raw = tiny_config.to_dict()
     raw |= {"target": {"name": "pixel"}, "target_update": {"name": "none"}}
     config = config_from_dict(raw)
-    networks = run_networks(LoadedRun(config, build_recipe(config), 0), encoders=["target", "context"], baselines=[])
+    run = LoadedRun(config, build_recipe(config), 0)
+    (network,) = run_networks(run, baselines=[])
+    assert network.name == "context"
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(*(network.source(x, [(4, "mean")])[0] for network in networks))
+    expected = extract_features(run.jepa.encoder, x, mean=config.data.mean, std=config.data.std)
+    np.testing.assert_array_equal(network.source(x, [(4, "mean")])[0].numpy(), expected)
+    assert encoder_named(run.jepa) == encoder_named(run.jepa, "context") == "context"
+    with pytest.raises(ValueError, match=r"encoder \(='target'\) must be 'context': this recipe has no target encoder"):
+        run_networks(run, encoders=["target"], baselines=[])
+    tied = config_from_dict(tiny_config.to_dict() | {"target_update": {"name": "tied"}})
+    assert encoder_named(build_recipe(tied)) == "target"
 
 
 def row(network, label, accuracy, **other):
@@ -380,7 +388,50 @@ def test_labels_follow_their_images(scenes, tmp_path):
 def test_layers_that_the_encoder_has_not(loaded, scenes):
     with pytest.raises(ValueError) as error:
         evaluate(run_networks(loaded), *scenes, image_size=(16, 16), layers="last5")
-    assert str(error.value) == "layers (='last5') asks for 5 layers, but the encoder has 4"
+    assert str(error.value) == (
+        "protocol 'logistic', target: layers (='last5') asks for 5 layers, but the encoder has 4; --layers last fits "
+        "any encoder"
+    )
+
+
+def test_a_protocol_of_its_own_layers_on_a_shallow_encoder(tiny_config, scenes):
+    from jepa_kit.config import config_from_dict
+    from jepa_kit.evaluation.networks import config_networks
+
+    raw = tiny_config.to_dict()
+    raw["encoder"]["depth"] = 2
+    networks = config_networks(config_from_dict(raw))
+    with pytest.raises(
+        ValueError, match=r"asks for 4 .* has 2; --protocol '{name: linear, layers: \[last\]}' fits any"
+    ):
+        evaluate(networks, *scenes, image_size=(16, 16), protocols=["linear"])
+
+
+class Counted:
+    """A store of features that nothing may ask."""
+
+    def extract(self, *args, **kwargs):
+        raise AssertionError("features were computed")
+
+
+@pytest.mark.parametrize("protocol", ["knn", "logistic", "linear", "attentive", "finetune"])
+def test_a_label_of_one_class_is_found_before_any_work(loaded, scenes, monkeypatch, protocol):
+    train, test = scenes
+    networks = run_networks(loaded)
+    one = {"count": np.zeros(len(train), dtype=np.int64)}
+    monkeypatch.setattr(
+        train, "labels", lambda label: one[label] if label in one else ShardDataset.labels(train, label)
+    )
+    with pytest.raises(
+        ValueError, match=r"label \(='count'\) must have samples of at least 2 classes in .*those of 1; --"
+    ):
+        evaluate(networks, train, test, image_size=(16, 16), protocols=[protocol], store=Counted())
+    monkeypatch.undo()
+    some = train.labels("count").copy()
+    some[some == test.labels("count")[0]] = (test.labels("count")[0] + 1) % 8
+    monkeypatch.setattr(train, "labels", lambda label: some)
+    with pytest.raises(ValueError, match=r"label \(='count'\): .* has samples of '\d', and .* none"):
+        evaluate(networks, train, test, image_size=(16, 16), protocols=[protocol], labels=["count"], store=Counted())
 
 
 def test_shards_without_masks(scenes, monkeypatch):

@@ -26,7 +26,7 @@ from jepa_kit.evaluation.decoder import (
     unpatchify,
 )
 from jepa_kit.evaluation.features import load_run
-from jepa_kit.evaluation.visual import draw_run, gather, middle_block
+from jepa_kit.evaluation.visual import divided, draw_run, gather, middle_block
 from jepa_kit.evaluation.visual_maps import attention_weights, guesses
 from jepa_kit.maskers import Random
 from jepa_kit.recipe import build_recipe
@@ -187,11 +187,27 @@ def test_the_page_of_a_run(tiny_run, scenes, tmp_path, monkeypatch):
             sizes[name] = picture.size
     assert len({width for width, _ in sizes.values()}) == 1
     assert sizes["page.png"][1] > sum(height for name, (_, height) in sizes.items() if name != "page.png")
-    with pytest.raises(ValueError) as error:
-        gather(run, scenes[0], images=33, others=64, device=torch.device("cpu"))
-    assert str(error.value) == (
-        f"images (=33) must be at most 32: {scenes[0].path} holds 96, and the decoder learns from 64 others at least"
-    )
+
+
+def test_few_images_make_smaller_pictures(tiny_run, scenes):
+    said = []
+    run = load_run(tiny_run[0])
+    material = gather(run, scenes[0], images=256, others=1024, device=torch.device("cpu"), say=said.append)
+    assert (len(material.images), len(material.others)) == (64, 32)
+    assert said == [f"{scenes[0].path} holds 96 images: pictures are of 64, and the decoder learns from 32 others"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "images", "others", "expected"),
+    [(2000, 256, 1024, (256, 1024)), (96, 33, 64, (33, 63)), (1000, 256, 1024, (256, 744)), (24, 256, 1024, (16, 8))],
+)
+def test_how_images_are_divided(samples, images, others, expected):
+    assert divided(samples, images, others) == expected
+
+
+def test_too_few_images():
+    with pytest.raises(ValueError, match="photos holds 23 images; pictures of a run need at least 24"):
+        divided(23, 256, 1024, "photos")
 
 
 def tool(name):
@@ -284,7 +300,7 @@ def test_health_of_a_run_of_another_machine(tiny_config, tmp_path, scenes, capsy
 
 def test_health_of_networks_that_diverged(tiny_run, scenes, tmp_path, capsys):
     folder, jepa = tiny_run
-    torch.nn.init.constant_(jepa.predictor.proj.weight, float("nan"))
+    torch.nn.init.constant_(jepa.predictor.proj.weight, 3e38)  # finite, but sums are not
     held = Checkpoint(
         step=9, model=jepa.state_dict(), optimizer={}, config=load_run(folder).config.to_dict(), versions={}, data={}
     )
@@ -304,7 +320,7 @@ def test_shards_are_opened_and_read_as_the_config_says(tiny_config, tiny_run, sc
     config = config_from_dict(tiny_config.to_dict(), options)
     opened = []
 
-    def load(checkpoint, overrides=()):
+    def load(checkpoint, overrides=(), trust_imports=False):
         return load_run(checkpoint)._replace(config=config)
 
     def spied(config, shards=None):

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _ask, _fit, logistic_probe
-from jepa_kit.evaluation.protocols.whitening import Whitening
+from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
 
 
 def test_is_scikit_learns_at_the_settings_chosen():
@@ -47,6 +47,23 @@ def test_whitening_is_scikit_learns():
     expected = theirs.transform((TEST + 50).astype(np.float64)) * np.sqrt(400 / 399)  # they divide by N - 1
     np.testing.assert_allclose(np.abs(ours), np.abs(expected), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(np.cov(Whitening(features)(features, 12).T, bias=True), np.eye(12), atol=1e-4)
+
+
+def test_few_samples_are_standardised_as_by_scikit_learn():
+    """With 3 samples N and N - 1 are far apart."""
+    features = np.random.default_rng(5).normal(size=(3, 4))
+    expected = StandardScaler().fit_transform(features)
+    np.testing.assert_allclose(Standardising(features)(features), expected, rtol=1e-6)
+
+
+def test_components_are_counted_against_the_largest():
+    """16 columns that nearly agree: one variance near 16, whose share of a hundredth is above every other."""
+    rng = np.random.default_rng(6)
+    features = rng.normal(size=(200, 1)) + rng.normal(size=(200, 16)) * np.geomspace(0.01, 0.5, 16)
+    variances = np.linalg.eigvalsh(np.corrcoef(features.T))[::-1]
+    cut = float(np.sqrt(variances[4] * variances[5]) / variances[0])
+    assert Whitening(features).above(cut) == 5
+    assert int((variances > cut).sum()) > 5  # an absolute cut would count others
 
 
 def test_whitening_counts_components_and_passes_over_constants():
