@@ -13,11 +13,16 @@ examples:
   python tools/plan_run.py --config-file projects/ijepa/configs/released_in1k_vith14.yaml --gpus 16 --device a100 \\
       --gpu-hours 1152
 
+  # a card that is not in the list, by its peak in TFLOP/s and its memory in GB; this machine's CPU, measured
+  python tools/plan_run.py --config-file FILE --gpus 4 --peak 380 --memory 96
+  python tools/plan_run.py --config-file projects/ijepa/configs/quickstart.yaml --gpus 1 --device cpu
+
   # for programs; with another batch
   python tools/plan_run.py --config-file FILE --gpus 32 --device h100 --json train.batch_size=4096
 
 The formulas are in jepa_kit/engine/flops.py and memory.py, with what they leave out; docs/clusters.md says how well
-they hold. Peaks are the makers' (dense bf16). Exit status: 0, or 2 for a mistake in the config or the command.
+they hold. Peaks are the makers' (dense), in train.precision.
+Exit status: 0, or 2 for a mistake in the config or the command.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ if find_spec("jepa_kit") is None:
 from jepa_kit.arguments import add_config, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.parts import indexed_samples
-from jepa_kit.engine.devices import DEVICES
+from jepa_kit.engine.devices import DEVICES, Device, this_cpu
 from jepa_kit.engine.flops import FORMULA
 from jepa_kit.engine.planner import Assumptions, Plan, describe, plan_run, table
 
@@ -49,7 +54,11 @@ def parser() -> argparse.ArgumentParser:
     p = tool_parser("plan_run.py", __doc__)
     add_config(p)
     p.add_argument("--gpus", required=True, metavar="N[,N...]", help="devices, 1 to 4096; several make a table")
-    p.add_argument("--device", required=True, choices=sorted(DEVICES), help="which")
+    p.add_argument("--device", choices=[*sorted(DEVICES), "cpu"], help="which; cpu measures this machine's")
+    p.add_argument(
+        "--peak", type=float, metavar="TFLOPS", help="of matrix products in the run's precision, dense (the device's)"
+    )
+    p.add_argument("--memory", type=float, metavar="GB", help="of each device, in 10^9 bytes (the device's)")
     p.add_argument(
         "--peak-share", type=float, default=0.4, metavar="SHARE", help="of the published peak that is reached (0.4)"
     )
@@ -81,6 +90,22 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def device_of(name: str | None, peak: float | None, memory: float | None) -> Device:
+    """The device of the list, this machine's CPU, or one of which peak (TFLOP/s) and memory (GB) are given.
+
+    Raises:
+        ValueError: neither a name nor both figures, or a figure that is not above 0 and finite.
+    """
+    for option, value in (("--peak", peak), ("--memory", memory)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{option} (={value}) must be above 0 and finite")
+    if name is None and (peak is None or memory is None):
+        raise ValueError("--device must name a device, or --peak and --memory give its figures")
+    if name is None:
+        return Device("device as given", None, None, None, 0.0, "as given").given(peak, memory)
+    return (this_cpu() if name == "cpu" else DEVICES[name]).given(peak, memory)
+
+
 def samples_of(config: Config, given: int | None) -> int:
     """Return images of the data set: as given, by the index of the config's shards, or ImageNet's if it names none.
 
@@ -102,7 +127,7 @@ def samples_of(config: Config, given: int | None) -> int:
 
 def implied_share(plan: Plan, given: Assumptions, gpu_hours: float) -> float:
     """The share of the published peak at which the run takes so many GPU hours."""
-    return plan.workload.flop / (gpu_hours * 3600 * given.device.bf16_tflops * 1e12)
+    return plan.workload.flop / (gpu_hours * 3600 * given.device.peak(plan.precision) * 1e12)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--gpu-hours (={hours}) must be above 0 and finite")
         config = load_config(arguments.config_file, arguments.overrides, trust_imports=arguments.trust_imports)
         given = Assumptions(
-            device=DEVICES[arguments.device],
+            device=device_of(arguments.device, arguments.peak, arguments.memory),
             peak_share=arguments.peak_share,
             samples=samples_of(config, arguments.samples),
             bytes_per_image=arguments.bytes_per_image,

@@ -60,6 +60,7 @@ class Plan:
 
     Args:
         gpus: devices, one process each.
+        precision: of matrix products; ``train.precision``, or what ``auto`` means on the device.
         images_per_gpu: of a step.
         memory: (parallel, checkpointing) in words -> bytes by part; ``fits`` the same -> whether a device holds it.
         step_seconds, images_per_second: at the stated share of the peak.
@@ -71,6 +72,7 @@ class Plan:
     """
 
     gpus: int
+    precision: str
     images_per_gpu: int
     workload: Workload
     memory: dict[str, dict[str, float]]
@@ -123,15 +125,10 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
 
     Raises:
         ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
-            not fill, a precision without a published peak, or a network without a formula. ``auto`` is bf16 here.
+            not fill, a precision that the device does not have, or a network without a formula. ``auto`` is bf16 here.
     """
     if config.train.precision == "auto":
-        config = with_precision(config, "bf16")
-    if config.train.precision != "bf16":
-        raise ValueError(
-            f"train.precision (={config.train.precision!r}) cannot be planned: the peaks in devices.py are of 'bf16'; "
-            "train.precision=bf16 plans that run"
-        )
+        config = with_precision(config, "float32" if assumptions.device.bf16_tflops is None else "bf16")
     with torch.device("meta"):
         jepa = build_recipe(config)
     return [_plan(config, jepa, n, assumptions) for n in gpus]
@@ -153,10 +150,12 @@ def _plan(config: Config, jepa: JEPA, gpus: int, given: Assumptions) -> Plan:
     work = _workload(config, jepa, lengths, given.samples)
     memory = _memory(config, jepa, lengths, part, gpus)
     total = batch * work.gflop_per_image["training step"] * 1e9
-    seconds = total / (gpus * given.device.bf16_tflops * 1e12 * given.peak_share)
+    precision = precision_of(config)
+    seconds = total / (gpus * given.device.peak(precision) * 1e12 * given.peak_share)
     hours = work.steps * seconds / 3600
     return Plan(
         gpus=gpus,
+        precision=precision,
         images_per_gpu=part,
         workload=work,
         memory={name: {**asdict(m), "total": m.total} for name, m in memory.items()},
@@ -259,7 +258,7 @@ def describe(plan: Plan, given: Assumptions) -> str:
     data = work.samples * given.bytes_per_image
     lines = [
         f"{plan.gpus} x {given.device.name}, {plan.images_per_gpu} images each, at {given.peak_share:.0%} of "
-        f"{given.device.bf16_tflops:,.0f} TFLOP/s",
+        f"{given.device.peak(plan.precision):,.4g} TFLOP/s ({plan.precision})",
         f"parameters   {counts}",
         f"masks        context {work.context:.1f} patches, target {work.targets:.1f}, sequence {work.sequences:.1f}",
         f"an image     {work.gflop_per_image['training step']:.1f} GFLOP to train; forward: {flop}",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jepa_kit.engine.devices import DEVICES
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "plan_run.py"
 CONFIG = str(ROOT / "projects" / "ijepa" / "configs" / "in1k_vits16.yaml")
@@ -22,7 +24,7 @@ def tool():
 def test_a_plan(tool, capsys):
     assert tool.main(["--config-file", CONFIG, "--gpus", "8", "--device", "h100", "--gpu-hours", "100"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("8 x NVIDIA H100 SXM, 256 images each, at 40% of 989 TFLOP/s\n")
+    assert printed.startswith("8 x NVIDIA H100 SXM, 256 images each, at 40% of 989 TFLOP/s (bf16)\n")
     assert printed.splitlines()[-1].startswith("100 GPU hours would be ")
 
 
@@ -38,6 +40,53 @@ def test_json(tool, capsys):
     assert found["plans"][0]["workload"]["steps"] == 500
     assert found["assumptions"]["device"]["bf16_tflops"] == 312
     assert "implied_share_of_peak" not in found
+
+
+def test_a_card_by_its_figures(tool, capsys):
+    given = ["--config-file", CONFIG, "--gpus", "8", "--peak", "100", "--memory", "31", "train.precision=auto"]
+    assert tool.main([*given, "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)["plans"][0]
+    assert tool.main([*given[:4], given[-1], "--device", "t4", "--json"]) == 0  # without bf16, auto is float32
+    t4 = json.loads(capsys.readouterr().out)["plans"][0]
+    assert (own["precision"], t4["precision"]) == ("bf16", "float32")
+    assert t4["step_seconds"] / own["step_seconds"] == pytest.approx(100 / 8.1)
+    assert own["fits"] == {name: held["total"] < 31e9 for name, held in own["memory"].items()}
+    assert tool.main([*given, "--device", "t4", "train.precision=tf32"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("8 x NVIDIA T4, 256 images each, at 40% of 100 TFLOP/s (tf32)\n")
+
+
+def test_this_machines_cpu(tool, capsys, monkeypatch):
+    monkeypatch.setattr("jepa_kit.engine.devices.matrix_peak", lambda device, precision: 2e11)
+    assert tool.main(["--config-file", CONFIG, "--gpus", "1", "--device", "cpu", "train.precision=float32"]) == 0
+    assert "1 x this CPU, 2048 images each, at 40% of 0.2 TFLOP/s (float32)" in capsys.readouterr().out
+
+
+def test_every_device_of_the_list(tool, capsys):
+    assert {"3090", "4090", "5090", "v100", "a6000", "l40s", "a10", "t4", "b200"} < set(DEVICES)
+    for name, device in DEVICES.items():
+        assert device.source, name
+        peaks = [device.bf16_tflops, device.tf32_tflops, device.float32_tflops]
+        known = [peak for peak in peaks if peak is not None]
+        assert known == sorted(known, reverse=True), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--device", "v100", "train.precision=bf16"],
+            "(='bf16') is none of NVIDIA V100 SXM2 32 GB's; train.precision=fl",
+        ),
+        ([], "--device must name a device, or --peak and --memory give its figures"),
+        (["--peak", "3"], "--device must name a device, or --peak and --memory give its figures"),
+        (["--device", "t4", "--peak", "0"], "--peak (=0.0) must be above 0 and finite"),
+        (["--device", "t4", "--memory", "inf"], "--memory (=inf) must be above 0 and finite"),
+    ],
+)
+def test_mistakes_in_devices(tool, capsys, arguments, message):
+    assert tool.main(["--config-file", CONFIG, "--gpus", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
