@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from jepa_kit.machine import prepare
 
 prepare()  # here, because tools import this module first, and torch reads the environment when it is imported
+
+PATHS = ("FILE", "DIR", "PATH", "RUN", "OTHER", "OUT_DIR", "DUMP")
+"""Placeholders of options that are paths."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Expands ``~`` in paths, which a shell does not in ``--output=~/x``."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        for action in self._actions:
+            if action.metavar in PATHS and action.type in (None, Path):
+                action.type = _path if action.type is Path else os.path.expanduser
+        return super().parse_known_args(args, namespace)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def in_order(overrides: Sequence[str], argv: Sequence[str] | None) -> list[str]:
+    """Overrides in the order of the command line, wherever argparse put them, so that the last of a key counts.
+
+    Args:
+        overrides: in any order.
+        argv: the command line; None for the program's own.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    texts = [word.partition("=")[2] if re.match(r"--[\w-]+=", word) else word for word in words]
+    return [text for text in texts if text in overrides]
 
 
 def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -21,7 +52,7 @@ def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
         text: its ``__doc__``: a description, then ``examples:`` on a line of its own and the rest.
     """
     description, _, examples = (text or "").partition("\n\nexamples:")
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=name,
         description=description,
         epilog="examples:" + examples,

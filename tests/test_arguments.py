@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.arguments import add_config, tool_parser
+from jepa_kit.arguments import add_config, in_order, tool_parser
 
 TEXT = """Does something.
 
@@ -72,3 +72,44 @@ def test_no_terminal_or_pipe_stops_a_tool(tmp_path: Path, how: str) -> None:
             assert process.stderr.read() == b"more\n"  # no traceback, and nothing ignored at the exit
     assert process.returncode == 3
     assert done.read_text() == "done"
+
+
+def test_a_tilde_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home-of-mine")
+    parser = tool_parser("some.py", TEXT)
+    add_config(parser)
+    parser.add_mutually_exclusive_group().add_argument("--checkpoint", metavar="FILE", nargs="+")
+    parser.add_argument("--run", metavar="DIR", type=Path)
+    parser.add_argument("--name", metavar="NAME")
+    given = ["--config-file=~/x.yaml", "--checkpoint", "~/a", "s3://b/~c", "--run=~/r", "--name=~/n"]
+    found = parser.parse_intermixed_args(given)
+    assert (found.config_file, found.checkpoint) == ("/home-of-mine/x.yaml", ["/home-of-mine/a", "s3://b/~c"])
+    assert (found.run, found.name) == (Path("/home-of-mine/r"), "~/n")
+
+
+def test_overrides_in_the_order_of_the_command_line() -> None:
+    argv = ["a=1", "--resume", "b=2", "--x", "3", "a=4", "--resume=c=5", "--y=6"]
+    assert in_order(["b=2", "a=4", "a=1", "c=5"], argv) == ["a=1", "b=2", "a=4", "c=5"]
+
+
+def test_of_overrides_around_resume_the_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import health, train_net
+
+    seen: list[list[str]] = []
+
+    def record(file: str, overrides: list[str], **options: bool) -> None:
+        seen.append(overrides)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train_net, "load_config", record)
+    assert train_net.main(["--config-file", "x", "optim.lr=3e-3", "--resume", "optim.lr=5e-4"]) == 2
+    assert train_net.main(["--config-file", "x", "--resume", "optim.lr=5e-4", "optim.lr=3e-3"]) == 2
+    assert train_net.main(["--config-file", "x", "optim.lr=1", "--resume", "--output-dir", "y", "optim.lr=2"]) == 2
+    assert [[text for text in one if text.startswith("optim")] for one in seen] == [
+        ["optim.lr=3e-3", "optim.lr=5e-4"],
+        ["optim.lr=5e-4", "optim.lr=3e-3"],
+        ["optim.lr=1", "optim.lr=2"],
+    ]
+    monkeypatch.setattr(health, "run", lambda arguments: seen.append(arguments.overrides))
+    health.main(["a=1", "--checkpoint", "x", "a=2", "--images", "32", "a=3"])
+    assert seen[-1] == ["a=1", "a=2", "a=3"]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, run_tool, tool_parser
+from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.health import Health
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # `--checkpoint A B train.device=cpu` takes all three
     given = [name for name in arguments.checkpoint if OVERRIDE.match(name) and not Path(name).exists()]
     arguments.checkpoint = [name for name in arguments.checkpoint if name not in given]
-    arguments.overrides += given
+    arguments.overrides = in_order([*arguments.overrides, *given], argv)
     try:
         run(arguments)
     except (ValueError, OSError) as error:

@@ -57,7 +57,7 @@ from pathlib import Path
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_config, run_tool, tool_parser
+from jepa_kit.arguments import add_config, in_order, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.engine.checkpoint import checkpoints, step_of
 from jepa_kit.engine.distributed import PeerError, StartError
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = list(arguments.overrides)
     resume, resume_from = arguments.resume is not None, arguments.resume or None
     if resume_from is not None and OVERRIDE.match(resume_from):  # `--resume key=value` names no file
-        overrides, resume_from = [resume_from, *overrides], None
+        overrides, resume_from = in_order([resume_from, *overrides], argv), None
     output_dir = arguments.output_dir
     if output_dir is None and resume and os.path.isdir(arguments.config_file):
         # The config in a run folder names the folder as it was seen from where the run was started.

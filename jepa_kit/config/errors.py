@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,3 +43,12 @@ def located(path: str) -> Iterator[None]:
         raise ConfigError([f"{path}: {error}"]) from error
     except TypeError as error:
         raise TypeError(f"{path}: {error}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of torch.load says of a file, without its advice on how to load it nevertheless."""
+    if found := re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|type)) +(\S+)", str(error)):
+        return f"it names {found[1]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Weights only load failed")]
+    return (telling or [type(error).__name__])[0].partition(" Please ")[0][:200]

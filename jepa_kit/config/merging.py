@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jepa_kit.config.errors import ConfigError
-from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.config.yaml_text import end_of_yaml, parse_yaml
 from jepa_kit.registry import SLOTS
 
 
@@ -30,6 +31,20 @@ def _other_part(key: Any, base: dict[Any, Any], over: dict[Any, Any]) -> bool:
     return key in SLOTS and "name" in base and "name" in over and bool(base["name"] != over["name"])
 
 
+def _value(text: str, override: str) -> Any:
+    """The value of an override: YAML, in which ``#`` begins no comment.
+
+    Raises:
+        ConfigError: it is not YAML, or something stands after the end of it.
+    """
+    if text[0] not in "[{'\"" and re.search(r"(^|\s)#", text):
+        return text
+    value = parse_yaml(text, override)
+    if "#" in text and (rest := text[end_of_yaml(text) :].strip()):
+        raise ConfigError([f"{rest!r} stands after the value; quote the whole if it belongs to it"])
+    return value
+
+
 def _parse(text: str) -> tuple[list[str], Any]:
     """The keys and the value of an override.
 
@@ -46,7 +61,7 @@ def _parse(text: str) -> tuple[list[str], Any]:
     if path == "_BASE_":
         raise ConfigError([f"override {text!r}: _BASE_ belongs in a file; give that file as --config-file"])
     try:
-        return keys, parse_yaml(value, text)
+        return keys, _value(value.strip(), text)
     except ConfigError as error:
         raise ConfigError([f"override {text!r}: {problem}" for problem in error.problems]) from error
 

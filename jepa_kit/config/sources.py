@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import zipfile
+import zlib
 from typing import Any, BinaryIO, cast
 
 import torch
 
-from jepa_kit.config.errors import ConfigError
+from jepa_kit.config.errors import ConfigError, reason_of
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
@@ -22,6 +24,19 @@ INSIDE = (RUN_CONFIG, "run.pt")
 """What a folder has its config in: a run folder, a checkpoint in shards."""
 
 _TAKES = "a config is a YAML file, a run folder or a checkpoint"
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
+"""What zipfile, pickle and torch raise on damaged checkpoints."""
 _ZIP = b"PK\x03\x04"
 
 
@@ -113,9 +128,13 @@ def _read_mapping(path: str) -> tuple[dict[Any, Any], bool]:
 
 def _read_checkpoint(file: str, path: str) -> dict[Any, Any]:
     try:
+        with zipfile.ZipFile(file) as archive:  # the values alone: their CRC is compared, weights are not read
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError([f"the checkpoint cannot be read: {str(error).splitlines()[0]}"], path) from error
+    except UNREADABLE as error:
+        raise ConfigError([f"the checkpoint cannot be read: {reason_of(error)}"], path) from error
     config = held.get("config") if isinstance(held, dict) else None
     if not isinstance(config, dict):
         entries = f"entries {', '.join(map(str, held))}" if isinstance(held, dict) else _kind(held)

@@ -86,6 +86,10 @@ def parse_yaml(text: str, source: str) -> Any:
         context = f"{error.context} from line {start.line + 1}" if error.context and start else error.context
         what = ", ".join(part for part in (context, error.problem) if part)
         raise ConfigError([f"{at}not YAML: {what}"], source) from error
+    except RecursionError as error:
+        raise ConfigError(["not YAML: nested too deeply"], source) from error
+    except ValueError as error:  # such as an int of more digits than Python reads
+        raise ConfigError([f"not YAML that can be read: {error}"], source) from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError([f"line {line}: not YAML: {str(error).splitlines()[0]}"], source) from error
@@ -96,6 +100,12 @@ def parse_yaml(text: str, source: str) -> Any:
     if loader.duplicates:
         raise ConfigError(loader.duplicates, source)
     return value
+
+
+def end_of_yaml(text: str) -> int:
+    """Where the value of a text that ``parse_yaml`` reads ends; behind it are spaces and comments."""
+    node = ConfigLoader(text).get_single_node()
+    return len(text) if node is None else int(node.end_mark.index)
 
 
 def dump_yaml(value: Any) -> str:

@@ -114,7 +114,7 @@ def expand(addresses: str | Sequence[str]) -> list[str]:
         raise ValueError(f"shards (={addresses!r}) must name at least one folder or shard, and none may be empty")
     for address in found:
         _check_address(address)
-    return [re.sub(r"^file:(//)?", "", address) for address in found]
+    return [os.path.expanduser(re.sub(r"^file:(//)?", "", address)) for address in found]
 
 
 def _check_address(address: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
 from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.transforms import normalize
@@ -79,7 +80,7 @@ def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{path} is not the dump of a bad step: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not the dump of a bad step: {reason_of(error)}") from error
     if not isinstance(content, dict) or content.get("format") != DUMP_FORMAT:
         raise ValueError(f"{path} is not the dump of a bad step: its format is not {DUMP_FORMAT!r}")
     if missing := [name for name in DUMPED if name not in content]:

@@ -21,7 +21,7 @@ def held_out(shards: Shards) -> str | None:
     names = [shards] if isinstance(shards, str) else list(shards)
     if len(names) != 1 or is_remote(names[0]):
         return None
-    own = Path(names[0]).resolve()
+    own = Path(names[0]).expanduser().resolve()
     own = own.parent if is_shard(names[0]) else own
     beside = (own.parent / name for name in BESIDE)
     return next((str(path) for path in beside if path.is_dir() and path != own), None)

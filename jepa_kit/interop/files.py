@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from jepa_kit.config.errors import reason_of
 from jepa_kit.data.streams import path_manager
 from jepa_kit.engine.checkpoint import FORMAT, HEADER, CheckpointError, checkpoints
 from jepa_kit.engine.store import to_read
@@ -159,10 +159,10 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{what} holds other things than tensors and plain values, which could run code, and is refused: "
-            f"{reason(error)}"
+            f"{reason_of(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {reason(error)}") from error
+        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {reason_of(error)}") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{what} must hold a mapping of names to tensors, not a {type(held).__name__}")
     return {str(key): value for key, value in held.items()}
@@ -184,12 +184,3 @@ def _check_records(path: Path, what: str) -> None:
         )
     if broken is not None:
         raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} is another")
-
-
-def reason(error: BaseException) -> str:
-    """What an error of torch.load says of the file, without its advice on how to load it nevertheless."""
-    if found := re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|type)) +(\S+)", str(error)):
-        return f"it names {found[1]}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("Weights only load failed")]
-    return (telling or [type(error).__name__])[0].partition(" Please ")[0][:200]

@@ -151,3 +151,37 @@ def test_every_registered_part_is_valid_with_its_defaults() -> None:
         for name in registry.names():
             config = config_from_dict({"data": {"image_size": 64}} | first | {slot: settings(slot, name)})
             assert config_from_dict(parse_yaml(config.to_yaml(), name)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("runs/try #2", "runs/try #2"),
+        ("#2", "#2"),
+        ("runs/#2", "runs/#2"),
+        ("a#b", "a#b"),
+        ('"runs/try #2"', "runs/try #2"),
+        ("'runs/try #2'", "runs/try #2"),
+        ("  runs/x  ", "runs/x"),
+    ],
+)
+def test_a_hash_is_no_comment_in_an_override(write: Write, text: str, expected: str) -> None:
+    assert load_config(write(), [f"train.output_dir={text}"]).train.output_dir == expected
+
+
+@pytest.mark.parametrize("text", ["'a' #2", "[a, b] # c", "{name: random} #x"])
+def test_nothing_after_an_override_is_dropped(write: Write, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"stands after the value; quote the whole if it belongs to it"):
+        load_config(write(), [f"data.shards={text}"])
+
+
+def test_of_repeated_overrides_the_last_counts(write: Write) -> None:
+    config = load_config(write(), ["optim.lr=3e-3", "optim={lr: 1e-3}", "optim.lr=5e-4"])
+    assert config.optim.lr == 5e-4
+    assert load_config(write(), ["optim.lr=5e-4", "optim={lr: 1e-3}"]).optim.lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "{a: " * 20_000, "1" * 5_000])
+def test_values_that_no_reader_can_take(write: Write, text: str) -> None:
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(write(), [f"train.seed={text}"])

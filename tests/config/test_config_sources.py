@@ -103,7 +103,7 @@ def test_a_checkpoint_that_cannot_be_read(write: Write, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     assert "the checkpoint cannot be read: " in refused(path)
     torch.save({"config": Unsafe()}, path)
-    with pytest.raises(ConfigError, match="the checkpoint cannot be read: Weights only load failed") as caught:
+    with pytest.raises(ConfigError, match=r"the checkpoint cannot be read: it names .*Unsafe") as caught:
         load_config(path)
     assert isinstance(caught.value.__cause__, pickle.UnpicklingError)
 
