@@ -10,7 +10,7 @@ STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu lint format torture mutate parity bench clean
+.PHONY: help venv quickstart test test-slow test-gpu lint format torture mutate parity bench clean fuzz
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ torture: $(STAMP) ## a run that is killed 20 times and interrupted 4 times, agai
 
 mutate: $(STAMP) ## small faults in a copy of the code, which the tests must find; writes dev/mutants.md (half an hour)
 	$(RUN) dev/mutate.py $(ARGS)
+
+fuzz: $(STAMP) ## 2,000 damaged configs, checkpoints, weights and data, each of which must be refused or be unharmed
+	$(RUN) dev/fuzz.py $(ARGS)
 
 parity: $(STAMP) ## this toolkit against numbers of the released I-JEPA code (FIXTURE=...)
 	$(RUN) projects/ijepa/check_parity.py $(FIXTURE) $(ARGS)

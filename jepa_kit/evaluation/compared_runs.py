@@ -98,11 +98,15 @@ def load(*paths: str | Path) -> list[Run]:
         content = read_results(file)
         if not content["rows"]:
             raise ValueError(f"{file} holds no rows: evaluate again")
-        recipe, seed = _recipe(content), content["seeds"]["run"]
+        try:
+            recipe, seed, answers = _recipe(content), content["seeds"]["run"], _answers(content)
+            hash(tuple(answer.data for answer in answers))
+        except (TypeError, AttributeError, LookupError) as error:  # a value of another type than ``results`` gives
+            raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): evaluate again") from error
         key = (files[file], recipe, seed)
         run = found.setdefault(key, Run(files[file], [], recipe, _step(content), seed, []))
         run.files.append(file)
-        for answer in _answers(content):
+        for answer in answers:
             row = answer.row
             asked = json.dumps(answer.asked, sort_keys=True)
             question = (answer.data, asked, row.title, row.network, row.layers, row.seed, row.column)

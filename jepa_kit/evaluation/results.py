@@ -32,6 +32,20 @@ _NEEDED = (
     "rows",
 )
 """What a file of results must have."""
+_MAPPING, _TEXT = (dict, "a mapping"), (str, "text")
+_TYPES: tuple[tuple[str, Any, str], ...] = (
+    ("checkpoint", dict | None, "a mapping or null"),
+    ("config", *_MAPPING),
+    *((f"data.{part}.{name}", *_TEXT) for part in ("train", "test") for name in ("shards", "index_sha256")),
+    ("seeds.run", int, "an int"),
+    ("seeds.protocols", int, "an int"),
+    ("rows", list, "a list"),
+)
+"""Types that readers rely on: (name, type, what a message calls it)."""
+_ROW_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("network", "protocol", "label", "variant", "metric"), _TEXT),
+    **dict.fromkeys(("settings", "options"), _MAPPING),
+}
 
 
 @dataclass(frozen=True)
@@ -183,10 +197,9 @@ def read_results(file: str | Path) -> dict[str, Any]:
         ValueError: it is not JSON, of another kind, or incomplete.
         FileNotFoundError: there is no such file.
     """
-    text = Path(file).read_text(encoding="utf-8")
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
@@ -197,12 +210,20 @@ def read_results(file: str | Path) -> dict[str, Any]:
             if not isinstance(part, dict) or key not in part:
                 raise ValueError(f"{file} has no {name}: it is incomplete; evaluate again")
             part = part[key]
+    for name, kind, right in _TYPES:
+        part = content
+        for key in name.split("."):
+            part = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, kind):
+            raise ValueError(f"{file}: {name} (={part!r:.60}) must be {right}: it is damaged; evaluate again")
     for number, row in enumerate(content["rows"], 1):
         _check_row(row, f"{file}: row {number}")
     return content
 
 
-def _check_row(row: Mapping[str, Any], called: str) -> None:
+def _check_row(row: Any, called: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{called} (={row!r:.60}) must be a mapping")
     known = {one.name: one.default is MISSING and one.default_factory is MISSING for one in fields(Row)}
     for name, needed in known.items():
         if needed and name not in row:
@@ -210,3 +231,15 @@ def _check_row(row: Mapping[str, Any], called: str) -> None:
     for name in row:
         if name not in known:
             raise ValueError(f"{called} has {name!r}, which this release does not know")
+    for name, (kind, right) in _ROW_TYPES.items():
+        value = row.get(name, kind())
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{called} has {name} (={value!r:.60}), which must be {right}")
+    for name in ("layers", "pooling"):
+        if row[name] is not None and not isinstance(row[name], str):
+            raise ValueError(f"{called} has {name} (={row[name]!r:.60}), which must be text or null")
+    if row["seed"] is not None and not isinstance(row["seed"], int):
+        raise ValueError(f"{called} has seed (={row['seed']!r:.60}), which must be an int or null")
+    for name in ("accuracy", "standard_error", "chance"):
+        if not isinstance(row[name], int | float) or not math.isfinite(row[name]):
+            raise ValueError(f"{called} has {name} (={row[name]!r:.60}), which must be a finite number")
