@@ -86,10 +86,6 @@ def parse_yaml(text: str, source: str) -> Any:
         context = f"{error.context} from line {start.line + 1}" if error.context and start else error.context
         what = ", ".join(part for part in (context, error.problem) if part)
         raise ConfigError([f"{at}not YAML: {what}"], source) from error
-    except RecursionError as error:
-        raise ConfigError(["not YAML: nested too deeply"], source) from error
-    except ValueError as error:  # such as an int of more digits than Python reads
-        raise ConfigError([f"not YAML that can be read: {error}"], source) from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError([f"line {line}: not YAML: {str(error).splitlines()[0]}"], source) from error

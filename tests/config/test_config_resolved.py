@@ -183,5 +183,5 @@ def test_of_repeated_overrides_the_last_counts(write: Write) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 50_000, "{a: " * 20_000, "1" * 5_000])
 def test_values_that_no_reader_can_take(write: Write, text: str) -> None:
-    with pytest.raises(ConfigError, match="not YAML"):
+    with pytest.raises(ConfigError, match=r"nested too deeply for a config|not a value of a config|not YAML"):
         load_config(write(), [f"train.seed={text}"])
