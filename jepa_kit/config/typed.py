@@ -16,6 +16,8 @@ _WORDS: dict[Any, str] = {
     Any: "any value",
     object: "any value",
 }
+HUGE = 1 << 1000
+"""An int from which no float is near."""
 _LISTS = (list, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping)
 
@@ -55,6 +57,8 @@ def convert(value: Any, annotation: Any) -> Any:
     origin, args = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Any, object):
         return plain(value)
+    if type(value) is int and abs(value) >= HUGE:
+        raise DoesNotFitError
     if origin is float and type(value) is int:
         return float(value)
     if origin in (int, float, bool, str) and type(value) is origin:

@@ -181,6 +181,12 @@ def test_of_repeated_overrides_the_last_counts(write: Write) -> None:
     assert load_config(write(), ["optim.lr=5e-4", "optim={lr: 1e-3}"]).optim.lr == 1e-3
 
 
+@pytest.mark.parametrize("key", ["optim.lr", "train.batch_size", "data.timeout"])
+def test_ints_that_no_float_is_near(write: Write, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} \(=1000.*\) must be a"):
+        load_config(write(), [f"{key}=1{'0' * 400}"])
+
+
 @pytest.mark.parametrize("text", ["[" * 50_000, "{a: " * 20_000, "1" * 5_000])
 def test_values_that_no_reader_can_take(write: Write, text: str) -> None:
     with pytest.raises(ConfigError, match=r"nested too deeply for a config|not a value of a config|not YAML"):
