@@ -137,7 +137,7 @@ class ShardCache:
         return False
 
     def _fetch(self, path: str, shard: RemoteShard) -> Fetched:
-        part, fault = f"{path}.part", None
+        part, fault, what = f"{path}.part", None, "is not what its index is about, and none of it is used"
         self._make_room(shard.bytes or 0)
         try:
             with open(part, "wb") as out:
@@ -149,8 +149,9 @@ class ShardCache:
                     if fault is None:
                         break
                     log.warning("%s: %s%s", shard.address, fault, "" if attempt else "; fetched again")
+                    out.truncate(0)  # the stream is whole and another one: nothing of it is used
         except StreamError as error:
-            fault = str(error)
+            fault, what = str(error), "did not come whole"
         except OSError as error:
             with suppress(FileNotFoundError):
                 os.remove(part)
@@ -166,7 +167,7 @@ class ShardCache:
                     os.remove(path + end)
             return Fetched(path)
         os.replace(part, f"{path}.cut")
-        fault = f"{shard.address} did not come whole: {fault}"
+        fault = f"{shard.address} {what}: {fault}"
         with open(f"{path}.why", "w", encoding="utf-8") as text:
             text.write(fault)
         log.warning("%s", fault)

@@ -13,6 +13,8 @@ import pytest
 from bad_server import serving
 from small_shards import encoded, picture, write_shards
 
+from jepa_kit.data.faults import SampleError
+from jepa_kit.data.identity import difference, identity
 from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shard_writing import Sample
 from jepa_kit.data.shards import ShardDataset
@@ -339,3 +341,23 @@ def test_labels_that_are_none_are_listed_and_their_samples_used(tmp_path):
     assert refused[1]["reason"] == "'-3' is no class number from 0 to 65535: used without that label"
     assert refused[5]["reason"] == "'{broken' is no JSON: used without that label"
     assert refused[6]["reason"] == "'[1]' is no mapping of labels: used without that label"
+
+
+def test_shards_elsewhere_are_fetched_once_and_must_stay_as_they_were(folder, samples, tmp_path):
+    """Their checksum is that of the bytes from which the index was made; nothing is fetched to compare data sets."""
+    places = [f"pipe:echo x >> {tmp_path}/count; cat {path}" for path in sorted(folder.glob("*.tar"))]
+    kept = Access(cache=str(tmp_path / "cache"), **QUICK)
+    dataset = ShardDataset(places, access=kept)
+    assert_holds(dataset, samples)
+    assert_holds(ShardDataset(places, access=kept), samples)
+    assert (tmp_path / "count").read_text() == "x\n" * 3
+    assert difference(identity(dataset.shards), identity(ShardDataset(folder).shards)) == (None, None)
+    for path in (tmp_path / "cache/shards").iterdir():
+        path.unlink()
+    first = folder / "shard-000000.tar"
+    data = first.read_bytes()
+    first.write_bytes(data[:700] + bytes([data[700] ^ 1]) + data[701:])
+    again = ShardDataset(places, access=kept)
+    assert again.image_bytes(10) == samples[10].image
+    with pytest.raises(SampleError, match="its SHA-256 is not that of its index"):
+        again.image_bytes(9)

@@ -495,3 +495,17 @@ def processor_seconds():
     """Of this process and of those that it has waited for."""
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def test_images_of_fewer_bits_than_are_stored_are_noted(tmp_path, capsys):
+    """12-bit values in 16-bit files, PNG (kept) and TIFF (made anew): as bright as they are meant; one line for all."""
+    (tmp_path / "in").mkdir()
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name in ("a.png", "b.tif", "c.tif"):
+        Image.fromarray(ramp << (8 if name == "c.tif" else 4)).save(tmp_path / "in" / name)
+    assert run(tmp_path / "in", tmp_path / "out", "--workers", 2) == 0
+    text = "more than 8 bits stored for a pixel, but no value above 4095: taken for 12-bit numbers"
+    assert f"note: 2 of 3 images have {text}\n" in capsys.readouterr().out
+    dataset = ShardDataset(tmp_path / "out")
+    for i in range(3):
+        np.testing.assert_array_equal(np.asarray(dataset.image(i))[..., 0], ramp)
