@@ -8,6 +8,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jepa_kit.config.errors import ConfigError
@@ -96,6 +97,14 @@ def import_parts(name: str, folder: str) -> Exception | None:
     except (ImportError, SyntaxError, TypeError, ValueError, FileNotFoundError) as error:
         return error
     return None
+
+
+def find_source(name: str) -> Path | None:
+    """The file of an entry of ``imports`` that has been imported; None for one without a source file."""
+    if name.endswith(".py"):
+        return Path(name)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return None if file is None else Path(file)
 
 
 def _import_dotted(name: str, folder: str) -> None:

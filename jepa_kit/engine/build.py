@@ -27,6 +27,7 @@ from jepa_kit.engine.checkpoint import (
     verify,
 )
 from jepa_kit.engine.checkpoint_files import reading
+from jepa_kit.engine.consistency import check_same, flatten
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
@@ -76,11 +77,14 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
     """As ``open_shards``, for all ranks: rank 0 is the first, so that one process makes an index that is missing.
 
     Raises:
-        ValueError: what ``ShardDataset`` refuses, on every rank.
+        ValueError: what ``ShardDataset`` refuses, or ranks that open different samples; on every rank.
     """
-    if joined():
-        from_main(lambda: len(open_shards(config, shards)))
-    return open_shards(config, shards)
+    if not joined():
+        return open_shards(config, shards)
+    from_main(lambda: len(open_shards(config, shards)))
+    dataset = together(lambda: open_shards(config, shards))
+    check_same(flatten({"data.shards" if shards is None else "shards": data_identity(dataset)}))
+    return dataset
 
 
 def training_view(config: Config) -> View:

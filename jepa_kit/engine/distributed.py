@@ -11,8 +11,6 @@ from __future__ import annotations
 import inspect
 import os
 import pickle
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_kit.engine.buffers import broadcast_buffers
+from jepa_kit.engine.rendezvous import start_store
 from jepa_kit.engine.slurm import torchrun_variables
 
 T = TypeVar("T")
@@ -182,7 +180,7 @@ def process_group(
     try:
         dist.init_process_group(
             backend,
-            store=_store(world, timeout),
+            store=start_store(world.rank, world.size, timeout),
             rank=world.rank,
             world_size=world.size,
             timeout=patience or timeout,
@@ -199,45 +197,6 @@ def process_group(
     finally:
         _words = None
         dist.destroy_process_group()
-
-
-def _store(world: World, timeout: timedelta | None) -> dist.Store:
-    """Where the processes find one another, apart from those of an earlier start.
-
-    torchrun (torch 2.13) keeps one store over its restarts, with what ranks that are gone wrote into it. So each start
-    has a name of its own.
-    """
-    limit = timeout or default_pg_timeout
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
-    return dist.PrefixStore(_name_of_start(store, world, limit), store)
-
-
-def _name_of_start(store: dist.Store, world: World, limit: timedelta) -> str:
-    """What rank 0 names this start, on all ranks: nothing else tells, as torchrun's agents do not count restarts alike.
-
-    A rank says that it is here under a word of its own, and rank 0 answers to that word; so neither takes what an
-    earlier start left for the other's.
-
-    Raises:
-        RuntimeError: a rank did not come within the limit.
-    """
-    own = uuid.uuid4().hex
-    if not world.is_main:
-        store.set(f"here/{world.rank}", own)
-        name = store.get(f"start/{own}").decode()
-        store.set(f"heard/{name}/{world.rank}", "")
-        return name
-    missing, end = set(range(1, world.size)), time.monotonic() + limit.total_seconds()
-    while missing:
-        for rank in sorted(missing):
-            if store.check([f"heard/{own}/{rank}"]):
-                missing.discard(rank)
-            elif store.check([f"here/{rank}"]):
-                store.set(f"start/{store.get(f'here/{rank}').decode()}", own)
-        if missing and time.monotonic() > end:
-            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {limit}")
-        time.sleep(0.05)
-    return own
 
 
 def joined() -> bool:

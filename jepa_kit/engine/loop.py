@@ -27,6 +27,7 @@ from jepa_kit.engine.bad_steps import BadSteps
 from jepa_kit.engine.boards import check_boards, open_boards
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint import Checkpoint, step_of
+from jepa_kit.engine.consistency import check_command
 from jepa_kit.engine.curves import drawn, plot_curves
 from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
@@ -62,8 +63,8 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         the run folder.
 
     Raises:
-        ValueError: the config does not fit the data, the machine or the run in the folder; or another process has a run
-            there.
+        ValueError: the config does not fit the data, the machine or the run in the folder; processes differ in config,
+            data or code (consistency.py); or another process has a run in the folder.
         StartError: the processes could not join.
         PeerError: another process failed before the first step, and told why.
         RunError: the run failed under way: too many samples that cannot be used, a cache that takes no more, a loader
@@ -81,6 +82,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     folder = store.run
     with deterministic(config.train.deterministic), process_group(world, device), ExitStack() as held:
         again = restarted()
+        check_command(config, {"resume": resume, "resume_from": resume_from})
         agreement = Agreement()  # one for all stretches: a group of processes stays until they part
 
         def begin() -> Where | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from jepa_kit.data.identity import difference
 from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, step_of
+from jepa_kit.engine.consistency import flatten
 from jepa_kit.engine.store import Store, Where, name_of, store_in
 from jepa_kit.engine.telemetry import METRICS
 
@@ -171,17 +172,6 @@ def advice(store: Store, damaged: Where) -> str:
     return f"the last good one is {name_of(good)}; `--resume {good}` goes on from it"
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b[0]": 1}; a tuple is a list."""
-    if isinstance(value, Mapping) and value:
-        items = [(f"{path}.{key}" if path else str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, list | tuple) and value:
-        items = [(f"{path}[{number}]", inner) for number, inner in enumerate(value)]
-    else:
-        return {path: list(value) if isinstance(value, tuple) else value}
-    return {key: leaf for name, inner in items for key, leaf in _flat(inner, name).items()}
-
-
 def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """Check that the run of a checkpoint is the run of this config and data.
 
@@ -196,7 +186,7 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
     Raises:
         CheckpointError: options or data differ; the message lists the options, or names the first shard.
     """
-    then, now = _flat(checkpoint.config), _flat(config)
+    then, now = flatten(checkpoint.config), flatten(config)
     unset = "(not set)"
     differences = [
         f"{key}: {then.get(key, unset)!r} in the checkpoint, {now.get(key, unset)!r} now"
@@ -207,6 +197,8 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
         raise CheckpointError(
             f"the run of the checkpoint (step {checkpoint.step}) has another config, so it cannot be resumed:\n  "
             + "\n  ".join(differences)
+            + "\nGive the values of the checkpoint; or, for a longer run or any other one, start a new run from its "
+            "weights: train.init_from=CHECKPOINT and another --output-dir"
         )
     fault, note = difference(checkpoint.data, data)
     if fault:

@@ -320,7 +320,9 @@ def test_differences_of_config_are_listed(trained):
         "the run of the checkpoint (step 3) has another config, so it cannot be resumed:\n"
         "  data.flip: '(not set)' in the checkpoint, 0.5 now\n"
         "  data.mean[1]: 0.4 in the checkpoint, 0.3 now\n"
-        "  encoder.depth: 2 in the checkpoint, 3 now"
+        "  encoder.depth: 2 in the checkpoint, 3 now\n"
+        "Give the values of the checkpoint; or, for a longer run or any other one, start a new run from its weights: "
+        "train.init_from=CHECKPOINT and another --output-dir"
     )
 
 

@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.engine import distributed
+from jepa_kit.engine import distributed, rendezvous
 from jepa_kit.engine.distributed import (
     StartError,
     World,
@@ -125,9 +126,38 @@ def test_a_failed_start_names_rank_and_cause(monkeypatch):
             pass
 
 
+@pytest.mark.parametrize(
+    ("host", "rank", "line"),
+    [
+        ("127.0.0.1", 3, r"rank 3 of 4 is waiting for rank 0 at {at} and for the other ranks, for up to 1 s"),
+        ("no.such.host.invalid", 3, r"rank 3 .* this machine knows no address of 'no.such.host.invalid' \(.+\)"),
+        (
+            "127.0.0.1",
+            0,
+            r"rank 0 of 4 is waiting at {at} for the other ranks, for up to 1 s \(MASTER_ADDR, MASTER_PORT",
+        ),
+    ],
+)
+def test_a_start_that_waits_names_whom_and_how_long(monkeypatch, capfd, host, rank, line):
+    monkeypatch.setattr(rendezvous, "NOTICE", 0.1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        for name, value in (ENVIRONMENT | {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+        if rank == 0:
+            free.close()
+        with (
+            pytest.raises(StartError, match=rf"rank {rank} of 4 could not join the others over gloo at {host}:{port}"),
+            process_group(read_environment(), torch.device("cpu"), timeout=timedelta(seconds=1)),
+        ):
+            pass
+    assert re.search(line.format(at=f"{host}:{port}"), capfd.readouterr().err)
+
+
 def test_one_waits_for_another_longer_than_for_joining(monkeypatch):
     given = []
-    monkeypatch.setattr(distributed, "_store", lambda world, timeout: given.append(timeout))
+    monkeypatch.setattr(distributed, "start_store", lambda rank, size, timeout: given.append(timeout))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *a, timeout, **k: given.append(timeout))
     monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: given.append(timeout))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)

@@ -1,0 +1,92 @@
+"""Where the processes of a run find one another at its start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+
+NOTICE = 3.0
+"""Seconds after which a process that waits for others at the start prints for whom and for how long."""
+
+
+def start_store(rank: int, size: int, timeout: timedelta | None = None) -> dist.Store:
+    """Return the store in which the processes find one another, apart from those of an earlier start.
+
+    If that takes more than ``NOTICE`` seconds, or no address is known for MASTER_ADDR, a line on stderr names whom this
+    process waits for, where, and for how long.
+
+    torchrun (torch 2.13) keeps one store over its restarts, with what ranks that are gone wrote into it. So each start
+    has a name of its own.
+    """
+    limit = timeout or default_pg_timeout
+    host, at = os.environ.get("MASTER_ADDR"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    whom = f"at {at} for the other ranks" if rank == 0 else f"for rank 0 at {at} and for the other ranks"
+    line = f"rank {rank} of {size} is waiting {whom}, for up to {_minutes(limit)} (MASTER_ADDR, MASTER_PORT)"
+    why = _unresolved(host)
+    with _notice(f"{line}; {why}" if why else line, after=0.0 if why else NOTICE):
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+        return dist.PrefixStore(_name_of_start(store, rank, size, limit), store)
+
+
+def _minutes(limit: timedelta) -> str:
+    seconds = limit.total_seconds()
+    return f"{seconds:g} s" if seconds < 120 else f"{seconds / 60:g} minutes"
+
+
+def _unresolved(host: str | None) -> str | None:
+    """Why this machine knows no address of a host; None if it does. (It may get to know one: torch goes on trying.)"""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"this machine knows no address of {host!r} ({error.strerror})"
+    return None
+
+
+@contextmanager
+def _notice(line: str, after: float) -> Iterator[None]:
+    """Print a line if what is inside takes longer than ``after`` seconds."""
+    timer = threading.Timer(after, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _name_of_start(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:
+    """Return rank 0's name of this start, on all ranks; nothing else tells, as torchrun's agents count restarts apart.
+
+    A rank announces itself under a word of its own, and rank 0 answers to that word; so neither takes what an earlier
+    start left for the other's.
+
+    Raises:
+        RuntimeError: a rank did not come within the limit.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", own)
+        name = store.get(f"start/{own}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    missing, end = set(range(1, size)), time.monotonic() + limit.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"heard/{own}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"here/{other}"]):
+                store.set(f"start/{store.get(f'here/{other}').decode()}", own)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {_minutes(limit)}")
+        time.sleep(0.05)
+    return own
