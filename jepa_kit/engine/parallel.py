@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -72,8 +72,7 @@ def shard(jepa: JEPA, device: torch.device) -> None:
     """FSDP2 over all processes, in place: each block by itself, the rest of each network, then what is left.
 
     Encoder and target encoder are sharded alike, so that each process has the same part of both, and the target
-    encoder's average needs no communication. Every network can be called by itself, by all ranks together, once a
-    training step has been done.
+    encoder's average needs no communication. Every network can be called by itself, by all ranks together.
     """
     from torch.distributed.device_mesh import init_device_mesh  # half a second to import
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -91,6 +90,9 @@ def shard(jepa: JEPA, device: torch.device) -> None:
             if hasattr(network, method):
                 register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
+    # FSDP2 makes the first module that runs forward the root of all, and has no public way to choose. If the first batch
+    # after a resume or a roll back is skipped, that would be a network that an evaluation calls by itself.
+    cast(Any, jepa)._get_fsdp_state()._lazy_init()
     broadcast_buffers(jepa)
 
 
