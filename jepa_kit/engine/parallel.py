@@ -90,8 +90,8 @@ def shard(jepa: JEPA, device: torch.device) -> None:
             if hasattr(network, method):
                 register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
-    # FSDP2 makes the first module that runs forward the root of all, and has no public way to choose. If the first batch
-    # after a resume or a roll back is skipped, that would be a network that an evaluation calls by itself.
+    # FSDP2 makes the first module that runs forward the root of all, and has no public way to choose. If the first
+    # batch after a resume or a roll back is skipped, that would be a network that an evaluation calls by itself.
     cast(Any, jepa)._get_fsdp_state()._lazy_init()
     broadcast_buffers(jepa)
 
