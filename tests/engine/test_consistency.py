@@ -35,7 +35,7 @@ MUST_AGREE = {
     "train.bad_numbers=skip": "'skip'",
     "train.output_dir=elsewhere": "'elsewhere'",
 }
-MAY = ("data.num_workers=1", "data.prefetch=1", "data.cache=/tmp/cache", "data.cache_gb=1.0", "train.device=auto")
+MAY = ("data.num_workers=1", "data.prefetch=1", "data.cache=cache", "data.cache_gb=1.0", "train.device=auto")
 
 
 def refused(do):
