@@ -7,6 +7,7 @@ constructor computes, as the position tables of jepa_kit are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,21 @@ class Buffers:
                     "before: it must keep its shape, so that a bad batch can be taken back and checkpoints fit"
                 )
             now.copy_(torch.where(finite, now, before))
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end, the persistent buffers that what is inside changes."""
+    buffers = Buffers(model)
+    try:
+        yield
+    finally:
+        for module, name, _full_name, before in buffers.before:
+            now = module._buffers[name]
+            if now is not None and now.shape == before.shape:
+                now.detach().copy_(before)
+            else:
+                module._buffers[name] = before
 
 
 def broadcast_buffers(model: nn.Module) -> None:

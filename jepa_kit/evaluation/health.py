@@ -19,6 +19,8 @@ from torch import Tensor
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.precision import Precision, autocast_of
+from jepa_kit.engine.buffers import unchanged_buffers
+from jepa_kit.engine.random_state import seeded
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health_measures import (
     alpha_req,
@@ -31,6 +33,7 @@ from jepa_kit.evaluation.health_measures import (
     uniformity,
     unit_deviation,
 )
+from jepa_kit.losses import is_distance
 from jepa_kit.maskers import Masker
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray
@@ -61,7 +64,7 @@ class Health:
         within_images: share of that variation that lies between patches of one image, in [0, 1].
         token_rank: how many directions the tokens fill, less the mean of their position: exp of the entropy of the
             singular values, as in RankMe, from 1 to D; 0 where position explains all.
-        loss: of the predictions, by the recipe's terms that look at the target, weighted as in training.
+        loss: of the predictions, by the recipe's distances (``Loss.is_distance``), weighted as in training.
         loss_mean: of the mean target in place of every prediction.
         loss_position: of the mean target of each position in place of the predictions there.
         loss_other: of the predictions against the targets of another image at the same places.
@@ -127,9 +130,9 @@ def measure_health(
 ) -> Health:
     """Measures a JEPA on images; the same for the same arguments.
 
-    Its modules run as they are evaluated and get back their modes; no gradient is made, and torch's random state is
-    left as it is. Statistics are float64, whatever the networks ran in. About 3 * P * D numbers of 4 bytes are held for
-    all target patches of all images.
+    Its modules run as they are evaluated and get back their modes and buffers; no gradient is made, and torch's random
+    state is left as it is. Statistics are float64, whatever the networks ran in. About 3 * P * D numbers of 4 bytes are
+    held for all target patches of all images.
 
     Args:
         jepa: on ``device``.
@@ -143,7 +146,7 @@ def measure_health(
         precision: of the matrix products.
 
     Raises:
-        ValueError: too few images or masks, images of another kind, a recipe without a term that looks at the target,
+        ValueError: too few images or masks, images of another kind, a recipe without a distance,
         or outputs that are not finite.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -154,7 +157,7 @@ def measure_health(
         raise ValueError(f"masks (={masks}) must be at least 1")
     device = torch.device(device)
     tokens, predictions, contexts = _Tokens(), _Predictions(), []
-    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(device)), evaluating(jepa):
+    with torch.no_grad(), torch.random.fork_rng(devices=_cuda(device)), evaluating(jepa), unchanged_buffers(jepa):
         for number, chosen in enumerate(_batches(len(images))):
             drawn = several_masks(masker, chosen, masks, seed=seed, step=number)
             x = normalize(images[torch.from_numpy(chosen)].to(device), mean, std)
@@ -164,8 +167,8 @@ def measure_health(
             tokens.add(seen.unflatten(0, (len(x), -1)))
             predictions.add(out, other, drawn)
             contexts.append(_pooled(out.context.double().cpu(), drawn.context))
+        losses = predictions.losses(_distance(jepa, predictions))
     features = np.concatenate(tokens.pooled)
-    distance = _distance(jepa, predictions)
     figures = {name: measure(features) for name, measure in MEASURES.items()}
     return Health(
         images=len(images),
@@ -176,7 +179,7 @@ def measure_health(
         features=features,
         **figures,
         **tokens.figures(),
-        **predictions.losses(distance),
+        **losses,
     )
 
 
@@ -336,16 +339,26 @@ class _Predictions:
 
 
 def _distance(jepa: JEPA, predictions: _Predictions) -> Callable[[Prediction], float]:
-    """The weighted sum of the recipe's terms that look at the target.
+    """The weighted sum of the recipe's terms that are distances between predictions and targets.
 
-    A regulariser of the context's tokens, say, is the same whatever the target: it would hide the ratio of two losses.
+    A regulariser would hide the ratio of two losses: terms that declare to be none (``Loss.is_distance``) are left out,
+    and those that are the same for other targets. Every call has the same random state.
 
     Raises:
-        ValueError: no term looks at the target.
+        ValueError: no term is left.
     """
+
+    def value(name: str, at: Prediction) -> float:
+        with seeded(0):
+            return float(jepa.losses[name](at))
+
     out, _ = predictions.held[0]
     elsewhere = Prediction(out.prediction, out.target.flip(-1) + 1.0, out.context, out.masks)
-    names = [name for name, term in jepa.losses.items() if float(term(out)) != float(term(elsewhere))]
+    declared = [name for name, term in jepa.losses.items() if is_distance(term)]
+    names = [name for name in declared if value(name, out) != value(name, elsewhere)]
     if not names:
-        raise ValueError(f"losses (={', '.join(jepa.losses)}) must hold a term that looks at the target")
-    return lambda p: sum(jepa.weights[name] * float(jepa.losses[name](p)) for name in names)
+        raise ValueError(
+            f"losses (={', '.join(jepa.losses)}) must hold a distance: a term that looks at the target, and does not "
+            "declare is_distance = False"
+        )
+    return lambda p: sum(jepa.weights[name] * value(name, p) for name in names)

@@ -22,6 +22,8 @@ class SmoothL1(nn.Module):
         beta: errors below it are squared (over 2 beta), errors above it count as they are (less beta / 2).
     """
 
+    is_distance = True
+
     def __init__(self, *, beta: float = 1.0) -> None:
         super().__init__()
         if not 0 < beta < math.inf:
@@ -38,6 +40,8 @@ class SmoothL1(nn.Module):
 class L2(nn.Module):
     """Squared error, mean over the width (the paper's distance, section 3, up to the factor D)."""
 
+    is_distance = True
+
     def __init__(self) -> None:
         super().__init__()
 
@@ -50,6 +54,8 @@ class L2(nn.Module):
 class L1(nn.Module):
     """Absolute error, mean over the width (V-JEPA, Bardes et al. 2024)."""
 
+    is_distance = True
+
     def __init__(self) -> None:
         super().__init__()
 
@@ -61,6 +67,8 @@ class L1(nn.Module):
 @LOSSES.register("cosine")
 class Cosine(nn.Module):
     """One minus the cosine between prediction and target, in [0, 2]."""
+
+    is_distance = True
 
     def __init__(self) -> None:
         super().__init__()

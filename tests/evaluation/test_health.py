@@ -20,8 +20,10 @@ from jepa_kit.evaluation import health as health_module
 from jepa_kit.evaluation.health import EPOCH, measure_health, several_masks
 from jepa_kit.evaluation.health_measures import lidar, rankme
 from jepa_kit.evaluation.verdict import judge
+from jepa_kit.losses import is_distance
 from jepa_kit.maskers import MultiBlock, Random
 from jepa_kit.recipe import build_masker, build_recipe
+from jepa_kit.registry import LOSSES
 
 QUICKSTART = Path(__file__).parents[2] / "projects" / "ijepa" / "configs" / "quickstart.yaml"
 RAW = {
@@ -181,7 +183,64 @@ def test_a_regulariser_is_no_part_of_the_loss(images):
     del jepa.losses["smooth_l1"]
     with pytest.raises(ValueError) as error:
         measured(jepa, masker, images)
-    assert str(error.value) == "losses (=spread) must hold a term that looks at the target"
+    assert str(error.value) == (
+        "losses (=spread) must hold a distance: a term that looks at the target, and does not declare "
+        "is_distance = False"
+    )
+
+
+class Directions(nn.Module):
+    """Looks at predictions and targets along random directions, as SIGReg does; ``is_distance`` as given."""
+
+    def __init__(self, is_distance=None):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        if is_distance is not None:
+            self.is_distance = is_distance
+
+    def forward(self, prediction):
+        self.calls += 1
+        towards = torch.randn(prediction.target.shape[1], dtype=prediction.target.dtype)
+        noise = float(np.random.rand())  # noqa: NPY002 (what a part may do)
+        return (prediction.target @ towards).square().mean() + (prediction.context.float().mean() * noise).abs()
+
+
+def test_a_term_that_declares_to_be_no_distance_is_no_part_of_the_loss(images):
+    """One that draws random numbers and looks at the target."""
+    jepa, masker = recipe()
+    plain = measured(jepa, masker, images).to_dict()
+    jepa.losses["sketch"], jepa.weights["sketch"] = Directions(is_distance=False), 5.0
+    assert measured(jepa, masker, images).to_dict() == plain
+    assert jepa.losses["sketch"].calls == 0
+
+
+def test_every_call_of_a_term_has_one_random_state(images):
+    """A regulariser that says nothing, of the context alone: equal to itself, so it looks at no target."""
+
+    class Sketch(nn.Module):
+        def forward(self, prediction):
+            towards = torch.randn(prediction.context.shape[1], dtype=prediction.context.dtype)
+            return (prediction.context @ towards).square().mean() + np.random.rand()  # noqa: NPY002
+
+    jepa, masker = recipe()
+    plain = measured(jepa, masker, images).to_dict()
+    jepa.losses["sketch"], jepa.weights["sketch"] = Sketch(), 5.0
+    assert measured(jepa, masker, images).to_dict() == plain
+
+
+def test_measuring_restores_buffers(images):
+    jepa, masker = recipe()
+    jepa.losses["random"], jepa.weights["random"] = Directions(), 1.0
+    first, second = (measured(jepa, masker, images).to_dict() for _ in range(2))
+    assert first == second
+    assert jepa.losses["random"].calls == 0
+
+
+def test_which_losses_are_distances():
+    for name in LOSSES.names():
+        loss = LOSSES.build(name, {})
+        assert is_distance(loss) is loss.is_distance is True, name
+    assert is_distance(nn.Identity())
 
 
 def test_what_cannot_be_measured(images):
