@@ -180,9 +180,25 @@ def build_recipe(config: Config) -> JEPA:
         return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=update)
 
 
+ATTRIBUTES = {
+    "encoder": ("grid", "patch_size", "embed_dim", "depth"),
+    "target": ("out_dim",),
+    "target_update": ("tied", "stop_gradient"),
+}
+"""Slot -> what the recipe reads of its parts."""
+
+
 def _build(part: Part, slot: str, **supplied: object) -> Any:
     with located(slot):
-        return SLOTS[slot].build(part.name, part.options, **supplied)
+        try:
+            built = SLOTS[slot].build(part.name, part.options, **supplied)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            if SLOTS[slot].get(part.name).__module__.startswith("jepa_kit."):
+                raise
+            raise ValueError(f"{part.name!r} failed in its constructor: {type(error).__name__}: {error}") from error
+        if missing := [name for name in ATTRIBUTES.get(slot, ()) if not hasattr(built, name)]:
+            raise ValueError(f"{part.name!r} must have the attribute {', '.join(missing)}, which the recipe reads")
+        return built
 
 
 def patch_grid_of(config: Config) -> Grid:

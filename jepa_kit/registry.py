@@ -53,12 +53,18 @@ def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
     """The keyword-only, annotated arguments of a callable, by name.
 
     Raises:
-        TypeError: an argument without an annotation, one that is not keyword-only, or ``**kwargs``.
+        TypeError: an argument without an annotation, one that is not keyword-only, ``*args`` or ``**kwargs``.
     """
     init = factory.__init__ if inspect.isclass(factory) else factory
     hints = typing.get_type_hints(init)
     options: dict[str, Option] = {}
     for name, p in inspect.signature(factory).parameters.items():
+        if p.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+            stars = "**" if p.kind is inspect.Parameter.VAR_KEYWORD else "*"
+            raise TypeError(
+                f"{factory.__qualname__}: {stars}{name} must be replaced by the options themselves, each keyword-only "
+                "with an annotation: the signature is the schema of its config, and a part is given only what it names"
+            )
         if p.kind is not inspect.Parameter.KEYWORD_ONLY:
             raise TypeError(
                 f"{factory.__qualname__}: argument {name!r} must be keyword-only (put a * before it): "

@@ -71,7 +71,7 @@ class Open:
     [
         (Positional, "Positional: argument 'ratio' must be keyword-only (put a * before it)"),
         (Bare, "Bare: argument 'ratio' needs an annotation: it is the option's type"),
-        (Open, "Open: argument 'options' must be keyword-only"),
+        (Open, "Open: **options must be replaced by the options themselves, each keyword-only with an annotation"),
     ],
 )
 def test_a_constructor_outside_the_contract_is_refused(registry: PartRegistry, part: type, message: str) -> None:

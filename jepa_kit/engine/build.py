@@ -28,6 +28,7 @@ from jepa_kit.engine.checkpoint import (
 )
 from jepa_kit.engine.checkpoint_files import reading
 from jepa_kit.engine.consistency import check_same, flatten
+from jepa_kit.engine.contract import check_parts
 from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
@@ -136,6 +137,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
     torch.manual_seed(settings.seed)
     jepa = build_recipe(config).to(device).train()
+    together(lambda: check_parts(config, device, weights_of=jepa))
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
         checkpoint_activations(jepa.predictor)
