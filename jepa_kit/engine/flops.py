@@ -1,4 +1,4 @@
-"""Floating-point operations of encoder, target encoder and predictor, by formula.
+"""Floating-point operations of encoder, target encoder and predictor: by formula, or counted where there is none.
 
 n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
 D_e, D_p, D_o  widths of encoder, predictor and targets
@@ -6,22 +6,31 @@ D_e, D_p, D_o  widths of encoder, predictor and targets
 The formula is what the equations need, whoever computes them: padding, activations that are computed a second time
 to save memory, and the update of weights and target encoder are no part of it. The predictor needs q, k and v of its
 first block once for each context token, and what follows its last attention for target tokens alone.
+
+It holds for the classes of jepa_kit. A subclass may see other patches, so it has the formula only if its own body
+declares ``inherits_flops = True``. For any other network, torch's counter counts a training step on one batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
+from jepa_kit.engine.random_state import seeded
+from jepa_kit.engine.trial import trial_images, trial_recipe, trial_samples
 from jepa_kit.predictors import ViTPredictor
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import JEPA, build_masker
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
+from jepa_kit.targets import PixelTarget, RepresentationTarget
 
 FORMULA = (
     "2 FLOP a multiply-add, matrix products only. "
@@ -71,6 +80,16 @@ class SetFlops:
         return self.per_token * int(lengths.sum()) + self.per_pair * int((lengths**2).sum())
 
 
+def has_formula(part: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the formula of ``base`` holds for a part: it is one, or each subclass on the way declares so."""
+    if not isinstance(part, base):
+        return False
+    below = type(part).__mro__[: type(part).__mro__.index(base)]
+    # FSDP puts a class of torch's above the part's own; mixins declare for themselves
+    own = [cls for cls in below if cls.__module__.partition(".")[0] != "torch"]
+    return all(cls.__dict__.get("inherits_flops", False) for cls in own)
+
+
 def block_flops(blocks: nn.ModuleList) -> SetFlops:
     """Of a forward pass of transformer blocks."""
     linear = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
@@ -78,9 +97,10 @@ def block_flops(blocks: nn.ModuleList) -> SetFlops:
 
 
 def encoder_flops(encoder: nn.Module) -> SetFlops | None:
-    """Of a forward pass of an encoder; None for another one than ``vit``."""
-    if not isinstance(encoder, ViT):
+    """Of a forward pass of an encoder; None for one without a formula."""
+    if not has_formula(encoder, ViT):
         return None
+    assert isinstance(encoder, ViT)
     blocks = block_flops(encoder.blocks)
     return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)
 
@@ -110,9 +130,10 @@ class PredictorFlops:
 
 
 def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
-    """Of a forward pass of a predictor; None for another one than ``vit``."""
-    if not isinstance(predictor, ViTPredictor):
+    """Of a forward pass of a predictor; None for one without a formula."""
+    if not has_formula(predictor, ViTPredictor):
         return None
+    assert isinstance(predictor, ViTPredictor)
     first, last = predictor.blocks[0], predictor.blocks[-1]
     assert isinstance(first, Block)
     assert isinstance(last, Block)
@@ -132,14 +153,25 @@ class ModelFlops:
 
     Args:
         encoder, predictor: of a forward pass; None for a network without a formula here.
-        targets_see: what the target encoder is shown: whole images, each target set by itself, or nothing.
+        targets_see: what the target encoder is shown: whole images, each target set by itself, or nothing; None for a
+            target without a formula, as one that has a network of its own.
         targets_trained: targets carry a gradient.
+        losses_known: no loss has a network of its own.
+        counted: FLOP of a training step for each image, for a recipe without a formula.
     """
 
     encoder: SetFlops | None
     predictor: PredictorFlops | None
-    targets_see: Literal["images", "targets", "nothing"]
+    targets_see: Literal["images", "targets", "nothing"] | None
     targets_trained: bool
+    losses_known: bool = True
+    counted: float | None = None
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether every network has one."""
+        known = None not in (self.encoder, self.predictor, self.targets_see)
+        return known and self.losses_known
 
     def seen(self, lengths: Lengths) -> IntArray:
         """Lengths of the sets that the target encoder is shown."""
@@ -152,28 +184,64 @@ class ModelFlops:
         encoder, predictor = self.encoder, self.predictor
         return (
             None if encoder is None else encoder(lengths.context),
-            None if encoder is None else encoder(self.seen(lengths)),
+            None if encoder is None or self.targets_see is None else encoder(self.seen(lengths)),
             None if predictor is None else predictor(lengths),
         )
 
     def training(self, lengths: Lengths) -> float | None:
-        """FLOP of a training step over all the images; None where a network has no formula."""
+        """FLOP of a training step over all the images; None if a network has no formula and nothing was counted."""
+        if not self.has_formula:
+            return None if self.counted is None else self.counted * lengths.images
         encoder, target, predictor = self.forward(lengths)
-        if encoder is None or target is None or predictor is None:
-            return None
+        assert encoder is not None
+        assert target is not None
+        assert predictor is not None
         return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
 
 
 def model_flops(jepa: JEPA) -> ModelFlops:
     """The formula of a recipe's networks, which may be without memory for their weights."""
-    see: Literal["images", "targets", "nothing"] = "images"
-    if not getattr(jepa.target, "needs_encoder", False):
+    see: Literal["images", "targets", "nothing"] | None = "images"
+    if has_formula(jepa.target, PixelTarget):
         see = "nothing"
-    elif getattr(jepa.target, "masked_at", "output") == "input":
+    elif not has_formula(jepa.target, RepresentationTarget):
+        see = None
+    elif jepa.target.masked_at == "input":
         see = "targets"
     return ModelFlops(
         encoder_flops(jepa.encoder),
         predictor_flops(jepa.predictor),
         see,
         see != "nothing" and not jepa.target_update.stop_gradient,
+        losses_known=not any(True for _ in jepa.losses.parameters()),
     )
+
+
+def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
+    """The formula of a recipe; if it has none, what a training step of the same recipe takes on one small batch.
+
+    Args:
+        config: of the recipe.
+        jepa: the recipe, sharded or not.
+        device: where another one is built for the count, if need be.
+    """
+    flops = model_flops(jepa)
+    if flops.has_formula:
+        return flops
+    return replace(flops, counted=count_flops(config, device))
+
+
+def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
+    """Count a training step of a config's recipe with torch's FlopCounterMode: FLOP for each image.
+
+    It counts matrix products and convolutions of encoder, target encoder, predictor, target and losses, forward and
+    backward. The run's random states stay as they are.
+    """
+    jepa = trial_recipe(config, device)
+    masks = build_masker(config)(trial_samples(images), seed=config.train.seed, epoch=0, step=0).to(device)
+    x = trial_images(config, device, images)
+    with seeded(0), FlopCounterMode(display=False) as counter:
+        loss = jepa(x, masks).loss
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops() / images

@@ -32,7 +32,7 @@ from jepa_kit.engine.curves import drawn, plot_curves
 from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
 from jepa_kit.engine.failures import under_way
-from jepa_kit.engine.flops import model_flops
+from jepa_kit.engine.flops import flops_of
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
 from jepa_kit.engine.lock import only_run_in
 from jepa_kit.engine.precision import autocast_of, precision_of, products_in, resolve_precision
@@ -166,7 +166,8 @@ def run_steps(
     every = settings.checkpoint_every or run.steps_per_epoch
     autocast = autocast_of(settings.precision, run.device)
     hooks = build_hooks(run)
-    meter = Meter(flops=model_flops(run.jepa), peak=matrix_peak(run.device, precision_of(run.config)))
+    flops = flops_of(run.config, run.jepa, run.device)
+    meter = Meter(flops=flops, peak=matrix_peak(run.device, precision_of(run.config)))
     saver, watch = build_saver(run, store), Watch()
     bad_steps = build_bad_steps(run, folder, saver, start, resume_from)
     skipped = build_skipped(run, folder, first)

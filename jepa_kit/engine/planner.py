@@ -191,7 +191,11 @@ def _workload(config: Config, jepa: JEPA, lengths: Lengths, samples: int) -> Wor
     flops = model_flops(jepa)
     training = flops.training(lengths)
     if training is None:
-        raise ValueError("there is a formula for encoder 'vit' with predictor 'vit' alone")
+        raise ValueError(
+            "a plan needs formulas of FLOP and memory, which the networks of jepa_kit alone have (encoder 'vit', "
+            "predictor 'vit', targets and losses without networks of their own): a subclass without other matrix "
+            "products declares inherits_flops = True. (A run counts the FLOP of other parts.)"
+        )
     parts = dict(zip(("encoder", "target encoder", "predictor"), flops.forward(lengths), strict=True))
     per_image = {name: (value or 0.0) / lengths.images / 1e9 for name, value in parts.items()}
     batch = config.train.batch_size
