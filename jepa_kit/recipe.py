@@ -8,7 +8,9 @@ loss    = D(s_hat_y, s_y);  target encoder <- target_update(encoder)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import jepa_kit.losses
 import jepa_kit.predictors
 import jepa_kit.targets  # noqa: F401
-from jepa_kit.config import Config, Part, located
+from jepa_kit.config import Config, ConfigError, Part, located
 from jepa_kit.encoders import Encoder
 from jepa_kit.maskers import Masker
 from jepa_kit.registry import SLOTS
@@ -140,19 +142,71 @@ def build_masker(config: Config) -> Masker:
     """The masker of a config, for its grid of patches.
 
     Raises:
-        ValueError: what the masker cannot satisfy; the message begins with ``masker``.
+        ConfigError: what the masker cannot satisfy, and what other parts refuse; each line begins with its slot.
     """
-    part = config.slots["masker"]
-    with located("masker"):
-        return SLOTS["masker"].build(part.name, part.options, grid=patch_grid_of(config))
+    with _every_problem(config):
+        return _build(config.slots["masker"], "masker", grid=patch_grid_of(config))
+
+
+@contextmanager
+def _every_problem(config: Config) -> Iterator[None]:
+    """Where one part refuses its options, report what all parts refuse."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = part_problems(config)
+        raise ConfigError([*(p for p in error.problems if p not in problems), *problems]) from error
+
+
+def part_problems(config: Config) -> list[str]:
+    """Return what the parts of a config refuse, a line each that begins with the slot; builds nothing with memory.
+
+    A part that needs what a refused one would supply gets a plausible value for it.
+    """
+    problems: list[str] = []
+
+    def tried(part: Part, slot: str, **supplied: object) -> Any:
+        try:
+            with torch.device("meta"):
+                return _build(part, slot, **supplied)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except (ArithmeticError, RuntimeError, TypeError):  # of one that cannot be built on meta, or has another error
+            pass
+        return None
+
+    slots, size = config.slots, config.data.image_size
+    given = {name: value for name, value in slots["encoder"].options.items() if type(value) is int and value > 0}
+    encoder = tried(slots["encoder"], "encoder", image_size=size, attention=config.train.attention)
+    width, depth, p = (
+        getattr(encoder, name, given.get(name, default))
+        for name, default in (("embed_dim", 64), ("depth", 12), ("patch_size", 16))
+    )
+    grid = getattr(encoder, "grid", (max(4, size[0] // p), max(4, size[1] // p)))
+    tried(slots["masker"], "masker", grid=grid)
+    target = tried(slots["target"], "target", embed_dim=width, depth=depth, patch_size=p)
+    out_dim = getattr(target, "out_dim", width)
+    supplied = {"embed_dim": width, "out_dim": out_dim, "grid": grid, "attention": config.train.attention}
+    tried(slots["predictor"], "predictor", **supplied)
+    for part, _ in config.losses:
+        tried(part, "loss")
+    tried(slots["target_update"], "target_update")
+    return problems
 
 
 def build_recipe(config: Config) -> JEPA:
     """The JEPA of a config, with fresh weights from torch's current random state.
 
     Raises:
-        ValueError: what a part refuses; the message begins with its slot.
+        ConfigError: what parts refuse, a line each that begins with the slot; weights larger than the host's memory.
     """
+    with _every_problem(config):
+        return _build_recipe(config)
+
+
+def _build_recipe(config: Config) -> JEPA:
+    if torch.empty(0).device.type != "meta":
+        _check_memory(config)
     for slot in ("encoder", "target"):
         channels = config.slots[slot].options.get("in_chans", CHANNELS)
         if channels != CHANNELS:
@@ -186,6 +240,24 @@ ATTRIBUTES = {
     "target_update": ("tied", "stop_gradient"),
 }
 """Slot -> what the recipe reads of its parts."""
+
+
+def _check_memory(config: Config) -> None:
+    """Raise ConfigError where the matrices of a transformer's blocks alone are larger than this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    problems = []
+    for slot, name in (("encoder", "embed_dim"), ("predictor", "width")):
+        options = config.slots[slot].options
+        depth, width, ratio = (options.get(key) for key in ("depth", name, "mlp_ratio"))
+        if type(depth) is int and type(width) is int:
+            needed = 4.0 * depth * width**2 * (4 + 2 * (ratio if isinstance(ratio, float) else 0))
+            if needed > memory:
+                problems.append(
+                    f"{slot}: depth (={depth}) blocks of {name} (={width}) need {needed / 1e9:,.0f} GB for their "
+                    f"weights, but this machine has {memory / 1e9:,.0f} GB of memory"
+                )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _build(part: Part, slot: str, **supplied: object) -> Any:

@@ -363,3 +363,37 @@ def test_says_what_is_wrong_with_a_masker(changes: dict[str, Any], message: str)
 
 def test_the_masker_has_the_grid_of_the_config() -> None:
     assert build_masker(config_with()).grid == (6, 8)
+
+
+def test_every_part_reports_its_range() -> None:
+    """At once, each under its own name, whichever part is built first."""
+    config = config_with(
+        masker={"name": "multiblock", "num_targets": 0},
+        encoder={"name": "vit", "patch_size": 4, "embed_dim": 16, "depth": 0, "num_heads": 2},
+        predictor={"name": "vit", "width": 6, "depth": 1, "num_heads": 2},
+        target={"name": "representation", "layers": 0},
+        loss={"name": "smooth_l1", "beta": -1.0},
+    )
+    for build in (build_masker, build_recipe):
+        with pytest.raises(ConfigError) as caught:
+            build(config)
+        starts = sorted(line.split(" (=")[0] for line in caught.value.problems)
+        assert starts == ["encoder: depth", "loss: beta", "masker: num_targets", "predictor: width", "target: layers"]
+
+
+@pytest.mark.parametrize(("slot", "width"), [("encoder", "embed_dim"), ("predictor", "width")])
+def test_weights_larger_than_the_machine(slot: str, width: str) -> None:
+    part = {
+        "name": "vit",
+        "depth": 1000,
+        "num_heads": 64,
+        width: 65536,
+        **({"patch_size": 4} if slot == "encoder" else {}),
+    }
+    with pytest.raises(ConfigError, match=rf"{slot}: depth \(=1000\) blocks of {width} \(=65536\) need [\d,]+ GB for"):
+        build_recipe(config_with(**{slot: part}))
+
+
+def test_an_image_of_too_many_patches() -> None:
+    with pytest.raises(ConfigError, match=r"data.image_size \(=\[60000, 60000\]\) .* gives 56,250,000 patches"):
+        config_with(data={"image_size": 60000})

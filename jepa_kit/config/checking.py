@@ -33,6 +33,22 @@ class Part:
     options: Mapping[str, Any]
 
 
+LARGEST = {
+    "depth": 1024,
+    "embed_dim": 65_536,
+    "num_contexts": 1024,
+    "num_heads": 4096,
+    "num_masks": 1024,
+    "num_targets": 1024,
+    "patch_size": 4096,
+    "width": 65_536,
+}
+"""Name of an option of any part -> its largest value: what is larger is a slip, and building it would never end."""
+
+MOST_PATCHES = 2**20
+"""Of an image."""
+
+
 def _square(value: Any) -> Any:
     return [value, value] if type(value) is int else value
 
@@ -71,6 +87,8 @@ def check_options(
         at = f"{path}.{name}"
         if name in raw:
             values[name] = check_value(at, raw[name], option, problems)
+            if isinstance(values[name], int) and values[name] > LARGEST.get(name, math.inf):
+                problems.append(f"{at} (={values[name]}) must be at most {LARGEST[name]:,}")
         elif option.default is REQUIRED:
             right = describe(option.annotation) + SHORTHANDS.get(at, (None, ""))[1]
             problems.append(f"{at} is missing: {owner} needs it; it must be {right}")
@@ -137,8 +155,8 @@ def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
         path = f"loss[{i}]" if isinstance(raw, list) else "loss"
         if isinstance(term, dict):
             weight = check_value(f"{path}.weight", term.get("weight", WEIGHT.default), WEIGHT, problems)
-            if weight is not None and not math.isfinite(weight):
-                problems.append(f"{path}.weight (={weight}) must be finite")
+            if weight is not None and not 0 <= weight < math.inf:
+                problems.append(f"{path}.weight (={weight}) must be at least 0 and finite: the sum is minimised")
             term = {k: v for k, v in term.items() if k != "weight"}
         part = check_part(path, term, LOSSES, problems)
         if part is None:
@@ -150,6 +168,8 @@ def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
                 f"{path}: {part.name!r} has an option 'weight', the key of a term's weight: rename the option"
             )
         losses.append((part, weight))
+    if losses and all(weight == 0 for _, weight in losses):
+        problems.append("loss: the weight of at least one term must be above 0")
     return losses
 
 
@@ -187,6 +207,18 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
     return section
 
 
+def _too_many_patches(image_size: tuple[int, int], side: Any) -> list[str]:
+    if type(side) is not int or side < 1:
+        return []
+    patches = (image_size[0] // side) * (image_size[1] // side)
+    if patches <= MOST_PATCHES:
+        return []
+    return [
+        f"data.image_size (={list(image_size)}) over encoder.patch_size (={side}) gives {patches:,} patches; "
+        f"they must be at most {MOST_PATCHES:,}"
+    ]
+
+
 def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
     """The whole config: slots (five parts), losses and sections, as ``Config`` takes them."""
     known = [*SLOTS, *SECTIONS, *META]
@@ -207,6 +239,8 @@ def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
         elif (part := check_part(slot, raw[slot], registry, problems)) is not None:
             slots[slot] = part
     sections = {name: check_section(name, raw.get(name, {}), problems) for name in SECTIONS}
+    if sections["data"] and "encoder" in slots:
+        problems.extend(_too_many_patches(sections["data"].image_size, slots["encoder"].options.get("patch_size")))
     if sections["optim"] and sections["train"]:
         problems.extend(between_sections(sections["optim"], sections["train"]))
     return {"slots": slots, "losses": losses, **sections}

@@ -31,14 +31,16 @@ class ConfigError(ValueError):
 
 @contextmanager
 def located(path: str) -> Iterator[None]:
-    """Says which entry of the config made a constructor refuse: ``masker: num_targets (=0) must be ...``.
+    """Name the entry of the config that made a constructor refuse: ``masker: num_targets (=0) must be ...``.
 
     Raises:
-        ConfigError: for a ValueError, which is kept as the cause.
+        ConfigError: for a ValueError, which is kept as the cause; one that has been located already comes through.
         TypeError: for a TypeError, which is kept as the cause.
     """
     try:
         yield
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([f"{path}: {error}"]) from error
     except TypeError as error:

@@ -61,6 +61,12 @@ class _Section:
         return []
 
 
+LARGEST_SIDE = 65_536
+"""Of an image, in pixels."""
+MOST_WORKERS = 1024
+"""Loader processes of a rank: more than any machine has cores for."""
+_SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
+
 CROP_DEFAULTS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.0}
 """The release's: the value of each short key that is not given, where no transforms are."""
 CROP_OPTIONS = {"crop_scale": "random_resized_crop", "crop_ratio": "random_resized_crop", "flip": "flip"}
@@ -100,7 +106,9 @@ class DataConfig(_Section):
         ConfigError: a value outside its range.
     """
 
-    image_size: tuple[int, int] = _option("at least 1 pixel each way", lambda x: min(x) >= 1)
+    image_size: tuple[int, int] = _option(
+        f"from 1 to {LARGEST_SIDE:,} pixels each way", lambda x: min(x) >= 1 and max(x) <= LARGEST_SIDE
+    )
     shards: str | tuple[str, ...] | None = _option("a path, or at least one", bool, None)
     cache: str | None = _option("a path", bool, None)
     cache_gb: float | None = _above_0(None)
@@ -116,12 +124,16 @@ class DataConfig(_Section):
     flip: float | None = _option("in [0, 1]", lambda x: 0 <= x <= 1, None)
     decoder: Literal["pillow", "fast"] = "pillow"
     max_pixels: int = _at_least(1, 89_478_485)
-    mean: tuple[float, float, float] = _option("finite", lambda x: all(map(math.isfinite, x)), (0.485, 0.456, 0.406))
+    mean: tuple[float, float, float] = _option(
+        f"in [0, 1] each{_SCALE}", lambda x: all(0 <= v <= 1 for v in x), (0.485, 0.456, 0.406)
+    )
     std: tuple[float, float, float] = _option(
-        "above 0 and finite each", lambda x: all(0 < v < math.inf for v in x), (0.229, 0.224, 0.225)
+        f"in (0, 1] each{_SCALE}", lambda x: all(0 < v <= 1 for v in x), (0.229, 0.224, 0.225)
     )
     shuffle_window: int = _at_least(1, 16384)
-    num_workers: int | Literal["auto"] = _option('at least 0, or "auto"', lambda x: x == "auto" or x >= 0, "auto")
+    num_workers: int | Literal["auto"] = _option(
+        f'from 0 to {MOST_WORKERS}, or "auto"', lambda x: x == "auto" or 0 <= x <= MOST_WORKERS, "auto"
+    )
     prefetch: int = _at_least(0, 2)
 
     def __post_init__(self) -> None:

@@ -64,8 +64,20 @@ BLOCKS = "It takes: num_targets, scale, overlap"
         ("loss: []", "loss (=[]) must hold at least one loss. Registered: huber, l2"),
         ("loss: [l2]", "loss[0] (='l2') must be a mapping with a name. Registered: huber, l2"),
         ("loss: [{name: l2}, {weight: 2}]", "loss[1].name is missing. Registered: huber, l2"),
-        ("loss: {name: l2, weight: .nan}", "loss.weight (=nan) must be finite"),
-        ("loss: [{name: l2}, {name: huber, weight: -.inf}]", "loss[1].weight (=-inf) must be finite"),
+        (
+            "loss: {name: l2, weight: .nan}",
+            "loss.weight (=nan) must be at least 0 and finite: the sum is minimised",
+        ),
+        (
+            "loss: [{name: l2}, {name: huber, weight: -.inf}]",
+            "loss[1].weight (=-inf) must be at least 0 and finite: the sum is minimised",
+        ),
+        (
+            "loss: [{name: l2}, {name: huber, weight: -0.5}]",
+            "loss[1].weight (=-0.5) must be at least 0 and finite: the sum is minimised",
+        ),
+        ("loss: {name: l2, weight: 0}", "loss: the weight of at least one term must be above 0"),
+        ("masker: {num_targets: 2000}", "masker.num_targets (=2000) must be at most 1,024"),
         ("loss: {weight: heavy}", "loss.weight (='heavy') must be a float"),
         ("loss: [{name: l2}, {name: huber, weight: a}]", "loss[1].weight (='a') must be a float"),
         (

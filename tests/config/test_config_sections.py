@@ -11,10 +11,11 @@ import pytest
 from jepa_kit.config import SECTIONS, DataConfig, OptimConfig, TrainConfig
 from jepa_kit.config.errors import ConfigError
 
+SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
 DATA: dict[str, Any] = {"image_size": (32, 32)}
 
 OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
-    ("data", "image_size", (0, 32), "image_size (=(0, 32)) must be at least 1 pixel each way"),
+    ("data", "image_size", (0, 32), "image_size (=(0, 32)) must be from 1 to 65,536 pixels each way"),
     ("data", "crop_scale", (0.5, 0.3), "crop_scale (=(0.5, 0.3)) must be ascending, in (0, 1]"),
     ("data", "crop_scale", (0.0, 0.3), "crop_scale (=(0.0, 0.3)) must be ascending, in (0, 1]"),
     ("data", "crop_scale", (0.5, 1.1), "crop_scale (=(0.5, 1.1)) must be ascending, in (0, 1]"),
@@ -32,10 +33,14 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("data", "transforms", (), "transforms (=()) must be a list of at least one"),
     ("data", "max_pixels", 0, "max_pixels (=0) must be at least 1"),
     ("data", "prefetch", -1, "prefetch (=-1) must be at least 0"),
-    ("data", "mean", (0.5, math.inf, 0.5), "mean (=(0.5, inf, 0.5)) must be finite"),
-    ("data", "std", (0.5, 0.0, 0.5), "std (=(0.5, 0.0, 0.5)) must be above 0 and finite each"),
+    ("data", "mean", (0.5, math.inf, 0.5), f"mean (=(0.5, inf, 0.5)) must be in [0, 1] each{SCALE}"),
+    ("data", "mean", (123.7, 116.3, 103.5), f"mean (=(123.7, 116.3, 103.5)) must be in [0, 1] each{SCALE}"),
+    ("data", "std", (58.4, 57.1, 57.4), f"std (=(58.4, 57.1, 57.4)) must be in (0, 1] each{SCALE}"),
+    ("data", "num_workers", 100_000, 'num_workers (=100000) must be from 0 to 1024, or "auto"'),
+    ("data", "image_size", (10**9, 16), "image_size (=(1000000000, 16)) must be from 1 to 65,536 pixels each way"),
+    ("data", "std", (0.5, 0.0, 0.5), f"std (=(0.5, 0.0, 0.5)) must be in (0, 1] each{SCALE}"),
     ("data", "shuffle_window", 0, "shuffle_window (=0) must be at least 1"),
-    ("data", "num_workers", -1, 'num_workers (=-1) must be at least 0, or "auto"'),
+    ("data", "num_workers", -1, 'num_workers (=-1) must be from 0 to 1024, or "auto"'),
     ("optim", "lr", 0.0, "lr (=0.0) must be above 0 and finite"),
     ("optim", "lr", math.nan, "lr (=nan) must be above 0 and finite"),
     ("optim", "lr", math.inf, "lr (=inf) must be above 0 and finite"),
@@ -139,7 +144,7 @@ def test_sections_are_frozen() -> None:
 
 def test_range_errors_have_the_path_in_a_config(problems: Callable[..., list[str]]) -> None:
     assert problems("optim: {lr: 0, eps: -1}\ntrain: {epochs: 0}\ndata: {image_size: 0}") == [
-        "data.image_size (=(0, 0)) must be at least 1 pixel each way",
+        "data.image_size (=(0, 0)) must be from 1 to 65,536 pixels each way",
         "optim.lr (=0.0) must be above 0 and finite",
         "optim.eps (=-1.0) must be above 0 and finite",
         "train.epochs (=0) must be at least 1",
