@@ -25,8 +25,8 @@ from jepa_kit.config import Config
 from jepa_kit.data.transforms import Window, build_view
 from jepa_kit.engine.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.engine.part_trial import ContractError, Trial, agree
+from jepa_kit.engine.precision import autocast_of
 from jepa_kit.engine.random_state import seeded
-from jepa_kit.engine.step import autocast_of
 from jepa_kit.engine.trial import IMAGES, of_jepa_kit, trial_images, trial_recipe, trial_samples
 from jepa_kit.losses import is_distance
 from jepa_kit.maskers import Masker

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.precision import Precision, autocast_of
 from jepa_kit.engine.buffers import unchanged_buffers
+from jepa_kit.engine.precision import Precision, autocast_of
 from jepa_kit.engine.random_state import seeded
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health_measures import (
