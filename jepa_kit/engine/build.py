@@ -11,7 +11,7 @@ from torch import nn
 
 from jepa_kit.config import Config, located
 from jepa_kit.config.sections import TrainConfig
-from jepa_kit.data.identity import identity
+from jepa_kit.data.identity import brief, identity
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.streams import Access
@@ -84,7 +84,7 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
         return open_shards(config, shards)
     from_main(lambda: len(open_shards(config, shards)))
     dataset = together(lambda: open_shards(config, shards))
-    check_same(flatten({"data.shards" if shards is None else "shards": data_identity(dataset)}))
+    check_same(flatten({"data.shards" if shards is None else "shards": brief(data_identity(dataset))}))
     return dataset
 
 

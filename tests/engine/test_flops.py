@@ -1,7 +1,5 @@
 """The formula against two counters that we did not write: fvcore's (from a trace) and torch's (from what ran)."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT
 from jepa_kit.engine import flops as flops_module
 from jepa_kit.engine.flops import (
+    BY_ONEDNN,
     Lengths,
     count_flops,
     encoder_flops,
@@ -41,12 +40,6 @@ def config(masker="multiblock", target=None, update="ema"):
             "train": {"attention": "reference"},  # torch's fused backward pass computes some of the forward pass again
         }
     )
-
-
-BY_ONEDNN = {
-    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, out_shape, **__: 2 * math.prod(x) * weight[0],
-}
-"""torch has no formula for this operator: x [R, K], weight [N, K]."""
 
 
 def make(held):
@@ -201,7 +194,7 @@ def test_parts_without_a_formula_are_counted(monkeypatch, parts):
     assert not model_flops(jepa).has_formula
     found = flops_of(held, jepa, torch.device("cpu"))
     masks = build_masker(held)(np.arange(8), seed=0, epoch=0)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=BY_ONEDNN) as counter:
         jepa(torch.randn(8, 3, 32, 32), masks).loss.backward()
     assert found.training(Lengths.of(masks, 8)) == pytest.approx(counter.get_total_flops())
     assert found.training(Lengths.of(build_masker(held)(np.arange(3), seed=0, epoch=0), 3)) == pytest.approx(
