@@ -46,7 +46,7 @@ def refused(do):
     return None
 
 
-def one_rank(world, config, shards, other, out):
+def one_rank(world, config, shards, other, same_size, out):
     """Rank 1 has other settings, one after another; then other data, a broken folder, and other code."""
     raw = config.to_dict()
 
@@ -72,6 +72,9 @@ def one_rank(world, config, shards, other, out):
         assert refused(lambda: open_together(config, shards)) is None
         message = refused(lambda: open_together(config, other if world.rank else shards))
         assert "shards.samples: 20 on rank 0, 8 on rank 1" in message, message
+        message = refused(lambda: open_together(config, same_size if world.rank else other))
+        assert "shards.digest: " in message, message
+        assert "shards.samples" not in message, message
         message = refused(lambda: open_together(config, f"{shards}/none" if world.rank else shards))
         assert "none" in message
     (out / f"rank_{world.rank}").touch()
@@ -81,9 +84,11 @@ def one_rank(world, config, shards, other, out):
 def test_ranks_that_differ(tiny, shards, tmp_path):
     other, out = tmp_path / "other", tmp_path / "out"
     out.mkdir()
-    made = ["synthetic:scenes", str(other), "--num-scenes", "8", "--image-size", "16", "--workers", "1"]
-    assert make_shards.main(made) == 0
-    launch(2, one_rank, tiny(), shards, other, out)
+    same_size = tmp_path / "same_size"
+    for seed, folder in enumerate((other, same_size)):
+        made = ["synthetic:scenes", str(folder), "--num-scenes", "8", "--image-size", "16", "--workers", "1"]
+        assert make_shards.main([*made, "--seed", str(seed)]) == 0
+    launch(2, one_rank, tiny(), shards, other, same_size, out)
     assert len(list(out.iterdir())) == 2
 
 
