@@ -5,21 +5,28 @@ P = packed tokens of all sets    D = width    h = heads    d = D / h    R = P or
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jepa_kit.encoders.attention import Backend, attend
-from jepa_kit.encoders.compiled import run_block
+from jepa_kit.encoders.casts import cast_weights
+from jepa_kit.encoders.compiled import run_compiled
 from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import check_choice
 from jepa_kit.structures import SetLengths
 
 Init = Literal["released", "depth_scaled"]
+Compile = bool | Literal["auto"]
+
+WIDE = 768
+"""Width of an encoder from which compilation pays on CUDA: ViT-B. Smaller ones are bound by launches of their steps."""
 
 
 COUNTS = 64
@@ -134,9 +141,11 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); compiled where it is told to be.
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
+        compiled: run in compiled regions (compiled.py).
+        may_compile: whether ``compile_blocks`` may set that.
         checkpointed: keep nothing but the input for the backward pass, which computes the rest again, stochastic depth
             with the same draws (Chen et al. 2016, "Training deep nets with sublinear memory cost").
     """
@@ -151,10 +160,11 @@ class Block(nn.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         backend: Backend = "auto",
-        compiled: bool = False,
+        compiled: Compile = False,
     ) -> None:
         super().__init__()
-        self.compiled = compiled
+        self.compiled = compiled is True
+        self.may_compile = compiled == "auto"
         self.checkpointed = False
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, backend=backend)
@@ -176,10 +186,34 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, lengths: SetLengths, route: Route | None) -> Tensor:
         if self.compiled:
-            return run_block(self, x, lengths, route)
+            return next(run_compiled([self], x, lengths, [route]))
         stream, after = (x, lengths) if route is None else (route.rows(x), route.lengths)
-        x = stream + self.drop_path(self.attn(self.norm1(x), lengths, route, len(stream)), after)
-        return x + self.drop_path(self.mlp(self.norm2(x)), after)
+        with cast_weights([self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2], x.device.type):
+            x = stream + self.drop_path(self.attn(self.norm1(x), lengths, route, len(stream)), after)
+            return x + self.drop_path(self.mlp(self.norm2(x)), after)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, lengths: SetLengths, routes: Sequence[Route | None] | None = None
+) -> Iterator[Tensor]:
+    """Yield the output of each block, each [R, D]; one after another, so that none is stored here.
+
+    Args:
+        blocks: ``Block``s, whose weights are used in this order.
+        x: [R, D].
+        lengths: of the sets.
+        routes: for each block, see ``Block.forward``; None for none.
+    """
+    every: list[Any] = list(blocks)
+    routes = [None] * len(every) if routes is None else routes
+    # Hooks of a block (FSDP2 gathers its weights in one) and checkpoints need a call of each block.
+    apart = any(b._forward_hooks or b._forward_pre_hooks or (b.checkpointed and torch.is_grad_enabled()) for b in every)
+    if all(b.compiled for b in every) and not apart:
+        yield from run_compiled(every, x, lengths, routes)
+        return
+    for block, route in zip(every, routes, strict=True):
+        x = block(x, lengths, route)
+        yield x
 
 
 def checkpoint_activations(module: nn.Module) -> None:
@@ -196,6 +230,20 @@ def checkpoint_activations(module: nn.Module) -> None:
         block.checkpointed = True
 
 
+def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
+    """Compile the blocks whose option is ``auto``, if that pays: on CUDA, with Triton, for a wide encoder.
+
+    It is for training alone: a compilation takes longer than most evaluations.
+
+    Args:
+        width: of the encoder, which decides for its predictor too.
+    """
+    if device.type == "cuda" and width >= WIDE and importlib.util.find_spec("triton") is not None:
+        for block in module.modules():
+            if isinstance(block, Block):
+                block.compiled |= block.may_compile
+
+
 def make_blocks(
     dim: int,
     depth: int,
@@ -206,7 +254,7 @@ def make_blocks(
     norm_eps: float = 1e-6,
     drop_path: float = 0.0,
     backend: Backend = "auto",
-    compiled: bool = False,
+    compiled: Compile = False,
 ) -> nn.ModuleList:
     """``depth`` blocks; the drop rate rises linearly from 0 to ``drop_path`` at the last one.
 

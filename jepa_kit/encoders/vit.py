@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import (
+    Compile,
     Init,
     add_rows,
     fill_rows,
     init_transformer,
     make_blocks,
+    run_blocks,
     take_rows,
 )
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
@@ -95,7 +97,7 @@ class ViT(nn.Module):
             flattened pixels as MAE has it. With small patches the released one leaves the content of a token
             far smaller than its position (a fifth, with 4 x 4 pixels), and training stays at positions.
         compile: torch.compile for all of a block but attention: fewer kernels, and minutes before the first step
-            is done.
+            is done. ``auto`` compiles in training on CUDA, if the encoder is a ViT-B or wider (``compile_blocks``).
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
@@ -120,7 +122,7 @@ class ViT(nn.Module):
         input_norm: InputNorm = "none",
         init: Init = "released",
         patch_init: PatchInit = "xavier",
-        compile: bool = False,
+        compile: Compile = "auto",
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -187,10 +189,9 @@ class ViT(nn.Module):
             raise ValueError(f"last (={last}) must be from 1 to the encoder's depth (={self.depth})")
         x, lengths = self.embed(images, patches)
         outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, lengths)
+        for i, output in enumerate(run_blocks(self.blocks, x, lengths)):
             if i >= self.depth - last:
-                outputs.append(take_rows(self.norm(x), lengths.total))
+                outputs.append(take_rows(self.norm(output), lengths.total))
         return outputs
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:

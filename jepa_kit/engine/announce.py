@@ -34,6 +34,9 @@ def announce(
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
     dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
     attention = describe_backend(run.device, dtype, run.config.train.attention)
+    compiled = [
+        name for name, child in run.jepa.named_children() if any(getattr(m, "compiled", False) for m in child.modules())
+    ]
     facts = {
         "versions": versions(),
         "device": str(run.device.type),
@@ -41,6 +44,7 @@ def announce(
         "world_size": run.world.size,
         "topology": to_dict(places, precision_of(run.config)),
         "attention": attention,
+        "compiled": compiled,
         "data": brief(data_identity(run.dataset)),
         "num_workers": run.loader.num_workers,
         "threads": torch.get_num_threads(),
@@ -69,9 +73,8 @@ def announce(
         print(f"data: {run.loader.fetching()}")
     print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
     print(f"parameters: {counts}")
-    compiled = [slot for slot in ("encoder", "predictor") if run.config.slots[slot].options.get("compile")]
     if compiled:
-        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
+        print(f"compiling: the blocks of {', '.join(compiled)}, in the first steps, which may take minutes")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:
         print(line)

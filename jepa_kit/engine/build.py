@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.streams import Access
 from jepa_kit.data.transforms import View, build_view
-from jepa_kit.encoders.blocks import checkpoint_activations
+from jepa_kit.encoders import Encoder
+from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.checkpoint import (
     CheckpointError,
     check_finite,
@@ -138,6 +139,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     torch.manual_seed(settings.seed)
     jepa = build_recipe(config).to(device).train()
     together(lambda: check_parts(config, device, weights_of=jepa))
+    compile_blocks(jepa, device, cast(Encoder, jepa.encoder).embed_dim)
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
         checkpoint_activations(jepa.predictor)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.attention import Backend
-from jepa_kit.encoders.blocks import Init, Route, fill_rows, init_transformer, make_blocks, take_rows
+from jepa_kit.encoders.blocks import (
+    Compile,
+    Init,
+    Route,
+    fill_rows,
+    init_transformer,
+    make_blocks,
+    run_blocks,
+    take_rows,
+)
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import PREDICTORS
@@ -35,8 +44,7 @@ class ViTPredictor(nn.Module):
         norm_eps: eps of every LayerNorm.
         drop_path: stochastic depth, see ``ViT``.
         init: weights as released, or scaled down by depth.
-        compile: torch.compile for all of a block but attention: fewer kernels, and minutes before the first step
-            is done.
+        compile: see ``ViT``.
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
@@ -56,7 +64,7 @@ class ViTPredictor(nn.Module):
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
         init: Init = "released",
-        compile: bool = False,
+        compile: Compile = "auto",
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -107,14 +115,13 @@ class ViTPredictor(nn.Module):
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
         order, is_target = sequence_order(masks)
         x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]))  # [P_c + P_t, E] and rows
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            # A context token stands in the sequence of each of its target blocks, and is the same in all of them up to
-            # the first attention. After the last attention only target tokens are read.
-            source, kept = order if i == 0 else None, is_target if i == last else None
-            lengths = masks.sequences if kept is None else masks.targets.lengths
-            inner = source is None and kept is None
-            x = block(x, masks.sequences, None if inner else Route(source, kept, lengths))
+        # A context token stands in the sequence of each of its target blocks, and is the same in all of them up to the
+        # first attention. After the last attention only target tokens are read.
+        routes: list[Route | None] = [None] * len(self.blocks)
+        routes[0] = Route(order, None, masks.sequences)
+        routes[-1] = Route(order if len(routes) == 1 else None, is_target, masks.targets.lengths)
+        for output in run_blocks(self.blocks, x, masks.sequences, routes):
+            x = output
         return take_rows(self.proj(self.norm(x)), len(is_target))  # [P_t, out_dim]
 
 

@@ -1,0 +1,72 @@
+"""One cast for all weights of a block, where autocast casts each weight and each bias by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Affine = tuple[Tensor, Tensor | None]
+
+
+class _Cast(torch.autograd.Function):
+    """Casts float32 tensors in one launch or a few, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return _copies(tensors, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(_copies([g for g in grads if g is not None], torch.float32))
+        return (None, *(None if g is None else next(given) for g in grads))
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
+
+
+def cast_together(linears: Sequence[nn.Linear], device_type: str) -> list[Affine]:
+    """Return weight and bias of each layer as autocast would cast them, bit for bit; gradients too.
+
+    Without autocast, and for parameters that are not float32, these are the parameters themselves.
+    """
+    parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+    if torch.is_autocast_enabled(device_type) and all(p.dtype == torch.float32 for p in parameters):
+        dtype = torch.get_autocast_dtype(device_type)
+        if torch.is_grad_enabled() and not all(p.requires_grad for p in parameters):
+            parameters = [p.to(dtype) for p in parameters]  # some are frozen: no gradient for those
+        else:
+            parameters = list(_Cast.apply(dtype, *parameters))
+    given = iter(parameters)
+    return [(next(given), None if linear.bias is None else next(given)) for linear in linears]
+
+
+@contextmanager
+def cast_weights(linears: Sequence[nn.Linear], device_type: str) -> Iterator[None]:
+    """Inside it, the layers have the weights of ``cast_together``."""
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    cast = cast_together(linears, device_type)
+    own = [(linear.weight, linear.bias) for linear in linears]
+    try:
+        _set_weights(linears, cast)
+        yield
+    finally:
+        _set_weights(linears, own)
+
+
+def _set_weights(linears: Sequence[nn.Linear], weights: Sequence[Affine]) -> None:
+    for linear, (weight, bias) in zip(linears, weights, strict=True):
+        parameters: dict[str, Any] = linear._parameters
+        parameters.update(weight=weight, bias=bias)
