@@ -34,9 +34,8 @@ def announce(
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
     dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
     attention = describe_backend(run.device, dtype, run.config.train.attention)
-    compiled = [
-        name for name, child in run.jepa.named_children() if any(getattr(m, "compiled", False) for m in child.modules())
-    ]
+    networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor}
+    compiled = [name for name, part in networks.items() if any(getattr(m, "compiled", False) for m in part.modules())]
     facts = {
         "versions": versions(),
         "device": str(run.device.type),
@@ -74,7 +73,7 @@ def announce(
     print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
     print(f"parameters: {counts}")
     if compiled:
-        print(f"compiling: the blocks of {', '.join(compiled)}, in the first steps, which may take minutes")
+        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
     print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
     for line in start.lines:
         print(line)
