@@ -22,6 +22,9 @@ MATRIX_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "co
 FREE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"})
 """Operators that launch nothing. Views are found by their schema."""
 
+COPIES = frozenset({"copy_", "_foreach_copy_"})
+"""Operators that do not read what they write to."""
+
 ZERO_FILLS = frozenset({"zeros", "zeros_like", "new_zeros", "zero", "zero_", "select_backward", "slice_backward"})
 
 WAITS = frozenset(
@@ -136,7 +139,8 @@ class CountOperators(TorchDispatchMode):
         if name in MATRIX_PRODUCTS or "attention" in name or "attn" in name:
             return
         written = {id(x): size(x) for x in self.tensors(out)}
-        read = 0 if name in ZERO_FILLS or name == "fill_" else sum(size(x) for x in self.tensors((args, kwargs)))
+        read = sum(size(x) for x in self.tensors(args[1] if name in COPIES else (args, kwargs)))
+        read = 0 if name in ZERO_FILLS or name == "fill_" else read
         moved = read + (sum(written.values()) or sum(size(x) for x in self.tensors(args[0])))
         now.gigabytes += moved / 1e9
         self.bytes_of[name] += moved

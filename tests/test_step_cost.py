@@ -119,3 +119,9 @@ def test_a_wait_is_counted(wait):
     with as_if_on_hopper(), FakeTensorMode(), CountOperators() as counter, contextlib.suppress(FAKE_HAS_NO_NUMBERS):
         wait(torch.empty(3, device="cuda"))
     assert counter.phases["other"].syncs >= 1
+
+
+def test_a_copy_reads_its_source_alone():
+    with CountOperators(device="cpu") as counter:
+        torch._foreach_copy_([torch.empty(8, dtype=torch.bfloat16)], [torch.ones(8)])
+    assert counter.bytes_of["_foreach_copy_"] == 8 * 4 + 8 * 2
