@@ -35,13 +35,18 @@ def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
     return tuple(copies)
 
 
+def _enabled(device_type: str) -> bool:
+    available = torch.amp.is_autocast_available(device_type)  # not for meta tensors
+    return available and torch.is_autocast_enabled(device_type)
+
+
 def cast_together(linears: Sequence[nn.Linear], device_type: str) -> list[Affine]:
     """Return weight and bias of each layer as autocast would cast them, bit for bit; gradients too.
 
     Without autocast, and for parameters that are not float32, these are the parameters themselves.
     """
     parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-    if torch.is_autocast_enabled(device_type) and all(p.dtype == torch.float32 for p in parameters):
+    if _enabled(device_type) and all(p.dtype == torch.float32 for p in parameters):
         dtype = torch.get_autocast_dtype(device_type)
         if torch.is_grad_enabled() and not all(p.requires_grad for p in parameters):
             parameters = [p.to(dtype) for p in parameters]  # some are frozen: no gradient for those
@@ -54,7 +59,7 @@ def cast_together(linears: Sequence[nn.Linear], device_type: str) -> list[Affine
 @contextmanager
 def cast_weights(linears: Sequence[nn.Linear], device_type: str) -> Iterator[None]:
     """Inside it, the layers have the weights of ``cast_together``."""
-    if not torch.is_autocast_enabled(device_type):
+    if not _enabled(device_type):
         yield
         return
     cast = cast_together(linears, device_type)

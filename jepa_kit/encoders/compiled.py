@@ -93,7 +93,8 @@ class Regions:
         config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
 
         def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, backend=compiler, fullgraph=True)
+            # Only rows vary: without dynamic=False the second width would make a program for any width.
+            return torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
 
         self.first: Callable[[Tensor, Before], Tensor] = compile(first)
         """[R, D] -> [R, 3 * D]: norm1, q, k and v of the first block."""

@@ -74,6 +74,11 @@ def test_the_weights_are_the_blocks_own_again() -> None:
     assert {name: id(p) for name, p in one.named_parameters()} == {name: id(p) for name, p in own.items()}
 
 
+def test_devices_without_autocast_take_the_weights_as_they_are() -> None:
+    one = block().to("meta")
+    assert one(torch.empty(LENGTHS.total, 24, device="meta"), SetLengths(LENGTHS.each, "meta")).shape == (15, 24)
+
+
 def test_other_precisions_are_left_alone() -> None:
     one = block().double()
     linears = [one.attn.qkv, one.mlp.fc1]

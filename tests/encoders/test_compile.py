@@ -147,7 +147,7 @@ def test_blocks_that_need_a_call_of_their_own_get_one(why: str) -> None:
     """FSDP2 gathers a block's weights in a hook of it; a checkpoint computes a block again."""
     torch.manual_seed(0)
     blocks = make_blocks(8, 3, 2, mlp_ratio=2.0, compiled=True)
-    x, lengths = torch.randn(5, 8), SetLengths([2, 3])
+    x, lengths = torch.randn(5, 8, requires_grad=True), SetLengths([2, 3])
     *_, expected = run_blocks(blocks, x, lengths)
     assert compilations() == 3
     called = []
