@@ -107,7 +107,8 @@ def test_resuming_a_complete_run_does_nothing(tiny):
 
 def test_compiling_is_announced(tiny, monkeypatch, capsys):
     monkeypatch.setattr(loop, "run_steps", lambda *args: loop.End.DONE)
-    train(tiny("encoder.compile=true"))
+    folder = train(tiny("encoder.compile=true"))
+    assert json.loads((folder / "run.json").read_text())["compiled"] == ["encoder"]
     assert "compiling: the blocks of encoder, in the first steps, which may take minutes\n" in capsys.readouterr().out
 
 
