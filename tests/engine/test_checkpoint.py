@@ -347,7 +347,8 @@ def test_other_data(trained):
 MAY_DIFFER = {
     "data": "backoff cache cache_gb label max_skipped num_workers prefetch retries shards timeout",
     "train": "accumulate activation_checkpointing attention bad_numbers bad_numbers_limit checkpoint checkpoint_dir "
-    "checkpoint_every device init_from keep_checkpoints keep_every log_every output_dir parallel tensorboard wandb",
+    "checkpoint_every deterministic device init_from keep_checkpoints keep_every log_every output_dir parallel "
+    "tensorboard wandb",
     "optim": "",
 }
 
