@@ -5,6 +5,8 @@ R = rows    K = width in    N = width out
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 
 @lru_cache(maxsize=2)
@@ -30,14 +33,24 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if half else x.dtype
 
 
-def _is_ours(x: Tensor, dtype: torch.dtype) -> bool:
+def by_onednn(x: Tensor) -> bool:
+    """Return whether ``linear`` of ``x`` [R, K] is computed by oneDNN."""
     # Compilers and tracers know torch's operator better.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return x.device.type == "cpu" and x.ndim == 2 and not traced and _available(dtype)
+    return x.device.type == "cpu" and x.ndim == 2 and not traced and _available(_dtype(x))
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+
+
+def _count_flop(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
+    """Return the FLOP of shapes [R, K] and [N, K]: torch's ``FlopCounterMode`` has no formula for this operator."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_count_flop)
 
 
 class _Linear(torch.autograd.Function):
@@ -77,9 +90,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [R, N].
     """
-    dtype = _dtype(x)
-    if not _is_ours(x, dtype):
+    if not by_onednn(x):
         return F.linear(x, weight, bias)
+    dtype = _dtype(x)
     return _Linear.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
@@ -91,8 +104,8 @@ class Linear(nn.Linear):
 
     def gelu(self, x: Tensor) -> Tensor:
         """Return the GELU of ``self(x)``: one kernel if no gradient is needed, which would need what goes into it."""
-        dtype = _dtype(x)
-        if torch.is_grad_enabled() or not _is_ours(x, dtype):
+        if torch.is_grad_enabled() or not by_onednn(x):
             return F.gelu(self(x))
+        dtype = _dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return _onednn(x.to(dtype), self.weight.to(dtype), bias, "gelu")

@@ -13,9 +13,8 @@ declares ``inherits_flops = True``. For any other network, torch's counter count
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,12 +41,6 @@ FORMULA = (
     "A training step: target encoder + 3 * (encoder + predictor), backward as twice forward; "
     "targets that carry a gradient count three times too. Optimiser and target update are left out."
 )
-
-
-BY_ONEDNN: dict[Any, Any] = {}
-"""Operators of jepa_kit/encoders/products.py that torch's counter has no formula for: x [R, K], weight [N, K]."""
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    BY_ONEDNN[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
 
 
 @dataclass(frozen=True)
@@ -247,7 +240,7 @@ def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
     jepa = trial_recipe(config, device)
     masks = build_masker(config)(trial_samples(images), seed=config.train.seed, epoch=0, step=0).to(device)
     x = trial_images(config, device, images)
-    with seeded(0), FlopCounterMode(display=False, custom_mapping=BY_ONEDNN) as counter:
+    with seeded(0), FlopCounterMode(display=False) as counter:
         loss = jepa(x, masks).loss
         if loss.requires_grad:
             loss.backward()
