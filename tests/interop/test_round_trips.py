@@ -8,6 +8,7 @@ import torch
 
 import jepa_kit
 from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.interop import native
 from jepa_kit.interop.formats import convert, read, read_encoder, write
 from jepa_kit.interop.weights import Reading
 
@@ -101,6 +102,17 @@ def test_an_encoder_alone_becomes_a_checkpoint_with_it_alone(make_weights, tmp_p
         CheckpointError, match="a test does not say which encoder it holds, and this format has a place"
     ):
         write(make_weights(encoder=None), tmp_path / "b", format)
+
+
+@pytest.mark.parametrize(
+    ("data", "epochs"), [({"samples": 3 * 2048 + 5}, 2), ({"samples": 100}, None), ({}, None)], ids=str
+)
+def test_epochs_of_a_run_are_whole_ones(make_weights, data, epochs):
+    """7 updates of 2,048 images; None where the data are not known, or too few for one update."""
+    alone = native.checkpoint_of(make_weights(encoder="context"))
+    run = replace(alone, step=7, data=data, origin={})
+    held = native.encoder_of(run, "context", "a run").provenance
+    assert (held.step, held.epoch) == (7, epochs)
 
 
 @pytest.mark.parametrize("format", ["hf", "timm", "safetensors", "onnx"])
