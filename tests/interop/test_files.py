@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import pickle
+import shutil
 import threading
 
 import pytest
@@ -153,6 +154,19 @@ def test_a_download_with_its_checksum(served, converted, recorded):
 def test_an_address_that_gives_nothing(served):
     with pytest.raises(CheckpointError, match=r"http://.*/nothing could not be downloaded: .*404"):
         load_encoder(f"{served}/nothing")
+
+
+def test_what_lies_elsewhere_is_brought_here(converted, tmp_path, monkeypatch):
+    """Any address that a handler of iopath takes, and the checkpoints of a run folder; but not those that are in it."""
+    asked = []
+    monkeypatch.setattr(files, "to_read", lambda named: asked.append(named) or converted["safetensors"])
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    for folder in (elsewhere, run):
+        folder.mkdir()
+    shutil.copy(converted["jepa_kit"], run / "checkpoint_00000003.pt")
+    assert fetch("bucket://a/b.safetensors") == fetch(elsewhere) == converted["safetensors"]
+    assert fetch(run) == run
+    assert asked == ["bucket://a/b.safetensors", str(elsewhere)]
 
 
 def test_a_checksum_of_a_folder(converted):
