@@ -118,6 +118,16 @@ def test_what_the_file_says_of_itself(released):
     assert held.origin["licence"] == "not stated (CC-BY-NC-4.0 if these are weights released by Meta)"
 
 
+@pytest.mark.parametrize(
+    ("lr", "expected"), [(5e-4, [5e-4, 2e-4, 1e-6]), (1e-7, [1e-7] * 3), (0.0, None), (None, None)], ids=str
+)
+def test_its_learning_rate(released_content, saved, lr, expected):
+    """Start and end are the release's, or lower if the peak is; without a rate all are the released recipe's."""
+    released_content["lr"] = lr
+    optim = official.read(saved(released_content), num_heads=HEADS).config["optim"]
+    assert [optim[name] for name in ("lr", "start_lr", "final_lr")] == (expected or [1e-3, 2e-4, 1e-6])
+
+
 def test_without_an_optimiser_the_step_is_not_known(released_content, saved):
     del released_content["opt"]
     held = read_encoder(saved(released_content), num_heads=HEADS).provenance
