@@ -269,7 +269,8 @@ TITLE = """# Mutants
 
 Written by `make mutate`, which replays `dev/mutants.jsonl` on this tree: small faults, drawn at random before the tests
 that kill them were written. *Survived before* counts those that no test noticed then, *gone* those whose line has
-changed since. Equivalent mutants, which no input can tell from the original, are counted apart."""
+changed since, *not replayed* those that tests killed then and that have not run since. Equivalent mutants, which no
+input can tell from the original, are counted apart."""
 
 
 def report(mutants: list[dict[str, Any]]) -> str:
@@ -277,15 +278,15 @@ def report(mutants: list[dict[str, Any]]) -> str:
     lines = [
         *TITLE.splitlines(),
         "",
-        "| area | mutants | equivalent | survived before | gone | killed | survive |",
-        "|---|" + "---:|" * 6,
+        "| area | mutants | equivalent | survived before | gone | killed | survive | not replayed |",
+        "|---|" + "---:|" * 7,
     ]
     for area in [*dict.fromkeys(m["area"] for m in mutants), "all"]:
         ours = [m for m in mutants if area in (m["area"], "all")]
         real = [m for m in ours if "equivalent" not in m]
         now = Counter(m.get("after") for m in real)
         before = sum(m.get("before") == "survived" for m in real)
-        counts = (len(ours), len(ours) - len(real), before, now["gone"], now["killed"], now["survived"])
+        counts = (len(ours), len(ours) - len(real), before, *(now[v] for v in ("gone", "killed", "survived", None)))
         lines.append(f"| {area} | " + " | ".join(map(str, counts)) + " |")
     survivors = [(m, m.get("why", "")) for m in mutants if m.get("after") == "survived" and "equivalent" not in m]
     equivalent = [(m, m["equivalent"]) for m in mutants if "equivalent" in m]

@@ -119,4 +119,4 @@ def test_a_toy_package(tmp_path):
     assert done.returncode == 1
     table = sample.with_suffix(".md").read_text()
     assert "-> `x >= 30`. 30 either way" in table
-    assert "| toy | 6 | 1 | 2 | 2 | 2 | 1 |" in table
+    assert "| toy | 6 | 1 | 2 | 2 | 2 | 1 | 0 |" in table
