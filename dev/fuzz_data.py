@@ -6,10 +6,12 @@ import atexit
 import functools
 import io
 import json
+import logging
 import random
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,9 @@ from jepa_kit.data.shard_writing import INDEX, KEYS, LABELS, OFFSETS, Sample, wr
 from jepa_kit.data.shards import ShardDataset
 from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.base import Refused
+
+logging.getLogger("jepa_kit.data").setLevel(logging.ERROR)  # what an index leaves out
+warnings.filterwarnings("ignore", module="PIL")
 
 Cases = Iterator[tuple[str, Callable[[], object]]]
 ARRAYS = (OFFSETS, LABELS, KEYS)
