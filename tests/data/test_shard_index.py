@@ -154,12 +154,13 @@ def edited(folder, name, change, *, old):
     np.save(folder / name, array)
     index = json.loads((folder / "index.json").read_text())
     if old:
-        del index["arrays"]
+        index.pop("arrays", None)
     (folder / "index.json").write_text(json.dumps(index))
 
 
 IMPOSSIBLE = {
     "class 999": ("labels.npy", (3, 0), 999, "sample 3 has class 999 of label 'class', which has 4 classes"),
+    "class 4": ("labels.npy", (3, 0), 4, "sample 3 has class 4 of label 'class', which has 4 classes"),
     "class -2": ("labels.npy", (3, 0), -2, "sample 3 has class -2 of label 'class', which has 4 classes"),
     "beyond the shard": (
         "offsets.npy",
@@ -180,6 +181,19 @@ def test_what_cannot_be_is_refused_without_checksums(folder, damage):
     name, place, value, message = IMPOSSIBLE[damage]
     edited(folder, name, lambda array: array.__setitem__(place, value), old=True)
     with pytest.raises(ValueError, match=rf"^{folder / name} is damaged: {message}.*; make the shards again$"):
+        ShardDataset(folder)
+
+
+def test_the_last_byte_of_a_shard_is_its_last(folder):
+    """A member may end with its shard, and not a byte later."""
+    offset = int(np.load(folder / "offsets.npy")[12, 0])
+    size = (folder / "shard-000001.tar").stat().st_size
+    edited(folder, "offsets.npy", lambda array: array.__setitem__((12, 1), size - offset), old=True)
+    ShardDataset(folder)
+    edited(folder, "offsets.npy", lambda array: array.__setitem__((12, 1), size - offset + 1), old=True)
+    with pytest.raises(
+        ValueError, match=f"the image of sample 12 has {size - offset + 1} bytes at {offset}, in a shard"
+    ):
         ShardDataset(folder)
 
 
