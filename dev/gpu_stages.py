@@ -167,33 +167,35 @@ def attention(r: Record) -> None:
         sys.exit("no measurement of attention succeeded")
 
 
-STEPS = (
-    ("huge", "uniform"),
-    ("huge", "ragged"),
-    ("large", "ragged"),
-    ("base", "ragged"),
-    ("large", "uniform"),
-    ("base", "uniform"),
+BOTH = ("plain", "release")
+STEPS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
+    ("huge", "uniform", 128, ()),
+    ("huge", "uniform", 32, BOTH),
+    ("huge", "ragged", 128, ()),
+    ("large", "ragged", 64, BOTH),
+    ("base", "ragged", 128, BOTH),
+    ("large", "uniform", 64, BOTH),
+    ("base", "uniform", 128, BOTH),
 )
-"""What is measured of a step, worth first: if time runs out, the last ones are missing."""
+"""Size, masks, images and whom a step is compared with, worth first: if time runs out, the last ones are missing. All
+contenders share the device's memory at once, so where there are some, batches are small enough for 80 GB (estimated)."""
 
 
 def eager(r: Record) -> None:
     """A training step of ours, of plain code, and of plain code as the release does it (bench_step.py)."""
-    for size, masks in (("tiny", "ragged"), ("tiny", "uniform")) if r.small else STEPS:
-        patch = 14 if size == "huge" else 16
-        shape = ("--image-size", 96, "--batch-size", 2) if r.small else ("--batch-size", 128)
-        turns = ("--repeats", 1 if r.small else 3, "--device", r.device, "--dtypes", "bf16")
-        found = r.benchmark("bench_step.py", "--sizes", size, "--masks", masks, "--patch-size", patch, *shape, *turns)
+    small = (("tiny", "ragged", 2, BOTH), ("tiny", "uniform", 2, ()))
+    for size, masks, images, against in small if r.small else STEPS:
+        shape = ("--masks", masks, "--batch-size", images, *(("--image-size", 96) if r.small else ()))
+        turns = ("--repeats", 1 if r.small else 3, "--device", r.device, "--dtypes", "bf16", "--against", *against)
+        found = r.benchmark("bench_step.py", "--sizes", size, *shape, *turns)
         for result in found["results"] if found else []:
-            seconds, share = result["seconds"], result["share_of_peak"]
-            others = [
-                f"{name} {result['batch_size'] / t:.0f} img/s (ours {t / seconds['ours']:.2f} x)"
-                for name, t in seconds.items()
-                if name != "ours"
-            ]
-            ours = f"{result['batch_size'] / seconds['ours']:.0f} img/s, {share['ours']:.0%} of the matrix peak"
-            r.row(f"{size}/{patch} {masks}", "; ".join([ours, *others]), **{f"{size}_{masks}": result})
+            seconds = result["seconds"]
+            texts = [f"{images / seconds['ours']:.3g} img/s, {result['share_of_peak']['ours']:.0%} of the matrix peak"]
+            for name in against:
+                ratio = seconds[name] / seconds["ours"]
+                texts.append(f"{name} {images / seconds[name]:.3g} img/s (ours {ratio:.2f} x)")
+            label = f"{size}/{result['patch_size']} {masks}, batch {images}"
+            r.row(label, "; ".join(texts), **{label: result})
     if not r.data:
         sys.exit("no measurement of a step succeeded")
 
@@ -227,7 +229,7 @@ def show_compiled(r: Record, rows: list[dict[str, Any]]) -> None:
     for result in rows:
         texts = []
         for name, of_option in result["options"].items():
-            texts.append(f"{name} {of_option['images_per_second']:.0f} img/s, {of_option['share_of_peak']:.0%} of peak")
+            texts.append(f"{name} {of_option['images_per_second']:.3g} img/s, {of_option['share_of_peak']:.0%}")
         kind = " (aot_eager)" if r.small else ""
         r.row(f"{result['size']}/{result['patch_size']} ragged{kind}", "; ".join(texts), **{result["size"]: result})
 
@@ -274,7 +276,7 @@ def loader(r: Record) -> None:
 
     def tell(result: dict[str, Any]) -> None:
         label = f"{result['workers']} workers, {result['decoder']}"
-        text = f"{result['images_per_second']:.0f} img/s, {result['data_wait']:.1%} of the time waiting for data"
+        text = f"{result['images_per_second']:.3g} img/s, {result['data_wait']:.1%} of the time waiting for data"
         r.row(label, text, **{label: result})
 
     feed([*options, *workers, "--device", r.device, "--output", str(output)], tell=tell)
