@@ -178,7 +178,7 @@ STEPS: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("base", "uniform", 128, BOTH),
 )
 """Size, masks, images and whom a step is compared with, worth first: if time runs out, the last ones are missing. All
-contenders share the device's memory at once, so where there are some, batches are small enough for 80 GB (estimated)."""
+contenders share the device's memory at once: with them, batches are small enough for 80 GB (estimated)."""
 
 
 def eager(r: Record) -> None:
