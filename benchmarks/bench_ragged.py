@@ -78,6 +78,7 @@ def encoder_case(size: str, batch_size: int, dtype: str, device: str, repeats: i
     """Forward and backward of an encoder over the three kinds of sets."""
     patch = PATCH.get(size, 16)
     torch.manual_seed(0)
+    torch._dynamo.reset()  # each size is compiled as in a run of its own
     encoder = ViT(image_size=(SIDE, SIDE), patch_size=patch, size=size, compile=compile).to(device)  # type: ignore[arg-type]
     grid = SIDE // patch
     ragged = contexts(grid, batch_size)
