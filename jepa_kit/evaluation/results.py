@@ -216,6 +216,9 @@ def read_results(file: str | Path) -> dict[str, Any]:
             part = part.get(key) if isinstance(part, dict) else None
         if not isinstance(part, kind):
             raise ValueError(f"{file}: {name} (={part!r:.60}) must be {right}: it is damaged; evaluate again")
+    step = (content["checkpoint"] or {}).get("step")
+    if step is not None and type(step) is not int:
+        raise ValueError(f"{file}: checkpoint.step (={step!r:.60}) must be an int: it is damaged; evaluate again")
     for number, row in enumerate(content["rows"], 1):
         _check_row(row, f"{file}: row {number}")
     return content

@@ -117,6 +117,9 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> Checkpoint:
     for name, state in optimizer.items():
         check_finite(state, f"the optimiser's state for {name} of {path}")
     if note is not None:
+        kinds = {"step": int, "config": dict, "versions": dict, "data": dict, "origin": dict}
+        if wrong := [key for key, kind in kinds.items() if type(note.get(key)) is not kind]:
+            raise CheckpointError(f"{path}: its note {ABOUT!r} is damaged: {wrong[0]} (={note.get(wrong[0])!r:.60})")
         origin = {**note["origin"], **({"positions": positions} if positions else {})}
         return Checkpoint(model=model, optimizer=optimizer, **{**note, "origin": origin})
     epoch = int(held.get("epoch") or 0)

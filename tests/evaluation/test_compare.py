@@ -339,3 +339,31 @@ def test_other_sizes_and_decoders_are_other_data(tmp_path):
         ("a, at 32 x 32", "scenes at 32 x 32, fast"): 0.3,
     }
     assert "scenes at 32 x 32, fast: count" in to_markdown(cells)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": {"step": {}}}, r"checkpoint.step \(={}\) must be an int"),
+        ({"checkpoint": 3}, r"checkpoint \(=3\) must be a mapping or null"),
+        ({"seeds": {"run": "0", "protocols": 0}}, r"seeds.run \(='0'\) must be an int"),
+        ({"rows": [3]}, r"row 1 \(=3\) must be a mapping"),
+        ({"config": {"data": []}}, r"is damaged \(AttributeError: .*\): evaluate again"),
+    ],
+)
+def test_files_of_results_that_are_damaged(tmp_path, change, message):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content([row("target", "count", 0.5)]) | change))
+    with pytest.raises(ValueError, match=message):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("label", 3), ("accuracy", "x"), ("settings", []), ("layers", 1), ("seed", "")]
+)
+def test_rows_that_are_damaged(tmp_path, name, value):
+    held = content([row("target", "count", 0.5)])
+    held["rows"][0][name] = value
+    (tmp_path / "results.json").write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=rf"row 1 has {name} \(=.*\), which must be"):
+        load(tmp_path / "results.json")

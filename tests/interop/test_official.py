@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, optimizer_state
+from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint, optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
@@ -284,6 +284,17 @@ def test_parts_that_do_not_fit(released_content, saved, change, message):
     change(released_content)
     with pytest.raises(CheckpointError, match=message):
         read_encoder(saved(released_content), num_heads=HEADS)
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", "x"), ("step", True), ("config", None), ("origin", [])])
+def test_a_note_of_another_type(converted, saved, key, value):
+    held = torch.load(converted["official"], weights_only=True)
+    held["jepa_kit"] = {"step": 3, "config": {}, "versions": {}, "data": {}, "origin": {}}
+    held["jepa_kit"][key] = value
+    if key != "config":
+        held["jepa_kit"]["config"] = load_checkpoint(converted["jepa_kit"]).config
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_encoder(saved(held), num_heads=HEADS)
 
 
 def test_an_optimiser_without_its_parts(released_content, saved):
