@@ -125,8 +125,9 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
 
     Raises:
         ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
-            not fill, a precision that the device does not have, or a network without a formula. ``auto`` is bf16 here.
+            not fill, a precision that the device does not have, or a network without a formula.
     """
+    # What ``auto`` becomes on such a device (precision.py).
     if config.train.precision == "auto":
         config = with_precision(config, "float32" if assumptions.device.bf16_tflops is None else "bf16")
     with torch.device("meta"):
