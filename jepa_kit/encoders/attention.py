@@ -69,7 +69,7 @@ def _choose(backend: Backend, q: Tensor) -> str:
         return "xformers" if why_not("xformers", q) is None else "sdpa"
     reason = why_not(backend, q)
     if reason is not None:
-        raise ValueError(f"attention backend {backend!r} cannot run: {reason}")
+        raise ValueError(f"attention (={backend!r}) cannot run: {reason}")
     return backend
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from jepa_kit.config import versions
+from jepa_kit.config import located, versions
 from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.identity import brief
 from jepa_kit.encoders.attention import describe_backend
@@ -33,7 +33,8 @@ def announce(
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
     dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
-    attention = describe_backend(run.device, dtype, run.config.train.attention)
+    with located("train"):
+        attention = describe_backend(run.device, dtype, run.config.train.attention)
     networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor}
     compiled = [name for name, part in networks.items() if any(getattr(m, "compiled", False) for m in part.modules())]
     facts = {

@@ -81,7 +81,7 @@ def describe(places: Sequence[Place], precision: Precision) -> list[str]:
     lines = [
         f"device: {models}, {count} process{'es' if count > 1 else ''}",
         f"topology: {nodes}: {where}",
-        f"mfu is over {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
+        f"mfu is relative to {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
     ]
     lines += [
         f"note: rank {place.rank} on {place.host} ({place.device}) does {place.matrix_tflops / most:.0%} of the fastest"
