@@ -1,6 +1,7 @@
 """What a training step asks of a device: kernels a block, and no wait of the host. Counted without a GPU."""
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from benchmarks.count_operators import CountOperators, Phase
 from benchmarks.fake_cuda import as_if_on_hopper
 from jepa_kit.encoders import ViT
+from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.precision import autocast_of
+from jepa_kit.engine.schedules import Hyper
+from jepa_kit.engine.step import train_step
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import RELEASED, Masker, MultiBlock
 from jepa_kit.predictors import ViTPredictor
@@ -22,6 +27,7 @@ from jepa_kit.targets import RepresentationTarget
 
 GRID = (8, 8)
 BATCH = 4
+HYPER = Hyper(lr=1e-3, weight_decay=0.04, momentum=0.996)
 
 FAKE_HAS_NO_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException, RuntimeError)
 """RuntimeError: a CPU build refuses what such an operator would do next on CUDA."""
@@ -55,7 +61,7 @@ def on_fake_cuda(jepa: JEPA) -> JEPA:
             for name, x in tensors.items():
                 if x is not None:
                     fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
-                    tensors[name] = nn.Parameter(fake, requires_grad=False) if isinstance(x, nn.Parameter) else fake
+                    tensors[name] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
     return jepa
 
 
@@ -86,7 +92,7 @@ def test_a_block_launches_no_more_kernels_than_the_level_reached():
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("name", MASKERS.names())
 def test_the_host_never_waits_for_the_device(name, half):
-    """On fake CUDA tensors, without gradients: the CPU build of torch cannot differentiate those."""
+    """A step on fake CUDA tensors. The CPU build of torch cannot differentiate those, so gradients are made up."""
     options = {"maskers": [{"name": "random"}, {"name": "block"}]} if name == "mixture" else {}
     masks = masks_of(MASKERS.build(name, options, grid=GRID))
     real = small_jepa()
@@ -94,13 +100,20 @@ def test_the_host_never_waits_for_the_device(name, half):
         jepa = on_fake_cuda(real)
         images = torch.empty(BATCH, 3, 64, 64, device="cuda")
         on_device = masks.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
-        counter = CountOperators()
-        autocast = torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext()
-        with torch.no_grad(), autocast, counter:
-            jepa(images, on_device)
-            jepa.update_target(0.996)
+        optimizer, counter = build_optimizer(jepa), CountOperators()
+        jepa.requires_grad_(False)
+
+        def backward(loss: torch.Tensor) -> None:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.empty_like(p)
+
+        with mock.patch.object(torch.Tensor, "backward", backward), torch.no_grad(), counter:
+            autocast = autocast_of("bf16" if half else "float32", images.device)
+            train_step(jepa, optimizer, HYPER, images, on_device, autocast=autocast, clip_grad=1.0)
     total = sum(counter.phases.values(), Phase())
     assert total.kernels > 100
+    assert counter.kernels_of["_fused_adamw_"] > 0
     assert total.syncs == 0
 
 

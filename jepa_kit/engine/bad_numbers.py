@@ -43,7 +43,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
     Torch's fused AdamW reads ``found_inf`` on the device, as ``torch.amp.GradScaler`` has it do.
     """
     assert all(group["fused"] for group in optimizer.param_groups), "only the fused AdamW reads found_inf"
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.isfinite(grad_norm).logical_not().float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
