@@ -155,8 +155,7 @@ def named_phases(jepa: JEPA, counter: CountOperators) -> None:
 
     wrap(jepa.encoder, "forward", "encoder")
     wrap(jepa.predictor, "forward", "predictor")
-    if jepa.target_encoder is not None:
-        wrap(jepa.target_encoder, "forward", "target encoder")
+    wrap(jepa.target, "forward", "target encoder")
     wrap(jepa, "update_target", "average")
 
 
