@@ -1,44 +1,26 @@
-"""Which kernel attention launches on CUDA, seen with fake tensors; what is passed to it; xformers that does not load.
+"""Which kernel attention launches on CUDA, seen with fake tensors; what is passed to it.
 
 The CPU build of torch has the schemas and the shapes of the CUDA operators, and no kernels.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from launched import Launched, on_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kit.encoders import ViT, attend, attention_cuda
-from jepa_kit.encoders.attention import describe_backend, why_not
+from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.structures import PatchSets, SetLengths
 
 RAGGED = (3, 17, 1, 5)
 KERNELS = {torch.bfloat16: "_flash_attention", torch.float16: "_flash_attention", torch.float32: "_efficient_attention"}
-
-
-class Launched(TorchDispatchMode):
-    """Collects the names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def attention(self) -> list[str]:
-        return [name for name in self.names if "attention" in name]
 
 
 @pytest.fixture
@@ -50,10 +32,6 @@ def no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake_cuda(no_xformers: None) -> Iterator[None]:
     with FakeTensorMode(), torch.no_grad():
         yield
-
-
-def on_cuda(lengths: SetLengths) -> SetLengths:
-    return lengths.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
 
 
 def launched(lengths: SetLengths, dtype: torch.dtype, width: int = 8) -> Launched:
@@ -249,112 +227,6 @@ def test_kernels_equal_float64(dtype: torch.dtype, tolerance: float, width: int)
     (out, grad), (exact, exact_grad) = results
     assert float((out - exact).abs().max()) < tolerance
     assert float((grad - exact_grad).abs().max()) < 5 * tolerance
-
-
-# --- xformers ---
-
-
-def fake_xformers(monkeypatch: pytest.MonkeyPatch, *, loads: bool, refuses: str | None) -> None:
-    """An xformers whose operators are registered, and run only if its library loads and they refuse nothing."""
-
-    class Operator:
-        NAME = "fa2F@2.5.7-pt"
-
-        @staticmethod
-        def is_available() -> bool:
-            return True
-
-        @staticmethod
-        def not_supported_reasons(inputs: Any) -> list[str]:
-            assert inputs.query.shape[:3] == (1, 1, 1)
-            return [refuses] if refuses else []
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None) -> Tensor:
-        assert loads
-        assert not refuses
-        return torch.full_like(q, 7)
-
-    fmha = SimpleNamespace(
-        ALL_FW_OPS=[Operator],
-        ALL_BW_OPS=[Operator],
-        Inputs=lambda q, k, v, attn_bias: SimpleNamespace(query=q),
-        BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths),
-    )
-    modules: dict[str, Any] = {name: ModuleType(name) for name in ("xformers", "xformers.ops", "xformers._cpp_lib")}
-    modules["xformers"].ops, modules["xformers"]._cpp_lib = modules["xformers.ops"], modules["xformers._cpp_lib"]
-    modules["xformers.ops"].fmha = fmha
-    modules["xformers.ops"].memory_efficient_attention = attention
-    modules["xformers._cpp_lib"]._built_with_cuda = loads
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.fixture(autouse=True)
-def fresh_answers() -> Iterator[None]:
-    """Nothing is remembered of an xformers from one test to the next."""
-    cached = (attention_cuda._xformers, attention_cuda._refusal)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
-
-
-def attend_on_fake_cuda(backend: Any = "auto") -> list[str]:
-    with FakeTensorMode(), torch.no_grad(), Launched() as seen:
-        q = torch.empty(26, 2, 8, device="cuda", dtype=torch.bfloat16)
-        attend(q, q, q, on_cuda(SetLengths([13, 13])), backend)
-    return seen.names
-
-
-def test_xformers_is_taken_if_its_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_xformers(monkeypatch, loads=True, refuses=None)
-    assert "full_like" in attend_on_fake_cuda()
-    assert "full_like" in attend_on_fake_cuda("xformers")
-    with FakeTensorMode():
-        assert describe_backend(torch.device("cuda"), torch.bfloat16) == "xformers"
-
-
-@pytest.mark.parametrize(
-    ("loads", "refuses", "message"),
-    [
-        (False, None, "the kernels of this xformers do not load.*torch 2.10.*nvidia-cuda-runtime-cu12==12.8.90"),
-        (
-            True,
-            "xFormers wasn't build with CUDA support",
-            r"none of its operators takes bfloat16 with heads of 8 \(fa2F@2.5.7-pt: xFormers wasn't build with CUDA",
-        ),
-    ],
-    ids=["library", "operators"],
-)
-def test_registered_kernels_that_do_not_run_are_not_taken(
-    monkeypatch: pytest.MonkeyPatch, loads: bool, refuses: str | None, message: str
-) -> None:
-    fake_xformers(monkeypatch, loads=loads, refuses=refuses)
-    assert "_flash_attention_forward" in attend_on_fake_cuda()
-    with pytest.raises(ValueError, match=rf"attention \(='xformers'\) cannot run: {message}"):
-        attend_on_fake_cuda("xformers")
-
-
-def test_the_installed_xformers_is_asked_for_its_library() -> None:
-    """Not a fake one: the names that the answer hangs on exist, and on a CPU build of torch nothing loads."""
-    pytest.importorskip("xformers")
-    library = pytest.importorskip("xformers._cpp_lib")
-    reason = attention_cuda._xformers()[1]
-    assert (reason is None) == library._built_with_cuda
-    from xformers.ops import fmha
-
-    assert all(hasattr(op, "not_supported_reasons") for op in (*fmha.ALL_FW_OPS, *fmha.ALL_BW_OPS))
-
-
-def test_auto_does_without_an_xformers_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # what an import then raises is an ImportError
-    with FakeTensorMode():
-        q = torch.empty(26, 2, 8, device="cuda", dtype=torch.bfloat16)
-        reason = why_not("xformers", q)
-    assert reason is not None
-    assert reason.startswith("xformers does not import (")
-    assert "_flash_attention_forward" in attend_on_fake_cuda()
 
 
 # --- what the log says ---
