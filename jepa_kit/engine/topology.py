@@ -70,7 +70,7 @@ SLOW = 0.8
 
 
 def describe(places: Sequence[Place], precision: Precision) -> list[str]:
-    """For people: how many of what, where, how fast; one line for each device that is much slower than the others."""
+    """Return the lines printed at a start: devices, nodes, speed, and each device much slower than the fastest."""
     count = len(places)
     models = " and ".join(sorted({place.model for place in places}))
     hosts = Counter(place.host for place in places)
@@ -81,7 +81,7 @@ def describe(places: Sequence[Place], precision: Precision) -> list[str]:
     lines = [
         f"device: {models}, {count} process{'es' if count > 1 else ''}",
         f"topology: {nodes}: {where}",
-        f"mfu is relative to {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
+        f"mfu: relative to {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
     ]
     lines += [
         f"note: rank {place.rank} on {place.host} ({place.device}) does {place.matrix_tflops / most:.0%} of the fastest"

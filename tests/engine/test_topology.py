@@ -26,7 +26,7 @@ def test_what_people_read():
     assert describe(places, "bf16") == [
         "device: H100, 4 processes",
         "topology: 2 nodes: a (2), b (2)",
-        "mfu is relative to 79 to 100 TFLOP/s a process: a large matrix product in bf16 on H100, measured now",
+        "mfu: relative to 79 to 100 TFLOP/s a process: a large matrix product in bf16 on H100, measured now",
         "note: rank 1 on a (cuda:1) does 79% of the fastest",
     ]
     assert len(describe([place(0, device="cpu"), place(1, tflops=1.0, device="cpu")], "bf16")) == 3
