@@ -24,7 +24,7 @@ import jepa_kit.targets  # noqa: F401
 from jepa_kit.config import Config, ConfigError, Part, located
 from jepa_kit.encoders import Encoder
 from jepa_kit.maskers import Masker
-from jepa_kit.registry import SLOTS
+from jepa_kit.registry import SLOTS, TRANSFORMS
 from jepa_kit.structures import Grid, MaskBatch, Prediction
 from jepa_kit.target_updates import TargetUpdate
 
@@ -144,13 +144,17 @@ def build_masker(config: Config) -> Masker:
     Raises:
         ConfigError: what the masker cannot satisfy, and what other parts refuse; each line begins with its slot.
     """
-    with _every_problem(config):
+    with every_problem(config):
         return _build(config.slots["masker"], "masker", grid=patch_grid_of(config))
 
 
 @contextmanager
-def _every_problem(config: Config) -> Iterator[None]:
-    """Where one part refuses its options, report what all parts refuse."""
+def every_problem(config: Config) -> Iterator[None]:
+    """Report what all parts and transforms of a config refuse, if one of them is refused inside.
+
+    Raises:
+        ConfigError: a line for each.
+    """
     try:
         yield
     except ConfigError as error:
@@ -158,8 +162,12 @@ def _every_problem(config: Config) -> Iterator[None]:
         raise ConfigError([*(p for p in error.problems if p not in problems), *problems]) from error
 
 
+BUILD_ERRORS = (ArithmeticError, RuntimeError, TypeError)
+"""Of a part that cannot be built on meta, or has another error: building it for use reports these."""
+
+
 def part_problems(config: Config) -> list[str]:
-    """Return what the parts of a config refuse, a line each that begins with the slot; builds nothing with memory.
+    """Return what parts and transforms refuse, a line each that begins with its place; builds nothing with memory.
 
     A part that needs what a refused one would supply gets a plausible value for it.
     """
@@ -171,7 +179,7 @@ def part_problems(config: Config) -> list[str]:
                 return _build(part, slot, **supplied)
         except ConfigError as error:
             problems.extend(error.problems)
-        except (ArithmeticError, RuntimeError, TypeError):  # of one that cannot be built on meta, or has another error
+        except BUILD_ERRORS:
             pass
         return None
 
@@ -191,6 +199,15 @@ def part_problems(config: Config) -> list[str]:
     for part, _ in config.losses:
         tried(part, "loss")
     tried(slots["target_update"], "target_update")
+    for i, transform in enumerate(config.data.view):
+        options = {key: value for key, value in transform.items() if key != "name"}
+        try:
+            with located(f"data: transforms[{i}]"):
+                TRANSFORMS.build(transform["name"], options, image_size=size)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except BUILD_ERRORS:
+            pass
     return problems
 
 
@@ -200,7 +217,7 @@ def build_recipe(config: Config) -> JEPA:
     Raises:
         ConfigError: what parts refuse, a line each that begins with the slot; weights larger than the host's memory.
     """
-    with _every_problem(config):
+    with every_problem(config):
         return _build_recipe(config)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jepa_kit.config import Config, ConfigError, config_from_dict
 from jepa_kit.encoders import ViT
+from jepa_kit.engine.build import training_view
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official
 from jepa_kit.losses import L2, SmoothL1
 from jepa_kit.predictors import ViTPredictor
@@ -373,12 +374,21 @@ def test_every_part_reports_its_range() -> None:
         predictor={"name": "vit", "width": 6, "depth": 1, "num_heads": 2},
         target={"name": "representation", "layers": 0},
         loss={"name": "smooth_l1", "beta": -1.0},
+        data={"image_size": [24, 32], "transforms": [{"name": "resize"}, {"name": "flip", "p": 7}]},
     )
-    for build in (build_masker, build_recipe):
+    for build in (build_masker, build_recipe, training_view):
         with pytest.raises(ConfigError) as caught:
             build(config)
         starts = sorted(line.split(" (=")[0] for line in caught.value.problems)
-        assert starts == ["encoder: depth", "loss: beta", "masker: num_targets", "predictor: width", "target: layers"]
+        data = "data: transforms[1]: p"
+        assert starts == [
+            data,
+            "encoder: depth",
+            "loss: beta",
+            "masker: num_targets",
+            "predictor: width",
+            "target: layers",
+        ]
 
 
 @pytest.mark.parametrize(("slot", "width"), [("encoder", "embed_dim"), ("predictor", "width")])

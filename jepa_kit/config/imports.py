@@ -35,7 +35,7 @@ def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
     if not isinstance(raw, list) or not all(isinstance(x, str) and x for x in raw):
         problems.append(f"imports (={raw!r}) must be a list of modules, such as [projects.my_variant.masker]")
         return []
-    return [os.path.abspath(os.path.join(folder, x)) if x.endswith(".py") else x for x in raw]
+    return [os.path.abspath(os.path.join(folder, os.path.expanduser(x))) if x.endswith(".py") else x for x in raw]
 
 
 def ships_with_project(name: str) -> bool:

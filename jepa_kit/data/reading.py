@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jepa_kit.data.cache import RemoteShard, ShardCache
@@ -51,9 +51,9 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit `os` may be None already
         for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
     def read(self, shard: int, offset: int, size: int, key: str) -> bytes:
         """A member's bytes.

@@ -70,11 +70,9 @@ def _fault(index: Mapping[str, Any]) -> str | None:
     faults = [_mistyped(index, _INDEX, "it")]
     if faults == [None]:
         faults += [_mistyped(entry, _SHARD, f"shards[{k}]") for k, entry in enumerate(index["shards"])]
-        faults.append(_mistyped(index["labels"], dict.fromkeys(index["labels"], list), "labels"))
-        arrays = index.get("arrays", {})  # earlier releases wrote none
-        faults.append(_mistyped(arrays, dict.fromkeys(arrays, str), "arrays"))
-        links = index.get("links", {})
-        faults.append(_mistyped(links, dict.fromkeys(links, list), "links"))
+        for name, kind in (("labels", list), ("arrays", str), ("links", list), ("made_by", object)):
+            values = index.get(name, {})  # earlier releases wrote no arrays and links
+            faults.append(_mistyped(values, dict.fromkeys(values, kind) if isinstance(values, dict) else {}, name))
         faults.append(_mistyped(index["masks"], _MASKS, "masks") if "masks" in index else None)
     if not any(faults):
         named = [*index["labels"].items(), ("masks", index.get("masks", {}).get("classes", []))]

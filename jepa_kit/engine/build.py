@@ -37,10 +37,11 @@ from jepa_kit.engine.precision import resolve_precision
 from jepa_kit.engine.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.shard_files import layout, load_sharded
+from jepa_kit.engine.sharded import local_part, state_of
 from jepa_kit.engine.store import Store, Where
 from jepa_kit.engine.workers import set_workers
 from jepa_kit.interop.start import ORIGIN, Start, init_from, resume_official
-from jepa_kit.recipe import JEPA, build_masker, build_recipe
+from jepa_kit.recipe import JEPA, build_masker, build_recipe, every_problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +94,10 @@ def training_view(config: Config) -> View:
     """What is done to a training image of a config.
 
     Raises:
-        ValueError: what a transform refuses; the message begins with ``data``.
+        ConfigError: what transforms and parts refuse, a line each; those of transforms begin with ``data``.
     """
     data = config.data
-    with located("data"):
+    with every_problem(config), located("data"):
         return build_view(data.view, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
 
 
@@ -205,12 +206,19 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
             check_state(run.jepa.state_dict(), layout(path)[0], "the model")
             load_sharded(path, run.jepa, run.optimizer)
     else:
-        check_finite(checkpoint.model, str(latest))
         restore(checkpoint, run.jepa, run.optimizer)
-    together(lambda: None)  # all have read it
+    together(lambda: _check_finite(run, str(latest)))  # and all have read it
     from_main(store.forget)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [*notes, f"resumed at step {checkpoint.step:,}"], precision)
+
+
+def _check_finite(run: Run, what: str) -> None:
+    """Raise CheckpointError if weights or moments, as far as this process has them, are NaN or infinite."""
+    model, optimizer = state_of(run.jepa, run.optimizer)
+    check_finite({name: local_part(x) for name, x in model.items()}, what)
+    for name, state in optimizer.items():
+        check_finite({key: local_part(x) for key, x in state.items()}, f"the optimiser's state for {name} of {what}")
 
 
 def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | None = None) -> Start:

@@ -191,7 +191,9 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
     differences = [
         f"{key}: {then.get(key, unset)!r} in the checkpoint, {now.get(key, unset)!r} now"
         for key in sorted(then.keys() | now.keys())
-        if key not in FREE and not key.startswith("versions.") and then.get(key, unset) != now.get(key, unset)
+        if key.partition("[")[0] not in FREE
+        and not key.startswith("versions.")
+        and then.get(key, unset) != now.get(key, unset)
     ]
     if differences:
         raise CheckpointError(

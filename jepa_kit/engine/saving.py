@@ -40,7 +40,7 @@ from jepa_kit.engine.checkpoint import (
     part_path,
     save_checkpoint,
 )
-from jepa_kit.engine.distributed import PATIENCE, from_main, is_main, joined
+from jepa_kit.engine.distributed import PATIENCE, from_main, is_main, joined, together
 from jepa_kit.engine.files import flush_folder, write_archive
 from jepa_kit.engine.shard_files import ShardError, save_sharded
 from jepa_kit.engine.sharded import ModelState, OptimizerState, full_state, local_part, state_of, with_local
@@ -167,11 +167,11 @@ class Saver:
 
         Raises:
             SaveError: the one before could not be written; the same on every rank.
-            FloatingPointError: weights are not finite, so that nothing could go on from them; nothing is written.
+            FloatingPointError: weights or moments are not finite, so that no run could resume; nothing is written.
         """
         self._join()
         from_main(self.wait)
-        check_finite(jepa, header.step)
+        together(lambda: check_finite(*state_of(jepa, optimizer), header.step))
         if self.sharded:
             group = background_group()
             self._start(self._write_shards, *self._held(*state_of(jepa, optimizer)), header, group)
@@ -305,16 +305,19 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     return {name: [path.stat().st_size, checksum(path)] for name, path in sorted(own.items())}
 
 
-def check_finite(jepa: nn.Module, step: int) -> None:
-    """Raises FloatingPointError, on every rank, where a weight is not finite; waits for the device once."""
-    local = {name: local_part(v) for name, v in jepa.state_dict().items()}
-    finite = torch.stack([torch.isfinite(value).all() for value in local.values()])
-    if joined():
-        finite = finite.to(torch.int32)
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
+def check_finite(model: ModelState, optimizer: OptimizerState, step: int) -> None:
+    """Check weights and moments, as this process has them; waits for the device once.
+
+    Raises:
+        FloatingPointError: some are NaN or infinite.
+    """
+    moments = {f"{key} of {name}": value for name, state in optimizer.items() for key, value in state.items()}
+    local = {name: local_part(value) for name, value in {**model, **moments}.items()}
+    device = next(iter(local.values())).device  # AdamW counts its steps on the host
+    finite = torch.stack([torch.isfinite(value).all().to(device) for value in local.values()])
     broken = [name for name, good in zip(local, finite.tolist(), strict=True) if not good]
     if broken:
         raise FloatingPointError(
-            f"{len(broken)} of {len(local)} weights are not finite after {step} steps, first {broken[0]}: "
+            f"{len(broken)} of {len(local)} weights and moments are not finite after {step} steps, first {broken[0]}: "
             "the run has diverged, and no checkpoint is written"
         )

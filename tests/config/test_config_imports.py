@@ -103,6 +103,8 @@ def test_imports_from_the_command_line(write: Write, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     config = load_config(write(), ["imports=[my_part.py]", "masker={name: mine}"])
     assert config.imports == (str(part),)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(write(), ["imports=[~/my_part.py]", "masker={name: mine}"]).imports == (str(part),)
 
 
 def test_a_resolved_config_imports_again(write: Write, tmp_path: Path) -> None:

@@ -227,6 +227,9 @@ BAD_NUMBERS = {
         "'sha256' of shards[0] (='ab') must be",
     ),
     "classes": ({"labels": {"class": ["a", 7]}}, "'class' (=['a', 7]) must be a list of texts"),
+    "no mapping of arrays": ({"arrays": None}, "arrays (=None) must be a mapping"),
+    "links in a list": ({"links": [[]]}, "links (=[[]]) must be a mapping"),
+    "no maker": ({"made_by": None}, "made_by (=None) must be a mapping"),
     "arrays": ({"arrays": {"labels.npy": 5}}, "'labels.npy' of arrays (=5) must be of type str"),
 }
 

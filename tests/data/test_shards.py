@@ -64,6 +64,19 @@ def _read(dataset, numbers):
     return [dataset.image_bytes(i) for i in numbers]
 
 
+def test_files_are_closed_at_exit_too(dataset, monkeypatch):
+    """Modules are emptied before what they leave behind is deleted."""
+    dataset.image_bytes(0)
+    reader = next(part for part in vars(dataset).values() if isinstance(part, reading.ShardReader))
+    (descriptor,) = reader._files.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "os", None)
+        reader.__del__()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    reader._files.clear()
+
+
 @pytest.mark.parametrize("start", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
 def test_forked_and_spawned_processes_read_at_the_same_time(dataset, samples, start):
     dataset.image_bytes(0)  # so that a fork inherits an open shard

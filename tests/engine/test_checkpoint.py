@@ -332,6 +332,8 @@ def test_what_moves_no_number_may_differ(trained):
         section, name = key.split(".")
         now.setdefault(section, {})[name] = "other"
     check_resumable(take(*trained), now, data=DATA)
+    now["data"]["shards"] = ["another", "and one more"]
+    check_resumable(take(*trained), now, data=DATA)
 
 
 def test_other_data(trained):

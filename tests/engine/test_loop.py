@@ -168,7 +168,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
 
 def test_weights_that_are_not_finite_are_not_saved(tiny):
     config = tiny("optim.lr=1e39", "optim.start_lr=1e39", "train.checkpoint_every=1")
-    with pytest.raises(FloatingPointError, match=r"\d+ of \d+ weights are not finite after 1 steps, first encoder."):
+    with pytest.raises(
+        FloatingPointError, match=r"\d+ of \d+ weights and moments are not finite after 1 steps, first encoder."
+    ):
         train(config)
     assert checkpoints(Path(config.train.output_dir)) == []
 

@@ -199,5 +199,7 @@ def _members(stream: IO[bytes], start: int) -> tuple[list[Member], int]:
         found = files.get(follow(path, links))
         lost = f"a link to {written!r}, which is no file of the archive"
         every.append(found._replace(name=name) if found else Member(name, -1, 0, lost))
+    if not any("/" in member.name for member in every):  # as some writers on Windows leave their paths
+        every = [member._replace(name=member.name.replace("\\", "/")) for member in every]
     members = [member for member in every if not hidden(member.name)]
     return members, len(every) - len(members)

@@ -176,6 +176,16 @@ def test_paths_of_windows(tmp_path):
     assert [labelled.sample(i).labels["class"] for i in range(2)] == [0, 1]
 
 
+@pytest.mark.parametrize("kind", [".tar", ".tar.gz"])
+def test_a_tar_with_backslashes(tmp_path, kind):
+    """They separate folders, unless the tar has slashes for that."""
+    names = ["cat\\0.jpg", "cat\\.hidden.jpg", "dog\\1.jpg"]
+    for added, expected in ((), ["cat/0.jpg", "dog/1.jpg"]), (("cat/2.jpg",), ["cat/2.jpg", *sorted(names)]):
+        tree = {name: encoded(picture(0)) for name in (*names, *added)}
+        source = files(tmp_path, kind, tree, label_from="none")
+        assert sorted(source.names) == expected
+
+
 def test_keys_are_unique_and_webdatasets():
     names = ["a/x.jpg", "a/x.png", "a/x.y.jpg", "a/x_y.jpg", "b.c/x.jpg", "x", "__meta__/x.jpg", "a/x_1.jpg"]
     assert unique_keys(names) == ["a/x", "a/x_1", "a/x_y", "a/x_y_1", "b.c/x", "x", "_meta__/x", "a/x_1_1"]
