@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jepa_kit.config import ConfigError, config_from_dict, load_config
-from jepa_kit.config.imports import ships_with_project
+from jepa_kit.config.imports import import_members, ships_with_project
 from jepa_kit.registry import MASKERS
 
 Write = Callable[..., Path]
@@ -27,6 +27,7 @@ class Mine:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import_members()  # these stay, also if this file is tested alone
     before = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
