@@ -111,7 +111,8 @@ class ViTPredictor(nn.Module):
         """
         if masks.grid != self.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be the predictor's (={self.grid})")
-        seen = self.embed(fill_rows(context))[: len(context)] + self.pos_embed[masks.context.index]  # [P_c, E]
+        seen = take_rows(self.embed(fill_rows(context)), len(context))  # [P_c, E]
+        seen = seen + self.pos_embed[masks.context.index]
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
         order, is_target = sequence_order(masks)
         x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]))  # [P_c + P_t, E] and rows
