@@ -40,11 +40,22 @@ def _local(module: nn.Module) -> list[Tensor]:
     return [getattr(p, "to_local", lambda p=p: p)() for p in module.parameters()]
 
 
+def _persistent(module: nn.Module) -> list[Tensor]:
+    """Buffers of the state dict, in order. The others are tables of the constructor."""
+    return [
+        value
+        for part in module.modules()
+        for name, value in part._buffers.items()
+        if value is not None and name not in part._non_persistent_buffers_set
+    ]
+
+
 @TARGET_UPDATES.register("ema")
 class EMA:
     """An exponential moving average of the context encoder, from a copy of it (I-JEPA, A.1).
 
-    theta_target <- m theta_target + (1 - m) theta, with m rising linearly.
+    theta_target <- m theta_target + (1 - m) theta, with m rising linearly. Buffers of the state dict (statistics of
+    batch norm) are copied: the target encoder runs as in evaluation, so its own would stay at their first values.
 
     Args:
         momentum: (first, last) m, each in [0, 1]; the released run goes from 0.996 to 1.
@@ -77,6 +88,8 @@ class EMA:
         # theta_target + (1 - m) (theta - theta_target): equal weights stay as they are. As a sum of two products, with
         # m and 1 - m rounded to float32, they drift apart: by up to 2e-4 of a weight in 5,000 updates at m = 0.9999.
         torch._foreach_lerp_(_local(target_encoder), _local(encoder), 1.0 - momentum)
+        for own, value in zip(_persistent(target_encoder), _persistent(encoder), strict=True):
+            own.copy_(value)
 
 
 @TARGET_UPDATES.register("tied")

@@ -52,6 +52,30 @@ def test_ema_is_the_moving_average(momentum: float) -> None:
             assert ours == pytest.approx(expected, rel=1e-15, abs=1e-15)
 
 
+def test_ema_copies_buffers_as_torch_does_by_default() -> None:
+    """torch.optim.swa_utils.AveragedModel, without use_buffers; tables that no state dict has are left alone."""
+    encoder = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    encoder.register_buffer("table", torch.zeros(2), persistent=False)
+    target = EMA().make(encoder).eval()
+    theirs = torch.optim.swa_utils.AveragedModel(encoder, avg_fn=lambda old, new, _: 0.9 * old + 0.1 * new)
+    theirs.update_parameters(encoder)  # the first is a copy
+    for _ in range(3):
+        encoder(torch.randn(8, 3) + 2)
+        move(encoder)
+        encoder.table += 1
+        EMA().update(target, encoder, 0.9)
+        theirs.update_parameters(encoder)
+    torch.testing.assert_close(target.state_dict(), theirs.module.state_dict())
+    assert target[0].num_batches_tracked == 3
+    assert target.table.tolist() == [0, 0]
+    frozen = Frozen()
+    target = frozen.make(encoder)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    encoder(torch.randn(8, 3))
+    frozen.update(target, encoder, 0.0)
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
 def test_ema_of_equal_weights_stays_equal() -> None:
     """In float32, m and 1 - m do not add up to 1: m * target + (1 - m) * encoder leaves them, a little each time."""
     encoder, update = make_encoder().float(), EMA()

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from jepa_kit.config import Config
+from jepa_kit.engine.contract import check_parts
 from jepa_kit.engine.devices import Device
-from jepa_kit.engine.flops import Lengths, model_flops
+from jepa_kit.engine.flops import Lengths, ModelFlops, flops_of, model_flops
 from jepa_kit.engine.memory import FLOAT32, Memory, training_memory
 from jepa_kit.engine.precision import precision_of, with_precision
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
@@ -35,7 +36,7 @@ class Workload:
 
     Args:
         parameters: of each network.
-        gflop_per_image: forward of (encoder, target encoder, predictor), and of a training step.
+        gflop_per_image: forward of (encoder, target encoder, predictor) if they have a formula, and of a training step.
         context, targets, sequences: mean patches of a set.
         samples: images of the data set.
         steps: of the run.
@@ -62,7 +63,8 @@ class Plan:
         gpus: devices, one process each.
         precision: of matrix products; ``train.precision``, or what ``auto`` means on the device.
         images_per_gpu: of a step.
-        memory: (parallel, checkpointing) in words -> bytes by part; ``fits`` the same -> whether a device holds it.
+        memory: the names of (parallel, checkpointing) -> bytes by part; ``fits`` the same -> whether a device holds it.
+            Both are empty for networks without a formula.
         step_seconds, images_per_second: at the stated share of the peak.
         hours: of the run.
         gpu_hours: of all devices together.
@@ -132,10 +134,14 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
         config = with_precision(config, "float32" if assumptions.device.bf16_tflops is None else "bf16")
     with torch.device("meta"):
         jepa = build_recipe(config)
-    return [_plan(config, jepa, n, assumptions) for n in gpus]
+    flops, host = model_flops(jepa), torch.device("cpu")
+    if not flops.has_formula:
+        check_parts(config, host)
+        flops = flops_of(config, jepa, host)
+    return [_plan(config, jepa, flops, n, assumptions) for n in gpus]
 
 
-def _plan(config: Config, jepa: JEPA, gpus: int, given: Assumptions) -> Plan:
+def _plan(config: Config, jepa: JEPA, flops: ModelFlops, gpus: int, given: Assumptions) -> Plan:
     batch = config.train.batch_size
     if gpus < 1:
         raise ValueError(f"gpus (={gpus}) must be at least 1")
@@ -148,8 +154,8 @@ def _plan(config: Config, jepa: JEPA, gpus: int, given: Assumptions) -> Plan:
         )
     part = batch // gpus
     lengths = draw_lengths(config, part)
-    work = _workload(config, jepa, lengths, given.samples)
-    memory = _memory(config, jepa, lengths, part, gpus)
+    work = _workload(config, jepa, flops, lengths, given.samples)
+    memory = _memory(config, jepa, lengths, part, gpus) if flops.has_formula else {}
     total = batch * work.gflop_per_image["training step"] * 1e9
     precision = precision_of(config)
     seconds = total / (gpus * given.device.peak(precision) * 1e12 * given.peak_share)
@@ -188,17 +194,11 @@ def draw_lengths(config: Config, part: int) -> Lengths:
     return Lengths(context, targets, sequences, steps * part, drawn[0].patches)
 
 
-def _workload(config: Config, jepa: JEPA, lengths: Lengths, samples: int) -> Workload:
-    flops = model_flops(jepa)
+def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
     training = flops.training(lengths)
-    if training is None:
-        raise ValueError(
-            "a plan needs formulas of FLOP and memory, which the networks of jepa_kit alone have (encoder 'vit', "
-            "predictor 'vit', targets and losses without networks of their own): a subclass without other matrix "
-            "products declares inherits_flops = True. (A run counts the FLOP of other parts.)"
-        )
+    assert training is not None  # counted, if it has no formula
     parts = dict(zip(("encoder", "target encoder", "predictor"), flops.forward(lengths), strict=True))
-    per_image = {name: (value or 0.0) / lengths.images / 1e9 for name, value in parts.items()}
+    per_image = {name: value / lengths.images / 1e9 for name, value in parts.items() if value is not None}
     batch = config.train.batch_size
     per_epoch = config.train.steps_per_epoch or samples // batch
     if per_epoch < 1:
@@ -266,7 +266,8 @@ def describe(plan: Plan, given: Assumptions) -> str:
         f"{given.device.peak(plan.precision):,.4g} TFLOP/s ({plan.precision})",
         f"parameters   {counts}",
         f"masks        context {work.context:.1f} patches, target {work.targets:.1f}, sequence {work.sequences:.1f}",
-        f"an image     {work.gflop_per_image['training step']:.1f} GFLOP to train; forward: {flop}",
+        f"an image     {work.gflop_per_image['training step']:.1f} GFLOP to train"
+        + (f"; forward: {flop}" if flop else " (counted, as these networks have no formula)"),
         f"the run      {work.steps:,} steps, {work.images:,} images, {work.flop:.3g} FLOP",
         f"time         {plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, "
         f"{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU hours",
@@ -295,6 +296,8 @@ HEADS = {
 
 
 def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
+    if not plan.memory:
+        return ["memory       not known: it has a formula for the networks of jepa_kit alone, so measure a step"]
     width = max(len(name) for name in plan.memory)
     rows = [f"memory, GB   {'':{width}} " + " ".join(f"{name:>9}" for name in HEADS.values())]
     for name, values in plan.memory.items():
@@ -318,7 +321,9 @@ def table(plans: Sequence[Plan]) -> str:
             f"{p.read_mb_per_second:,.0f}",
             _rate(p.network_gb_per_second.get("DDP", 0.0)),
             _rate(p.network_gb_per_second.get("FSDP", 0.0)),
-            next((name for name, fits in p.fits.items() if fits), "nothing: train.accumulate"),
+            next(
+                (name for name, fits in p.fits.items() if fits), "nothing: train.accumulate" if p.fits else "not known"
+            ),
         )
         for p in plans
     ]

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from jepa_kit.config import config_from_dict, load_config
+from jepa_kit.encoders import ViT
 from jepa_kit.engine import planner
 from jepa_kit.engine.devices import DEVICES
-from jepa_kit.engine.flops import Lengths, model_flops
+from jepa_kit.engine.flops import Lengths, count_flops, model_flops
 from jepa_kit.engine.planner import Assumptions, describe, draw_lengths, plan_run, table
 from jepa_kit.recipe import build_masker, build_recipe
+from jepa_kit.registry import ENCODERS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "projects" / "ijepa" / "configs").glob("*.yaml"))
 H14 = next(file for file in CONFIGS if file.stem == "released_in1k_vith14")
@@ -166,3 +168,41 @@ def test_lengths_are_those_of_the_masks(config):
 def lengths_of_sequences(masks):
     context = torch.tensor(masks.context.lengths.on_host)[masks.context_of]
     return context + torch.tensor(masks.targets.lengths.on_host)
+
+
+class TwiceAsDeep(ViT):
+    """Runs its blocks twice, of which the formula of ViT knows nothing."""
+
+    def forward(self, images, patches=None):
+        return super().forward(images, patches) + super().forward(images, patches)
+
+
+def test_networks_without_a_formula(config, monkeypatch):
+    """FLOP are counted; memory is not known, and the plan does not invent any."""
+    monkeypatch.setattr(ENCODERS, "_obj_map", dict(ENCODERS._obj_map))
+    ENCODERS.register("twice")(TwiceAsDeep)
+    held = config("encoder={name: twice, embed_dim: 48, depth: 3, num_heads: 3, patch_size: 4}")
+    (plan,) = plan_run(held, [2], given())
+    counted = count_flops(held, torch.device("cpu"))
+    assert plan.workload.gflop_per_image["training step"] == counted / 1e9
+    (usual,) = plan_run(config(), [2], given())
+    assert 1.2 < plan.gpu_hours / usual.gpu_hours < 2
+    assert plan.workload.parameters == usual.workload.parameters
+    assert plan.network_gb_per_second.keys() == usual.network_gb_per_second.keys()
+    assert "encoder" not in plan.workload.gflop_per_image
+    assert (plan.memory, plan.fits) == ({}, {})
+    assert describe(plan, given()).splitlines()[-1] == (
+        "memory       not known: it has a formula for the networks of jepa_kit alone, so measure a step"
+    )
+    assert table([plan]).splitlines()[-1].endswith("  not known")
+
+
+def test_a_part_that_breaks_its_contract_is_not_planned(config, monkeypatch):
+    class Broken(TwiceAsDeep):
+        def forward(self, images, patches=None):
+            return super().forward(images, patches) * float("nan")
+
+    monkeypatch.setattr(ENCODERS, "_obj_map", dict(ENCODERS._obj_map))
+    ENCODERS.register("broken")(Broken)
+    with pytest.raises(ValueError, match="encoder 'broken' gave values that are not finite"):
+        plan_run(config("encoder={name: broken, patch_size: 4, embed_dim: 48, depth: 3, num_heads: 3}"), [2], given())
