@@ -1,6 +1,6 @@
 """One contender of bench_step.py, in a process of its own: reads orders from stdin, writes answers as JSON lines.
 
-    python step_worker.py ROOT KIND SETTING [CHECKOUT]
+    python benchmarks/step_worker.py ROOT KIND SETTING [CHECKOUT]
 
 ROOT is the checkout whose jepa_kit is imported; KIND is ``ours``, ``plain``, ``release`` or ``reference``, whose code
 is at CHECKOUT. Each order is a JSON list: a name of ``Worker``'s methods and its arguments.
@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if "--help" in sys.argv:
+    print(__doc__)
+    sys.exit()
 ROOT, KIND = sys.argv[1:3]
 sys.path[:0] = [ROOT, str(Path(__file__).parent)]
 

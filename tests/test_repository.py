@@ -48,12 +48,17 @@ def broad_handlers(source: str) -> list[int]:
     return found
 
 
+FUZZ = "dev/fuzz.py"
+"""Whatever a damaged file makes a case raise is the result of that case."""
+
+
 def test_no_handler_catches_everything() -> None:
     for text in ("except Exception:", "except:", "except (ValueError, BaseException) as e:"):
         assert broad_handlers(f"try:\n    pass\n{text}\n    pass") == [3]
     assert broad_handlers("try:\n    pass\nexcept (ValueError, OSError):\n    pass") == []
     assert broad_handlers("try:\n    pass\nexcept BaseException:\n    undo()\n    raise") == []
-    assert [f"{short(f)}:{n}" for f in python_files() for n in broad_handlers(f.read_text())] == []
+    found = [f"{short(f)}:{n}" for f in python_files() for n in broad_handlers(f.read_text()) if short(f) != FUZZ]
+    assert found == []
 
 
 HERE = re.compile(r"(?<![\w.])/(?:work|root|home|Users|tmp)/|\.\./shared\b|https?://[^\s/]*(?:pypi|download\.pytorch)")
