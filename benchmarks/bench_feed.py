@@ -43,7 +43,7 @@ def save_picture(folder: Path, number: int) -> None:
 
 
 def measure(args: argparse.Namespace, shards: Path, folder: Path, workers: int, decoder: str) -> dict[str, Any]:
-    """Train ``args.steps`` steps and return the medians of what the log says of the second half."""
+    """Train ``args.steps`` steps and return the medians of the logged values of the second half."""
     overrides = [
         f"encoder={{name: vit, size: {args.size}, patch_size: 16}}",
         f"predictor={{name: vit, depth: 6, num_heads: {SIZES[args.size].num_heads}}}",

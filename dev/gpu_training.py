@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "projects" / "ijepa" / "configs" / "cifar10_vit4.yaml"
 TRIAL = 40
-"""Steps of a first run that tells how many fit."""
+"""Steps of a first run, whose speed decides how many fit."""
 SHARE = 0.5
 """Of the time left after it that training takes; the rest is for probes and health."""
 MARGIN = 10.0
@@ -56,7 +56,7 @@ def pretrain_and_probe(r: Any) -> None:
         begin = time.monotonic()
         train_run(r, train_shards, "trial", TRIAL)
         spent = time.monotonic() - begin
-        # The trial's time has a run's start in it; its second half tells the rate.
+        # The trial's time includes a run's start; the rate is that of its end.
         rate = steady_rate(r.folder / "trial")
         seconds = SHARE * (r.left - MARGIN) - spent + TRIAL / rate
         steps = max(TRIAL, int(seconds * rate))

@@ -1,6 +1,6 @@
 """Attention over packed sets by one CUDA kernel: torch's FlashAttention and memory-efficient attention, and xformers.
 
-Legend of shapes as in attention.py. Nothing here is imported or asked before tokens are on a CUDA device.
+Legend of shapes as in attention.py. xformers is imported, and the driver called, only once tokens are on a CUDA device.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from jepa_kit.structures import SetLengths
 STEP = 8
 """Padded sets have a length that is a multiple of this."""
 MOST_PADDING = 2.0
-"""Sets are not padded where that would make their tokens more than so many times as many."""
+"""Sets are not padded if that would make their tokens more than so many times as many."""
 SHORT = 128
 """Up to so many tokens two products are faster than torch's fused kernel on a CPU in float32; at 200 slower."""
 
@@ -92,7 +92,7 @@ def _padded(lengths: SetLengths) -> _Padded:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """One product for all sets. Its sizes are few, where those of ``_attend_by_length`` are new at every step:
+    """One product for all sets. Its sizes are few; those of ``_attend_by_length`` are new at every step:
     on a CPU in half precision a kernel is compiled for each size, about half a millisecond."""
     layout = _padded(lengths)
     shape = (len(lengths), layout.mask.shape[-1])
@@ -120,7 +120,7 @@ def _attend_in_turn(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Ten
 class _ByLength:
     """Sets in the order of their length: those of one length stand together and need no padding and no mask.
 
-    order: [P] the packed token at each place; None where the sets stand in that order already.
+    order: [P] the packed token at each place; None if the sets stand in that order already.
     place: [P] where each packed token stands.
     groups: (sets, length) of the sets of each length.
     """
@@ -147,7 +147,7 @@ def _by_length(lengths: SetLengths) -> _ByLength:
 
 
 class _Reorder(torch.autograd.Function):
-    """x[order] for a permutation. Its backward is a gather by the inverse, where torch's would scatter and add."""
+    """x[order] for a permutation. Its backward is a gather by the inverse; torch's would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

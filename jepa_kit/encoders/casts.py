@@ -1,4 +1,4 @@
-"""One cast for all weights of a block, where autocast casts each weight and each bias by itself."""
+"""One cast for all weights of a block; autocast would cast each weight and each bias on its own."""
 
 from __future__ import annotations
 

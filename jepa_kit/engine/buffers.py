@@ -35,7 +35,7 @@ class Buffers:
 
     @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
-        """Put back the values from before where ``finite`` [] bool is false.
+        """Put back the values from before if ``finite`` [] bool is false.
 
         Raises:
             ValueError: the forward pass gave a buffer another shape.

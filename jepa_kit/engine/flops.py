@@ -1,4 +1,4 @@
-"""Floating-point operations of encoder, target encoder and predictor: by formula, or counted where there is none.
+"""Floating-point operations of encoder, target encoder and predictor: by formula, or counted if there is none.
 
 n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
 D_e, D_p, D_o  widths of encoder, predictor and targets
