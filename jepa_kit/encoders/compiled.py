@@ -87,8 +87,8 @@ class Regions:
             x = last(stream, behind)
             return x, first(x, before)
 
-        # A run must not become slow unnoticed: with fullgraph torch raises FailOnRecompileLimitHit at the limit. Without
-        # it, it would warn and run without compilation.
+        # A run must not become slow unnoticed: with fullgraph torch raises FailOnRecompileLimitHit at the limit, where by
+        # default it warns and runs without compilation.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
 
