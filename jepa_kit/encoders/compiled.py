@@ -87,8 +87,7 @@ class Regions:
             x = last(stream, behind)
             return x, first(x, before)
 
-        # A run must not become slow unnoticed: with fullgraph torch raises FailOnRecompileLimitHit at the limit, where by
-        # default it warns and runs without compilation.
+        # With fullgraph torch raises FailOnRecompileLimitHit at the limit; by default it warns and runs uncompiled.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
 
