@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,22 +104,24 @@ def seconds_of(work: Callable[[], object], cuda: bool) -> float:
 
 
 def tests(r: Record) -> None:
-    """All tests marked gpu; on a CPU the same bodies that run there."""
-    report = r.file.with_suffix(".xml")
+    """All tests marked gpu; on a CPU the same bodies that run there. The row is kept up to date while they run."""
     what = ["-m", "gpu", "tests"] if r.cuda else ["-m", "not gpu", "tests/engine/test_on_device.py"]
     if r.small:
         what += ["-k", "six_steps or accumulat"]
-    options = ["-q", "-p", "no:cacheprovider", "--durations=5", f"--junitxml={report}"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options, *what], cwd=ROOT, check=False)
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    total, bad, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "skipped"))
-    bad += int(suite.get("errors", 0))
-    r.row("tests", f"{total - bad - skipped} passed, {bad} failed, {skipped} skipped", exit_status=done.returncode)
-    for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            r.row("failed", f"{case.get('classname')}.{case.get('name')}")
-    if done.returncode or bad or total == skipped:
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=5", *what]
+    found: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if test := re.match(r"(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED)\b.*%\]$", line):
+                found[test[2]].append(test[1])
+                bad = found["FAILED"] + found["ERROR"]
+                r.rows.clear()
+                r.rows += [("failed", name) for name in bad]
+                counts = f"{len(found['PASSED'])} passed, {len(bad)} failed, {len(found['SKIPPED'])} skipped"
+                r.row("tests", counts, failed=bad)
+    if process.returncode or not found["PASSED"]:
         sys.exit("tests failed, or none ran")
 
 

@@ -1,5 +1,6 @@
 """dev/gpu_check.py: stages that fail or take too long stop no other, and the summary has a line for each figure."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "dev"))
 
 import gpu_check
+import gpu_stages
 from gpu_check import STAGES, Stage, describe, main, run_all
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,41 @@ def test_no_stage_begins_when_the_time_is_up(tmp_path):
     results = run_all([stage("slow", "time.sleep(60)", limit=20), stage("late", WRITES)], tmp_path, total=2)
     assert [r["status"] for r in results] == ["stopped after 2 s", "not run: no time was left"]
     assert "late" in (tmp_path / "summary.txt").read_text()
+
+
+def test_what_tests_found_is_kept_when_they_are_stopped(tmp_path, monkeypatch):
+    lines = (
+        "collected 4 items\n",
+        "tests/a.py::one[cuda] PASSED [ 25%]\n",
+        "tests/a.py::two[a b] FAILED [ 50%]\n",
+        "tests/a.py::three SKIPPED (needs a package) [ 75%]\n",
+        "E   x = 'PASSED'\n",
+    )
+
+    class Stopped(Exception):
+        pass
+
+    class Pytest:
+        def __init__(self, *_, **__):
+            self.stdout = self.lines()
+
+        def lines(self):
+            yield from lines
+            raise Stopped
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(gpu_stages.subprocess, "Popen", Pytest)
+    file = tmp_path / "tests.json"
+    record = gpu_stages.Record(argparse.Namespace(device="cuda", small=False, images=None, end=0.0, file=file))
+    with pytest.raises(Stopped):
+        gpu_stages.tests(record)
+    rows = [["failed", "tests/a.py::two[a b]"], ["tests", "1 passed, 1 failed, 1 skipped"]]
+    assert json.loads(file.read_text()) == {"rows": rows, "data": {"failed": ["tests/a.py::two[a b]"]}}
 
 
 def test_the_summary_of_a_stage():
