@@ -90,7 +90,7 @@ def _mistyped(found: Any, kinds: Mapping[str, Any], what: str) -> str | None:
     for key, kind in kinds.items():
         if key not in found:
             return f"{what} has no {key!r}"
-        if not isinstance(found[key], kind) or isinstance(found[key], bool):
+        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is int):
             return f"{key!r} of {what} (={found[key]!r:.80}) must be of type {getattr(kind, '__name__', kind)}"
         if kind is int and not 0 <= found[key] <= MOST:
             return f"{key!r} of {what} (={found[key]!r:.80}) must be 0 to {MOST}"

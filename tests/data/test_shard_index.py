@@ -243,6 +243,12 @@ def test_an_index_with_impossible_values(folder, edit_index, damage):
     assert str(caught.value).startswith(f"{folder}/index.json is not whole: {message}")
 
 
+def test_options_of_the_maker_have_any_type(folder, edit_index, samples):
+    options = {"shuffle": True, "num_scenes": 32, "quality": 0.5, "source": None, "names": ["a"]}
+    edit_index(lambda index: index.update(made_by=options))
+    assert len(ShardDataset(folder)) == len(samples)
+
+
 def test_a_deeply_nested_index(folder):
     (folder / "index.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"index.json is not whole: .*; make the shards again"):
