@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.engine.build import build_optimizer
 from jepa_kit.engine.checkpoint import Checkpoint, load_checkpoint, optimizer_state, save_checkpoint
+from jepa_kit.engine.checkpoint_files import FORMAT, HEADER, checksum
+from jepa_kit.engine.files import write_archive
+from jepa_kit.engine.shard_files import save_sharded
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read, read_encoder, write
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance, Reading
@@ -275,10 +278,41 @@ def run_folders(seed: int) -> Cases:
         yield f"{'config of ' if as_config else ''}checkpoint: {how}", call
 
 
+@functools.cache
+def in_shards() -> Path:
+    """The same checkpoint as a folder of shards."""
+    place = folder() / "shards" / "checkpoint_00000003"
+    saved = checkpoint()
+    save_sharded(place, saved.model, saved.optimizer)
+    files = {file.name: [file.stat().st_size, checksum(file)] for file in sorted(place.iterdir())}
+    about = {name: getattr(saved, name) for name in ("step", "config", "versions", "data", "origin", "position")}
+    write_archive({"format": FORMAT, **about, "files": files}, place / HEADER)
+    return place
+
+
+def sharded(seed: int) -> Cases:
+    """A checkpoint in shards: bytes of one file are damaged, or it is missing."""
+    chance = random.Random(f"sharded {seed}")
+    while True:
+        source = in_shards()
+        file = chance.choice(sorted(source.iterdir()))
+        gone = chance.random() < 0.05
+        how, data = ("gone", b"") if gone else damaged(file.read_bytes(), chance)
+
+        def call(source: Path = source, name: str = file.name, data: bytes = data, gone: bool = gone) -> None:
+            place = fresh("checkpoint_00000003")
+            shutil.copytree(source, place)
+            (place / name).unlink() if gone else (place / name).write_bytes(data)
+            compare(load_checkpoint(place), checkpoint())
+
+        yield f"{file.name}: {how}", call
+
+
 KINDS: dict[str, Callable[[int], Cases]] = {
     **{f"weights.{format}": functools.partial(damaged_files, format) for format in FORMATS},
     "weights.foreign": foreign_files,
     "weights.not_finite": not_finite,
     "weights.structure": structures,
-    "checkpoints": run_folders,
+    "checkpoints.file": run_folders,
+    "checkpoints.sharded": sharded,
 }
