@@ -260,8 +260,11 @@ def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
     own = list(part.classes)
     if own == list(names):
         return found
-    missing = np.full(len(found), -1)
-    return np.stack([found[:, own.index(n)] if n in own else missing for n in names], axis=1)
+    columns = np.full((len(found), len(names)), -1)
+    for k, name in enumerate(names):
+        if name in own:
+            columns[:, k] = found[:, own.index(name)]
+    return columns
 
 
 def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:

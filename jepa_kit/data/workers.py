@@ -76,17 +76,17 @@ def allow_files(num_workers: int) -> None:
 def _advice(error: Exception, num_workers: int) -> str | None:
     """What to do about an error of DataLoader; None for one that a batch raised itself."""
     text = str(error)
+    if "Too many open files" in text:  # torch's text then has "shared memory" in it too
+        return (
+            f"too many files are open: loader workers send each tensor of a batch as a file, and {_limit()}. Raise it "
+            f"(ulimit -n 4096), or use fewer data.num_workers than {num_workers}; 0 needs none"
+        )
     if "No space left on device" in text or "shared memory" in text:
         room = shutil.disk_usage(SHARED_MEMORY).total if os.path.isdir(SHARED_MEMORY) else 0
         return (
             f"{SHARED_MEMORY} ({room / 1e6:.0f} MB) is full: loader workers send batches through it. Give it more "
             "room (docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory; mount -o remount,size=8g), a "
             f"smaller train.batch_size, or fewer data.num_workers than {num_workers}; 0 does without it"
-        )
-    if "Too many open files" in text:
-        return (
-            f"too many files are open: loader workers send each tensor of a batch as a file, and {_limit()}. Raise it "
-            f"(ulimit -n 4096), or use fewer data.num_workers than {num_workers}; 0 needs none"
         )
     if not _is_death(error):
         return None

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from small_shards import encoded, picture, write_shards
 
+from jepa_kit.data import workers
 from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shard_writing import Sample
@@ -274,6 +275,14 @@ def test_a_full_shared_memory_is_told_with_advice(dataset, monkeypatch):
     with pytest.raises(RuntimeError, match=message):
         take(loader(dataset, num_workers=1), 1)
     assert not multiprocessing.active_children()
+
+
+def test_too_many_open_files_are_not_taken_for_full_memory():
+    """The text is torch's own, of `ulimit -n 32` and two workers."""
+    error = RuntimeError(
+        "unable to open shared memory object </torch_7_1_0> in read-write mode: Too many open files (24)"
+    )
+    assert workers._advice(error, 2).startswith("too many files are open: ")
 
 
 FEW_FILES = """

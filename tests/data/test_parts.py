@@ -92,6 +92,18 @@ def test_lists_whose_classes_differ(tmp_path, folder, samples):
         open_source(f"wds:{'::'.join(both)}", SourceOptions(), seed=0, scratch="")
 
 
+def test_lists_whose_only_label_has_other_classes(tmp_path, folder, samples):
+    other = [Sample(f"o/{k}", s.extension, s.image, {"class": k}) for k, s in enumerate(samples[:2])]
+    write_shards(tmp_path / "a", [dataclasses.replace(s, labels={"class": 0}) for s in samples], 2, {"class": ("x",)})
+    write_shards(tmp_path / "b", other, 2, {"class": ("y", "z")})
+    dataset = ShardDataset([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [dataset.image_bytes(i) for i in range(25)] == [s.image for s in [*samples, *other]]
+    assert dataset.classes == {}
+    assert dataset.read(24)["labels"] == {}
+    with pytest.raises(ValueError, match=r"label \(='class'\) must have the same classes in all parts"):
+        dataset.labels("class")
+
+
 def test_lists_whose_masks_have_other_classes(tmp_path, samples):
     mask = encode_mask(np.zeros((16, 18), dtype=np.uint8))
     for name, classes in (("a", ["none", "cat"]), ("b", ["none", "dog"])):
