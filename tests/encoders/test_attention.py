@@ -220,7 +220,7 @@ def test_refuses_an_unknown_backend() -> None:
     q, k, v, _ = draw((4,))
     with pytest.raises(
         ValueError,
-        match="backend 'flash' cannot run: there is no such backend; there are auto, xformers, sdpa, reference",
+        match=r"attention \(='flash'\) cannot run: there is no such backend; there are auto, xformers, sdpa, reference",
     ):
         attend(q, k, v, [4], "flash")  # type: ignore[arg-type]
 
@@ -229,7 +229,7 @@ def test_xformers_says_why_it_cannot_run_on_a_cpu() -> None:
     q, k, v, _ = draw((4,))
     with pytest.raises(
         ValueError,
-        match="backend 'xformers' cannot run: it has kernels for CUDA only, and the tokens are on cpu; use 'sdpa'",
+        match=r"attention \(='xformers'\) cannot run: it has kernels for CUDA only, and the tokens are on cpu; use 'sdpa'",
     ):
         attend(q, k, v, [4], "xformers")
 
