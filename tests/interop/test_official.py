@@ -124,7 +124,7 @@ def test_what_the_file_says_of_itself(released):
 def test_its_learning_rate(released_content, saved, lr, expected):
     """Start and end are the release's, or lower if the peak is; without a rate all are the released recipe's."""
     released_content["lr"] = lr
-    optim = official.read(saved(released_content), num_heads=HEADS).config["optim"]
+    optim = official.read(saved(released_content), Reading(num_heads=HEADS)).config["optim"]
     assert [optim[name] for name in ("lr", "start_lr", "final_lr")] == (expected or [1e-3, 2e-4, 1e-6])
 
 
