@@ -147,4 +147,5 @@ def test_all_stages_on_a_cpu(tmp_path):
         result = json.loads((tmp_path / f"{number}_{name}.json").read_text())
         assert result["status"] == "ok"
         assert result["rows"], name
-        assert any(any(c.isdigit() for c in value) for _, value in result["rows"]), name
+        figures = [value for _, value in result["rows"] if value == "equal bits" or any(c.isdigit() for c in value)]
+        assert figures, name
