@@ -22,12 +22,16 @@ Exit status: 0, or 1 after any failure.
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import importlib
 import itertools
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter, deque
@@ -68,6 +72,14 @@ class Failure(NamedTuple):
     case: str
     name: str
     text: str
+
+
+@functools.cache
+def temporary_folder(kind: str) -> Path:
+    """Return the folder in which this process keeps what it damages; removed at exit."""
+    place = Path(tempfile.mkdtemp(prefix=f"jepa_kit_fuzz_{kind}_"))
+    atexit.register(shutil.rmtree, place, True)
+    return place
 
 
 def kinds() -> dict[str, Cases]:

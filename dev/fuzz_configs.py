@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fuzz import ROOT, Harmed, damaged
+from fuzz import ROOT, Harmed, damaged, temporary_folder
 
 from jepa_kit.config import Config, config_from_dict, load_config
 from jepa_kit.config.yaml_text import dump_yaml
@@ -33,13 +31,7 @@ WORDS = (
 )  # fmt: skip
 
 
-@functools.cache
-def folder() -> Path:
-    place = Path(tempfile.mkdtemp(prefix="jepa_kit_fuzz_"))
-    import atexit
-
-    atexit.register(shutil.rmtree, place, True)
-    return place
+folder = functools.partial(temporary_folder, "configs")
 
 
 @functools.cache

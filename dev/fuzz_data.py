@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import io
 import json
@@ -10,7 +9,6 @@ import logging
 import random
 import shutil
 import tarfile
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz import Harmed, damaged
+from fuzz import Harmed, damaged, temporary_folder
 from PIL import Image
 
 from jepa_kit.data.faults import SampleError
@@ -40,12 +38,7 @@ SMALL = 1 << 22
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "16-bit PNG", "int32 TIFF", "CMYK JPEG", "palette PNG")
 
 
-@functools.cache
-def folder() -> Path:
-    """Where this process keeps what it damages."""
-    place = Path(tempfile.mkdtemp(prefix="jepa_kit_fuzz_data_"))
-    atexit.register(shutil.rmtree, place, True)
-    return place
+folder = functools.partial(temporary_folder, "data")
 
 
 def encoded(image: Image.Image, file_format: str) -> bytes:

@@ -6,14 +6,13 @@ import functools
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz import Harmed, damaged
+from fuzz import Harmed, damaged, temporary_folder
 from safetensors.torch import save_file
 
 from jepa_kit.config import config_from_dict, load_config
@@ -37,14 +36,7 @@ ODD: tuple[Any, ...] = (
 """Values that may stand where another is expected."""
 
 
-@functools.cache
-def folder() -> Path:
-    """Where this process keeps what it damages; goes with the process's temporary files."""
-    place = Path(tempfile.mkdtemp(prefix="jepa_kit_fuzz_"))
-    import atexit
-
-    atexit.register(shutil.rmtree, place, True)
-    return place
+folder = functools.partial(temporary_folder, "weights")
 
 
 @functools.cache
