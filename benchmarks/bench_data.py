@@ -49,7 +49,7 @@ from PIL import Image
 from plain_images import MEAN, STD, folder_batches
 
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize, train_view
 from jepa_kit.data.transforms.decoders import simplejpeg
 

@@ -59,9 +59,9 @@ from steps import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jepa_kit.distributed.collectives import World, process_group
 from jepa_kit.encoders import SIZES
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.engine.distributed import World, process_group
 from jepa_kit.engine.optimizer import build_optimizer, clip_gradients
 from jepa_kit.engine.parallel import Mode, parallelize
 from jepa_kit.engine.schedules import Hyper, set_hyper

@@ -7,7 +7,7 @@ each phase of a step:
     kernels      one for each operator that computes, none for views; a multi-tensor operator counts each launch
                  (LayerNorm's and attention's backward passes need two or three kernels and count as one)
     gigabytes    read and written outside matrix products and attention
-    tflop        of matrix products; the total has attention as well, by the formula of jepa_kit.engine.flops
+    tflop        of matrix products; the total has attention as well, by the formula of jepa_kit.planning.flops
     zero_fills   gigabytes written by fills with zeros: most are scratch space that a better backward would not need
     syncs        operators for which the host waits (a number read, a copy from the device, a size set by data)
 
@@ -53,11 +53,11 @@ from walk_graph import gradients_of, set_gradients
 
 from jepa_kit.config import Config, load_config
 from jepa_kit.encoders import compiled
-from jepa_kit.engine.flops import Lengths, model_flops
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.precision import autocast_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.planning.flops import Lengths, model_flops
+from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA, build_masker, build_recipe
 
 CONFIGS = ROOT / "projects" / "ijepa" / "configs"

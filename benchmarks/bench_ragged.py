@@ -32,8 +32,8 @@ import torch
 
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.attention import BACKENDS, attend, why_not
-from jepa_kit.engine.flops import encoder_flops
 from jepa_kit.maskers import MultiBlock
+from jepa_kit.planning.flops import encoder_flops
 from jepa_kit.structures import PatchSets, SetLengths
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

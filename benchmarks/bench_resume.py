@@ -44,9 +44,9 @@ from PIL import Image
 
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.order import epoch_order
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
-from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.streams import Access, copy
+from jepa_kit.data.remote.fetch import Access, copy
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.data.transforms import train_view
 
 IMAGES, PER_SHARD, WINDOW, IMAGE_BYTES = 1_281_167, 1000, 16384, 110_000

@@ -16,7 +16,7 @@ ratios are medians over the turns. Peak memory is that of each process.
 What the masks are: ``ragged`` is the default multi-block masker (contexts and blocks of different lengths; the plain
 side pads them to the longest and masks); ``uniform`` has the released truncation (one length for the batch).
 
-Achieved FLOP/s counts what the equations need, by the formula of jepa_kit/engine/flops.py, over the time of a step; the
+Achieved FLOP/s counts what the equations need, by the formula of jepa_kit/planning/flops.py, over a step's time; the
 peak is a large matrix product in the same run and dtype. On a machine that others use too, wall times are theirs as
 much as ours: with ``--threads 1`` go by the CPU time of the process.
 """

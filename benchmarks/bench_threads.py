@@ -48,9 +48,9 @@ def serve() -> None:
 
     from jepa_kit.config import load_config
     from jepa_kit.engine.optimizer import build_optimizer
-    from jepa_kit.engine.precision import autocast_of
     from jepa_kit.engine.schedules import Hyper
     from jepa_kit.engine.step import train_step
+    from jepa_kit.precision import autocast_of
     from jepa_kit.recipe import build_masker, build_recipe
 
     config = load_config(CONFIG)

@@ -20,10 +20,10 @@ from plain_jepa import Encoder, PlainJEPA, Predictor
 from torch import Tensor
 
 from jepa_kit.encoders import SIZES, ViT
-from jepa_kit.engine.flops import Lengths, ModelFlops, model_flops
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import RELEASED, MultiBlock
+from jepa_kit.planning.flops import Lengths, ModelFlops, model_flops
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch
@@ -141,7 +141,7 @@ def _flops(s: Setting) -> ModelFlops:
 
 
 def step_flops(s: Setting, masks: MaskBatch) -> float:
-    """FLOP of a step by the formula of jepa_kit/engine/flops.py."""
+    """FLOP of a step by the formula of jepa_kit/planning/flops.py."""
     flops = _flops(s).training(Lengths.of(masks, s.batch_size))
     assert flops is not None
     return flops

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jepa_kit.engine.curves import Panel
-from jepa_kit.engine.telemetry import Record, read_metrics
+from jepa_kit.engine.logging.curves import Panel
+from jepa_kit.engine.logging.telemetry import Record, read_metrics
+from jepa_kit.evaluation.health.verdict import CONSTANT, DIMENSIONAL, LEARNED
 from jepa_kit.evaluation.online import STATES
-from jepa_kit.evaluation.verdict import CONSTANT, DIMENSIONAL, LEARNED
 from jepa_kit.plotting import Figure
 
 ROOT = Path(__file__).resolve().parents[1]

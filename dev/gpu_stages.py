@@ -70,7 +70,7 @@ def machine(r: Record) -> None:
     import torch
 
     from jepa_kit.encoders.attention import describe_backend
-    from jepa_kit.engine.speed import matrix_peak
+    from jepa_kit.planning.peak_flops import matrix_peak
 
     device = torch.device("cuda", 0) if r.cuda else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if r.cuda else f"CPU ({torch.backends.cpu.get_cpu_capability()})"

@@ -131,6 +131,6 @@ def train_run(r: Any, shards: Path, name: str, steps: int) -> Path:
 def steady_rate(run: Path) -> float:
     """Return the steps a second of the end of a run."""
     from jepa_kit.config import load_config
-    from jepa_kit.engine.telemetry import read_metrics
+    from jepa_kit.engine.logging.telemetry import read_metrics
 
     return float(read_metrics(run)[-1]["images_per_second"] / load_config(run).train.batch_size)

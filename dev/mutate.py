@@ -62,13 +62,13 @@ AREAS: dict[str, tuple[str, str]] = {
     "schedules": ("engine/schedules.py", "engine/test_schedules.py engine/test_optimizer.py"),
     "order": ("data/order.py", "data/test_order.py data/test_exactness.py"),
     "loader": (
-        "data/loader.py data/reading.py data/sample_workers.py data/ahead.py",
+        "data/loader.py data/shards/reader.py data/making/sample_workers.py data/remote/prefetch.py",
         "data/test_loader.py data/test_ahead.py data/test_shards.py data/test_streams.py data/test_exactness.py "
         "data/test_faults.py data/test_shard_making.py tools/test_make_shards.py",
     ),
     "probes": ("evaluation/protocols/*.py", "evaluation/protocols"),
     "health": (
-        "evaluation/health.py evaluation/health_measures.py",
+        "evaluation/health/measure.py evaluation/health/measures.py",
         "evaluation/test_health*.py evaluation/test_online.py",
     ),
     "conversions": ("interop/*.py", "interop"),

@@ -46,11 +46,11 @@ if find_spec("jepa_kit") is None:
 
 from jepa_kit.arguments import tool_parser
 from jepa_kit.config import load_config
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
-from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
+from jepa_kit.distributed.signals import Preempted
+from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
+from jepa_kit.engine.logging.telemetry import MEASURED, METRICS, read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.signals import Preempted
-from jepa_kit.engine.telemetry import MEASURED, METRICS, read_metrics
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 1800.0

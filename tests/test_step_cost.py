@@ -13,11 +13,11 @@ from benchmarks.count_operators import CountOperators, Phase
 from benchmarks.fake_cuda import as_if_on_hopper
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.precision import autocast_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import RELEASED, Masker, MultiBlock
+from jepa_kit.precision import autocast_of
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import MASKERS

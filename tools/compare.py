@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> str:
     """The table; writes the files."""
     # here, so that --help does not wait for torch and scikit-learn
-    from jepa_kit.engine.curves import drawn
-    from jepa_kit.evaluation.compare import compare, figure, to_csv, to_markdown
-    from jepa_kit.evaluation.compared_runs import load
+    from jepa_kit.engine.logging.curves import drawn
+    from jepa_kit.evaluation.tables.compare import compare, figure, to_csv, to_markdown
+    from jepa_kit.evaluation.tables.runs import load
 
     runs = load(*arguments.runs)
     for option, field in (("protocol", "protocol"), ("network", "network"), ("label", "label")):

@@ -62,11 +62,11 @@ if TYPE_CHECKING:
     import torch
 
     from jepa_kit.config import Config
-    from jepa_kit.data.shards import ShardDataset
-    from jepa_kit.engine.distributed import World
+    from jepa_kit.data.shards.dataset import ShardDataset
+    from jepa_kit.distributed.collectives import World
+    from jepa_kit.evaluation.evaluate import Row
     from jepa_kit.evaluation.features import LoadedRun
     from jepa_kit.evaluation.protocols import Probe
-    from jepa_kit.evaluation.report import Row
 
 NAMES = "knn, logistic, linear, paper_linear, paper_transfer, count, distance, attentive, dense, finetune"
 """The protocols of jepa_kit, for --help, which does not wait for their import."""
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = p.parse_intermixed_args(argv)
     if not arguments.list and (not arguments.protocol or not (arguments.checkpoint or arguments.config_file)):
         p.error("the following arguments are required: --checkpoint (or --config-file), --protocol; or --list")
-    from jepa_kit.engine.distributed import PeerError, StartError  # here, so that --help does not wait for torch
+    from jepa_kit.distributed.collectives import PeerError, StartError  # here, so that --help does not wait for torch
 
     try:
         if arguments.list:
@@ -153,12 +153,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluates; of several processes the first prints the table and writes the file."""
     # here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.config import import_named, load_config
+    from jepa_kit.distributed.collectives import choose_device, process_group, read_environment
     from jepa_kit.engine.build import open_together
-    from jepa_kit.engine.distributed import choose_device, process_group, read_environment
-    from jepa_kit.engine.precision import resolve_precision
     from jepa_kit.evaluation.features import latest_checkpoint, load_run
     from jepa_kit.evaluation.protocols import build_protocols, parse_specs
     from jepa_kit.evaluation.shard_choice import asked_shards, training_shards
+    from jepa_kit.precision import resolve_precision
 
     specs = parse_specs(arguments.protocol)
     built = build_protocols(specs)
@@ -189,7 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def note_shared(train: ShardDataset, test: ShardDataset) -> None:
     """Says on stderr where the test samples are training samples, which a sanity check may want and a score not."""
-    from jepa_kit.evaluation.store import shared_samples
+    from jepa_kit.evaluation.feature_cache import shared_samples
 
     shared = shared_samples(train, test)
     if shared:
@@ -212,13 +212,13 @@ def evaluated(
     device: torch.device,
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """The rows, and what the file of results says of the checkpoint."""
-    from jepa_kit.engine.distributed import from_main
-    from jepa_kit.engine.precision import precision_of
+    from jepa_kit.distributed.collectives import from_main
     from jepa_kit.engine.workers import choose_workers
-    from jepa_kit.evaluation.networks import ENCODERS, config_networks, encoder_named, run_networks, sha256
-    from jepa_kit.evaluation.report import evaluate
-    from jepa_kit.evaluation.results import about_checkpoint
-    from jepa_kit.evaluation.store import FeatureStore
+    from jepa_kit.evaluation.evaluate import evaluate
+    from jepa_kit.evaluation.feature_cache import FeatureStore
+    from jepa_kit.evaluation.feature_sources import ENCODERS, config_networks, encoder_named, run_networks, sha256
+    from jepa_kit.evaluation.tables.results import about_checkpoint
+    from jepa_kit.precision import precision_of
 
     about: dict[str, Any] = {
         "baselines": [] if arguments.baselines == "none" else split([arguments.baselines]),
@@ -268,8 +268,8 @@ def tell(
     built: Sequence[tuple[str, dict[str, Any], Probe]],
 ) -> None:
     """Write the file of results, with all options of the protocols, and then print the table."""
-    from jepa_kit.evaluation.report import format_table, plain_options
-    from jepa_kit.evaluation.results import config_results, write_results
+    from jepa_kit.evaluation.evaluate import format_table, plain_options
+    from jepa_kit.evaluation.tables.results import config_results, write_results
 
     content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
     content["protocols"] = plain_options(built)
@@ -283,8 +283,8 @@ def tell(
 
 def check_choices(arguments: argparse.Namespace, built: Sequence[tuple[str, dict[str, Any], Probe]]) -> None:
     """Raises ValueError for an option that would do nothing, that lacks another, or a file that cannot be written."""
-    from jepa_kit.engine.remote import is_address
-    from jepa_kit.evaluation.results import check_output
+    from jepa_kit.engine.checkpoint.remote import is_address
+    from jepa_kit.evaluation.tables.results import check_output
 
     if arguments.output:
         check_output("--output", arguments.output)

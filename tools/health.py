@@ -33,7 +33,7 @@ if find_spec("jepa_kit") is None:
 from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
 
 if TYPE_CHECKING:
-    from jepa_kit.evaluation.health import Health
+    from jepa_kit.evaluation.health.measure import Health
 
 OVERRIDE = re.compile(r"[\w.]+=")
 ROWS = (
@@ -98,8 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the table and the verdicts, and writes the file."""
     # here, so that --help does not wait for torch
     from jepa_kit.config import versions
-    from jepa_kit.evaluation.results import check_output, write_results
-    from jepa_kit.evaluation.verdict import judge
+    from jepa_kit.evaluation.health.verdict import judge
+    from jepa_kit.evaluation.tables.results import check_output, write_results
 
     if not arguments.checkpoint:
         raise ValueError(f"--checkpoint must name one beside {', '.join(arguments.overrides)}")
@@ -128,11 +128,11 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
 
     from jepa_kit.data.loader import eval_batches
     from jepa_kit.data.order import permutation
+    from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
-    from jepa_kit.engine.distributed import World, choose_device
+    from jepa_kit.evaluation.feature_sources import encoder_named
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.health import measure_health
-    from jepa_kit.evaluation.networks import encoder_named
+    from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.shard_choice import images_to_look_at
     from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator

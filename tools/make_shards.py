@@ -51,12 +51,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit import __version__
 from jepa_kit.arguments import run_tool, tool_parser
-from jepa_kit.data.progress import Progress
-from jepa_kit.data.shard_journal import Journal, alone, make_room, unfinished
-from jepa_kit.data.shard_making import Limits, check_apart, listed, make, orders, split_folder
-from jepa_kit.data.shard_verify import verify
+from jepa_kit.data.making.make_shards import Limits, check_apart, listed, make, orders, split_folder
+from jepa_kit.data.making.verify import verify
+from jepa_kit.data.making.write_log import Journal, alone, make_room, unfinished
 from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.labels import LABEL_FROM
+from jepa_kit.progress import Progress
 
 NO_PART_OF_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}

@@ -34,7 +34,7 @@ if find_spec("jepa_kit") is None:
 from jepa_kit.arguments import add_config, run_tool, tool_parser
 
 if TYPE_CHECKING:
-    from jepa_kit.evaluation.mask_report import MaskReport
+    from jepa_kit.evaluation.masks.report import MaskReport
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> str:
     """The table; writes the files."""
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.config import load_config, versions
-    from jepa_kit.evaluation.mask_page import first_masks, mask_page, samples_of, shows_data
-    from jepa_kit.evaluation.mask_report import mask_report
-    from jepa_kit.evaluation.pictures import mask_gallery
+    from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of, shows_data
+    from jepa_kit.evaluation.masks.report import mask_report
+    from jepa_kit.evaluation.pictures.draw import mask_gallery
 
     for option in ("draws", "images_per_batch"):
         if (value := getattr(arguments, option)) < 1:
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
     """A column for each report, and its warnings underneath."""
-    from jepa_kit.evaluation.mask_report import warnings
+    from jepa_kit.evaluation.masks.report import warnings
 
     rows = [dict(_figures(report)) for report in reports]
     label = max(len(key) for key in rows[0])

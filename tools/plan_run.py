@@ -20,7 +20,7 @@ examples:
   # for programs; with another batch
   python tools/plan_run.py --config-file FILE --gpus 32 --device h100 --json train.batch_size=4096
 
-The formulas are in jepa_kit/engine/flops.py and memory.py, with what they leave out; docs/clusters.md says how well
+The formulas are in jepa_kit/planning/flops.py and memory.py, with what they leave out; docs/clusters.md says how well
 they hold. Peaks are the makers' (dense), in train.precision.
 Exit status: 0, or 2 for a mistake in the config or the command.
 """
@@ -41,10 +41,10 @@ if find_spec("jepa_kit") is None:
 
 from jepa_kit.arguments import add_config, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
-from jepa_kit.data.parts import indexed_samples
-from jepa_kit.engine.devices import DEVICES, Device, this_cpu
-from jepa_kit.engine.flops import FORMULA
-from jepa_kit.engine.planner import Assumptions, Plan, describe, plan_run, table
+from jepa_kit.data.shards.resolve import indexed_samples
+from jepa_kit.planning.device_specs import DEVICES, Device, this_cpu
+from jepa_kit.planning.flops import FORMULA
+from jepa_kit.planning.planner import Assumptions, Plan, describe, plan_run, table
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k."""

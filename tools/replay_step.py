@@ -32,7 +32,7 @@ if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit.arguments import add_trust, run_tool, tool_parser
-from jepa_kit.engine.distributed import World, choose_device
+from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 
 

@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> str:
     """What is said at the end; writes the pictures."""
     # here, so that --help does not wait for torch and matplotlib
+    from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
-    from jepa_kit.engine.distributed import World, choose_device
-    from jepa_kit.engine.remote import is_address
+    from jepa_kit.engine.checkpoint.remote import is_address
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.results import check_output
+    from jepa_kit.evaluation.pictures.run_page import draw_run, gather
     from jepa_kit.evaluation.shard_choice import images_to_look_at
-    from jepa_kit.evaluation.visual import draw_run, gather
+    from jepa_kit.evaluation.tables.results import check_output
 
     for name in ("images", "decoder_images", "decoder_steps"):
         least = {"images": 32, "decoder_images": 64, "decoder_steps": 1}[name]

@@ -222,12 +222,12 @@ class TrainConfig(_Section):
         batch_size: images of one update, over all ranks.
         epochs: length of the run.
         steps_per_epoch: updates of an epoch; None for as many as the data give.
-        precision: of the matrix products (jepa_kit/engine/precision.py); weights and optimiser stay float32.
+        precision: of the matrix products (jepa_kit/precision.py); weights and optimiser stay float32.
             "auto" is bf16 on CUDA, and on a CPU the faster of bf16 and float32; what it became is stored.
         seed: of everything random, 0 to 2**63 - 1.
         output_dir: the run folder, on this machine or a file system that all see.
         checkpoint_dir: where its checkpoints go: another folder, or an address that a handler of iopath takes
-            (jepa_kit/engine/store.py); None for the run folder.
+            (jepa_kit/engine/checkpoint/manager.py); None for the run folder.
         init_from: weights to start from, in any format that ``jepa_kit.interop`` reads; None for fresh ones.
         log_every: steps between two lines of the log.
         checkpoint_every: steps between two checkpoints; None for one each epoch.
@@ -236,7 +236,7 @@ class TrainConfig(_Section):
             for none.
         checkpoint: "file" is one file; "sharded" a folder to which each rank writes its part; "auto" shards where
             ``parallel`` does. Either is written beside the steps.
-        bad_numbers: what happens where a loss or a gradient is not finite (jepa_kit/engine/bad_steps.py): "stop";
+        bad_numbers: if a loss or a gradient is not finite (jepa_kit/engine/nonfinite/policy.py): "stop";
             "skip" goes on without the batch; "rollback" goes back to the last checkpoint first.
         bad_numbers_limit: most bad steps in a row, or most times back to one checkpoint, before the run stops all the
             same.

@@ -15,7 +15,7 @@ from jepa_kit.config.errors import ConfigError, reason_of
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
-from jepa_kit.data.streams import Access, copy, path_manager
+from jepa_kit.data.remote.fetch import Access, copy, path_manager
 
 RUN_CONFIG = "config.yaml"
 """The file in a run folder that holds the resolved config."""
@@ -45,7 +45,7 @@ def read_config(file: str, problems: list[str], *, trust_imports: bool = False) 
 
     Args:
         file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``), here or at an
-            address that a handler of ``jepa_kit.data.streams.path_manager`` opens.
+            address that a handler of ``jepa_kit.data.remote.fetch.path_manager`` opens.
         problems: gets lines about what does not keep the rest from being checked.
         trust_imports: allow any ``imports`` in checkpoints and in files at addresses; a local YAML file is its user's.
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jepa_kit.data.ahead import Ahead
-from jepa_kit.data.faults import SampleError, Skipped
+from jepa_kit.data.errors import SampleError, Skipped
 from jepa_kit.data.images import MAX_PIXELS, ImageError
 from jepa_kit.data.order import epoch_order
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.remote.prefetch import Ahead
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
 from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.data.workers import load

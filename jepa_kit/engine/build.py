@@ -11,14 +11,17 @@ from torch import nn
 
 from jepa_kit.config import Config, located
 from jepa_kit.config.sections import TrainConfig
-from jepa_kit.data.identity import brief, identity
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.streams import Access
+from jepa_kit.data.remote.fetch import Access
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.data.shards.identity import brief, identity
 from jepa_kit.data.transforms import View, build_view
+from jepa_kit.distributed.collectives import World, from_main, joined, together
 from jepa_kit.encoders import Encoder
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
-from jepa_kit.engine.checkpoint import (
+from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
+from jepa_kit.engine.checkpoint.files import reading
+from jepa_kit.engine.checkpoint.format import (
     CheckpointError,
     check_finite,
     check_state,
@@ -27,21 +30,18 @@ from jepa_kit.engine.checkpoint import (
     step_of,
     verify,
 )
-from jepa_kit.engine.checkpoint_files import reading
+from jepa_kit.engine.checkpoint.manager import Store, Where
+from jepa_kit.engine.checkpoint.resume import advice, check_resumable, note_of_start
+from jepa_kit.engine.checkpoint.state_dict import local_part, state_of
 from jepa_kit.engine.consistency import check_same, flatten
-from jepa_kit.engine.contract import check_parts
-from jepa_kit.engine.distributed import World, from_main, joined, together
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
-from jepa_kit.engine.precision import resolve_precision
-from jepa_kit.engine.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.schedules import Schedule
-from jepa_kit.engine.shard_files import layout, load_sharded
-from jepa_kit.engine.sharded import local_part, state_of
-from jepa_kit.engine.store import Store, Where
 from jepa_kit.engine.workers import set_workers
 from jepa_kit.interop.start import ORIGIN, Start, init_from, resume_official
+from jepa_kit.precision import resolve_precision
 from jepa_kit.recipe import JEPA, build_masker, build_recipe, every_problem
+from jepa_kit.trials.contract import check_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Run:
 
 
 def data_identity(dataset: ShardDataset) -> dict[str, Any]:
-    """Return what tells data sets apart, wherever they lie; see jepa_kit/data/identity.py."""
+    """Return what tells data sets apart, wherever they lie; see jepa_kit/data/shards/identity.py."""
     return identity(dataset.shards)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jepa_kit
 from jepa_kit.config import Config, versions
 from jepa_kit.config.imports import find_source
-from jepa_kit.engine.distributed import gathered
+from jepa_kit.distributed.collectives import gathered
 
 MAY_DIFFER = frozenset(
     {

@@ -18,35 +18,42 @@ import torch
 
 from jepa_kit.config import Config, versions
 from jepa_kit.data.device import to_device
-from jepa_kit.data.faults import Allowance
+from jepa_kit.data.errors import Allowance
 from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.announce import announce
-from jepa_kit.engine.bad_numbers import Watch
-from jepa_kit.engine.bad_steps import BadSteps
-from jepa_kit.engine.boards import check_boards, open_boards
+from jepa_kit.distributed.collectives import (
+    barrier,
+    choose_device,
+    from_main,
+    process_group,
+    read_environment,
+    restarted,
+)
+from jepa_kit.distributed.signals import Agreement, Answer, Signals, preempted
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
-from jepa_kit.engine.checkpoint import Checkpoint, step_of
+from jepa_kit.engine.checkpoint.async_save import Saver
+from jepa_kit.engine.checkpoint.failures import under_way
+from jepa_kit.engine.checkpoint.format import Checkpoint, step_of
+from jepa_kit.engine.checkpoint.lock import only_run_in
+from jepa_kit.engine.checkpoint.manager import Store, Where, store_of
+from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
-from jepa_kit.engine.curves import drawn, plot_curves
 from jepa_kit.engine.deterministic import deterministic
-from jepa_kit.engine.distributed import barrier, choose_device, from_main, process_group, read_environment, restarted
-from jepa_kit.engine.failures import under_way
-from jepa_kit.engine.flops import flops_of
 from jepa_kit.engine.hooks import build_hooks, due_hooks, run_hooks
-from jepa_kit.engine.lock import only_run_in
-from jepa_kit.engine.precision import autocast_of, precision_of, products_in, resolve_precision
-from jepa_kit.engine.resume import check_folders, plan_resume
-from jepa_kit.engine.saving import Saver
-from jepa_kit.engine.signals import Agreement, Answer, Signals, preempted
-from jepa_kit.engine.skipped import SkippedSamples
-from jepa_kit.engine.speed import matrix_peak
+from jepa_kit.engine.logging.announce import announce
+from jepa_kit.engine.logging.curves import drawn, plot_curves
+from jepa_kit.engine.logging.loggers import check_boards, open_boards
+from jepa_kit.engine.logging.telemetry import Journal, Meter, Record
+from jepa_kit.engine.logging.topology import find_places
+from jepa_kit.engine.nonfinite.detect import Watch
+from jepa_kit.engine.nonfinite.policy import BadSteps
+from jepa_kit.engine.skipped_samples import SkippedSamples
 from jepa_kit.engine.step import train_step
-from jepa_kit.engine.store import Store, Where, store_of
-from jepa_kit.engine.telemetry import Journal, Meter, Record
-from jepa_kit.engine.topology import find_places
 from jepa_kit.engine.workers import limit_threads
 from jepa_kit.interop.start import Start
+from jepa_kit.planning.flops import flops_of
+from jepa_kit.planning.peak_flops import matrix_peak
+from jepa_kit.precision import autocast_of, precision_of, products_in, resolve_precision
 from jepa_kit.rng import Stream, generator
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.engine.sharded import is_sharded
+from jepa_kit.engine.checkpoint.state_dict import is_sharded
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:

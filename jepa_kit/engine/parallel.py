@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jepa_kit.distributed.buffers import broadcast_buffers
+from jepa_kit.distributed.collectives import joined, wrap
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.engine.buffers import broadcast_buffers
-from jepa_kit.engine.distributed import joined, wrap
 from jepa_kit.recipe import JEPA, Output
 from jepa_kit.structures import MaskBatch
 

@@ -22,17 +22,17 @@ from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
 from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.transforms import normalize
-from jepa_kit.engine.bad_steps import DUMP_FORMAT, left_out, read_record
+from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import Run, build_run, resume_run
-from jepa_kit.engine.checkpoint import load_checkpoint, restore, step_of
-from jepa_kit.engine.distributed import World
+from jepa_kit.engine.checkpoint.format import load_checkpoint, restore, step_of
+from jepa_kit.engine.checkpoint.manager import name_of, store_in
+from jepa_kit.engine.checkpoint.resume import check_resumable
 from jepa_kit.engine.loop import seed_torch
+from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.precision import autocast_of
-from jepa_kit.engine.resume import check_resumable
 from jepa_kit.engine.step import train_step
-from jepa_kit.engine.store import name_of, store_in
 from jepa_kit.interop.start import init_from, resume_official
+from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA, build_recipe
 from jepa_kit.structures import MaskBatch, PatchSets
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.engine.bad_numbers import spread, step_if_finite
-from jepa_kit.engine.buffers import Buffers
+from jepa_kit.distributed.buffers import Buffers
+from jepa_kit.engine.nonfinite.detect import spread, step_if_finite
 from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.recipe import JEPA, Output

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import Encoder
-from jepa_kit.engine.checkpoint import check_finite, load_checkpoint, restore
-from jepa_kit.engine.precision import Precision, autocast_of
-from jepa_kit.engine.store import to_read
+from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
+from jepa_kit.engine.checkpoint.manager import to_read
+from jepa_kit.precision import Precision, autocast_of
 from jepa_kit.recipe import JEPA, build_recipe
 
 Float32 = NDArray[np.float32]
@@ -234,7 +234,7 @@ class LoadedRun(NamedTuple):
 def latest_checkpoint(checkpoint: str | Path) -> Path:
     """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so).
 
-    What lies at an address is fetched (``jepa_kit.engine.store.to_read``).
+    What lies at an address is fetched (``jepa_kit.engine.checkpoint.manager.to_read``).
     """
     return to_read(checkpoint)
 

@@ -30,15 +30,15 @@ from tqdm import tqdm
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
+from jepa_kit.distributed.collectives import together
 from jepa_kit.engine.build import Run, open_together
-from jepa_kit.engine.distributed import together
-from jepa_kit.engine.precision import Precision, autocast_of, precision_of
 from jepa_kit.engine.workers import choose_workers
 from jepa_kit.evaluation.features import evaluating
-from jepa_kit.evaluation.health import BATCH, measure_health
+from jepa_kit.evaluation.health.measure import BATCH, measure_health
+from jepa_kit.evaluation.health.verdict import State, Verdict, judge
 from jepa_kit.evaluation.neighbours import Bank
-from jepa_kit.evaluation.verdict import State, Verdict, judge
 from jepa_kit.maskers import Masker
+from jepa_kit.precision import Precision, autocast_of, precision_of
 from jepa_kit.recipe import JEPA, build_masker
 from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_kit.data.streams import is_remote, is_shard
+from jepa_kit.data.remote.fetch import is_remote, is_shard
 
 Shards = str | Sequence[str]
 """What ``data.shards`` takes: a folder, a shard, a pattern, or a list of these."""

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from jepa_kit.config.errors import reason_of
-from jepa_kit.data.streams import path_manager
-from jepa_kit.engine.checkpoint import FORMAT, HEADER, CheckpointError, checkpoints
-from jepa_kit.engine.store import to_read
+from jepa_kit.data.remote.fetch import path_manager
+from jepa_kit.engine.checkpoint.format import FORMAT, HEADER, CheckpointError, checkpoints
+from jepa_kit.engine.checkpoint.manager import to_read
 from jepa_kit.interop.digest import HOW, file_digest
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 
@@ -32,7 +32,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
 
     Args:
         path_or_url: a path; an http address of one file, which iopath keeps in its cache; or another address, see
-            ``jepa_kit.engine.store.to_read``.
+            ``jepa_kit.engine.checkpoint.manager.to_read``.
         sha256: what the file's SHA-256 must be, in hex; None where it is not known.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.engine.checkpoint.format import CheckpointError
 
 T = TypeVar("T")
 

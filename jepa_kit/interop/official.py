@@ -24,9 +24,9 @@ from torch import Tensor
 
 from jepa_kit.config import Config
 from jepa_kit.encoders.pos_embed import sincos_2d
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, check_finite
-from jepa_kit.engine.files import write_archive
+from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, check_finite
 from jepa_kit.engine.schedules import Schedule
+from jepa_kit.files import write_archive
 from jepa_kit.interop.files import open_archive
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.native import architecture_of, config_of, released_config, steps_per_epoch

@@ -21,7 +21,7 @@ class Loss(Protocol):
     Attributes:
         is_distance: it measures how far predictions are from targets: it draws no random numbers, and is least where
             they are equal. A loss without the attribute counts as one; a regulariser, or a loss that contains one
-            (VICReg, SIGReg), declares False. Health compares distances alone (jepa_kit/evaluation/health.py).
+            (VICReg, SIGReg), declares False. Health compares distances alone (jepa_kit/evaluation/health/measure.py).
     """
 
     is_distance: bool

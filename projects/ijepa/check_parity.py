@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from jepa_kit.config import Config, config_from_dict
-from jepa_kit.engine.checkpoint import check_state
-from jepa_kit.engine.distributed import World, choose_device
+from jepa_kit.distributed.collectives import World, choose_device
+from jepa_kit.engine.checkpoint.format import check_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step

@@ -5,7 +5,7 @@ import json
 import pytest
 from small_shards import make_samples, write_shards
 
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 
 
 @pytest.fixture(autouse=True)

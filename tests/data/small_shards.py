@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 
 
 def picture(seed, height=20, width=24):

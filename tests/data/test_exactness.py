@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from small_shards import make_samples, write_shards
 
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import ShardDataset
-from jepa_kit.data.streams import Access
+from jepa_kit.data.remote.fetch import Access
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import train_view
 from jepa_kit.maskers.multiblock import MultiBlock
 

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from small_shards import encoded, picture
 
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.sources import SourceOptions, open_source
 
 IMAGE = encoded(picture(0), "PNG")

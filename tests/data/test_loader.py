@@ -20,8 +20,8 @@ from small_shards import encoded, picture, write_shards
 from jepa_kit.data import workers
 from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
 from jepa_kit.data.order import epoch_order
-from jepa_kit.data.shard_writing import Sample
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import eval_view, train_view
 from jepa_kit.rng import Stream, uniforms
 from jepa_kit.structures import MaskBatch, PatchSets
@@ -218,7 +218,8 @@ def test_workers_outlive_the_signals_of_their_group(dataset):
 def test_workers_do_not_hold_up_the_exit_after_an_error(dataset):
     """multiprocessing sends daemons SIGTERM at exit, and waits for them; the traceback keeps the loader alive."""
     script = (
-        "import sys; from jepa_kit.data.loader import TrainLoader; from jepa_kit.data.shards import ShardDataset\n"
+        "import sys\nfrom jepa_kit.data.loader import TrainLoader\n"
+        "from jepa_kit.data.shards.dataset import ShardDataset\n"
         "from jepa_kit.data.transforms import train_view\n"
         "view = train_view(image_size=(12, 16))\n"
         "dataset = ShardDataset(sys.argv[1])\n"
@@ -289,7 +290,7 @@ FEW_FILES = """
 import resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import eval_view
 loader = TrainLoader(
     dataset=ShardDataset({folder!r}), masker=None, view=eval_view(image_size=(8, 8)), batch_size=2, num_workers=2

@@ -10,8 +10,8 @@ import pytest
 from small_shards import encoded, picture, write_shards
 
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.shard_writing import Sample
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import train_view
 from jepa_kit.maskers.multiblock import MultiBlock
 

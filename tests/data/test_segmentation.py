@@ -14,7 +14,7 @@ from small_shards import encoded, make_samples, picture, write_shards
 
 from jepa_kit.data.images import ImageError
 from jepa_kit.data.segmentation import decode_mask, encode_mask
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 
 
 def random_mask(seed, height=16, width=18):

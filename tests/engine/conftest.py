@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from jepa_kit.config import config_from_dict
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from parallel_cases import batch, make
 
-from jepa_kit.engine.distributed import World
+from jepa_kit.distributed.collectives import World
+from jepa_kit.engine.checkpoint.state_dict import full_state, is_sharded
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.sharded import full_state, is_sharded
 from jepa_kit.engine.step import train_step
 
 HYPER = Hyper(lr=1e-3, weight_decay=0.04, momentum=0.9)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
+from jepa_kit.distributed.collectives import World, mean_over_ranks, process_group
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block, checkpoint_activations
-from jepa_kit.engine.distributed import World, mean_over_ranks, process_group
+from jepa_kit.engine.checkpoint.dcp import load_sharded, save_sharded
+from jepa_kit.engine.checkpoint.state_dict import full_state, is_sharded, load_full_state, state_of
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.shard_files import load_sharded, save_sharded
-from jepa_kit.engine.sharded import full_state, is_sharded, load_full_state, state_of
 from jepa_kit.engine.step import train_step
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import MultiBlock

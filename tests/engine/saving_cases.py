@@ -16,14 +16,14 @@ from parallel_cases import DEVICE, Training, launch, make, same_state
 from places import Bucket
 from torch.distributed.checkpoint import FileSystemWriter
 
-from jepa_kit.data.streams import path_manager
-from jepa_kit.engine import saving
-from jepa_kit.engine.checkpoint import Checkpoint, checkpoints, load_checkpoint
-from jepa_kit.engine.distributed import barrier, from_main, process_group
-from jepa_kit.engine.saving import SaveError, Saver
-from jepa_kit.engine.shard_files import load_sharded
-from jepa_kit.engine.sharded import full_state
-from jepa_kit.engine.store import Store
+from jepa_kit.data.remote.fetch import path_manager
+from jepa_kit.distributed.collectives import barrier, from_main, process_group
+from jepa_kit.engine.checkpoint import async_save
+from jepa_kit.engine.checkpoint.async_save import SaveError, Saver
+from jepa_kit.engine.checkpoint.dcp import load_sharded
+from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoints, load_checkpoint
+from jepa_kit.engine.checkpoint.manager import Store
+from jepa_kit.engine.checkpoint.state_dict import full_state
 
 
 def save(saver, run, step):
@@ -36,14 +36,14 @@ def names(folder):
 
 def beside(world, folder):
     """Each holds the state at its call, whatever the steps do meanwhile; older ones go, but for every second."""
-    run, plain, held = Training(world, "fsdp"), saving._checksums, {}
+    run, plain, held = Training(world, "fsdp"), async_save._checksums, {}
     done = [threading.Event() for _ in range(7)]
 
     def late(part):
         assert done[int(part.name[-10:-5]) + 1].wait(60)  # all is written; and the next step done, with its collectives
         return plain(part)
 
-    saving._checksums = late
+    async_save._checksums = late
     with Saver(Store(folder), keep=1, keep_every=2, sharded=True) as saver:
         for step in range(1, 6):
             run.step(step)
@@ -51,7 +51,7 @@ def beside(world, folder):
             held[step] = copy.deepcopy(full_state(run.jepa, run.optimizer))
             save(saver, run, step)
         done[6].set()
-    saving._checksums = plain
+    async_save._checksums = plain
     assert names(folder) == ["checkpoint_00000002", "checkpoint_00000004", "checkpoint_00000005"]
     if world.is_main:
         for path in checkpoints(folder):
@@ -83,7 +83,11 @@ def fails(world, folder):
     run = Training(world, "fsdp")
     with Saver(Store(folder), keep=1, sharded=True) as saver:
         save(saver, run, 1)
-    for owner, attribute in ((saving, "_checksums"), (FileSystemWriter, "write_data"), (saving, "write_archive")):
+    for owner, attribute in (
+        (async_save, "_checksums"),
+        (FileSystemWriter, "write_data"),
+        (async_save, "write_archive"),
+    ):
         plain = getattr(owner, attribute)
         if world.rank == (attribute != "write_archive"):  # rank 1, but for what rank 0 alone does
             setattr(owner, attribute, full)
@@ -113,7 +117,7 @@ def file_fails(world, folder):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    saving.save_checkpoint = full
+    async_save.save_checkpoint = full
     with pytest.raises(SaveError, match="step 1 could not be written"), Saver(Store(folder), keep=1) as saver:
         save(saver, Training(world, "ddp"), 1)
     barrier()
@@ -146,7 +150,7 @@ def killed(world, folder, both=True):
         saver.wait()
         barrier()
         if both or world.rank:
-            saving._checksums = lambda part: os.kill(os.getpid(), signal.SIGKILL)
+            async_save._checksums = lambda part: os.kill(os.getpid(), signal.SIGKILL)
         save(saver, run, 2)
 
 

@@ -8,10 +8,10 @@ import torch
 from parallel_cases import Training, batch, launch, make
 from torch import nn
 
-from jepa_kit.engine.buffers import Buffers, persistent_buffers
-from jepa_kit.engine.distributed import World, gathered, process_group
+from jepa_kit.distributed.buffers import Buffers, persistent_buffers
+from jepa_kit.distributed.collectives import World, gathered, process_group
+from jepa_kit.engine.checkpoint.state_dict import full_state
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.sharded import full_state
 from jepa_kit.engine.step import train_step
 from jepa_kit.targets import RepresentationTarget
 

@@ -13,11 +13,11 @@ import torch
 from parallel_cases import launch
 
 from jepa_kit.config import config_from_dict
+from jepa_kit.distributed.collectives import process_group
 from jepa_kit.engine import consistency
 from jepa_kit.engine.build import open_together
+from jepa_kit.engine.checkpoint.resume import FREE
 from jepa_kit.engine.consistency import MAY_DIFFER, check_command, code_version, differences, flatten
-from jepa_kit.engine.distributed import process_group
-from jepa_kit.engine.resume import FREE
 from tools import make_shards
 
 ROOT = Path(__file__).parents[2]

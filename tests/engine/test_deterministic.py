@@ -5,8 +5,8 @@ import torch
 
 from jepa_kit.engine import loop
 from jepa_kit.engine.deterministic import deterministic
+from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.telemetry import MEASURED, read_metrics
 
 
 def settings():

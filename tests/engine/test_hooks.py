@@ -6,8 +6,8 @@ import pytest
 
 from jepa_kit.engine import loop
 from jepa_kit.engine.hooks import due_hooks, run_hooks
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.telemetry import read_metrics
 
 
 class Counting:

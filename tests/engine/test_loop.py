@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
+from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import build, loop
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.checkpoint import CheckpointError, checkpoints, load_checkpoint
-from jepa_kit.engine.distributed import World
-from jepa_kit.engine.failures import RunError
+from jepa_kit.engine.checkpoint.failures import RunError
+from jepa_kit.engine.checkpoint.format import CheckpointError, checkpoints, load_checkpoint
+from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.engine.loop import seed_torch, train
-from jepa_kit.engine.telemetry import MEASURED, read_metrics
 
 
 def numbers(folder):

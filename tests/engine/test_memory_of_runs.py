@@ -12,8 +12,8 @@ from torch import nn
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import attention_dense, blocks
 from jepa_kit.encoders.blocks import checkpoint_activations
-from jepa_kit.engine.flops import Lengths
-from jepa_kit.engine.memory import training_memory
+from jepa_kit.planning.flops import Lengths
+from jepa_kit.planning.memory import training_memory
 from jepa_kit.recipe import build_masker, build_recipe
 
 IMAGES = 8
@@ -125,8 +125,8 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from test_memory_of_runs import IMAGES, config, make
 from torch.distributed.fsdp import FSDPModule
-from jepa_kit.engine.distributed import process_group, read_environment
-from jepa_kit.engine.memory import training_memory
+from jepa_kit.distributed.collectives import process_group, read_environment
+from jepa_kit.planning.memory import training_memory
 from jepa_kit.engine.parallel import parallelize
 
 cpu, held = torch.device("cpu"), []
@@ -180,10 +180,10 @@ import sys
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
 from test_memory_of_runs import config, make
-from jepa_kit.engine.memory import training_memory
+from jepa_kit.planning.memory import training_memory
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.speed import peak_memory
+from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.engine.step import train_step
 
 cpu, images = torch.device("cpu"), 32

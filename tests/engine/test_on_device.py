@@ -16,13 +16,13 @@ import torch
 from jepa_kit import load_encoder
 from jepa_kit.data.device import to_device
 from jepa_kit.data.transforms import normalize
+from jepa_kit.distributed.collectives import World
 from jepa_kit.encoders import compiled
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.checkpoint import checkpoints, load_checkpoint
-from jepa_kit.engine.distributed import World
+from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.step import train_step
-from jepa_kit.engine.telemetry import read_metrics
 from jepa_kit.interop.formats import convert
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -2,8 +2,8 @@
 
 import pytest
 
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.telemetry import read_metrics
 
 
 def evaluations(folder):

@@ -13,13 +13,13 @@ import torch
 from parallel_cases import SAVED, Training, batch, close, make, same_state
 from PIL import Image
 
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
+from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.distributed import World
+from jepa_kit.engine.checkpoint.dcp import layout, load_sharded, read_full
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.parallel import Accumulated, parallelize
-from jepa_kit.engine.shard_files import layout, load_sharded, read_full
-from jepa_kit.engine.telemetry import read_metrics
 from jepa_kit.maskers import RELEASED, MultiBlock
 
 ROOT = Path(__file__).parents[2]

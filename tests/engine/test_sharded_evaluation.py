@@ -8,10 +8,10 @@ import pytest
 import torch
 from parallel_cases import Training, batch, launch
 
+from jepa_kit.distributed.collectives import World, process_group
 from jepa_kit.engine import loop
-from jepa_kit.engine.bad_steps import read_record
-from jepa_kit.engine.distributed import World, process_group
-from jepa_kit.engine.telemetry import read_metrics
+from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.engine.nonfinite.policy import read_record
 
 
 def spoil_step(bad, rank):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
+from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import workers
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.distributed import World
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.workers import choose_workers, limit_threads
 

@@ -6,7 +6,7 @@ import torch
 
 from jepa_kit.config import ConfigError
 from jepa_kit.encoders import ViT
-from jepa_kit.engine.checkpoint import CheckpointError
+from jepa_kit.engine.checkpoint.format import CheckpointError
 from jepa_kit.evaluation.features import (
     block_source,
     encoder_source,

@@ -7,11 +7,11 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from jepa_kit.config import config_from_dict
+from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.checkpoint import load_checkpoint
-from jepa_kit.engine.distributed import World
+from jepa_kit.engine.checkpoint.format import load_checkpoint
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.telemetry import read_metrics
 from jepa_kit.evaluation.online import (
     PENALTIES,
     STATES,

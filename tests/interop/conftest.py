@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jepa_kit.config import config_from_dict
-from jepa_kit.data.shard_writing import Sample, write_index, write_shard
+from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from jepa_kit.engine.checkpoint import Checkpoint, CheckpointError, load_checkpoint, optimizer_state
+from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, load_checkpoint, optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step

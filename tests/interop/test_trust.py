@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jepa_kit.config import ConfigError
-from jepa_kit.engine.checkpoint import Checkpoint, save_checkpoint
+from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.frozen import load_encoder

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 from test_compare import content, row
 
-from jepa_kit.evaluation.results import write_results
+from jepa_kit.evaluation.tables.results import write_results
 
 TOOL = Path(__file__).parents[2] / "tools" / "compare.py"
 
@@ -68,7 +68,7 @@ def test_an_interruption_from_the_keyboard(tool, runs, monkeypatch, capsys):
     def interrupted(*paths):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jepa_kit.evaluation.compared_runs.load", interrupted)
+    monkeypatch.setattr("jepa_kit.evaluation.tables.runs.load", interrupted)
     assert tool.main(runs) == 130
     assert capsys.readouterr().err == "\ncompare.py: interrupted\n"
 

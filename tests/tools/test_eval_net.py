@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from jepa_kit.config import config_from_dict, load_config
-from jepa_kit.data.identity import brief
-from jepa_kit.data.shard_writing import write_index, write_shard
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.data.shards.identity import brief
+from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
+from jepa_kit.distributed.collectives import StartError
 from jepa_kit.engine.build import data_identity
-from jepa_kit.engine.distributed import StartError
 from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.protocols import PROTOCOLS
 
@@ -392,7 +392,7 @@ def test_one_process_waits_long_for_another(tool, run, monkeypatch, capsys):
         given.append((timeout, patience))
         yield
 
-    monkeypatch.setattr("jepa_kit.engine.distributed.process_group", joined)
+    monkeypatch.setattr("jepa_kit.distributed.collectives.process_group", joined)
     assert tool.main(["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]) == 0
     ((joining, waiting),) = given
     assert joining is None
@@ -403,7 +403,7 @@ def test_processes_that_cannot_join(tool, run, monkeypatch, capsys):
     def apart(*arguments, **options):
         raise StartError("rank 1 of 2 could not join the others")
 
-    monkeypatch.setattr("jepa_kit.engine.distributed.process_group", apart)
+    monkeypatch.setattr("jepa_kit.distributed.collectives.process_group", apart)
     assert tool.main(["--checkpoint", str(run), "--protocol", "knn"]) == 1
     assert capsys.readouterr().err == "eval_net.py: rank 1 of 2 could not join the others\n"
 

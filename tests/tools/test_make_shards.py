@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jepa_kit.data import sample_workers
-from jepa_kit.data.scenes import CLASSES, render
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.making import sample_workers
+from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.scenes.scenes import CLASSES, render
 from tools import make_shards
 
 TOOL = Path(make_shards.__file__)

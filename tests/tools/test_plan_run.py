@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.engine.devices import DEVICES
+from jepa_kit.planning.device_specs import DEVICES
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "plan_run.py"
@@ -57,7 +57,7 @@ def test_a_card_by_its_figures(tool, capsys):
 
 
 def test_this_machines_cpu(tool, capsys, monkeypatch):
-    monkeypatch.setattr("jepa_kit.engine.devices.matrix_peak", lambda device, precision: 2e11)
+    monkeypatch.setattr("jepa_kit.planning.device_specs.matrix_peak", lambda device, precision: 2e11)
     assert tool.main(["--config-file", CONFIG, "--gpus", "1", "--device", "cpu", "train.precision=float32"]) == 0
     assert "1 x this CPU, 2048 images each, at 40% of 0.2 TFLOP/s (float32)" in capsys.readouterr().out
 

@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Sequence
 from typing import IO, NamedTuple
 
+from jepa_kit.data.shards.tars import BLOCK, TAR_ERRORS, compression, follow, pieces, target_of
 from jepa_kit.data.sources.files import hidden
-from jepa_kit.data.tars import BLOCK, TAR_ERRORS, compression, follow, pieces, target_of
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jepa_kit.data.images import DECODE_ERRORS, KEPT_FORMATS, encode_png, open_image, to_rgb
 from jepa_kit.data.segmentation import decode_mask, encode_mask
-from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.rng import IntArray
 
 DEFAULT_QUALITY = 95

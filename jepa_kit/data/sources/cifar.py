@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.data.images import encode_png
-from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, fingerprint, unique_keys
 from jepa_kit.rng import IntArray
 

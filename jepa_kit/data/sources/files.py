@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, Refused, fingerprint, unique_keys, whole
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_kit.data.shard_writing import MAX_CLASSES, Sample
+from jepa_kit.data.shards.writing import MAX_CLASSES, Sample
 from jepa_kit.data.sources.base import Recode, Refused, fingerprint
 from jepa_kit.data.sources.labels import Labels, named_labels
 from jepa_kit.registry import did_you_mean

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from jepa_kit.data.shard_writing import MAX_CLASSES
+from jepa_kit.data.shards.writing import MAX_CLASSES
 from jepa_kit.registry import did_you_mean
 from jepa_kit.rng import IntArray
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 
-from jepa_kit.data.shard_index import read_index
-from jepa_kit.data.shard_writing import INDEX
+from jepa_kit.data.shards.index import read_index
+from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.data.sources.archives import ARCHIVES, TarReader, ZipReader, plain_tar, tar_files, zip_files
 from jepa_kit.data.sources.base import Recode, Source
 from jepa_kit.data.sources.cifar import Cifar, cifar_folder

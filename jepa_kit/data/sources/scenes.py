@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 from jepa_kit.data.images import encode_png
-from jepa_kit.data.scenes import CLASSES, SHAPE_NAMES, Scene, render
 from jepa_kit.data.segmentation import Mask, encode_mask
-from jepa_kit.data.shard_writing import Sample
+from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import fingerprint, whole
+from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, Scene, render
 
 MASK_CLASSES = ("background", *SHAPE_NAMES)
 

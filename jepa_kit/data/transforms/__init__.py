@@ -8,11 +8,11 @@ tensors.py                     batches of views, and their normalisation
 """
 
 from jepa_kit.data.transforms.colours import ColourJitter, GaussianBlur, Grey, Solarise
+from jepa_kit.data.transforms.crop_geometry import ATTEMPTS, Box, Window, crop_box, resample
 from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop, Resize
 from jepa_kit.data.transforms.flips import Flip
 from jepa_kit.data.transforms.tensors import Stack, normalize, stack
 from jepa_kit.data.transforms.view import Crop, Transform, View, build_view, eval_view, train_view
-from jepa_kit.data.transforms.windows import ATTEMPTS, Box, Window, crop_box, resample
 
 __all__ = [
     "ATTEMPTS",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from jepa_kit.data.transforms.windows import check_probability
+from jepa_kit.data.transforms.crop_geometry import check_probability
 from jepa_kit.registry import TRANSFORMS
 
 

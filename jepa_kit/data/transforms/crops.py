@@ -9,7 +9,15 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from jepa_kit.data.transforms.windows import ATTEMPTS, Interpolation, Window, check_crop, check_size, crop_box, resample
+from jepa_kit.data.transforms.crop_geometry import (
+    ATTEMPTS,
+    Interpolation,
+    Window,
+    check_crop,
+    check_size,
+    crop_box,
+    resample,
+)
 from jepa_kit.registry import TRANSFORMS
 from jepa_kit.rng import Stream
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.data.images import decode
-from jepa_kit.data.transforms.windows import Window, resample
+from jepa_kit.data.transforms.crop_geometry import Window, resample
 
 try:
     import simplejpeg

@@ -7,7 +7,7 @@ from typing import Literal
 
 from PIL import Image
 
-from jepa_kit.data.transforms.windows import check_probability
+from jepa_kit.data.transforms.crop_geometry import check_probability
 from jepa_kit.registry import TRANSFORMS
 from jepa_kit.rng import Stream
 

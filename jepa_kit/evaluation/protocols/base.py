@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from torch import nn
 
 from jepa_kit.data.images import MAX_PIXELS
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.evaluation.features import Precision, check_precision
 from jepa_kit.registry import PartRegistry

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Features,

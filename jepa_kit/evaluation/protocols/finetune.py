@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_kit.data.faults import SampleError
+from jepa_kit.data.errors import SampleError
 from jepa_kit.data.images import ImageError
-from jepa_kit.data.shards import ShardDataset
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
-from jepa_kit.engine.precision import autocast_of
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Images,
@@ -34,6 +33,7 @@ from jepa_kit.evaluation.protocols.base import (
     classification_result,
 )
 from jepa_kit.evaluation.protocols.subsets import Subset
+from jepa_kit.precision import autocast_of
 from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 
 

@@ -1,0 +1,105 @@
+"""Processes that make samples of a source, in the order that is asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+from typing import NamedTuple
+
+from jepa_kit.data.shards.writing import Packed, pack
+from jepa_kit.data.sources.base import Refused, Source
+from jepa_kit.rng import IntArray
+
+CHUNK_BYTES = 1 << 20
+"""About so much a worker sends at a time."""
+MAX_CHUNK = 128
+AHEAD = 3
+"""Chunks under way for each worker."""
+
+_source: Source
+_stopped = False
+
+
+class Refusal(NamedTuple):
+    """A sample that cannot go into a shard, and why."""
+
+    name: str
+    reason: str
+
+
+class Workers:
+    """A pool of processes; leaving the block ends them.
+
+    Args:
+        source: of the samples.
+        workers: how many processes.
+    """
+
+    def __init__(self, source: Source, workers: int) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._workers = workers
+        self._pool = ProcessPoolExecutor(workers, context, _start, (source, os.getpid()))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def samples(self, numbers: IntArray) -> Iterator[Packed | Refusal]:
+        """Samples by number, in this order, made a bounded stretch ahead.
+
+        Raises:
+            BrokenProcessPool: a worker died.
+        """
+        pending: deque[Future[list[Packed | Refusal]]] = deque()
+        start, chunk = 0, 1
+        while pending or start < len(numbers):
+            while start < len(numbers) and len(pending) < AHEAD * self._workers:
+                pending.append(self._pool.submit(_make, numbers[start : start + chunk].tolist()))
+                start += chunk
+            made = pending.popleft().result()
+            size = sum(len(sample.data) for sample in made if isinstance(sample, Packed))
+            # short chunks for long samples, and the other way round; the order does not depend on it
+            chunk = max(1, min(MAX_CHUNK, 2 * chunk, CHUNK_BYTES * len(made) // max(size, 1)))
+            yield from made
+
+
+def _start(source: Source, parent: int) -> None:
+    global _source
+    _source = source
+    # Ctrl-C goes to all processes of a terminal; a worker that died of it would look like one that broke down
+    signal.signal(signal.SIGINT, _stop)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _stop(*_: object) -> None:
+    global _stopped
+    _stopped = True
+
+
+def _watch(parent: int) -> None:
+    """Ends this process when its parent is gone: one that is killed cannot end its workers."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _make(numbers: list[int]) -> list[Packed | Refusal]:
+    made: list[Packed | Refusal] = []
+    for i in numbers:
+        if _stopped:
+            raise KeyboardInterrupt
+        try:
+            made.append(pack(_source.sample(i)))
+        except Refused as reason:
+            made.append(Refusal(_source.name(i), str(reason)))
+    return made

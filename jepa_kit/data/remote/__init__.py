@@ -1,0 +1,1 @@
+"""Fetch, cache and prefetch remote shards."""

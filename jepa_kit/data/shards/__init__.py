@@ -1,0 +1,1 @@
+"""Find, index and read shards."""

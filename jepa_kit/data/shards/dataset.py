@@ -1,0 +1,289 @@
+"""WebDataset tar shards as numbered samples: any of them at once, in any order.
+
+The format is described in ``shard_writing.py``; any reader of WebDataset streams the tar files alone. Here the offsets
+are memory-mapped and a sample is one ``pread``: an order can then be any pure function, and to resume costs nothing.
+Which shards a name stands for, and where their index comes from, is in ``parts.py``.
+
+Legend: N samples of all shards, in the order of the shards; L labels of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from jepa_kit.data.errors import SampleError
+from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, decode
+from jepa_kit.data.remote.cache import ShardCache
+from jepa_kit.data.remote.fetch import Access, is_remote
+from jepa_kit.data.segmentation import decode_mask
+from jepa_kit.data.shards.reader import ShardReader
+from jepa_kit.data.shards.resolve import Part, open_parts
+from jepa_kit.data.shards.writing import KEYS, LABELS, MASKS, OFFSETS
+from jepa_kit.registry import did_you_mean
+from jepa_kit.rng import IntArray
+
+_ARRAYS = ("_offsets", "_labels", "_keys", "_masks")
+
+
+class ShardDataset:
+    """Samples of shards, by number.
+
+    Cheap to pickle and safe in forked or spawned loader workers: each process opens shards as it needs them.
+
+    Args:
+        path: a folder of shards, a shard, a pattern (``train-{000000..000127}.tar``) or a list of these, as paths,
+            ``http(s)://``, ``pipe:COMMAND``, or whatever iopath opens.
+        access: how shards of other machines are read.
+
+    Raises:
+        ValueError: nothing is there; an index of another version, or one that disagrees with its own files; an address
+            that does not answer.
+    """
+
+    def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
+        given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
+        self.path = given if isinstance(given, str) else ", ".join(given)
+        self._access = access or Access()
+        self._cache: ShardCache | None = None
+        self.parts: list[Part] = open_parts(given, self._access, self._shelf)
+        places = [place for part in self.parts for place in part.places]
+        self.remote = any(map(is_remote, places))
+        """Whether shards have to be fetched from other machines."""
+        if self.remote:
+            self._shelf()
+        self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
+        self.classes, self.conflicts = _merged(self.parts)
+        """Label name -> the names of its classes; and label names that cannot be used -> why."""
+        self.mask_conflict: str | None = None
+        """Why masks cannot be used though there are some."""
+        masked = [part for part in self.parts if part.has_masks]
+        for part in masked:
+            if part.index["masks"]["classes"] != masked[0].index["masks"]["classes"]:
+                self.mask_conflict = f"masks have other classes in {part.path} than in {masked[0].path}"
+        if self.mask_conflict:
+            masked = []
+        self.has_masks = bool(masked)
+        self.mask_classes: tuple[str, ...] = tuple(masked[0].index["masks"]["classes"]) if masked else ()
+        """Names of the classes of masks, from 0; empty without masks, or where nobody named them."""
+        self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
+        links = {key: names for part in self.parts for key, names in part.index.get("links", {}).items()}
+        self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
+        self._open(verified=False)
+
+    def _shelf(self) -> ShardCache:
+        if self._cache is None:
+            self._cache = ShardCache(self._access)
+        return self._cache
+
+    def _open(self, *, verified: bool) -> None:
+        def arrays(name: str) -> list[NDArray[Any]]:
+            return [part.array(name, verified=verified) for part in self.parts if name != MASKS or part.has_masks]
+
+        self._offsets: IntArray = _joined(arrays(OFFSETS))
+        self._keys: NDArray[np.bytes_] = _joined(arrays(KEYS))
+        labels = zip(self.parts, arrays(LABELS), strict=True)
+        self._labels: IntArray = _joined([_columns(part, found, [*self.classes]) for part, found in labels])
+        self._masks: IntArray | None = None
+        masks = iter(arrays(MASKS))
+        if self.has_masks:
+            self._masks = _joined([next(masks) if part.has_masks else _no_masks(part) for part in self.parts])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _ARRAYS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open(verified=True)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardDataset({self.path!r}: {len(self)} samples in {len(self.shards)} shards, labels {[*self.classes]})"
+        )
+
+    @property
+    def shard_sizes(self) -> IntArray:
+        """[shards] how many samples each shard holds."""
+        return np.diff(self._starts)
+
+    @property
+    def cache_limit(self) -> float | None:
+        """Bound of the folder for shards of other machines, in bytes; None where there is none."""
+        return None if self._cache is None or self._cache.limit is None else self._cache.limit * 1e9
+
+    @property
+    def cache_is_temporary(self) -> bool:
+        """Whether fetched shards are this process's alone, and go when it ends."""
+        return self._cache is not None and self._cache.temporary
+
+    def shard_of(self, samples: IntArray | int) -> IntArray:
+        """The number of the shard that holds each sample; of the same shape."""
+        return np.searchsorted(self._starts, samples, side="right") - 1
+
+    def fetch(self, shard: int) -> None:
+        """Brings a shard of another machine into the cache before it is needed; see ``ShardReader.fetch``."""
+        if is_remote(self._reader.places[shard]):
+            self._reader.fetch(shard)
+
+    def labels(self, name: str) -> IntArray:
+        """[N] int64: every sample's class number.
+
+        Raises:
+            ValueError: the shards do not carry the label, or not for every sample.
+        """
+        values = np.ascontiguousarray(self._labels[:, self._column(name)])
+        missing = np.flatnonzero(values < 0)
+        if len(missing):
+            raise ValueError(
+                f"label (={name!r}) is missing for {len(missing)} of {len(self)} samples of {self.path}, "
+                f"first for {self.key(int(missing[0]))!r}; labelled({name!r}) gives the numbers of the others"
+            )
+        return values
+
+    def labelled(self, name: str) -> IntArray:
+        """[n] the numbers of the samples that have the label, ascending.
+
+        Raises:
+            ValueError: the shards do not carry the label.
+        """
+        return np.flatnonzero(self._labels[:, self._column(name)] >= 0)
+
+    def _column(self, name: str) -> int:
+        if name in self.conflicts:
+            raise ValueError(self.conflicts[name])
+        if not self.classes:
+            raise ValueError(f"label (={name!r}) cannot be read: the shards in {self.path} are unlabelled")
+        if name not in self.classes:
+            raise ValueError(
+                f"label (={name!r}) is not among the labels of {self.path}{did_you_mean(name, self.classes)} "
+                f"They are: {', '.join(self.classes)}"
+            )
+        return list(self.classes).index(name)
+
+    def key(self, i: int) -> str:
+        """The sample's name: the path of its file in the source, without the extension."""
+        return bytes(self._keys[self._checked(i)]).decode("utf-8")
+
+    def image_bytes(self, i: int) -> bytes:
+        """The bytes of the image file, as they are in the shard.
+
+        Raises:
+            SampleError: they cannot be had; see ``ShardReader.read``.
+        """
+        i = self._checked(i)
+        return self._member(i, self._offsets[i, :2])
+
+    def image(self, i: int) -> Image.Image:
+        """The decoded image, RGB and upright.
+
+        Raises:
+            ValueError: its bytes cannot be had, or not decoded.
+        """
+        try:
+            return decode(self.image_bytes(i))
+        except (SampleError, ImageError) as error:
+            raise self.unusable(i, error) from error
+
+    def unusable(self, i: int, reason: Exception | str) -> ValueError:
+        """The error that names a sample that cannot be used."""
+        return ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} cannot be used: {reason}")
+
+    def mask_bytes(self, i: int) -> bytes:
+        """The bytes of the mask's PNG.
+
+        Raises:
+            SampleError: they cannot be had; see ``ShardReader.read``.
+            ValueError: the shards carry no masks, or not for this sample.
+        """
+        i = self._checked(i)
+        if self.mask_conflict:
+            raise ValueError(self.mask_conflict)
+        if self._masks is None:
+            raise ValueError(f"mask of sample {i} cannot be read: the shards in {self.path} carry no masks")
+        if self._masks[i, 0] < 0:
+            raise ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} has no mask, though others have")
+        return self._member(i, self._masks[i])
+
+    def has_mask(self, i: int) -> bool:
+        """Whether a sample has a mask."""
+        return self._masks is not None and bool(self._masks[self._checked(i), 0] >= 0)
+
+    def mask(self, i: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+        """[H, W] uint8: the class of each pixel of the decoded image.
+
+        Raises:
+            ValueError: the shards carry no masks, or not for this sample, or its bytes are no such PNG, or one of more
+                than ``max_pixels`` rows times columns.
+        """
+        data = self.mask_bytes(i)
+        try:
+            return decode_mask(data, max_pixels)
+        except DECODE_ERRORS as error:
+            raise ValueError(f"mask of sample {i} ({self.key(i)!r}) of {self.path} is not usable: {error}") from error
+
+    def read(self, i: int) -> dict[str, Any]:
+        """``key``, ``image`` (PIL, RGB), and ``labels`` (name -> class number; those that the sample has)."""
+        return {"key": self.key(i), "image": self.image(i), "labels": self.labels_of(i)}
+
+    def labels_of(self, i: int) -> dict[str, int]:
+        """Name -> class number, of the labels that the sample has."""
+        row = self._labels[self._checked(i)]
+        return {name: int(v) for name, v in zip(self.classes, row, strict=True) if v >= 0}
+
+    def _member(self, i: int, place: IntArray) -> bytes:
+        return self._reader.read(int(self.shard_of(i)), int(place[0]), int(place[1]), self.key(i))
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample (={i}) must be 0 to {len(self) - 1}")
+        return int(i)
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _no_masks(part: Part) -> IntArray:
+    return np.tile(np.array([-1, 0], dtype=np.int64), (sum(entry["samples"] for entry in part.shards), 1))
+
+
+def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
+    """[n, L] the labels of a part in the order of ``names``; -1 where the part does not carry one."""
+    own = list(part.classes)
+    if own == list(names):
+        return found
+    columns = np.full((len(found), len(names)), -1)
+    for k, name in enumerate(names):
+        if name in own:
+            columns[:, k] = found[:, own.index(name)]
+    return columns
+
+
+def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """The classes of all parts, and why a label has none: its numbers stand for other classes in another part.
+
+    A part that knows the first classes alone (as numbers that it has seen) fits a longer list.
+    """
+    merged: dict[str, tuple[str, ...]] = {}
+    origin: dict[str, str] = {}
+    conflicts: dict[str, str] = {}
+    for part in parts:
+        for name, classes in part.classes.items():
+            shorter, longer = sorted((merged.get(name, ()), classes), key=len)
+            if longer[: len(shorter)] != shorter:
+                conflicts[name] = (
+                    f"label (={name!r}) must have the same classes in all parts, but those of {part.path} are not "
+                    f"those of {origin[name]}"
+                )
+                continue
+            merged[name] = longer
+            origin.setdefault(name, part.path)
+    return {name: classes for name, classes in merged.items() if name not in conflicts}, conflicts

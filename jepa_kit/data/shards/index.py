@@ -1,0 +1,178 @@
+"""Reading ``index.json`` and the arrays beside it: whole, and as ``shard_writing.py`` describes them, or an error.
+
+Arrays are compared with the checksums in ``index.json``, if it has them (data sets of earlier releases have none), and
+every class and place in them must be possible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tokenize
+import warnings
+from collections.abc import Mapping
+from tarfile import BLOCKSIZE
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jepa_kit.data.shards.writing import FORMAT_VERSION, INDEX, KEYS, LABELS, MASKS, OFFSETS, sha256_of
+
+KEPT_INDEXES = "indexes"
+"""Folder of the cache for indexes of shards that have none beside them."""
+MOST = 2**62
+"""Of samples and bytes: what fits into int64 with room for sums."""
+_NOT_WHOLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
+HEADER_ERRORS = (*_NOT_WHOLE, RecursionError, tokenize.TokenError, UserWarning)  # deeply nested; cut inside a bracket
+"""What numpy raises on the header of a broken .npy file."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+_INDEX = {"samples": int, "shards": list, "labels": dict}
+_SHARD = {"file": str, "samples": int, "bytes": int, "sha256": str | None}
+_MASKS = {"classes": list}
+
+
+def read_index(path: str, text: bytes | None = None) -> dict[str, Any]:
+    """The content of an index.json, checked.
+
+    Args:
+        path: of the file, or what a message calls it.
+        text: its bytes, where they are here already.
+
+    Raises:
+        ValueError: it is cut, lacks what a data set needs, or is of another version; the text begins with its path.
+    """
+    if text is None:
+        with open(path, "rb") as stream:
+            text = stream.read()
+    try:
+        index = json.loads(text)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are two
+        raise ValueError(f"{path} is not whole: {error}; make the shards again") from error
+    version = index.get("version") if isinstance(index, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has version (={version!r}), but this release reads version {FORMAT_VERSION}: "
+            "make the shards again, or use the release that made them"
+        )
+    if fault := _fault(index):
+        raise ValueError(f"{path} is not whole: {fault}; make the shards again")
+    listed = sum(entry["samples"] for entry in index["shards"])
+    if listed != index["samples"]:
+        raise ValueError(f"{path} has {index['samples']} samples, but its shards have {listed}: make the shards again")
+    return index
+
+
+def _fault(index: Mapping[str, Any]) -> str | None:
+    """What an index of this version lacks, or has outside its range."""
+    faults = [_mistyped(index, _INDEX, "it")]
+    if faults == [None]:
+        faults += [_mistyped(entry, _SHARD, f"shards[{k}]") for k, entry in enumerate(index["shards"])]
+        for name, kind in (("labels", list), ("arrays", str), ("links", list), ("made_by", object)):
+            values = index.get(name, {})  # earlier releases wrote no arrays and links
+            faults.append(_mistyped(values, dict.fromkeys(values, kind) if isinstance(values, dict) else {}, name))
+        faults.append(_mistyped(index["masks"], _MASKS, "masks") if "masks" in index else None)
+    if not any(faults):
+        named = [*index["labels"].items(), ("masks", index.get("masks", {}).get("classes", []))]
+        faults = [
+            f"{name!r} (={names!r:.80}) must be a list of texts"
+            for name, names in named
+            if not all(isinstance(text, str) for text in names)
+        ]
+    return next(filter(None, faults), None)
+
+
+def _mistyped(found: Any, kinds: Mapping[str, Any], what: str) -> str | None:
+    if not isinstance(found, dict):
+        return f"{what} (={found!r:.80}) must be a mapping"
+    for key, kind in kinds.items():
+        if key not in found:
+            return f"{what} has no {key!r}"
+        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is int):
+            return f"{key!r} of {what} (={found[key]!r:.80}) must be of type {getattr(kind, '__name__', kind)}"
+        if kind is int and not 0 <= found[key] <= MOST:
+            return f"{key!r} of {what} (={found[key]!r:.80}) must be 0 to {MOST}"
+        if key == "sha256" and found[key] is not None and not _SHA256.fullmatch(found[key]):
+            return f"{key!r} of {what} (={found[key]!r:.80}) must be 64 hexadecimal digits"
+    return None
+
+
+def is_foreign(index: Mapping[str, Any]) -> bool:
+    """Whether an index was made here, of the shards of others: it can be made again."""
+    return index.get("made_by", {}).get("tool") == "index_shards"
+
+
+def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bool = False) -> NDArray[Any]:
+    """Return an array of an index, memory-mapped.
+
+    Args:
+        folder: of the index.
+        name: of the file.
+        index: the content of ``index.json``.
+        verified: whether this process, or the one that it comes from, has verified the array already.
+
+    Raises:
+        ValueError: it is missing or damaged, its SHA-256 is not that of the index, or a number in it is out of range;
+            the message begins with its path.
+    """
+    path = os.path.join(folder, name)
+    again = _remedy(folder, index)
+    columns = {OFFSETS: (4,), LABELS: (len(index["labels"]),), KEYS: (), MASKS: (2,)}[name]
+    shape, kind = (index["samples"], *columns), "S" if name == KEYS else "i"
+    try:
+        # a plain array over the mapped file: indexing np.memmap itself costs several times as much
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a header of Python 2: ours are none
+            found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing, but {INDEX} is there: {again}") from error
+    except HEADER_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a whole array: {reason}; {again}") from error
+    if found.shape != shape or found.dtype.kind != kind:
+        raise ValueError(
+            f"{path} holds {found.dtype} of shape {found.shape}, but {INDEX} has {index['samples']} samples: it must "
+            f"be {'bytes' if kind == 'S' else 'int64'} of shape {shape}; {again}"
+        )
+    if verified:
+        return found
+    listed = index.get("arrays", {}).get(name)
+    if listed is not None and sha256_of(path) != listed:
+        raise ValueError(f"{path} was changed or damaged: its SHA-256 is not that of {INDEX}; {again}")
+    if fault := _out_of_range(name, found, index):
+        raise ValueError(f"{path} is damaged: {fault}; {again}")
+    return found
+
+
+def _remedy(folder: str, index: Mapping[str, Any]) -> str:
+    if os.path.basename(os.path.dirname(folder)) == KEPT_INDEXES:
+        return f"remove {folder}, and it is made again"
+    return (
+        f"remove {os.path.join(folder, INDEX)}, and it is made again" if is_foreign(index) else "make the shards again"
+    )
+
+
+def _out_of_range(name: str, found: NDArray[Any], index: Mapping[str, Any]) -> str | None:
+    """The first value of an array that cannot be: a class, a place in a shard, or a key."""
+    if name == KEYS:
+        try:
+            found.tobytes().decode("utf-8")  # all at once: what is cut in one key fails at the next
+        except UnicodeDecodeError as error:
+            return f"key {error.start // found.itemsize} is no text in UTF-8"
+        return None
+    if name == LABELS:
+        for column, (label, classes) in enumerate(index["labels"].items()):
+            for k in np.flatnonzero((found[:, column] < -1) | (found[:, column] >= len(classes)))[:1]:
+                return f"sample {k} has class {found[k, column]} of label {label!r}, which has {len(classes)} classes"
+        return None
+    ends = np.repeat([entry["bytes"] for entry in index["shards"]], [entry["samples"] for entry in index["shards"]])
+    for column, what in enumerate(("image", "label") if name == OFFSETS else ("mask",)):
+        start, size = found[:, 2 * column], found[:, 2 * column + 1]
+        inside = (start >= BLOCKSIZE) & (start % BLOCKSIZE == 0) & (size >= 0) & (size <= ends - start)
+        if what != "image":
+            inside |= (start == -1) & (size == 0)  # there is none
+        for k in np.flatnonzero(~inside)[:1]:
+            return f"the {what} of sample {k} has {size[k]} bytes at {start[k]}, in a shard of {ends[k]} bytes"
+    return None

@@ -1,0 +1,1 @@
+"""Processes of a run: start, collectives, signals and agreement."""

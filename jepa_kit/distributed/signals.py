@@ -1,0 +1,191 @@
+"""SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1: the run ends after a step that all ranks agree on, and can be resumed.
+
+The first signal, on any rank, asks for the end; the run finishes its step, writes a checkpoint and exits with status
+``EX_TEMPFAIL`` (75), on which a scheduler can requeue it, or 130 after SIGINT. The second ends the process at once,
+as if nothing were here. Within ``SAME`` seconds of the first it is taken for the same one: Slurm signals every process
+of a step, and torchrun passes on what it gets itself. (One process alone takes a second SIGINT at its word.) SIGINT
+before the first step ends the process at once, as there is nothing to save. A signal that is ignored when the process
+starts (nohup) stays ignored.
+
+How ranks agree: every ``EVERY`` steps they start to send one another, over gloo and beside the steps, one number (0:
+go on, 1: stop, 2: something of this rank's failed), and look at the largest ``EVERY`` steps later. So all see the
+same at the same step, at most ``2 * EVERY`` steps after the signal, and no step waits for it.
+
+torchrun itself ends at SIGUSR1 unless it is started with ``--signals-to-handle
+SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (torch 2.13 has it); it kills its processes 30 seconds after it has passed a
+signal on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jepa_kit.distributed.collectives import gathered, is_main, joined
+
+EX_TEMPFAIL = 75
+"""sysexits.h: a failure that will not be one later."""
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""If ranks got different ones, the first of these counts: SIGTERM may be that of ``scancel``, whose job must not be
+requeued."""
+SAME = 2.0
+EVERY = 4
+
+
+class Answer(IntEnum):
+    """What all ranks do next: the most urgent of what each has to say."""
+
+    GO_ON = 0
+    STOP = 1
+    FAILED = 2
+
+
+class Preempted(Exception):
+    """A run that was asked to end, and whose checkpoint is written.
+
+    Args:
+        number: the signal, the same on all ranks.
+        step: updates that the checkpoint has had.
+        here: whether this rank got it, and not another alone.
+    """
+
+    def __init__(self, number: int, step: int, *, here: bool = True) -> None:
+        self.number, self.step = number, step
+        by = signal.Signals(number).name + ("" if here else " to another rank")
+        super().__init__(f"stopped by {by} after {step:,} steps; the checkpoint is written, and --resume continues it")
+
+    @property
+    def status(self) -> int:
+        """The exit status of a tool."""
+        return INTERRUPTED if self.number == signal.SIGINT else EX_TEMPFAIL
+
+
+def preempted(own: int | None, step: int) -> Preempted:
+    """Return why a run was stopped; all ranks must call it.
+
+    Args:
+        own: the signal that this rank got, or None.
+        step: updates that the checkpoint has had.
+    """
+    number = min((number for number in gathered(own) if number is not None), key=SIGNALS.index)
+    return Preempted(number, step, here=own == number)
+
+
+class Signals:
+    """Listens to ``SIGNALS`` inside its ``with``, in the main thread.
+
+    Attributes:
+        number: the first signal, or None so far.
+        step: updates that the checkpoint has had, once the run is stopped.
+        stepping: set when the first step begins: from then on SIGINT saves.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.step = 0
+        self.stepping = False
+        self.time = 0.0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.hear) for number in heard}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        interrupt = number == signal.SIGINT
+        if interrupt and not self.stepping:
+            raise KeyboardInterrupt
+        if self.number is None:
+            self.number, self.time = number, time.monotonic()
+            if interrupt and is_main():  # not by print: it may be what was interrupted
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again aborts without one\n")
+        elif time.monotonic() - self.time > (0.0 if interrupt and not joined() else SAME):
+            if interrupt:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+class Agreement:
+    """What the ranks have to tell one another, without waiting for it in each step.
+
+    Args:
+        every: steps between a question and its answer; all ranks have the same. One process has its answer at once.
+    """
+
+    def __init__(self, every: int = EVERY) -> None:
+        self.every = every
+        self.group: Any = dist.new_group(backend="gloo") if joined() else None
+        self.work: Any = None
+        self.numbers = torch.zeros(1, dtype=torch.int64)
+
+    def ask(self, step: int, failed: bool, stop: bool) -> Answer:
+        """To be called by all ranks after each step.
+
+        Args:
+            step: the same on all ranks.
+            failed: something of this rank's failed, and it raises its error as soon as all ranks know.
+            stop: this rank got a signal.
+
+        Returns:
+            the same on all ranks; GO_ON where there is no answer yet.
+        """
+        own = Answer.FAILED if failed else Answer.STOP if stop else Answer.GO_ON
+        if self.group is None:
+            return own
+        if step % self.every:
+            return Answer.GO_ON
+        answer = self.answer()
+        if answer is Answer.GO_ON:
+            self.numbers.fill_(own)
+            self.work = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return answer
+
+    def answer(self) -> Answer:
+        """Waits for the answer to the last question, all ranks together; GO_ON where none is open."""
+        if self.work is None:
+            return Answer.GO_ON
+        self.work.wait()
+        self.work = None
+        return Answer(int(self.numbers))
+
+
+def requeue(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Has Slurm put this job into its queue again; to be called on one rank, when the checkpoint is written.
+
+    Returns:
+        what was done, for people; None outside of Slurm.
+
+    Raises:
+        RuntimeError: ``scontrol`` refused, or is not here.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"job {job} was not put into Slurm's queue again: there is no scontrol here") from error
+    if done.returncode:
+        raise RuntimeError(f"job {job} was not put into Slurm's queue again: {done.stderr.strip() or done.returncode}")
+    return f"job {job} is in Slurm's queue again"

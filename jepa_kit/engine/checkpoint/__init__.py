@@ -1,0 +1,1 @@
+"""Write, find, check and read checkpoints."""

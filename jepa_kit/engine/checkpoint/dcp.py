@@ -1,0 +1,213 @@
+"""The state of a run in a folder, written and read shard by shard: torch.distributed.checkpoint (DCP).
+
+Every process writes its own part: ``__<rank>_<n>.distcp`` files, and ``.metadata``, which is written last. Any number
+of processes reads the folder, whatever number wrote it; ``read_full`` makes of it what ``sharded.full_state`` gives.
+
+DCP's reader unpickles ``.metadata`` and whatever is no tensor, which could run code. ``_Reader`` reads nothing but
+tensors and the dataclasses that describe them. DCP writes to local and shared file systems.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+
+from jepa_kit.engine.checkpoint.state_dict import ModelState, OptimizerState, parameters_of, set_optimizer_state
+
+METADATA = ".metadata"
+"""The file that tells what the others hold; a folder without it was not written to its end."""
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be used; the message says which, and why."""
+
+
+def save_sharded(
+    folder: Path,
+    model: ModelState,
+    optimizer_state: Mapping[str, Mapping[str, Tensor]],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Writes the state into a folder, each process its own part; what all hold alike is written once, shared out.
+
+    All ranks must call it, with a folder that all of them see. Files are flushed to the disk, ``.metadata`` after all
+    others. To be safe from a crash, give a temporary folder and rename it on rank 0 afterwards.
+
+    Args:
+        folder: is made where it is missing.
+        model, optimizer_state: of ``sharded.state_of``, or copies.
+        group: the processes speak in, None for the usual one; a thread beside the steps needs one of its own.
+
+    Raises:
+        OSError: a process could not write; the same on every rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _flat(model, optimizer_state)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        writer = dcp.FileSystemWriter(folder)
+        _named_errors(folder, lambda: dcp.save(state, storage_writer=writer, process_group=group))
+
+
+def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Gives a model and its optimiser, sharded in any way or not at all, the state in a folder of ``save_sharded``.
+
+    All ranks must call it; each reads the parts that it holds. Names and shapes fit: check ``layout`` before.
+
+    Raises:
+        ShardError: a damaged or foreign folder. The model may be half loaded then.
+        OSError: a file cannot be read.
+    """
+    model = dict(jepa.state_dict())  # shares memory with the parameters
+    state: OptimizerState = {}
+    if optimizer is not None:
+        parameters = parameters_of(optimizer)
+        for name, held in layout(folder)[1].items():
+            parameter = parameters[name]
+            state[name] = {
+                key: torch.zeros_like(parameter)
+                if value.shape == parameter.shape
+                else torch.zeros_like(value, device="cpu")
+                for key, value in held.items()
+            }
+    _read(folder, _flat(model, state))
+    if optimizer is not None:
+        set_optimizer_state(optimizer, state)
+
+
+def layout(folder: Path) -> tuple[ModelState, OptimizerState]:
+    """(model, optimizer) of a folder as tensors on ``meta``: names, shapes and types; reads ``.metadata`` alone.
+
+    Raises:
+        ShardError: there is no ``.metadata``, it is damaged, or it holds other things than tensors.
+        OSError: it cannot be read.
+    """
+    held: dict[str, Any] = dict(_Reader(folder).read_metadata().state_dict_metadata)
+    tensors = {key: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for key, e in held.items()}
+    return _nested(tensors, folder)
+
+
+def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
+    """(model, optimizer) of a folder, whole, in this process's memory; needs no other process.
+
+    Raises:
+        ShardError: a damaged or foreign folder.
+        OSError: a file cannot be read.
+    """
+    model, optimizer_state = layout(folder)
+    tensors = {key: torch.empty_like(value, device="cpu") for key, value in _flat(model, optimizer_state).items()}
+    _read(folder, tensors, alone=True)
+    return _nested(tensors, folder)
+
+
+# --- names ---
+
+
+def _flat(model: Mapping[str, Tensor], optimizer_state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One mapping: ``model/NAME`` and ``optimizer/NAME/KEY``."""
+    flat = {f"model/{name}": value for name, value in model.items()}
+    for name, state in optimizer_state.items():
+        flat.update({f"optimizer/{name}/{key}": value for key, value in state.items()})
+    return flat
+
+
+def _nested(flat: Mapping[str, Tensor], folder: Path) -> tuple[ModelState, OptimizerState]:
+    model: ModelState = {}
+    optimizer_state: OptimizerState = {}
+    for path, value in flat.items():
+        match path.split("/"):
+            case ["model", name]:
+                model[name] = value
+            case ["optimizer", name, key]:
+                optimizer_state.setdefault(name, {})[key] = value
+            case _:
+                raise ShardError(f"{folder} holds {path!r}, which is no part of a run of jepa_kit")
+    return model, optimizer_state
+
+
+# --- files ---
+
+_PLAIN = {
+    (filesystem.__name__, "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        (metadata.__name__, name)
+        for name in (
+            "_MEM_FORMAT_ENCODING",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+        )
+    ),
+}
+"""What ``.metadata`` may name. ``BytesStorageMetadata`` is left out: DCP unpickles the bytes that it stands for."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Dataclasses of DCP, sizes and types; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib":  # the folder that was written to
+            return PurePosixPath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in _PLAIN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads tensors alone, and runs no code of the files."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        path = Path(self.path) / METADATA
+        if not path.exists():
+            raise ShardError(f"{path.parent} is no sharded checkpoint, or was not written to its end: no {METADATA}")
+        try:
+            with path.open("rb") as file:
+                held = _Unpickler(file).load()
+        except _MALFORMED as error:
+            raise ShardError(f"{path} is damaged, or no metadata of tensors alone: {error}") from error
+        if not isinstance(held, metadata.Metadata):
+            raise ShardError(f"{path} holds a {type(held).__name__}, and no metadata of tensors")
+        held.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return held
+
+
+_MALFORMED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+"""What a pickle that is cut short or altered raises."""
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fills the tensors in place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        _named_errors(folder, lambda: dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone))
+
+
+def _named_errors(folder: Path, do: Callable[[], object]) -> None:
+    """Turns DCP's exception (a BaseException with the tracebacks of all ranks) into one that names the folder."""
+    try:
+        do()
+    except dcp.CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        text = "; ".join(f"rank {rank}: {_first_line(cause)}" for rank, cause in sorted(causes.items()))
+        kind = OSError if any(isinstance(cause, OSError) for cause in causes.values()) else ShardError
+        raise kind(f"{folder}: {text}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

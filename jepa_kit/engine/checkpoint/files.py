@@ -1,0 +1,164 @@
+"""Read the files of a checkpoint: checksums, and one error for whatever is wrong with them (see checkpoint.py)."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_kit.engine.checkpoint.dcp import ShardError
+
+FORMAT = "jepa_kit/1"
+
+HEADER = "run.pt"
+"""In a sharded checkpoint: what a file holds besides the state, and what verifies the shards."""
+
+_ZIP = b"PK\x03\x04"
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,  # NotImplementedError is one
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What zipfile, pickle and torch raise for a file that is cut short or altered."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file, and why."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or unreadable file raises into one error that names it.
+
+    Raises:
+        CheckpointError: in place of any of ``_MALFORMED``.
+        FileNotFoundError: as it is.
+    """
+    try:
+        yield
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except ShardError as error:  # names its file
+        raise CheckpointError(str(error)) from error
+    except _MALFORMED as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek out of the file
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path}{size} is damaged, or no checkpoint: {why}") from error
+
+
+def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
+    """Read every byte of a checkpoint and compare checksums.
+
+    Args:
+        path: a file or a folder of shards.
+        rank, size: of shards, only every ``size``-th is read, from ``rank`` on.
+
+    Raises:
+        CheckpointError: it is not as it was written, or cannot be read; the message names the file.
+    """
+    with reading(path):
+        if path.is_dir():
+            for name, (length, crc) in list(read_header(path)["files"].items())[rank::size]:
+                _verify_shard(path, name, length, crc)
+        else:
+            _verify_archive(path)
+
+
+def _verify_shard(folder: Path, name: str, length: int, crc: int) -> None:
+    file = folder / name
+    if not file.exists():
+        raise CheckpointError(f"{folder} is damaged: {name} is missing")
+    with reading(file):
+        if file.stat().st_size != length:
+            raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is cut short: it had {length} bytes")
+        if checksum(file) != crc:
+            raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum is another")
+
+
+def _verify_archive(path: Path) -> None:
+    with path.open("rb") as opened:
+        start = opened.read(len(_ZIP))
+    told = f"{path} ({path.stat().st_size} bytes)"
+    if start != _ZIP:  # torch.save writes a zip archive
+        raise CheckpointError(f"{told} is not a checkpoint: it does not start like one")
+    if not zipfile.is_zipfile(path):  # the archive's directory is at its end
+        raise CheckpointError(f"{told} is cut short: its end is missing")
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise CheckpointError(f"{told} is damaged: the checksum of its record {broken} is another")
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds besides the state.
+
+    Raises:
+        CheckpointError: it has no header, or a damaged one.
+    """
+    header = path / HEADER
+    if not header.exists():
+        raise CheckpointError(f"{path} is not a checkpoint: it holds no {HEADER}")
+    verify(header)
+    with reading(header):
+        content = read_archive(header, "cpu")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise CheckpointError(f"{header} is not of a sharded checkpoint: it names no files with sizes and checksums")
+    return content
+
+
+def _is_entry(name: object, entry: object) -> bool:
+    """Whether an item of ``files`` is the name of a file of the folder with its size and CRC-32."""
+    if not isinstance(name, str) or Path(name).name != name or not isinstance(entry, list | tuple):
+        return False
+    return len(entry) == 2 and all(type(number) is int for number in entry)
+
+
+def read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]:
+    """Return the mapping in a file of ours.
+
+    Raises:
+        CheckpointError: it is another thing; errors of torch come through, for ``reading``.
+    """
+    try:
+        content = torch.load(str(path), map_location=map_location, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of jepa_kit: it holds other things than tensors and plain values, "
+            "which could run code and are not read"
+        ) from error
+    found_format = content.get("format") if isinstance(content, dict) else None
+    if found_format != FORMAT:
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
+            f"(it holds: {keys}); tools/convert_checkpoint.py reads those of other code"
+        )
+    return content

@@ -1,0 +1,288 @@
+"""Checkpoints: what a run needs to go on, or to be looked at, in one file or in shards.
+
+A file ``checkpoint_<step>.pt`` holds a mapping of plain values and tensors, read with ``weights_only=True``:
+
+    format     ``jepa_kit/1``
+    step       updates done; the next update is number ``step``, counted from 0
+    model      name -> tensor, all of ``JEPA.state_dict()``: encoder.*, predictor.*, target_encoder.*, ...
+    optimizer  name of the parameter -> AdamW's state for it
+    config     the resolved config as a mapping
+    versions   jepa_kit, torch, python, git commit, ... that wrote the file
+    data       what tells the data set apart: ``samples`` and a digest
+    position   where in the data the run is: ``epoch``, ``step_in_epoch``, ``samples`` asked for so far
+    origin     for weights that did not begin here: ``source``, ``licence`` (jepa_kit.interop); else empty
+
+A folder ``checkpoint_<step>`` is the same in shards: ``run.pt`` with all of this but ``model`` and ``optimizer``, and
+with ``files`` (name -> size and CRC-32), beside what shard_files.py writes.
+
+The state of a run is weights, optimiser and step: schedules, masks, crops, order and random numbers follow from
+those.
+
+Both forms appear under their name in one piece, or not at all, and are verified when they are read: a file is a zip
+archive with a CRC-32 of every record. Which one a run goes on from is in resume.py, when they are written in
+saving.py."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.engine.checkpoint.dcp import read_full
+from jepa_kit.engine.checkpoint.files import (
+    FORMAT,
+    HEADER,
+    CheckpointError,
+    checksum,
+    read_archive,
+    read_header,
+    reading,
+    verify,
+)
+from jepa_kit.engine.checkpoint.state_dict import load_full_state
+from jepa_kit.files import flush_folder, write_archive
+
+W = TypeVar("W", Path, str)
+
+__all__ = [
+    "FORMAT",
+    "HEADER",
+    "Checkpoint",
+    "CheckpointError",
+    "check_state",
+    "checkpoint_path",
+    "checkpoints",
+    "checksum",
+    "delete",
+    "delete_old",
+    "load_checkpoint",
+    "old_ones",
+    "optimizer_state",
+    "part_path",
+    "read_header",
+    "restore",
+    "save_checkpoint",
+    "step_of",
+    "verify",
+]
+
+_NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds; see the text of the module."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any]
+    origin: dict[str, Any] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """State of a child of the model, such as ``target_encoder``, under the child's own names.
+
+        Raises:
+            CheckpointError: there is no such part; the message lists those that there are.
+        """
+        state = {key[len(name) + 1 :]: value for key, value in self.model.items() if key.startswith(name + ".")}
+        if not state:
+            parts = sorted({key.partition(".")[0] for key in self.model})
+            raise CheckpointError(f"the checkpoint of step {self.step} has no {name!r}; it has: {', '.join(parts)}")
+        return state
+
+
+def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
+    """The checkpoint after ``step`` updates: a file, or a folder of shards."""
+    return folder / (f"checkpoint_{step:08d}" + ("" if sharded else ".pt"))
+
+
+def part_path(path: Path) -> Path:
+    """Where a checkpoint is while it is being written; nothing takes it for one."""
+    return path.with_name(f".{path.name}.part")
+
+
+def step_of(path: Path | str) -> int | None:
+    """The step in the name of a checkpoint (a path, an address, or the name), or None for another name."""
+    match = _NAME.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, files and shards, by step."""
+    found = [(step, path) for path in folder.glob("checkpoint_*") if (step := step_of(path)) is not None]
+    return [path for _, path in sorted(found)]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state by the name of the parameter, so that it does not hang on the order of parameters."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state[name] = dict(optimizer.state.get(parameter, {}))
+    return state
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None, keep_every: int | None = None) -> Path:
+    """Writes the file in one piece and then deletes older ones.
+
+    A crash at any time leaves either the old files or the new one, never half of one under its name.
+
+    Args:
+        folder: of the run.
+        checkpoint: what to write.
+        keep: how many of the latest checkpoints stay, at least 1; None for all.
+        keep_every: those of a step that divides by it stay for good; None for none.
+
+    Raises:
+        OSError: the file could not be written; what was there before is untouched.
+    """
+    path = checkpoint_path(folder, checkpoint.step)
+    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
+    try:
+        write_archive(content, part_path(path))
+        part_path(path).replace(path)
+    finally:
+        part_path(path).unlink(missing_ok=True)
+    flush_folder(folder)  # the rename itself must survive a power cut
+    if keep is not None:
+        delete_old(folder, keep, keep_every)
+    return path
+
+
+def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
+    """Deletes all checkpoints but the last ``keep``, and those of every ``keep_every`` steps."""
+    for old in old_ones(checkpoints(folder), keep, keep_every):
+        delete(old)
+
+
+def old_ones(found: Sequence[W], keep: int, keep_every: int | None) -> list[W]:
+    """Those that ``delete_old`` deletes, of checkpoints (paths, addresses or names) by step."""
+    return [old for old in found[:-keep] if keep_every is None or (step_of(old) or 0) % keep_every]
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder; a folder gets a name first that nothing takes for a checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        half = path if path.name.startswith(".") else path.rename(part_path(path))
+        shutil.rmtree(half)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    path: str | Path,
+    map_location: str | torch.device = "cpu",
+    *,
+    verified: bool = False,
+    with_state: bool = True,
+) -> Checkpoint:
+    """Reads a checkpoint, file or shards, or the latest of a run folder.
+
+    Args:
+        path: of the checkpoint, or a run folder.
+        map_location: where its tensors go.
+        verified: ``verify`` has been called for it; otherwise every byte of it is read here once more.
+        with_state: of shards, also ``model`` and ``optimizer``, whole; otherwise they are empty.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        CheckpointError: a folder without a checkpoint, a file that is cut short or altered, or one that is not a
+            checkpoint of jepa_kit.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / HEADER).exists():
+        found = checkpoints(path)
+        if not found:
+            raise CheckpointError(f"{path} holds no checkpoint (checkpoint_<step>.pt)")
+        path = found[-1]
+    if not path.exists():
+        beside = [p.name for p in checkpoints(path.parent)]
+        raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds: {', '.join(beside) or 'none'}")
+    if not verified:
+        verify(path)
+    with reading(path):
+        if path.is_dir():
+            header = read_header(path)
+            model, optimizer = read_full(path) if with_state else ({}, {})
+            return _checkpoint({**header, "model": model, "optimizer": optimizer}, path)
+        return _checkpoint(read_archive(path, map_location), path)
+
+
+def _checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    """From what is in a file; ``origin`` and ``position`` came later than the format."""
+    held = {"origin": {}, "position": {}, **content}
+    wrong = [name for name in Checkpoint.__dataclass_fields__ if not _fits(name, held.get(name))]
+    if wrong:
+        what = ", ".join(f"{name!r} ({held[name]!r:.40})" if name in held else f"no {name!r}" for name in wrong)
+        raise CheckpointError(f"{path} is not a checkpoint of jepa_kit: it has {what}")
+    return Checkpoint(**{name: held[name] for name in Checkpoint.__dataclass_fields__})
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a field of a checkpoint is of its kind."""
+    if name == "step":
+        return isinstance(value, int) and value >= 0
+    if not isinstance(value, dict):
+        return False
+    states = {"model": [value], "optimizer": list(value.values())}.get(name, [])
+    return all(isinstance(state, dict) and all(map(torch.is_tensor, state.values())) for state in states)
+
+
+def _names(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError with every name that is missing, unexpected or misshapen."""
+    complaints = []
+    if missing := [name for name in expected if name not in found]:
+        complaints.append(f"missing: {_names(missing)}")
+    if unexpected := [name for name in found if name not in expected]:
+        complaints.append(f"unexpected: {_names(unexpected)}")
+    misshapen = [
+        f"{name} ({tuple(found[name].shape)}, not {tuple(value.shape)})"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if misshapen:
+        complaints.append(f"misshapen: {_names(misshapen)}")
+    if complaints:
+        raise CheckpointError(f"{what} does not fit the checkpoint; " + "; ".join(complaints))
+
+
+def check_finite(state: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError with the names of tensors that hold a NaN or an infinite number."""
+    bad = [name for name, x in state.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
+    if bad:
+        raise CheckpointError(f"{what} has weights that are NaN or infinite: {_names(bad, 5)}")
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Gives model and optimiser the checkpoint's state.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; nothing has been changed then.
+    """
+    check_state(model.state_dict(), checkpoint.model, "the model")
+    if optimizer is not None:
+        parameters = {
+            name: parameter
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
+        unused = {name: parameters.get(name, torch.empty(0)) for name in checkpoint.optimizer}  # never had a gradient
+        moments = {name: state.get("exp_avg", unused[name]) for name, state in checkpoint.optimizer.items()}
+        check_state(parameters, moments, "the optimiser")
+    load_full_state(model, checkpoint.model, optimizer, checkpoint.optimizer)

@@ -1,0 +1,1 @@
+"""Metrics, loggers and curves of a run."""

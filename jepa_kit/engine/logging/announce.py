@@ -1,0 +1,85 @@
+"""What runs where: printed at the start of a run, and saved in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from jepa_kit.config import located, versions
+from jepa_kit.config.resolved import RUN_CONFIG
+from jepa_kit.data.shards.identity import brief
+from jepa_kit.encoders.attention import describe_backend
+from jepa_kit.engine.build import Run, data_identity
+from jepa_kit.engine.checkpoint.manager import Store
+from jepa_kit.engine.checkpoint.resume import FACTS
+from jepa_kit.engine.logging.topology import Place, describe, to_dict
+from jepa_kit.files import write_text
+from jepa_kit.interop.start import Start
+from jepa_kit.precision import precision_of
+
+
+def announce(
+    run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
+) -> None:
+    """Print what runs where, and save it: ``config.yaml`` and ``run.json``.
+
+    Raises:
+        ValueError: the run folder, or the place of its checkpoints, cannot be written to; or ``train.attention`` cannot
+            run here.
+    """
+    folder = store.run
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
+    dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
+    with located("train"):
+        attention = describe_backend(run.device, dtype, run.config.train.attention)
+    networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor}
+    compiled = [name for name, part in networks.items() if any(getattr(m, "compiled", False) for m in part.modules())]
+    facts = {
+        "versions": versions(),
+        "device": str(run.device.type),
+        "gpu": gpu,
+        "world_size": run.world.size,
+        "topology": to_dict(places, precision_of(run.config)),
+        "attention": attention,
+        "compiled": compiled,
+        "data": brief(data_identity(run.dataset)),
+        "num_workers": run.loader.num_workers,
+        "threads": torch.get_num_threads(),
+        "parameters": {name: count for name, count in parameters.items() if count},
+        "steps": run.schedule.steps,
+        "steps_per_epoch": run.steps_per_epoch,
+        "first_step": start.step,
+        "resume_from": resume_from,
+        "origin": start.origin,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        store.begin(run.config.to_yaml())
+        write_text(folder / RUN_CONFIG, run.config.to_yaml())
+        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
+    counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(*describe(places, precision_of(run.config)), sep="\n")
+    print(f"attention: {attention}")
+    if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
+        print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
+    print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
+    if run.dataset.remote:
+        print(f"data: {run.loader.fetching()}")
+    print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
+    print(f"parameters: {counts}")
+    if compiled:
+        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
+    print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
+    for line in start.lines:
+        print(line)
+    if store.apart:
+        print(f"checkpoints: {store}")
+    if resume and not start.step:
+        print(f"nothing to resume: {store} holds no checkpoint; starting at step 0")
+    print(f"run folder: {folder}", flush=True)

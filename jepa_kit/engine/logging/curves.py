@@ -1,0 +1,164 @@
+"""``curves.png``: the lines of a run as a picture.
+
+First how the run went: loss and its terms, what the steps ran with, speed. Then what hooks measured, figures of one
+unit in one panel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from jepa_kit.engine.logging.telemetry import Record, read_metrics
+
+T = TypeVar("T")
+
+
+class Panel(NamedTuple):
+    """A small picture: its title, the values that it draws, and by what they are multiplied."""
+
+    title: str
+    keys: tuple[str, ...]
+    factor: float = 1.0
+    from_zero: bool = False
+    """How much it is matters, and not only how it moves."""
+
+
+TRAINING = (
+    Panel("learning rate", ("lr",)),
+    Panel("weight decay", ("weight_decay",)),
+    Panel("momentum", ("momentum",)),
+    Panel("gradient norm", ("grad_norm",)),
+    Panel("images / s", ("images_per_second",), 1.0, True),
+    Panel("mfu, % of the measured matrix peak", ("mfu",), 100.0, True),
+    Panel("waited for images, % of time", ("data_wait",), 100.0, True),
+    Panel("peak memory, GiB", ("peak_memory_gib", "reserved_memory_gib"), 1.0, True),
+)
+
+EVALUATION = (
+    Panel("accuracy of the probe, %", ("eval/knn", "eval/linear"), 100.0),
+    Panel("verdict", ("eval/verdict",)),
+    Panel("cross-sample gap", ("eval/cross_sample_gap",)),
+    Panel("loss over that of a mean target", ("eval/relative_to_position", "eval/relative_to_mean")),
+    Panel("loss of predictions", ("eval/loss", "eval/loss_position", "eval/loss_mean", "eval/loss_other")),
+    Panel("ranks, in directions", ("eval/token_rank", "eval/rankme", "eval/effective_rank", "eval/lidar")),
+    Panel("shares of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
+    Panel("deviation of features", ("eval/std", "eval/unit_std")),
+    Panel("cosine of features", ("eval/cosine",)),
+    Panel("uniformity of features", ("eval/uniformity",)),
+    Panel("alpha of features", ("eval/alpha",)),
+    Panel("seconds of an evaluation", ("eval/seconds",), 1.0, True),
+)
+"""What the hook of jepa_kit/evaluation/online.py gives; docs/evaluation.md says how to read each."""
+
+OWN = ("loss", "data")
+"""First words of names that are no hook's."""
+COLUMNS = 4
+
+
+def drawn(what: str, draw: Callable[[], T]) -> T | None:
+    """Return what ``draw`` gives, or None with a warning on stderr: results must not be lost to their picture."""
+    try:
+        return draw()
+    except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"warning: {what} was not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+def plot_curves(folder: Path) -> Path | None:
+    """Draws ``curves.png`` from ``metrics.jsonl``.
+
+    Returns:
+        the picture's path, or None where there is no line to draw.
+    """
+    from jepa_kit.plotting import Figure
+
+    records = read_metrics(folder)
+    if not records:
+        return None
+    given = {key for record in records for key in record}
+    training, measured = _present(TRAINING, given), _present(EVALUATION, given)
+    drawn = {key for panel in measured for key in panel.keys}
+    others = sorted(key for key in given - drawn if "/" in key and key.split("/")[0] not in OWN)
+    measured += [Panel(key, (key,)) for key in others]
+    rows, below = -(-len(training) // COLUMNS), -(-len(measured) // COLUMNS)
+    heights = [3.4 + 1.9 * rows, *([0.3 + 2.2 * below] if below else [])]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    last = max(record["step"] for record in records) + 1
+
+    grid = parts[0].add_gridspec(1 + rows, COLUMNS, height_ratios=[1.8, *[1] * rows])
+    _loss(parts[0].add_subplot(grid[0, :]), records, sorted(key for key in given if key.startswith("loss/")), last)
+    for number, panel in enumerate(training):
+        _small(parts[0].add_subplot(grid[1 + number // COLUMNS, number % COLUMNS]), records, panel, last, color="gray")
+    if below:
+        parts[1].suptitle("evaluation during the run")
+        grid = parts[1].add_gridspec(below, COLUMNS)
+        for number, panel in enumerate(measured):
+            axes = parts[1].add_subplot(grid[number // COLUMNS, number % COLUMNS])
+            _small(axes, records, panel, last, marker=".")
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _present(panels: Sequence[Panel], given: set[str]) -> list[Panel]:
+    """The panels with the values that the lines have; none without any."""
+    held = [panel._replace(keys=tuple(key for key in panel.keys if key in given)) for panel in panels]
+    return [panel for panel in held if panel.keys]
+
+
+def _points(records: Sequence[Record], key: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
+    """(updates, values) of the lines that have a value."""
+    having = [record for record in records if key in record]
+    return [record["step"] + 1 for record in having], [factor * record[key] for record in having]
+
+
+def _loss(axes: Any, records: Sequence[Record], terms: Sequence[str], last: float) -> None:
+    for key in ["loss", *(terms if len(terms) > 1 else [])]:
+        axes.plot(*_points(records, key), linewidth=1.2, label=key.removeprefix("loss/"))
+    axes.set_title("loss")
+    axes.set_xlabel("update")
+    if len(terms) > 1:
+        axes.legend(frameon=False)
+    _finish(axes, last, ticks=10)
+
+
+def _small(
+    axes: Any,
+    records: Sequence[Record],
+    panel: Panel,
+    last: float,
+    *,
+    color: str | None = None,
+    marker: str | None = None,
+) -> None:
+    for key in panel.keys:
+        label = key.rpartition("/")[2].replace("_", " ")
+        axes.plot(*_points(records, key, panel.factor), linewidth=1.2, color=color, marker=marker, label=label)
+    axes.set_title(panel.title, fontsize="medium")
+    axes.tick_params(labelsize="small")
+    if panel.keys == ("eval/verdict",):
+        from jepa_kit.evaluation.online import STATES  # evaluation stands on the engine
+
+        axes.set_yticks(range(len(STATES)), [state.replace(" ", "\n") for state in STATES])
+        axes.set_ylim(-0.3, len(STATES) - 0.7)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    if len(panel.keys) > 1 or panel.title.startswith("accuracy"):  # which probe it is, the title does not say
+        axes.legend(frameon=False, fontsize="x-small")
+    if panel.from_zero:
+        most = max(max(_points(records, key, panel.factor)[1]) for key in panel.keys)
+        axes.set_ylim(0, 1.08 * most or 1)
+    _finish(axes, last, ticks=4)
+
+
+def _finish(axes: Any, last: float, *, ticks: int) -> None:
+    from jepa_kit.plotting import MaxNLocator
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_xlim(0, max(last, 2))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True))

@@ -1,0 +1,1 @@
+"""Detect losses and gradients that are not finite, and handle them."""

@@ -1,0 +1,235 @@
+"""A step whose loss or gradient is not finite: what becomes of it, its record, and its batch.
+
+``train.bad_numbers`` says what a run does about it:
+
+    stop      FloatingPointError; the last checkpoint is from before it
+    skip      goes on without the batch; more than ``train.bad_numbers_limit`` bad steps in a row stop the run
+    rollback  goes back to the last checkpoint and does the steps since again, without the batch; more than
+              ``train.bad_numbers_limit`` times to the same checkpoint stop the run
+
+A step without its batch moves the target encoder, as every step does, and nothing else: so ``skip`` and ``rollback``
+give the same weights where the batch is to blame. ``rollback`` is for a state that was damaged before the gradient
+told.
+
+The step is recorded in ``bad_steps.jsonl`` of the run folder, and a resumed run leaves its batch out as well. The
+batch is kept in ``bad_step_<step>/rank_<rank>.pt``, of the ranks whose loss is bad, or of all where only the gradient
+is; ``tools/replay_step.py`` runs it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jepa_kit.data.loader import Batch
+from jepa_kit.distributed.collectives import from_main, together
+from jepa_kit.engine.checkpoint.format import part_path
+from jepa_kit.engine.logging.telemetry import all_ranks
+from jepa_kit.engine.nonfinite.detect import Suspect
+from jepa_kit.files import write_archive, write_text
+
+Policy = Literal["stop", "skip", "rollback"]
+
+RECORD = "bad_steps.jsonl"
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A line of ``bad_steps.jsonl``.
+
+    Args:
+        step: counted from 0.
+        policy: what was done about it.
+        losses: of every rank, as text, for JSON knows no nan.
+        grad_norm: over all ranks, as text.
+        checkpoint: updates in the last checkpoint before it, or None where there was none.
+    """
+
+    step: int
+    policy: Policy
+    losses: tuple[str, ...]
+    grad_norm: str
+    checkpoint: int | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those whose loss was bad; none where only the gradient was."""
+        return [rank for rank, loss in enumerate(self.losses) if not math.isfinite(float(loss))]
+
+    def __str__(self) -> str:
+        """What was seen, for people."""
+        at = f" of rank {', '.join(map(str, self.ranks))} of {len(self.losses)}" if len(self.losses) > 1 else ""
+        if self.ranks:
+            return f"the loss{at} is {self.losses[self.ranks[0]]} at step {self.step}"
+        return f"the gradient's norm is {self.grad_norm} at step {self.step}, where the loss is finite"
+
+
+def read_record(folder: Path) -> list[BadStep]:
+    """The bad steps of a run folder, in the order in which they were met.
+
+    Raises:
+        ValueError: a line that is no record, unless it is the last, which a killed run may leave cut short.
+    """
+    path = folder / RECORD
+    lines = path.read_text().splitlines() if path.exists() else []
+    record = []
+    for number, line in enumerate(lines):
+        try:
+            fields = json.loads(line)
+            record.append(BadStep(**{**fields, "losses": tuple(fields["losses"])}))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:  # noqa: PERF203 (the message names the line)
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}, line {number + 1} is no record of a bad step: {error}") from error
+    return record
+
+
+def append_record(folder: Path, bad: BadStep) -> None:
+    """Adds a line, on the disk when this returns; a half line that a killed run left is dropped."""
+    path = folder / RECORD
+    kept = path.read_text() if path.exists() else ""
+    kept = kept[: kept.rfind("\n") + 1]
+    write_text(path, kept + json.dumps(vars(bad)) + "\n")
+
+
+def left_out(record: Sequence[BadStep]) -> frozenset[int]:
+    """The steps that a run does without their batch."""
+    return frozenset(bad.step for bad in record if bad.policy != "stop")
+
+
+def over_limit(record: Sequence[BadStep], bad: BadStep, limit: int) -> str | None:
+    """Why a bad step, the newest of the record, ends the run though its policy is to go on; None where it does not.
+
+    A function of the record, so that it counts over resumes too.
+    """
+    if bad.policy == "skip":
+        steps = left_out(record) | {bad.step}
+        row = next(n for n in range(1, len(steps) + 2) if bad.step - n not in steps)
+        if row > limit:
+            return f"{row} bad steps in a row are more than train.bad_numbers_limit (={limit})"
+    if bad.policy == "rollback":
+        times = len({b.step for b in (*record, bad) if b.policy == "rollback" and b.checkpoint == bad.checkpoint})
+        if times > limit:
+            return f"{times} times back to step {bad.checkpoint or 0} are more than train.bad_numbers_limit (={limit})"
+    return None
+
+
+DUMP_FORMAT = "jepa_kit/bad_step/1"
+
+
+def dump_path(folder: Path, step: int, rank: int) -> Path:
+    """Where a rank's batch of a bad step is kept."""
+    return folder / f"bad_step_{step:08d}" / f"rank_{rank:04d}.pt"
+
+
+def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]) -> None:
+    """Keeps a bad batch: images, masks, sample numbers, and what the step ran with.
+
+    Args:
+        path: of the file, ``dump_path``.
+        suspect: the step, of this rank.
+        bad: the same, as recorded.
+        facts: ``rank``, ``world_size``, ``keys`` of the samples, ``folder`` of the run, ``config``, ``data``,
+            ``versions``; where the weights came from: ``origin``, as in a checkpoint, and ``resume_from``, the released
+            checkpoint that the run was told to go on from, or None.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it then.
+    """
+    batch = suspect.batch
+    assert batch.masks is not None
+    masks = batch.masks.to("cpu")
+    content = {
+        "format": DUMP_FORMAT,
+        "step": suspect.step,
+        "bad": {**vars(bad), "losses": list(bad.losses)},
+        "hyper": vars(suspect.hyper),
+        "numbers": dict(zip(("loss", "grad_norm", *suspect.terms), suspect.numbers.tolist(), strict=True)),
+        "samples": batch.samples.cpu(),
+        "images": batch.images.cpu(),
+        "masks": {
+            "grid": list(masks.grid),
+            "context_of": masks.context_of,
+            **{
+                name: {"index": sets.index, "image": sets.image, "lengths": list(sets.lengths)}
+                for name, sets in (("context", masks.context), ("targets", masks.targets))
+            },
+        },
+        **facts,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_archive(content, part_path(path))
+        part_path(path).replace(path)
+    finally:
+        part_path(path).unlink(missing_ok=True)
+
+
+class BadSteps:
+    """The bad steps of a run, and what it does about a new one.
+
+    Args:
+        policy, limit: ``train.bad_numbers`` and ``train.bad_numbers_limit``.
+        folder: of the run.
+        rank, device: of this process.
+        checkpoint: gives the updates in the checkpoint that a rollback goes to, or None; called on rank 0.
+        facts: what a dump says besides the step, for a batch.
+
+    Attributes:
+        left_out: the steps that the run does without their batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        limit: int,
+        folder: Path,
+        rank: int,
+        device: torch.device,
+        checkpoint: Callable[[], int | None],
+        facts: Callable[[Batch], dict[str, Any]],
+    ) -> None:
+        self.policy, self.limit, self.folder = policy, limit, folder
+        self.rank, self.device = rank, device
+        self.checkpoint, self.facts = checkpoint, facts
+        self.record = from_main(lambda: read_record(folder))
+        self.left_out = left_out(self.record)
+
+    def meet(self, suspect: Suspect) -> str:
+        """Keeps the batch, records the step, and says what was done; all ranks must call it for the same step.
+
+        Raises:
+            FloatingPointError: the run must stop.
+        """
+        numbers = all_ranks(suspect.numbers[:2].to(self.device))  # [ranks, 2]
+        losses = tuple(str(value) for value in numbers[:, 0].tolist())
+        bad = BadStep(suspect.step, self.policy, losses, str(float(numbers[0, 1])), from_main(self.checkpoint))
+        if self.rank in bad.ranks or not bad.ranks:
+            own = dump_path(self.folder, bad.step, self.rank)
+            together(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)))
+        else:
+            together(lambda: None)
+        from_main(lambda: append_record(self.folder, bad))
+        dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
+        replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"
+        told = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"
+        if self.policy == "stop":
+            raise FloatingPointError(
+                f"{told}: weights were not updated with it, and no checkpoint was written after it. {replay}. "
+                "A run that has diverged may want a smaller optim.lr, a longer warm-up or optim.clip_grad; "
+                "train.bad_numbers=skip goes on without such batches"
+            )
+        why = over_limit(self.record, bad, self.limit)
+        self.record.append(bad)
+        self.left_out = left_out(self.record)
+        if why is not None:
+            raise FloatingPointError(f"{told}, and {why}. {replay}")
+        done = "its batch is skipped"
+        if self.policy == "rollback":
+            done = f"back to step {bad.checkpoint or 0}, to go on without its batch"
+        return f"{told}: {done}; {dump.parent.name} holds it"

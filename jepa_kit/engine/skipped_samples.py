@@ -1,0 +1,129 @@
+"""Samples that a run could not use: listed in ``skipped.jsonl``, counted, and a reason to stop where they are many.
+
+One line for each: ``step``, ``epoch`` (of the data), ``sample`` (its number), ``key`` and ``reason``. A step that is
+done again after a resume has its lines once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_kit.data.errors import Allowance, Skipped
+from jepa_kit.distributed.collectives import gathered, is_main, mean_over_ranks
+from jepa_kit.engine.checkpoint.failures import RunError
+from jepa_kit.files import write_text
+
+SKIPPED = "skipped.jsonl"
+SHOWN = 3
+"""Of so many samples at a time people are told the reason; the file has all."""
+
+Line = dict[str, Any]
+
+
+class TooManySkippedError(RunError):
+    """More samples of an epoch could not be used than ``data.max_skipped`` allows."""
+
+
+class SkippedSamples:
+    """What was skipped, over all processes.
+
+    Args:
+        folder: of the run.
+        first_step: lines at or after it are dropped.
+        steps_per_epoch: of the data.
+        allowance: how many samples of an epoch may be skipped.
+        device: where the processes' numbers are summed.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_step: int, steps_per_epoch: int, allowance: Allowance, device: torch.device
+    ) -> None:
+        self.path = folder / SKIPPED
+        self.steps_per_epoch, self.allowance, self.device = steps_per_epoch, allowance, device
+        lines = [line for line in read_skipped(folder) if line["step"] < first_step]
+        self.total = len(lines)
+        self._of_epoch = Counter(line["epoch"] for line in lines)
+        self._new: list[Line] = []
+        if is_main() and self.path.exists():
+            write_text(self.path, _text(lines))
+
+    def add(self, step: int, skipped: Sequence[Skipped]) -> None:
+        """Notes what this process's batch of a step lacks."""
+        epoch = step // self.steps_per_epoch
+        self._new += [{"step": step, "epoch": epoch, **entry._asdict()} for entry in skipped]
+
+    def tell(self, say: Callable[[str], None]) -> int:
+        """Joins what the processes noted, and writes it down; every process must call it.
+
+        Args:
+            say: takes a line for people, on the main process.
+
+        Returns:
+            samples skipped since the run began.
+
+        Raises:
+            TooManySkippedError: on every process.
+        """
+        new = self._joined()
+        if not new:
+            return self.total
+        self.total += len(new)
+        self._of_epoch.update(line["epoch"] for line in new)
+        if is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_text(new))
+            for line in new[:SHOWN]:
+                say(f"skipped {line['key']!r}: {line['reason']}")
+            if len(new) > SHOWN:
+                say(f"skipped {len(new) - SHOWN} more: {self.path}")
+        for epoch in sorted({line["epoch"] for line in new}):
+            if self._of_epoch[epoch] > self.allowance.count:
+                raise TooManySkippedError(self._why(epoch, new))
+        return self.total
+
+    def _joined(self) -> list[Line]:
+        """The new lines of all processes, in the order of their steps."""
+        own, self._new = self._new, []
+        # a mean is above 0 where any of them is: no lists are sent as long as all is well
+        if not float(mean_over_ranks(torch.tensor(float(len(own)), dtype=torch.float64, device=self.device))):
+            return []
+        return sorted((line for lines in gathered(own) for line in lines), key=lambda line: line["step"])
+
+    def _why(self, epoch: int, new: Sequence[Line]) -> str:
+        shown = [line for line in new if line["epoch"] == epoch][:SHOWN]
+        allowed = self.allowance
+        return (
+            f"{self._of_epoch[epoch]} of the {allowed.samples} samples of epoch {epoch} could not be used, more than "
+            f"the {allowed.count} that data.max_skipped (={allowed.share:g}) allows. {self.path} lists all; the last: "
+            + "; ".join(f"{line['key']!r}: {line['reason']}" for line in shown)
+        )
+
+
+def read_skipped(folder: Path) -> list[Line]:
+    """The lines of a run, without a last one that a kill cut short.
+
+    Raises:
+        ValueError: another line that is not JSON.
+    """
+    path = folder / SKIPPED
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:  # noqa: PERF203 (the message names the line)
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    return lines
+
+
+def _text(lines: Sequence[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,210 @@
+"""What features come from: the encoders of a run, the same network untrained, and raw pixels.
+
+B  images of a batch    n  patches of an image    D  width of a feature
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.config import Config
+from jepa_kit.encoders import Encoder
+from jepa_kit.evaluation.features import (
+    BlockSource,
+    LoadedRun,
+    Pooling,
+    block_source,
+    layer_numbers,
+    pixel_features,
+    pixel_patches,
+    untrained_encoder,
+)
+from jepa_kit.precision import precision_of, resolve_precision
+from jepa_kit.recipe import JEPA
+from jepa_kit.registry import did_you_mean
+
+BASELINES = ("untrained", "pixels")
+ENCODERS: tuple[Literal["target"], Literal["context"]] = ("target", "context")
+NO_BLOCK = 0
+"""The block of features that come from no layer."""
+
+
+def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "context"]:
+    """The encoder that is evaluated: as asked, else the target encoder if the recipe has one.
+
+    Raises:
+        ValueError: the target encoder of a recipe that has none.
+    """
+    if which is None:
+        return "context" if jepa.target_network is None else "target"
+    check_names("encoder", [which], ENCODERS)
+    if which == "target" and jepa.target_network is None:
+        raise ValueError(
+            "encoder (='target') must be 'context': this recipe has no target encoder (its target_update makes none)"
+        )
+    return "target" if which == "target" else "context"
+
+
+class View(NamedTuple):
+    """One array of features: the output of a block (from 1; 0 for raw pixels), averaged over patches or not."""
+
+    block: int
+    pooling: Pooling
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What features come from.
+
+    Args:
+        name: ``target``, ``context``, ``untrained``, ``pixels``, or any other; one of its own in a table.
+        source: images to the features of each view that is asked for.
+        depth: its blocks; 0 where it has no layers, so that every layer set is the same.
+        identity: what its features depend on, beside images, as plain values; None where they are not to be kept.
+        seed: of the weights of an untrained network.
+        encoder: the module, for protocols that train a copy of it.
+    """
+
+    name: str
+    source: BlockSource
+    depth: int = 0
+    identity: Mapping[str, Any] | None = None
+    seed: int | None = None
+    encoder: nn.Module | None = None
+
+    def views(self, layers: str, pooling: Pooling) -> tuple[View, ...]:
+        """The arrays that are concatenated to a layer set.
+
+        Raises:
+            ValueError: a layer set that it has not.
+        """
+        blocks = layer_numbers(layers, self.depth) if self.depth else (NO_BLOCK,)
+        return tuple(View(block, pooling) for block in blocks)
+
+
+def run_networks(
+    run: LoadedRun,
+    *,
+    encoders: Sequence[Literal["target", "context"]] | None = None,
+    baselines: Sequence[str] = BASELINES,
+    untrained_seed: int | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint_sha256: str | None = None,
+) -> list[Network]:
+    """The networks of a run, and the baselines beside them.
+
+    Args:
+        run: images are normalised as its config says, matrix products have its precision.
+        encoders: of ``target`` (the paper's choice) and ``context``; None for the target encoder if there is one.
+        baselines: of ``untrained`` (the same network with fresh weights) and ``pixels`` (averaged down to 16 x 16; for
+            protocols of patches, all pixels of a patch).
+        untrained_seed: of the fresh weights; None takes the run's, so that they are those that a run
+            without ``train.init_from`` began with.
+        device: where encoders run.
+        checkpoint_sha256: of the file that the run was read from; None keeps no features of its encoders.
+
+    Raises:
+        ValueError: an unknown or repeated name, or an encoder that the recipe does not have.
+    """
+    encoders = [encoder_named(run.jepa)] if encoders is None else encoders
+    check_names("encoders", encoders, ENCODERS)
+    check_names("baselines", baselines, BASELINES)
+    config = resolve_precision(run.config, torch.device(device))
+    networks = [
+        _of_encoder(
+            which,
+            run.jepa.encoder_for(encoder_named(run.jepa, which)),
+            config,
+            device,
+            identity=None if checkpoint_sha256 is None else {"checkpoint": checkpoint_sha256, "encoder": which},
+        )
+        for which in encoders
+    ]
+    return networks + config_networks(config, baselines=baselines, untrained_seed=untrained_seed, device=device)
+
+
+def config_networks(
+    config: Config,
+    *,
+    baselines: Sequence[str] = BASELINES,
+    untrained_seed: int | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Network]:
+    """The baselines of a config: its encoder with fresh weights, and raw pixels; see ``run_networks``."""
+    check_names("baselines", baselines, BASELINES)
+    config = resolve_precision(config, torch.device(device))
+    networks = []
+    seed = config.train.seed if untrained_seed is None else untrained_seed
+    encoder = untrained_encoder(config, seed)
+    if "untrained" in baselines:
+        # fresh weights are a function of the seed for one release of torch
+        identity = {"untrained": config.to_dict()["encoder"], "seed": seed, "torch": torch.__version__}
+        networks.append(_of_encoder("untrained", encoder, config, device, identity=identity, seed=seed))
+    if "pixels" in baselines:
+        networks.append(pixel_network(cast(Encoder, encoder).patch_size))
+    return networks
+
+
+def pixel_network(patch_size: int | None = None) -> Network:
+    """Raw pixels.
+
+    Args:
+        patch_size: side of a patch, for protocols of patches; None has none.
+    """
+
+    def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
+        if patch_size is None and any(pooling == "none" for _, pooling in wanted):
+            raise ValueError("patch_size (=None) must be given to pixel_network for protocols of patches")
+        return [
+            pixel_features(images) if pooling == "mean" else pixel_patches(images, cast(int, patch_size))
+            for _, pooling in wanted
+        ]
+
+    return Network("pixels", source, identity={"pixels": patch_size})
+
+
+def _of_encoder(
+    name: str,
+    encoder: nn.Module,
+    config: Config,
+    device: torch.device | str,
+    *,
+    identity: dict[str, Any] | None,
+    seed: int | None = None,
+) -> Network:
+    data, precision = config.data, precision_of(config)
+    network = cast(Encoder, encoder)
+    source = block_source(network, device=device, precision=precision, mean=data.mean, std=data.std)
+    if identity is not None:
+        kind = torch.device(device).type
+        identity |= {"mean": list(data.mean), "std": list(data.std), "precision": precision, "device": kind}
+    return Network(name, source, network.depth, identity, seed, encoder)
+
+
+def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a name that is unknown or given twice."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} (={name!r}) must be of {', '.join(known)}{did_you_mean(name, known)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{kind} (={', '.join(names)}) must be different ones")
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal digest of a file's bytes; of a checkpoint in shards, of the names and digests of its files."""
+    digest = hashlib.sha256()
+    if file.is_dir():
+        for part in sorted(file.iterdir()):
+            digest.update(f"{part.name} {sha256(part)}\n".encode())
+        return digest.hexdigest()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Draw pictures of masks, features and predictions."""

@@ -1,0 +1,1 @@
+"""Cost, memory and speed of a run before it starts."""

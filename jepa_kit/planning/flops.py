@@ -1,0 +1,247 @@
+"""Floating-point operations of encoder, target encoder and predictor: by formula, or counted if there is none.
+
+n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
+D_e, D_p, D_o  widths of encoder, predictor and targets
+
+The formula is what the equations need, whoever computes them: padding, activations that are computed a second time
+to save memory, and the update of weights and target encoder are no part of it. The predictor needs q, k and v of its
+first block once for each context token, and what follows its last attention for target tokens alone.
+
+It holds for the classes of jepa_kit. A subclass may see other patches, so it has the formula only if its own body
+declares ``inherits_flops = True``. For any other network, torch's counter counts a training step on one batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from jepa_kit.config import Config
+from jepa_kit.encoders import ViT
+from jepa_kit.encoders.blocks import Block
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.random_state import seeded
+from jepa_kit.recipe import JEPA, build_masker
+from jepa_kit.rng import IntArray
+from jepa_kit.structures import MaskBatch
+from jepa_kit.targets import PixelTarget, RepresentationTarget
+from jepa_kit.trials.recipe_trial import trial_images, trial_recipe, trial_samples
+
+FORMULA = (
+    "2 FLOP a multiply-add, matrix products only. "
+    "A block on sets of n tokens: sum(n) * (8 D^2 + 4 D F) + 4 D sum(n^2). "
+    "Encoder: depth blocks + sum(n) * 2 C p^2 D. Predictor, on sequences of context and target: depth blocks, "
+    "q, k, v of the first once for each context and target token and what follows attention in the last for target "
+    "tokens alone, + context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
+    "A training step: target encoder + 3 * (encoder + predictor), backward as twice forward; "
+    "targets that carry a gradient count three times too. Optimiser and target update are left out."
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of all sets of some images.
+
+    Args:
+        context: [S_c] of the context sets.
+        targets: [S_t] of the target sets.
+        sequences: [S_t], of each target set together with its context.
+        images: how many images.
+        patches: N, of an image.
+    """
+
+    context: IntArray
+    targets: IntArray
+    sequences: IntArray
+    images: int
+    patches: int
+
+    @classmethod
+    def of(cls, masks: MaskBatch, images: int) -> Lengths:
+        """Of the masks of so many images; looks at the host alone."""
+        sets = (masks.context.lengths, masks.targets.lengths, masks.sequences)
+        context, targets, sequences = (np.array(lengths.on_host, dtype=np.int64) for lengths in sets)
+        return cls(context, targets, sequences, images, masks.grid[0] * masks.grid[1])
+
+
+@dataclass(frozen=True)
+class SetFlops:
+    """Forward FLOP over sets of n tokens: ``per_token * sum(n) + per_pair * sum(n^2)``."""
+
+    per_token: float
+    per_pair: float
+
+    def __call__(self, lengths: IntArray) -> float:
+        return self.per_token * int(lengths.sum()) + self.per_pair * int((lengths**2).sum())
+
+
+def has_formula(part: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the formula of ``base`` holds for a part: it is one, or each subclass on the way declares so."""
+    if not isinstance(part, base):
+        return False
+    below = type(part).__mro__[: type(part).__mro__.index(base)]
+    # FSDP puts a class of torch's above the part's own; mixins declare for themselves
+    own = [cls for cls in below if cls.__module__.partition(".")[0] != "torch"]
+    return all(cls.__dict__.get("inherits_flops", False) for cls in own)
+
+
+def block_flops(blocks: nn.ModuleList) -> SetFlops:
+    """Of a forward pass of transformer blocks."""
+    linear = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
+    return SetFlops(2.0 * sum(m.weight.numel() for m in linear), 4.0 * len(blocks) * linear[0].in_features)
+
+
+def encoder_flops(encoder: nn.Module) -> SetFlops | None:
+    """Of a forward pass of an encoder; None for one without a formula."""
+    if not has_formula(encoder, ViT):
+        return None
+    assert isinstance(encoder, ViT)
+    blocks = block_flops(encoder.blocks)
+    return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)
+
+
+@dataclass(frozen=True)
+class PredictorFlops:
+    """Of a forward pass of a predictor: its blocks over sequences, a map in and a map out.
+
+    Args:
+        blocks: of all blocks, if each computed everything for every token of the sequences.
+        per_context_token, per_target_token: of the maps.
+        before_attention: for each token, of q, k and v in the first block.
+        after_attention: for each token, of what follows attention in the last block.
+    """
+
+    blocks: SetFlops
+    per_context_token: float
+    per_target_token: float
+    before_attention: float = 0.0
+    after_attention: float = 0.0
+
+    def __call__(self, lengths: Lengths) -> float:
+        context, targets, sequences = (int(x.sum()) for x in (lengths.context, lengths.targets, lengths.sequences))
+        maps = self.per_context_token * context + self.per_target_token * targets
+        saved = self.before_attention * (sequences - context - targets) + self.after_attention * (sequences - targets)
+        return self.blocks(lengths.sequences) + maps - saved
+
+
+def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
+    """Of a forward pass of a predictor; None for one without a formula."""
+    if not has_formula(predictor, ViTPredictor):
+        return None
+    assert isinstance(predictor, ViTPredictor)
+    first, last = predictor.blocks[0], predictor.blocks[-1]
+    assert isinstance(first, Block)
+    assert isinstance(last, Block)
+    after = (last.attn.proj, last.mlp.fc1, last.mlp.fc2)
+    return PredictorFlops(
+        block_flops(predictor.blocks),
+        2.0 * predictor.embed.weight.numel(),
+        2.0 * predictor.proj.weight.numel(),
+        2.0 * first.attn.qkv.weight.numel(),
+        2.0 * sum(m.weight.numel() for m in after),
+    )
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOP of a recipe as a function of the lengths of its sets; see ``FORMULA``.
+
+    Args:
+        encoder, predictor: of a forward pass; None for a network without a formula here.
+        targets_see: what the target encoder is shown: whole images, each target set by itself, or nothing; None for a
+            target without a formula, as one that has a network of its own.
+        targets_trained: targets carry a gradient.
+        losses_known: no loss has a network of its own.
+        counted: FLOP of a training step for each image, for a recipe without a formula.
+    """
+
+    encoder: SetFlops | None
+    predictor: PredictorFlops | None
+    targets_see: Literal["images", "targets", "nothing"] | None
+    targets_trained: bool
+    losses_known: bool = True
+    counted: float | None = None
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether every network has one."""
+        known = None not in (self.encoder, self.predictor, self.targets_see)
+        return known and self.losses_known
+
+    def seen(self, lengths: Lengths) -> IntArray:
+        """Lengths of the sets that the target encoder is shown."""
+        if self.targets_see == "images":
+            return np.full(lengths.images, lengths.patches)
+        return lengths.targets if self.targets_see == "targets" else lengths.context[:0]
+
+    def forward(self, lengths: Lengths) -> tuple[float | None, float | None, float | None]:
+        """FLOP of a forward pass of (encoder, target encoder, predictor) over all the images."""
+        encoder, predictor = self.encoder, self.predictor
+        return (
+            None if encoder is None else encoder(lengths.context),
+            None if encoder is None or self.targets_see is None else encoder(self.seen(lengths)),
+            None if predictor is None else predictor(lengths),
+        )
+
+    def training(self, lengths: Lengths) -> float | None:
+        """FLOP of a training step over all the images; None if a network has no formula and nothing was counted."""
+        if not self.has_formula:
+            return None if self.counted is None else self.counted * lengths.images
+        encoder, target, predictor = self.forward(lengths)
+        assert encoder is not None
+        assert target is not None
+        assert predictor is not None
+        return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
+
+
+def model_flops(jepa: JEPA) -> ModelFlops:
+    """The formula of a recipe's networks, which may be without memory for their weights."""
+    see: Literal["images", "targets", "nothing"] | None = "images"
+    if has_formula(jepa.target, PixelTarget):
+        see = "nothing"
+    elif not has_formula(jepa.target, RepresentationTarget):
+        see = None
+    elif jepa.target.masked_at == "input":
+        see = "targets"
+    return ModelFlops(
+        encoder_flops(jepa.encoder),
+        predictor_flops(jepa.predictor),
+        see,
+        see != "nothing" and not jepa.target_update.stop_gradient,
+        losses_known=not any(True for _ in jepa.losses.parameters()),
+    )
+
+
+def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
+    """The formula of a recipe; if it has none, what a training step of the same recipe takes on one small batch.
+
+    Args:
+        config: of the recipe.
+        jepa: the recipe, sharded or not.
+        device: where another one is built for the count, if need be.
+    """
+    flops = model_flops(jepa)
+    if flops.has_formula:
+        return flops
+    return replace(flops, counted=count_flops(config, device))
+
+
+def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
+    """Count a training step of a config's recipe with torch's FlopCounterMode: FLOP for each image.
+
+    It counts matrix products and convolutions of encoder, target encoder, predictor, target and losses, forward and
+    backward. The run's random states stay as they are.
+    """
+    jepa = trial_recipe(config, device)
+    masks = build_masker(config)(trial_samples(images), seed=config.train.seed, epoch=0, step=0).to(device)
+    x = trial_images(config, device, images)
+    with seeded(0), FlopCounterMode(display=False) as counter:
+        loss = jepa(x, masks).loss
+        if loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops() / images

@@ -1,0 +1,194 @@
+"""Memory of a training step on one device, by part and by formula: what a plan needs to know before there is a device.
+
+n  tokens of all sets    D  width    F  hidden width of the MLP    h  heads
+w  bytes of a number in matrix products: 2 in bf16, 4 in float32; weights, their state and the residual stream have 4
+
+What a block keeps for its backward pass, for each token (attention by a fused kernel, which keeps no scores):
+
+    inputs of the two norms                2 * 4 D        and a mean and a deviation each, 4 * 4
+    outputs of the two norms               2 * w D
+    q, k, v; output of attention           4 * w D        and a sum for each head, 4 h
+    before and after the GELU              2 * w F
+
+The predictor's first block keeps what stands before q, k and v for each context and target token once; its last keeps
+what follows attention for target tokens, and attention's output a second time for these.
+
+tests/engine/test_memory_of_runs.py holds this against what torch saves. It is not all: kernels' workspaces, NCCL's
+buffers, the CUDA context and what the allocator cannot use come on top, some GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from jepa_kit.encoders import ViT
+from jepa_kit.encoders.blocks import Block
+from jepa_kit.planning.flops import Lengths, model_flops
+from jepa_kit.planning.peak_flops import Precision
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.recipe import JEPA
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Args:
+        weights: of encoder, predictor and whatever else is trained, float32.
+        gradients: of the same.
+        optimizer: AdamW's two moments.
+        target_encoder: its weights.
+        gathered: whole blocks that FSDP holds for a moment; 0 without it.
+        casts: copies of weights in bf16, which autocast keeps to the end of the forward pass, and blocks that are not
+            checkpointed to their backward pass.
+        activations: what forward keeps for backward.
+        working: what a pass holds besides, at most, for a moment; the roughest of these figures.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    target_encoder: float
+    gathered: float
+    casts: float
+    activations: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def training_memory(
+    jepa: JEPA,
+    lengths: Lengths,
+    *,
+    precision: Precision,
+    shards: int = 1,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+) -> Memory:
+    """Of one device with the images of ``lengths`` at once (a part of the batch, where it is accumulated).
+
+    Args:
+        jepa: the recipe; its networks may be without memory for their weights.
+        lengths: of the sets of those images.
+        precision: of the matrix products.
+        shards: devices that FSDP shares weights and their state over; 1 for a whole copy on each.
+        accumulate: parts of a step's batch; with several, FSDP adds up whole gradients and shares them out at the end.
+        checkpointing: blocks of encoder and predictor keep their input alone.
+
+    Raises:
+        ValueError: a network without a formula here.
+    """
+    encoder, predictor = jepa.encoder, jepa.predictor
+    if not isinstance(encoder, ViT) or not isinstance(predictor, ViTPredictor):
+        raise ValueError("there is a formula for the memory of encoder 'vit' with predictor 'vit' alone")
+    trained = [p for p in jepa.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
+    number = 2 if precision == "bf16" else FLOAT32
+    flops = model_flops(jepa)
+    context, sequences = int(lengths.context.sum()), int(lengths.sequences.sum())
+    seen = int(flops.seen(lengths).sum())
+    targets = int(lengths.targets.sum())
+    kept = _network(encoder.blocks, context, number, checkpointing)
+    kept += _network(predictor.blocks, sequences, number, checkpointing, context + targets, targets)
+    kept += _ends(encoder, predictor, lengths, number)
+    if flops.targets_trained:  # and a LayerNorm over the targets
+        kept += _network(encoder.blocks, seen, number, checkpointing) + seen * _ends_of(encoder, number)
+        kept += int(lengths.targets.sum()) * (FLOAT32 * encoder.embed_dim + 8)
+    matrices = sum(p.numel() for p in trained if p.ndim > 1)
+    block = max(sum(p.numel() for p in b.parameters()) for b in encoder.blocks)
+    return Memory(
+        weights=FLOAT32 * count / shards,
+        gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
+        optimizer=2 * FLOAT32 * count / shards,
+        target_encoder=FLOAT32 * target / shards,
+        # A block's weights in use, the next one's on their way, and a gradient that waits to be shared out.
+        gathered=0 if shards == 1 else 3 * FLOAT32 * block,
+        casts=number * (3 * block if shards > 1 else matrices) if number < FLOAT32 else 0,
+        activations=kept,
+        working=max(
+            _working(encoder.blocks, context, number, checkpointing),
+            _working(predictor.blocks, sequences, number, checkpointing),
+            _working(encoder.blocks, seen, number, False),
+        ),
+    )
+
+
+def _sizes(blocks: nn.ModuleList) -> Iterator[tuple[int, int, int]]:
+    """(D, F, h) of each block."""
+    for block in blocks:
+        assert isinstance(block, Block)
+        yield block.norm1.normalized_shape[0], block.mlp.fc1.out_features, block.attn.num_heads
+
+
+def _before(d: int, number: int) -> float:
+    """Bytes that a block keeps for each token of what stands before q, k and v."""
+    return FLOAT32 * d + 8 + number * d
+
+
+def _after(d: int, f: int, number: int) -> float:
+    """Bytes that a block keeps for each token of what follows attention."""
+    return FLOAT32 * d + 8 + number * d + 2 * number * f
+
+
+def _block(d: int, f: int, h: int, number: int) -> float:
+    """Bytes that a block keeps for each token."""
+    return _before(d, number) + 4 * number * d + FLOAT32 * h + _after(d, f, number)
+
+
+def _network(
+    blocks: nn.ModuleList,
+    tokens: int,
+    number: int,
+    checkpointing: bool,
+    first: int | None = None,
+    last: int | None = None,
+) -> float:
+    """Bytes that blocks keep.
+
+    Args:
+        first: tokens at the first block's input, if some stand in several sets.
+        last: tokens that the last block returns, if not all.
+    """
+    sizes = list(_sizes(blocks))
+    (d, _, _), (e, f, _) = sizes[0], sizes[-1]
+    if checkpointing:
+        kept = float(sum(tokens * FLOAT32 * d for d, _, _ in sizes))
+        return kept if first is None else kept + (first - tokens) * FLOAT32 * d
+    kept = float(sum(tokens * _block(*size, number) for size in sizes))
+    if first is not None:
+        kept += (first - tokens) * _before(d, number)
+    if last is not None:
+        kept += (last - tokens) * _after(e, f, number) + last * number * e
+    return kept
+
+
+def _working(blocks: nn.ModuleList, tokens: int, number: int, checkpointing: bool) -> float:
+    """Gradients and outputs of one block that are there at once: two of the stream and two of the MLP's hidden width.
+
+    A checkpointed block is computed again, and keeps for that time what it did not keep before.
+    """
+    again = max(tokens * _block(*size, number) for size in _sizes(blocks)) if checkpointing else 0.0
+    return again + max(tokens * (2 * FLOAT32 * d + 2 * number * f) for d, f, _ in _sizes(blocks))
+
+
+def _ends(encoder: ViT, predictor: ViTPredictor, lengths: Lengths, number: int) -> float:
+    """What is kept before the first block, after the last and in the loss."""
+    context, targets = int(lengths.context.sum()), int(lengths.targets.sum())
+    d, e, out = encoder.embed_dim, predictor.width, predictor.proj.out_features
+    predicted = FLOAT32 * e + 8 + number * e  # the predictor's norm, and its last map's input
+    in_loss = 2 * FLOAT32 * out  # prediction and target
+    return context * (_ends_of(encoder, number) + number * d) + targets * (predicted + in_loss)
+
+
+def _ends_of(encoder: ViT, number: int) -> float:
+    """Of each token: its pixels, and the input of the last norm."""
+    return number * encoder.patch_embed.proj.weight[0].numel() + FLOAT32 * encoder.embed_dim + 8

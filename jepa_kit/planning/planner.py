@@ -1,0 +1,337 @@
+"""What a run will need: operations, memory, time, data and network, before there is a device to run it on.
+
+Everything follows from the config: networks made without memory for their weights, and masks that its masker draws for
+the images that one process gets (for the released masker, how many those are matters). Time is operations over a stated
+share of the device's published peak; what share is reached is for a measurement to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa_kit.config import Config
+from jepa_kit.planning.device_specs import Device
+from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
+from jepa_kit.planning.memory import FLOAT32, Memory, training_memory
+from jepa_kit.precision import precision_of, with_precision
+from jepa_kit.recipe import JEPA, build_masker, build_recipe
+from jepa_kit.trials.contract import check_parts
+
+DRAWN = 512
+"""Images whose masks are drawn, at least; in whole parts of the batch."""
+
+SHARD_BYTES = 256e6
+"""Of a shard: many fit on a node, and one is read in seconds."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What does not depend on the device.
+
+    Args:
+        parameters: of each network.
+        gflop_per_image: forward of (encoder, target encoder, predictor) if they have a formula, and of a training step.
+        context, targets, sequences: mean patches of a set.
+        samples: images of the data set.
+        steps: of the run.
+        images: that the run sees.
+        flop: of the run.
+    """
+
+    parameters: dict[str, int]
+    gflop_per_image: dict[str, float]
+    context: float
+    targets: float
+    sequences: float
+    samples: int
+    steps: int
+    images: int
+    flop: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on so many devices.
+
+    Args:
+        gpus: devices, one process each.
+        precision: of matrix products; ``train.precision``, or what ``auto`` means on the device.
+        images_per_gpu: of a step.
+        memory: the names of (parallel, checkpointing) -> bytes by part; ``fits`` the same -> whether a device holds it.
+            Both are empty for networks without a formula.
+        step_seconds, images_per_second: at the stated share of the peak.
+        hours: of the run.
+        gpu_hours: of all devices together.
+        read_mb_per_second: of encoded images, over all nodes.
+        decode_cores: CPU cores that decoding and cropping keeps busy, over all nodes; None where no time is given.
+        network_gb_per_second: out of each device, were all of it spread evenly over the step: DDP, FSDP.
+    """
+
+    gpus: int
+    precision: str
+    images_per_gpu: int
+    workload: Workload
+    memory: dict[str, dict[str, float]]
+    fits: dict[str, bool]
+    step_seconds: float
+    images_per_second: float
+    hours: float
+    gpu_hours: float
+    read_mb_per_second: float
+    decode_cores: float | None
+    network_gb_per_second: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a plan takes for granted.
+
+    Args:
+        device: of each process.
+        peak_share: of its published peak that the run reaches, in (0, 1].
+        samples: images of the data set.
+        bytes_per_image: of an encoded image; 110 kB is ImageNet-1k's mean (138 GB, 1.28 M images).
+        decode_ms: milliseconds of one core for an image, or None.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    device: Device
+    peak_share: float = 0.4
+    samples: int
+    bytes_per_image: float = 110e3
+    decode_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak_share <= 1:
+            raise ValueError(f"peak_share (={self.peak_share}) must be above 0 and at most 1")
+        for name in ("samples", "bytes_per_image", "decode_ms"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} (={value}) must be above 0 and finite")
+
+
+def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> list[Plan]:
+    """One plan for each number of devices.
+
+    Raises:
+        ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
+            not fill, a precision that the device does not have, or a network without a formula.
+    """
+    # What ``auto`` becomes on such a device (precision.py).
+    if config.train.precision == "auto":
+        config = with_precision(config, "float32" if assumptions.device.bf16_tflops is None else "bf16")
+    with torch.device("meta"):
+        jepa = build_recipe(config)
+    flops, host = model_flops(jepa), torch.device("cpu")
+    if not flops.has_formula:
+        check_parts(config, host)
+        flops = flops_of(config, jepa, host)
+    return [_plan(config, jepa, flops, n, assumptions) for n in gpus]
+
+
+def _plan(config: Config, jepa: JEPA, flops: ModelFlops, gpus: int, given: Assumptions) -> Plan:
+    batch = config.train.batch_size
+    if gpus < 1:
+        raise ValueError(f"gpus (={gpus}) must be at least 1")
+    if batch % gpus:
+        raise ValueError(f"train.batch_size (={batch}) must be divisible by gpus (={gpus})")
+    if batch % (gpus * config.train.accumulate):
+        raise ValueError(
+            f"train.batch_size (={batch}) must be divisible by gpus (={gpus}) times train.accumulate "
+            f"(={config.train.accumulate})"
+        )
+    part = batch // gpus
+    lengths = draw_lengths(config, part)
+    work = _workload(config, jepa, flops, lengths, given.samples)
+    memory = _memory(config, jepa, lengths, part, gpus) if flops.has_formula else {}
+    total = batch * work.gflop_per_image["training step"] * 1e9
+    precision = precision_of(config)
+    seconds = total / (gpus * given.device.peak(precision) * 1e12 * given.peak_share)
+    hours = work.steps * seconds / 3600
+    return Plan(
+        gpus=gpus,
+        precision=precision,
+        images_per_gpu=part,
+        workload=work,
+        memory={name: {**asdict(m), "total": m.total} for name, m in memory.items()},
+        fits={name: m.total < 1e9 * given.device.memory_gb for name, m in memory.items()},
+        step_seconds=seconds,
+        images_per_second=batch / seconds,
+        hours=hours,
+        gpu_hours=gpus * hours,
+        read_mb_per_second=batch / seconds * given.bytes_per_image / 1e6,
+        decode_cores=None if given.decode_ms is None else batch / seconds * given.decode_ms / 1e3,
+        network_gb_per_second=_network(jepa, gpus, seconds),
+    )
+
+
+def draw_lengths(config: Config, part: int) -> Lengths:
+    """Lengths of the masks of at least ``DRAWN`` images, drawn as a process with ``part`` images a step draws them."""
+    masker = build_masker(config)
+    steps = max(1, -(-DRAWN // part))
+    drawn = [
+        Lengths.of(
+            masker(np.arange(step * part, (step + 1) * part), seed=config.train.seed, epoch=0, step=step),
+            part,
+        )
+        for step in range(steps)
+    ]
+    context, targets, sequences = (
+        np.concatenate([getattr(d, name) for d in drawn]) for name in ("context", "targets", "sequences")
+    )
+    return Lengths(context, targets, sequences, steps * part, drawn[0].patches)
+
+
+def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
+    training = flops.training(lengths)
+    assert training is not None  # counted, if it has no formula
+    parts = dict(zip(("encoder", "target encoder", "predictor"), flops.forward(lengths), strict=True))
+    per_image = {name: value / lengths.images / 1e9 for name, value in parts.items() if value is not None}
+    batch = config.train.batch_size
+    per_epoch = config.train.steps_per_epoch or samples // batch
+    if per_epoch < 1:
+        raise ValueError(f"train.batch_size (={batch}) must be at most the data set's {samples} samples")
+    steps = config.train.epochs * per_epoch
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in jepa.named_children()}
+    return Workload(
+        parameters={name: count for name, count in counts.items() if count},
+        gflop_per_image={**per_image, "training step": training / lengths.images / 1e9},
+        context=float(lengths.context.mean()),
+        targets=float(lengths.targets.mean()),
+        sequences=float(lengths.sequences.mean()),
+        samples=samples,
+        steps=steps,
+        images=steps * batch,
+        flop=steps * batch * training / lengths.images,
+    )
+
+
+def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) -> dict[str, Memory]:
+    at_once = -(-part // config.train.accumulate)
+    share = at_once / lengths.images
+
+    def scaled(values: np.ndarray) -> np.ndarray:  # sums are all that memory asks for
+        return np.array([round(share * values.sum())])
+
+    there = Lengths(
+        scaled(lengths.context), scaled(lengths.targets), scaled(lengths.sequences), at_once, lengths.patches
+    )
+    shards = {"DDP" if gpus > 1 else "one process": 1, **({"FSDP": gpus} if gpus > 1 else {})}
+    return {
+        name + (", checkpointed" if again else ""): training_memory(
+            jepa,
+            there,
+            precision=precision_of(config),
+            shards=n,
+            accumulate=config.train.accumulate,
+            checkpointing=again,
+        )
+        for name, n in shards.items()
+        for again in (False, True)
+    }
+
+
+def _network(jepa: JEPA, gpus: int, seconds: float) -> dict[str, float]:
+    """GB/s that leave each device: a ring's, (N - 1) / N of each tensor for a gather or a scatter, in float32."""
+    if gpus == 1:
+        return {}
+    trained = sum(p.numel() for p in jepa.parameters() if p.requires_grad)
+    target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
+    once = FLOAT32 * (gpus - 1) / gpus / seconds / 1e9
+    # DDP: gradients are scattered and gathered. FSDP: weights are gathered forward and backward, the target encoder's
+    # forward, gradients scattered.
+    return {"DDP": 2 * trained * once, "FSDP": (3 * trained + target) * once}
+
+
+def describe(plan: Plan, given: Assumptions) -> str:
+    """A plan for people."""
+    work = plan.workload
+    counts = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:.1f} M" for name, count in work.parameters.items())
+    flop = ", ".join(f"{name} {value:.1f}" for name, value in work.gflop_per_image.items() if name != "training step")
+    data = work.samples * given.bytes_per_image
+    lines = [
+        f"{plan.gpus} x {given.device.name}, {plan.images_per_gpu} images each, at {given.peak_share:.0%} of "
+        f"{given.device.peak(plan.precision):,.4g} TFLOP/s ({plan.precision})",
+        f"parameters   {counts}",
+        f"masks        context {work.context:.1f} patches, target {work.targets:.1f}, sequence {work.sequences:.1f}",
+        f"an image     {work.gflop_per_image['training step']:.1f} GFLOP to train"
+        + (f"; forward: {flop}" if flop else " (counted, as these networks have no formula)"),
+        f"the run      {work.steps:,} steps, {work.images:,} images, {work.flop:.3g} FLOP",
+        f"time         {plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, "
+        f"{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU hours",
+        f"data         {data / 1e9:,.0f} GB in {max(1, round(data / SHARD_BYTES)):,} shards of "
+        f"{SHARD_BYTES / 1e6:.0f} MB; {plan.read_mb_per_second:,.0f} MB/s to read"
+        + (f", {plan.decode_cores:,.0f} cores to decode" if plan.decode_cores is not None else ""),
+    ]
+    if plan.network_gb_per_second:
+        speeds = ", ".join(f"{name} {_rate(value)} GB/s" for name, value in plan.network_gb_per_second.items())
+        lines.append(f"network      out of each GPU, spread over the step: {speeds}")
+    return "\n".join([*lines, *_memory_table(plan, given)])
+
+
+HEADS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "AdamW",
+    "target_encoder": "target",
+    "gathered": "gathered",
+    "casts": "casts",
+    "activations": "kept",
+    "working": "working",
+    "total": "total",
+}
+"""Parts of ``Memory`` as columns."""
+
+
+def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
+    if not plan.memory:
+        return ["memory       not known: it has a formula for the networks of jepa_kit alone, so measure a step"]
+    width = max(len(name) for name in plan.memory)
+    rows = [f"memory, GB   {'':{width}} " + " ".join(f"{name:>9}" for name in HEADS.values())]
+    for name, values in plan.memory.items():
+        cells = " ".join(f"{values[part] / 1e9:9.2f}" for part in HEADS)
+        fits = "fits" if plan.fits[name] else f"above {given.device.memory_gb:.0f}"
+        rows.append(f"             {name:{width}} {cells}  {fits}")
+    return rows
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Several numbers of devices, one line each."""
+    head = ("GPUs", "images each", "s/step", "images/s", "hours", "GPU hours", "MB/s", "GB/s DDP", "GB/s FSDP", "fits")
+    rows = [
+        (
+            f"{p.gpus}",
+            f"{p.images_per_gpu}",
+            f"{p.step_seconds:.3g}",
+            f"{p.images_per_second:,.0f}",
+            f"{p.hours:,.1f}",
+            f"{p.gpu_hours:,.0f}",
+            f"{p.read_mb_per_second:,.0f}",
+            _rate(p.network_gb_per_second.get("DDP", 0.0)),
+            _rate(p.network_gb_per_second.get("FSDP", 0.0)),
+            next(
+                (name for name, fits in p.fits.items() if fits), "nothing: train.accumulate" if p.fits else "not known"
+            ),
+        )
+        for p in plans
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

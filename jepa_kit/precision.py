@@ -1,0 +1,140 @@
+"""``train.precision``: the numbers of matrix products. Weights, optimiser and losses are float32 in all.
+
+float32  also on CUDA: TensorFloat-32 is switched off while a run trains
+tf32     float32 whose products round their factors to 10 bits; CUDA from compute capability 8.0 (Ampere) on
+bf16     autocast
+auto     on CUDA bf16 if the card has it, else float32; on a CPU whichever is faster, measured (``faster_on_cpu``)
+
+What ``auto`` becomes is decided once for a run, by rank 0, and stored in its config; a resumed run keeps it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from jepa_kit.config import Config
+from jepa_kit.distributed.collectives import from_main
+
+Precision = Literal["float32", "tf32", "bf16"]
+
+REPEATS = 3
+FLOP = 2**29
+"""Of one timed product, forward and backward: 4 to 12 ms of one core in float32."""
+WIDTHS = (64, 384)
+"""Narrower or wider encoders are timed at these: the answer is the same, and the time stays short."""
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Return what makes the context of a forward pass in ``precision``."""
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+
+
+@contextmanager
+def products_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Switch TensorFloat-32 on (tf32) or off (float32) on CUDA, for matrix products and convolutions; restore it after.
+
+    torch's own default rounds convolutions to TF32 and nothing else.
+
+    Raises:
+        ValueError: tf32 on a device that does not have it.
+    """
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ValueError(
+            f"train.precision (='tf32') needs a CUDA device of compute capability 8.0 or above, but the run is on "
+            f"{device}: 'auto', 'bf16' or 'float32' work there"
+        )
+    if device.type != "cuda" or precision == "bf16":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def resolve_precision(config: Config, device: torch.device, stored: str | None = None) -> Config:
+    """Return the config with ``train.precision: auto`` replaced by what it means on rank 0's device, else as it is.
+
+    All ranks must call it.
+
+    Args:
+        config: of the run.
+        device: of this rank.
+        stored: what the run's checkpoint has, which ``auto`` keeps.
+    """
+    if config.train.precision != "auto":
+        return config
+    if stored is not None:
+        return with_precision(config, stored)
+    given = config.slots["encoder"].options.get("embed_dim")
+    width = given if isinstance(given, int) else WIDTHS[1]
+    return with_precision(config, from_main(lambda: choose_precision(device, width)))
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """Return the config with another ``train.precision``."""
+    return replace(config, train=replace(config.train, precision=precision))  # type: ignore[arg-type]
+
+
+def precision_of(config: Config) -> Precision:
+    """Return ``train.precision`` of a resolved config.
+
+    Raises:
+        ValueError: it is "auto".
+    """
+    if config.train.precision == "auto":
+        raise ValueError("train.precision (='auto') must be resolved first: resolve_precision(config, device)")
+    return config.train.precision
+
+
+def choose_precision(device: torch.device, width: int = WIDTHS[1]) -> Precision:
+    """Return what ``auto`` means on a device, for an encoder whose tokens have ``width`` numbers."""
+    if device.type == "cpu":
+        return faster_on_cpu(max(WIDTHS[0], min(width, WIDTHS[1])))
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+@lru_cache
+def faster_on_cpu(width: int) -> Precision:
+    """Return "bf16" or "float32", whichever takes less CPU time in an MLP's first layer, forward and backward.
+
+    Timing sees what lists of instruction sets miss: AMX, AVX-512 bf16, emulation of bf16 (ten times slower than
+    float32), and limits set through the environment (``ONEDNN_MAX_CPU_ISA``). It is done on one thread in that thread's
+    CPU time, so that other processes do not matter, takes 0.1 to 2 s, and draws none of the caller's random numbers.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return min(("float32", "bf16"), key=lambda precision: _seconds(width, precision))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds(width: int, precision: Precision) -> float:
+    """CPU seconds of a layer from ``width`` to four times that, forward and backward: the best of ``REPEATS``."""
+    generator = torch.Generator().manual_seed(0)
+    rows = max(256, min(4096, FLOP // (24 * width**2)))
+    weight = torch.randn(4 * width, width, generator=generator).requires_grad_()
+    tokens = torch.randn(rows, width, generator=generator).requires_grad_()
+    best = float("inf")
+    for repeat in range(1 + REPEATS):  # the first one compiles
+        start = time.thread_time()
+        with torch.enable_grad(), autocast_of(precision, tokens.device)():
+            out = F.gelu(F.linear(tokens, weight))
+        out.backward(torch.ones_like(out))
+        if repeat:
+            best = min(best, time.thread_time() - start)
+    return best

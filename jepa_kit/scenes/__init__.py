@@ -1,0 +1,1 @@
+"""Synthetic scenes: images whose contents are known exactly."""

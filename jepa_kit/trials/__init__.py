@@ -1,0 +1,1 @@
+"""Checks of user-defined parts before step 0."""

@@ -1,0 +1,287 @@
+"""The contract of user-defined parts, checked before the first step of a run.
+
+Each part that does not ship with jepa_kit is called twice on a small batch: on a recipe of its own, with random states
+and buffers restored between the calls and afterwards, so that the run is the same with and without the check. Types,
+shapes and values are checked, and that both calls agree. Between the calls of networks, losses and updates, torch's
+random state is the same and numpy's and Python's are not, because a run sets torch's alone; maskers and transforms must
+depend on no random state at all, as their numbers are functions of (seed, epoch, sample).
+
+Legend: B images; P_c, P_t patches of all contexts and targets; D widths.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from jepa_kit.config import Config
+from jepa_kit.data.transforms import Window, build_view
+from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
+from jepa_kit.losses import is_distance
+from jepa_kit.maskers import Masker
+from jepa_kit.precision import autocast_of
+from jepa_kit.random_state import seeded
+from jepa_kit.recipe import JEPA, build_masker
+from jepa_kit.structures import MaskBatch, Prediction
+from jepa_kit.trials.part_trial import ContractError, Trial, agree
+from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe, trial_samples
+
+
+def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None = None, every: bool = False) -> None:
+    """Check the user-defined parts of a config; does nothing, and builds nothing, where there are none.
+
+    Args:
+        config: checked.
+        device: of the trial.
+        weights_of: the run's recipe with its first weights, which a second build must repeat.
+        every: check the parts of jepa_kit too.
+
+    Raises:
+        ContractError: the first part that does not keep to the contract of its slot.
+    """
+    view = build_view(config.data.view, image_size=config.data.image_size)
+    masker = build_masker(config)
+    for name, transform in zip([part["name"] for part in config.data.view], view.transforms, strict=True):
+        if every or not of_jepa_kit(transform):
+            check_transform(Trial("transform", name), transform)
+    name = config.slots["masker"].name
+    members = getattr(masker, "members", ())
+    if every or not all(map(of_jepa_kit, (masker, *members))):
+        check_masker(Trial("masker", name), masker, config)
+    if weights_of is None or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
+        _check_networks(config, device, masker, weights_of, every)
+
+
+def _parts_of(jepa: JEPA) -> Iterable[object]:
+    return (jepa.encoder, jepa.target, jepa.predictor, jepa.target_update, *jepa.losses.values())
+
+
+def _check_networks(config: Config, device: torch.device, masker: Masker, weights_of: JEPA | None, every: bool) -> None:
+    jepa = trial_recipe(config, device)
+    slots = dict(zip(("encoder", "target", "predictor", "target_update"), _parts_of(jepa), strict=False))
+    slots = {slot: part for slot, part in slots.items() if every or not of_jepa_kit(part)}
+    losses = [name for name, loss in jepa.losses.items() if every or not of_jepa_kit(loss)]
+    if not slots and not losses:
+        return
+    trials = {slot: Trial(slot, config.slots[slot].name, jepa) for slot in slots}
+    trials |= {f"loss {name}": Trial("loss", name, jepa) for name in losses}
+    named = ", ".join(f"{trial.slot} {trial.name!r}" for trial in trials.values())
+    if weights_of is not None:
+        _check_first_weights(jepa, weights_of, named)
+    masks = masker(trial_samples(), seed=config.train.seed, epoch=0, step=0).to(device)
+    images = trial_images(config, device)
+    checks = {"encoder": check_encoder, "target": check_target, "predictor": check_predictor, "loss": check_loss}
+    autocast = autocast_of(config.train.precision, device)
+    with autocast():
+        for trial in trials.values():
+            if trial.slot in checks:
+                checks[trial.slot](trial, jepa, images, masks)
+    if "target_update" in trials:
+        check_target_update(trials["target_update"], jepa)
+    with seeded(0):
+        with autocast():
+            loss = jepa(images, masks).loss
+        check_gradients(jepa, loss, named)
+
+
+def _check_first_weights(jepa: JEPA, run: JEPA, named: str) -> None:
+    """A second build with the same state of torch, and another one of numpy and Python, gives the same weights."""
+    again = jepa.state_dict()
+    for name, value in run.state_dict().items():
+        if name not in again or not torch.equal(value, again[name].to(value.device)):
+            raise ContractError(
+                f"the first weights differ in two builds with one train.seed, first {name}: a user-defined part "
+                f"({named}) must draw them by torch, and not by numpy or Python's random"
+            )
+
+
+def check_transform(trial: Trial, transform: Any) -> None:
+    """``num_draws``, the kind of the result, and purity, for an image of noise."""
+    count = getattr(transform, "num_draws", None)
+    trial.need(type(count) is int and count >= 0, f"has num_draws (={count!r}), not a number of at least 0")
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    draws = np.random.default_rng(1).random(count or 0).tolist()
+    if hasattr(transform, "window"):
+        first, second = trial.twice(lambda: transform.window((48, 64), draws), pure=True)
+        trial.need(isinstance(first, Window), f"gave a {type(first).__name__} as its window")
+        trial.same(first, second)
+        return
+    first, second = trial.twice(lambda: transform(Image.fromarray(pixels.copy()), draws), pure=True)
+    trial.need(isinstance(first, Image.Image), f"gave a {type(first).__name__}, not a Pillow image")
+    trial.need(first.mode == "RGB", f"gave an image in mode {first.mode!r}, not 'RGB'")
+    trial.same((first.size, first.tobytes()), (second.size, second.tobytes()))
+
+
+def check_masker(trial: Trial, masker: Any, config: Config) -> None:
+    """Signature, kind, grid, sets for every image, and purity."""
+    samples, seed = trial_samples(), config.train.seed
+    try:
+        inspect.signature(masker).bind(samples, seed=seed, epoch=0, step=0)
+    except TypeError as error:
+        trial.fail(f"cannot be called with (samples, seed=..., epoch=..., step=...): {error}", error)
+    first, second = trial.twice(lambda: masker(samples, seed=seed, epoch=0, step=0), pure=True)
+    trial.need(isinstance(first, MaskBatch), f"gave a {type(first).__name__}, not a jepa_kit.structures.MaskBatch")
+    p = config.slots["encoder"].options.get("patch_size")
+    if isinstance(p, int):
+        grid = (config.data.image_size[0] // p, config.data.image_size[1] // p)
+        trial.need(first.grid == grid, f"gave masks of the grid {first.grid}, but images have {grid}")
+        found = getattr(masker, "grid", None)
+        trial.need(found is not None and tuple(found) == grid, f"has the attribute grid {found!r}, not {grid}")
+    for name, sets in (("context", first.context), ("target", first.targets)):
+        images = set(sets.image.tolist())
+        missing = sorted(set(range(IMAGES)) - images)
+        trial.need(not missing, f"gave no {name} set for image {missing[:1]} of {IMAGES}")
+        trial.need(images <= set(range(IMAGES)), f"gave a {name} set for image {max(images)}, but there are {IMAGES}")
+    trial.same(first, second)
+
+
+def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
+    """Attributes, and tokens of contexts, of whole images and of layers."""
+    encoder: Any = jepa.encoder
+    for name in ("patch_size", "embed_dim", "depth"):
+        value = getattr(encoder, name, None)
+        trial.need(type(value) is int and value >= 1, f"has {name} (={value!r}), not a whole number of at least 1")
+    grid = (images.shape[-2] // encoder.patch_size, images.shape[-1] // encoder.patch_size)
+    found = getattr(encoder, "grid", None)
+    trial.need(found is not None and tuple(found) == grid, f"has the attribute grid {found!r}, not {grid}")
+    trial.need(hasattr(encoder, "forward_layers"), "has no method forward_layers")
+    whole = (len(images) * grid[0] * grid[1], encoder.embed_dim)
+    _check_tables(trial, encoder, lambda: encoder(images, masks.context))
+    first, second = trial.twice(lambda: encoder(images, masks.context))
+    trial.tensor(first, (masks.context.num_patches, encoder.embed_dim), "the contexts [P_c, embed_dim]")
+    trial.same(first, second)
+    with torch.no_grad():
+        first, second = trial.twice(lambda: encoder(images))
+        trial.tensor(first, whole, "whole images [B * N, embed_dim]")
+        trial.same(first, second)
+        layers, again = trial.twice(lambda: list(encoder.forward_layers(images, None, last=1)))
+        trial.need(len(layers) == 1, f"gave {len(layers)} layers for forward_layers(..., last=1)")
+        trial.tensor(layers[0], whole, "the last layer [B * N, embed_dim]")
+        trial.same(layers, again)
+
+
+def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
+    """Attributes, and targets of all target patches."""
+    target: Any = jepa.target
+    width = getattr(target, "out_dim", None)
+    trial.need(type(width) is int and width >= 1, f"has out_dim (={width!r}), not a whole number of at least 1")
+    trial.need(isinstance(getattr(target, "needs_encoder", None), bool), "has no needs_encoder (true or false)")
+
+    def targets() -> Any:
+        with torch.set_grad_enabled(not jepa.target_update.stop_gradient):
+            return target(images, masks.targets, jepa.target_network)
+
+    _check_tables(trial, target, targets)
+    first, second = trial.twice(targets)
+    trial.tensor(first, (masks.targets.num_patches, target.out_dim), "the targets [P_t, out_dim]")
+    trial.same(first, second)
+
+
+def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
+    """Predictions for all target patches."""
+    with seeded(0), unchanged_buffers(jepa):
+        context = jepa.encoder(images, masks.context)
+    _check_tables(trial, jepa.predictor, lambda: jepa.predictor(context, masks))
+    first, second = trial.twice(lambda: jepa.predictor(context, masks))
+    trial.tensor(first, (masks.targets.num_patches, jepa.target.out_dim), "the predictions [P_t, out_dim]")  # type: ignore[arg-type]
+    trial.same(first, second)
+
+
+def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
+    """A finite scalar; one that counts as a distance draws no numbers and is least where predictions are right."""
+    loss = jepa.losses[trial.name]
+    width = int(jepa.target.out_dim)  # type: ignore[arg-type]
+    noise = torch.Generator().manual_seed(0)
+    guess, truth = (torch.randn(masks.targets.num_patches, width, generator=noise).to(images.device) for _ in range(2))
+    with seeded(0), unchanged_buffers(jepa), torch.no_grad():
+        context = jepa.encoder(images, masks.context)
+    at = Prediction(guess, truth, context, masks)
+    _check_tables(trial, loss, lambda: loss(at))
+    first, second = trial.twice(lambda: loss(at))
+    trial.tensor(first, (), "the loss []")
+    trial.same(first, second)
+    if not is_distance(loss):
+        return
+    advice = "counts as a distance (is_distance is not False), but"
+    one, other = trial.twice(lambda: loss(at), pure=True)
+    trial.need(agree(one, other), f"{advice} draws random numbers: a regulariser declares is_distance = False")
+    right = trial.call(lambda: loss(Prediction(truth, truth, context, masks)))
+    trial.need(
+        float(right) <= float(first) * (1 + 1e-6) + 1e-6,
+        f"{advice} is {float(right):.4g} where predictions equal targets, and {float(first):.4g} where they do not: "
+        "a loss that is no distance declares is_distance = False",
+    )
+
+
+def check_target_update(trial: Trial, jepa: JEPA) -> None:
+    """Attributes, momenta, and an update that leaves the encoder alone and the target encoder finite."""
+    update = jepa.target_update
+    for name in ("tied", "stop_gradient"):
+        trial.need(isinstance(getattr(update, name, None), bool), f"has no {name} (true or false)")
+    made = jepa.target_encoder
+    trial.need(made is None or isinstance(made, nn.Module), f"made a {type(made).__name__}, not a module or None")
+    momenta, again = trial.twice(lambda: [update.momentum(where) for where in (0.0, 0.5, 1.0)])
+    for momentum in momenta:
+        right = isinstance(momentum, float | int) and math.isfinite(momentum)
+        trial.need(right, f"gave the momentum {momentum!r}, not a finite number")
+    trial.same(momenta, again)
+    before = {name: value.detach().clone() for name, value in jepa.named_parameters()}
+
+    def moved() -> list[Tensor]:
+        with torch.no_grad():
+            for name, value in jepa.named_parameters():
+                value.copy_(before[name])
+                if name.startswith("encoder."):
+                    value.mul_(1.5)  # as if it had been trained
+        update.update(made, jepa.encoder, float(momenta[0]))
+        return [value.detach().clone() for value in jepa.parameters()]
+
+    first, second = trial.twice(moved)
+    for name, value in zip(before, first, strict=True):
+        trial.need(bool(value.isfinite().all()), f"made {name} not finite")
+        untouched = not name.startswith("encoder.") or made is None or torch.equal(value, before[name] * 1.5)
+        trial.need(untouched, f"changed {name}, which the optimiser alone may change")
+    trial.same(first, second, "updates")
+    with torch.no_grad():
+        for name, value in jepa.named_parameters():
+            value.copy_(before[name])
+
+
+def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> None:
+    """A buffer that training changes is in the state dict, or a resumed run would not have it."""
+    kept = {id(owner._buffers[name]) for owner, name, _ in persistent_buffers(module)}
+    tables = {name: value.clone() for name, value in module.named_buffers() if id(value) not in kept}
+    with seeded(0), unchanged_buffers(module):
+        trial.call(do)
+    now = dict(module.named_buffers())
+    for name, value in tables.items():
+        same = name in now and torch.equal(now[name], value)
+        trial.need(same, f"changes its buffer {name}, which is not persistent: a resumed run would not have it")
+
+
+def check_gradients(jepa: JEPA, loss: Tensor, named: str) -> None:
+    """The loss's gradients reach every parameter that is not frozen, and are finite.
+
+    Raises:
+        ContractError: they do not; names the first parameter, and the user-defined parts.
+    """
+    trained = {name: p for name, p in jepa.named_parameters() if p.requires_grad}
+    if not loss.requires_grad:
+        raise ContractError(f"the loss carries no gradient with {named}: nothing would be trained")
+    loss.backward()
+    without = [name for name, p in trained.items() if p.grad is None]
+    if without:
+        raise ContractError(
+            f"no gradient reaches {len(without)} of {len(trained)} parameters, first {without[0]}, with {named}: use "
+            "each in every forward pass (a detach() or no_grad() may cut it off), or freeze it: requires_grad_(False)"
+        )
+    broken = [name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
+    if broken:
+        raise ContractError(f"the gradient of {broken[0]} is not finite with {named}, from finite images and losses")

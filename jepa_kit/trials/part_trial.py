@@ -1,0 +1,121 @@
+"""One part under trial: calls whose random states are set, and errors that name the part and its correct form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kit.distributed.buffers import unchanged_buffers
+from jepa_kit.random_state import seeded
+from jepa_kit.structures import MaskBatch, PatchSets
+
+FORMS = {
+    "transform": "__call__(image, draws) -> RGB Pillow image, with num_draws; one that sets the size has window(size, "
+    "draws) -> Window",
+    "masker": "__call__(samples, *, seed, epoch, step=0) -> MaskBatch(context, targets, grid, context_of), a pure "
+    "function of its arguments, with the attribute grid (jepa_kit/maskers/__init__.py)",
+    "encoder": "__call__(images, patches=None) -> [P, embed_dim] and forward_layers(images, patches=None, *, last) -> "
+    "a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/encoders/__init__.py)",
+    "target": "__call__(images, patches, encoder) -> [P_t, out_dim], with out_dim and needs_encoder "
+    "(jepa_kit/targets/__init__.py)",
+    "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/predictors/vit.py)",
+    "loss": "__call__(prediction) -> a scalar [], with is_distance (jepa_kit/losses/__init__.py)",
+    "target_update": "make(encoder), momentum(where) -> float and update(target_encoder, encoder, momentum), with tied "
+    "and stop_gradient (jepa_kit/target_updates.py)",
+}
+"""Slot -> the correct form of its parts, for messages."""
+
+CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a part that does not fit raises when it is called, and what becomes a message."""
+
+
+class ContractError(ValueError):
+    """A part does not keep to the contract of its slot; the message names slot, part and the correct form."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One part under trial.
+
+    Args:
+        slot, name: as in the config.
+        jepa: whose buffers are restored after each call; None for parts without any.
+    """
+
+    slot: str
+    name: str
+    jepa: nn.Module | None = None
+
+    def fail(self, why: str, cause: Exception | None = None) -> NoReturn:
+        """Raise ContractError."""
+        raise ContractError(f"{self.slot} {self.name!r} {why}. It must have the form {FORMS[self.slot]}") from cause
+
+    def need(self, holds: bool, why: str) -> None:
+        """Raise ContractError unless ``holds``."""
+        if not holds:
+            self.fail(why)
+
+    def call(self, do: Callable[[], Any]) -> Any:
+        """Return what the part gives; its errors become ContractError."""
+        try:
+            return do()
+        except CALL_ERRORS as error:
+            self.fail(f"failed in a trial call: {type(error).__name__}: {error}".rstrip(". \n"), error)
+
+    def twice(self, do: Callable[[], Any], *, pure: bool = False) -> tuple[Any, Any]:
+        """Return what two calls give.
+
+        Args:
+            do: the call.
+            pure: torch's random state differs between the calls too.
+        """
+        results = []
+        for k in (1, 2):
+            with (
+                seeded(k if pure else 0, k),
+                nullcontext() if self.jepa is None else unchanged_buffers(self.jepa),
+            ):
+                results.append(self.call(do))
+        return results[0], results[1]
+
+    def tensor(self, value: Any, shape: tuple[int, ...], what: str) -> None:
+        """Raise ContractError unless a value is a finite floating-point tensor of a shape."""
+        self.need(isinstance(value, Tensor), f"gave a {type(value).__name__} for {what}, not a tensor")
+        found = tuple(value.shape)
+        self.need(found == shape, f"gave a tensor of shape {list(found)} for {what}, not {list(shape)}")
+        self.need(value.is_floating_point(), f"gave a tensor of {value.dtype} for {what}, not of floating point")
+        self.need(bool(value.isfinite().all()), f"gave values that are not finite for {what}")
+
+    def same(self, first: Any, second: Any, what: str = "calls") -> None:
+        """Raise ContractError unless two results agree."""
+        why = (
+            f"gave different results in two {what} with the same arguments and the same state of torch: numbers that "
+            "are drawn must come from torch (networks, losses) or from the arguments (maskers, transforms: "
+            "jepa_kit.rng), or two runs of one command differ"
+        )
+        self.need(agree(first, second), why)
+
+
+def agree(first: Any, second: Any) -> bool:
+    """Whether two results are the same, on a GPU to rounding of sums in another order."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        rtol = 1e-3 if first.is_cuda else 1e-6
+        scale = float(first.detach().abs().max()) if first.numel() else 0.0
+        return first.shape == second.shape and torch.allclose(first, second, rtol=rtol, atol=rtol * scale)
+    if isinstance(first, MaskBatch) and isinstance(second, MaskBatch):
+        parts = ((first.context, second.context), (first.targets, second.targets))
+        return torch.equal(first.context_of, second.context_of) and all(agree(a, b) for a, b in parts)
+    if isinstance(first, PatchSets) and isinstance(second, PatchSets):
+        return (
+            first.lengths == second.lengths
+            and torch.equal(first.index, second.index)
+            and torch.equal(first.image, second.image)
+        )
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(agree(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)

@@ -1,0 +1,55 @@
+"""A recipe of its own on a few made images: what checks and counters may run, as nothing of it reaches the run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_kit.config import Config, Part
+from jepa_kit.random_state import seeded
+from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.rng import IntArray
+
+IMAGES = 4
+
+
+def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -> JEPA:
+    """Build the recipe of a config as a run does, in training mode, with its first weights; nothing is compiled.
+
+    Attention has the plain backend, whose operations every counter knows.
+
+    Args:
+        config: checked.
+        device: where its parameters go.
+        other_seed: of numpy's and Python's random states, on which first weights must not depend.
+    """
+    slots = {slot: _uncompiled(part) for slot, part in config.slots.items()}
+    train = dataclasses.replace(config.train, attention="reference")
+    with seeded(config.train.seed, other_seed):
+        return build_recipe(dataclasses.replace(config, slots=slots, train=train)).to(device).train()
+
+
+def _uncompiled(part: Part) -> Part:
+    if "compile" not in part.options:
+        return part
+    return dataclasses.replace(part, options={**part.options, "compile": False})
+
+
+def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> Tensor:
+    """[count, 3, h, w] noise of the scale of normalised images."""
+    noise = torch.randn(count, 3, *config.data.image_size, generator=torch.Generator().manual_seed(0))
+    return noise.to(device)
+
+
+def trial_samples(count: int = IMAGES) -> IntArray:
+    """[count] the numbers of the images in a data set."""
+    return np.arange(count)
+
+
+def of_jepa_kit(part: object) -> bool:
+    """Whether a part (an object or its class) ships with jepa_kit, and is not a user's."""
+    cls = part if isinstance(part, type) else type(part)
+    return cls.__module__.partition(".")[0] == "jepa_kit"

@@ -1,0 +1,441 @@
+"""The contract of user-defined parts: each way to break it has a message, and the check itself changes nothing."""
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from jepa_kit.config import config_from_dict
+from jepa_kit.config.imports import import_members
+from jepa_kit.encoders import ViT
+from jepa_kit.engine import build
+from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
+from jepa_kit.engine.loop import train
+from jepa_kit.maskers import Random
+from jepa_kit.predictors import ViTPredictor
+from jepa_kit.random_state import seeded
+from jepa_kit.recipe import build_recipe
+from jepa_kit.registry import SLOTS, TRANSFORMS
+from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.target_updates import EMA
+from jepa_kit.targets import RepresentationTarget
+from jepa_kit.trials import contract
+from jepa_kit.trials.contract import ContractError, check_parts
+
+CPU = torch.device("cpu")
+import_members()
+RAW = {
+    "masker": {"name": "random"},
+    "encoder": {"name": "vit", "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4},
+    "predictor": {"name": "vit", "width": 8, "depth": 1, "num_heads": 2},
+    "target": {"name": "representation"},
+    "loss": {"name": "smooth_l1"},
+    "target_update": {"name": "ema"},
+    "data": {"image_size": 16},
+    "train": {"precision": "float32", "device": "cpu"},
+}
+SHIPPED = [
+    (slot, name)
+    for slot, registry in {**SLOTS, "transform": TRANSFORMS}.items()
+    for name in registry.names()
+    if registry.get(name).__module__.startswith("jepa_kit.")
+]
+
+
+@pytest.fixture
+def own():
+    """Registers a user's part as ``own`` of a slot, and gives a config with it."""
+    with contextlib.ExitStack() as registered:
+
+        def register(slot, part):
+            registry = TRANSFORMS if slot == "transform" else SLOTS[slot]
+            part.__module__ = "my_parts"
+            registry.register("own")(part)
+            registered.callback(registry._obj_map.pop, "own", None)
+            raw = {**RAW, slot: {"name": "own"}}
+            if slot == "encoder":
+                raw["encoder"] = {**RAW["encoder"], "name": "own"}
+            elif slot == "transform":
+                raw.pop("transform")
+                raw["data"] = {**RAW["data"], "transforms": [{"name": "random_resized_crop"}, {"name": "own"}]}
+            return config_from_dict(raw)
+
+        yield register
+
+
+@pytest.mark.parametrize(("slot", "name"), SHIPPED)
+def test_every_part_of_jepa_kit_keeps_it(slot, name):
+    raw = json.loads(json.dumps(RAW))
+    if slot == "transform":
+        raw["data"]["transforms"] = [{"name": name}]
+        if not hasattr(TRANSFORMS.get(name), "window"):
+            raw["data"]["transforms"].insert(0, {"name": "random_resized_crop"})
+    else:
+        raw[slot] = {**(raw[slot] if slot in ("encoder", "predictor") else {}), "name": name}
+    if name == "none":
+        raw["target"] = {"name": "pixel"}
+    config = config_from_dict(raw)
+    with seeded(config.train.seed):
+        jepa = build_recipe(config)
+    check_parts(config, CPU, weights_of=jepa.train(), every=True)
+
+
+# --- maskers ---
+
+
+class OwnMasker(Random):
+    def __init__(self, *, grid: tuple[int, int]) -> None:
+        super().__init__(grid=grid, ratio=0.5)
+
+
+class GlobalNumbers(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        return super().__call__(samples, seed=int(np.random.randint(2**31)), epoch=epoch)  # noqa: NPY002
+
+
+class PythonNumbers(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        return super().__call__(samples, seed=random.getrandbits(31), epoch=epoch)
+
+
+class TorchNumbers(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        return super().__call__(samples, seed=int(torch.randint(2**31, ())), epoch=epoch)
+
+
+class Tuple(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        masks = super().__call__(samples, seed=seed, epoch=epoch)
+        return masks.context, masks.targets
+
+
+class NoSeed(OwnMasker):
+    def __call__(self, samples, *, epoch, step=0):
+        raise AssertionError
+
+
+class EmptyContext(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        return PatchSets.from_padded(torch.empty(len(samples), 0, dtype=torch.int64))
+
+
+class NoGrid(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        masks = super().__call__(samples, seed=seed, epoch=epoch)
+        return MaskBatch(masks.context, masks.targets, context_of=masks.context_of)
+
+
+class NoGridAttribute(OwnMasker):
+    def __init__(self, *, grid: tuple[int, int]) -> None:
+        self.inner = Random(grid=grid, ratio=0.5)
+
+    def __call__(self, *arguments, **options):
+        return self.inner(*arguments, **options)
+
+
+class OtherGrid(OwnMasker):
+    def __init__(self, *, grid: tuple[int, int]) -> None:
+        super().__init__(grid=(grid[0] * 2, grid[1]))
+
+
+class FewImages(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        return super().__call__(samples[:-1], seed=seed, epoch=epoch)
+
+
+class Table(OwnMasker):
+    """[B, N] where a list of index rows is due."""
+
+    def __call__(self, samples, *, seed, epoch, step=0):
+        index = torch.zeros(len(samples), 3, dtype=torch.int64)
+        return PatchSets(index, torch.arange(len(samples)), [3] * len(samples))
+
+
+# --- networks, losses and updates ---
+
+
+class NumpyNoise(ViT):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__(
+            image_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+
+    def forward(self, images, patches=None):
+        return super().forward(images, patches) + np.random.rand()  # noqa: NPY002
+
+
+class OwnViT(NumpyNoise):
+    def forward(self, images, patches=None):
+        return ViT.forward(self, images, patches)
+
+
+class Dense(OwnViT):
+    def forward(self, images, patches=None):
+        return super().forward(images)
+
+
+class TwoLayers(OwnViT):
+    def forward_layers(self, images, patches=None, *, last):
+        return super().forward_layers(images, patches, last=last) * 2
+
+
+class Unused(OwnViT):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__(
+            image_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+        self.head = nn.Linear(2, 2)
+
+
+class NumpyWeights(OwnViT):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__(
+            image_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads
+        )
+        self.norm.weight.data.fill_(np.random.rand())  # noqa: NPY002
+
+
+class Table_(OwnViT):
+    def forward(self, images, patches=None):
+        self.pos_embed.mul_(1.01)
+        return super().forward(images, patches)
+
+
+class NoDepth(nn.Module):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__()
+        self.grid, self.patch_size, self.embed_dim = (4, 4), patch_size, embed_dim
+
+
+class Broken(nn.Module):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        super().__init__()
+        self.weight = {}["weight"]
+
+
+class Detached(ViTPredictor):
+    def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid, width=8, depth=1, num_heads=2)
+
+    def forward(self, context, masks):
+        return super().forward(context.detach(), masks)
+
+
+class NarrowPredictor(Detached):
+    def forward(self, context, masks):
+        return super().forward(context, masks)[:, :-1]
+
+
+class OwnTarget(RepresentationTarget):
+    def __init__(self, *, embed_dim: int) -> None:
+        super().__init__(embed_dim=embed_dim)
+
+    def forward(self, images, patches, encoder):
+        return super().forward(images, patches, encoder).argmax(-1)
+
+
+class InfiniteTarget(OwnTarget):
+    def forward(self, images, patches, encoder):
+        return RepresentationTarget.forward(self, images, patches, encoder).log()
+
+
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, prediction):
+        return (prediction.prediction - prediction.target).square().mean(-1)
+
+
+class RandomLoss(OwnLoss):
+    def forward(self, prediction):
+        return super().forward(prediction).mean() * torch.rand(())
+
+
+class Variance(OwnLoss):
+    def forward(self, prediction):
+        return -super().forward(prediction).mean()
+
+
+class FloatLoss(OwnLoss):
+    def forward(self, prediction):
+        return super().forward(prediction).mean().item()
+
+
+class OwnEMA(EMA):
+    def __init__(self) -> None:
+        super().__init__()
+
+    def momentum(self, where):
+        return float("nan")
+
+
+class Meddling(OwnEMA):
+    momentum = EMA.momentum
+
+    def update(self, target_encoder, encoder, momentum):
+        with torch.no_grad():
+            encoder.norm.weight.zero_()
+
+
+# --- transforms ---
+
+
+class OwnTransform:
+    num_draws = 0
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, image, draws):
+        return image.point(lambda v: v + random.randint(0, 9))
+
+
+class Array(OwnTransform):
+    def __call__(self, image, draws):
+        return np.asarray(image)
+
+
+class GreyImage(OwnTransform):
+    def __call__(self, image, draws):
+        return image.convert("L")
+
+
+class NoDraws(OwnTransform):
+    num_draws = 1.5
+
+
+BREACHES = [
+    ("masker", GlobalNumbers, "gave different results in two calls with the same arguments"),
+    ("masker", PythonNumbers, "gave different results in two calls"),
+    ("masker", TorchNumbers, "gave different results in two calls"),
+    ("masker", Tuple, "gave a tuple, not a jepa_kit.structures.MaskBatch"),
+    ("masker", NoSeed, r"cannot be called with \(samples, seed=..., epoch=..., step=...\): got an unexpected .*'seed'"),
+    ("masker", EmptyContext, "failed in a trial call: ValueError: lengths.* at least one patch"),
+    ("masker", NoGrid, "failed in a trial call: TypeError: .*missing 1 required positional argument: 'grid'"),
+    ("masker", NoGridAttribute, r"has the attribute grid None, not \(4, 4\)"),
+    ("masker", OtherGrid, r"gave masks of the grid \(8, 4\), but images have \(4, 4\)"),
+    ("masker", FewImages, r"gave no context set for image \[3\] of 4"),
+    ("masker", Table, "failed in a trial call: ValueError: index must be a 1-D int64 tensor"),
+    ("encoder", NumpyNoise, "gave different results in two calls"),
+    ("encoder", Dense, r"gave a tensor of shape \[64, 16\] for the contexts \[P_c, embed_dim\], not \["),
+    ("encoder", TwoLayers, r"gave 2 layers for forward_layers\(..., last=1\)"),
+    ("encoder", Unused, r"no gradient reaches 2 of \d+ parameters, first encoder.head.weight, with encoder 'own'"),
+    ("encoder", NumpyWeights, r"the first weights differ in two builds with one train.seed, first encoder.norm.weight"),
+    ("encoder", Table_, "changes its buffer pos_embed, which is not persistent"),
+    ("predictor", Detached, "no gradient reaches .* first encoder.patch_embed.* with predictor 'own'"),
+    ("predictor", NarrowPredictor, r"gave a tensor of shape \[\d+, 15\] for the predictions \[P_t, out_dim\], not \["),
+    ("target", OwnTarget, r"gave a tensor of shape \[\d+\] for the targets \[P_t, out_dim\]"),
+    ("target", InfiniteTarget, "gave values that are not finite for the targets"),
+    ("loss", OwnLoss, r"gave a tensor of shape \[\d+\] for the loss \[\], not \[\]"),
+    (
+        "loss",
+        RandomLoss,
+        "counts as a distance .* but draws random numbers: a regulariser declares is_distance = False",
+    ),
+    ("loss", Variance, "counts as a distance .* but is -?0 where predictions equal targets, and -"),
+    ("loss", FloatLoss, r"gave a float for the loss \[\], not a tensor"),
+    ("target_update", OwnEMA, "gave the momentum nan, not a finite number"),
+    ("target_update", Meddling, "changed encoder.norm.weight, which the optimiser alone may change"),
+    ("transform", OwnTransform, "gave different results in two calls"),
+    ("transform", Array, "gave a ndarray, not a Pillow image"),
+    ("transform", GreyImage, "gave an image in mode 'L', not 'RGB'"),
+]
+
+
+@pytest.mark.parametrize(("slot", "part", "message"), BREACHES, ids=[part.__name__ for _, part, _ in BREACHES])
+def test_a_breach_is_named(own, slot, part, message):
+    config = own(slot, part)
+    with seeded(config.train.seed, 7):
+        jepa = build_recipe(config).train()
+    with pytest.raises(ContractError, match=rf"(?s){message}") as caught:
+        check_parts(config, CPU, weights_of=jepa)
+    assert f"{slot} 'own'" in str(caught.value)
+
+
+def test_num_draws(own):
+    trial = contract.Trial("transform", "own")
+    with pytest.raises(ContractError, match=r"transform 'own' has num_draws \(=1.5\), not a number of at least 0"):
+        contract.check_transform(trial, NoDraws())
+
+
+def test_a_window_of_another_kind():
+    class Cropping(OwnTransform):
+        def window(self, size, draws):
+            return (0, 0, 1, 1)
+
+    with pytest.raises(ContractError, match="gave a tuple as its window"):
+        contract.check_transform(contract.Trial("transform", "own"), Cropping())
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (NoDepth, "encoder: 'own' must have the attribute depth, which the recipe reads"),
+        (Broken, "encoder: 'own' failed in its constructor: KeyError: 'weight'"),
+    ],
+)
+def test_a_part_that_cannot_be_built(own, part, message):
+    with pytest.raises(ValueError) as caught:
+        build_recipe(own("encoder", part))
+    assert str(caught.value) == message
+
+
+def test_a_run_ends_before_its_first_step(own, tiny, tmp_path):
+    own("masker", GlobalNumbers)
+    with pytest.raises(ContractError, match="masker 'own' gave different results"):
+        train(tiny("masker={name: own}"))
+    assert not (tmp_path / "run").exists()
+
+
+class Centre(OwnTarget):
+    """A part with a buffer that training changes, and dropout."""
+
+    def __init__(self, *, embed_dim: int) -> None:
+        super().__init__(embed_dim=embed_dim)
+        self.register_buffer("centre", torch.zeros(embed_dim))
+        self.linear = nn.Linear(embed_dim, embed_dim).requires_grad_(False)
+
+    def forward(self, images, patches, encoder):
+        s_y = self.linear(RepresentationTarget.forward(self, images, patches, encoder))
+        self.centre.lerp_(s_y.detach().mean(0), 0.1)
+        return nn.functional.dropout(s_y - self.centre)
+
+
+def test_losses_are_the_same_with_and_without_the_check(own, tiny, tmp_path, monkeypatch):
+    own("masker", OwnMasker)
+    own("target", Centre)
+    checked = []
+    monkeypatch.setattr(build, "check_parts", lambda *a, **k: checked.append(check_parts(*a, **k)))
+    parts = ("masker={name: own}", "target={name: own}")
+    folders = [train(tiny(*parts, f"train.output_dir={tmp_path / 'with'}"))]
+    assert checked == [None]
+    monkeypatch.setattr(build, "check_parts", lambda *a, **k: None)
+    folders.append(train(tiny(*parts, f"train.output_dir={tmp_path / 'without'}")))
+    lines = [[{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(f)] for f in folders]
+    assert len(lines[0]) == 6
+    assert lines[0] == lines[1]
+
+
+def test_random_states_are_restored(own):
+    config = own("target", Centre)
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+    jepa = build_recipe(config)
+    with pytest.raises(ContractError, match="the first weights differ"):  # of another seed
+        check_parts(config, CPU, weights_of=jepa)
+    torch.set_rng_state(before[0])
+    check_parts(config, CPU)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_recipes_of_jepa_kit_cost_nothing(monkeypatch):
+    config = config_from_dict(RAW)
+    jepa = build_recipe(config)
+    monkeypatch.setattr(contract, "trial_recipe", lambda *_: pytest.fail("a recipe was built"))
+    check_parts(config, CPU, weights_of=jepa)
