@@ -38,7 +38,7 @@ test-gpu: ## the tests that need a CUDA device
 	@[ -x "$(RUN)" ] || $(PYTHON) -c 'import pytest, torch' 2>/dev/null || $(MAKE) venv
 	PYTHON="$(PYTHON)" dev/test.sh gpu $(ARGS)
 
-lint: $(STAMP) ## ruff (rules and format) and mypy, as the pre-commit hooks run them
+lint: $(STAMP) ## ruff (rules and format), mypy and the words of dev/words.txt, as the pre-commit hooks run them
 	dev/lint.sh all
 
 format: $(STAMP) ## lets ruff mend and format what it can

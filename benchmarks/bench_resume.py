@@ -12,7 +12,7 @@ decoding  200 of the images decoded and cropped, for comparison
 
 The files lie in the page cache of this machine: the rates are those of the programs, and a slower network or disk sets
 its own. Extrapolated to ImageNet: a whole epoch read forward, and the shards of one shuffle window, which are all that
-is fetched anew where shards lie on other machines.
+is fetched again if the shards are remote.
 """
 
 from __future__ import annotations

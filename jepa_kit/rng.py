@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, epoch, sample): no state, so any draw can be had again.
+"""Random numbers as a pure function of (seed, epoch, sample): no state, so every draw is reproducible.
 
 ``uniforms`` is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
 vectorised over samples in numpy; numpy's own Philox makes one stream at a time, which costs more than the

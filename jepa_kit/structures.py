@@ -229,7 +229,7 @@ class MaskBatch:
 
     Raises:
         ValueError: a patch outside the grid, a target set without its context set, or one predicted
-            from another image's context. (Checked on the host, where masks are born.)
+            from another image's context. (Checked on the host, at construction.)
     """
 
     context: PatchSets

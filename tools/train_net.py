@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "has none, from FILE, a released checkpoint",
     )
     p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
-    slurm = p.add_argument_group("Slurm", "hand the run in as a job (docs/clusters.md); one process for each GPU")
+    slurm = p.add_argument_group("Slurm", "submit the run as a job (docs/clusters.md); one process for each GPU")
     slurm.add_argument(
         "--submit",
         choices=["slurm", "sbatch-script"],

@@ -10,7 +10,7 @@ examples:
       --output output/first_pictures --decoder-steps 3000
 
 Writes page.png (all on one page), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
-The images shown are the first of an order of chance (--seed); none is picked.
+The images shown are the first in a random order (--seed); none is picked.
 Exit status: 0, 2 for a mistake in the command, the checkpoint or the shards, 130 after an interruption from the
 keyboard.
 """

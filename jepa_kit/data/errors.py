@@ -10,7 +10,7 @@ AT_LEAST = 8
 
 
 class SampleError(ValueError):
-    """A sample's bytes cannot be had; the text is the reason."""
+    """A sample's bytes are unavailable; the message is the reason."""
 
 
 class Skipped(NamedTuple):

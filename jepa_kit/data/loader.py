@@ -252,7 +252,7 @@ class TrainLoader:
         return int(self._bytes_in_windows(own, windows).sum())
 
     def fetching(self) -> str:
-        """What it costs that shards lie on other machines, in words."""
+        """Return a one-line summary of the bytes read from remote shards."""
         whole = sum(shard["bytes"] for shard in self.dataset.shards)
         text = f"each rank comes to {self.fetched_bytes() / 1e9:.3g} GB of {whole / 1e9:.3g} GB of shards in an epoch"
         if self.dataset.cache_is_temporary:

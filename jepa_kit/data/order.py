@@ -10,7 +10,7 @@ from jepa_kit.rng import IntArray, Stream, generator
 
 
 def permutation(rng: np.random.Generator, n: int) -> IntArray:
-    """[n] the numbers 0 to n - 1 in an order of chance.
+    """[n] the numbers 0 to n - 1 in random order.
 
     By sorting uniform numbers: their stream is the same in every release of numpy so far, that of
     ``Generator.permutation`` is not promised to be.
@@ -19,7 +19,7 @@ def permutation(rng: np.random.Generator, n: int) -> IntArray:
 
 
 def epoch_order(sizes: Sequence[int] | IntArray, *, seed: int, epoch: int, window: int) -> IntArray:
-    """Which sample comes when: shards in an order of chance, then samples mixed within windows of them.
+    """Which sample comes when: shards in random order, then samples mixed within windows of them.
 
     Consecutive samples come from few shards (those of ``window`` neighbours), so that the shards are read in
     long stretches; a window of all samples is a full permutation, and one of 1 leaves shards whole and in order.

@@ -112,7 +112,7 @@ def _end(made: Any) -> None:
         return
     try:
         end()
-    except RuntimeError as error:  # torch's handler raises wherever the main process is when it hears of a death
+    except RuntimeError as error:  # torch's handler raises wherever the main process is when it learns of a death
         if not _is_death(error):
             raise
     for worker in made._workers:

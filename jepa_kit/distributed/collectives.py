@@ -41,7 +41,7 @@ SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)
 """Errors that all processes raise, with the same words, where one of them raises them for all."""
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for words of one that works for all, such as the index of a data set on another machine.
+"""Timeout of host-side collectives, during which one process may index a remote data set for all.
 
 The group of the gradients keeps torch's own limit (10 minutes with NCCL). Nobody waits so long for a process that has
 ended: its connection is closed, and torchrun and srun end the others.

@@ -127,7 +127,7 @@ class Signals:
 
 
 class Agreement:
-    """What the ranks have to tell one another, without waiting for it in each step.
+    """All-reduce of stop and failure flags, whose result is read some steps later.
 
     Args:
         every: steps between a question and its answer; all ranks have the same. One process has its answer at once.

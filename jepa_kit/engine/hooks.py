@@ -1,4 +1,4 @@
-"""What a run does between updates besides training: evaluation every n steps, and what else is hung in here.
+"""What a run does between updates besides training: evaluation every n steps, and any registered hook.
 
 A hook is called on every process after the update of a step, when ``(step + 1) % every == 0`` and after the last
 step. What it gives goes into that step's line of ``metrics.jsonl``. Its time is kept out of ``images_per_second``.

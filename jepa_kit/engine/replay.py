@@ -122,7 +122,7 @@ def weights_before(
         folder: of the run, with its checkpoints.
         device: where it goes.
         again: do the steps since the last checkpoint again; otherwise the checkpoint's weights are taken as they are.
-        say: gets lines for people.
+        say: prints a message.
         start_file: what the run began from, in place of the file that the dump names; read where no checkpoint of the
             run is left from before the step.
 

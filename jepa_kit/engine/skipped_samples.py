@@ -62,7 +62,7 @@ class SkippedSamples:
         """Joins what the processes noted, and writes it down; every process must call it.
 
         Args:
-            say: takes a line for people, on the main process.
+            say: prints a message, on the main process.
 
         Returns:
             samples skipped since the run began.

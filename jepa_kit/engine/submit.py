@@ -240,7 +240,7 @@ class RunTool:
 
 
 def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
-    """Hands a run in through submitit.
+    """Submit a run through submitit.
 
     Args:
         submission: of ``prepare``.

@@ -56,7 +56,7 @@ class OnlineEvaluation:
 
     Args:
         every: steps between two evaluations.
-        images: uint8 [N, 3, h, w], in an order of chance; health is measured on the first ``samples``.
+        images: uint8 [N, 3, h, w], in random order; health is measured on the first ``samples``.
         samples: at least 16.
         masker: the recipe's.
         mean, std: of the channels, as in training.

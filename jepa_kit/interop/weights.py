@@ -203,7 +203,7 @@ class EncoderWeights:
         return json.dumps({**held, SEALED: True} if sealed else held, sort_keys=True)
 
     def words(self) -> str:
-        """Which encoder this is, from where, under which licence: one line for people."""
+        """Return a one-line description: which encoder, its source, its licence."""
         p = self.provenance
         which = f"{p.encoder} encoder" if p.encoder else f"encoder (whether target or context is {NOT_STATED})"
         when = [f"{name} {value}" for name, value in (("epoch", p.epoch), ("step", p.step)) if value is not None]

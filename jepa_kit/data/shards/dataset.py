@@ -176,7 +176,7 @@ class ShardDataset:
         """The bytes of the image file, as they are in the shard.
 
         Raises:
-            SampleError: they cannot be had; see ``ShardReader.read``.
+            SampleError: they are unavailable; see ``ShardReader.read``.
         """
         i = self._checked(i)
         return self._member(i, self._offsets[i, :2])
@@ -185,7 +185,7 @@ class ShardDataset:
         """The decoded image, RGB and upright.
 
         Raises:
-            ValueError: its bytes cannot be had, or not decoded.
+            ValueError: its bytes are unavailable, or cannot be decoded.
         """
         try:
             return decode(self.image_bytes(i))
@@ -200,7 +200,7 @@ class ShardDataset:
         """The bytes of the mask's PNG.
 
         Raises:
-            SampleError: they cannot be had; see ``ShardReader.read``.
+            SampleError: they are unavailable; see ``ShardReader.read``.
             ValueError: the shards carry no masks, or not for this sample.
         """
         i = self._checked(i)

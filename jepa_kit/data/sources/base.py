@@ -40,7 +40,7 @@ class Source(Protocol):
     splits: dict[str, IntArray]
     """Folder under the output -> numbers of its samples. One entry, '', where the source has no splits of its own."""
     mixed: bool
-    """Whether the samples come in an order of chance already."""
+    """Whether the samples are in random order already."""
     notes: list[str]
     """What the user should know about what was found, a line each."""
 

@@ -129,7 +129,7 @@ def went_back_to(run: Path) -> str | None:
 
 
 def note_of_start(store: Store, named: str, origin: Mapping[str, Any]) -> str:
-    """A line for people where ``named``, not of the run, was given to go on from, and the run has a checkpoint.
+    """Return a note that ``named`` is where the run began, and that its latest checkpoint is read instead.
 
     Args:
         store: where the run has its checkpoints.

@@ -253,7 +253,7 @@ class Journal:
             board.close()
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a message."""
         if self.bar is not None:
             self.bar.write(text)
         else:
