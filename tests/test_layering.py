@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"planning"},
     {"engine", "evaluation", "interop"},
 ]
-"""Packages of jepa_kit from the bottom up. Each may import those below it, and its neighbours if that makes no cycle."""
+"""Packages of jepa_kit from the bottom up. Each may import those below it, and neighbours if that makes no cycle."""
 
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -17,7 +17,8 @@ State = Literal["healthy", "not learned", "dimensional collapse", "positional co
 CONSTANT = 0.06
 """Least share of the tokens' mean square that varies. Below it the cosine between two tokens of the data is 0.94 on
 average. Networks that were not trained start at 0.7 and more, and runs that learn may pass through 0.12. Momentum 0
-on the quickstart's recipe is at 0.05 after 20 to 30 updates, and at 0.013 to 0.033, by the seed, for long after that."""
+on the quickstart's recipe is at 0.05 after 20 to 30 updates, and at 0.013 to 0.033, by the seed, for long after that.
+"""
 LAGGING = 2.0
 """Loss over that of the mean target, above which targets are not called sound. Runs that learn begin at 1.2 and less;
 where targets shrink faster than predictions follow, it is 3 to 10."""
