@@ -51,6 +51,7 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from walk_graph import gradients_of, set_gradients
 
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.encoders import compiled
 from jepa_kit.engine.optimizer import build_optimizer
@@ -58,7 +59,7 @@ from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA, build_masker, build_recipe
+from jepa_kit.recipe import JEPA
 
 CONFIGS = ROOT / "projects" / "ijepa" / "configs"
 MODELS = {"B/16": "in1k_vitb16", "L/16": "in1k_vitl16", "H/14": "released_in1k_vith14"}

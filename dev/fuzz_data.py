@@ -19,13 +19,13 @@ import numpy as np
 from fuzz import Harmed, damaged, temporary_folder
 from PIL import Image
 
-from jepa_kit.data.errors import SampleError
 from jepa_kit.data.images import decode
 from jepa_kit.data.making.verify import verify
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, OFFSETS, Sample, write_index, write_shard
 from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.base import Refused
+from jepa_kit.errors import SampleError
 
 logging.getLogger("jepa_kit.data").setLevel(logging.ERROR)  # what an index leaves out
 warnings.filterwarnings("ignore", module="PIL")

@@ -15,6 +15,7 @@ import torch
 from fuzz import Harmed, damaged, temporary_folder
 from safetensors.torch import save_file
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.engine.build import build_optimizer
 from jepa_kit.engine.checkpoint.dcp import save_sharded
@@ -24,7 +25,6 @@ from jepa_kit.files import write_archive
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read, read_encoder, write
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance, Reading
-from jepa_kit.recipe import build_recipe
 
 Cases = Iterator[tuple[str, Callable[[], object]]]
 HEADS = 2

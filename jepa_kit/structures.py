@@ -357,3 +357,12 @@ class Prediction:
         length = (lengths.offsets[1:] - lengths.offsets[:-1]).to(values.dtype)
         weight = (1.0 / ((len(lengths) if shares is None else shares) * length))[lengths.set_of_token]
         return (values * weight).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """loss [] is the weighted sum of the terms [], by name; prediction is what they were taken from."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    prediction: Prediction

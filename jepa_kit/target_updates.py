@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kit.registry import TARGET_UPDATES
-
-
-class TargetUpdate(Protocol):
-    """What a recipe asks of a target update (a class that is registered in ``TARGET_UPDATES``).
-
-    Attributes:
-        tied: the target encoder is the context encoder itself.
-        stop_gradient: targets carry no gradient.
-    """
-
-    tied: bool
-    stop_gradient: bool
-
-    def make(self, encoder: nn.Module) -> nn.Module | None:
-        """The target encoder as a module of its own, or None where there is none (or ``tied``)."""
-        ...
-
-    def momentum(self, where: float) -> float:
-        """The momentum when a share ``where`` in [0, 1] of the planned updates is done."""
-        ...
-
-    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Moves the target encoder after an optimiser step."""
-        ...
 
 
 def _local(module: nn.Module) -> list[Tensor]:

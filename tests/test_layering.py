@@ -14,10 +14,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS: list[set[str]] = [
-    {"arguments", "files", "machine", "plotting", "progress", "random_state", "registry", "rng", "structures"},
+    {
+        "arguments",
+        "errors",
+        "files",
+        "machine",
+        "plotting",
+        "progress",
+        "random_state",
+        "registry",
+        "rng",
+        "structures",
+        "interfaces",
+    },
     {"distributed", "encoders", "losses", "maskers"},
     {"predictors", "target_updates", "targets"},
-    {"config", "data", "recipe", "scenes"},
+    {"build", "config", "data", "recipe", "scenes"},
     {"precision"},
     {"trials"},
     {"planning"},

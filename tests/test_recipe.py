@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jepa_kit.config import Config, ConfigError, config_from_dict
+from jepa_kit.build import build_masker, build_recipe
+from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.build import training_view
+from jepa_kit.errors import ConfigError
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official
 from jepa_kit.losses import L2, SmoothL1
 from jepa_kit.predictors import ViTPredictor
-from jepa_kit.recipe import JEPA, Output, build_masker, build_recipe
+from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS
-from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
+from jepa_kit.structures import MaskBatch, Output, PatchSets, SetLengths
 from jepa_kit.target_updates import EMA, Frozen, NoTargetEncoder, Tied
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 

@@ -15,8 +15,9 @@ from jepa_kit.encoders import ViT
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.interfaces import Masker
 from jepa_kit.losses import SmoothL1
-from jepa_kit.maskers import RELEASED, Masker, MultiBlock
+from jepa_kit.maskers import RELEASED, MultiBlock
 from jepa_kit.precision import autocast_of
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA

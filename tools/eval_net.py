@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = p.parse_intermixed_args(argv)
     if not arguments.list and (not arguments.protocol or not (arguments.checkpoint or arguments.config_file)):
         p.error("the following arguments are required: --checkpoint (or --config-file), --protocol; or --list")
-    from jepa_kit.distributed.collectives import PeerError, StartError  # here, so that --help does not wait for torch
+    from jepa_kit.errors import PeerError, StartError
 
     try:
         if arguments.list:

@@ -126,6 +126,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     """(updates done, health) of a checkpoint."""
     import torch
 
+    from jepa_kit.build import build_masker
     from jepa_kit.data.loader import eval_batches
     from jepa_kit.data.order import permutation
     from jepa_kit.distributed.collectives import World, choose_device
@@ -134,7 +135,6 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.shard_choice import images_to_look_at
-    from jepa_kit.recipe import build_masker
     from jepa_kit.rng import Stream, generator
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.sections import RETIRED, SECTIONS, between_sections, range_problem
 from jepa_kit.config.typed import DoesNotFitError, convert, describe
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
 
 META = ("imports", "_BASE_", "versions")

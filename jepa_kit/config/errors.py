@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-class ConfigError(ValueError):
-    """Mistakes in a config, all that could be found, one line each.
-
-    Args:
-        problems: the lines.
-        source: the file that they are in.
-    """
-
-    def __init__(self, problems: Sequence[str], source: str | None = None) -> None:
-        self.problems: tuple[str, ...] = tuple(problems)
-        self.source = source
-        if source is None:
-            text = "\n".join(self.problems)
-        else:
-            count = f"{len(self.problems)} mistake{'s' if len(self.problems) > 1 else ''}"
-            text = f"{source}: {count}\n" + "\n".join(f"  {line}" for line in self.problems)
-        super().__init__(text)
-
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...], str | None]]:
-        return type(self), (self.problems, self.source)
+from jepa_kit.errors import ConfigError
 
 
 @contextmanager

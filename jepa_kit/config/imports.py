@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jepa_kit.config.errors import ConfigError
+from jepa_kit.errors import ConfigError
 
 _PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates", "data.transforms")
 _OURS = ("jepa_kit", "projects")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.yaml_text import end_of_yaml, parse_yaml
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import SLOTS
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jepa_kit.config.checking import Part, check_config
-from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.imports import check_trusted, import_members, import_parts, resolve_imports
 from jepa_kit.config.merging import apply_overrides
 from jepa_kit.config.sections import DataConfig, EvaluateConfig, OptimConfig, TrainConfig
@@ -16,6 +15,7 @@ from jepa_kit.config.sources import RUN_CONFIG, read_config
 from jepa_kit.config.typed import plain
 from jepa_kit.config.versions import versions
 from jepa_kit.config.yaml_text import dump_yaml
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, SLOTS
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jepa_kit.config.errors import ConfigError
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import TRANSFORMS, PartRegistry
 
 Range = Callable[[Any], bool]

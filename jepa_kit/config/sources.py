@@ -11,11 +11,12 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from jepa_kit.config.errors import ConfigError, reason_of
+from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
+from jepa_kit.errors import ConfigError
 
 RUN_CONFIG = "config.yaml"
 """The file in a run folder that holds the resolved config."""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from yaml.reader import ReaderError
 
-from jepa_kit.config.errors import ConfigError
+from jepa_kit.errors import ConfigError
 
 _SCALARS: list[tuple[str, str, str]] = [
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", "~nN\0"),

@@ -9,10 +9,6 @@ AT_LEAST = 8
 """So many samples of an epoch may be skipped however few it has, unless none may."""
 
 
-class SampleError(ValueError):
-    """A sample's bytes are unavailable; the message is the reason."""
-
-
 class Skipped(NamedTuple):
     """A sample that a batch lacks: its number, its key and the reason."""
 

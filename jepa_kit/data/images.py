@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jepa_kit.errors import ImageError
+
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 """Formats whose bytes go into a shard as they are, and the extension of their members. (MPO: a JPEG, then more.)"""
 
@@ -52,10 +54,6 @@ _XMP_LIMIT = 1 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 _logged: set[str] = set()
 log = logging.getLogger(__name__)
-
-
-class ImageError(ValueError):
-    """The bytes of a file are no usable image; the text is the reason."""
 
 
 @contextmanager

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jepa_kit.data.errors import SampleError, Skipped
-from jepa_kit.data.images import MAX_PIXELS, ImageError
+from jepa_kit.data.errors import Skipped
+from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.remote.prefetch import Ahead
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
 from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.data.workers import load
-from jepa_kit.maskers import Masker
+from jepa_kit.errors import ImageError, SampleError
+from jepa_kit.interfaces import Masker
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
 

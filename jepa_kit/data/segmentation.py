@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.images import MAX_PIXELS, ImageError, encode_png, open_image
+from jepa_kit.data.images import MAX_PIXELS, encode_png, open_image
+from jepa_kit.errors import ImageError
 
 Mask = NDArray[np.uint8]
 

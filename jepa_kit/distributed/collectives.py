@@ -25,16 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from jepa_kit.distributed.buffers import broadcast_buffers
 from jepa_kit.distributed.rendezvous import start_store
 from jepa_kit.distributed.slurm import torchrun_variables
+from jepa_kit.errors import PeerError, StartError
 
 T = TypeVar("T")
-
-
-class StartError(RuntimeError):
-    """The processes of a run could not join one another."""
-
-
-class PeerError(RuntimeError):
-    """Another process failed, with an error that it tells itself or that could not be sent."""
 
 
 SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from jepa_kit.build import build_masker, build_recipe, every_problem
 from jepa_kit.config import Config, located
 from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
@@ -17,19 +18,10 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.identity import brief, identity
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.distributed.collectives import World, from_main, joined, together
-from jepa_kit.encoders import Encoder
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
 from jepa_kit.engine.checkpoint.files import reading
-from jepa_kit.engine.checkpoint.format import (
-    CheckpointError,
-    check_finite,
-    check_state,
-    load_checkpoint,
-    restore,
-    step_of,
-    verify,
-)
+from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore, step_of, verify
 from jepa_kit.engine.checkpoint.manager import Store, Where
 from jepa_kit.engine.checkpoint.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.checkpoint.state_dict import local_part, state_of
@@ -38,9 +30,11 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.workers import set_workers
+from jepa_kit.errors import CheckpointError
+from jepa_kit.interfaces import Encoder
 from jepa_kit.interop.start import ORIGIN, Start, init_from, resume_official
 from jepa_kit.precision import resolve_precision
-from jepa_kit.recipe import JEPA, build_masker, build_recipe, every_problem
+from jepa_kit.recipe import JEPA
 from jepa_kit.trials.contract import check_parts
 
 

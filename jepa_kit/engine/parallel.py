@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from jepa_kit.distributed.buffers import broadcast_buffers
 from jepa_kit.distributed.collectives import joined, wrap
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.recipe import JEPA, Output
-from jepa_kit.structures import MaskBatch
+from jepa_kit.recipe import JEPA
+from jepa_kit.structures import MaskBatch, Output
 
 Mode = Literal["auto", "none", "ddp", "fsdp"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
@@ -33,7 +34,7 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets
 
 

@@ -16,7 +16,7 @@ import torch
 
 from jepa_kit.data.errors import Allowance, Skipped
 from jepa_kit.distributed.collectives import gathered, is_main, mean_over_ranks
-from jepa_kit.engine.checkpoint.failures import RunError
+from jepa_kit.errors import TooManySkippedError
 from jepa_kit.files import write_text
 
 SKIPPED = "skipped.jsonl"
@@ -24,10 +24,6 @@ SHOWN = 3
 """Of so many samples at a time people are told the reason; the file has all."""
 
 Line = dict[str, Any]
-
-
-class TooManySkippedError(RunError):
-    """More samples of an epoch could not be used than ``data.max_skipped`` allows."""
 
 
 class SkippedSamples:

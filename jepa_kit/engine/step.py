@@ -13,8 +13,8 @@ from jepa_kit.distributed.buffers import Buffers
 from jepa_kit.engine.nonfinite.detect import spread, step_if_finite
 from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
-from jepa_kit.recipe import JEPA, Output
-from jepa_kit.structures import MaskBatch
+from jepa_kit.recipe import JEPA
+from jepa_kit.structures import MaskBatch, Output
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.config import Config
-from jepa_kit.encoders import Encoder
 from jepa_kit.evaluation.features import (
     BlockSource,
     LoadedRun,
@@ -26,6 +25,7 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
+from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import precision_of, resolve_precision
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import did_you_mean

@@ -20,13 +20,14 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
-from jepa_kit.encoders import Encoder
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import to_read
+from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import Precision, autocast_of
-from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.recipe import JEPA
 
 Float32 = NDArray[np.float32]
 Pooling = Literal["mean", "none"]

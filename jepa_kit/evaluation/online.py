@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
+from jepa_kit.build import build_masker
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
@@ -37,9 +38,9 @@ from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge
 from jepa_kit.evaluation.neighbours import Bank
-from jepa_kit.maskers import Masker
+from jepa_kit.interfaces import Masker
 from jepa_kit.precision import Precision, autocast_of, precision_of
-from jepa_kit.recipe import JEPA, build_masker
+from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 
 STATES: tuple[State, ...] = get_args(State)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 
 DIGEST = "jepa_kit.sha256"
 """The metadata key of the digest. The note (``ABOUT``) repeats that there is one, so that damage to this key shows."""

@@ -14,8 +14,9 @@ import torch
 
 from jepa_kit.config.errors import reason_of
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.engine.checkpoint.format import FORMAT, HEADER, CheckpointError, checkpoints
+from jepa_kit.engine.checkpoint.format import FORMAT, HEADER, checkpoints
 from jepa_kit.engine.checkpoint.manager import to_read
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import HOW, file_digest
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 

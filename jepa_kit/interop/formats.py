@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, check_finite, load_checkpoint
+from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite, load_checkpoint
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Positions, Reading, choose

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jepa_kit.config import DataConfig
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import check_digest, file_digest
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from jepa_kit.config import Config
 from jepa_kit.encoders.pos_embed import sincos_2d
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, check_finite
+from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite
 from jepa_kit.engine.schedules import Schedule
+from jepa_kit.errors import CheckpointError
 from jepa_kit.files import write_archive
 from jepa_kit.interop.files import open_archive
 from jepa_kit.interop.names import strip_names

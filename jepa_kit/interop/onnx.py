@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed
 from jepa_kit.encoders.vit import patch_grid
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import DIGEST, check_digest, file_digest, raw
 from jepa_kit.interop.weights import (
     ABOUT,

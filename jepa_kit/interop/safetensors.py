@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import DIGEST, check_digest, digest, raw
 from jepa_kit.interop.weights import (
     ABOUT,

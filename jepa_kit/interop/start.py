@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from jepa_kit.encoders import SIZES, ViT
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, check_state, restore
+from jepa_kit.engine.checkpoint.format import Checkpoint, check_state, restore
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read

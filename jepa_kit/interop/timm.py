@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file

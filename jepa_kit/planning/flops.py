@@ -21,12 +21,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA, build_masker
+from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
 from jepa_kit.targets import PixelTarget, RepresentationTarget

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config
 from jepa_kit.planning.device_specs import Device
 from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
 from jepa_kit.planning.memory import FLOAT32, Memory, training_memory
 from jepa_kit.precision import precision_of, with_precision
-from jepa_kit.recipe import JEPA, build_masker, build_recipe
+from jepa_kit.recipe import JEPA
 from jepa_kit.trials.contract import check_parts
 
 DRAWN = 512

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from jepa_kit.encoders import Encoder
+from jepa_kit.interfaces import Encoder
 from jepa_kit.structures import PatchSets
 from jepa_kit.targets.pixel import PixelTarget
 from jepa_kit.targets.representation import RepresentationTarget

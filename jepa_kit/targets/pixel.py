@@ -10,7 +10,7 @@ from typing import Literal
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa_kit.encoders import Encoder
+from jepa_kit.interfaces import Encoder
 from jepa_kit.registry import TARGETS, check_choice
 from jepa_kit.structures import PatchSets
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kit.encoders import Encoder
+from jepa_kit.interfaces import Encoder
 from jepa_kit.registry import TARGETS, check_choice
 from jepa_kit.structures import PatchSets
 

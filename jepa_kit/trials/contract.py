@@ -21,16 +21,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.data.transforms import Window, build_view
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
+from jepa_kit.errors import ContractError
+from jepa_kit.interfaces import Masker
 from jepa_kit.losses import is_distance
-from jepa_kit.maskers import Masker
 from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA, build_masker
+from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, Prediction
-from jepa_kit.trials.part_trial import ContractError, Trial, agree
+from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe, trial_samples
 
 

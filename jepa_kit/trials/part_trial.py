@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.distributed.buffers import unchanged_buffers
+from jepa_kit.errors import ContractError
 from jepa_kit.random_state import seeded
 from jepa_kit.structures import MaskBatch, PatchSets
 
@@ -32,10 +33,6 @@ FORMS = {
 
 CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a part that does not fit raises when it is called, and what becomes a message."""
-
-
-class ContractError(ValueError):
-    """A part does not keep to the contract of its slot; the message names slot, part and the correct form."""
 
 
 @dataclass(frozen=True)

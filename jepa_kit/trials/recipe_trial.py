@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, Part
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
 
 IMAGES = 4

@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:
 import torch
 from torch import Tensor
 
+from jepa_kit.build import build_recipe, patch_grid_of
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.checkpoint.format import check_state
@@ -31,7 +32,7 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
-from jepa_kit.recipe import JEPA, build_recipe, patch_grid_of
+from jepa_kit.recipe import JEPA
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
 from projects.ijepa.parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
 

@@ -33,13 +33,13 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
 import torch
 
 from jepa_kit.arguments import run_tool
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.distributed.collectives import choose_device, read_environment
 from jepa_kit.distributed.signals import Preempted
-from jepa_kit.encoders import Encoder
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.engine.logging.curves import drawn
 from jepa_kit.engine.loop import train
@@ -47,7 +47,7 @@ from jepa_kit.evaluation.evaluate import Row, evaluate, format_table, results, r
 from jepa_kit.evaluation.feature_sources import encoder_named
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
-from jepa_kit.recipe import build_masker, build_recipe
+from jepa_kit.interfaces import Encoder
 from tools import make_shards
 
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"

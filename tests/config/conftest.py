@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
-from jepa_kit.config import ConfigError, load_config
+from jepa_kit.config import load_config
 from jepa_kit.config.imports import import_members
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import SLOTS
 
 VALID = """\

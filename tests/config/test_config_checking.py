@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.config import ConfigError, load_config
+from jepa_kit.config import load_config
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, MASKERS, TARGETS
 
 Problems = Callable[..., list[str]]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.config import ConfigError, config_from_dict, load_config
+from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.config.imports import import_members, ships_with_project
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import MASKERS
 
 Write = Callable[..., Path]

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import jepa_kit
-from jepa_kit.config import ConfigError, config_from_dict, load_config, located, versions
+from jepa_kit.config import config_from_dict, load_config, located, versions
 from jepa_kit.config.imports import import_members
 from jepa_kit.config.versions import _git
 from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.errors import ConfigError
 from jepa_kit.registry import REQUIRED, SLOTS
 
 Write = Callable[..., Path]

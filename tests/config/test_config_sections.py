@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jepa_kit.config import SECTIONS, DataConfig, OptimConfig, TrainConfig
-from jepa_kit.config.errors import ConfigError
+from jepa_kit.errors import ConfigError
 
 SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
 DATA: dict[str, Any] = {"image_size": (32, 32)}

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.config import ConfigError, config_from_dict, load_config
+from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.config.merging import merge
+from jepa_kit.errors import ConfigError
 
 Write = Callable[..., Path]
 Problems = Callable[..., list[str]]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.config import Config, ConfigError, DataConfig, config_from_dict, load_config
+from jepa_kit.config import Config, DataConfig, config_from_dict, load_config
 from jepa_kit.config.sections import CROP_DEFAULTS
 from jepa_kit.data.transforms import RandomResizedCrop
+from jepa_kit.errors import ConfigError
 
 Load = Callable[..., Config]
 

@@ -7,9 +7,9 @@ import pytest
 from photos import photo, saved
 from PIL import Image
 
-from jepa_kit.data.images import ImageError
 from jepa_kit.data.transforms import Window, build_view, decoders, eval_view, resample, train_view
 from jepa_kit.data.transforms.decoders import torch_resample
+from jepa_kit.errors import ImageError
 
 pytest.importorskip("simplejpeg", reason="the extra `fast` is not installed")
 

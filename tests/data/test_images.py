@@ -13,7 +13,6 @@ from jepa_kit.data import images
 from jepa_kit.data.images import (
     DECODE_ERRORS,
     MAX_PIXELS,
-    ImageError,
     decode,
     encode_png,
     open_header,
@@ -21,6 +20,7 @@ from jepa_kit.data.images import (
     orientation,
     to_rgb,
 )
+from jepa_kit.errors import ImageError
 
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 

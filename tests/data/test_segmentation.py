@@ -12,9 +12,9 @@ import webdataset
 from PIL import Image
 from small_shards import encoded, make_samples, picture, write_shards
 
-from jepa_kit.data.images import ImageError
 from jepa_kit.data.segmentation import decode_mask, encode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.errors import ImageError
 
 
 def random_mask(seed, height=16, width=18):

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.stats import kstest
 
 from jepa_kit.config import DataConfig
-from jepa_kit.data.images import MAX_PIXELS, ImageError
+from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.transforms import (
     ATTEMPTS,
     ColourJitter,
@@ -24,6 +24,7 @@ from jepa_kit.data.transforms import (
     eval_view,
     train_view,
 )
+from jepa_kit.errors import ImageError
 from jepa_kit.registry import TRANSFORMS
 from jepa_kit.rng import Stream, uniforms
 

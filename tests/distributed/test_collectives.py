@@ -13,7 +13,6 @@ from torch import nn
 
 from jepa_kit.distributed import collectives, rendezvous
 from jepa_kit.distributed.collectives import (
-    StartError,
     World,
     choose_device,
     from_main,
@@ -25,6 +24,7 @@ from jepa_kit.distributed.collectives import (
     together,
     wrap,
 )
+from jepa_kit.errors import StartError
 
 ROOT = Path(__file__).parents[2]
 

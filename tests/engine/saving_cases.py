@@ -19,11 +19,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 from jepa_kit.data.remote.fetch import path_manager
 from jepa_kit.distributed.collectives import barrier, from_main, process_group
 from jepa_kit.engine.checkpoint import async_save
-from jepa_kit.engine.checkpoint.async_save import SaveError, Saver
+from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.dcp import load_sharded
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.state_dict import full_state
+from jepa_kit.errors import SaveError
 
 
 def save(saver, run, step):

@@ -12,10 +12,10 @@ from jepa_kit.config import load_config
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import build, loop
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.checkpoint.failures import RunError
-from jepa_kit.engine.checkpoint.format import CheckpointError, checkpoints, load_checkpoint
+from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.engine.loop import seed_torch, train
+from jepa_kit.errors import CheckpointError, RunError
 
 
 def numbers(folder):

@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from jepa_kit.data.errors import Allowance, Skipped
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
-from jepa_kit.engine.skipped_samples import SkippedSamples, TooManySkippedError, read_skipped
+from jepa_kit.engine.skipped_samples import SkippedSamples, read_skipped
+from jepa_kit.errors import TooManySkippedError
 
 CPU = torch.device("cpu")
 

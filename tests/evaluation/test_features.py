@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.config import ConfigError
+from jepa_kit.build import build_recipe
 from jepa_kit.encoders import ViT
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.features import (
     block_source,
     encoder_source,
@@ -18,7 +18,6 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
-from jepa_kit.recipe import build_recipe
 
 IMAGES = torch.randint(0, 256, (7, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

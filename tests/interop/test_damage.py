@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import onnx as ours
 from jepa_kit.interop.digest import DIGEST, digest
 from jepa_kit.interop.files import open_archive

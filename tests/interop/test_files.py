@@ -12,7 +12,7 @@ import pytest
 import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import files
 from jepa_kit.interop.files import fetch, open_archive, recognise
 from jepa_kit.interop.formats import read_encoder

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import jepa_kit
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.formats import write
 from jepa_kit.interop.frozen import FrozenEncoder
 

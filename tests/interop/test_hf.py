@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read_encoder, write
 from jepa_kit.interop.frozen import FrozenEncoder, load_encoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read_encoder, write
 from jepa_kit.interop.names import bare, strip_names

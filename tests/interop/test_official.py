@@ -6,16 +6,17 @@ import math
 import pytest
 import torch
 
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, load_checkpoint, optimizer_state
+from jepa_kit.build import build_recipe
+from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint, optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
+from jepa_kit.errors import CheckpointError
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop import official
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import resume_official
 from jepa_kit.interop.weights import Reading
-from jepa_kit.recipe import build_recipe
 from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
 from projects.ijepa.check_parity import config_of, load_first_weights, masks_of, read_fixture
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import onnx as ours
 from jepa_kit.interop.formats import read_encoder, write
 from jepa_kit.interop.frozen import FrozenEncoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jepa_kit
-from jepa_kit.engine.checkpoint.format import CheckpointError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import native
 from jepa_kit.interop.formats import convert, read, read_encoder, write
 from jepa_kit.interop.weights import Reading

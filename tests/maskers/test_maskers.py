@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_kit.maskers import Masker
+from jepa_kit.interfaces import Masker
 from jepa_kit.registry import MASKERS
 from jepa_kit.structures import MaskBatch
 

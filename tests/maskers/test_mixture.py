@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jepa_kit.config import ConfigError, config_from_dict
+from jepa_kit.build import build_masker
+from jepa_kit.config import config_from_dict
+from jepa_kit.errors import ConfigError
 from jepa_kit.maskers import Block, Mixture, MultiBlock
-from jepa_kit.recipe import build_masker
 from jepa_kit.registry import MASKERS
 
 LEVEL = 1e-3

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT, blocks
 from jepa_kit.planning import flops as flops_module
@@ -20,7 +21,6 @@ from jepa_kit.planning.flops import (
     model_flops,
     predictor_flops,
 )
-from jepa_kit.recipe import build_masker, build_recipe
 from jepa_kit.targets import RepresentationTarget
 
 IMAGES, PIXELS, WIDTH = 3, 3 * 4 * 4, 24

@@ -21,9 +21,9 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.identity import brief
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
-from jepa_kit.distributed.collectives import StartError
 from jepa_kit.engine.build import data_identity
 from jepa_kit.engine.loop import train
+from jepa_kit.errors import StartError
 from jepa_kit.evaluation.protocols import PROTOCOLS
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"

@@ -14,12 +14,11 @@ import pytest
 from PIL import Image
 
 from jepa_kit.data.loader import _TrainBatches
-from jepa_kit.data.remote.cache import CacheError
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
-from jepa_kit.distributed.collectives import StartError
 from jepa_kit.distributed.signals import Preempted
 from jepa_kit.engine import loop
 from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.errors import CacheError, StartError
 from jepa_kit.interop.formats import convert
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"

@@ -25,8 +25,9 @@ from typing import Any
 
 from iopath.common.file_io import file_lock
 
-from jepa_kit.data.remote.fetch import Access, StreamError, copy
+from jepa_kit.data.remote.fetch import Access, copy
 from jepa_kit.data.shards.writing import Shard, sha256_of
+from jepa_kit.errors import CacheError, StreamError
 
 TEMPORARY_GB = 20.0
 FORGIVEN_AFTER = 600.0
@@ -35,10 +36,6 @@ ABANDONED_AFTER = 3600.0
 """Seconds after which a file that nobody writes to any more is taken for that of a process that died."""
 
 log = logging.getLogger(__name__)
-
-
-class CacheError(ValueError):
-    """The cache folder takes no more: no fault of a shard."""
 
 
 @dataclass(frozen=True)

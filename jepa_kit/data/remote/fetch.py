@@ -25,6 +25,7 @@ from typing import BinaryIO
 from iopath.common.file_io import HTTPURLHandler, PathManager
 
 from jepa_kit.data.shards.tars import COMPRESSED, compressed_shard
+from jepa_kit.errors import StreamError
 
 BLOCK = 1 << 18
 PROGRESS = 1 << 20
@@ -40,10 +41,6 @@ path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 
 log = logging.getLogger(__name__)
-
-
-class StreamError(OSError):
-    """What lies at an address did not come, or not whole; the text is the reason."""
 
 
 class _WriteError(Exception):

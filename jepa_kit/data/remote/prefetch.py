@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from jepa_kit.data.remote.cache import CacheError
+from jepa_kit.errors import CacheError
 
 FETCHERS = 4
 """Shards that a rank fetches at the same time."""

@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.errors import SampleError
-from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, ImageError, decode
+from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, decode
 from jepa_kit.data.remote.cache import ShardCache
 from jepa_kit.data.remote.fetch import Access, is_remote
 from jepa_kit.data.segmentation import decode_mask
 from jepa_kit.data.shards.reader import ShardReader
 from jepa_kit.data.shards.resolve import Part, open_parts
 from jepa_kit.data.shards.writing import KEYS, LABELS, MASKS, OFFSETS
+from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import did_you_mean
 from jepa_kit.rng import IntArray
 

@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jepa_kit.data.errors import SampleError
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache
 from jepa_kit.data.remote.fetch import is_remote
+from jepa_kit.errors import SampleError
 
 OPEN_SHARDS = 128
 """At most so many shards are open at a time in one process."""

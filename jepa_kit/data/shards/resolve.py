@@ -29,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
-from jepa_kit.data.remote.fetch import Access, StreamError, expand, is_remote, is_shard, read
+from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
 from jepa_kit.data.shards.index import KEPT_INDEXES, is_foreign, read_array, read_index
 from jepa_kit.data.shards.indexing import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard, replacing
+from jepa_kit.errors import StreamError
 from jepa_kit.rng import IntArray
 
 FETCHERS = 4

@@ -6,12 +6,12 @@ import os
 import tarfile
 from itertools import islice
 
-from jepa_kit.data.errors import SampleError
 from jepa_kit.data.remote.fetch import expand
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import is_foreign
 from jepa_kit.data.shards.writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
 from jepa_kit.data.sources.base import Recode, Refused, each_once, fingerprint, whole
+from jepa_kit.errors import SampleError
 
 LOOKED_AT = 1000
 """Members of the first shard that are looked at for what is left behind."""

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.data.images import MAX_PIXELS, ImageError, decode
+from jepa_kit.data.images import MAX_PIXELS, decode
 from jepa_kit.data.transforms.crop_geometry import Window, resample
 from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop
 from jepa_kit.data.transforms.decoders import DECODERS, DecoderName, check_decoder
 from jepa_kit.data.transforms.flips import Flip
+from jepa_kit.errors import ImageError
 from jepa_kit.registry import TRANSFORMS, did_you_mean
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 

@@ -30,12 +30,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_kit.distributed.collectives import PATIENCE, from_main, is_main, joined, together
-from jepa_kit.engine.checkpoint.dcp import ShardError, save_sharded
+from jepa_kit.engine.checkpoint.dcp import save_sharded
 from jepa_kit.engine.checkpoint.format import (
     FORMAT,
     HEADER,
     Checkpoint,
-    CheckpointError,
     checkpoint_path,
     checksum,
     delete,
@@ -51,13 +50,10 @@ from jepa_kit.engine.checkpoint.state_dict import (
     state_of,
     with_local,
 )
+from jepa_kit.errors import CheckpointError, SaveError, ShardError
 from jepa_kit.files import flush_folder, write_archive
 
 T = TypeVar("T")
-
-
-class SaveError(OSError):
-    """A checkpoint that could not be written; the message says which, why, and what the last good one is."""
 
 
 def save_error(store: Store, step: int, error: BaseException) -> SaveError:

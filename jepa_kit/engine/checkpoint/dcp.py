@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 
 from jepa_kit.engine.checkpoint.state_dict import ModelState, OptimizerState, parameters_of, set_optimizer_state
+from jepa_kit.errors import ShardError
 
 METADATA = ".metadata"
 """The file that tells what the others hold; a folder without it was not written to its end."""
-
-
-class ShardError(ValueError):
-    """A folder of shards that cannot be used; the message says which, and why."""
 
 
 def save_sharded(

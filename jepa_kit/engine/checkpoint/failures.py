@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jepa_kit.engine.checkpoint.async_save import SaveError, folder_error
-
-
-class RunError(RuntimeError):
-    """A run failed after its first step had begun; the error that it met, if there was one, is its cause."""
+from jepa_kit.engine.checkpoint.async_save import folder_error
+from jepa_kit.errors import RunError, SaveError
 
 
 @contextmanager

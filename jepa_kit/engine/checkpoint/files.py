@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jepa_kit.engine.checkpoint.dcp import ShardError
+from jepa_kit.errors import CheckpointError, ShardError
 
 FORMAT = "jepa_kit/1"
 
@@ -36,10 +36,6 @@ _MALFORMED = (
     zlib.error,
 )
 """What zipfile, pickle and torch raise for a file that is cut short or altered."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file, and why."""
 
 
 @contextmanager

@@ -35,17 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.engine.checkpoint.dcp import read_full
-from jepa_kit.engine.checkpoint.files import (
-    FORMAT,
-    HEADER,
-    CheckpointError,
-    checksum,
-    read_archive,
-    read_header,
-    reading,
-    verify,
-)
+from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, checksum, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
+from jepa_kit.errors import CheckpointError
 from jepa_kit.files import flush_folder, write_archive
 
 W = TypeVar("W", Path, str)

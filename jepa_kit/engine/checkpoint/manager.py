@@ -20,7 +20,6 @@ from jepa_kit.config.sections import TrainConfig
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.engine.checkpoint.format import (
     HEADER,
-    CheckpointError,
     checkpoints,
     delete,
     delete_old,
@@ -31,6 +30,7 @@ from jepa_kit.engine.checkpoint.format import (
 )
 from jepa_kit.engine.checkpoint.remote import PART, RemoteFolder, check_address, is_address
 from jepa_kit.engine.logging.telemetry import METRICS
+from jepa_kit.errors import CheckpointError
 from jepa_kit.files import write_text
 
 Where = Path | str

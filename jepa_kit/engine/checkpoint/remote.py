@@ -16,13 +16,10 @@ from tempfile import NamedTemporaryFile
 from types import TracebackType
 
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
+from jepa_kit.errors import RemoteError, UnableError
 
 PART = ".part"
 """Ends the name of what is being copied; nothing takes it for what it will be."""
-
-
-class RemoteError(OSError):
-    """A place that did not take, give or do something; the message names the address and the cause."""
 
 
 def is_address(text: object) -> bool:
@@ -39,10 +36,6 @@ def check_address(option: str, address: str) -> None:
             f"({', '.join(prefixes)}); a file under `imports:` registers one: "
             "jepa_kit.data.remote.fetch.path_manager.register_handler(...)"
         )
-
-
-class UnableError(RemoteError, ValueError):
-    """What a handler cannot do at all: a place that is no place for checkpoints."""
 
 
 class _Naming:

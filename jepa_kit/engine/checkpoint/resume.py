@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kit.data.shards.identity import difference
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, step_of
+from jepa_kit.engine.checkpoint.format import Checkpoint, step_of
 from jepa_kit.engine.checkpoint.manager import Store, Where, name_of, store_in
 from jepa_kit.engine.consistency import flatten
 from jepa_kit.engine.logging.telemetry import METRICS
+from jepa_kit.errors import CheckpointError
 
 FREE = frozenset(
     {

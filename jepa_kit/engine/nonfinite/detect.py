@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.recipe import Output
+from jepa_kit.structures import Output
 
 LAG = 2
 """Steps between a step and the host's look at its numbers: the device has that much work before it."""

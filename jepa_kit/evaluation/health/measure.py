@@ -31,8 +31,8 @@ from jepa_kit.evaluation.health.measures import (
     uniformity,
     unit_deviation,
 )
+from jepa_kit.interfaces import Masker
 from jepa_kit.losses import is_distance
-from jepa_kit.maskers import Masker
 from jepa_kit.precision import Precision, autocast_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA

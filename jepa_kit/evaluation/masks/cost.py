@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import Config
 from jepa_kit.planning.flops import FORMULA, Lengths, model_flops
-from jepa_kit.recipe import JEPA, build_recipe
+from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.data.shards.resolve import indexed_samples
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.evaluation.masks.report import MaskReport, warnings
 from jepa_kit.evaluation.pictures.draw import COLOURS, DPI, dim_hidden, outline
 from jepa_kit.plotting import Axes, Figure, LineCollection, SubFigure, save_figure
-from jepa_kit.recipe import build_masker
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.scenes.scenes import render
 from jepa_kit.structures import MaskBatch, PatchSets

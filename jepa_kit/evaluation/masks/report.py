@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.evaluation.masks.cost import Cost, Lengths, cost_of
-from jepa_kit.maskers import Masker, MultiBlock
-from jepa_kit.recipe import build_masker
+from jepa_kit.interfaces import Masker
+from jepa_kit.maskers import MultiBlock
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_kit.config import DataConfig
-from jepa_kit.encoders import Encoder
 from jepa_kit.evaluation.features import extract_features
+from jepa_kit.interfaces import Encoder
 from jepa_kit.plotting import Axes, Figure, Line2D, LineCollection, Patch, save_figure
 from jepa_kit.structures import Grid, MaskBatch
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import versions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
@@ -46,7 +47,6 @@ from jepa_kit.evaluation.pictures.sections import (
     single,
 )
 from jepa_kit.evaluation.tables.results import write_results
-from jepa_kit.recipe import build_masker
 from jepa_kit.rng import Stream, generator
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jepa_kit.config.checking import check_part
-from jepa_kit.config.errors import ConfigError
 from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.errors import ConfigError
 
 # The members register themselves.
 from jepa_kit.evaluation.protocols import attentive, dense, finetune, knn, linear, logistic  # noqa: F401

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_kit.data.errors import SampleError
-from jepa_kit.data.images import ImageError
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
+from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Images,

@@ -13,8 +13,9 @@ import pytest
 from bad_server import serving
 
 from jepa_kit.data.remote import cache as cache_module
-from jepa_kit.data.remote.cache import CacheError, RemoteShard, ShardCache
+from jepa_kit.data.remote.cache import RemoteShard, ShardCache
 from jepa_kit.data.remote.fetch import Access
+from jepa_kit.errors import CacheError
 
 DATA = {f"{k}.tar": bytes([k]) * 50_000 for k in range(6)}
 

@@ -11,7 +11,8 @@ from bad_server import serving
 from iopath.common.file_io import PathHandler
 
 from jepa_kit.data.remote import fetch
-from jepa_kit.data.remote.fetch import Access, StreamError, copy, expand, is_remote, is_shard, read
+from jepa_kit.data.remote.fetch import Access, copy, expand, is_remote, is_shard, read
+from jepa_kit.errors import StreamError
 
 DATA = bytes(range(256)) * 400  # 102,400 bytes
 QUICK = Access(retries=3, backoff=0.0, timeout=0.4)

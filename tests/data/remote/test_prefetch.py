@@ -8,11 +8,11 @@ import pytest
 from bad_server import serving
 
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.remote.cache import CacheError
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.remote.prefetch import Ahead
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import train_view
+from jepa_kit.errors import CacheError
 
 
 def until(holds, seconds=10.0):

@@ -13,13 +13,13 @@ import pytest
 from bad_server import serving
 from small_shards import encoded, picture, write_shards
 
-from jepa_kit.data.errors import SampleError
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.identity import difference, identity
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources import SourceOptions, open_source
+from jepa_kit.errors import SampleError
 
 NAMES = ("index.json", "offsets.npy", "labels.npy", "keys.npy")
 QUICK = {"retries": 1, "backoff": 0.0, "timeout": 1.0}

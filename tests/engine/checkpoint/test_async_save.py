@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from jepa_kit.engine import loop
 from jepa_kit.engine.checkpoint import async_save
 from jepa_kit.engine.checkpoint import format as format_module
-from jepa_kit.engine.checkpoint.async_save import SaveError, Saver
-from jepa_kit.engine.checkpoint.format import Checkpoint, CheckpointError, checkpoints, load_checkpoint
+from jepa_kit.engine.checkpoint.async_save import Saver
+from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.errors import CheckpointError, SaveError
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.files import recognise
 

@@ -13,7 +13,6 @@ from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import (
     HEADER,
     Checkpoint,
-    CheckpointError,
     checkpoint_path,
     checksum,
     load_checkpoint,
@@ -22,6 +21,7 @@ from jepa_kit.engine.checkpoint.format import (
 )
 from jepa_kit.engine.checkpoint.state_dict import state_of
 from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.errors import CheckpointError
 from jepa_kit.files import write_archive
 
 ABOUT = {"step": 3, "config": {"a": {"b": [1]}}, "versions": {"torch": "2"}, "data": {"samples": 4}}

@@ -14,9 +14,10 @@ from parallel_cases import SAVED, Training, make
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from jepa_kit.engine.checkpoint.dcp import METADATA, ShardError, layout, load_sharded, read_full, save_sharded
+from jepa_kit.engine.checkpoint.dcp import METADATA, layout, load_sharded, read_full, save_sharded
 from jepa_kit.engine.checkpoint.state_dict import full_state, load_full_state, state_of
 from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.errors import ShardError
 
 
 @pytest.fixture

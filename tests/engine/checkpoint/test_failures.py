@@ -4,9 +4,8 @@ import errno
 
 import pytest
 
-from jepa_kit.engine.checkpoint.async_save import SaveError
-from jepa_kit.engine.checkpoint.failures import RunError, under_way
-from jepa_kit.engine.skipped_samples import TooManySkippedError
+from jepa_kit.engine.checkpoint.failures import under_way
+from jepa_kit.errors import RunError, SaveError, TooManySkippedError
 
 
 @pytest.mark.parametrize("error", [ValueError("gone"), RuntimeError("gone"), ConnectionError("gone")])

@@ -16,7 +16,6 @@ from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint import format as module
 from jepa_kit.engine.checkpoint.format import (
     Checkpoint,
-    CheckpointError,
     checkpoints,
     load_checkpoint,
     optimizer_state,
@@ -27,6 +26,7 @@ from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.resume import FREE, check_folders, check_resumable, plan_resume
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper, set_hyper
+from jepa_kit.errors import CheckpointError
 from jepa_kit.predictors import ViTPredictor
 
 SHARDS = [{"file": f"shard-{k}.tar", "samples": 50, "bytes": 10240, "sha256": f"{k:064x}"} for k in range(2)]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from places import Bucket, Disk
 
-from jepa_kit.config import ConfigError, load_config
+from jepa_kit.config import load_config
 from jepa_kit.data.remote.fetch import path_manager
 from jepa_kit.engine.checkpoint import manager as store_module
-from jepa_kit.engine.checkpoint.async_save import SaveError
-from jepa_kit.engine.checkpoint.format import CheckpointError, checkpoints, load_checkpoint
+from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store, to_read
 from jepa_kit.engine.checkpoint.resume import plan_resume
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.submit import Job, prepare
+from jepa_kit.errors import CheckpointError, ConfigError, SaveError
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.start import init_from

@@ -5,7 +5,8 @@ from iopath.common.file_io import PathHandler
 from places import Bucket, BucketError, Disk
 
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.engine.checkpoint.remote import RemoteError, RemoteFolder, check_address
+from jepa_kit.engine.checkpoint.remote import RemoteFolder, check_address
+from jepa_kit.errors import RemoteError
 
 
 @pytest.fixture(params=[Bucket, Disk])

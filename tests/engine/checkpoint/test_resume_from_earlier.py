@@ -5,10 +5,11 @@ import torch
 
 from jepa_kit.engine import loop
 from jepa_kit.engine.checkpoint.async_save import write_archive
-from jepa_kit.engine.checkpoint.format import CheckpointError, checkpoint_path, checkpoints
+from jepa_kit.engine.checkpoint.format import checkpoint_path, checkpoints
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.submit import Job, prepare
+from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.formats import convert
 
 

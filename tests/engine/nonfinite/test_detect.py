@@ -9,7 +9,7 @@ from torch import nn
 from jepa_kit.engine.nonfinite.detect import Watch, spread, step_if_finite
 from jepa_kit.engine.optimizer import build_optimizer, clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
-from jepa_kit.recipe import Output
+from jepa_kit.structures import Output
 
 HYPER = Hyper(lr=0.1, weight_decay=0.1, momentum=1.0)
 

@@ -11,13 +11,13 @@ import torch
 
 from jepa_kit.distributed.signals import Agreement
 from jepa_kit.engine import loop
-from jepa_kit.engine.checkpoint.async_save import SaveError
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.nonfinite import policy
 from jepa_kit.engine.nonfinite.policy import BadStep, append_record, left_out, over_limit, read_record
 from jepa_kit.engine.replay import config_of, read_dump, weights_before
+from jepa_kit.errors import SaveError
 from jepa_kit.interop.formats import convert
 
 ROOT = Path(__file__).parents[3]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import blocks
 from jepa_kit.engine.build import open_shards
@@ -19,7 +20,6 @@ from jepa_kit.evaluation.masks.cost import Lengths, cost_of, cost_of_networks
 from jepa_kit.evaluation.masks.page import first_images, mask_page, samples_of
 from jepa_kit.evaluation.masks.report import MaskReport, mask_report, rectangles, warnings
 from jepa_kit.maskers import RELEASED
-from jepa_kit.recipe import build_masker, build_recipe
 from jepa_kit.registry import MASKERS
 
 FIXTURE = json.loads((Path(__file__).parents[2] / "fixtures/released_mask_statistics.json").read_text())

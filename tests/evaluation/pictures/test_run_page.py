@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import ViT
@@ -29,7 +30,6 @@ from jepa_kit.evaluation.pictures.decoder import (
 from jepa_kit.evaluation.pictures.maps import attention_weights, guesses
 from jepa_kit.evaluation.pictures.run_page import divided, draw_run, gather, middle_block
 from jepa_kit.maskers import Random
-from jepa_kit.recipe import build_recipe
 from jepa_kit.structures import PatchSets
 
 TOOLS = Path(__file__).parents[3] / "tools"
