@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from jepa_kit.config import Config
-from jepa_kit.distributed.collectives import from_main
+from jepa_kit.distributed.collectives import broadcast_from_rank0
 
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -80,7 +80,7 @@ def resolve_precision(config: Config, device: torch.device, stored: str | None =
         return with_precision(config, stored)
     given = config.slots["encoder"].options.get("embed_dim")
     width = given if isinstance(given, int) else WIDTHS[1]
-    return with_precision(config, from_main(lambda: choose_precision(device, width)))
+    return with_precision(config, broadcast_from_rank0(lambda: choose_precision(device, width)))
 
 
 def with_precision(config: Config, precision: str) -> Config:

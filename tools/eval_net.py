@@ -212,7 +212,7 @@ def evaluated(
     device: torch.device,
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """The rows, and what the file of results says of the checkpoint."""
-    from jepa_kit.distributed.collectives import from_main
+    from jepa_kit.distributed.collectives import broadcast_from_rank0
     from jepa_kit.engine.workers import choose_workers
     from jepa_kit.evaluation.evaluate import evaluate
     from jepa_kit.evaluation.feature_cache import FeatureStore
@@ -229,7 +229,7 @@ def evaluated(
     if loaded is None or file is None:
         networks = config_networks(config, **about)
     else:
-        digest = from_main(lambda: sha256(file))
+        digest = broadcast_from_rank0(lambda: sha256(file))
         checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
         chosen = arguments.encoder or encoder_named(loaded.jepa)
         encoders = [which for which in ENCODERS if chosen in (which, "both")]

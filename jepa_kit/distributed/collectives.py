@@ -156,9 +156,9 @@ def process_group(
 
     Args:
         timeout: for joining, None for torch's own.
-        patience: how long a process waits for another afterwards; None is ``timeout`` for tensors, and ``PATIENCE`` for
-            words (``from_main``, ``together``, ``gathered``, ``barrier``). It may be far longer: a process that ends is
-            met by torchrun, or by srun --kill-on-bad-exit, which end the others.
+        patience: timeout of collectives; None is ``timeout`` for tensors, and ``PATIENCE`` for host-side ones
+            (``broadcast_from_rank0``, ``run_on_all_ranks``, ``all_gather_object``, ``barrier``). It may be far longer:
+            if a process ends, torchrun and srun --kill-on-bad-exit end the others.
 
     Raises:
         StartError: they could not be joined; names the rank and the cause.
@@ -231,7 +231,7 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """What each process gives, by rank; all must call it."""
     if not joined():
         return [value]
@@ -242,10 +242,10 @@ def gathered(value: T) -> list[T]:
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun or Slurm started the same command before, as any process has it; all must call it."""
-    return any(gathered(any(environ.get(name, "0") != "0" for name in RESTARTS)))
+    return any(all_gather_object(any(environ.get(name, "0") != "0" for name in RESTARTS)))
 
 
-def from_main(decide: Callable[[], T]) -> T:
+def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     """What ``decide`` gives on rank 0, on every rank.
 
     Raises:
@@ -269,7 +269,7 @@ def from_main(decide: Callable[[], T]) -> T:
     return result
 
 
-def together(do: Callable[[], T]) -> T:
+def run_on_all_ranks(do: Callable[[], T]) -> T:
     """What ``do`` gives on this rank; all ranks must call it, and all raise where it raised on one.
 
     Raises:
@@ -278,8 +278,8 @@ def together(do: Callable[[], T]) -> T:
     """
     if not joined():
         return do()
-    result, own = _outcome(do, gathered)
-    errors = gathered(_sendable(own))
+    result, own = _outcome(do, all_gather_object)
+    errors = all_gather_object(_sendable(own))
     for rank, error in enumerate(errors):
         if error is not None:
             raise own if own is not None and rank == dist.get_rank() else error

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jepa_kit.distributed.collectives import gathered, is_main, joined
+from jepa_kit.distributed.collectives import all_gather_object, is_main, joined
 
 EX_TEMPFAIL = 75
 """sysexits.h: a failure that will not be one later."""
@@ -44,10 +44,10 @@ SAME = 2.0
 EVERY = 4
 
 
-class Answer(IntEnum):
+class Decision(IntEnum):
     """What all ranks do next: the most urgent of what each has to say."""
 
-    GO_ON = 0
+    CONTINUE = 0
     STOP = 1
     FAILED = 2
 
@@ -79,7 +79,7 @@ def preempted(own: int | None, step: int) -> Preempted:
         own: the signal that this rank got, or None.
         step: updates that the checkpoint has had.
     """
-    number = min((number for number in gathered(own) if number is not None), key=SIGNALS.index)
+    number = min((number for number in all_gather_object(own) if number is not None), key=SIGNALS.index)
     return Preempted(number, step, here=own == number)
 
 
@@ -101,7 +101,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.hear) for number in heard}
+        self.before = {number: signal.signal(number, self.handle) for number in heard}
         return self
 
     def __exit__(
@@ -110,7 +110,7 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         interrupt = number == signal.SIGINT
         if interrupt and not self.stepping:
@@ -126,7 +126,7 @@ class Signals:
             os.kill(os.getpid(), number)
 
 
-class Agreement:
+class StopConsensus:
     """All-reduce of stop and failure flags, whose result is read some steps later.
 
     Args:
@@ -139,7 +139,7 @@ class Agreement:
         self.work: Any = None
         self.numbers = torch.zeros(1, dtype=torch.int64)
 
-    def ask(self, step: int, failed: bool, stop: bool) -> Answer:
+    def poll(self, step: int, failed: bool, stop: bool) -> Decision:
         """To be called by all ranks after each step.
 
         Args:
@@ -148,26 +148,26 @@ class Agreement:
             stop: this rank got a signal.
 
         Returns:
-            the same on all ranks; GO_ON where there is no answer yet.
+            the same on all ranks; CONTINUE where there is no answer yet.
         """
-        own = Answer.FAILED if failed else Answer.STOP if stop else Answer.GO_ON
+        own = Decision.FAILED if failed else Decision.STOP if stop else Decision.CONTINUE
         if self.group is None:
             return own
         if step % self.every:
-            return Answer.GO_ON
-        answer = self.answer()
-        if answer is Answer.GO_ON:
+            return Decision.CONTINUE
+        decision = self.wait()
+        if decision is Decision.CONTINUE:
             self.numbers.fill_(own)
             self.work = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return answer
+        return decision
 
-    def answer(self) -> Answer:
-        """Waits for the answer to the last question, all ranks together; GO_ON where none is open."""
+    def wait(self) -> Decision:
+        """Waits for the answer to the last question, all ranks together; CONTINUE where none is open."""
         if self.work is None:
-            return Answer.GO_ON
+            return Decision.CONTINUE
         self.work.wait()
         self.work = None
-        return Answer(int(self.numbers))
+        return Decision(int(self.numbers))
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> str | None:

@@ -17,7 +17,7 @@ from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.identity import brief, identity
 from jepa_kit.data.transforms import View, build_view
-from jepa_kit.distributed.collectives import World, from_main, joined, together
+from jepa_kit.distributed.collectives import World, broadcast_from_rank0, joined, run_on_all_ranks
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
 from jepa_kit.engine.checkpoint.files import reading
@@ -78,8 +78,8 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
     """
     if not joined():
         return open_shards(config, shards)
-    from_main(lambda: len(open_shards(config, shards)))
-    dataset = together(lambda: open_shards(config, shards))
+    broadcast_from_rank0(lambda: len(open_shards(config, shards)))
+    dataset = run_on_all_ranks(lambda: open_shards(config, shards))
     check_same(flatten({"data.shards" if shards is None else "shards": brief(data_identity(dataset))}))
     return dataset
 
@@ -133,7 +133,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
     torch.manual_seed(settings.seed)
     jepa = build_recipe(config).to(device).train()
-    together(lambda: check_parts(config, device, weights_of=jepa))
+    run_on_all_ranks(lambda: check_parts(config, device, weights_of=jepa))
     compile_blocks(jepa, device, cast(Encoder, jepa.encoder).embed_dim)
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
@@ -178,22 +178,22 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
         CheckpointError: it is damaged, then the message says which one is not; or it is not of this run.
         RemoteError: it lies elsewhere, and did not come.
     """
-    path = from_main(lambda: store.local(latest))
+    path = broadcast_from_rank0(lambda: store.local(latest))
     try:
         alone = (0, 1) if run.world.is_main else None
         share = (run.world.rank, run.world.size) if path.is_dir() else alone  # shards: each reads some of them
-        together(lambda: None if share is None else verify(path, rank=share[0], size=share[1]))
+        run_on_all_ranks(lambda: None if share is None else verify(path, rank=share[0], size=share[1]))
         checkpoint = load_checkpoint(path, verified=True, with_state=not path.is_dir())
     except CheckpointError as error:
         told = str(error).replace(str(path), str(latest))  # where it lies, and not where it was fetched to
-        raise CheckpointError(f"{told}; {from_main(lambda: advice(store, latest))}") from error
+        raise CheckpointError(f"{told}; {broadcast_from_rank0(lambda: advice(store, latest))}") from error
     precision = checkpoint.config["train"]["precision"]
     config = resolve_precision(run.config, run.device, precision)
     notes = check_resumable(checkpoint, config.to_dict(), data_identity(run.dataset))
     if checkpoint.step != step_of(path) or checkpoint.step > run.schedule.steps:
         raise CheckpointError(
             f"{latest} holds step {checkpoint.step}, which is not that of its name, or is after the run's last "
-            f"(={run.schedule.steps}); {from_main(lambda: advice(store, latest))}"
+            f"(={run.schedule.steps}); {broadcast_from_rank0(lambda: advice(store, latest))}"
         )
     if path.is_dir():
         with reading(path):
@@ -201,8 +201,8 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
             load_sharded(path, run.jepa, run.optimizer)
     else:
         restore(checkpoint, run.jepa, run.optimizer)
-    together(lambda: _check_finite(run, str(latest)))  # and all have read it
-    from_main(store.forget)
+    run_on_all_ranks(lambda: _check_finite(run, str(latest)))  # and all have read it
+    broadcast_from_rank0(store.forget)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [*notes, f"resumed at step {checkpoint.step:,}"], precision)
 
@@ -226,8 +226,8 @@ def start_from(run: Run, store: Store, latest: Where | None, resume_from: str | 
     if latest is not None:
         start = resume_run(run, store, latest)
         if resume_from is not None and not store.owns(resume_from):
-            start.lines.append(from_main(lambda: note_of_start(store, resume_from, start.origin)))
-        aside = from_main(lambda: store.set_aside(latest))
+            start.lines.append(broadcast_from_rank0(lambda: note_of_start(store, resume_from, start.origin)))
+        aside = broadcast_from_rank0(lambda: store.set_aside(latest))
         return start._replace(lines=[*start.lines, *(f"set aside: {name}" for name in aside)])
     if resume_from is not None:
         start = resume_official(run.jepa, run.optimizer, resume_from, run.steps_per_epoch)

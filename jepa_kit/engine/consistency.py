@@ -15,7 +15,7 @@ from typing import Any
 import jepa_kit
 from jepa_kit.config import Config, versions
 from jepa_kit.config.imports import find_source
-from jepa_kit.distributed.collectives import gathered
+from jepa_kit.distributed.collectives import all_gather_object
 
 MAY_DIFFER = frozenset(
     {
@@ -96,7 +96,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ; the same message on every rank.
     """
-    if lines := differences(gathered(dict(facts))):
+    if lines := differences(all_gather_object(dict(facts))):
         raise ValueError("the processes of this run must agree, but these differ:\n  " + "\n  ".join(lines))
 
 

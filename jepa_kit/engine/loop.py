@@ -23,13 +23,13 @@ from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import (
     barrier,
+    broadcast_from_rank0,
     choose_device,
-    from_main,
     process_group,
     read_environment,
     restarted,
 )
-from jepa_kit.distributed.signals import Agreement, Answer, Signals, preempted
+from jepa_kit.distributed.signals import Decision, Signals, StopConsensus, preempted
 from jepa_kit.engine.build import Run, build_run, data_identity, start_from
 from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.failures import under_way
@@ -73,7 +73,7 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
         ValueError: the config does not fit the data, the machine or the run in the folder; processes differ in config,
             data or code (consistency.py); or another process has a run in the folder.
         StartError: the processes could not join.
-        PeerError: another process failed before the first step, and told why.
+        PeerError: another process failed before the first step, with the reason.
         RunError: the run failed under way: too many samples that cannot be used, a cache that takes no more, a loader
             worker that died, ...
         FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (bad_steps.py).
@@ -90,14 +90,14 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
     with deterministic(config.train.deterministic), process_group(world, device), ExitStack() as held:
         again = restarted()
         check_command(config, {"resume": resume, "resume_from": resume_from})
-        agreement = Agreement()  # one for all stretches: a group of processes stays until they part
+        consensus = StopConsensus()  # one for all stretches: a group of processes stays until they part
 
         def begin() -> Where | None:
             check_folders(store)
             held.enter_context(only_run_in(folder))
             return plan_resume(store, resume, resume_from, again=again)
 
-        latest = from_main(begin)
+        latest = broadcast_from_rank0(begin)
         signals = held.enter_context(Signals())  # from here on: a signal ends a start that waits for another run
 
         if world.is_main:  # the rest may take a while, and is silent
@@ -109,12 +109,12 @@ def train(config: Config, *, resume: bool = False, resume_from: str | None = Non
             run = replace(run, config=resolve_precision(config, device, start.precision))
             with products_in(precision_of(run.config), device):
                 places = find_places(world, device, precision_of(run.config))
-                from_main(lambda: announce(run, store, start, places, resume, resume_from))
-                return run_steps(run, folder, store, start, resume_from, signals, agreement)
+                broadcast_from_rank0(lambda: announce(run, store, start, places, resume, resume_from))
+                return run_steps(run, folder, store, start, resume_from, signals, consensus)
 
         end = stretch(latest, resume)
         while end is End.ROLL_BACK:
-            end = stretch(from_main(store.newest), True)
+            end = stretch(broadcast_from_rank0(store.newest), True)
         if world.is_main:
             if end is End.DONE:  # after a signal there are seconds left, and matplotlib takes some
                 drawn("curves.png", lambda: plot_curves(folder))
@@ -158,7 +158,7 @@ def run_steps(
     start: Start,
     resume_from: str | None,
     signals: Signals,
-    agreement: Agreement,
+    consensus: StopConsensus,
 ) -> End:
     """The steps from the start's to the last, with lines, hooks and checkpoints, or to where the run must end before.
 
@@ -180,7 +180,7 @@ def run_steps(
     skipped = build_skipped(run, folder, first)
     journal = open_journal(run, folder, first) if run.world.is_main else None
     signals.stepping = True
-    agreement.answer()  # to what was asked before a roll back; who still wants it asks again
+    consensus.wait()  # to what was asked before a roll back; who still wants it asks again
     with under_way(folder), journal or nullcontext(), saver:
         batches = to_device(run.loader.batches(first), run.device, prefetch=run.config.data.prefetch)
         for step in range(first, run.schedule.steps):
@@ -208,17 +208,17 @@ def run_steps(
                 meter.count(batch.masks, len(batch))
                 watch.add(step, hyper, batch, out, out.grad_norm)
 
-            answer = agreement.ask(step, saver.failed, signals.number is not None)
-            if answer is Answer.FAILED:
-                from_main(saver.wait)  # raises
-            stopping = answer is Answer.STOP
+            decision = consensus.poll(step, saver.failed, signals.number is not None)
+            if decision is Decision.FAILED:
+                broadcast_from_rank0(saver.wait)  # raises
+            stopping = decision is Decision.STOP
             saving = stopping or (step + 1) % every == 0 or step == last
             due = due_hooks(hooks, step, last)
             logging = saving or bool(due) or step % settings.log_every == 0
             for suspect in watch.found(flush=logging):
-                told = bad_steps.meet(suspect)
+                message = bad_steps.handle(suspect)
                 if journal:
-                    journal.say(told)
+                    journal.info(message)
                 if settings.bad_numbers == "rollback":
                     return End.ROLL_BACK
             record: Record = {}
@@ -226,7 +226,7 @@ def run_steps(
                 assert batch.masks is not None
                 record = meter.record(hyper, out, batch.masks)
             if logging:
-                so_far = skipped.tell(journal.say if journal else print)
+                so_far = skipped.collect(journal.info if journal else print)
                 record |= {"data/skipped": so_far} if record else {}
             with meter.pausing():
                 record.update(run_hooks(due, run, step))
@@ -242,7 +242,7 @@ def run_steps(
             if stopping and step != last:
                 signals.step = step + 1
                 return End.STOPPED
-        agreement.answer()
+        consensus.wait()
     return End.DONE
 
 

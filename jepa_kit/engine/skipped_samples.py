@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from jepa_kit.data.errors import Allowance, Skipped
-from jepa_kit.distributed.collectives import gathered, is_main, mean_over_ranks
+from jepa_kit.distributed.collectives import all_gather_object, is_main, mean_over_ranks
 from jepa_kit.errors import TooManySkippedError
 from jepa_kit.files import write_text
 
@@ -54,11 +54,11 @@ class SkippedSamples:
         epoch = step // self.steps_per_epoch
         self._new += [{"step": step, "epoch": epoch, **entry._asdict()} for entry in skipped]
 
-    def tell(self, say: Callable[[str], None]) -> int:
+    def collect(self, info: Callable[[str], None]) -> int:
         """Joins what the processes noted, and writes it down; every process must call it.
 
         Args:
-            say: prints a message, on the main process.
+            info: prints a message, on the main process.
 
         Returns:
             samples skipped since the run began.
@@ -75,9 +75,9 @@ class SkippedSamples:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_text(new))
             for line in new[:SHOWN]:
-                say(f"skipped {line['key']!r}: {line['reason']}")
+                info(f"skipped {line['key']!r}: {line['reason']}")
             if len(new) > SHOWN:
-                say(f"skipped {len(new) - SHOWN} more: {self.path}")
+                info(f"skipped {len(new) - SHOWN} more: {self.path}")
         for epoch in sorted({line["epoch"] for line in new}):
             if self._of_epoch[epoch] > self.allowance.count:
                 raise TooManySkippedError(self._why(epoch, new))
@@ -89,7 +89,7 @@ class SkippedSamples:
         # a mean is above 0 where any of them is: no lists are sent as long as all is well
         if not float(mean_over_ranks(torch.tensor(float(len(own)), dtype=torch.float64, device=self.device))):
             return []
-        return sorted((line for lines in gathered(own) for line in lines), key=lambda line: line["step"])
+        return sorted((line for lines in all_gather_object(own) for line in lines), key=lambda line: line["step"])
 
     def _why(self, epoch: int, new: Sequence[Line]) -> str:
         shown = [line for line in new if line["epoch"] == epoch][:SHOWN]

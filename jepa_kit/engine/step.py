@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.distributed.buffers import Buffers
-from jepa_kit.engine.nonfinite.detect import spread, step_if_finite
+from jepa_kit.engine.nonfinite.detect import propagate_nonfinite, step_if_finite
 from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.recipe import JEPA
@@ -54,7 +54,7 @@ def train_step(
     buffers = Buffers(jepa)
     with autocast():
         out = (forward or jepa)(images, masks)
-    spread(out.loss).backward()
+    propagate_nonfinite(out.loss).backward()
     grad_norm = clip_gradients(jepa, clip_grad)
     step_if_finite(optimizer, grad_norm)
     buffers.restore_unless(torch.isfinite(grad_norm))

@@ -19,7 +19,7 @@ from jepa_kit.config import DataConfig
 from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms.decoders import DecoderName
-from jepa_kit.distributed.collectives import World, gathered, together
+from jepa_kit.distributed.collectives import World, all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import ENCODERS, Network
 from jepa_kit.evaluation.feature_sources import run_networks as run_networks
@@ -170,7 +170,11 @@ def evaluate(
         say(f"{job.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
         return [_row(job, layers, task, one, seconds) for one in found]
 
-    found = [job for share in gathered(together(lambda: _share(jobs, ask, world, progress))) for job in share]
+    found = [
+        job
+        for share in all_gather_object(run_on_all_ranks(lambda: _share(jobs, ask, world, progress)))
+        for job in share
+    ]
     return _in_order([row for _, rows in sorted(found, key=lambda one: one[0]) for row in rows])
 
 

@@ -23,7 +23,7 @@ from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.loader import Batch, eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms.decoders import DecoderName
-from jepa_kit.distributed.collectives import World, barrier, from_main, together
+from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.evaluation.feature_sources import Network, View
 
 FORMAT = "jepa_kit features/1"
@@ -92,7 +92,7 @@ class FeatureStore:
         arrays: Arrays = {}
         asked = [self._array(network, view, dataset, image_size, decoder) for network, view in wanted]
         # one process looks: all must agree on what is missing
-        there = from_main(lambda: [one.file is not None and _is_kept(one.file) for one in asked])
+        there = broadcast_from_rank0(lambda: [one.file is not None and _is_kept(one.file) for one in asked])
         missing: list[_Array] = []
         for one, kept in zip(asked, there, strict=True):
             if kept:
@@ -114,7 +114,7 @@ class FeatureStore:
             decoder=decoder,
             max_pixels=max_pixels,
         )
-        together(lambda: self._fill(fresh, missing, batches, dataset, len(mine), progress))
+        run_on_all_ranks(lambda: self._fill(fresh, missing, batches, dataset, len(mine), progress))
         arrays |= self._keep(fresh, missing)
         seconds = time.perf_counter() - start
         say(f"features of {len(dataset):,} images in {dataset.path}: {seconds:.1f} s", progress)

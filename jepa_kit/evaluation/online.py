@@ -31,7 +31,7 @@ from jepa_kit.build import build_masker
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
-from jepa_kit.distributed.collectives import together
+from jepa_kit.distributed.collectives import run_on_all_ranks
 from jepa_kit.engine.build import Run, open_together
 from jepa_kit.engine.workers import choose_workers
 from jepa_kit.evaluation.features import evaluating
@@ -157,7 +157,7 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
     )
     return OnlineEvaluation(
         every=wanted.every,
-        images=together(lambda: torch.cat([batch.images for batch in batches])),
+        images=run_on_all_ranks(lambda: torch.cat([batch.images for batch in batches])),
         samples=wanted.samples,
         masker=build_masker(config),
         mean=config.data.mean,

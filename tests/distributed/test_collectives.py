@@ -14,14 +14,14 @@ from torch import nn
 from jepa_kit.distributed import collectives, rendezvous
 from jepa_kit.distributed.collectives import (
     World,
+    all_gather_object,
+    broadcast_from_rank0,
     choose_device,
-    from_main,
-    gathered,
     is_main,
     mean_over_ranks,
     process_group,
     read_environment,
-    together,
+    run_on_all_ranks,
     wrap,
 )
 from jepa_kit.errors import StartError
@@ -173,9 +173,9 @@ def test_alone_everything_is_itself():
     with process_group(World(), torch.device("cpu")):
         assert wrap(model, torch.device("cpu")) is model
         assert is_main()
-        assert from_main(lambda: 5) == 5
-        assert together(lambda: 6) == 6
-        assert gathered(7) == [7]
+        assert broadcast_from_rank0(lambda: 5) == 5
+        assert run_on_all_ranks(lambda: 6) == 6
+        assert all_gather_object(7) == [7]
         assert mean_over_ranks(torch.tensor([1.0, 3.0])).tolist() == [1.0, 3.0]
         collectives.barrier()
 
@@ -188,14 +188,14 @@ world = read_environment()
 device = choose_device("cpu", world)
 with process_group(world, device, timeout=timedelta(seconds=5)):
     assert is_main() == (world.rank == 0) == world.is_main
-    assert gathered(world.rank) == [0, 1]
-    assert from_main(lambda: time.sleep(7) or "late") == "late"  # longer than a step may wait
+    assert all_gather_object(world.rank) == [0, 1]
+    assert broadcast_from_rank0(lambda: time.sleep(7) or "late") == "late"  # longer than a step may wait
     assert mean_over_ranks(torch.tensor([float(world.rank)])).tolist() == [0.5]
-    assert from_main(lambda: f"from {world.rank}") == "from 0"
+    assert broadcast_from_rank0(lambda: f"from {world.rank}") == "from 0"
     def refuse():
         raise ValueError(f"refused by {world.rank}")
     try:
-        from_main(refuse)
+        broadcast_from_rank0(refuse)
     except ValueError as error:
         assert str(error) == "refused by 0"
     else:
@@ -219,14 +219,14 @@ with process_group(world, device, timeout=timedelta(seconds=5)):
     # a kind that all share, one that only its own process can tell, one that pickle cannot carry
     unsent = OSError("no pickle")
     unsent.held = sys.stdout
-    for rank, call in ((0, from_main), (0, together), (1, together)):
+    for rank, call in ((0, broadcast_from_rank0), (0, run_on_all_ranks), (1, run_on_all_ranks)):
         own = world.rank == rank
         refused(lambda: call(fail(rank, RuntimeError("shared"))), RuntimeError, "shared")
         peer = f"rank {rank} failed (KeyError); its own message tells more"
         refused(lambda: call(fail(rank, KeyError("own"))), KeyError if own else PeerError, "own" if own else peer)
         peer = f"rank {rank}: OSError: no pickle"
         refused(lambda: call(fail(rank, unsent)), OSError if own else PeerError, "no pickle" if own else peer)
-    assert together(lambda: world.rank) == world.rank  # and they are in step
+    assert run_on_all_ranks(lambda: world.rank) == world.rank  # and they are in step
     torch.manual_seed(world.rank)  # DDP starts both from rank 0's weights, the frozen ones too
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 1), "b": torch.nn.Linear(2, 1).requires_grad_(False)})
     model.forward = lambda x: model["a"](x)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jepa_kit.distributed import signals
-from jepa_kit.distributed.signals import EX_TEMPFAIL, Agreement, Answer, Preempted, Signals, requeue
+from jepa_kit.distributed.signals import EX_TEMPFAIL, Decision, Preempted, Signals, StopConsensus, requeue
 from jepa_kit.engine import loop
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.logging.telemetry import read_metrics
@@ -78,7 +78,7 @@ def test_a_signal_in_the_last_step_ends_nothing(tiny, signalled):
 def test_the_second_signal_ends_the_process():
     script = (
         "import os, signal, sys, time\n"
-        "from jepa_kit.engine import signals\n"
+        "from jepa_kit.distributed import signals\n"
         "signals.SAME = float(sys.argv[1])\n"
         "with signals.Signals() as heard:\n"
         "    for number in (signal.SIGUSR1, signal.SIGTERM):\n"
@@ -106,7 +106,7 @@ def test_the_second_signal_ends_the_process():
 )
 def test_ranks_agree_on_the_signal(monkeypatch, own, others, number, words):
     """SIGTERM counts: it may be that of scancel, and its job is not put into the queue again."""
-    monkeypatch.setattr(signals, "gathered", lambda value: [value, *others])
+    monkeypatch.setattr(signals, "all_gather_object", lambda value: [value, *others])
     stopped = signals.preempted(own, 7)
     assert stopped.number == number
     assert str(stopped).startswith(words)
@@ -150,11 +150,11 @@ def test_no_signal():
 
 
 def test_one_process_agrees_with_itself_at_once():
-    agreement = Agreement()
-    assert agreement.ask(1, False, False) is Answer.GO_ON
-    assert agreement.ask(1, False, True) is Answer.STOP
-    assert agreement.ask(1, True, True) is Answer.FAILED
-    assert agreement.answer() is Answer.GO_ON
+    consensus = StopConsensus()
+    assert consensus.poll(1, False, False) is Decision.CONTINUE
+    assert consensus.poll(1, False, True) is Decision.STOP
+    assert consensus.poll(1, True, True) is Decision.FAILED
+    assert consensus.wait() is Decision.CONTINUE
 
 
 def test_requeue(tmp_path, monkeypatch):

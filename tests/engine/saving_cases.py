@@ -17,7 +17,7 @@ from places import Bucket
 from torch.distributed.checkpoint import FileSystemWriter
 
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.distributed.collectives import barrier, from_main, process_group
+from jepa_kit.distributed.collectives import barrier, broadcast_from_rank0, process_group
 from jepa_kit.engine.checkpoint import async_save
 from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.dcp import load_sharded
@@ -128,7 +128,7 @@ def elsewhere(world, folder):
     """Shards of both go to a place, and both go on from what rank 0 fetches."""
     path_manager.register_handler(Bucket(folder / "bucket"))
     store, run = Store(folder / "run", f"{Bucket.PREFIX}a"), Training(world, "fsdp")
-    from_main(lambda: store.begin(""))
+    broadcast_from_rank0(lambda: store.begin(""))
     with Saver(store, keep=1, sharded=True) as saver:
         for step in (1, 2):
             run.step(step)
@@ -136,9 +136,9 @@ def elsewhere(world, folder):
     assert store.checkpoints() == [f"{Bucket.PREFIX}a/checkpoint_00000002"]
     wanted = copy.deepcopy(full_state(run.jepa, run.optimizer))
     other = Training(world, "fsdp", jepa=make(seed=1))
-    load_sharded(from_main(lambda: store.local(store.newest())), other.jepa, other.optimizer)
+    load_sharded(broadcast_from_rank0(lambda: store.local(store.newest())), other.jepa, other.optimizer)
     barrier()
-    from_main(store.forget)
+    broadcast_from_rank0(store.forget)
     same_state(full_state(other.jepa, other.optimizer), wanted, "elsewhere", atol=0)
     assert names(folder / "run") == []
 

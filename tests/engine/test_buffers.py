@@ -9,7 +9,7 @@ from parallel_cases import Training, batch, launch, make
 from torch import nn
 
 from jepa_kit.distributed.buffers import Buffers, persistent_buffers
-from jepa_kit.distributed.collectives import World, gathered, process_group
+from jepa_kit.distributed.collectives import World, all_gather_object, process_group
 from jepa_kit.engine.checkpoint.state_dict import full_state
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
@@ -152,7 +152,7 @@ def one_rank(world, out):
             for step in (2, 3):
                 assert run.step(step).isfinite().all(), (mode, accumulate)
             assert seen[0] != seen[accumulate]
-            assert gathered(seen[::accumulate]) == [gathered(seen[::accumulate])[0]] * world.size
+            assert all_gather_object(seen[::accumulate]) == [all_gather_object(seen[::accumulate])[0]] * world.size
         (out / f"rank_{world.rank}").touch()
 
 

@@ -31,10 +31,10 @@ def test_lines_and_counts(tmp_path):
     said, samples = [], listed(tmp_path)
     samples.add(3, skipped(1, 2))
     samples.add(4, [])
-    assert samples.tell(said.append) == 2
-    assert samples.tell(said.append) == 2
+    assert samples.collect(said.append) == 2
+    assert samples.collect(said.append) == 2
     samples.add(12, skipped(*range(3, 8)))
-    assert samples.tell(said.append) == 7
+    assert samples.collect(said.append) == 7
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 3, "epoch": 0, "sample": 1, "key": "photo/1", "reason": "broken"}
     assert [(line["step"], line["epoch"], line["sample"]) for line in lines[2:]] == [(12, 1, n) for n in range(3, 8)]
@@ -45,7 +45,7 @@ def test_lines_and_counts(tmp_path):
 def test_without_faults_there_is_no_file(tmp_path):
     samples = listed(tmp_path)
     samples.add(0, [])
-    assert samples.tell(print) == 0
+    assert samples.collect(print) == 0
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
@@ -53,13 +53,13 @@ def test_a_resumed_run_counts_on_and_lists_none_twice(tmp_path):
     first = listed(tmp_path)
     for step in (2, 5):
         first.add(step, skipped(step))
-    first.tell(print)
+    first.collect(print)
     with (tmp_path / "skipped.jsonl").open("a") as file:
         file.write('{"step": 6, "epo')  # killed while it wrote
     again = listed(tmp_path, first_step=5)
     assert again.total == 1
     again.add(5, skipped(5))
-    assert again.tell(print) == 2
+    assert again.collect(print) == 2
     assert [line["step"] for line in read_skipped(tmp_path)] == [2, 5]
 
 
@@ -67,14 +67,14 @@ def test_too_many_of_an_epoch_stop_the_run(tmp_path):
     samples = listed(tmp_path, share=0.25)  # 10 of 40
     samples.add(1, skipped(*range(10)))
     samples.add(11, skipped(*range(10)))
-    assert samples.tell(print) == 20
+    assert samples.collect(print) == 20
     samples.add(12, skipped(10))
     with pytest.raises(
         TooManySkippedError,
         match=r"^11 of the 40 samples of epoch 1 could not be used, more than the 10 that data.max_skipped \(=0.25\) "
         r"allows. .*skipped.jsonl lists all; the last: 'photo/10': broken$",
     ):
-        samples.tell(print)
+        samples.collect(print)
     assert len(read_skipped(tmp_path)) == 21
     assert listed(tmp_path, first_step=20, share=0.25)._of_epoch == {0: 10, 1: 11}
 
@@ -83,7 +83,7 @@ def test_none_may_be_skipped(tmp_path):
     samples = listed(tmp_path, share=0.0)
     samples.add(0, skipped(1))
     with pytest.raises(TooManySkippedError, match=r"more than the 0 that data.max_skipped \(=0\) allows"):
-        samples.tell(print)
+        samples.collect(print)
 
 
 def test_a_file_that_is_broken(tmp_path):
@@ -124,11 +124,11 @@ def _rank(rank, folder):
     samples, said = listed(folder, share=0.25), []
     samples.add(1, skipped(*([7, 8] if rank else [])))
     samples.add(0, skipped(rank))
-    assert samples.tell(said.append) == 4
+    assert samples.collect(said.append) == 4
     assert bool(said) == (rank == 0)
     samples.add(2, skipped(*range(20, 27)) if rank else [])
     with pytest.raises(TooManySkippedError, match=r"11 of the 40 samples of epoch 0"):
-        samples.tell(said.append)
+        samples.collect(said.append)
     dist.destroy_process_group()
 
 

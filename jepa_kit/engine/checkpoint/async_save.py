@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_kit.distributed.collectives import PATIENCE, from_main, is_main, joined, together
+from jepa_kit.distributed.collectives import PATIENCE, broadcast_from_rank0, is_main, joined, run_on_all_ranks
 from jepa_kit.engine.checkpoint.dcp import save_sharded
 from jepa_kit.engine.checkpoint.format import (
     FORMAT,
@@ -130,7 +130,7 @@ class Saver:
         """Waits for what is being written; its error is raised on all ranks, or printed beside another one."""
         if error is None:
             self._join()
-            from_main(self.wait)
+            broadcast_from_rank0(self.wait)
         elif self.thread is not None:
             self.thread.join()
             if self.error is not None:
@@ -173,8 +173,8 @@ class Saver:
             FloatingPointError: weights or moments are not finite, so that no run could resume; nothing is written.
         """
         self._join()
-        from_main(self.wait)
-        together(lambda: check_finite(*state_of(jepa, optimizer), header.step))
+        broadcast_from_rank0(self.wait)
+        run_on_all_ranks(lambda: check_finite(*state_of(jepa, optimizer), header.step))
         if self.sharded:
             group = background_group()
             self._start(self._write_shards, *self._held(*state_of(jepa, optimizer)), header, group)

@@ -252,7 +252,7 @@ class Journal:
         for board in self.boards:
             board.close()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a message."""
         if self.bar is not None:
             self.bar.write(text)

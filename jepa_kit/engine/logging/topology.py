@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jepa_kit.distributed.collectives import World, gathered
+from jepa_kit.distributed.collectives import World, all_gather_object
 from jepa_kit.planning.peak_flops import Precision, matrix_peak
 
 
@@ -46,7 +46,7 @@ def find_places(world: World, device: torch.device, precision: Precision) -> lis
         model,
         round(matrix_peak(device, precision) / 1e12, 4),
     )
-    return gathered(own)
+    return all_gather_object(own)
 
 
 def to_dict(places: Sequence[Place], precision: Precision) -> dict[str, Any]:

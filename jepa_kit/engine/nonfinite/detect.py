@@ -2,9 +2,9 @@
 
 How they are seen without waiting for the device and without a message of their own:
 
-1. ``spread``: a loss that is not finite makes every gradient of its rank NaN, and the average of gradients over
-   ranks, which DDP and FSDP take anyway, carries that to all. So one number, the norm of all gradients, tells every
-   rank.
+1. ``propagate_nonfinite`` makes every gradient of a rank NaN if its loss is not finite. The average of gradients over
+   ranks, which DDP and FSDP take anyway, carries that to all ranks, so that one number shows it: the norm of all
+   gradients.
 2. ``step_if_finite``: AdamW reads that number on the device and leaves parameters and moments alone where it is bad.
 3. ``Buffers`` (buffers.py): the same number, on the device, takes back what the forward pass made of buffers (batch
    norm's statistics, a centre of targets).
@@ -32,7 +32,7 @@ LAG = 2
 """Steps between a step and the host's look at its numbers: the device has that much work before it."""
 
 
-def spread(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The loss []; its gradient is NaN everywhere where it is not finite, and unchanged where it is."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 from jepa_kit.data.loader import Batch
-from jepa_kit.distributed.collectives import from_main, together
+from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.checkpoint.format import part_path
 from jepa_kit.engine.logging.telemetry import all_ranks
 from jepa_kit.engine.nonfinite.detect import Suspect
@@ -197,10 +197,10 @@ class BadSteps:
         self.policy, self.limit, self.folder = policy, limit, folder
         self.rank, self.device = rank, device
         self.checkpoint, self.facts = checkpoint, facts
-        self.record = from_main(lambda: read_record(folder))
+        self.record = broadcast_from_rank0(lambda: read_record(folder))
         self.left_out = left_out(self.record)
 
-    def meet(self, suspect: Suspect) -> str:
+    def handle(self, suspect: Suspect) -> str:
         """Keeps the batch, records the step, and says what was done; all ranks must call it for the same step.
 
         Raises:
@@ -208,13 +208,15 @@ class BadSteps:
         """
         numbers = all_ranks(suspect.numbers[:2].to(self.device))  # [ranks, 2]
         losses = tuple(str(value) for value in numbers[:, 0].tolist())
-        bad = BadStep(suspect.step, self.policy, losses, str(float(numbers[0, 1])), from_main(self.checkpoint))
+        bad = BadStep(
+            suspect.step, self.policy, losses, str(float(numbers[0, 1])), broadcast_from_rank0(self.checkpoint)
+        )
         if self.rank in bad.ranks or not bad.ranks:
             own = dump_path(self.folder, bad.step, self.rank)
-            together(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)))
+            run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)))
         else:
-            together(lambda: None)
-        from_main(lambda: append_record(self.folder, bad))
+            run_on_all_ranks(lambda: None)
+        broadcast_from_rank0(lambda: append_record(self.folder, bad))
         dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
         replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"
         told = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"

@@ -52,7 +52,7 @@ def test_rank_0_is_the_first_to_open_shards(tiny, shards, monkeypatch):
     """So one process makes an index that is missing, and the others find it."""
     opened = []
     monkeypatch.setattr(build, "joined", lambda: True)
-    monkeypatch.setattr(build, "from_main", lambda decide: opened.append(("rank 0", decide())))
+    monkeypatch.setattr(build, "broadcast_from_rank0", lambda decide: opened.append(("rank 0", decide())))
     assert len(build.open_together(tiny(), f"{shards}/shard-000001.tar")) == 10
     assert opened == [("rank 0", 10)]
     monkeypatch.setattr(build, "joined", lambda: False)

@@ -131,7 +131,7 @@ def test_lines_for_programs_and_for_people(tmp_path, capsys):
         journal.write(record(9))
         journal.advance()
         assert read_metrics(tmp_path) == [record(9)]  # flushed at once
-        journal.say("hello")
+        journal.info("hello")
     assert capsys.readouterr().out == (
         "step  10/100  epoch 0  loss 0.5000  lr 9.00e-03  momentum 0.9960  16 images/s  data wait 25%  0:00:45 left\n"
         "hello\n"
@@ -142,7 +142,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys):
     with Journal(tmp_path, first_step=4, steps=10, bar=True) as journal:
         journal.write(record(4))
         journal.advance()
-        journal.say("hello")
+        journal.info("hello")
     printed = capsys.readouterr()
     assert "5/10" in printed.err
     assert "loss 0.5000" in printed.err

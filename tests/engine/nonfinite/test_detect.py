@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.engine.nonfinite.detect import Watch, spread, step_if_finite
+from jepa_kit.engine.nonfinite.detect import Watch, propagate_nonfinite, step_if_finite
 from jepa_kit.engine.optimizer import build_optimizer, clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.structures import Output
@@ -22,7 +22,7 @@ def make_model():
 def update(model, optimizer, images, scale=1.0):
     set_hyper(optimizer, HYPER)
     loss = scale * model["predictor"](model["encoder"](images)).square().mean()
-    spread(loss).backward()
+    propagate_nonfinite(loss).backward()
     grad_norm = clip_gradients(model, None)
     step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad(set_to_none=True)
@@ -37,7 +37,9 @@ def state(model, optimizer):
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
 def test_a_bad_loss_makes_every_gradient_nan(scale):
     model = make_model()
-    (spread(torch.tensor(scale) * model["predictor"](model["encoder"](torch.ones(1, 2))).mean())).backward()
+    (
+        propagate_nonfinite(torch.tensor(scale) * model["predictor"](model["encoder"](torch.ones(1, 2))).mean())
+    ).backward()
     assert all(p.grad.isnan().all() for p in model.parameters())
 
 
@@ -45,13 +47,13 @@ def test_a_loss_that_is_infinite_where_its_gradient_is_finite():
     x = torch.tensor([3e38, 3e38], requires_grad=True)
     loss = x.sum()  # its gradient is 1
     assert loss.item() == math.inf
-    spread(loss).backward()
+    propagate_nonfinite(loss).backward()
     assert x.grad.isnan().all()
 
 
 def test_a_finite_loss_keeps_its_gradient_bit_for_bit():
     gradients = []
-    for around in (lambda loss: loss, spread):
+    for around in (lambda loss: loss, propagate_nonfinite):
         model = make_model()
         around(model["predictor"](model["encoder"](torch.ones(3, 2))).square().mean()).backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.distributed.signals import Agreement
+from jepa_kit.distributed.signals import StopConsensus
 from jepa_kit.engine import loop
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
@@ -132,7 +132,7 @@ def test_rollback_to_the_first_weights(tiny, bad_at):
 
 def test_a_roll_back_makes_no_new_group_of_processes(tiny, bad_at, monkeypatch):
     made = []
-    monkeypatch.setattr(loop, "Agreement", lambda: made.append(Agreement()) or made[-1])
+    monkeypatch.setattr(loop, "StopConsensus", lambda: made.append(StopConsensus()) or made[-1])
     bad_at(2)
     folder = train(tiny("train.bad_numbers=rollback"))
     assert sorted(losses(folder)) == [0, 1, 3, 4, 5]
