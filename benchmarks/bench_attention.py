@@ -37,7 +37,7 @@ from torch import Tensor
 
 from jepa_kit.encoders.attention import attend, why_not
 from jepa_kit.maskers import MultiBlock
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Way = Callable[[Tensor, Tensor, Tensor, SetLengths], Tensor]

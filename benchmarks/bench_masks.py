@@ -29,7 +29,8 @@ import torch
 
 from jepa_kit.maskers import RELEASED
 from jepa_kit.registry import MASKERS
-from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 Patches = set[int]
 Masks = tuple[Patches, list[Patches]]

@@ -34,7 +34,8 @@ from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.attention import BACKENDS, attend, why_not
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.planning.flops import encoder_flops
-from jepa_kit.structures import PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import PatchSets
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PATCH = {"huge": 14}

@@ -21,24 +21,25 @@ from jepa_kit.registry import SLOTS, TRANSFORMS
 from jepa_kit.structures import Grid
 
 CHANNELS = 3
-"""Of every image that the data give."""
+"""Channels of every image of the data."""
 
 
 def build_masker(config: Config) -> Masker:
-    """The masker of a config, for its grid of patches.
+    """Return the masker of a config, for its grid of patches.
 
     Raises:
-        ConfigError: what the masker cannot satisfy, and what other parts refuse; each line begins with its slot.
+        ConfigError: a part refuses its options; one line each, beginning with the slot.
     """
     with every_problem(config):
         return _build(config.slots["masker"], "masker", grid=patch_grid_of(config))
 
 
 def build_recipe(config: Config) -> JEPA:
-    """The JEPA of a config, with fresh weights from torch's current random state.
+    """Return the recipe of a config, with weights drawn from torch's current random state.
 
     Raises:
-        ConfigError: what parts refuse, a line each that begins with the slot; weights larger than the host's memory.
+        ConfigError: a part refuses its options (one line each, beginning with the slot), or the weights do not fit into
+            the host's memory.
     """
     with every_problem(config):
         return _build_recipe(config)
@@ -51,7 +52,7 @@ def _build_recipe(config: Config) -> JEPA:
         channels = config.slots[slot].options.get("in_chans", CHANNELS)
         if channels != CHANNELS:
             with located(slot):
-                raise ValueError(f"in_chans (={channels}) must be {CHANNELS}: the data give colour images")
+                raise ValueError(f"in_chans (={channels}) must be {CHANNELS}: the data are colour images")
     encoder = _build_encoder(config)
     target = _build(
         config.slots["target"],
@@ -75,7 +76,7 @@ def _build_recipe(config: Config) -> JEPA:
 
 
 def patch_grid_of(config: Config) -> Grid:
-    """(H, W) patches of the config's images, as its encoder cuts them (made without memory for its weights)."""
+    """Return (H, W), the patch grid of a config's images; the encoder is built on the meta device to find it."""
     with torch.device("meta"):
         return _build_encoder(config).grid
 
@@ -90,7 +91,7 @@ ATTRIBUTES = {
     "target": ("out_dim",),
     "target_update": ("tied", "stop_gradient"),
 }
-"""Slot -> what the recipe reads of its parts."""
+"""Slot -> attributes that the recipe reads."""
 
 
 def _build(part: Part, slot: str, **supplied: object) -> Any:
@@ -107,7 +108,7 @@ def _build(part: Part, slot: str, **supplied: object) -> Any:
 
 
 def _check_memory(config: Config) -> None:
-    """Raise ConfigError where the matrices of a transformer's blocks alone are larger than this machine's memory."""
+    """Raise ConfigError if the matrices of a transformer's blocks alone exceed this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     problems = []
     for slot, name in (("encoder", "embed_dim"), ("predictor", "width")):
@@ -126,10 +127,10 @@ def _check_memory(config: Config) -> None:
 
 @contextmanager
 def every_problem(config: Config) -> Iterator[None]:
-    """Report what all parts and transforms of a config refuse, if one of them is refused inside.
+    """If a part is refused inside, report what all parts and transforms of the config refuse.
 
     Raises:
-        ConfigError: a line for each.
+        ConfigError: one line per problem.
     """
     try:
         yield
@@ -139,13 +140,13 @@ def every_problem(config: Config) -> Iterator[None]:
 
 
 BUILD_ERRORS = (ArithmeticError, RuntimeError, TypeError)
-"""Of a part that cannot be built on meta, or has another error: building it for use reports these."""
+"""Raised by parts that cannot be built on the meta device, or have other errors; the real build reports those."""
 
 
 def part_problems(config: Config) -> list[str]:
-    """Return what parts and transforms refuse, a line each that begins with its place; builds nothing with memory.
+    """Return one line for each part or transform that refuses its options; everything is built on the meta device.
 
-    A part that needs what a refused one would supply gets a plausible value for it.
+    A part that needs a value from a refused part is given a plausible one.
     """
     problems: list[str] = []
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """Mistakes in a config, all that could be found, one line each.
+    """A config has mistakes; all are listed, one line each.
 
     Args:
-        problems: the lines.
-        source: the file that they are in.
+        problems: one line per mistake.
+        source: the file, if known.
     """
 
     def __init__(self, problems: Sequence[str], source: str | None = None) -> None:
@@ -28,56 +28,56 @@ class ConfigError(ValueError):
 
 
 class ContractError(ValueError):
-    """A part does not keep to the contract of its slot; the message names slot, part and the correct form."""
+    """A part violates the contract of its slot; the message names slot, part and the correct form."""
 
 
 class SampleError(ValueError):
-    """A sample's bytes are unavailable; the message is the reason."""
+    """A sample cannot be read; the message is the reason."""
 
 
 class ImageError(ValueError):
-    """The bytes of a file are no usable image; the text is the reason."""
+    """A file is not a usable image; the message is the reason."""
 
 
 class CacheError(ValueError):
-    """The cache folder takes no more: no fault of a shard."""
+    """The cache folder cannot be written to, or is full."""
 
 
 class StreamError(OSError):
-    """What lies at an address did not come, or not whole; the text is the reason."""
+    """A download failed or was cut short; the message is the reason."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file, and why."""
+    """A checkpoint cannot be used; the message names the file and the reason."""
 
 
 class ShardError(ValueError):
-    """A folder of shards that cannot be used; the message says which, and why."""
+    """A sharded checkpoint cannot be used; the message names the folder and the reason."""
 
 
 class SaveError(OSError):
-    """A checkpoint that could not be written; the message says which, why, and what the last good one is."""
+    """A checkpoint could not be written; the message names it, the reason, and the last good one."""
 
 
 class RemoteError(OSError):
-    """A place that did not take, give or do something; the message names the address and the cause."""
+    """An operation on remote storage failed; the message names the URL and the cause."""
 
 
 class UnableError(RemoteError, ValueError):
-    """What a handler cannot do at all: a place that is no place for checkpoints."""
+    """A handler lacks an operation that checkpoints need."""
 
 
 class RunError(RuntimeError):
-    """A run failed after its first step had begun; the error that it met, if there was one, is its cause."""
+    """A run failed after its first step began; the original error, if any, is its cause."""
 
 
 class TooManySkippedError(RunError):
-    """More samples of an epoch could not be used than ``data.max_skipped`` allows."""
+    """More samples of an epoch were skipped than ``data.max_skipped`` allows."""
 
 
 class StartError(RuntimeError):
-    """The processes of a run could not join one another."""
+    """The processes of a run could not form a group."""
 
 
 class PeerError(RuntimeError):
-    """Another process failed, with an error that it tells itself or that could not be sent."""
+    """Another process failed; its own log has the error."""

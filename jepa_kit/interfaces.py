@@ -1,4 +1,4 @@
-"""What a recipe needs from its parts, as Protocols; `jepa_kit/trials` checks user-defined parts against them."""
+"""Interfaces of a recipe's parts, as Protocols; ``jepa_kit/trials`` checks user-defined parts against them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,40 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import Grid, MaskBatch, PatchSets
+from jepa_kit.structures import Grid, MaskBatch, PatchSets, Prediction
+
+
+@runtime_checkable
+class Masker(Protocol):
+    """Interface of a masker, a class registered in ``MASKERS``: masks are a pure function of its arguments.
+
+    A masker that truncates sets may also have ``before_truncation``, with the same arguments, which returns the
+    complete sets; tools/mask_report.py shows both.
+    """
+
+    grid: Grid
+    """(H, W): rows and columns of patches."""
+
+    def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
+        """Return the masks of a batch.
+
+        Args:
+            samples: [B] index of each image in its data set; image b of the masks is samples[b].
+            seed: seed of the run.
+            epoch: epoch of the images.
+            step: step of the run, for draws that a batch has in common.
+        """
+        ...
 
 
 class Encoder(Protocol):
-    """What a recipe asks of an encoder (a module that is registered in ``ENCODERS``).
+    """Interface of an encoder, a module registered in ``ENCODERS``.
 
     Attributes:
         grid: (H, W) patches of a training image.
         patch_size: side of a patch in pixels.
         embed_dim: D, the width of its tokens.
-        depth: how many layers ``forward_layers`` can give.
+        depth: number of layers that ``forward_layers`` can return.
     """
 
     grid: Grid
@@ -26,56 +49,65 @@ class Encoder(Protocol):
     depth: int
 
     def __call__(self, images: Tensor, patches: PatchSets | None = None) -> Tensor:
-        """[B, C, h, w] -> [P, D], packed as ``patches``; every patch where it is None."""
+        """Encode [B, C, h, w] -> [P, D], packed as ``patches``; all patches if None."""
         ...
 
     def forward_layers(self, images: Tensor, patches: PatchSets | None = None, *, last: int) -> list[Tensor]:
-        """The last ``last`` layers' tokens, each [P, D] as ``__call__`` would give it."""
+        """Return the outputs of the last ``last`` layers, each [P, D] as from ``__call__``."""
         ...
 
 
-@runtime_checkable
-class Masker(Protocol):
-    """Draws the masks of a batch as a pure function of its arguments.
+class Target(Protocol):
+    """Interface of a target, a module registered in ``TARGETS``.
 
-    One that truncates sets may also have ``before_truncation``, called alike, for the sets with all their patches:
-    tools/mask_report.py shows both.
+    Attributes:
+        out_dim: width of a target, and so of a prediction.
+        needs_encoder: whether it needs a target encoder; a recipe without one is rejected then.
     """
 
-    grid: Grid
-    """(H, W): rows and columns of patches."""
+    out_dim: int
+    needs_encoder: bool
 
-    def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch.
+    def __call__(self, images: Tensor, patches: PatchSets, encoder: Encoder | None) -> Tensor:
+        """Return s_y [P_t, out_dim], packed as ``patches``, from images [B, C, h, w]."""
+        ...
 
-        Args:
-            samples: [B] index of each image in its data set; image b of the masks is samples[b].
-            seed: of the run.
-            epoch: in which the images are drawn.
-            step: of the run, for what a strategy shares across a batch.
-        """
+
+class Loss(Protocol):
+    """Interface of a loss, a module registered in ``LOSSES``.
+
+    Attributes:
+        is_distance: whether it measures how far predictions are from targets: deterministic, and minimal if they are
+            equal. True if not declared; a loss that is or contains a regulariser (VICReg, SIGReg) declares False.
+            Health compares distances only (jepa_kit/evaluation/health/measure.py).
+    """
+
+    is_distance: bool
+
+    def __call__(self, prediction: Prediction) -> Tensor:
+        """Return a scalar []; ``prediction.mean`` averages one value per target patch."""
         ...
 
 
 class TargetUpdate(Protocol):
-    """What a recipe asks of a target update (a class that is registered in ``TARGET_UPDATES``).
+    """Interface of a target update, a class registered in ``TARGET_UPDATES``.
 
     Attributes:
-        tied: the target encoder is the context encoder itself.
-        stop_gradient: targets carry no gradient.
+        tied: whether the target encoder is the context encoder itself.
+        stop_gradient: whether targets carry no gradient.
     """
 
     tied: bool
     stop_gradient: bool
 
     def make(self, encoder: nn.Module) -> nn.Module | None:
-        """The target encoder as a module of its own, or None where there is none (or ``tied``)."""
+        """Return the target encoder as a separate module, or None if there is none or it is tied."""
         ...
 
     def momentum(self, where: float) -> float:
-        """The momentum when a share ``where`` in [0, 1] of the planned updates is done."""
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
         ...
 
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Moves the target encoder after an optimiser step."""
+        """Update the target encoder after an optimiser step."""
         ...

@@ -1,4 +1,4 @@
-"""JEPA: the equations, and their assembly from a config.
+"""JEPA: the equations.
 
 s_y     = target(images)            at the target patches      (no gradient)
 s_x     = encoder(images)           at the context patches
@@ -14,27 +14,23 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-# The members of each slot register themselves.
-import jepa_kit.losses
-import jepa_kit.predictors
-import jepa_kit.targets  # noqa: F401
 from jepa_kit.interfaces import Encoder, TargetUpdate
 from jepa_kit.structures import MaskBatch, Output, Prediction
 
 
 class JEPA(nn.Module):
-    """A joint-embedding predictive architecture out of exchangeable parts.
+    """A joint-embedding predictive architecture, assembled from exchangeable parts.
 
     Args:
         encoder: the context encoder.
-        predictor: context tokens and target positions to predictions.
-        target: what is predicted.
-        losses: (name, module, weight) of each term.
-        target_update: makes the target encoder and moves it.
+        predictor: maps context tokens and target positions to predictions.
+        target: computes what is predicted.
+        losses: (name, module, weight) of each term of the loss.
+        target_update: makes the target encoder and updates it.
 
     Raises:
-        ValueError: no loss, two losses of one name, or a target that needs a target encoder where the
-            update makes none.
+        ValueError: there is no loss, two losses share a name, or the target needs a target encoder and the update
+            makes none.
     """
 
     def __init__(
@@ -49,9 +45,9 @@ class JEPA(nn.Module):
         super().__init__()
         names = [name for name, _, _ in losses]
         if not names:
-            raise ValueError("losses (=[]) must hold at least one term")
+            raise ValueError("losses (=[]) must contain at least one term")
         if len(set(names)) < len(names):
-            raise ValueError(f"losses (={names}) must have names of their own")
+            raise ValueError(f"losses (={names}) must have different names")
         self.encoder = encoder
         self.predictor = predictor
         self.target = target
@@ -69,14 +65,14 @@ class JEPA(nn.Module):
 
     @property
     def target_network(self) -> nn.Module | None:
-        """The module that makes targets: the target encoder, or the context encoder where it is tied to it."""
+        """The network that computes targets: the target encoder, or the context encoder if the two are tied."""
         return self.encoder if self.target_update.tied else self.target_encoder
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Output:
-        """The equations, for a batch of normalised images [B, C, h, w].
+        """Return the loss of a batch of normalised images [B, C, h, w].
 
         Raises:
-            ValueError: masks of another grid than the images have.
+            ValueError: the masks' grid differs from that of the images.
         """
         p = cast(Encoder, self.encoder).patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
@@ -86,29 +82,29 @@ class JEPA(nn.Module):
             s_y = self.target(images, masks.targets, self.target_network)  # [P_t, D]
         s_x = self.encoder(images, masks.context)  # [P_c, D_e]
         s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
-        # Distances and their sums are taken in the targets' precision or better, never in half.
+        # Distances and their sums are computed in float32 or better: half precision would round them away.
         prediction = Prediction(_at_least_float32(s_hat_y), _at_least_float32(s_y), s_x, masks)
         terms = {name: loss(prediction) for name, loss in self.losses.items()}
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Output(total, terms, prediction)
 
     def update_target(self, momentum: float) -> None:
-        """target encoder <- target_update(encoder)."""
+        """Update the target encoder: target encoder <- target_update(encoder)."""
         self.target_update.update(self.target_encoder, self.encoder, momentum)
 
     def momentum(self, where: float) -> float:
-        """The momentum when a share ``where`` in [0, 1] of the planned updates is done."""
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
         return self.target_update.momentum(where)
 
     def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
-        """The encoder to evaluate. The paper evaluates the target encoder; a recipe without one has the context's."""
+        """Return the encoder to evaluate: as in the paper the target encoder, or the context encoder if none exists."""
         if which not in ("target", "context"):
             raise ValueError(f"which (={which!r}) must be 'target' or 'context'")
         network = self.target_network if which == "target" else self.encoder
         return self.encoder if network is None else network
 
     def train(self, mode: bool = True) -> JEPA:
-        """As ``nn.Module.train``, but a target encoder of its own stays as it is evaluated: no stochastic depth."""
+        """Set the training mode as ``nn.Module.train``; a separate target encoder stays in eval mode."""
         super().train(mode)
         if self.target_encoder is not None:
             self.target_encoder.eval()

@@ -1,4 +1,4 @@
-"""The only data that cross rooms: sets of patches, the masks of a batch, and what a loss may look at.
+"""Data types that packages exchange: sets of patches, masks of a batch, predictions, outputs.
 
 Legend of shapes:
 
@@ -17,104 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from jepa_kit.set_lengths import SetLengths, unchecked
 
 Grid = tuple[int, int]
 """(H, W): rows and columns of patches."""
-
-
-class SetLengths:
-    """Lengths of packed sets: on the host as integers, on the device as boundaries.
-
-    The host knows every length, so that nothing waits for the device to tell it one.
-
-    Args:
-        lengths: S positive integers.
-        device: where ``offsets`` lives.
-        whole: each set is all patches of an image, so that the lengths are the same at every step.
-
-    Raises:
-        ValueError: no set, a set without a patch, or lengths that are no integers.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int] | NDArray[np.int64],
-        device: torch.device | str = "cpu",
-        *,
-        whole: bool = False,
-    ) -> None:
-        self.whole = whole
-        each = np.asarray(lengths)
-        if not each.size:
-            raise ValueError("lengths (=()) must name at least one set")
-        if each.dtype.kind not in "iu":
-            raise ValueError(f"lengths (={each[0]}, ...) must be integers, not {each.dtype}")
-        each = each.astype(np.int64, copy=False)
-        self.longest: int = int(each.max())
-        shortest = int(each.min())
-        if shortest < 1:
-            at = int(each.argmin())
-            raise ValueError(f"lengths[{at}] (={shortest}) must be at least 1: a set holds at least one patch")
-        self.each = each
-        """[S] int64, on the host."""
-        self.on_host: tuple[int, ...] = tuple(each.tolist())
-        self.total: int = int(each.sum())
-        self.uniform: bool = self.longest == shortest
-        self.offsets: Tensor
-        """[S + 1] int32: set s is tokens offsets[s] to offsets[s + 1]."""
-        if self.uniform and torch.device(device).type != "cpu":  # made on the device: no copy that it would wait for
-            self.offsets = torch.arange(each.size + 1, device=device, dtype=torch.int32) * self.longest
-        else:
-            offsets = np.zeros(each.size + 1, dtype=np.int32)
-            np.cumsum(each, out=offsets[1:])
-            self.offsets = torch.from_numpy(offsets).to(device)
-        self.layouts: dict[str, Any] = {}
-        """What an attention backend derives from the lengths, made once and used by every layer."""
-
-    def __len__(self) -> int:
-        return len(self.on_host)
-
-    def __iter__(self) -> Any:
-        return iter(self.on_host)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, SetLengths) and self.on_host == other.on_host
-
-    def __hash__(self) -> int:
-        return hash(self.on_host)
-
-    def __repr__(self) -> str:
-        return f"SetLengths({len(self)} sets, {self.total} tokens, uniform={self.uniform})"
-
-    @property
-    def device(self) -> torch.device:
-        return self.offsets.device
-
-    @cached_property
-    def set_of_token(self) -> Tensor:
-        """[P] int64: the set that each token belongs to. Made where it is asked for, so that it need not be copied."""
-        if self.uniform:
-            return torch.arange(self.total, device=self.device) // self.longest
-        sets = torch.arange(len(self), device=self.device)
-        return sets.repeat_interleave(self.offsets.diff(), output_size=self.total)
-
-    @cached_property
-    def position(self) -> Tensor:
-        """[P] int64: the place of each token inside its own set."""
-        starts = self.offsets[:-1].long()[self.set_of_token]
-        return torch.arange(self.total, device=self.device) - starts
-
-    def map_tensors(self, fn: Any) -> SetLengths:
-        """The same lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
-        other = object.__new__(SetLengths)
-        other.each, other.on_host = self.each, self.on_host
-        other.total, other.longest, other.uniform = self.total, self.longest, self.uniform
-        other.whole = self.whole
-        other.offsets = fn(self.offsets)
-        other.layouts = {}
-        return other
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +30,12 @@ class PatchSets:
     """Sets of patches of a batch of images, packed one after another.
 
     Args:
-        index: [P] int64, row-major patch number inside its image.
+        index: [P] int64, row-major index of each patch in its image.
         image: [S] int64, the image (0 to B - 1) that each set belongs to.
         lengths: S integers that add up to P.
 
     Raises:
-        ValueError: ill-typed or misshapen tensors, an empty set, lengths that do not add up.
+        ValueError: tensors have a wrong type or shape, a set is empty, or lengths do not add up.
     """
 
     index: Tensor
@@ -147,7 +55,7 @@ class PatchSets:
 
     @classmethod
     def full(cls, batch_size: int, num_patches: int, device: torch.device | str = "cpu") -> PatchSets:
-        """Every patch of every image: B sets of N patches."""
+        """Return every patch of every image: B sets of N patches."""
         index = torch.arange(num_patches, device=device).repeat(batch_size)
         return cls(
             index,
@@ -157,7 +65,7 @@ class PatchSets:
 
     @classmethod
     def from_padded(cls, index: Tensor, image: Tensor | None = None) -> PatchSets:
-        """Uniform sets from a table [S, L]; set s belongs to ``image[s]``, or to image s."""
+        """Return sets of equal length from a table [S, L]; set s belongs to ``image[s]``, by default to image s."""
         s, n = index.shape
         image = torch.arange(s, device=index.device) if image is None else image
         return cls(index.reshape(-1), image, SetLengths([n] * s, index.device))
@@ -167,43 +75,37 @@ class PatchSets:
 
     @property
     def uniform(self) -> bool:
-        """All sets have one length, so a packed [P, ...] is a view [S, L, ...] without a copy."""
+        """Whether all sets have one length, so that a packed [P, ...] can be viewed as [S, L, ...]."""
         return self.lengths.uniform
 
     @property
     def num_patches(self) -> int:
-        """P, the patches of all sets together."""
+        """P, the number of patches of all sets together."""
         return self.lengths.total
 
     @property
     def image_of_token(self) -> Tensor:
-        """[P] int64: the image that each patch belongs to."""
+        """[P] int64: the image of each patch."""
         return self.image[self.lengths.set_of_token]
 
     def gather(self, x: Tensor) -> Tensor:
-        """Takes these patches out of dense tokens: [B, N, ...] -> [P, ...]."""
+        """Select these patches from dense tokens: [B, N, ...] -> [P, ...]."""
         flat = self.image_of_token * x.shape[1] + self.index
         return x.flatten(0, 1).index_select(0, flat)
 
     def split(self) -> list[Tensor]:
-        """Patch numbers set by set: S tensors [L_s]."""
+        """Return the patch indices of each set: S tensors [L_s]."""
         return list(self.index.split(self.lengths.on_host))
 
     def of_images(self, first: int, end: int) -> PatchSets:
-        """The sets of images ``first`` to ``end`` - 1, which are numbered from 0 then. On the host only."""
+        """Return the sets of images ``first`` to ``end`` - 1, renumbered from 0. On the host only."""
         chosen = (self.image >= first) & (self.image < end)  # [S]
         lengths = SetLengths(self.lengths.each[chosen.numpy()])
         return PatchSets(self.index[chosen[self.lengths.set_of_token]], self.image[chosen] - first, lengths)
 
     def map_tensors(self, fn: Any) -> PatchSets:
-        other = object.__new__(PatchSets)
-        for name, value in (
-            ("index", fn(self.index)),
-            ("image", fn(self.image)),
-            ("lengths", self.lengths.map_tensors(fn)),
-        ):
-            object.__setattr__(other, name, value)
-        return other
+        """Return these sets with ``fn`` applied to the tensors."""
+        return unchecked(PatchSets, index=fn(self.index), image=fn(self.image), lengths=self.lengths.map_tensors(fn))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchSets:
         return self.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))
@@ -213,23 +115,23 @@ class PatchSets:
 
 
 def _extremes(x: Tensor) -> tuple[int, int]:
-    values = x.numpy()  # on the host; several times as fast as torch's for so few numbers
+    values = x.numpy()  # on the host, and faster than torch for a few numbers
     return int(values.min()), int(values.max())
 
 
 @dataclass(frozen=True, eq=False)
 class MaskBatch:
-    """What is seen and what is predicted, for every image of a batch.
+    """Context and target patches of every image of a batch.
 
     Args:
-        context: the context sets (one or several an image).
+        context: the context sets, one or several per image.
         targets: the target sets (target blocks).
         grid: (H, W) patches of every image.
-        context_of: [S_t] int64, for each target set the context set that it is predicted from.
+        context_of: [S_t] int64, the context set from which each target set is predicted.
 
     Raises:
-        ValueError: a patch outside the grid, a target set without its context set, or one predicted
-            from another image's context. (Checked on the host, at construction.)
+        ValueError: a patch is outside the grid, or a target set has no context set of its own image. Checked on the
+            host, at construction.
     """
 
     context: PatchSets
@@ -237,7 +139,7 @@ class MaskBatch:
     grid: Grid
     context_of: Tensor
     on_host: MaskBatch | None = field(init=False, default=None)
-    """What masks on a device were moved from."""
+    """The host's copy of masks that were moved to a device."""
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -262,16 +164,16 @@ class MaskBatch:
 
     @cached_property
     def sequences(self) -> SetLengths:
-        """For each target set, the length of its context plus its own: what a predictor reads at once."""
+        """Lengths of the predictor's sequences: for each target set, its context's length plus its own."""
         context, own = self.context.lengths.each, self.targets.lengths.each
         return SetLengths(context[self.context_of.numpy()] + own)
 
     @cached_property
     def shares(self) -> Tensor | None:
-        """[S_t] int64: target set s counts 1 / shares[s] in a loss, so that every image counts the same.
+        """[S_t] int64: a loss weights target set s by 1 / shares[s], so that every image has the same weight.
 
-        They are the number of images times the target sets of the set's image. None where all images have as many
-        target sets: each counts 1 / S_t then.
+        shares[s] is the number of images times the number of target sets of the image of s; None if every image has
+        equally many target sets, as all weights are 1 / S_t then.
         """
         image = self.targets.image.numpy()
         sets = np.bincount(image)  # of each image
@@ -280,26 +182,24 @@ class MaskBatch:
         return torch.from_numpy(np.count_nonzero(sets) * sets[image])
 
     def map_tensors(self, fn: Any) -> MaskBatch:
-        """These masks with ``fn`` applied to the tensors."""
-        other = object.__new__(MaskBatch)
-        for name, value in (
-            ("context", self.context.map_tensors(fn)),
-            ("targets", self.targets.map_tensors(fn)),
-            ("grid", self.grid),
-            ("context_of", fn(self.context_of)),
-            ("sequences", self.sequences.map_tensors(fn)),
-            ("shares", None if self.shares is None else fn(self.shares)),
-            ("on_host", self.host()),
-        ):
-            object.__setattr__(other, name, value)
-        return other
+        """Return these masks with ``fn`` applied to the tensors."""
+        return unchecked(
+            MaskBatch,
+            context=self.context.map_tensors(fn),
+            targets=self.targets.map_tensors(fn),
+            grid=self.grid,
+            context_of=fn(self.context_of),
+            sequences=self.sequences.map_tensors(fn),
+            shares=None if self.shares is None else fn(self.shares),
+            on_host=self.host(),
+        )
 
     def host(self) -> MaskBatch | None:
-        """These masks on the host, without a copy from the device; None where they were not moved from there."""
+        """Return these masks on the host without a copy from the device; None if they were made on the device."""
         return self if self.context_of.device.type == "cpu" else self.on_host
 
     def split(self, ends: Sequence[int]) -> list[MaskBatch]:
-        """The masks of images ``ends[k]`` to ``ends[k + 1]`` - 1 for each k, on the same device; waits for no device.
+        """Return the masks of images ``ends[k]`` to ``ends[k + 1]`` - 1 for each k, without waiting for a device.
 
         Args:
             ends: ascending, from 0 to B: n + 1 numbers for n parts.
@@ -324,12 +224,12 @@ class MaskBatch:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a loss may look at.
+    """What a loss is given.
 
     Args:
         prediction: s_hat_y [P_t, D], packed as ``masks.targets``.
-        target: s_y [P_t, D], without a gradient unless the target encoder is trained.
-        context: s_x [P_c, D_e], the context encoder's tokens, packed as ``masks.context``.
+        target: s_y [P_t, D], without a gradient unless targets are trained.
+        context: s_x [P_c, D_e], tokens of the context encoder, packed as ``masks.context``.
         masks: the masks of the batch.
     """
 
@@ -345,11 +245,11 @@ class Prediction:
             )
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of a value for each target patch [P_t] over the patches of a set, an image's sets, and the images.
+        """Average a value per target patch [P_t] over the patches of a set, then an image's sets, then images: -> [].
 
-        Every image counts the same, and every target block of an image, whatever its length: an image's loss then does
-        not depend on who shares its batch, and ranks with as many images each may average theirs. Where all sets
-        are of one length and all images have as many, this is the plain mean.
+        All images have the same weight, and all target blocks of an image, whatever their lengths. So an image's loss
+        does not depend on the rest of its batch, and ranks with equally many images can average theirs. If all sets
+        have one length and all images equally many sets, this is the plain mean.
         """
         lengths, shares = self.masks.targets.lengths, self.masks.shares
         if lengths.uniform and shares is None:
@@ -361,7 +261,7 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """loss [] is the weighted sum of the terms [], by name; prediction is what they were taken from."""
+    """What a recipe returns for a batch: the loss [], its terms [] by name (unweighted), and the prediction."""
 
     loss: Tensor
     terms: dict[str, Tensor]

@@ -11,12 +11,12 @@ from jepa_kit.registry import TARGET_UPDATES
 
 
 def _local(module: nn.Module) -> list[Tensor]:
-    """Parameters as this process holds them: those of FSDP are DTensors, and this is their local part, not a copy."""
+    """Return this process's part of each parameter (FSDP's are DTensors), not a copy."""
     return [getattr(p, "to_local", lambda p=p: p)() for p in module.parameters()]
 
 
 def _persistent(module: nn.Module) -> list[Tensor]:
-    """Buffers of the state dict, in order. The others are tables of the constructor."""
+    """Return the buffers of the state dict, in order; others are constants of the constructor."""
     return [
         value
         for part in module.modules()
@@ -29,14 +29,14 @@ def _persistent(module: nn.Module) -> list[Tensor]:
 class EMA:
     """An exponential moving average of the context encoder, from a copy of it (I-JEPA, A.1).
 
-    theta_target <- m theta_target + (1 - m) theta, with m rising linearly. Buffers of the state dict (statistics of
-    batch norm) are copied: the target encoder runs as in evaluation, so its own would stay at their first values.
+    theta_target <- m theta_target + (1 - m) theta, with m rising linearly. Buffers of the state dict (batch norm's
+    statistics) are copied, because the target encoder runs in eval mode and never updates its own.
 
     Args:
-        momentum: (first, last) m, each in [0, 1]; the released run goes from 0.996 to 1.
+        momentum: first and last m, each in [0, 1]; 0.996 and 1 in the released run.
 
     Raises:
-        ValueError: a momentum outside [0, 1].
+        ValueError: a momentum is outside [0, 1].
     """
 
     tied = False
@@ -45,23 +45,23 @@ class EMA:
     def __init__(self, *, momentum: tuple[float, float] = (0.996, 1.0)) -> None:
         for m in momentum:
             if not 0.0 <= m <= 1.0:
-                raise ValueError(f"momentum (={momentum}) must go from one number in [0, 1] to another")
+                raise ValueError(f"momentum (={momentum}) must be two numbers in [0, 1]")
         self.first, self.last = momentum
 
     def make(self, encoder: nn.Module) -> nn.Module:
-        """A copy of the encoder that no optimiser trains."""
+        """Return a copy of the encoder that is not trained."""
         return copy.deepcopy(encoder).requires_grad_(False)
 
     def momentum(self, where: float) -> float:
-        """first + where * (last - first)."""
+        """Return first + where * (last - first)."""
         return self.first + where * (self.last - self.first)
 
     @torch.no_grad()
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """One step of the average, over all parameters at once; where they are sharded, over this process's part."""
+        """Update all parameters at once; if they are sharded, this process's part."""
         assert target_encoder is not None
-        # theta_target + (1 - m) (theta - theta_target): equal weights stay as they are. As a sum of two products, with
-        # m and 1 - m rounded to float32, they drift apart: by up to 2e-4 of a weight in 5,000 updates at m = 0.9999.
+        # theta_target + (1 - m) (theta - theta_target) keeps equal weights equal. The sum of two products, with m and
+        # 1 - m rounded to float32, makes them drift: by up to 2e-4 of a weight in 5,000 updates at m = 0.9999.
         torch._foreach_lerp_(_local(target_encoder), _local(encoder), 1.0 - momentum)
         for own, value in zip(_persistent(target_encoder), _persistent(encoder), strict=True):
             own.copy_(value)
@@ -69,11 +69,11 @@ class EMA:
 
 @TARGET_UPDATES.register("tied")
 class Tied:
-    """The context encoder is its own target encoder, as in SimSiam (Chen and He 2021).
+    """Use the context encoder as target encoder, as SimSiam does (Chen and He 2021).
 
     Args:
-        stop_gradient: without it, targets are trained too, and the easiest answer is a constant: a run that
-            is made to collapse, to see what collapse looks like.
+        stop_gradient: False trains targets too, which makes a run collapse to a constant: useful to see what
+            collapse looks like.
     """
 
     tied = True
@@ -82,20 +82,20 @@ class Tied:
         self.stop_gradient = stop_gradient
 
     def make(self, encoder: nn.Module) -> None:
-        """None: it is the encoder itself."""
+        """Return None: the target encoder is the encoder itself."""
         return None
 
     def momentum(self, where: float) -> float:
-        """1: nothing moves."""
+        """Return 1: the target encoder does not move."""
         return 1.0
 
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @TARGET_UPDATES.register("frozen")
 class Frozen:
-    """A copy of the first weights that stays as it is: targets are random features, or loaded ones."""
+    """Keep a copy of the first weights: targets are random features, or those of loaded weights."""
 
     tied = False
     stop_gradient = True
@@ -104,20 +104,20 @@ class Frozen:
         pass
 
     def make(self, encoder: nn.Module) -> nn.Module:
-        """A copy of the encoder that nothing changes."""
+        """Return a copy of the encoder that never changes."""
         return copy.deepcopy(encoder).requires_grad_(False)
 
     def momentum(self, where: float) -> float:
-        """1: nothing moves."""
+        """Return 1: the target encoder does not move."""
         return 1.0
 
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @TARGET_UPDATES.register("none")
 class NoTargetEncoder:
-    """No target encoder: for targets that need none, such as pixels."""
+    """Make no target encoder, for targets that need none, such as pixels."""
 
     tied = False
     stop_gradient = True
@@ -126,12 +126,12 @@ class NoTargetEncoder:
         pass
 
     def make(self, encoder: nn.Module) -> None:
-        """None."""
+        """Return None."""
         return None
 
     def momentum(self, where: float) -> float:
-        """1: nothing moves."""
+        """Return 1: the target encoder does not move."""
         return 1.0
 
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Does nothing."""
+        """Do nothing."""

@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "random_state",
         "registry",
         "rng",
+        "set_lengths",
         "structures",
         "interfaces",
     },

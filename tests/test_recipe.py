@@ -24,7 +24,8 @@ from jepa_kit.losses import L2, SmoothL1
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS
-from jepa_kit.structures import MaskBatch, Output, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import MaskBatch, Output, PatchSets
 from jepa_kit.target_updates import EMA, Frozen, NoTargetEncoder, Tied
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 
@@ -299,12 +300,12 @@ def parts(**changes: Any) -> dict[str, Any]:
 
 
 def test_refuses_no_loss() -> None:
-    with pytest.raises(ValueError, match=r"losses \(=\[\]\) must hold at least one term"):
+    with pytest.raises(ValueError, match=r"losses \(=\[\]\) must contain at least one term"):
         JEPA(**parts(losses=[]))
 
 
 def test_refuses_two_losses_of_one_name() -> None:
-    with pytest.raises(ValueError, match=r"losses \(=\['l2', 'l2'\]\) must have names of their own"):
+    with pytest.raises(ValueError, match=r"losses \(=\['l2', 'l2'\]\) must have different names"):
         JEPA(**parts(losses=[("l2", L2(), 1.0), ("l2", L2(), 0.5)]))
 
 
@@ -342,8 +343,8 @@ def test_refuses_an_encoder_that_is_neither() -> None:
             r"^target_update: momentum \(=\(2.0, 1.0\)\)",
         ),
         ({"target_update": {"name": "none"}}, r"target_update: target needs a target encoder"),
-        ({"encoder": {**BASE["encoder"], "in_chans": 1}}, r"encoder: in_chans \(=1\) must be 3: the data give colour"),
-        ({"target": {"name": "pixel", "in_chans": 0}}, r"target: in_chans \(=0\) must be 3: the data give colour"),
+        ({"encoder": {**BASE["encoder"], "in_chans": 1}}, r"encoder: in_chans \(=1\) must be 3: the data are colour"),
+        ({"target": {"name": "pixel", "in_chans": 0}}, r"target: in_chans \(=0\) must be 3: the data are colour"),
     ],
 )
 def test_says_which_slot_of_a_config_is_wrong(changes: dict[str, Any], message: str) -> None:

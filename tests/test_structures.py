@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.structures import MaskBatch, PatchSets, Prediction, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import MaskBatch, PatchSets, Prediction
 
 LENGTHS = (3, 1, 4)
 
@@ -75,7 +76,7 @@ def test_lengths_moved_elsewhere_drop_what_was_derived_for_the_old_place() -> No
     ("lengths", "message"),
     [
         ((), r"lengths \(=\(\)\) must name at least one set"),
-        ((2, 0), r"lengths\[1\] \(=0\) must be at least 1: a set holds at least one patch"),
+        ((2, 0), r"lengths\[1\] \(=0\) must be at least 1"),
         ((2, 3, -1), r"lengths\[2\] \(=-1\) must be at least 1"),
     ],
 )

@@ -108,7 +108,7 @@ def test_ema_momentum_is_linear_in_the_share_of_the_run() -> None:
 
 @pytest.mark.parametrize("momentum", [(1.1, 1.0), (0.9, -0.1), (0.9, float("nan"))])
 def test_ema_refuses_a_momentum_outside_its_range(momentum: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"momentum \(=\(.*\)\) must go from one number in \[0, 1\] to another"):
+    with pytest.raises(ValueError, match=r"momentum \(=\(.*\)\) must be two numbers in \[0, 1\]"):
         EMA(momentum=momentum)
 
 

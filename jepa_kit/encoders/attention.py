@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa_kit.encoders.attention_cuda import attend_packed, attend_xformers, packed_kernel, why_not_xformers
 from jepa_kit.encoders.attention_dense import attend_dense
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 Backend = Literal["auto", "xformers", "sdpa", "reference"]
 

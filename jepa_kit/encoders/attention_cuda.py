@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 HALF = (torch.bfloat16, torch.float16)
 STEP = 8

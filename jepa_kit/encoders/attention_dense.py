@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 STEP = 8
 """Padded sets have a length that is a multiple of this."""

@@ -20,7 +20,7 @@ from jepa_kit.encoders.casts import cast_weights
 from jepa_kit.encoders.compiled import run_compiled
 from jepa_kit.encoders.products import Linear, by_onednn
 from jepa_kit.registry import check_choice
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 Init = Literal["released", "depth_scaled"]
 Compile = bool | Literal["auto"]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.encoders.casts import cast_together
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 COMPILER = "inductor"
 """The backend of torch.compile."""

@@ -27,7 +27,8 @@ from jepa_kit.encoders.blocks import (
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
 from jepa_kit.encoders.products import linear
 from jepa_kit.registry import ENCODERS, check_choice
-from jepa_kit.structures import Grid, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import Grid, PatchSets
 
 PatchInit = Literal["released", "xavier"]
 InputNorm = Literal["none", "image"]

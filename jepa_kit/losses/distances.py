@@ -1,4 +1,4 @@
-"""Distances between a prediction and a target: one value a patch, then ``Prediction.mean``.
+"""Distances between prediction and target: one value per patch, averaged by ``Prediction.mean``.
 
 P = target patches    D = width of a target
 """
@@ -19,7 +19,7 @@ class SmoothL1(nn.Module):
     """Smooth L1, mean over the width: the released code's loss (the paper says L2).
 
     Args:
-        beta: errors below it are squared (over 2 beta), errors above it count as they are (less beta / 2).
+        beta: errors e below beta count as e^2 / (2 beta), larger ones as e - beta / 2.
     """
 
     is_distance = True
@@ -27,7 +27,7 @@ class SmoothL1(nn.Module):
     def __init__(self, *, beta: float = 1.0) -> None:
         super().__init__()
         if not 0 < beta < math.inf:
-            raise ValueError(f"beta (={beta}) must be above 0 and finite; for beta 0 take the loss 'l1'")
+            raise ValueError(f"beta (={beta}) must be above 0 and finite; use the loss 'l1' for beta 0")
         self.beta = beta
 
     def forward(self, prediction: Prediction) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 
 from jepa_kit.maskers.blocks import BoolArray
 from jepa_kit.rng import FloatArray, IntArray
-from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 
 def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequence[int] | None = None) -> MaskBatch:

@@ -19,16 +19,16 @@ PatchNorm = Literal["patch", "none"]
 
 @TARGETS.register("pixel")
 class PixelTarget(nn.Module):
-    """The pixels of the target patches, row by row, the channels of a pixel together.
+    """Return the pixels of the target patches, in row-major order with channels last.
 
     Args:
         patch_size: p; supplied by the recipe.
-        norm: ``patch`` takes each patch's mean away and divides by its deviation (unbiased, with 1e-6 under the
-            root), as MAE does (He et al. 2022, section 4); ``none`` leaves the normalised image's pixels.
+        norm: ``patch`` standardises each patch (unbiased variance, plus 1e-6), as MAE does (He et al. 2022, section
+            4); ``none`` keeps the pixels of the normalised image.
         in_chans: C, the encoder's.
 
     Raises:
-        ValueError: another ``norm``.
+        ValueError: ``norm`` is neither.
     """
 
     needs_encoder = False

@@ -1,4 +1,4 @@
-"""Targets in representation space: what makes a JEPA.
+"""Targets in representation space, the defining property of a JEPA.
 
 B = images    N = patches of an image    P = target patches    D = width
 """
@@ -21,21 +21,20 @@ MaskedAt = Literal["output", "input"]
 
 @TARGETS.register("representation")
 class RepresentationTarget(nn.Module):
-    """The target encoder's tokens of the whole image, normalised, at the target patches (I-JEPA, section 3).
+    """Return the target encoder's tokens of the whole image, normalised, at the target patches (I-JEPA, section 3).
 
     Args:
         embed_dim: D; supplied by the recipe.
         depth: the encoder's blocks, for the check of ``layers``; supplied by the recipe.
-        norm: ``layer`` puts a LayerNorm without parameters (eps 1e-5) over each token, as the released code
-            does and the paper does not say; ``none`` leaves the target encoder's output alone.
-        layers: targets are the mean of the last ``layers`` blocks' outputs, each through the final norm and
-            ``norm`` (data2vec, Baevski et al. 2022, averages layers; 1 is I-JEPA).
-        masked_at: ``output`` encodes the whole image and takes the target patches out; ``input`` shows the target
-            encoder nothing but each target block (I-JEPA, table 11: 67.3 against 56.1).
+        norm: ``layer`` applies LayerNorm without parameters (eps 1e-5) to each token, as the released code does (the
+            paper does not mention it); ``none`` keeps the target encoder's output.
+        layers: average the outputs of the last ``layers`` blocks, each after the final norm and ``norm``
+            (data2vec, Baevski et al. 2022, averages layers; 1 is I-JEPA).
+        masked_at: ``output`` encodes the whole image and selects the target patches; ``input`` encodes each target
+            block alone (I-JEPA, table 11: 67.3 against 56.1).
 
     Raises:
-        ValueError: another word, or ``layers`` below 1 or above the encoder's depth (where no ``depth`` is
-            given, at the first call).
+        ValueError: an unknown choice, or ``layers`` is not in [1, depth] (without ``depth``: at the first call).
     """
 
     needs_encoder = True
@@ -67,7 +66,7 @@ class RepresentationTarget(nn.Module):
         seen = patches if self.masked_at == "input" else None
         outputs = encoder.forward_layers(images, seen, last=self.layers)  # [B * N, D] or [P, D] each
         if seen is None:
-            # Normalising a token commutes with taking it out, and P is less than B * N where targets do not overlap.
+            # Select first, normalise then: the result is the same, and P < B * N tokens are fewer to normalise.
             outputs = [patches.gather(x.unflatten(0, (len(images), -1))) for x in outputs]
         if self.norm == "layer":
             outputs = [F.layer_norm(x, (x.shape[-1],), eps=1e-5) for x in outputs]

@@ -33,7 +33,8 @@ from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import Grid, MaskBatch, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import Grid, MaskBatch, PatchSets
 from projects.ijepa.parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
 
 EXAMPLE = """example:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 
 class Launched(TorchDispatchMode):

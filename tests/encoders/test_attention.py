@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jepa_kit.encoders import attention_dense
 from jepa_kit.encoders.attention import BACKENDS, attend, why_not
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 CASES = {
     "uniform": (6, 6, 6),

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kit.encoders import ViT, attend, attention_cuda
 from jepa_kit.encoders.attention import describe_backend
-from jepa_kit.structures import PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import PatchSets
 
 RAGGED = (3, 17, 1, 5)
 KERNELS = {torch.bfloat16: "_flash_attention", torch.float16: "_flash_attention", torch.float32: "_efficient_attention"}

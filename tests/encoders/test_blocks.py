@@ -19,7 +19,7 @@ from jepa_kit.encoders.blocks import (
     make_blocks,
 )
 from jepa_kit.encoders.products import by_onednn
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 DIM, HEADS = 24, 3
 

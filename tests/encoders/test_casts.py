@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kit.encoders import blocks, casts
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 LENGTHS = SetLengths([5, 1, 9])
 

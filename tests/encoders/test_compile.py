@@ -23,7 +23,7 @@ from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import RELEASED, MultiBlock
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 

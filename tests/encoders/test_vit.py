@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
 from jepa_kit.encoders.vit import PatchEmbed, patch_grid
-from jepa_kit.structures import PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import PatchSets
 
 SMALL: dict[str, Any] = {"image_size": (32, 32), "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 

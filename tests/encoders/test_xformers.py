@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kit.encoders import attend, attention_cuda
 from jepa_kit.encoders.attention import describe_backend, why_not
-from jepa_kit.structures import SetLengths
+from jepa_kit.set_lengths import SetLengths
 
 
 def fake_xformers(monkeypatch: pytest.MonkeyPatch, *, loads: bool, refuses: str | None) -> None:

@@ -17,7 +17,8 @@ from jepa_kit.interop import official
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import resume_official
 from jepa_kit.interop.weights import Reading
-from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import MaskBatch, PatchSets
 from projects.ijepa.check_parity import config_of, load_first_weights, masks_of, read_fixture
 
 HEADS = 4

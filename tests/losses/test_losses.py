@@ -12,7 +12,8 @@ from torch import Tensor
 
 from jepa_kit.losses import L1, L2, Cosine, SmoothL1
 from jepa_kit.registry import LOSSES
-from jepa_kit.structures import MaskBatch, PatchSets, Prediction, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import MaskBatch, PatchSets, Prediction
 
 WIDTH = 6
 RAGGED, UNIFORM = (1, 5, 2), (3, 3, 3)
@@ -117,7 +118,5 @@ def test_every_built_in_loss_has_its_formula_here() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_smooth_l1_refuses_a_beta_that_is_not_positive(beta: float) -> None:
-    with pytest.raises(
-        ValueError, match=rf"beta \(={beta}\) must be above 0 and finite; for beta 0 take the loss 'l1'"
-    ):
+    with pytest.raises(ValueError, match=rf"beta \(={beta}\) must be above 0 and finite; use the loss 'l1' for beta 0"):
         SmoothL1(beta=beta)

@@ -13,7 +13,8 @@ from jepa_kit.encoders.blocks import Block
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.predictors.vit import sequence_order
-from jepa_kit.structures import MaskBatch, PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import MaskBatch, PatchSets
 
 GRID = (4, 6)
 DIM, WIDTH, HEADS, OUT = 20, 24, 3, 16

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from jepa_kit.encoders import ViT
 from jepa_kit.registry import TARGETS
-from jepa_kit.structures import PatchSets, SetLengths
+from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import PatchSets
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 
 PATCH, DIM = 4, 16

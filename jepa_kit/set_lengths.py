@@ -1,0 +1,112 @@
+"""Lengths of packed sets, kept on the host and on the device.
+
+S  sets    P  patches of all sets together, packed one set after another
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+K = TypeVar("K")
+
+
+def unchecked(kind: type[K], **fields: Any) -> K:
+    """Return an object without running its checks, which would wait for a device; the host's copy has passed them."""
+    made = object.__new__(kind)
+    made.__dict__.update(fields)
+    return made
+
+
+class SetLengths:
+    """Lengths of packed sets: integers on the host, offsets on the device.
+
+    The host keeps every length, so that no operation has to read one back from the device.
+
+    Args:
+        lengths: S positive integers.
+        device: device of ``offsets``.
+        whole: whether each set is all patches of an image, so that lengths are the same at every step.
+
+    Raises:
+        ValueError: there is no set, a set is empty, or lengths are not integers.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        device: torch.device | str = "cpu",
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.whole = whole
+        each = np.asarray(lengths)
+        if not each.size:
+            raise ValueError("lengths (=()) must name at least one set")
+        if each.dtype.kind not in "iu":
+            raise ValueError(f"lengths (={each[0]}, ...) must be integers, not {each.dtype}")
+        each = each.astype(np.int64, copy=False)
+        self.longest: int = int(each.max())
+        shortest = int(each.min())
+        if shortest < 1:
+            at = int(each.argmin())
+            raise ValueError(f"lengths[{at}] (={shortest}) must be at least 1")
+        self.each = each
+        """[S] int64, on the host."""
+        self.on_host: tuple[int, ...] = tuple(each.tolist())
+        self.total: int = int(each.sum())
+        self.uniform: bool = self.longest == shortest
+        self.offsets: Tensor
+        """[S + 1] int32: set s is tokens offsets[s] to offsets[s + 1]."""
+        if self.uniform and torch.device(device).type != "cpu":  # a copy from the host would wait
+            self.offsets = torch.arange(each.size + 1, device=device, dtype=torch.int32) * self.longest
+        else:
+            offsets = np.zeros(each.size + 1, dtype=np.int32)
+            np.cumsum(each, out=offsets[1:])
+            self.offsets = torch.from_numpy(offsets).to(device)
+        self.layouts: dict[str, Any] = {}
+        """What an attention backend derives from the lengths: computed once, used by every layer."""
+
+    def __len__(self) -> int:
+        return len(self.on_host)
+
+    def __iter__(self) -> Any:
+        return iter(self.on_host)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SetLengths) and self.on_host == other.on_host
+
+    def __hash__(self) -> int:
+        return hash(self.on_host)
+
+    def __repr__(self) -> str:
+        return f"SetLengths({len(self)} sets, {self.total} tokens, uniform={self.uniform})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.offsets.device
+
+    @cached_property
+    def set_of_token(self) -> Tensor:
+        """[P] int64: the set of each token. Computed on the device at first use, so it is never copied."""
+        if self.uniform:
+            return torch.arange(self.total, device=self.device) // self.longest
+        sets = torch.arange(len(self), device=self.device)
+        return sets.repeat_interleave(self.offsets.diff(), output_size=self.total)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[P] int64: the index of each token inside its own set."""
+        starts = self.offsets[:-1].long()[self.set_of_token]
+        return torch.arange(self.total, device=self.device) - starts
+
+    def map_tensors(self, fn: Any) -> SetLengths:
+        """Return these lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
+        on_host = {name: getattr(self, name) for name in ("each", "on_host", "total", "longest", "uniform", "whole")}
+        return unchecked(SetLengths, **on_host, offsets=fn(self.offsets), layouts={})
