@@ -145,6 +145,35 @@ class PartRegistry(Registry):
         return cls(**options, **{k: v for k, v in supplied.items() if k in wanted})
 
 
+def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supplied: Any) -> Any:
+    """Construct a part from a mapping with its ``name`` and its options.
+
+    Args:
+        path: of the mapping in the config; every message begins with it.
+        raw: as in YAML; values are not converted.
+        registry: where the name is registered.
+        supplied: what the recipe gives; the part gets those that its constructor names.
+
+    Raises:
+        ValueError: an unregistered name, an unknown option, or a value that the part rejects.
+    """
+    options = {key: value for key, value in raw.items() if key != "name"}
+    name = raw.get("name")
+    if name not in registry.names():
+        raise ValueError(f"{path}.name: {registry.unknown(name)}")
+    known = registry.options(name)
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"{path}.{key} is not an option of {name!r}{did_you_mean(str(key), known)} "
+                f"It takes: {', '.join(known) or 'nothing'}"
+            )
+    try:
+        return registry.build(name, options, **supplied)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 MASKERS = PartRegistry("masker", {"grid": "data.image_size over encoder.patch_size"})
 ENCODERS = PartRegistry("encoder", {"image_size": "data.image_size", "attention": "train.attention"})
 PREDICTORS = PartRegistry(

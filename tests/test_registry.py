@@ -6,7 +6,16 @@ from typing import Literal
 
 import pytest
 
-from jepa_kit.registry import REQUIRED, SLOTS, Option, PartRegistry, check_choice, did_you_mean, signature_options
+from jepa_kit.registry import (
+    REQUIRED,
+    SLOTS,
+    Option,
+    PartRegistry,
+    build_part,
+    check_choice,
+    did_you_mean,
+    signature_options,
+)
 
 Pair = tuple[int, int]
 
@@ -125,3 +134,31 @@ def test_did_you_mean_says_nothing_about_words_that_are_far() -> None:
 def test_the_six_slots() -> None:
     assert list(SLOTS) == ["masker", "encoder", "predictor", "target", "loss", "target_update"]
     assert all(registry.slot == slot for slot, registry in SLOTS.items())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"name": "chekerboard"}, "maskers[1].name: 'chekerboard' is not a registered masker; did you mean 'checker"),
+        ({}, "maskers[1].name: None is not a registered masker. Registered: checkerboard"),
+        ({"name": ["a"]}, "maskers[1].name: ['a'] is not a registered masker"),
+        (
+            {"name": "checkerboard", "scal": 1.0},
+            "maskers[1].scal is not an option of 'checkerboard'; did you mean 'scale'? It takes: scale, phase",
+        ),
+        ({"name": "checkerboard", "grid": (1, 1)}, "maskers[1].grid is not an option of 'checkerboard'. It takes:"),
+        ({"name": "checkerboard", "scale": -1.0}, "maskers[1]: scale (=-1.0) must be above 0"),
+    ],
+)
+def test_build_part_rejects_with_the_path(registry: PartRegistry, raw: dict[str, object], message: str) -> None:
+    class Positive(Checkerboard):
+        def __init__(self, *, grid: Pair, scale: float, phase: int = 0) -> None:
+            if scale <= 0:
+                raise ValueError(f"scale (={scale}) must be above 0")
+            super().__init__(grid=grid, scale=scale, phase=phase)
+
+    registry.register("checkerboard")(Positive)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        build_part("maskers[1]", raw, registry, grid=(2, 3), other=1)
+    built = build_part("maskers[1]", {"name": "checkerboard", "scale": 2.0}, registry, grid=(2, 3), other=1)
+    assert built.values == ((2, 3), 2.0, 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from jepa_kit.maskers.checks import check_grid
 from jepa_kit.maskers.packing import join
-from jepa_kit.registry import MASKERS, did_you_mean
+from jepa_kit.registry import MASKERS, build_part
 from jepa_kit.rng import IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
@@ -50,7 +50,12 @@ class Mixture:
         self.grid = check_grid(grid)
         if not maskers:
             raise ValueError("maskers (=[]) must hold at least one masker")
-        self.members = [_build(f"maskers[{i}]", part, self.grid) for i, part in enumerate(maskers)]
+        for i, part in enumerate(maskers):
+            if part.get("name") == "mixture":  # it would choose with the same random number as this one
+                raise ValueError(
+                    f"maskers[{i}].name (='mixture') must not be a mixture: put its maskers into the outer list"
+                )
+        self.members = [build_part(f"maskers[{i}]", part, MASKERS, grid=self.grid) for i, part in enumerate(maskers)]
         share = np.ones(len(maskers)) if weights is None else np.asarray(weights, dtype=np.float64)
         if share.shape != (len(maskers),) or not np.isfinite(share).all() or not (share > 0).all():
             raise ValueError(f"weights (={weights}) must be one number above 0 for each of the {len(maskers)} maskers")
@@ -84,23 +89,3 @@ class Mixture:
         """[B]: which member draws the masks of each sample."""
         u = uniforms(Stream.MASK_SIZE, samples, 1, seed=seed, epoch=epoch, attempt=CHOICE)[:, 0]
         return np.searchsorted(self.bounds, u, side="right")
-
-
-def _build(path: str, part: Mapping[str, Any], grid: Grid) -> Any:
-    options = dict(part)
-    name = options.pop("name", None)
-    if name not in MASKERS.names():
-        raise ValueError(f"{path}.name: {MASKERS.unknown(name)}")
-    if name == "mixture":  # its choice would be the same number as the outer one's
-        raise ValueError(f"{path}.name (='mixture') must not be a mixture: put its maskers into the outer list")
-    known = MASKERS.options(name)
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"{path}.{key} is not an option of {name!r}{did_you_mean(str(key), known)} "
-                f"It takes: {', '.join(known) or 'nothing'}"
-            )
-    try:
-        return MASKERS.build(name, options, grid=grid)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

@@ -25,7 +25,7 @@ from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop
 from jepa_kit.data.transforms.decoders import DECODERS, DecoderName, check_decoder
 from jepa_kit.data.transforms.flips import Flip
 from jepa_kit.errors import ImageError
-from jepa_kit.registry import TRANSFORMS, did_you_mean
+from jepa_kit.registry import TRANSFORMS, build_part
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
 
@@ -227,26 +227,11 @@ def build_view(
     Raises:
         ValueError: a name that is not registered, an option that it does not take or a value outside its range.
     """
-    built = [_build(f"transforms[{i}]", part, image_size) for i, part in enumerate(transforms)]
+    built = [
+        (part.get("name", ""), build_part(f"transforms[{i}]", part, TRANSFORMS, image_size=image_size))
+        for i, part in enumerate(transforms)
+    ]
     return View(built, decoder=decoder, max_pixels=max_pixels)
-
-
-def _build(path: str, part: Mapping[str, Any], image_size: tuple[int, int]) -> tuple[str, Transform]:
-    options = dict(part)
-    name = options.pop("name", None)
-    if name not in TRANSFORMS.names():
-        raise ValueError(f"{path}.name: {TRANSFORMS.unknown(name)}")
-    known = TRANSFORMS.options(name)
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"{path}.{key} is not an option of {name!r}{did_you_mean(str(key), known)} "
-                f"It takes: {', '.join(known) or 'nothing'}"
-            )
-    try:
-        return name, TRANSFORMS.build(name, options, image_size=image_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def train_view(

@@ -33,6 +33,7 @@ from jepa_kit.evaluation.protocols.base import (
 )
 from jepa_kit.evaluation.protocols.knn import knn_probe
 from jepa_kit.evaluation.protocols.logistic import logistic_probe
+from jepa_kit.registry import build_part
 
 __all__ = [
     "PROTOCOLS",
@@ -71,10 +72,7 @@ def build_protocols(specs: Sequence[Spec]) -> list[tuple[str, dict[str, Any], Pr
     built: list[tuple[str, dict[str, Any], Probe]] = []
     for part in parts:
         assert part is not None
-        try:
-            probe: Probe = PROTOCOLS.build(part.name, part.options)
-        except ValueError as error:
-            raise ValueError(f"protocol {part.name!r}: {error}") from error
+        probe: Probe = build_part(f"protocol {part.name!r}", {"name": part.name, **part.options}, PROTOCOLS)
         if any((part.name, part.options) == (name, options) for name, options, _ in built):
             raise ValueError(f"protocols (={part.name}) must be different ones")
         built.append((part.name, dict(part.options), probe))
