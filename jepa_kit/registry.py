@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fvcore.common.registry import Registry
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Callable[..., Any])
 
 REQUIRED: Any = inspect.Parameter.empty
 """The default of an option that has none."""
@@ -93,15 +93,15 @@ class PartRegistry(Registry):
         self.slot = slot
         self.supplied: dict[str, str] = dict(supplied or {})
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: makes ``name`` choose the class.
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers a class, or a function that returns a part, as ``name``.
 
         Raises:
-            TypeError: the constructor breaks the contract (see the module's text).
-            ValueError: the name is taken by another class.
+            TypeError: the signature breaks the contract (see the module's text).
+            ValueError: the name is taken.
         """
 
-        def add(cls: type[T]) -> type[T]:
+        def add(cls: T) -> T:
             signature_options(cls)
             taken = self._obj_map.get(name)
             if taken is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,11 +18,12 @@ from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Features,
     LayerSet,
+    Probe,
     ProbeResult,
     Task,
     check_labels,
+    choose_holdout,
     classification_result,
-    share_held_out,
     split,
 )
 from jepa_kit.evaluation.protocols.heads import Recipe
@@ -86,7 +86,7 @@ class AttentivePool(nn.Module):
 
 
 @PROTOCOLS.register("attentive")
-class Attentive:
+class Attentive(Probe):
     """A cross-attention probe on frozen patch tokens.
 
     Source: CAE (Chen et al. 2022, arXiv 2202.03026) and V-JEPA (Bardes et al. 2024, arXiv 2404.08471), which add the
@@ -108,11 +108,6 @@ class Attentive:
     Raises:
         ValueError: a value outside its range, or an option that would do nothing.
     """
-
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -138,7 +133,7 @@ class Attentive:
             weight_decay,
         )
         self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = share_held_out(holdout, HOLDOUT, len(lrs), f"lrs (={lrs})")
+        self.holdout = choose_holdout(holdout, HOLDOUT, len(lrs), f"lrs (={lrs})")
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)

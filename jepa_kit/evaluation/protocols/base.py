@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from jepa_kit.rng import IntArray, Stream, generator
 
 Array = NDArray[np.floating[Any]]
 Pooling = Literal["mean", "none"]
-Optimizer = Literal["sgd", "adamw", "lars"]
 
 PROTOCOLS = PartRegistry("protocol")
 """Name -> protocol: what ``tools/eval_net.py --protocol`` offers."""
@@ -198,10 +197,10 @@ class Probe(Protocol):
         trains_encoder: whether it needs the encoder itself, so that there is no row for raw pixels.
     """
 
-    label: ClassVar[str | None]
-    takes_layers: ClassVar[bool]
-    takes: ClassVar[Literal["labels", "masks"]]
-    trains_encoder: ClassVar[bool]
+    label: str | None = None
+    takes_layers: bool = False
+    takes: Literal["labels", "masks"] = "labels"
+    trains_encoder: bool = False
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         """The layer sets that it needs, where the user asked for ``layers``."""
@@ -285,7 +284,7 @@ def check_holdout(holdout: float) -> None:
         raise ValueError(f"holdout (={holdout}) must be above 0 and at most 0.5")
 
 
-def share_held_out(holdout: float | None, default: float, settings: int, what: str) -> float | None:
+def choose_holdout(holdout: float | None, default: float, settings: int, what: str) -> float | None:
     """The share of the training set that chooses between settings; None where there is one.
 
     Args:

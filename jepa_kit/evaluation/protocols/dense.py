@@ -5,7 +5,7 @@ N  images    n = H * W  patches    h, w  pixels of the image    D  width    K  c
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ from jepa_kit.evaluation.protocols.base import (
     Features,
     Images,
     LayerSet,
+    Probe,
     ProbeResult,
     Task,
-    share_held_out,
+    choose_holdout,
 )
 from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe, best_head
 from jepa_kit.evaluation.protocols.linear import ONE, Head, grid
@@ -34,7 +35,7 @@ Masks = NDArray[np.uint8]
 
 
 @PROTOCOLS.register("dense")
-class Dense:
+class Dense(Probe):
     """Segmentation: a linear map from each patch token to its pixels' classes.
 
     Source: the linear segmentation probe of DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4): a linear layer
@@ -59,10 +60,7 @@ class Dense:
         ValueError: a value outside its range.
     """
 
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "masks"
-    trains_encoder: ClassVar[bool] = False
+    takes: Literal["labels", "masks"] = "masks"
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class Dense:
             type(s)(self.features, s.norm, s.lr, s.weight_decay) for s in grid([layers], heads, lrs, weight_decays)
         ]
         self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = share_held_out(holdout, 0.1, len(self.settings), ONE)
+        self.holdout = choose_holdout(holdout, 0.1, len(self.settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)

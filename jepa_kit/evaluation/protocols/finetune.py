@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Images,
     LayerSet,
+    Probe,
     ProbeResult,
     Task,
     check_labels,
@@ -52,7 +53,7 @@ class Classifier(nn.Module):
 
 
 @PROTOCOLS.register("finetune")
-class Finetune:
+class Finetune(Probe):
     """A copy of the encoder trained with labels, end to end; the figure is that of its last epoch.
 
     Source: MAE's recipe (He et al. 2022, arXiv 2111.06377, A.1), which I-JEPA takes for 1 % of ImageNet (A.2): AdamW, a
@@ -81,10 +82,7 @@ class Finetune:
         ValueError: a value outside its range.
     """
 
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = True
+    trains_encoder = True
 
     def __init__(
         self,

@@ -6,7 +6,6 @@ N  training samples    M  test samples    D  width of a feature    K  classes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
     LayerSet,
+    Probe,
     ProbeResult,
     Task,
     check_samples,
@@ -28,7 +28,7 @@ NEIGHBOURS = (10, 20, 100, 200)
 
 
 @PROTOCOLS.register("knn")
-class KNN:
+class KNN(Probe):
     """Weighted nearest neighbours by cosine; ``knn_probe`` says how.
 
     Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), and DINO. Departure: k is chosen inside the training set.
@@ -44,10 +44,7 @@ class KNN:
         ValueError: no k, or a value outside its range.
     """
 
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = True
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
+    takes_layers = True
 
     def __init__(
         self, *, neighbours: tuple[int, ...] = NEIGHBOURS, temperature: float = TEMPERATURE, queries: int = 10_000

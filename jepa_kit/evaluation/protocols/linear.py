@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Literal
 
-from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, ProbeResult, Task, share_held_out, split
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, Probe, ProbeResult, Task, choose_holdout, split
 from jepa_kit.evaluation.protocols.heads import Optimizer, Recipe, Setting, grid_probe
 from jepa_kit.rng import IntArray
 
-LAYERS = ("last", "last4")
-HEADS = ("plain", "norm")
 Head = Literal["plain", "norm"]
+LAYERS = ("last", "last4")
+HEADS: tuple[Head, ...] = ("plain", "norm")
 HOLDOUT = 0.2
 ONE = "one combination of layers, heads, lrs and weight_decays"
 
@@ -20,7 +21,7 @@ ONE = "one combination of layers, heads, lrs and weight_decays"
 def grid(
     layers: Sequence[str], heads: Sequence[Head], lrs: Sequence[float], weight_decays: Sequence[float]
 ) -> list[Setting]:
-    """Every combination.
+    """Return every combination.
 
     Raises:
         ValueError: an empty list, a repeated or unknown value, a rate that is not above 0, or a negative decay.
@@ -42,13 +43,68 @@ def grid(
 
 
 def check_split(labels: IntArray, holdout: float | None) -> None:
-    """Raises ValueError where a class is too rare to hold a sample of it out."""
+    """Raise ValueError if a class is too rare to hold a sample of it out."""
     if holdout is not None:
         split(labels, holdout, seed=0)
 
 
+class LinearProbe(Probe):
+    """Train a grid of linear heads, and report the best on held-out training samples.
+
+    Args:
+        protocol: its registered name.
+        settings: of the heads.
+        recipe: of their training.
+        holdout: fraction of the training set that chooses between them; None for the default, or nothing to choose.
+        default_holdout: if there are several settings.
+        label: the only label of the protocol; None for any.
+        per_256: learning rates are for 256 images, and are multiplied by the batch over 256.
+
+    Raises:
+        ValueError: see ``choose_holdout``.
+    """
+
+    def __init__(
+        self,
+        protocol: str,
+        settings: Sequence[Setting],
+        recipe: Recipe,
+        holdout: float | None,
+        *,
+        default_holdout: float = HOLDOUT,
+        label: str | None = None,
+        per_256: bool = False,
+    ) -> None:
+        self.protocol, self.settings, self.recipe = protocol, settings, recipe
+        self.label, self.per_256 = label, per_256
+        self.holdout = choose_holdout(holdout, default_holdout, len(settings), ONE)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return tuple(dict.fromkeys(setting.features for setting in self.settings))
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        check_split(labels, self.holdout)
+
+    def __call__(self, task: Task) -> list[ProbeResult]:
+        settings = self.settings
+        if self.per_256:
+            batch = min(self.recipe.batch_size, int(len(task.labels()[0]) * (1 - (self.holdout or 0))))
+            settings = [replace(setting, lr=setting.lr * batch / 256) for setting in settings]
+        return [grid_probe(self.protocol, task, settings, self.recipe, self.holdout)]
+
+
 @PROTOCOLS.register("linear")
-class Linear:
+def linear(
+    *,
+    layers: tuple[str, ...] = LAYERS,
+    heads: tuple[Head, ...] = HEADS,
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    weight_decays: tuple[float, ...] = (0.0, 1e-2),
+    optimizer: Optimizer = "adamw",
+    epochs: int = 20,
+    batch_size: int = 256,
+    holdout: float | None = None,
+) -> LinearProbe:
     """A linear classifier on frozen features: the best of a grid, trained in one pass.
 
     Source: the idea of training every head of a grid at once on one pass of the encoder is DINOv2's (Oquab et al. 2023,
@@ -72,41 +128,22 @@ class Linear:
     Raises:
         ValueError: a value outside its range.
     """
-
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        *,
-        layers: tuple[str, ...] = LAYERS,
-        heads: tuple[Head, ...] = ("plain", "norm"),
-        lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        weight_decays: tuple[float, ...] = (0.0, 1e-2),
-        optimizer: Optimizer = "adamw",
-        epochs: int = 20,
-        batch_size: int = 256,
-        holdout: float | None = None,
-    ) -> None:
-        self.layers = layers
-        self.settings = grid(layers, heads, lrs, weight_decays)
-        self.recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
-        self.holdout = share_held_out(holdout, HOLDOUT, len(self.settings), ONE)
-
-    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return tuple(LayerSet(name) for name in self.layers)
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.holdout)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        return [grid_probe("linear", task, self.settings, self.recipe, self.holdout)]
+    settings = grid(layers, heads, lrs, weight_decays)
+    recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
+    return LinearProbe("linear", settings, recipe, holdout)
 
 
 @PROTOCOLS.register("paper_linear")
-class PaperLinear:
+def paper_linear(
+    *,
+    lrs: tuple[float, ...] = (0.01, 0.05, 0.001),
+    weight_decays: tuple[float, ...] = (0.0005, 0.0),
+    layers: tuple[str, ...] = LAYERS,
+    heads: tuple[Head, ...] = HEADS,
+    epochs: int = 50,
+    batch_size: int = 16384,
+    holdout: float | None = None,
+) -> LinearProbe:
     """I-JEPA's linear probe on ImageNet.
 
     Source: arXiv 2301.08243, A.2: LARS, batch 16384, 50 epochs, the learning rate divided by 10 every 15; a grid of
@@ -125,39 +162,9 @@ class PaperLinear:
         epochs: passes over the features; the learning rate is divided by 10 after 15, 30 and 45.
         batch_size: samples of an update, at most.
     """
-
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        *,
-        lrs: tuple[float, ...] = (0.01, 0.05, 0.001),
-        weight_decays: tuple[float, ...] = (0.0005, 0.0),
-        layers: tuple[str, ...] = LAYERS,
-        heads: tuple[Head, ...] = ("plain", "norm"),
-        epochs: int = 50,
-        batch_size: int = 16384,
-        holdout: float | None = None,
-    ) -> None:
-        settings = grid(layers, heads, lrs, weight_decays)
-        self.layers, self.heads, self.lrs, self.weight_decays = layers, heads, lrs, weight_decays
-        self.recipe = Recipe(optimizer="lars", epochs=epochs, batch_size=batch_size, steps=(15, 30, 45))
-        self.holdout = share_held_out(holdout, 0.1, len(settings), ONE)
-
-    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return tuple(LayerSet(name) for name in self.layers)
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.holdout)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        batch = min(self.recipe.batch_size, int(len(task.labels()[0]) * (1 - (self.holdout or 0))))
-        rates = [lr * batch / 256 for lr in self.lrs]
-        settings = grid(self.layers, self.heads, rates, self.weight_decays)
-        return [grid_probe("paper_linear", task, settings, self.recipe, self.holdout)]
+    settings = grid(layers, heads, lrs, weight_decays)
+    recipe = Recipe(optimizer="lars", epochs=epochs, batch_size=batch_size, steps=(15, 30, 45))
+    return LinearProbe("paper_linear", settings, recipe, holdout, default_holdout=0.1, per_256=True)
 
 
 SCHEDULES: dict[str, tuple[int, tuple[int, ...] | None]] = {
@@ -171,32 +178,19 @@ SCHEDULES: dict[str, tuple[int, tuple[int, ...] | None]] = {
 """Data set -> epochs, and the epochs after which the learning rate is divided by 10 (None: a cosine)."""
 
 
-class _Transfer:
-    """The paper's transfer recipe by its data set's schedule."""
-
-    def __init__(
-        self, protocol: str, dataset: str, layers: tuple[str, ...], heads: tuple[Head, ...], holdout: float | None
-    ) -> None:
-        epochs, steps = SCHEDULES[dataset]
-        self.protocol, self.layers = protocol, layers
-        self.settings = grid(layers, heads, [0.01], [5e-4])
-        self.recipe = Recipe(optimizer="sgd", epochs=epochs, batch_size=256, steps=steps, nesterov=True)
-        self.holdout = share_held_out(holdout, HOLDOUT, len(self.settings), ONE)
-
-    def wanted(self) -> tuple[LayerSet, ...]:
-        return tuple(LayerSet(name) for name in self.layers)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        return [grid_probe(self.protocol, task, self.settings, self.recipe, self.holdout)]
-
-
 @PROTOCOLS.register("paper_transfer")
-class PaperTransfer:
+def paper_transfer(
+    *,
+    dataset: str,
+    layers: tuple[str, ...] = LAYERS,
+    heads: tuple[Head, ...] = HEADS,
+    holdout: float | None = None,
+) -> LinearProbe:
     """I-JEPA's linear transfer to other data sets.
 
     Source: arXiv 2301.08243, A.2, which takes VISSL's configurations: SGD, Nesterov momentum 0.9, weight decay 5e-4,
     learning rate 0.01 for 256 images, a schedule for each data set (``SCHEDULES``); the best of the last layer and the
-    last four, each plain and with batch norm. Departures: as ``PaperLinear``.
+    last four, each plain and with batch norm. Departures: as ``paper_linear``.
 
     Example: ``{name: paper_transfer, dataset: cifar100}``
 
@@ -207,39 +201,16 @@ class PaperTransfer:
     Raises:
         ValueError: another data set.
     """
-
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        layers: tuple[str, ...] = LAYERS,
-        heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float | None = None,
-    ) -> None:
-        if dataset not in SCHEDULES:
-            raise ValueError(f"dataset (={dataset!r}) must be one of {', '.join(SCHEDULES)}")
-        self.transfer = _Transfer("paper_transfer", dataset, layers, heads, holdout)
-
-    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return self.transfer.wanted()
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.transfer.holdout)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        return self.transfer(task)
+    return _transfer("paper_transfer", dataset, layers, heads, holdout)
 
 
 @PROTOCOLS.register("count")
-class Count:
+def count(
+    *, layers: tuple[str, ...] = LAYERS, heads: tuple[Head, ...] = HEADS, holdout: float | None = None
+) -> LinearProbe:
     """How many objects there are: the label ``count``, by I-JEPA's settings for Clevr/Count.
 
-    Source: arXiv 2301.08243, table 4 and A.2 (a cosine over 50 epochs; the rest as ``PaperTransfer``); the task is
+    Source: arXiv 2301.08243, table 4 and A.2 (a cosine over 50 epochs; the rest as ``paper_transfer``); the task is
     VTAB's (arXiv 1910.04867), with 8 classes. Here on any shards with a label of that name: scenes, CLEVR.
 
     Example: ``{name: count, layers: [last4]}``
@@ -247,62 +218,36 @@ class Count:
     Args:
         layers, heads, holdout: as ``linear`` has them.
     """
-
-    label: ClassVar[str | None] = "count"
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        *,
-        layers: tuple[str, ...] = LAYERS,
-        heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float | None = None,
-    ) -> None:
-        self.transfer = _Transfer("count", "clevr_count", layers, heads, holdout)
-
-    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return self.transfer.wanted()
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.transfer.holdout)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        return self.transfer(task)
+    return _transfer("count", "clevr_count", layers, heads, holdout, label="count")
 
 
 @PROTOCOLS.register("distance")
-class Distance:
+def distance(
+    *, layers: tuple[str, ...] = LAYERS, heads: tuple[Head, ...] = HEADS, holdout: float | None = None
+) -> LinearProbe:
     """How far the nearest object is: the label ``distance``, by I-JEPA's settings for Clevr/Dist.
 
-    Source: as ``Count``; a cosine over 100 epochs, 6 classes.
+    Source: as ``count``; a cosine over 100 epochs, 6 classes.
 
     Example: ``{name: distance, heads: [norm]}``
 
     Args:
         layers, heads, holdout: as ``linear`` has them.
     """
+    return _transfer("distance", "clevr_dist", layers, heads, holdout, label="distance")
 
-    label: ClassVar[str | None] = "distance"
-    takes_layers: ClassVar[bool] = False
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        layers: tuple[str, ...] = LAYERS,
-        heads: tuple[Head, ...] = ("plain", "norm"),
-        holdout: float | None = None,
-    ) -> None:
-        self.transfer = _Transfer("distance", "clevr_dist", layers, heads, holdout)
-
-    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return self.transfer.wanted()
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.transfer.holdout)
-
-    def __call__(self, task: Task) -> list[ProbeResult]:
-        return self.transfer(task)
+def _transfer(
+    protocol: str,
+    dataset: str,
+    layers: Sequence[str],
+    heads: Sequence[Head],
+    holdout: float | None,
+    label: str | None = None,
+) -> LinearProbe:
+    """Return the paper's transfer recipe with the schedule of its data set."""
+    if dataset not in SCHEDULES:
+        raise ValueError(f"dataset (={dataset!r}) must be one of {', '.join(SCHEDULES)}")
+    epochs, steps = SCHEDULES[dataset]
+    recipe = Recipe(optimizer="sgd", epochs=epochs, batch_size=256, steps=steps, nesterov=True)
+    return LinearProbe(protocol, grid(layers, heads, [0.01], [5e-4]), recipe, holdout, label=label)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
     LayerSet,
+    Probe,
     ProbeResult,
     Task,
     check_holdout,
@@ -47,7 +48,7 @@ HOLDOUT = 0.2
 
 
 @PROTOCOLS.register("logistic")
-class Logistic:
+class Logistic(Probe):
     """Logistic regression on frozen features, with all labels or a few; ``logistic_probe`` says how.
 
     Source: low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) ask what 1 % of the labels give; MSN
@@ -73,10 +74,7 @@ class Logistic:
         ValueError: a value outside its range, or an option that would do nothing.
     """
 
-    label: ClassVar[str | None] = None
-    takes_layers: ClassVar[bool] = True
-    takes: ClassVar[Literal["labels", "masks"]] = "labels"
-    trains_encoder: ClassVar[bool] = False
+    takes_layers = True
 
     def __init__(
         self,

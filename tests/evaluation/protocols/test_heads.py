@@ -9,7 +9,7 @@ from torch import nn
 from jepa_kit.evaluation.protocols import build_protocols
 from jepa_kit.evaluation.protocols.base import Features, LayerSet
 from jepa_kit.evaluation.protocols.heads import INIT, TRUST, HeadGrid, Recipe, Setting, grid_probe
-from jepa_kit.evaluation.protocols.linear import PaperLinear, grid
+from jepa_kit.evaluation.protocols.linear import grid, paper_linear
 from jepa_kit.rng import Stream, generator
 
 LAST, LAST4 = LayerSet("last"), LayerSet("last4")
@@ -183,7 +183,7 @@ def test_schedules():
 
 
 def test_paper_linear_scales_its_rates_by_the_batch():
-    (found,) = PaperLinear(epochs=1, holdout=0.2)(task(*PROBLEM))
+    (found,) = paper_linear(epochs=1, holdout=0.2)(task(*PROBLEM))
     assert {s["lr"] for s in found.settings["tried"]} == {lr * 320 / 256 for lr in (0.01, 0.05, 0.001)}
     assert found.settings["recipe"]["steps"] == (15, 30, 45)
     assert len(found.settings["tried"]) == 24

@@ -95,10 +95,8 @@ def test_defaults_are_part_of_a_protocol(name):
     if name == "paper_transfer":
         ((_, options, probe),) = build_protocols([{"name": name, "dataset": "inat18"}])
         assert options == {"dataset": "inat18", **HEADS}
-        assert {(s.lr, s.weight_decay) for s in probe.transfer.settings} == {(0.01, 5e-4)}  # I-JEPA, A.2
-        assert probe.transfer.recipe == Recipe(
-            optimizer="sgd", epochs=84, batch_size=256, steps=(24, 48, 72), nesterov=True
-        )
+        assert {(s.lr, s.weight_decay) for s in probe.settings} == {(0.01, 5e-4)}  # I-JEPA, A.2
+        assert probe.recipe == Recipe(optimizer="sgd", epochs=84, batch_size=256, steps=(24, 48, 72), nesterov=True)
         return
     ((_, options, _),) = build_protocols([name])
     assert options == DEFAULTS[name]
