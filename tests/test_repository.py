@@ -174,14 +174,26 @@ def missing_in(text: str, folder: Path) -> list[str]:
             if re.fullmatch(r"[\w./-]+\.(?:py|yaml|sh|json|safetensors)", path) and not PLACEHOLDER.search(path):
                 made_by_the_user = path.startswith(("output/", "shards/"))
                 found += [] if made_by_the_user or (ROOT / path).exists() else [path]
-    for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text):
-        found += [] if (folder / link).exists() else [link]
+    for link, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        page = folder / link
+        if not page.exists():
+            found.append(link)
+        elif anchor and anchor not in anchors(page.read_text() if link else text):
+            found.append(f"{link}#{anchor}")
     return found
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 def test_a_missing_file_is_found() -> None:
     text = "    make tset\n```\npython tools/nothing.py \\\n    --config-file projects/no.yaml\n```\n[x](nowhere.md)"
-    assert missing_in(text, ROOT) == ["make tset", "tools/nothing.py", "projects/no.yaml", "nowhere.md"]
+    text += "\n## One: two (of 3)\n[x](#one-two-of-3), [x](#one), [x](README.md#nowhere)"
+    found = ["make tset", "tools/nothing.py", "projects/no.yaml", "nowhere.md", "#one", "README.md#nowhere"]
+    assert missing_in(text, ROOT) == found
     assert missing_in("```bash\nmake test VENV=env\npython setup.py --file configs/NAME.yaml\n```", ROOT) == []
 
 

@@ -1,0 +1,38 @@
+"""dev/draw_figure.py: the figure is small and shows masks that I-JEPA allows."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+DEV = Path(__file__).parents[2] / "dev"
+
+
+@pytest.fixture
+def figure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DEV))
+    return importlib.import_module("draw_figure")
+
+
+def test_the_figure_is_drawn(figure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ijepa.png"
+    monkeypatch.setattr(sys, "argv", ["draw_figure.py", str(path)])
+    assert figure.main() == 0
+    assert path.stat().st_size < 150_000
+    picture = Image.open(path).convert("RGBA")
+    assert picture.getpixel((0, 0))[3] == 0, "outside the round corners it is transparent, for dark pages"
+    assert min(picture.getpixel((picture.width // 2, 12))) > 240, "and the card is light"
+    assert len(set(picture.convert("RGB").resize((160, 80)).getdata())) > 1000, "with a picture on it"
+
+
+def test_the_context_has_no_patch_of_a_target(figure: ModuleType) -> None:
+    sample = figure.Sample()
+    targets = [{(t + r, x + c) for r in range(h) for c in range(w)} for t, x, h, w in sample.blocks]
+    assert len(targets) == 4
+    assert not set.union(*targets) & sample.context
+    assert all(0 <= row < 14 and 0 <= column < 14 for row, column in set.union(*targets))
