@@ -62,7 +62,9 @@ def pretrain_and_probe(r: Any) -> None:
         steps = max(TRIAL, int(seconds * rate))
     begin = time.monotonic()
     run = train_run(r, train_shards, "run", steps)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    from jepa_kit.engine.logging.telemetry import read_metrics
+
+    lines = read_metrics(run)
     spent, last = time.monotonic() - begin, lines[-1]
     speed = f"{last['images_per_second']:.0f} img/s, {last['data_wait']:.0%} waiting for data"
     source = "scenes" if r.images is None else str(r.images)

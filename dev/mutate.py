@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))
 from mutations import described, mutated
 
 from jepa_kit.arguments import tool_parser
+from jepa_kit.files import read_json_lines, write_text
 
 AREAS: dict[str, tuple[str, str]] = {
     "maskers": ("maskers/[!p]*.py", "maskers"),
@@ -313,13 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.draw:
         mutants = draw(args.tree, args.draw, args.seed)
     else:
-        mutants = [json.loads(line) for line in args.mutants.read_text().splitlines()]
+        mutants = read_json_lines(args.mutants)
 
     def save() -> None:
         args.mutants.parent.mkdir(parents=True, exist_ok=True)
-        part = args.mutants.with_suffix(".part")
-        part.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in mutants))
-        part.replace(args.mutants)
+        write_text(args.mutants, "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in mutants))
 
     wanted = {"survived": "survived", "missing": None}
     chosen = [m for m in mutants if m["area"] in args.areas and "equivalent" not in m]

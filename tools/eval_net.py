@@ -216,8 +216,9 @@ def evaluated(
     from jepa_kit.engine.workers import choose_workers
     from jepa_kit.evaluation.evaluate import evaluate
     from jepa_kit.evaluation.feature_cache import FeatureStore
-    from jepa_kit.evaluation.feature_sources import ENCODERS, config_networks, encoder_named, run_networks, sha256
+    from jepa_kit.evaluation.feature_sources import ENCODERS, config_networks, encoder_named, run_networks
     from jepa_kit.evaluation.tables.results import about_checkpoint
+    from jepa_kit.files import sha256_of
     from jepa_kit.precision import precision_of
 
     about: dict[str, Any] = {
@@ -229,7 +230,7 @@ def evaluated(
     if loaded is None or file is None:
         networks = config_networks(config, **about)
     else:
-        digest = broadcast_from_rank0(lambda: sha256(file))
+        digest = broadcast_from_rank0(lambda: sha256_of(file))
         checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
         chosen = arguments.encoder or encoder_named(loaded.jepa)
         encoders = [which for which in ENCODERS if chosen in (which, "both")]

@@ -12,9 +12,9 @@ from jepa_kit.config.checking import Part
 from jepa_kit.config.errors import located
 from jepa_kit.config.resolved import Config, config_from_dict, import_named, load_config
 from jepa_kit.config.sections import SECTIONS, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
-from jepa_kit.config.sources import RUN_CONFIG
 from jepa_kit.config.versions import versions
 from jepa_kit.errors import ConfigError
+from jepa_kit.run_folder import RUN_CONFIG
 
 __all__ = [
     "RUN_CONFIG",

@@ -11,12 +11,13 @@ from jepa_kit.config.checking import Part, check_config
 from jepa_kit.config.imports import check_trusted, import_members, import_parts, resolve_imports
 from jepa_kit.config.merging import apply_overrides
 from jepa_kit.config.sections import DataConfig, EvaluateConfig, OptimConfig, TrainConfig
-from jepa_kit.config.sources import RUN_CONFIG, read_config
+from jepa_kit.config.sources import read_config
 from jepa_kit.config.typed import plain
 from jepa_kit.config.versions import versions
 from jepa_kit.config.yaml_text import dump_yaml
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, SLOTS
+from jepa_kit.run_folder import RUN_CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,9 @@ from jepa_kit.config.merging import merge
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
 from jepa_kit.errors import ConfigError
+from jepa_kit.run_folder import HEADER, RUN_CONFIG
 
-RUN_CONFIG = "config.yaml"
-"""The file in a run folder that holds the resolved config."""
-
-INSIDE = (RUN_CONFIG, "run.pt")
+INSIDE = (RUN_CONFIG, HEADER)
 """What a folder has its config in: a run folder, a checkpoint in shards."""
 
 _TAKES = "a config is a YAML file, a run folder or a checkpoint"

@@ -21,7 +21,6 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
-from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import Run, build_run, resume_run
@@ -35,6 +34,7 @@ from jepa_kit.engine.step import train_step
 from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
+from jepa_kit.run_folder import RUN_CONFIG
 from jepa_kit.structures import MaskBatch, PatchSets
 
 

@@ -17,9 +17,9 @@ import torch
 from jepa_kit.data.errors import Allowance, Skipped
 from jepa_kit.distributed.collectives import all_gather_object, is_main, mean_over_ranks
 from jepa_kit.errors import TooManySkippedError
-from jepa_kit.files import write_text
+from jepa_kit.files import read_json_lines, write_json_lines
+from jepa_kit.run_folder import SKIPPED
 
-SKIPPED = "skipped.jsonl"
 SHOWN = 3
 """Of so many samples at a time people are told the reason; the file has all."""
 
@@ -47,7 +47,7 @@ class SkippedSamples:
         self._of_epoch = Counter(line["epoch"] for line in lines)
         self._new: list[Line] = []
         if is_main() and self.path.exists():
-            write_text(self.path, _text(lines))
+            write_json_lines(self.path, lines)
 
     def add(self, step: int, skipped: Sequence[Skipped]) -> None:
         """Notes what this process's batch of a step lacks."""
@@ -73,7 +73,7 @@ class SkippedSamples:
         self._of_epoch.update(line["epoch"] for line in new)
         if is_main():
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_text(new))
+                file.writelines(json.dumps(line) + "\n" for line in new)
             for line in new[:SHOWN]:
                 info(f"skipped {line['key']!r}: {line['reason']}")
             if len(new) > SHOWN:
@@ -107,19 +107,4 @@ def read_skipped(folder: Path) -> list[Line]:
     Raises:
         ValueError: another line that is not JSON.
     """
-    path = folder / SKIPPED
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    lines = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:  # noqa: PERF203 (the message names the line)
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return lines
-
-
-def _text(lines: Sequence[Line]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return read_json_lines(folder / SKIPPED)

@@ -25,6 +25,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.evaluation.feature_sources import Network, View
+from jepa_kit.files import write_text
 
 FORMAT = "jepa_kit features/1"
 Arrays = dict[tuple[str, View], NDArray[Any]]
@@ -174,9 +175,7 @@ class FeatureStore:
             self._wait()
             if self.world.is_main:
                 self._unfinished(file).replace(file)
-                temporary = file.with_suffix(f".json.{os.getpid()}.part")
-                temporary.write_text(json.dumps(words, indent=1) + "\n")
-                temporary.replace(file.with_suffix(".json"))
+                write_text(file.with_suffix(".json"), json.dumps(words, indent=1) + "\n", shared=True)
             self._wait()
             kept_arrays[key] = _mapped(file)
         return kept_arrays

@@ -5,10 +5,8 @@ B  images of a batch    n  patches of an image    D  width of a feature
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -195,16 +193,3 @@ def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(f"{kind} (={name!r}) must be of {', '.join(known)}{did_you_mean(name, known)}")
     if len(set(names)) < len(names):
         raise ValueError(f"{kind} (={', '.join(names)}) must be different ones")
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal digest of a file's bytes; of a checkpoint in shards, of the names and digests of its files."""
-    digest = hashlib.sha256()
-    if file.is_dir():
-        for part in sorted(file.iterdir()):
-            digest.update(f"{part.name} {sha256(part)}\n".encode())
-        return digest.hexdigest()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,15 +29,6 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         value = tensors[name]
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         found.update(raw(value))
-    return found.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
     return found.hexdigest()
 
 

@@ -17,7 +17,8 @@ from jepa_kit.data.remote.fetch import path_manager
 from jepa_kit.engine.checkpoint.format import FORMAT, HEADER, checkpoints
 from jepa_kit.engine.checkpoint.manager import to_read
 from jepa_kit.errors import CheckpointError
-from jepa_kit.interop.digest import HOW, file_digest
+from jepa_kit.files import sha256_of
+from jepa_kit.interop.digest import HOW
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
@@ -58,7 +59,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
         return path
     if path.is_dir():
         raise CheckpointError(f"{text} is a folder, and sha256 is of one file")
-    found = file_digest(path)
+    found = sha256_of(path)
     if found != sha256.lower():
         if remote:
             path.unlink()  # the cache would give the same file again

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite, load_checkpoint
 from jepa_kit.errors import CheckpointError
+from jepa_kit.files import atomic_write
 from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Positions, Reading, choose
@@ -171,20 +172,13 @@ def _not_written(path: Path, error: OSError) -> OSError:
     return OSError(error.errno, f"{path} could not be written, and nothing is left of it: {error.strerror}")
 
 
-def _in_one_piece(path: Path, write: object) -> None:
+def _in_one_piece(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside, then rename: a crash or a full disk leaves nothing under the name."""
-    part = path.with_name(f".{path.name}.part")
-    assert callable(write)
     try:
-        write(part)
-        part.rename(path)
+        with atomic_write(path) as part:
+            write(part)
     except OSError as error:
         raise _not_written(path, error) from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
 
 
 def _words(checkpoint: Checkpoint) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from jepa_kit.config import DataConfig
 from jepa_kit.errors import CheckpointError
-from jepa_kit.interop.digest import check_digest, file_digest
+from jepa_kit.files import sha256_of
+from jepa_kit.interop.digest import check_digest
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
@@ -76,7 +77,7 @@ def write(weights: EncoderWeights, folder: Path) -> None:
     beside["preprocessor_config.json"] = _preprocessor(weights)
     for name, held in beside.items():
         _write_json(folder / name, held)
-    digests = json.dumps({name: file_digest(folder / name) for name in beside}, sort_keys=True)
+    digests = json.dumps({name: sha256_of(folder / name) for name in beside}, sort_keys=True)
     metadata = {"format": "pt", ABOUT: weights.about(), FILES: digests}
     write_file(folder / "model.safetensors", to_names(weights), metadata)
     licence = weights.provenance.licence
@@ -242,7 +243,7 @@ def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
         state |= tensors
         for other, stored in json.loads(metadata.get(FILES, "{}")).items():
             file = folder / other
-            found = file_digest(file) if file.is_file() else "no file"
+            found = sha256_of(file) if file.is_file() else "no file"
             check_digest(stored, found, str(file), needed=True, allow_unchecked=reading.allow_unchecked)
     return state
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,8 @@ from torch import Tensor
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed
 from jepa_kit.encoders.vit import patch_grid
 from jepa_kit.errors import CheckpointError
-from jepa_kit.interop.digest import DIGEST, check_digest, file_digest, raw
+from jepa_kit.files import atomic_write, sha256_of
+from jepa_kit.interop.digest import DIGEST, check_digest, raw
 from jepa_kit.interop.weights import (
     ABOUT,
     AS_IT_IS,
@@ -178,30 +179,18 @@ def _store(onnx: Any, model: Any, weights: dict[str, Tensor], path: Path) -> Non
     data = path.with_name(path.name + ".data") if total >= LARGE else None
     if data is not None and data.exists():
         raise FileExistsError(f"{data}, for the weights of {path.name}, is there already")
-    parts = [(file.with_name(f".{file.name}.part"), file) for file in (data, path) if file is not None]
-    try:
-        if data is None:
+    with ExitStack() as stack:
+        part = stack.enter_context(atomic_write(path))
+        data_part = None if data is None else stack.enter_context(atomic_write(data))  # the last entered ends first
+        if data is None or data_part is None:
             _add(onnx, model, weights, None, "")
         else:
-            with parts[0][0].open("wb") as file:
+            with data_part.open("wb") as file:
                 _add(onnx, model, weights, file, data.name)
-                _flush(file)
-        found = _digest(model, parts[0][0] if data else None)
+        found = _digest(model, data_part)  # of the model without its digest
         pair = model.metadata_props.add()
         pair.key, pair.value = DIGEST, found
-        with parts[-1][0].open("wb") as file:
-            file.write(model.SerializeToString())
-            _flush(file)
-        for part, final in parts:
-            part.rename(final)
-    finally:
-        for part, _ in parts:
-            part.unlink(missing_ok=True)
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        part.write_bytes(model.SerializeToString())
 
 
 def _add(onnx: Any, model: Any, weights: dict[str, Tensor], file: IO[bytes] | None, name: str) -> None:
@@ -234,7 +223,7 @@ def _digest(model: Any, data: Path | None) -> str:
         pair.key, pair.value = key, value
     found.update(bare.SerializeToString(deterministic=True))
     if data is not None:
-        found.update(file_digest(data).encode())
+        found.update(sha256_of(data).encode())
     return found.hexdigest()
 
 

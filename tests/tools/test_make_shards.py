@@ -402,7 +402,7 @@ def wait_for(found, process):
 def test_stopped_by_hand(tmp_path):
     """Ctrl-C: a line, status 130, and a folder that says that it is unfinished."""
     process = started(tmp_path / "out", "--num-scenes", 50000, "--workers", 2)
-    wait_for(lambda: list(tmp_path.glob("out/.shard-*.partial")), process)
+    wait_for(lambda: list(tmp_path.glob("out/.shard-*.part")), process)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from jepa_kit.data.making.write_log import folders_with_shards
 from jepa_kit.data.shards.index import is_foreign, read_array, read_index
 from jepa_kit.data.shards.indexing import scan
-from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, sha256_of
+from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED
+from jepa_kit.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,17 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from jepa_kit.data.shards.indexing import scan
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, Rows, Shard
+from jepa_kit.files import read_json_lines, write_json_lines
+from jepa_kit.lock import LockedError, lock_file
 
 LOCK = ".make_shards.lock"
-WRITTEN = ("shard-*.tar", ".*.partial", INDEX, OFFSETS, LABELS, KEYS, MASKS, UNFINISHED)
+WRITTEN = ("shard-*.tar", ".*.part*", INDEX, OFFSETS, LABELS, KEYS, MASKS, UNFINISHED)
 """Names of what a writer leaves in a folder of shards."""
 
 
@@ -70,7 +74,7 @@ class Journal:
 
         A folder without anything, and one that the same command finished, are nothing to complain about.
         """
-        held = [path for path in existing(self.folder) if not path.endswith(".partial")]
+        held = [path for path in existing(self.folder) if not fnmatch(os.path.basename(path), ".*.part*")]
         if not held:
             return None
         if os.path.exists(self.path):
@@ -114,11 +118,7 @@ class Journal:
         for path in existing(self.folder):
             if os.path.basename(path) not in keep:
                 os.remove(path)
-        # a line that was cut short would spoil the next one
-        text = "".join(json.dumps(line) + "\n" for line in lines or [{"made_by": self.made_by}])
-        with open(self.path, "r+", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.truncate()
+        write_json_lines(Path(self.path), lines or [{"made_by": self.made_by}])  # without a line that was cut short
         return standing
 
     def add(self, standing: Standing, shard: Shard, rows: Rows) -> None:
@@ -137,16 +137,7 @@ class Journal:
 
     def _lines(self) -> list[dict[str, Any]]:
         """The whole lines of the file."""
-        found = []
-        with open(self.path, encoding="utf-8") as stream:
-            for line in stream:
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-                if not line.endswith("\n"):
-                    found.pop()
-        return found
+        return read_json_lines(Path(self.path))
 
 
 @contextlib.contextmanager
@@ -156,20 +147,11 @@ def alone(out: str) -> Iterator[None]:
     Raises:
         ValueError: somebody does.
     """
-    path = os.path.join(out, LOCK)
-    with open(path, "a", encoding="utf-8") as stream:
-        try:
-            import fcntl
-
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows, where an open file cannot be removed either
-            pass
-        except BlockingIOError as error:
-            raise ValueError(f"OUT_DIR (={out!r}) is being written by another make_shards: wait, or stop it") from error
-        try:
+    try:
+        with lock_file(Path(out, LOCK)):
             yield
-        finally:
-            os.remove(path)
+    except LockedError as error:
+        raise ValueError(f"OUT_DIR (={out!r}) is being written by another make_shards: wait, or stop it") from error
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -26,8 +26,9 @@ from typing import Any
 from iopath.common.file_io import file_lock
 
 from jepa_kit.data.remote.fetch import Access, copy
-from jepa_kit.data.shards.writing import Shard, sha256_of
+from jepa_kit.data.shards.writing import Shard
 from jepa_kit.errors import CacheError, StreamError
+from jepa_kit.files import sha256_of
 
 TEMPORARY_GB = 20.0
 FORGIVEN_AFTER = 600.0

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa_kit.data.shards.writing import FORMAT_VERSION, INDEX, KEYS, LABELS, MASKS, OFFSETS, sha256_of
+from jepa_kit.data.shards.writing import FORMAT_VERSION, INDEX, KEYS, LABELS, MASKS, OFFSETS
+from jepa_kit.files import sha256_of
 
 KEPT_INDEXES = "indexes"
 """Folder of the cache for indexes of shards that have none beside them."""

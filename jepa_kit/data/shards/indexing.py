@@ -45,9 +45,9 @@ from jepa_kit.data.shards.writing import (
     UNFINISHED,
     Rows,
     Shard,
-    sha256_of,
     write_index,
 )
+from jepa_kit.files import sha256_of
 
 INDEXER = 2
 """Of what an index of foreign shards contains; one with another number is made again. 2: checksums, links."""

@@ -32,8 +32,9 @@ from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
 from jepa_kit.data.shards.index import KEPT_INDEXES, is_foreign, read_array, read_index
 from jepa_kit.data.shards.indexing import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
-from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard, replacing
+from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard
 from jepa_kit.errors import StreamError
+from jepa_kit.files import atomic_write
 from jepa_kit.rng import IntArray
 
 FETCHERS = 4
@@ -296,9 +297,9 @@ def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | N
                 content = read(f"{base}/{name}", access)
             except StreamError as error:
                 raise ValueError(f"{base}/{name} cannot be read, but {INDEX} is there: {error}") from error
-            with replacing(os.path.join(here, name)) as temporary, open(temporary, "wb") as out:
+            with atomic_write(os.path.join(here, name), shared=True) as temporary, open(temporary, "wb") as out:
                 out.write(content)
-        with replacing(os.path.join(here, INDEX)) as temporary, open(temporary, "wb") as out:
+        with atomic_write(os.path.join(here, INDEX), shared=True) as temporary, open(temporary, "wb") as out:
             out.write(text)
 
     return _kept(access, [base, hashlib.sha256(text).hexdigest()], make), index
@@ -347,7 +348,7 @@ def _save_scan(path: str, found: Scan) -> None:
     meta = {"entry": entry, "keys": rows.keys, "names": names, "refused": found.refused}
     meta |= {"links": rows.links, "outside": found.outside}
     labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
-    with replacing(path) as temporary, open(temporary, "wb") as out:
+    with atomic_write(path, shared=True) as temporary, open(temporary, "wb") as out:
         np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
 
 

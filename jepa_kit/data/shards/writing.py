@@ -26,12 +26,14 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jepa_kit.files import atomic_write, sha256_of, write_text
 from jepa_kit.rng import IntArray
 
 FORMAT_VERSION = 1
@@ -113,21 +115,6 @@ class Rows:
     links: dict[str, list[str]] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """A name beside ``path`` to write to; it is moved to ``path`` if the block ends well, and removed if not."""
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        if os.name == "posix":
-            _to_disk(os.path.dirname(path) or ".")
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-
-
 def _to_disk(path: str) -> None:
     # of a file: else a power cut can leave the new name and not the bytes; of a folder: else it can take the name
     descriptor = os.open(path, os.O_RDONLY)
@@ -174,7 +161,7 @@ def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
 def write_packed(path: str, samples: Iterable[Packed]) -> tuple[Shard, Rows]:
     """Writes one tar file of samples that are packed already."""
     digest, size, keys, places, found = hashlib.sha256(), 0, [], [], []
-    with replacing(path) as temporary:
+    with atomic_write(path, shared=True) as temporary:
         with open(temporary, "wb") as stream:
             for sample in samples:
                 stream.write(sample.data)
@@ -196,15 +183,6 @@ def _rows(keys: list[str], places: IntArray, found: Sequence[Mapping[str, int]])
     names = dict.fromkeys(name for row in found for name in row)
     labels = {name: np.array([row.get(name, -1) for row in found]) for name in names}
     return Rows(keys, places[:, :4], labels, places[:, 4:])
-
-
-def sha256_of(path: str) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_index(
@@ -244,7 +222,7 @@ def write_index(
         arrays[MASKS] = masks
     sums = {}
     for name, array in arrays.items():
-        with replacing(os.path.join(folder, name)) as temporary:
+        with atomic_write(os.path.join(folder, name), shared=True) as temporary:
             with open(temporary, "wb") as stream:
                 np.save(stream, array)
             sums[name] = sha256_of(temporary)
@@ -265,7 +243,6 @@ def write_index(
     index |= {key: found for key, found in (("links", links), ("notes", list(notes))) if found}
     if MASKS in arrays:
         index["masks"] = {"samples": int((masks[:, 0] >= 0).sum()), "classes": list(mask_classes)}
-    with replacing(os.path.join(folder, INDEX)) as temporary, open(temporary, "w", encoding="utf-8") as text:
-        json.dump(index, text, indent=1)
+    write_text(Path(folder, INDEX), json.dumps(index, indent=1), shared=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, UNFINISHED))

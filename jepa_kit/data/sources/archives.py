@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 
 from jepa_kit.data.shards.tars import BLOCK, TAR_ERRORS, compression, follow, pieces, target_of
 from jepa_kit.data.sources.files import hidden
+from jepa_kit.files import atomic_write
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
@@ -121,13 +122,11 @@ def plain_tar(path: str, scratch: str) -> str:
     status = os.stat(path)
     plain = os.path.join(scratch, f".unpacked.{status.st_size:x}.{status.st_mtime_ns:x}.tar")
     if not os.path.exists(plain):
-        partial = f"{plain}.partial"
         try:
-            with gzip.open(path, "rb") as packed, open(partial, "wb") as unpacked:
+            with atomic_write(plain) as part, gzip.open(path, "rb") as packed, part.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 20)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"source (={path!r}) is not a whole tar archive: {error}") from error
-        os.replace(partial, plain)
     return plain
 
 

@@ -37,8 +37,6 @@ from jepa_kit.engine.checkpoint.format import (
     Checkpoint,
     checkpoint_path,
     checksum,
-    delete,
-    part_path,
     save_checkpoint,
 )
 from jepa_kit.engine.checkpoint.manager import Store, store_in
@@ -51,7 +49,7 @@ from jepa_kit.engine.checkpoint.state_dict import (
     with_local,
 )
 from jepa_kit.errors import CheckpointError, SaveError, ShardError
-from jepa_kit.files import flush_folder, write_archive
+from jepa_kit.files import delete, flush, part_path, write_archive
 
 T = TypeVar("T")
 
@@ -236,12 +234,12 @@ class Saver:
         def finish(files: dict[str, list[int]]) -> None:
             about = {key: value for key, value in asdict(header).items() if key not in ("model", "optimizer")}
             write_archive({"format": FORMAT, **about, "files": files}, part / HEADER)
-            flush_folder(part)
+            flush(part)
             before = path.with_name(f".{path.name}.before.part")
             if path.exists():
                 path.rename(before)
             part.rename(path)
-            flush_folder(folder)
+            flush(folder)
             if before.exists():
                 delete(before)
             self.store.tidy(self.keep, self.keep_every)

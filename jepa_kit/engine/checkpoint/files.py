@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from jepa_kit.errors import CheckpointError, ShardError
+from jepa_kit.run_folder import HEADER
 
 FORMAT = "jepa_kit/1"
-
-HEADER = "run.pt"
-"""In a sharded checkpoint: what a file holds besides the state, and what verifies the shards."""
 
 _ZIP = b"PK\x03\x04"
 _MALFORMED = (

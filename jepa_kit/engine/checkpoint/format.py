@@ -25,7 +25,6 @@ saving.py."""
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,7 @@ from jepa_kit.engine.checkpoint.dcp import read_full
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, checksum, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
 from jepa_kit.errors import CheckpointError
-from jepa_kit.files import flush_folder, write_archive
+from jepa_kit.files import atomic_write, delete, write_archive
 
 W = TypeVar("W", Path, str)
 
@@ -51,12 +50,10 @@ __all__ = [
     "checkpoint_path",
     "checkpoints",
     "checksum",
-    "delete",
     "delete_old",
     "load_checkpoint",
     "old_ones",
     "optimizer_state",
-    "part_path",
     "read_header",
     "restore",
     "save_checkpoint",
@@ -98,11 +95,6 @@ def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
     return folder / (f"checkpoint_{step:08d}" + ("" if sharded else ".pt"))
 
 
-def part_path(path: Path) -> Path:
-    """Where a checkpoint is while it is being written; nothing takes it for one."""
-    return path.with_name(f".{path.name}.part")
-
-
 def step_of(path: Path | str) -> int | None:
     """The step in the name of a checkpoint (a path, an address, or the name), or None for another name."""
     match = _NAME.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
@@ -140,12 +132,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None, keep
     """
     path = checkpoint_path(folder, checkpoint.step)
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
-    try:
-        write_archive(content, part_path(path))
-        part_path(path).replace(path)
-    finally:
-        part_path(path).unlink(missing_ok=True)
-    flush_folder(folder)  # the rename itself must survive a power cut
+    with atomic_write(path) as part:
+        write_archive(content, part)
     if keep is not None:
         delete_old(folder, keep, keep_every)
     return path
@@ -160,15 +148,6 @@ def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
 def old_ones(found: Sequence[W], keep: int, keep_every: int | None) -> list[W]:
     """Those that ``delete_old`` deletes, of checkpoints (paths, addresses or names) by step."""
     return [old for old in found[:-keep] if keep_every is None or (step_of(old) or 0) % keep_every]
-
-
-def delete(path: Path) -> None:
-    """Deletes a file or a folder; a folder gets a name first that nothing takes for a checkpoint."""
-    if path.is_dir() and not path.is_symlink():
-        half = path if path.name.startswith(".") else path.rename(part_path(path))
-        shutil.rmtree(half)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(

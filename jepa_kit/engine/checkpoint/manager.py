@@ -15,13 +15,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.config.sections import TrainConfig
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.engine.checkpoint.format import (
     HEADER,
     checkpoints,
-    delete,
     delete_old,
     load_checkpoint,
     old_ones,
@@ -29,9 +27,9 @@ from jepa_kit.engine.checkpoint.format import (
     verify,
 )
 from jepa_kit.engine.checkpoint.remote import PART, RemoteFolder, check_address, is_address
-from jepa_kit.engine.logging.telemetry import METRICS
 from jepa_kit.errors import CheckpointError
-from jepa_kit.files import write_text
+from jepa_kit.files import delete, write_text
+from jepa_kit.run_folder import METRICS, RUN_CONFIG
 
 Where = Path | str
 """A checkpoint: in a folder here, or at an address."""

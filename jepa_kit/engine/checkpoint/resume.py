@@ -25,8 +25,8 @@ from jepa_kit.data.shards.identity import difference
 from jepa_kit.engine.checkpoint.format import Checkpoint, step_of
 from jepa_kit.engine.checkpoint.manager import Store, Where, name_of, store_in
 from jepa_kit.engine.consistency import flatten
-from jepa_kit.engine.logging.telemetry import METRICS
 from jepa_kit.errors import CheckpointError
+from jepa_kit.run_folder import FACTS, METRICS
 
 FREE = frozenset(
     {
@@ -73,10 +73,6 @@ FREE = frozenset(
 What ``accumulate``, ``device`` and the number of processes do move: draws of stochastic depth (``drop_path``), made for
 each process and part, on the device; losses that compare the samples of a batch, which see those of a process and part;
 and masks that hang on a process' batch, the released truncation (parallel.py)."""
-
-
-FACTS = "run.json"
-"""In a run folder: what ran where, and from where it went on."""
 
 
 def check_folders(store: Store) -> None:

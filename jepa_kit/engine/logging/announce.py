@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from jepa_kit.config import located, versions
-from jepa_kit.config.resolved import RUN_CONFIG
 from jepa_kit.data.shards.identity import brief
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.build import Run, data_identity
 from jepa_kit.engine.checkpoint.manager import Store
-from jepa_kit.engine.checkpoint.resume import FACTS
 from jepa_kit.engine.logging.topology import Place, describe, to_dict
 from jepa_kit.files import write_text
 from jepa_kit.interop.start import Start
 from jepa_kit.precision import precision_of
+from jepa_kit.run_folder import FACTS, RUN_CONFIG
 
 
 def announce(

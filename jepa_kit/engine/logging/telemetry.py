@@ -45,15 +45,15 @@ from jepa_kit.distributed.collectives import joined
 from jepa_kit.engine.logging.loggers import Board
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import Update
-from jepa_kit.files import write_text
+from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.flops import Lengths, ModelFlops
 from jepa_kit.planning.peak_flops import peak_memory
+from jepa_kit.run_folder import METRICS
 from jepa_kit.structures import MaskBatch
 
 Record = dict[str, float]
 """A line of metrics.jsonl."""
 
-METRICS = "metrics.jsonl"
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
 MEASURED = frozenset(
     (
@@ -194,20 +194,12 @@ def read_metrics(folder: Path) -> list[Record]:
             is no line of a step.
     """
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    records: list[Record] = []
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
-                raise ValueError(f"{path}, line {number + 1} is not JSON: {error}") from error
-            break
+    records: list[Record] = read_json_lines(path)
+    for number, record in enumerate(records, start=1):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number + 1} ({line:.40}) must be a mapping with a 'step'")
+            raise ValueError(f"{path}, line {number} ({json.dumps(record):.40}) must be a mapping with a 'step'")
         if "share_of_peak" in record:  # of earlier versions
             record["mfu"] = record.pop("share_of_peak")
-        records.append(record)
     return records
 
 
@@ -235,7 +227,7 @@ class Journal:
         self.steps = steps
         self.boards = boards
         kept = [record for record in read_metrics(folder) if record["step"] < first_step]
-        write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        write_json_lines(folder / METRICS, kept)
         self.file = (folder / METRICS).open("a")
         with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = tqdm(total=steps, initial=first_step, bar_format=BAR, dynamic_ncols=True) if with_bar else None

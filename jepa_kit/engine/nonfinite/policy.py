@@ -17,7 +17,6 @@ is; ``tools/replay_step.py`` runs it again."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,14 +27,12 @@ import torch
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
-from jepa_kit.engine.checkpoint.format import part_path
 from jepa_kit.engine.logging.telemetry import all_ranks
 from jepa_kit.engine.nonfinite.detect import Suspect
-from jepa_kit.files import write_archive, write_text
+from jepa_kit.files import atomic_write, read_json_lines, write_archive, write_json_lines
+from jepa_kit.run_folder import RECORD
 
 Policy = Literal["stop", "skip", "rollback"]
-
-RECORD = "bad_steps.jsonl"
 
 
 @dataclass(frozen=True)
@@ -76,24 +73,19 @@ def read_record(folder: Path) -> list[BadStep]:
         ValueError: a line that is no record, unless it is the last, which a killed run may leave cut short.
     """
     path = folder / RECORD
-    lines = path.read_text().splitlines() if path.exists() else []
     record = []
-    for number, line in enumerate(lines):
+    for number, fields in enumerate(read_json_lines(path), start=1):
         try:
-            fields = json.loads(line)
             record.append(BadStep(**{**fields, "losses": tuple(fields["losses"])}))
-        except (json.JSONDecodeError, TypeError, KeyError) as error:  # noqa: PERF203 (the message names the line)
-            if number < len(lines) - 1:
-                raise ValueError(f"{path}, line {number + 1} is no record of a bad step: {error}") from error
+        except (TypeError, KeyError) as error:  # noqa: PERF203 (the message names the line)
+            raise ValueError(f"{path}, line {number} is no record of a bad step: {error}") from error
     return record
 
 
 def append_record(folder: Path, bad: BadStep) -> None:
     """Adds a line, on the disk when this returns; a half line that a killed run left is dropped."""
     path = folder / RECORD
-    kept = path.read_text() if path.exists() else ""
-    kept = kept[: kept.rfind("\n") + 1]
-    write_text(path, kept + json.dumps(vars(bad)) + "\n")
+    write_json_lines(path, [*read_json_lines(path), vars(bad)])
 
 
 def left_out(record: Sequence[BadStep]) -> frozenset[int]:
@@ -162,11 +154,8 @@ def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]
         **facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_archive(content, part_path(path))
-        part_path(path).replace(path)
-    finally:
-        part_path(path).unlink(missing_ok=True)
+    with atomic_write(path) as part:
+        write_archive(content, part)
 
 
 class BadSteps:

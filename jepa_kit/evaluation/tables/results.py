@@ -19,8 +19,8 @@ from jepa_kit.config import Config, versions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.identity import brief
 from jepa_kit.evaluation.feature_cache import identity, shared_samples
-from jepa_kit.evaluation.feature_sources import sha256
 from jepa_kit.evaluation.features import LoadedRun, latest_checkpoint
+from jepa_kit.files import sha256_of, write_text
 
 FORMAT = "jepa_kit evaluation/2"
 _NEEDED = (
@@ -116,7 +116,7 @@ def results(
         train, test, seed: as given to ``evaluate``.
     """
     file = latest_checkpoint(checkpoint)
-    about = about_checkpoint(str(file), sha256(file), run)
+    about = about_checkpoint(str(file), sha256_of(file), run)
     return config_results(rows, config=run.config, checkpoint=about, train=train, test=test, seed=seed)
 
 
@@ -163,12 +163,8 @@ def write_results(content: dict[str, Any], file: str | Path) -> Path:
     for place, number in _not_finite(content):
         raise ValueError(f"{file} cannot be written: {place} (={number}) is not finite, and JSON has no such number")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.part")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        return temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return file
 
 
 def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

@@ -12,7 +12,7 @@ import webdataset
 from small_shards import encoded, make_samples, picture, write_shards
 
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.writing import Sample, pack, replacing, tar_size, write_shard
+from jepa_kit.data.shards.writing import Sample, pack, tar_size, write_shard
 
 
 def webdataset_samples(folder):
@@ -119,23 +119,6 @@ def test_nothing_half_written_has_a_final_name(tmp_path, samples):
     with pytest.raises(OSError, match="the disk is full"):
         write_shard(str(tmp_path / "shard.tar"), broken())
     assert os.listdir(tmp_path) == []
-
-
-def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write_and_fail():
-        with replacing(str(path)) as temporary:
-            with open(temporary, "w") as f:
-                f.write("ne")
-            assert path.read_text() == "old"
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write_and_fail()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def foreign_shard(path, members):

@@ -23,6 +23,7 @@ from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.loop import train
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.errors import CheckpointError, SaveError
+from jepa_kit.files import delete
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.files import recognise
 
@@ -294,7 +295,7 @@ def test_shards_hold_what_a_file_holds(tiny, in_shards, tmp_path):
     assert expected.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     last = checkpoints(folder)[-1]
-    format_module.delete(last)
+    delete(last)
     train(in_shards(), resume=True)  # from step 4
     found = state(folder)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -340,7 +341,7 @@ def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, torchrun, tmp_pa
     expected, found = load_checkpoint(one).model, load_checkpoint(two).model
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
-    format_module.delete(checkpoints(two)[-1])
+    delete(checkpoints(two)[-1])
     train(tiny(*still, f"train.output_dir={two}"), resume=True)  # by one process, from the shards of two
     found = load_checkpoint(two).model
     for name, value in expected.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jepa_kit import lock as lock_module
 from jepa_kit.engine.checkpoint import lock
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.lock import only_run_in
@@ -66,7 +67,7 @@ def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
 
 
 def test_a_second_run_in_a_folder(tiny, tmp_path, hold, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(lock, "TIMEOUT", 1.0)
     run = train(tiny("train.checkpoint_every=2"))
     other = hold(run, 60)
     (run / ".checkpoint_00000008.pt.part").write_text("the other is writing it")
@@ -110,8 +111,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock_module.fcntl, "lockf", refuse)
     with only_run_in(tmp_path):
         pass
     told = capsys.readouterr().out
-    assert told == f"note: {tmp_path} has no locks (No locks available); see that no other run is started there\n"
+    assert told == f"note: {tmp_path} has no locks (No locks available); make sure that no other run is started there\n"

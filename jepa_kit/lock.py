@@ -1,0 +1,97 @@
+"""A lock file that the operating system releases when its process ends, however it ends.
+
+`fcntl` locks belong to one process: loader workers that outlive it do not keep them, and a second lock inside the same
+process succeeds. If a machine on a network file system crashes, the server releases its locks after a while.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class LockedError(OSError):
+    """Another process has the lock; `holder` names it."""
+
+    def __init__(self, file: Path, holder: str) -> None:
+        super().__init__(f"{file} is locked by {holder}")
+        self.holder = holder
+
+
+@contextmanager
+def lock_file(
+    file: Path,
+    *,
+    timeout: float = 0.0,
+    on_wait: Callable[[str], None] = lambda holder: None,
+    on_unsupported: Callable[[OSError], None] = lambda error: None,
+) -> Iterator[None]:
+    """Lock a file, which is created, and delete it at the end of the block.
+
+    Args:
+        file: its folder is created if it is missing.
+        timeout: seconds to wait for the process that has the lock.
+        on_wait: called once with the name of that process, if there is a wait.
+        on_unsupported: called if the file system has no locks; the block runs without one.
+
+    Raises:
+        LockedError: another process has the lock.
+        OSError: the file cannot be written.
+    """
+    descriptor = _acquire(file, timeout, on_wait, on_unsupported)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if _is_open_at(descriptor, file):
+                file.unlink()  # before the release: a process that waits checks that the file still exists
+        os.close(descriptor)
+
+
+def _acquire(
+    file: Path, timeout: float, on_wait: Callable[[str], None], on_unsupported: Callable[[OSError], None]
+) -> int:
+    """Return the descriptor of the locked file."""
+    end, waiting = time.monotonic() + timeout, False
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                on_unsupported(error)
+                return descriptor
+            holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            if time.monotonic() >= end:
+                raise LockedError(file, holder) from error
+            if not waiting:
+                on_wait(holder)
+            waiting = True
+            time.sleep(0.1)
+            continue
+        if _is_open_at(descriptor, file):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+            return descriptor
+        os.close(descriptor)  # the process before deleted this file: lock the one that has its name now
+
+
+def _is_open_at(descriptor: int, file: Path) -> bool:
+    """Return whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,22 @@
+"""Names of the files in a run folder."""
+
+HEADER = "run.pt"
+"""In a sharded checkpoint: everything but the state, with the sizes and checksums of the shards."""
+
+FACTS = "run.json"
+"""What ran where, and from which checkpoint it was resumed."""
+
+LOCK = ".lock"
+"""Locked by the process that writes to the folder."""
+
+METRICS = "metrics.jsonl"
+"""One line per logged step."""
+
+RECORD = "bad_steps.jsonl"
+"""Steps whose loss or gradient was not finite, and what the run did about them."""
+
+RUN_CONFIG = "config.yaml"
+"""The resolved config; also written beside checkpoints that are not in the run folder."""
+
+SKIPPED = "skipped.jsonl"
+"""Samples that could not be used."""
