@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "dev"))
+
+from house_imports import Place, find_modules, import_graph, longest_chain, read_imports
+
 ROOT = Path(__file__).resolve().parents[1]
+MAX_CHAIN = 21
+"""Modules in the longest chain of imports, of which each imports the next outside functions (dev/house.py)."""
 
 LAYERS: list[set[str]] = [
     {
@@ -147,6 +153,11 @@ def test_a_cycle_is_found(tmp_path: Path) -> None:
     (tmp_path / "jepa_kit" / "config.py").write_text("from jepa_kit import recipe")
     (tmp_path / "jepa_kit" / "recipe.py").write_text("def f():\n    from jepa_kit.config import load_config")
     assert set(cycle(tmp_path)) == {"jepa_kit.config", "jepa_kit.recipe"}
+
+
+def test_no_chain_of_imports_is_longer_than_it_may_be() -> None:
+    chain = longest_chain(import_graph(read_imports(find_modules(ROOT, "jepa_kit")), Place.TOP))
+    assert len(chain) <= MAX_CHAIN, " -> ".join(chain)
 
 
 def loads_at_import(tree: ast.Module, package: str) -> list[int]:
