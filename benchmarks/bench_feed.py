@@ -31,7 +31,7 @@ from jepa_kit.config import load_config
 from jepa_kit.data.transforms.decoders import simplejpeg
 from jepa_kit.encoders import SIZES
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 from tools import make_shards
 
 CONFIG = ROOT / "projects" / "ijepa" / "configs" / "corrected_in1k_vitb16.yaml"

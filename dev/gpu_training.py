@@ -114,7 +114,7 @@ def probe(r: Any, run: Path, protocol: str, train_shards: Path, test_shards: Pat
 def train_run(r: Any, shards: Path, name: str, steps: int) -> Path:
     """Train so many steps and return the run folder."""
     from jepa_kit.config import load_config
-    from jepa_kit.engine.loop import train
+    from jepa_kit.training import train
 
     small = (
         ["train.batch_size=16", "data.num_workers=0"] if r.small else ["train.batch_size=512", "data.num_workers=12"]

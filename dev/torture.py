@@ -50,7 +50,7 @@ from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.distributed.signals import Preempted
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import MEASURED, METRICS, read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 1800.0

@@ -266,3 +266,10 @@ class Output:
     loss: Tensor
     terms: dict[str, Tensor]
     prediction: Prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Output):
+    """What the forward pass of an update gave, and grad_norm []: of all gradients, over all ranks, before clipping."""
+
+    grad_norm: Tensor

@@ -10,10 +10,10 @@ import torch
 from jepa_kit import precision as module
 from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import load_checkpoint
-from jepa_kit.engine.loop import train
 from jepa_kit.planning.device_specs import DEVICES
 from jepa_kit.planning.planner import Assumptions, plan_run
 from jepa_kit.precision import autocast_of, choose_precision, faster_on_cpu, products_in
+from jepa_kit.training import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -34,6 +34,7 @@ if find_spec("jepa_kit") is None:
 from jepa_kit.arguments import add_trust, run_tool, tool_parser
 from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
+from jepa_kit.interop import start
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"losses of all ranks: {', '.join(bad['losses'])}")
         print(f"{len(dump['keys'])} images: {', '.join(map(str, dump['keys'][:8]))}{', ...' * (len(dump['keys']) > 8)}")
         folder = arguments.run or arguments.dump.resolve().parent.parent
-        jepa = weights_before(dump, folder, device, again=not arguments.at_once, say=print, start_file=arguments.start)
+        jepa = weights_before(
+            dump, folder, device, again=not arguments.at_once, say=print, foreign=start, start_file=arguments.start
+        )
         found = replay(dump, jepa, device)
     except (ValueError, OSError) as error:
         print(f"replay_step.py: {error}", file=sys.stderr)

@@ -61,9 +61,9 @@ from jepa_kit.arguments import add_config, in_order, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
 from jepa_kit.engine.checkpoint.format import checkpoints, step_of
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.submit import Job, prepare, submit, write_script
 from jepa_kit.errors import PeerError, RunError, StartError
+from jepa_kit.training import train
 
 OVERRIDE = re.compile(r"[\w.\[\]]+=")
 """How ``key=value`` begins; neither an address nor a path with a folder does."""

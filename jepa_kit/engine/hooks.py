@@ -1,7 +1,7 @@
-"""What a run does between updates besides training: evaluation every n steps, and any registered hook.
+"""What a run does between updates besides training: evaluation every n steps, and any hook that is handed to ``train``.
 
-A hook is called on every process after the update of a step, when ``(step + 1) % every == 0`` and after the last
-step. What it gives goes into that step's line of ``metrics.jsonl``. Its time is kept out of ``images_per_second``.
+A hook is called on every process after the update of a step, if ``(step + 1) % every == 0`` and after the last step.
+The numbers it returns go into that step's line of ``metrics.jsonl``. Its time does not count in ``images_per_second``.
 
 A hook must leave the run as it found it: weights, gradients, ``train()``. Torch's random numbers are seeded anew for
 each step, so a hook may draw from them.
@@ -9,19 +9,20 @@ each step, so a hook may draw from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jepa_kit.engine.build import Run
+from jepa_kit.config import Config
+from jepa_kit.engine.run import Run
 
 
 class Hook(Protocol):
-    """Something to do every so many steps."""
+    """Something to do every ``every`` steps."""
 
     every: int
 
     def __call__(self, run: Run, step: int) -> dict[str, float]:
-        """Does it after the update of ``step`` (counted from 0), on every process.
+        """Run after the update of ``step`` (counted from 0), on every process.
 
         Returns:
             numbers for the step's line, the same on all processes; their names must be the hook's own ("eval/...").
@@ -29,29 +30,38 @@ class Hook(Protocol):
         ...
 
 
-def build_hooks(run: Run) -> list[Hook]:
-    """The hooks that a run's config asks for."""
-    from jepa_kit.evaluation.online import online_evaluation  # evaluation reads runs back, and so stands on the engine
+HookFactory = Callable[[Run], Hook | None]
+"""Makes a hook for a run before its first step, on every process; None if the run's config does not ask for it."""
 
-    online = online_evaluation(run)
-    return [] if online is None else [online]
+
+def check_hooks(config: Config, factories: Sequence[HookFactory]) -> None:
+    """Raise ValueError if the config asks for an evaluation inside the run and there is no hook to do it."""
+    if config.evaluate.every is not None and not factories:
+        raise ValueError(
+            f"evaluate.every (={config.evaluate.every}) needs a hook that evaluates: jepa_kit.training.train passes it"
+        )
+
+
+def build_hooks(factories: Sequence[HookFactory], run: Run) -> list[Hook]:
+    """Return the hooks of a run."""
+    return [hook for factory in factories if (hook := factory(run)) is not None]
 
 
 def due_hooks(hooks: Sequence[Hook], step: int, last: int) -> list[Hook]:
-    """The hooks that are called after ``step``, where ``last`` is the last step of the run."""
+    """Return the hooks to call after ``step``; ``last`` is the last step of the run."""
     return [hook for hook in hooks if (step + 1) % hook.every == 0 or step == last]
 
 
 def run_hooks(hooks: Sequence[Hook], run: Run, step: int) -> dict[str, float]:
-    """Calls hooks, in their order, and joins what they give.
+    """Call hooks in their order and return all their numbers.
 
     Raises:
-        ValueError: two hooks give the same name.
+        ValueError: two hooks return the same name.
     """
-    given: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for hook in hooks:
         found = hook(run, step)
-        if twice := given.keys() & found.keys():
+        if twice := numbers.keys() & found.keys():
             raise ValueError(f"two hooks give {', '.join(sorted(twice))} for one step: names must be a hook's own")
-        given.update(found)
-    return given
+        numbers.update(found)
+    return numbers

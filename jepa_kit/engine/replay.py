@@ -23,15 +23,15 @@ from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
-from jepa_kit.engine.build import Run, build_run, resume_run
+from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import load_checkpoint, restore, step_of
 from jepa_kit.engine.checkpoint.manager import name_of, store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
-from jepa_kit.engine.loop import seed_torch
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.step import train_step
-from jepa_kit.interop.start import init_from, resume_official
+from jepa_kit.engine.run import ForeignWeights, Run
+from jepa_kit.engine.start import resume_run
+from jepa_kit.engine.step import seed_torch, train_on
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
 from jepa_kit.run_folder import RUN_CONFIG
@@ -114,6 +114,7 @@ def weights_before(
     *,
     again: bool,
     say: Callable[[str], None],
+    foreign: ForeignWeights,
     start_file: str | None = None,
 ) -> JEPA:
     """The model as it was before the step, in training mode.
@@ -124,6 +125,7 @@ def weights_before(
         device: where it goes.
         again: do the steps since the last checkpoint again; otherwise the checkpoint's weights are taken as they are.
         say: prints a message.
+        foreign: reads the file that the run began from.
         start_file: what the run began from, in place of the file that the dump names; read where no checkpoint of the
             run is left from before the step.
 
@@ -143,7 +145,7 @@ def weights_before(
     if again and (latest is None or step_of(latest) != step):
         run = build_run(config, World(), device)
         if latest is None:
-            first, source = _begin(dump, run.jepa, run.optimizer, run.steps_per_epoch, start_file)
+            first, source = _begin(dump, run.jepa, run.optimizer, run.steps_per_epoch, foreign, start_file)
         else:
             first, source = resume_run(run, store, latest).step, f"{folder.name}/{name_of(latest)}"
         say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
@@ -154,7 +156,7 @@ def weights_before(
     if latest is None:
         optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
         steps_per_epoch = config.train.steps_per_epoch or dump["data"]["samples"] // config.train.batch_size
-        first, source = _begin(dump, jepa, optimizer, steps_per_epoch, start_file)
+        first, source = _begin(dump, jepa, optimizer, steps_per_epoch, foreign, start_file)
     else:
         checkpoint = load_checkpoint(store.local(latest))
         check_resumable(checkpoint, config.to_dict(), dump["data"])
@@ -166,7 +168,12 @@ def weights_before(
 
 
 def _begin(
-    dump: dict[str, Any], jepa: JEPA, optimizer: torch.optim.Optimizer, steps_per_epoch: int, start_file: str | None
+    dump: dict[str, Any],
+    jepa: JEPA,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    foreign: ForeignWeights,
+    start_file: str | None,
 ) -> tuple[int, str]:
     """Gives the model the weights that the run began with, as ``build.start_from`` did; (their step, their source)."""
     step, source = int(dump["step"]), dump.get("origin", {}).get("source")
@@ -174,7 +181,7 @@ def _begin(
     if released is not None and step_of(Path(released)) is not None:
         released = None  # a checkpoint of the run itself, which is no more
     if released is None and init is not None:
-        init_from(jepa, start_file or init)
+        foreign.init_from(jepa, start_file or init)
         return 0, f"those of {start_file or init}"
     if released is None and source is None:
         if start_file is not None:
@@ -186,7 +193,7 @@ def _begin(
             f"the run began with the weights of {source}, no checkpoint of it is left from before step {step}, and the "
             "dump does not say where that file lies: name it with --start"
         )
-    first = resume_official(jepa, optimizer, released, steps_per_epoch).step
+    first = foreign.resume_official(jepa, optimizer, released, steps_per_epoch).step
     if first > step:
         raise ValueError(f"{released} is at step {first}, after the bad one ({step}): the run did not begin from it")
     return first, f"those of {released}"
@@ -198,27 +205,13 @@ def _rounding(dump: dict[str, Any]) -> str:
 
 def _steps_again(run: Run, first: int, last: int, without: frozenset[int]) -> None:
     """The updates from ``first`` to the one before ``last``; those ``without`` their batch, as the run did them."""
-    config = run.config
     for step, batch in run.loader.batches(first):
         if step == last:
             return
-        hyper = run.schedule(step)
         if step in without:
-            run.jepa.update_target(hyper.momentum)
+            run.jepa.update_target(run.schedule(step).momentum)
             continue
-        batch = batch.to(run.device)
-        assert batch.masks is not None  # the loader has a masker
-        seed_torch(config.train.seed, step, 0)
-        train_step(
-            run.jepa,
-            run.optimizer,
-            hyper,
-            normalize(batch.images, config.data.mean, config.data.std),
-            batch.masks,
-            forward=run.forward,
-            autocast=autocast_of(config.train.precision, run.device),
-            clip_grad=config.optim.clip_grad,
-        )
+        train_on(run, step, batch.to(run.device))
 
 
 def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:

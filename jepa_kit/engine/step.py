@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.data.loader import Batch
+from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.buffers import Buffers
 from jepa_kit.engine.nonfinite.detect import propagate_nonfinite, step_if_finite
 from jepa_kit.engine.optimizer import clip_gradients
+from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Hyper, set_hyper
+from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch, Output
-
-
-@dataclass(frozen=True, eq=False)
-class Update(Output):
-    """What the forward pass gave, and grad_norm []: the norm of all gradients together, over ranks, before clipping."""
-
-    grad_norm: Tensor
+from jepa_kit.rng import Stream, generator
+from jepa_kit.structures import MaskBatch, Update
 
 
 def train_step(
@@ -61,3 +58,28 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     jepa.update_target(hyper.momentum)
     return Update(out.loss, out.terms, out.prediction, grad_norm)
+
+
+def train_on(run: Run, step: int, batch: Batch) -> Update:
+    """Run the update ``step`` (from 0) of a run on this rank's batch.
+
+    Random numbers of torch (stochastic depth, dropout) are those of seed, step and rank.
+    """
+    config = run.config
+    assert batch.masks is not None  # the loader has a masker
+    seed_torch(config.train.seed, step, run.world.rank)
+    return train_step(
+        run.jepa,
+        run.optimizer,
+        run.schedule(step),
+        normalize(batch.images, config.data.mean, config.data.std),
+        batch.masks,
+        forward=run.forward,
+        autocast=autocast_of(config.train.precision, run.device),
+        clip_grad=config.optim.clip_grad,
+    )
+
+
+def seed_torch(seed: int, step: int, rank: int) -> None:
+    """Make torch's random numbers (stochastic depth, dropout) a function of seed, step and rank."""
+    torch.manual_seed(int(generator(Stream.STEP, seed=seed, epoch=step, lane=rank).integers(2**63)))

@@ -32,7 +32,9 @@ from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import run_on_all_ranks
-from jepa_kit.engine.build import Run, open_together
+from jepa_kit.engine.build import open_together
+from jepa_kit.engine.logging.curves import Panel
+from jepa_kit.engine.run import Run
 from jepa_kit.engine.workers import choose_workers
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
@@ -45,6 +47,21 @@ from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 
 STATES: tuple[State, ...] = get_args(State)
 """``eval/verdict`` is a place in here: 0 is healthy, 1 not learned, the others are collapses."""
+PANELS = (
+    Panel("accuracy of the probe, %", ("eval/knn", "eval/linear"), 100.0),
+    Panel("verdict", ("eval/verdict",), names=STATES),
+    Panel("cross-sample gap", ("eval/cross_sample_gap",)),
+    Panel("loss over that of a mean target", ("eval/relative_to_position", "eval/relative_to_mean")),
+    Panel("loss of predictions", ("eval/loss", "eval/loss_position", "eval/loss_mean", "eval/loss_other")),
+    Panel("ranks, in directions", ("eval/token_rank", "eval/rankme", "eval/effective_rank", "eval/lidar")),
+    Panel("shares of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
+    Panel("deviation of features", ("eval/std", "eval/unit_std")),
+    Panel("cosine of features", ("eval/cosine",)),
+    Panel("uniformity of features", ("eval/uniformity",)),
+    Panel("alpha of features", ("eval/alpha",)),
+    Panel("seconds of an evaluation", ("eval/seconds",), 1.0, True),
+)
+"""Of ``curves.png``, for what the hook returns; docs/evaluation.md says how to read each."""
 NEIGHBOURS = 20
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MASKS = 2

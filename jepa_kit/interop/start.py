@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_state, restore
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
+from jepa_kit.engine.run import Start
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
@@ -19,22 +20,6 @@ from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
 from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
 from jepa_kit.recipe import JEPA
-
-
-class Start(NamedTuple):
-    """Where a run begins: its next step, what its checkpoints say of the origin, and lines to print.
-
-    ``precision`` is that of the run whose checkpoint was read; None for a new run.
-    """
-
-    step: int
-    origin: dict[str, Any]
-    lines: list[str]
-    precision: str | None = None
-
-
-ORIGIN = ("source", "licence", "file")
-"""What a run's checkpoints say of its origin; ``file`` is the name of the file that ``--resume`` named."""
 
 
 def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:

@@ -11,10 +11,11 @@ import pytest
 
 from jepa_kit.distributed import signals
 from jepa_kit.distributed.signals import EX_TEMPFAIL, Decision, Preempted, Signals, StopConsensus, requeue
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
+from jepa_kit.engine import train as training
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,14 +26,14 @@ def signalled(monkeypatch):
 
     def arm(number, at):
         count = iter(range(1000))
-        plain = loop.train_step
+        plain = update.train_step
 
         def train_step(*args, **kwargs):
             if next(count) == at:
                 os.kill(os.getpid(), number)
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(loop, "train_step", train_step)
+        monkeypatch.setattr(update, "train_step", train_step)
 
     return arm
 
@@ -113,7 +114,7 @@ def test_ranks_agree_on_the_signal(monkeypatch, own, others, number, words):
 
 
 def test_a_second_interrupt_aborts(tiny, monkeypatch):
-    plain, calls = loop.train_step, []
+    plain, calls = update.train_step, []
 
     def train_step(*args, **kwargs):
         calls.append(1)
@@ -122,7 +123,7 @@ def test_a_second_interrupt_aborts(tiny, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(update, "train_step", train_step)
     config = tiny()
     with pytest.raises(KeyboardInterrupt):
         train(config)
@@ -130,7 +131,7 @@ def test_a_second_interrupt_aborts(tiny, monkeypatch):
 
 
 def test_an_interrupt_before_the_first_step_aborts(tiny, monkeypatch):
-    monkeypatch.setattr(loop, "build_run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(training, "build_run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(tiny())
 
@@ -182,17 +183,19 @@ def test_all_ranks_stop_at_one_step(tiny, torchrun, tmp_path):
     script.write_text(
         "import os, signal, sys\n"
         "from jepa_kit.config import load_config\n"
-        "from jepa_kit.engine import loop\n"
+        "from jepa_kit.distributed.collectives import read_environment\n"
+        "from jepa_kit.engine import step as update\n"
+        "from jepa_kit.training import train\n"
         "from jepa_kit.distributed.signals import Preempted\n"
-        "plain, calls = loop.train_step, []\n"
+        "plain, calls = update.train_step, []\n"
         "def train_step(*args, **kwargs):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3 and loop.read_environment().rank == 1:\n"
+        "    if len(calls) == 3 and read_environment().rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return plain(*args, **kwargs)\n"
-        "loop.train_step = train_step\n"
+        "update.train_step = train_step\n"
         "try:\n"
-        "    loop.train(load_config(sys.argv[1]))\n"
+        "    train(load_config(sys.argv[1]))\n"
         "except Preempted as stopped:\n"
         "    sys.stdout.write(f'STOPPED {len(calls)} {stopped}\\n')  # at once: two processes write to one pipe\n"
         "    sys.stdout.flush()\n"

@@ -3,10 +3,10 @@ import os
 import pytest
 import torch
 
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
 from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 
 def settings():
@@ -37,13 +37,13 @@ def test_settings_are_made_and_restored(monkeypatch):
 
 
 def test_on_a_cpu_it_changes_no_number(tiny, tmp_path, monkeypatch):
-    seen, plain = [], loop.train_step
+    seen, plain = [], update.train_step
 
     def train_step(*args, **kwargs):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(update, "train_step", train_step)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     folders = [
         train(tiny(f"train.deterministic={wanted}", f"train.output_dir={tmp_path / wanted}"))

@@ -3,19 +3,23 @@
 import hashlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jepa_kit.config import load_config
+from jepa_kit.data.shards.identity import identity
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import build, loop
+from jepa_kit.engine import step as update
+from jepa_kit.engine import train as training
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
-from jepa_kit.engine.loop import seed_torch, train
+from jepa_kit.engine.run import Run
+from jepa_kit.engine.step import seed_torch
 from jepa_kit.errors import CheckpointError, RunError
+from jepa_kit.training import train
 
 
 def numbers(folder):
@@ -26,7 +30,7 @@ def numbers(folder):
 def train_until(config, step):
     """Trains, with a KeyboardInterrupt in the given step."""
     count = iter(range(step + 1))
-    plain = loop.train_step
+    plain = update.train_step
 
     def counted(*args, **kwargs):
         if next(count) == step:
@@ -34,7 +38,7 @@ def train_until(config, step):
         return plain(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", counted)
+        patch.setattr(update, "train_step", counted)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 
@@ -106,7 +110,7 @@ def test_resuming_a_complete_run_does_nothing(tiny):
 
 
 def test_compiling_is_announced(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "run_steps", lambda *args: loop.End.DONE)
+    monkeypatch.setattr(training, "run_steps", lambda *args: loop.End.DONE)
     folder = train(tiny("encoder.compile=true"))
     assert json.loads((folder / "run.json").read_text())["compiled"] == ["encoder"]
     assert "compiling: the blocks of encoder, in the first steps, which may take minutes\n" in capsys.readouterr().out
@@ -136,14 +140,13 @@ def test_another_config_cannot_resume(tiny):
 def test_another_data_set_cannot_resume(tiny, monkeypatch):
     """One bit of a pixel: names, counts and sizes of the shards are the same."""
     train(tiny())
-    seen = build.data_identity
 
-    def changed(dataset):
-        shards = [dict(entry) for entry in dataset.shards]
+    def changed(run):
+        shards = [dict(entry) for entry in run.dataset.shards]
         shards[0]["sha256"] = shards[0]["sha256"][::-1]
-        return seen(SimpleNamespace(shards=shards))
+        return identity(shards)
 
-    monkeypatch.setattr(build, "data_identity", changed)
+    monkeypatch.setattr(Run, "data_identity", property(changed))
     with pytest.raises(CheckpointError, match=r"had another data set than .*: shard 0 differs: .* had SHA-256 "):
         train(tiny(), resume=True)
 
@@ -153,7 +156,7 @@ def test_a_checkpoint_of_a_version_without_checksums_is_resumed_with_a_note(tiny
     names = json.dumps([[shard["file"], shard["samples"], shard["bytes"]] for shard in dataset.shards])
     before = {"samples": len(dataset), "digest": hashlib.sha256(names.encode()).hexdigest()[:16]}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "data_identity", lambda _: before)
+        patch.setattr(Run, "data_identity", property(lambda _: before))
         train_until(tiny(), 4)
     train(tiny(), resume=True)
     assert "note: the checkpoint is of an earlier version and has no checksums of its shards" in capsys.readouterr().out
@@ -232,7 +235,7 @@ def test_what_fails_under_way_is_no_mistake_in_the_config(tiny, monkeypatch, err
     def fail(*args, **options):
         raise error("gone")
 
-    monkeypatch.setattr(loop, "train_step", fail)
+    monkeypatch.setattr(update, "train_step", fail)
     with pytest.raises(RunError, match=r"^gone$") as failed:
         train(tiny())
     assert isinstance(failed.value.__cause__, error)

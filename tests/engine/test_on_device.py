@@ -21,9 +21,9 @@ from jepa_kit.encoders import compiled
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.formats import convert
+from jepa_kit.training import train
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 ALSO = pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 
 def evaluations(folder):

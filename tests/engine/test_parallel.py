@@ -18,9 +18,9 @@ from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.dcp import layout, load_sharded, read_full
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.parallel import Accumulated, parallelize
 from jepa_kit.maskers import RELEASED, MultiBlock
+from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

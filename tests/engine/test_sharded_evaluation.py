@@ -9,14 +9,15 @@ import torch
 from parallel_cases import Training, batch, launch
 
 from jepa_kit.distributed.collectives import World, process_group
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.nonfinite.policy import read_record
+from jepa_kit.training import train
 
 
 def spoil_step(bad, rank):
     """Put a NaN into rank 1's images of a step, whenever it is run."""
-    seed, normalize, now = loop.seed_torch, loop.normalize, []
+    seed, normalize, now = update.seed_torch, update.normalize, []
 
     def seed_torch(of_run, step, of_rank):
         now[:] = [step]
@@ -24,11 +25,11 @@ def spoil_step(bad, rank):
 
     def spoilt(images, mean, std):
         images = normalize(images, mean, std)
-        if rank == 1 and now and now[0] + 1 == bad:  # normalised before the step is seeded
+        if rank == 1 and now == [bad]:
             images[0] = math.nan
         return images
 
-    loop.seed_torch, loop.normalize = seed_torch, spoilt
+    update.seed_torch, update.normalize = seed_torch, spoilt
 
 
 def one_rank(world, config, bad):
@@ -41,7 +42,7 @@ def one_rank(world, config, bad):
         assert torch.equal(run.step(0), wanted.step(0))
     os.environ.update(RANK=str(world.rank), LOCAL_RANK=str(world.rank), WORLD_SIZE=str(world.size))
     spoil_step(bad, world.rank)
-    loop.train(config)
+    train(config)
 
 
 @pytest.mark.integration

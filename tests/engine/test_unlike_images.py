@@ -3,13 +3,13 @@
 import pytest
 
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 SCRIPT = """
 import sys
 
 from jepa_kit.config import load_config
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 train(load_config(sys.argv[1], sys.argv[2:]))
 """

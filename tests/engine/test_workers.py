@@ -8,8 +8,8 @@ from jepa_kit.config import load_config
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import workers
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.workers import choose_workers, limit_threads
+from jepa_kit.training import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

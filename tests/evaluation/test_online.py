@@ -11,7 +11,6 @@ from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.evaluation.online import (
     PENALTIES,
     STATES,
@@ -19,6 +18,7 @@ from jepa_kit.evaluation.online import (
     linear_accuracy,
     online_evaluation,
 )
+from jepa_kit.training import train
 
 
 def blobs(count=90, width=7, classes=3, spread=1.5):

@@ -18,13 +18,12 @@ import pytest
 
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import brief
+from jepa_kit.data.shards.identity import brief, identity
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
-from jepa_kit.engine.build import data_identity
-from jepa_kit.engine.loop import train
 from jepa_kit.errors import StartError
 from jepa_kit.evaluation.protocols import PROTOCOLS
+from jepa_kit.training import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"
 
@@ -288,7 +287,7 @@ def test_a_checkpoint_in_shards(tool, run, tmp_path):
     found = json.loads(file.read_text())["checkpoint"]
     lines = [f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in sorted(checkpoint.iterdir())]
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert found.pop("data") == brief(data_identity(ShardDataset(run.parent / "scenes" / "train")))
+    assert found.pop("data") == brief(identity(ShardDataset(run.parent / "scenes" / "train").shards))
     assert found == {"file": str(checkpoint), "sha256": digest, "step": 2}
 
 

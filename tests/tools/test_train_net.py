@@ -16,7 +16,8 @@ from PIL import Image
 from jepa_kit.data.loader import _TrainBatches
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.distributed.signals import Preempted
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
+from jepa_kit.engine import train as training
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import CacheError, StartError
 from jepa_kit.interop.formats import convert
@@ -211,7 +212,7 @@ def test_what_fails_under_way_is_told_with_its_place(command, tool, monkeypatch,
     def full(*arguments, **options):
         raise CacheError("the cache takes no more")
 
-    monkeypatch.setattr(loop, "train_step", full)
+    monkeypatch.setattr(update, "train_step", full)
     assert tool.main(command) == 1
     message = capsys.readouterr().err
     assert message.startswith("Traceback")
@@ -219,7 +220,7 @@ def test_what_fails_under_way_is_told_with_its_place(command, tool, monkeypatch,
         'in full\n    raise CacheError("the cache takes no more")\njepa_kit.data.cache.CacheError: '
         "the cache takes no more\ntrain_net.py: the cache takes no more\n"
     )
-    monkeypatch.setattr(loop, "build_run", full)
+    monkeypatch.setattr(training, "build_run", full)
     command[3] += "_other"
     assert tool.main(command) == 2
     assert capsys.readouterr().err == "train_net.py: the cache takes no more\n"

@@ -15,7 +15,6 @@ from jepa_kit.config.imports import import_members
 from jepa_kit.encoders import ViT
 from jepa_kit.engine import build
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.errors import ContractError
 from jepa_kit.maskers import Random
 from jepa_kit.predictors import ViTPredictor
@@ -24,6 +23,7 @@ from jepa_kit.registry import SLOTS, TRANSFORMS
 from jepa_kit.structures import MaskBatch, PatchSets
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
+from jepa_kit.training import train
 from jepa_kit.trials import contract
 from jepa_kit.trials.contract import check_parts
 

@@ -10,11 +10,10 @@ import torch
 from jepa_kit.config import located, versions
 from jepa_kit.data.shards.identity import brief
 from jepa_kit.encoders.attention import describe_backend
-from jepa_kit.engine.build import Run, data_identity
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.logging.topology import Place, describe, to_dict
+from jepa_kit.engine.run import Run, Start
 from jepa_kit.files import write_text
-from jepa_kit.interop.start import Start
 from jepa_kit.precision import precision_of
 from jepa_kit.run_folder import FACTS, RUN_CONFIG
 
@@ -44,7 +43,7 @@ def announce(
         "topology": to_dict(places, precision_of(run.config)),
         "attention": attention,
         "compiled": compiled,
-        "data": brief(data_identity(run.dataset)),
+        "data": brief(run.data_identity),
         "num_workers": run.loader.num_workers,
         "threads": torch.get_num_threads(),
         "parameters": {name: count for name, count in parameters.items() if count},

@@ -24,6 +24,8 @@ class Panel(NamedTuple):
     factor: float = 1.0
     from_zero: bool = False
     """How much it is matters, and not only how it moves."""
+    names: tuple[str, ...] = ()
+    """Of the values 0, 1, ..., if they are no quantity."""
 
 
 TRAINING = (
@@ -36,22 +38,6 @@ TRAINING = (
     Panel("waited for images, % of time", ("data_wait",), 100.0, True),
     Panel("peak memory, GiB", ("peak_memory_gib", "reserved_memory_gib"), 1.0, True),
 )
-
-EVALUATION = (
-    Panel("accuracy of the probe, %", ("eval/knn", "eval/linear"), 100.0),
-    Panel("verdict", ("eval/verdict",)),
-    Panel("cross-sample gap", ("eval/cross_sample_gap",)),
-    Panel("loss over that of a mean target", ("eval/relative_to_position", "eval/relative_to_mean")),
-    Panel("loss of predictions", ("eval/loss", "eval/loss_position", "eval/loss_mean", "eval/loss_other")),
-    Panel("ranks, in directions", ("eval/token_rank", "eval/rankme", "eval/effective_rank", "eval/lidar")),
-    Panel("shares of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
-    Panel("deviation of features", ("eval/std", "eval/unit_std")),
-    Panel("cosine of features", ("eval/cosine",)),
-    Panel("uniformity of features", ("eval/uniformity",)),
-    Panel("alpha of features", ("eval/alpha",)),
-    Panel("seconds of an evaluation", ("eval/seconds",), 1.0, True),
-)
-"""What the hook of jepa_kit/evaluation/online.py gives; docs/evaluation.md says how to read each."""
 
 OWN = ("loss", "data")
 """First words of names that are no hook's."""
@@ -67,11 +53,12 @@ def drawn(what: str, draw: Callable[[], T]) -> T | None:
         return None
 
 
-def plot_curves(folder: Path) -> Path | None:
-    """Draws ``curves.png`` from ``metrics.jsonl``.
+def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
+    """Draw ``curves.png`` from ``metrics.jsonl``; return its path, or None if there is no line to draw.
 
-    Returns:
-        the picture's path, or None where there is no line to draw.
+    Args:
+        folder: of the run.
+        panels: for values that hooks return; any other value of a hook gets a panel of its own.
     """
     from jepa_kit.plotting import Figure
 
@@ -79,7 +66,7 @@ def plot_curves(folder: Path) -> Path | None:
     if not records:
         return None
     given = {key for record in records for key in record}
-    training, measured = _present(TRAINING, given), _present(EVALUATION, given)
+    training, measured = _present(TRAINING, given), _present(panels, given)
     drawn = {key for panel in measured for key in panel.keys}
     others = sorted(key for key in given - drawn if "/" in key and key.split("/")[0] not in OWN)
     measured += [Panel(key, (key,)) for key in others]
@@ -140,11 +127,9 @@ def _small(
         axes.plot(*_points(records, key, panel.factor), linewidth=1.2, color=color, marker=marker, label=label)
     axes.set_title(panel.title, fontsize="medium")
     axes.tick_params(labelsize="small")
-    if panel.keys == ("eval/verdict",):
-        from jepa_kit.evaluation.online import STATES  # evaluation stands on the engine
-
-        axes.set_yticks(range(len(STATES)), [state.replace(" ", "\n") for state in STATES])
-        axes.set_ylim(-0.3, len(STATES) - 0.7)
+    if panel.names:
+        axes.set_yticks(range(len(panel.names)), [name.replace(" ", "\n") for name in panel.names])
+        axes.set_ylim(-0.3, len(panel.names) - 0.7)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
     if len(panel.keys) > 1 or panel.title.startswith("accuracy"):  # which probe it is, the title does not say

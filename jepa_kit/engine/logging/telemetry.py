@@ -44,12 +44,11 @@ from tqdm import tqdm
 from jepa_kit.distributed.collectives import joined
 from jepa_kit.engine.logging.loggers import Board
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.engine.step import Update
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.flops import Lengths, ModelFlops
 from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.run_folder import METRICS
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, Update
 
 Record = dict[str, float]
 """A line of metrics.jsonl."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.engine.schedules import Hyper
-from jepa_kit.structures import Output
+from jepa_kit.structures import Update
 
 LAG = 2
 """Steps between a step and the host's look at its numbers: the device has that much work before it."""
@@ -85,9 +85,9 @@ class Watch:
         self.lag = lag
         self.waiting: deque[Suspect] = deque()
 
-    def add(self, step: int, hyper: Hyper, batch: Batch, out: Output, grad_norm: Tensor) -> None:
+    def add(self, step: int, hyper: Hyper, batch: Batch, out: Update) -> None:
         """Sends a step's numbers to the host; waits for nothing."""
-        on_device = torch.stack([v.detach().float() for v in (out.loss, grad_norm, *out.terms.values())])
+        on_device = torch.stack([v.detach().float() for v in (out.loss, out.grad_norm, *out.terms.values())])
         numbers, ready = on_device, None
         if on_device.is_cuda:
             numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)

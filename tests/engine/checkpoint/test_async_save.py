@@ -13,19 +13,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jepa_kit.engine import loop
 from jepa_kit.engine.checkpoint import async_save
 from jepa_kit.engine.checkpoint import format as format_module
 from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store
-from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.engine.logging.telemetry import Journal, read_metrics
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.errors import CheckpointError, SaveError
 from jepa_kit.files import delete
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.files import recognise
+from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -187,8 +186,8 @@ def test_a_full_disk_that_takes_no_line(tiny, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         plain(journal, record)
 
-    plain = loop.Journal.write
-    monkeypatch.setattr(loop.Journal, "write", full)
+    plain = Journal.write
+    monkeypatch.setattr(Journal, "write", full)
     message = r"run cannot be written to: No space left on device; the last good checkpoint is checkpoint_00000003.pt"
     with pytest.raises(SaveError, match=message):
         train(tiny())

@@ -14,7 +14,7 @@ from jepa_kit import lock as lock_module
 from jepa_kit.engine.checkpoint import lock
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.lock import only_run_in
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -56,7 +56,7 @@ def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
     config = tiny()
     hold(Path(config.train.output_dir), 60)
     file = config.save(tmp_path)
-    script = "import sys; from jepa_kit.config import load_config; from jepa_kit.engine.loop import train\n"
+    script = "import sys; from jepa_kit.config import load_config; from jepa_kit.training import train\n"
     script += "train(load_config(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(file)]

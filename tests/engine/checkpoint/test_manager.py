@@ -15,12 +15,12 @@ from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store, to_read
 from jepa_kit.engine.checkpoint.resume import plan_resume
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.submit import Job, prepare
 from jepa_kit.errors import CheckpointError, ConfigError, SaveError
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.start import init_from
+from jepa_kit.training import train
 
 
 @pytest.fixture
@@ -208,9 +208,9 @@ def test_shards_elsewhere_are_set_aside(away, handler):
 
 
 def test_a_roll_back_takes_the_latest_from_there(away, handler, monkeypatch):
-    from jepa_kit.engine import loop
+    from jepa_kit.engine import step as update
 
-    plain, bad = loop.train_step, []
+    plain, bad = update.train_step, []
 
     def step(jepa, optimizer, hyper, images, *args, **options):
         if not bad and sum(optimizer.state[p]["step"] for p in list(optimizer.state)[:1]) == 4:
@@ -218,7 +218,7 @@ def test_a_roll_back_takes_the_latest_from_there(away, handler, monkeypatch):
             images = images * float("nan")
         return plain(jepa, optimizer, hyper, images, *args, **options)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(update, "train_step", step)
     run = train(away("train.bad_numbers=rollback"))
     assert bad
     assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 5]

@@ -9,7 +9,7 @@ import pytest
 from jepa_kit.engine import build
 from jepa_kit.engine.build import open_shards
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
+from jepa_kit.training import train
 
 
 class Breaking(http.server.SimpleHTTPRequestHandler):

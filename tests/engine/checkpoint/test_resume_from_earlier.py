@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
 from jepa_kit.engine.checkpoint.async_save import write_archive
 from jepa_kit.engine.checkpoint.format import checkpoint_path, checkpoints
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.submit import Job, prepare
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.formats import convert
+from jepa_kit.training import train
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(config):
 @pytest.fixture
 def dies_at(monkeypatch):
     """Ends the next start of a run after so many of its steps."""
-    plain = loop.train_step
+    plain = update.train_step
 
     def make(count):
         def step(*arguments, **options):
@@ -36,7 +36,7 @@ def dies_at(monkeypatch):
                 raise KeyboardInterrupt
             return plain(*arguments, **options)
 
-        monkeypatch.setattr(loop, "train_step", step)
+        monkeypatch.setattr(update, "train_step", step)
 
     return make
 

@@ -6,7 +6,7 @@ from jepa_kit.engine.logging import curves
 from jepa_kit.engine.logging.curves import plot_curves
 from jepa_kit.engine.logging.telemetry import Journal
 from jepa_kit.evaluation.health.measure import Health
-from jepa_kit.evaluation.online import PROBES
+from jepa_kit.evaluation.online import PANELS, PROBES
 
 
 def line(step, **more):
@@ -34,7 +34,7 @@ def draw(folder, lines):
     with Journal(folder, first_step=0, steps=9, bar=False) as journal:
         for each in lines:
             journal.write(each)
-    path = plot_curves(folder)
+    path = plot_curves(folder, PANELS)
     assert path == folder / "curves.png"
     with Image.open(path) as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
@@ -91,7 +91,7 @@ def test_figures_of_one_unit_share_a_panel(tmp_path, monkeypatch):
 def test_every_figure_of_an_evaluation_has_its_panel():
     figures = {f.name for f in fields(Health)} - {"images", "masks", "encoder", "width", "features"}
     figures |= {"relative_to_mean", "relative_to_position", "cross_sample_gap", "verdict", "seconds", *PROBES}
-    drawn = [key for panel in curves.EVALUATION for key in panel.keys]
+    drawn = [key for panel in PANELS for key in panel.keys]
     assert sorted(drawn) == sorted(f"eval/{name}" for name in figures)
 
 

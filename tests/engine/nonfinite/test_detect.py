@@ -9,7 +9,7 @@ from torch import nn
 from jepa_kit.engine.nonfinite.detect import Watch, propagate_nonfinite, step_if_finite
 from jepa_kit.engine.optimizer import build_optimizer, clip_gradients
 from jepa_kit.engine.schedules import Hyper, set_hyper
-from jepa_kit.structures import Output
+from jepa_kit.structures import Update
 
 HYPER = Hyper(lr=0.1, weight_decay=0.1, momentum=1.0)
 
@@ -95,7 +95,8 @@ def test_the_watch_looks_later():
     watch = Watch(lag=2)
 
     def add(step, norm):
-        watch.add(step, HYPER, None, Output(torch.tensor(1.0), {"l2": torch.tensor(1.0)}, None), torch.tensor(norm))
+        out = Update(torch.tensor(1.0), {"l2": torch.tensor(1.0)}, None, torch.tensor(norm))
+        watch.add(step, HYPER, None, out)
 
     add(0, math.nan)
     assert list(watch.found()) == []

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from jepa_kit.distributed.signals import StopConsensus
-from jepa_kit.engine import loop
+from jepa_kit.engine import step as update
+from jepa_kit.engine import train as training
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.loop import train
 from jepa_kit.engine.nonfinite import policy
 from jepa_kit.engine.nonfinite.policy import BadStep, append_record, left_out, over_limit, read_record
 from jepa_kit.engine.replay import config_of, read_dump, weights_before
 from jepa_kit.errors import SaveError
+from jepa_kit.interop import start as foreign
 from jepa_kit.interop.formats import convert
+from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +37,7 @@ def replay_tool():
 def bad_at(monkeypatch):
     """Puts a NaN into the images of some steps, each time that they are run; called again, of other steps."""
     steps, now = set(), []
-    seed, step_function = loop.seed_torch, loop.train_step
+    seed, step_function = update.seed_torch, update.train_step
 
     def seed_torch(of_run, step, rank):
         now[:] = [step]
@@ -51,8 +53,8 @@ def bad_at(monkeypatch):
         steps.clear()
         steps.update(chosen)
 
-    monkeypatch.setattr(loop, "seed_torch", seed_torch)
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(update, "seed_torch", seed_torch)
+    monkeypatch.setattr(update, "train_step", train_step)
     return arm
 
 
@@ -132,7 +134,7 @@ def test_rollback_to_the_first_weights(tiny, bad_at):
 
 def test_a_roll_back_makes_no_new_group_of_processes(tiny, bad_at, monkeypatch):
     made = []
-    monkeypatch.setattr(loop, "StopConsensus", lambda: made.append(StopConsensus()) or made[-1])
+    monkeypatch.setattr(training, "StopConsensus", lambda: made.append(StopConsensus()) or made[-1])
     bad_at(2)
     folder = train(tiny("train.bad_numbers=rollback"))
     assert sorted(losses(folder)) == [0, 1, 3, 4, 5]
@@ -227,7 +229,7 @@ def weights_again(tiny_config, step, **options):
     for path in checkpoints(folder)[: [p.name for p in checkpoints(folder)].index(f"checkpoint_{step:08d}.pt") + 1]:
         path.unlink()
     dump, said = read_dump(folder / f"bad_step_{step:08d}" / "rank_0000.pt"), []
-    got = weights_before(dump, folder, torch.device("cpu"), say=said.append, **options).state_dict()
+    got = weights_before(dump, folder, torch.device("cpu"), foreign=foreign, say=said.append, **options).state_dict()
     return got, had, said[0]
 
 
@@ -248,11 +250,13 @@ def test_replay_begins_from_what_the_run_began_from(tiny, bad_at, tmp_path):
         assert torch.equal(got[name], value), name
     folder = Path(config.train.output_dir)
     dump = read_dump(folder / "bad_step_00000003" / "rank_0000.pt")
-    got = weights_before(dump, folder, torch.device("cpu"), again=False, say=print).state_dict()
+    got = weights_before(dump, folder, torch.device("cpu"), foreign=foreign, again=False, say=print).state_dict()
     for name, value in load_checkpoint(weights).model.items():
         assert torch.equal(got[name], value), name
     with pytest.raises(FileNotFoundError, match=r"there is no file nothing\.pt"):
-        weights_before(dump, folder, torch.device("cpu"), again=False, say=print, start_file="nothing.pt")
+        weights_before(
+            dump, folder, torch.device("cpu"), foreign=foreign, again=False, say=print, start_file="nothing.pt"
+        )
 
 
 def test_replay_of_a_run_that_went_on_from_a_released_checkpoint(tiny, bad_at, tmp_path, replay_tool, capsys):
@@ -305,9 +309,9 @@ def test_replay_is_one_process_whatever_the_run_was(tiny, bad_at, tmp_path):
     config = config_of(dump)
     assert (config.train.parallel, config.train.accumulate) == ("auto", 2)
     said = []
-    got = weights_before(dump, folder, torch.device("cpu"), again=True, say=said.append).state_dict()
+    got = weights_before(dump, folder, torch.device("cpu"), foreign=foreign, again=True, say=said.append).state_dict()
     one = read_dump(folder / "bad_step_00000004" / "rank_0000.pt")
-    wanted = weights_before(one, folder, torch.device("cpu"), again=True, say=said.append).state_dict()
+    wanted = weights_before(one, folder, torch.device("cpu"), foreign=foreign, again=True, say=said.append).state_dict()
     assert said[0].endswith("1 steps done again (by one process, within rounding of the 2)")
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5, msg=name)
@@ -377,20 +381,22 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_t
     script.write_text(
         "import math, sys\n"
         "from jepa_kit.config import load_config\n"
-        "from jepa_kit.engine import loop\n"
-        "plain = loop.normalize\n"
+        "from jepa_kit.distributed.collectives import read_environment\n"
+        "from jepa_kit.engine import step as update\n"
+        "from jepa_kit.training import train\n"
+        "plain = update.normalize\n"
         "calls = []\n"
         "def normalize(images, mean, std):\n"
         "    calls.append(1)\n"
         "    images = plain(images, mean, std)\n"
-        "    if len(calls) == 4 and sys.argv[2] == str(loop.read_environment().rank):\n"
+        "    if len(calls) == 4 and sys.argv[2] == str(read_environment().rank):\n"
         "        images[0] = math.nan\n"
         "    return images\n"
-        "loop.normalize = normalize\n"
+        "update.normalize = normalize\n"
         "try:\n"
-        "    loop.train(load_config(sys.argv[1]))\n"
+        "    train(load_config(sys.argv[1]))\n"
         "except FloatingPointError as error:\n"
-        "    sys.stdout.write(f'STOPPED {loop.read_environment().rank} {error}\\n')  # at once: two write to one pipe\n"
+        "    sys.stdout.write(f'STOPPED {read_environment().rank} {error}\\n')  # at once: two write to one pipe\n"
         "    sys.stdout.flush()\n"
     )
     policies = (f"train.bad_numbers={policy}", "train.parallel=ddp")
