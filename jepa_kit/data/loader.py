@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from jepa_kit.data.errors import Skipped
 from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.order import epoch_order
-from jepa_kit.data.remote.prefetch import Ahead
+from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
 from jepa_kit.data.transforms.decoders import DecoderName
@@ -220,7 +220,7 @@ class TrainLoader:
         return self._numbered(start_step)
 
     def _numbered(self, start_step: int) -> Iterator[tuple[int, Batch]]:
-        ahead = Ahead(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
+        ahead = Prefetcher(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
         loaded = load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
         with closing(loaded):
             try:
@@ -236,7 +236,7 @@ class TrainLoader:
         return -(-self.shuffle_window // self.batch_size)
 
     def shards_needed(self, start_step: int) -> Iterator[tuple[int, int | None]]:
-        """(step, shard) for each shard that this rank comes to, anew after a window without it; see ``Ahead``."""
+        """(step, shard) for each shard that this rank comes to, anew after a window without it; see ``Prefetcher``."""
         used: dict[int, int] = {}
         for request in self.requests(start_step):
             shards = np.unique(self.dataset.shard_of(request.samples)).tolist()

@@ -201,7 +201,7 @@ def test_a_server_that_stops_in_the_middle_of_a_shard(whole, tmp_path):
         assert server.requests.count(("shard-000002.tar", "bytes=100-")) == 1
     assert {s.sample for s in skipped} == expected
     assert 0 < len(expected) < 6
-    assert "did not come whole: the stream ended after" in skipped[0].reason
+    assert "was not downloaded completely: the stream ended after" in skipped[0].reason
     assert_good_as_before(found, whole)
 
 
@@ -215,13 +215,13 @@ def test_a_server_without_ranges_that_stops(whole, tmp_path):
 
 
 def test_a_server_that_stalls(whole, tmp_path):
-    """Once, and nothing is lost; for ever, and its shard is given up after the time that was set."""
+    """Once, and nothing is lost; for ever, and its shard is gave up after the time that was set."""
     access = Access(cache=str(tmp_path / "cache"), retries=1, backoff=0.0, timeout=0.5)
     with serving(whole) as server:
         server.plans = {"shard-000000.tar": [("stall", 3000), None], "shard-000003.tar": [("stall", 0)]}
         found, skipped = epoch(ShardDataset(server.address, access=access), num_workers=1)
     assert {s.sample for s in skipped} == set(range(18, 24))
-    assert all("the stream stalled: no byte came for 0.5 s; given up after 2 tries" in s.reason for s in skipped)
+    assert all("the stream stalled: no data for 0.5 s; gave up after 2 tries" in s.reason for s in skipped)
     assert_good_as_before(found, whole)
 
 

@@ -1,11 +1,11 @@
-"""Shards of other machines, kept in a folder of this one.
+"""Cache of remote shards in a local folder.
 
-    CACHE/shards/    whole shards; NAME.part while one comes; NAME.cut and NAME.why where it did not come whole
-    CACHE/locks/     so that the processes that share the folder fetch each shard once
-    CACHE/indexes/   what is known of data sets (``parts.py``)
+    CACHE/shards/    complete shards; NAME.part during a download; NAME.cut and NAME.why if one failed
+    CACHE/locks/     so that processes that share the folder download each shard once
+    CACHE/indexes/   indexes of data sets (``data/shards/resolve.py``)
 
-A shard has its name only when all of its bytes came and its checksum, where the index has one, is right. One that is in
-use may be removed: who has it open reads on.
+A file is renamed to the shard's name once it is complete and its checksum, if the index has one, is right. A shard may
+be deleted while a process reads it: the open file stays readable.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from jepa_kit.files import sha256_of
 
 TEMPORARY_GB = 20.0
 FORGIVEN_AFTER = 600.0
-"""Seconds after which a shard that did not come is asked for again; a run that is started again asks at once."""
+"""Seconds after which a failed download is tried again; a run that starts again tries at once."""
 ABANDONED_AFTER = 3600.0
-"""Seconds after which a file that nobody writes to any more is taken for that of a process that died."""
+"""Seconds without a write after which a partial file counts as left by a process that died."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard of another machine; size and SHA-256 where an index has them."""
+    """A remote shard, with its size and SHA-256 if an index has them."""
 
     address: str
     bytes: int | None = None
@@ -49,7 +49,7 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        """Of its file in the cache: a version of the shard with another checksum has another one."""
+        """File name in the cache, which depends on URL and checksum, so that another version has another name."""
         text = json.dumps([self.address, self.sha256])
         base = re.sub(r"[^\w.-]", "_", self.address.partition("?")[0].rpartition("/")[2])[-60:]
         return f"{hashlib.sha256(text.encode()).hexdigest()[:20]}-{base}"
@@ -57,22 +57,22 @@ class RemoteShard:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where a shard lies now, and why it is not whole (None where it is)."""
+    """Path of a downloaded shard, and why it is incomplete (None if it is complete)."""
 
     path: str
     fault: str | None = None
 
 
 def lock(folder: str, name: str) -> AbstractContextManager[Any]:
-    """Held by one process at a time of those that share a cache folder; waits for it."""
+    """Return a lock, shared by all processes that use a cache folder."""
     return file_lock(os.path.join(folder, "locks", name))
 
 
 class ShardCache:
-    """See the module. Cheap to pickle; many processes may share its folder.
+    """The cache of a process. Cheap to pickle; many processes may share its folder.
 
     Args:
-        access: folder, bound and patience.
+        access: folder, limit in bytes, retries and timeouts.
     """
 
     def __init__(self, access: Access) -> None:
@@ -81,21 +81,21 @@ class ShardCache:
         self.temporary = access.cache is None
         if access.cache is None:
             self.folder = tempfile.mkdtemp(prefix="jepa_kit-")
-            # by the process that made it alone: a forked worker runs no finalizers of its parent's
+            # only the process that created it removes it, not its forked workers
             self._removal = weakref.finalize(self, _remove_own, self.folder, os.getpid())
         else:
             self.folder = os.path.abspath(os.path.expanduser(access.cache))
         self.limit = access.cache_gb if access.cache_gb is not None or not self.temporary else TEMPORARY_GB
-        """In 10**9 bytes, or None."""
+        """In 10**9 bytes; None for no limit."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_removal"}
 
     def get(self, shard: RemoteShard) -> Fetched:
-        """The shard's file, fetched where it is not here.
+        """Return the shard's file, and download it if it is not cached.
 
         Raises:
-            CacheError: the folder takes no more.
+            CacheError: the folder cannot be written to.
         """
         path = os.path.join(self._inside("shards"), shard.name)
         if self._is_whole(path, shard):
@@ -106,11 +106,11 @@ class ShardCache:
             return _recent_fault(path, self.opened) or self._fetch(path, shard)
 
     def summed(self, shard: RemoteShard, entry: Shard) -> None:
-        """Give a fetched shard the name of the version whose size and SHA-256 are known now.
+        """Rename a downloaded shard to the name that includes its size and SHA-256.
 
         Args:
-            shard: as it was fetched.
-            entry: of the index that was made of it.
+            shard: the shard as downloaded.
+            entry: its entry in the index made from it.
         """
         known = RemoteShard(shard.address, entry.bytes, entry.sha256)
         folder = self._inside("shards")
@@ -128,14 +128,14 @@ class ShardCache:
             if shard.bytes in (None, size):
                 os.utime(path)  # its last use
                 return True
-            log.warning("%s holds %d bytes where %s were fetched: fetched again", path, size, shard.bytes)
+            log.warning("%s has %d bytes instead of %s: downloading it again", path, size, shard.bytes)
             os.remove(path)
-        except FileNotFoundError:  # not yet here, or just removed to make room
+        except FileNotFoundError:  # not downloaded yet, or just evicted
             pass
         return False
 
     def _fetch(self, path: str, shard: RemoteShard) -> Fetched:
-        part, fault, what = f"{path}.part", None, "is not what its index is about, and none of it is used"
+        part, fault, what = f"{path}.part", None, "does not match its index and is not used"
         self._make_room(shard.bytes or 0)
         try:
             with open(part, "wb") as out:
@@ -146,16 +146,16 @@ class ShardCache:
                     fault = _difference(part, shard)
                     if fault is None:
                         break
-                    log.warning("%s: %s%s", shard.address, fault, "" if attempt else "; fetched again")
-                    out.truncate(0)  # the stream is whole and another one: nothing of it is used
+                    log.warning("%s: %s%s", shard.address, fault, "" if attempt else "; downloading it again")
+                    out.truncate(0)  # complete, but another version of the shard
         except StreamError as error:
-            fault, what = str(error), "did not come whole"
+            fault, what = str(error), "was not downloaded completely"
         except OSError as error:
             with suppress(FileNotFoundError):
                 os.remove(part)
             raise CacheError(
-                f"the cache {self.folder} cannot take {shard.address}: {error}; name a folder with room in data.cache, "
-                "or a bound that it has room for in data.cache_gb"
+                f"the cache {self.folder} cannot store {shard.address}: {error}; set data.cache to a folder with "
+                "space, or data.cache_gb to a smaller limit"
             ) from error
         if fault is None:
             os.replace(part, path)
@@ -172,7 +172,7 @@ class ShardCache:
         return Fetched(f"{path}.cut", fault)
 
     def _make_room(self, size: int) -> None:
-        """Removes the shards that were used longest ago, until ``size`` bytes more fit."""
+        """Evict the least recently used shards until ``size`` more bytes fit."""
         if self.limit is None:
             return
         found, now = [], time.time()
@@ -193,7 +193,7 @@ class ShardCache:
 
 
 def _recent_fault(path: str, opened: float) -> Fetched | None:
-    """What came of a shard that was given up a short time ago, and not before this run."""
+    """Return the partial file of a download that failed recently and during this run, or None."""
     try:
         given_up = os.stat(f"{path}.cut").st_mtime
         if given_up < opened or time.time() - given_up > FORGIVEN_AFTER:
@@ -205,10 +205,10 @@ def _recent_fault(path: str, opened: float) -> Fetched | None:
 
 
 def _difference(path: str, shard: RemoteShard) -> str | None:
-    """How the bytes that came differ from those of the index."""
+    """Return how a downloaded file differs from the index, or None."""
     size = os.path.getsize(path)
     if shard.bytes not in (None, size):
-        return f"{size} bytes came, but its index says {shard.bytes}"
+        return f"it has {size} bytes, but its index says {shard.bytes}"
     return None if shard.sha256 in (None, sha256_of(path)) else "its SHA-256 is not that of its index"
 
 

@@ -1,6 +1,6 @@
-"""Addresses of shards, and how what lies there comes to this machine: through breaks and stalls, or not at all.
+"""Download remote files, with retries, timeouts and resumption of broken streams.
 
-An address is a path, ``file:``, ``http(s)://``, ``pipe:COMMAND`` (what the shell command prints), or whatever else a
+An address is a path, ``file:``, ``http(s)://``, ``pipe:COMMAND`` (the output of a shell command), or any URL that a
 handler of iopath's ``path_manager`` opens: ``jepa_kit.data.remote.fetch.path_manager.register_handler(...)``.
 """
 
@@ -29,11 +29,11 @@ from jepa_kit.errors import StreamError
 
 BLOCK = 1 << 18
 PROGRESS = 1 << 20
-"""Bytes that must come before new tries are given."""
+"""Bytes of progress that reset the count of retries."""
 LONGEST_WAIT = 60.0
-"""Seconds; waits between tries double up to here."""
+"""Seconds; limit of the exponential backoff."""
 TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
-"""Answers of an HTTP server that another try may change."""
+"""HTTP status codes that are worth a retry."""
 HTTP = ("http://", "https://")
 
 
@@ -44,23 +44,23 @@ log = logging.getLogger(__name__)
 
 
 class _WriteError(Exception):
-    """The disk refused what arrived: no fault of the stream."""
+    """Writing to the local disk failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How shards of other machines are read.
+    """Options for reading remote shards.
 
     Args:
-        cache: folder where they are kept; None for a temporary one of each process, removed at its end.
-        cache_gb: bound of that folder, in 10**9 bytes: the shards used longest ago go first. None: no bound, or 20 for
-            a temporary folder.
-        retries: further tries after one that broke, stalled or was refused; progress gives new ones.
-        backoff: seconds before the first further try; each next wait is twice as long, up to a minute.
-        timeout: seconds without a byte after which a stream has stalled (http and pipes).
+        cache: folder of cached shards; None for a temporary one per process, removed at exit.
+        cache_gb: limit of that folder in 10**9 bytes; the least recently used shards are evicted. None: no limit, or
+            20 for a temporary folder.
+        retries: retries after a stream broke, stalled or was refused; progress resets the count.
+        backoff: seconds before the first retry, doubled for each next one, up to a minute.
+        timeout: seconds without a byte after which a stream counts as stalled (http and pipes).
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     cache: str | None = None
@@ -81,24 +81,24 @@ class Access:
 
 
 def is_remote(address: str) -> bool:
-    """Whether an address is no path of this machine."""
+    """Whether an address is not a local path."""
     return address.startswith("pipe:") or ("://" in address and not address.startswith("file:"))
 
 
 def is_shard(address: str) -> bool:
-    """Whether an address names one shard, and not a folder of them."""
+    """Whether an address names one shard and not a folder."""
     return address.startswith("pipe:") or address.partition("?")[0].endswith(".tar")
 
 
 def expand(addresses: str | Sequence[str]) -> list[str]:
-    """Each address of a pattern, or of a list of them: ``a-{00..02}.tar``, ``{train,extra}``, ``a.tar::b.tar``.
+    """Expand a pattern or a list of patterns: ``a-{00..02}.tar``, ``{train,extra}``, ``a.tar::b.tar``.
 
-    Braces are those of the shell, expanded by WebDataset; a list of one-letter names is no shell's business.
+    WebDataset expands braces, as a shell does.
 
     Raises:
-        ValueError: no address, an empty one, one that nothing can open, or braces that do not match.
+        ValueError: there is no address, one is empty or cannot be opened, or braces do not match.
     """
-    from webdataset.shardlists import expand_urls  # here, since it brings all of torch along
+    from webdataset.shardlists import expand_urls  # here, because it imports torch
 
     patterns = [addresses] if isinstance(addresses, str) else list(addresses)
     found: list[str] = []
@@ -115,7 +115,7 @@ def expand(addresses: str | Sequence[str]) -> list[str]:
 
 
 def _check_address(address: str) -> None:
-    """Raises ValueError for an address that no try could open."""
+    """Raise ValueError for an address that can never be opened."""
     if address.startswith("pipe:"):
         return
     if COMPRESSED.search(address.partition("?")[0]) and not os.path.isdir(address):
@@ -125,15 +125,15 @@ def _check_address(address: str) -> None:
     if address.startswith(HTTP):
         try:
             parts = urllib.parse.urlsplit(address)
-            host, _ = parts.hostname, parts.port  # a port that is no number is a ValueError
-            fault = None if host else "it names no host"
+            host, _ = parts.hostname, parts.port  # raises ValueError for a malformed port
+            fault = None if host else "it has no host"
         except ValueError as error:
             fault = str(error)
         if re.search(r"[\0- \x7f]", address):
-            fault = "it has a space or a control character; a space is written %20"
+            fault = "it contains a space or a control character; write a space as %20"
         if fault:
-            raise ValueError(f"shards (={address!r}) must be an address as http://host/path/train-000000.tar: {fault}")
-    elif not address.startswith(tuple(path_manager._path_handlers)):  # the manager takes it for a file here
+            raise ValueError(f"shards (={address!r}) must be a URL such as http://host/path/train-000000.tar: {fault}")
+    elif not address.startswith(tuple(path_manager._path_handlers)):  # path_manager would treat it as a local path
         scheme = address.partition("://")[0]
         raise ValueError(
             f"shards (={address!r}) cannot be opened: no handler is registered for {scheme}://. Register one in a file "
@@ -143,17 +143,17 @@ def _check_address(address: str) -> None:
 
 
 def copy(address: str, out: BinaryIO, access: Access, size: int | None = None) -> None:
-    """Copies what lies at an address into ``out``, an empty file that can be written and sought.
+    """Copy the contents of an address into ``out``, an empty, writable and seekable file.
 
-    A stream that breaks or stalls is tried again: from where it broke where the server has ranges, else from its
-    start. What came is kept in ``out`` in any case.
+    A stream that breaks or stalls is retried: from the byte where it broke if the server supports ranges, else from
+    the start. ``out`` keeps the partial contents if all retries fail.
 
     Args:
-        size: bytes that must come, where it is known.
+        size: expected bytes, if known.
 
     Raises:
-        StreamError: all tries failed, or another one would change nothing.
-        OSError: ``out`` takes no more.
+        StreamError: all retries failed, or the error is permanent.
+        OSError: ``out`` cannot be written to.
     """
     failures, best = 0, 0
     state = _State()
@@ -168,26 +168,26 @@ def copy(address: str, out: BinaryIO, access: Access, size: int | None = None) -
         except _WriteError as error:  # noqa: PERF203 (a loop of tries)
             raise OSError(str(error)) from error.__cause__
         except (OSError, EOFError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # the range asked for is not there
+            if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # range not satisfiable: start again
                 state.version = None
             elif isinstance(error, urllib.error.HTTPError) and error.code not in TRY_AGAIN:
                 raise StreamError(f"HTTP {error.code} {error.reason}") from error
             if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
                 raise StreamError(str(error)) from error
             got = out.tell()
-            if got >= best + PROGRESS:  # it moves on: only tries that bring nothing are counted
+            if got >= best + PROGRESS:  # count only retries without progress
                 failures, best = 0, got
             failures += 1
             reason = _reason(error, access.timeout)
             if failures > access.retries:
-                raise StreamError(f"{reason}; given up after {failures} tries and {got} bytes") from error
+                raise StreamError(f"{reason}; gave up after {failures} tries and {got} bytes") from error
             wait = min(access.backoff * 2 ** (failures - 1), LONGEST_WAIT)
-            log.warning("%s: %s; try %d of %d in %g s", address, reason, failures, access.retries, wait)
+            log.warning("%s: %s; retry %d of %d in %g s", address, reason, failures, access.retries, wait)
             time.sleep(wait)
 
 
 def read(address: str, access: Access) -> bytes:
-    """All bytes of a small file at an address.
+    """Return the contents of a small file.
 
     Raises:
         StreamError: see ``copy``.
@@ -200,14 +200,14 @@ def read(address: str, access: Access) -> bytes:
 
 @dataclass
 class _State:
-    """What a next try knows of the one before: the server's mark of this version of the file."""
+    """The server's version tag of the file, from the previous try."""
 
     version: str | None = None
 
 
 def _reason(error: Exception, timeout: float) -> str:
     if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
-        return f"the stream stalled: no byte came for {timeout:g} s"
+        return f"the stream stalled: no data for {timeout:g} s"
     return str(error) or type(error).__name__
 
 
@@ -219,7 +219,7 @@ def _write(out: BinaryIO, block: bytes) -> None:
 
 
 def _copy_once(address: str, out: BinaryIO, timeout: float, state: _State) -> None:
-    """One try. Leaves ``out`` where the next byte belongs."""
+    """Try once, and leave ``out`` at the position of the next byte."""
     if address.startswith("pipe:"):
         out.seek(0)  # a command starts from its beginning
         _copy_pipe(address.removeprefix("pipe:"), out, timeout)
@@ -230,7 +230,7 @@ def _copy_once(address: str, out: BinaryIO, timeout: float, state: _State) -> No
 
 
 def _copy_http(address: str, out: BinaryIO, timeout: float, state: _State) -> None:
-    begin = out.tell() if state.version else 0  # without a mark, two tries might join two versions of the file
+    begin = out.tell() if state.version else 0  # without a tag, two tries might join two versions of the file
     request = urllib.request.Request(address, headers={"User-Agent": "jepa_kit"})
     if begin:
         request.add_header("Range", f"bytes={begin}-")
@@ -239,12 +239,12 @@ def _copy_http(address: str, out: BinaryIO, timeout: float, state: _State) -> No
         if answer.status != 206:
             begin = 0
         out.seek(begin)
-        mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        state.version = None if mark is None or mark.startswith("W/") else mark
+        tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        state.version = None if tag is None or tag.startswith("W/") else tag
         length = answer.headers.get("Content-Length")
-        while block := answer.read1(BLOCK):  # what is there: read would wait for all, and lose it in a stall
+        while block := answer.read1(BLOCK):  # read() would wait for all, and lose it in a stall
             _write(out, block)
-        # http.client says nothing where a body ends before its length
+        # http.client does not report a body that ends early
         if length is not None and out.tell() < begin + int(length):
             raise ConnectionError(f"the stream ended after {out.tell()} of {begin + int(length)} bytes")
 

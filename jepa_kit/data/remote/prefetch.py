@@ -1,4 +1,4 @@
-"""Shards of other machines are fetched before they are needed."""
+"""Fetch remote shards before a reader needs them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from jepa_kit.errors import CacheError
 
 FETCHERS = 4
-"""Shards that a rank fetches at the same time."""
+"""Concurrent downloads of a rank."""
 
 
-class Ahead:
-    """Threads that fetch what steps to come will need.
+class Prefetcher:
+    """Threads that fetch the shards of coming steps.
 
-    They only ever do earlier what a reader would do: what they cannot fetch, the reader meets and tells.
+    They only do earlier what a reader would do; a download that fails is reported by the reader that needs it.
 
     Args:
-        plan: (step, shard) in the order of the steps, without end; for a step that needs none, None in place of one, so
-            that a thread never searches the plan for longer than it may look ahead.
-        fetch: brings a shard.
-        steps: how far ahead of the current step they go.
+        plan: infinite (step, shard) in the order of the steps; the shard is None for a step without one, so that a
+            thread never searches the plan beyond ``steps``.
+        fetch: downloads a shard.
+        steps: how many steps ahead of the current one to fetch.
     """
 
     def __init__(self, plan: Iterator[tuple[int, int | None]], fetch: Callable[[int], None], steps: int) -> None:
@@ -28,12 +28,12 @@ class Ahead:
         self._step: float | None = None
         self._stopped = False
         self._moved = threading.Condition()
-        self._planning = threading.Lock()  # not held by ``advance``: an epoch's order takes a moment
-        # daemons, so that a program can end while a stream stalls
+        self._planning = threading.Lock()  # separate from _moved: computing an epoch's order must not block ``advance``
+        # daemons: a stalled download must not keep the program from exiting
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(FETCHERS)]
 
     def advance(self, step: int) -> None:
-        """The run is at this step; the first call starts the threads."""
+        """Set the current step; the first call starts the threads."""
         with self._moved:
             started, self._step = self._step is not None, step
             self._moved.notify_all()
@@ -42,7 +42,7 @@ class Ahead:
                 thread.start()
 
     def stop(self) -> None:
-        """Ends the threads, each after the shard that it is fetching."""
+        """Stop each thread after its current download."""
         with self._moved:
             self._stopped = True
             self._moved.notify_all()
@@ -61,5 +61,5 @@ class Ahead:
             try:
                 if shard is not None:
                     self.fetch(shard)
-            except CacheError:  # the reader that needs the shard tells
+            except CacheError:  # the reader that needs the shard reports it
                 return

@@ -93,7 +93,7 @@ def test_what_a_dead_process_left_goes_and_what_one_writes_stays(server, new_cac
 def test_a_wrong_checksum_is_fetched_again_once_and_told(server, new_cache, caplog):
     with caplog.at_level(logging.WARNING):
         found = new_cache().get(shard(server, 2, bytes=50_000, sha256="0" * 64))
-    what = "is not what its index is about, and none of it is used"
+    what = "does not match its index and is not used"
     assert found.fault == f"{server.address}/2.tar {what}: its SHA-256 is not that of its index"
     assert len(server.requests) == 2
     assert Path(found.path).read_bytes() == b"", "a damaged image may decode"
@@ -101,7 +101,7 @@ def test_a_wrong_checksum_is_fetched_again_once_and_told(server, new_cache, capl
 
 def test_another_length_than_that_of_the_index(server, new_cache):
     found = new_cache().get(shard(server, 2, bytes=49_000))
-    assert found.fault.endswith("none of it is used: 50000 bytes came, but its index says 49000")
+    assert found.fault.endswith("is not used: it has 50000 bytes, but its index says 49000")
 
 
 def test_a_kept_shard_that_was_damaged_is_fetched_again(server, new_cache):
@@ -116,7 +116,10 @@ def test_one_that_breaks_always_is_remembered_for_a_while(server, new_cache, mon
     server.plans["1.tar"] = [("stop", 20_000)]
     first = cache.get(wanted)
     assert Path(first.path).read_bytes() == DATA["1.tar"][:20_000]
-    assert "did not come whole: the stream ended after 20000 of 50000 bytes; given up after 2 tries" in first.fault
+    assert (
+        "was not downloaded completely: the stream ended after 20000 of 50000 bytes; gave up after 2 tries"
+        in first.fault
+    )
     requests = len(server.requests)
     assert cache.get(wanted) == first
     assert len(server.requests) == requests
@@ -146,7 +149,7 @@ def test_a_full_disk_is_no_fault_of_a_shard(server, new_cache, monkeypatch):
 
     monkeypatch.setattr(cache_module, "copy", full)
     with pytest.raises(
-        CacheError, match=r"the cache .* cannot take http.*1.tar: .*No space left on device; name a folder"
+        CacheError, match=r"the cache .* cannot store http.*1.tar: .*No space left on device; set data.cache"
     ):
         cache.get(shard(server, 1))
     assert kept(cache) == []

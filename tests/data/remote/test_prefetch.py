@@ -9,7 +9,7 @@ from bad_server import serving
 
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
-from jepa_kit.data.remote.prefetch import Ahead
+from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import train_view
 from jepa_kit.errors import CacheError
@@ -27,7 +27,7 @@ def started():
     made = []
 
     def make(plan, fetch, steps):
-        made.append(Ahead(plan, fetch, steps))
+        made.append(Prefetcher(plan, fetch, steps))
         return made[-1]
 
     yield make

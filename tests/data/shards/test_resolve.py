@@ -227,7 +227,9 @@ def test_an_index_that_was_stopped_goes_on(server, folder, samples, access):
     without_index(folder)
     pattern = f"{server.address}/shards/shard-{{000000..000002}}.tar"
     server.plans["shard-000002.tar"] = [("status", 404)]
-    with pytest.raises(ValueError, match=r"each is read once, but http.*shard-000002.tar did not come whole: HTTP 404"):
+    with pytest.raises(
+        ValueError, match=r"each is read once, but http.*000002.tar was not downloaded completely: HTTP 404"
+    ):
         ShardDataset(pattern, access=access)
     del server.plans["shard-000002.tar"]
     later = Access(cache=access.cache, **QUICK)
@@ -266,7 +268,7 @@ def test_an_index_of_another_machine_that_is_broken(server, folder, access):
 
 
 def test_a_machine_that_does_not_answer(tmp_path):
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/x/index.json cannot be read: .*given up after 1 tries"):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/x/index.json cannot be read: .*gave up after 1 tries"):
         ShardDataset("http://127.0.0.1:9/x", access=Access(retries=0, timeout=1.0))
 
 
