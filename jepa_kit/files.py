@@ -75,19 +75,18 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """Return the values of a JSON Lines file, or an empty list if there is none.
 
-    A last line that is not JSON and has no line break is left out: a killed process leaves one.
+    A last line without a line break is left out: a killed process leaves one.
 
     Raises:
-        ValueError: another line is not JSON.
+        ValueError: a line is not JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     values = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError as error:  # noqa: PERF203 (the message names the line)
-            if line.endswith("\n"):
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return values
 
 
