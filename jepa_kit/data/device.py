@@ -1,8 +1,8 @@
-"""Batches on their way to the device: bytes over the bus, copied beside the computation.
+"""Copy batches to the device, on CUDA concurrently with the computation.
 
-Images stay uint8 until they are there (a quarter of float32), and are normalised there
-(``jepa_kit.data.transforms.normalize``). Where the device is a CUDA one, batches come out of page-locked memory
-(``TrainLoader(pin_memory=True)``) and are copied on a stream of their own, while a step computes on the current one.
+Images are copied as uint8 (a quarter of float32's bytes) and normalised on the device
+(``jepa_kit.data.transforms.normalize``). On CUDA, batches come from page-locked memory
+(``TrainLoader(pin_memory=True)``) and are copied on a separate stream while a step computes.
 
     for step, batch in to_device(loader.batches(start), device, prefetch=2):
         images = normalize(batch.images, mean, std)
@@ -22,18 +22,16 @@ from jepa_kit.data.loader import Batch
 def to_device(
     batches: Iterable[tuple[int, Batch]], device: torch.device | str, *, prefetch: int = 2
 ) -> Generator[tuple[int, Batch], None, None]:
-    """(step, batch) with the batch on the device, in the order in which they come.
-
-    On a CPU each batch is passed on as it is, when it is asked for.
+    """Yield (step, batch) with the batch on the device, in their order; on a CPU, batches pass through unchanged.
 
     Args:
-        batches: on the host; pinned, where copies shall run beside the computation.
-        device: where they go.
-        prefetch: batches that are being copied, or lie ready on a CUDA device, while the one before them is used. With
-            0 each is copied when it is asked for; with 1 or more, the copy of a batch never holds up its own step.
+        batches: batches on the host, in pinned memory for concurrent copies.
+        device: destination.
+        prefetch: number of batches copied ahead on CUDA. With 0 a batch is copied when it is needed; with 1 or more,
+            no step waits for the copy of its own batch.
 
     Raises:
-        ValueError: a negative ``prefetch``; what ``batches`` raises.
+        ValueError: ``prefetch`` is negative; or as ``batches`` raises.
     """
     if prefetch < 0:
         raise ValueError(f"prefetch (={prefetch}) must be at least 0")
@@ -44,17 +42,17 @@ def to_device(
 
 
 class Lane(Protocol):
-    """A way to the device."""
+    """A way to copy batches to a device."""
 
     def send(self, batch: Batch) -> Batch:
-        """Starts the copy; the result must not be read before ``receive``."""
+        """Start a copy; the result must not be read before ``receive``."""
 
     def receive(self, batch: Batch) -> None:
-        """What is computed from now on may read a batch that was sent: the oldest that was not received yet."""
+        """Let later computations read the oldest batch that was sent and not received yet."""
 
 
 class Plain:
-    """Copies, and waits for it."""
+    """Copy synchronously."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -67,7 +65,7 @@ class Plain:
 
 
 class SideStream:
-    """Copies on a CUDA stream of its own; the host waits for nothing."""
+    """Copy on a separate CUDA stream, without blocking the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,13 +81,13 @@ class SideStream:
     def receive(self, batch: Batch) -> None:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.sent.popleft())
-        # The memory belongs to the side stream. Without this, a later copy could be put where a step still reads.
+        # The side stream owns the memory: without this, the allocator could reuse it for a later copy during the step.
         for tensor in tensors_of(batch):
             tensor.record_stream(current)
 
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
-    """Every tensor of a batch that moves with it."""
+    """Return all tensors of a batch that are copied with it."""
     found = [batch.images, batch.samples]
     if batch.masks is not None:
         batch.masks.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
@@ -99,7 +97,7 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
 def in_flight(
     batches: Iterable[tuple[int, Batch]], lane: Lane, prefetch: int
 ) -> Generator[tuple[int, Batch], None, None]:
-    """(step, batch) over a lane, with up to ``prefetch`` batches sent before the one that is given out."""
+    """Yield (step, batch) over a lane, sending up to ``prefetch`` batches ahead."""
     waiting: deque[tuple[int, Batch]] = deque()
     for step, batch in batches:
         waiting.append((step, lane.send(batch)))

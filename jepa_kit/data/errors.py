@@ -1,4 +1,4 @@
-"""What a sample may lack without stopping a run, and how much of that stops it."""
+"""Samples that cannot be read, and how many of them a run tolerates."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 AT_LEAST = 8
-"""So many samples of an epoch may be skipped however few it has, unless none may."""
+"""Skipped samples that are tolerated in the smallest epoch, unless none are."""
 
 
 class Skipped(NamedTuple):
-    """A sample that a batch lacks: its number, its key and the reason."""
+    """A sample missing from a batch: its index, key and the reason."""
 
     sample: int
     key: str
@@ -22,11 +22,11 @@ class Allowance:
     """How many samples of an epoch may be skipped.
 
     Args:
-        share: of the samples of an epoch, 0 to 1; 0 allows none.
-        samples: of an epoch, over all ranks.
+        share: fraction of an epoch's samples in [0, 1]; 0 allows none.
+        samples: samples of an epoch, over all ranks.
 
     Raises:
-        ValueError: a share outside its range.
+        ValueError: ``share`` is outside [0, 1].
     """
 
     share: float
@@ -34,9 +34,9 @@ class Allowance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"max_skipped (={self.share}) must be a share of the samples, 0 to 1")
+            raise ValueError(f"max_skipped (={self.share}) must be a fraction in [0, 1]")
 
     @property
     def count(self) -> int:
-        """The largest number that is allowed."""
+        """The largest number of skipped samples per epoch."""
         return max(int(self.share * self.samples), AT_LEAST) if self.share else 0

@@ -10,31 +10,31 @@ from jepa_kit.rng import IntArray, Stream, generator
 
 
 def permutation(rng: np.random.Generator, n: int) -> IntArray:
-    """[n] the numbers 0 to n - 1 in random order.
+    """Return a random permutation of 0 to n - 1, int64 [n].
 
-    By sorting uniform numbers: their stream is the same in every release of numpy so far, that of
-    ``Generator.permutation`` is not promised to be.
+    It sorts uniform numbers, whose stream is stable over numpy releases; ``Generator.permutation`` gives no such
+    guarantee.
     """
     return np.argsort(rng.random(n), kind="stable")
 
 
 def epoch_order(sizes: Sequence[int] | IntArray, *, seed: int, epoch: int, window: int) -> IntArray:
-    """Which sample comes when: shards in random order, then samples mixed within windows of them.
+    """Return the order of an epoch: shards in random order, then samples shuffled within windows.
 
-    Consecutive samples come from few shards (those of ``window`` neighbours), so that the shards are read in
-    long stretches; a window of all samples is a full permutation, and one of 1 leaves shards whole and in order.
+    Consecutive samples come from few shards, so that each is read in long stretches. A window of all samples is a full
+    permutation; a window of 1 keeps the samples of a shard in order.
 
     Args:
-        sizes: samples of each shard.
-        seed: of the run.
-        epoch: 0 or more.
-        window: samples that are mixed together, at least 1.
+        sizes: number of samples of each shard.
+        seed: seed of the run.
+        epoch: at least 0.
+        window: number of samples shuffled together, at least 1.
 
     Returns:
-        [N] each sample once; samples are numbered through the shards as they are listed.
+        int64 [N], each sample once; samples are numbered through the shards in their listed order.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: ``window`` is below 1.
     """
     if window < 1:
         raise ValueError(f"shuffle_window (={window}) must be at least 1")

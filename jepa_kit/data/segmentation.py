@@ -1,6 +1,6 @@
-"""Segmentation masks as they lie in a shard: a PNG of one 8-bit channel, the class of each pixel, 0 for the background.
+"""Encode and decode segmentation masks: PNGs with one 8-bit channel, the class of each pixel, 0 for the background.
 
-They have nothing to do with a masker's: nothing is hidden by them.
+They are labels, unrelated to the masks of a masker.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Mask = NDArray[np.uint8]
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """The PNG of a mask [H, W] uint8."""
+    """Return a mask [H, W] uint8 as PNG."""
     assert mask.dtype == np.uint8, mask.dtype
     assert mask.ndim == 2, mask.shape
     return encode_png(Image.fromarray(mask))
 
 
 def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Mask:
-    """[H, W] uint8: the classes of a mask's PNG; a palette, which is for people who look at it, is passed over.
+    """Return the class of each pixel [H, W] uint8 of a PNG; a palette is ignored.
 
     Raises:
-        ImageError: the bytes are no image, one whose pixels are no 8-bit numbers, or one of more than ``max_pixels``.
+        ImageError: the bytes are not an image with one 8-bit channel, or it has more than ``max_pixels`` pixels.
     """
     image = open_image(data, max_pixels)
     if image.mode not in ("L", "P"):

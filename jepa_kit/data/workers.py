@@ -1,4 +1,4 @@
-"""Loader workers: processes that make batches, how they end, and what to do when they cannot send one."""
+"""Loader workers: start, shutdown and errors of the processes that make batches."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 FILES = 40
-"""Files of a worker that may be open at a time, in it and in the main process: of its batches under way, and pipes."""
+"""Open files per worker, in it and in the main process: batches in flight and pipes."""
 SHARED_MEMORY = "/dev/shm"
 _workers: WeakSet[Any] = WeakSet()
 
 
 def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Generator[Any, None, None]:
-    """Yield one batch for each request, in their order.
+    """Yield one batch per request, in order.
 
     Args:
-        batches: request -> batch.
-        requests: in order; also without end.
-        num_workers: processes; 0 makes batches in this one.
-        pin_memory: whether batches arrive in page-locked memory.
+        batches: maps a request to a batch.
+        requests: in order; may be infinite.
+        num_workers: number of processes; 0 makes batches in this one.
+        pin_memory: whether to return batches in page-locked memory.
 
     Raises:
-        RuntimeError: a worker died, or cannot send a batch: shared memory is full, or too many files are open.
+        RuntimeError: a worker died, or cannot send a batch because shared memory is full or too many files are open.
     """
     if num_workers:
         allow_files(num_workers)
@@ -41,7 +41,7 @@ def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory
         sampler=requests,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's own numbers
+        generator=torch.Generator(),  # for the seed of the workers, so that it does not advance the run's generator
         worker_init_fn=_start,
     )
     made = iter(loader)
@@ -58,7 +58,7 @@ def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory
 
 
 def allow_files(num_workers: int) -> None:
-    """Raise this process's soft limit of open files, which workers inherit, to what they may need or the hard limit."""
+    """Raise the soft limit of open files, which workers inherit, to what they need or the hard limit."""
     try:
         import resource
     except ImportError:  # Windows
@@ -74,9 +74,9 @@ def allow_files(num_workers: int) -> None:
 
 
 def _advice(error: Exception, num_workers: int) -> str | None:
-    """What to do about an error of DataLoader; None for one that a batch raised itself."""
+    """Return advice on an error of DataLoader; None if a batch raised the error."""
     text = str(error)
-    if "Too many open files" in text:  # torch's text then has "shared memory" in it too
+    if "Too many open files" in text:  # check first: torch's message then contains "shared memory" too
         return (
             f"too many files are open: loader workers send each tensor of a batch as a file, and {_limit()}. Raise it "
             f"(ulimit -n 4096), or use fewer data.num_workers than {num_workers}; 0 needs none"
@@ -84,15 +84,15 @@ def _advice(error: Exception, num_workers: int) -> str | None:
     if "No space left on device" in text or "shared memory" in text:
         room = shutil.disk_usage(SHARED_MEMORY).total if os.path.isdir(SHARED_MEMORY) else 0
         return (
-            f"{SHARED_MEMORY} ({room / 1e6:.0f} MB) is full: loader workers send batches through it. Give it more "
-            "room (docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory; mount -o remount,size=8g), a "
-            f"smaller train.batch_size, or fewer data.num_workers than {num_workers}; 0 does without it"
+            f"{SHARED_MEMORY} ({room / 1e6:.0f} MB) is full: loader workers send batches through it. Increase "
+            "it (docker run --shm-size=8g; in Kubernetes an emptyDir of medium Memory; mount -o remount,size=8g), a "
+            f"smaller train.batch_size, or fewer data.num_workers than {num_workers}; 0 needs none"
         )
     if not _is_death(error):
         return None
     return (
-        f"a loader worker died ({text or type(error).__name__}). Often memory ran out: fewer num_workers than "
-        f"{num_workers} or a smaller batch_size help; or {SHARED_MEMORY} is too small for the batches in flight; or "
+        f"a loader worker died ({text or type(error).__name__}). Often memory is exhausted: try fewer num_workers than "
+        f"{num_workers} or a smaller batch_size; or {SHARED_MEMORY} is too small for the batches in flight; or "
         f"too few open files are allowed: {_limit()}"
     )
 
@@ -101,63 +101,63 @@ def _limit() -> str:
     try:
         import resource
     except ImportError:  # Windows
-        return "the system bounds them"
+        return "the system limits them"
     return f"`ulimit -n` is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
 
 
 def _end(made: Any) -> None:
-    """Ends the workers: a traceback may keep their iterator, and with it them, to the end of the process."""
+    """Stop the workers now: a traceback may keep their iterator alive until the process ends."""
     end = getattr(made, "_shutdown_workers", None)
     if end is None:
         return
     try:
         end()
-    except RuntimeError as error:  # torch's handler raises wherever the main process is when it learns of a death
+    except RuntimeError as error:  # torch's signal handler may raise here if a worker died
         if not _is_death(error):
             raise
     for worker in made._workers:
-        if worker.is_alive():  # it did not answer, and SIGTERM it ignores
+        if worker.is_alive():  # it does not respond, and ignores SIGTERM
             worker.kill()
 
 
 def _start(worker: int) -> None:
-    """In a worker: what it does on signals and failures."""
+    """Set up signals and error handling of a worker."""
     _ignore_signals()
-    # else a batch that cannot be sent is a traceback in a thread, and the main process waits for it without end
+    # by default, failing to send a batch prints a traceback in a thread, and the main process waits forever
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_reason  # type: ignore[attr-defined]
 
 
 def _send_reason(queue: Any, error: BaseException, sent: Any) -> None:
-    """In a worker, called by the thread that sends batches: send the reason instead of the batch."""
-    where = "in a loader worker, as a batch was sent"
+    """Send the error instead of the batch; called by the worker's sending thread."""
+    where = "in a loader worker, while sending a batch"
     queue.put((sent[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
 
 
 def _kill_workers() -> None:
-    """At exit: kill workers that an error left over. multiprocessing would send SIGTERM, and wait for them."""
+    """Kill workers that an error left over; at exit, multiprocessing would send SIGTERM and wait for them."""
     for worker in list(_workers):
         if worker.is_alive():
             worker.kill()
 
 
-atexit.register(_kill_workers)  # after multiprocessing's own, so that it runs before it
+atexit.register(_kill_workers)  # registered after multiprocessing's handler, so it runs before that one
 
 
 def _ignore_signals() -> None:
-    """In a worker: signals that ask a run to end reach the whole process group, and are for the main process alone.
+    """Ignore signals that end a run: they reach the whole process group, but only the main process handles them.
 
-    The main process may need longer than any grace period: for a long step, and for its checkpoint. It ends its
-    workers itself; if it is killed, they notice (torch's watchdog).
+    The main process finishes its step and writes a checkpoint, and needs its workers until then. It stops them itself;
+    if it is killed, torch's watchdog in each worker ends it.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether an error of DataLoader means that a worker is gone, and not that it raised the error itself.
+    """Whether an error of DataLoader means that a worker died, rather than raised an error.
 
-    It is found dead by its process (RuntimeError), or by its end of the connection over which a finished batch was
-    being fetched. What a worker raises is raised again with a text that begins "Caught".
+    A dead process is a RuntimeError; a closed connection during the transfer of a batch is one of the others. Errors
+    that a worker raises have a message that begins with "Caught".
     """
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker (pid")

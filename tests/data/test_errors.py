@@ -322,5 +322,5 @@ def test_how_much_may_be_skipped():
     assert Allowance(0.01, 100).count == 8
     assert Allowance(0.0, 1_281_167).count == 0
     assert Allowance(1.0, 100).count == 100
-    with pytest.raises(ValueError, match=r"max_skipped \(=1.5\) must be a share of the samples, 0 to 1"):
+    with pytest.raises(ValueError, match=r"max_skipped \(=1.5\) must be a fraction in \[0, 1\]"):
         Allowance(1.5, 100)
