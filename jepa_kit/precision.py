@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from jepa_kit.config import Config
 from jepa_kit.distributed.collectives import broadcast_from_rank0
-
-Precision = Literal["float32", "tf32", "bf16"]
+from jepa_kit.structures import Precision
 
 REPEATS = 3
 FLOP = 2**29

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from jepa_kit.set_lengths import SetLengths, unchecked
 
 Grid = tuple[int, int]
 """(H, W): rows and columns of patches."""
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""Of the factors of matrix products (jepa_kit/precision.py)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -231,6 +231,15 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def all_gather(values: torch.Tensor) -> torch.Tensor:
+    """[n] -> [ranks, n] on the host: the values of every process; all must call it."""
+    if not joined():
+        return values.cpu()[None]
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.stack(parts).cpu()
+
+
 def all_gather_object(value: T) -> list[T]:
     """What each process gives, by rank; all must call it."""
     if not joined():

@@ -146,9 +146,9 @@ def build_session(
     settings, folder = run.config.train, store.run
     sharded = settings.checkpoint == "sharded" or (settings.checkpoint == "auto" and settings.parallel == "fsdp")
     built = build_hooks(hooks, run)
-    meter = Meter(
-        flops=flops_of(run.config, run.jepa, run.device), peak=matrix_peak(run.device, precision_of(run.config))
-    )
+    flops = flops_of(run.config, run.jepa, run.device)
+    peak = matrix_peak(run.device, precision_of(run.config))
+    meter = Meter(flops=flops.of_batch if flops else None, peak=peak)
     saver = Saver(store, keep=settings.keep_checkpoints, keep_every=settings.keep_every, sharded=sharded)
     return Session(
         run=run,

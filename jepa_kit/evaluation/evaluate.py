@@ -23,7 +23,6 @@ from jepa_kit.distributed.collectives import World, all_gather_object, run_on_al
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import ENCODERS, Network
 from jepa_kit.evaluation.feature_sources import run_networks as run_networks
-from jepa_kit.evaluation.features import Precision
 from jepa_kit.evaluation.protocols import (
     Features,
     Images,
@@ -38,6 +37,7 @@ from jepa_kit.evaluation.tables.results import Row as Row
 from jepa_kit.evaluation.tables.results import results as results
 from jepa_kit.evaluation.tables.results import write_results as write_results
 from jepa_kit.rng import IntArray
+from jepa_kit.structures import Precision
 
 DEFAULT: tuple[Spec, ...] = ({"name": "logistic", "subsets": ["all"]}, "knn")
 """Protocols without settings of training, for a first look."""

@@ -26,8 +26,9 @@ from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import to_read
 from jepa_kit.interfaces import Encoder
-from jepa_kit.precision import Precision, autocast_of
+from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
+from jepa_kit.structures import Precision
 
 Float32 = NDArray[np.float32]
 Pooling = Literal["mean", "none"]

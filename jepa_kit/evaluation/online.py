@@ -41,9 +41,10 @@ from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge
 from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.interfaces import Masker
-from jepa_kit.precision import Precision, autocast_of, precision_of
+from jepa_kit.precision import autocast_of, precision_of
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray, IntArray, Stream, generator
+from jepa_kit.structures import Precision
 
 STATES: tuple[State, ...] = get_args(State)
 """``eval/verdict`` is a place in here: 0 is healthy, 1 not learned, the others are collapses."""

@@ -199,6 +199,10 @@ class ModelFlops:
         assert predictor is not None
         return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
 
+    def of_batch(self, masks: MaskBatch, images: int) -> float | None:
+        """As ``training``, for a batch of so many images with these masks."""
+        return self.training(Lengths.of(masks, images))
+
 
 def model_flops(jepa: JEPA) -> ModelFlops:
     """The formula of a recipe's networks, which may be without memory for their weights."""

@@ -27,9 +27,9 @@ from torch import nn
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.planning.flops import Lengths, model_flops
-from jepa_kit.planning.peak_flops import Precision
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
+from jepa_kit.structures import Precision
 
 FLOAT32 = 4
 

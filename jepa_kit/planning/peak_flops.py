@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from jepa_kit.precision import Precision
+from jepa_kit.structures import Precision
 
 LONG_ENOUGH = 5e-3
 """Seconds from which a product's time says something."""

@@ -37,15 +37,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_kit.distributed.collectives import joined
+from jepa_kit.distributed.collectives import all_gather
 from jepa_kit.engine.logging.loggers import Board
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.files import read_json_lines, write_json_lines
-from jepa_kit.planning.flops import Lengths, ModelFlops
 from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.run_folder import METRICS
 from jepa_kit.structures import MaskBatch, Update
@@ -74,7 +72,7 @@ class Meter:
     """Measures one process between two lines, on the host; the device is asked in ``record`` alone.
 
     Args:
-        flops: the formula of the networks; None leaves the figures of FLOP out.
+        flops: FLOP of a training step by the masks and the number of images; None leaves the figures of FLOP out.
         peak: FLOP/s that this process's device can do; None leaves the share of it out.
         clock: seconds.
     """
@@ -82,7 +80,7 @@ class Meter:
     def __init__(
         self,
         *,
-        flops: ModelFlops | None = None,
+        flops: Callable[[MaskBatch, int], float | None] | None = None,
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -117,7 +115,7 @@ class Meter:
         """Counts a step of this process, by the masks and the number of images of its batch."""
         self.images += images
         self.tokens += masks.context.num_patches + masks.targets.num_patches
-        flop = None if self.flops is None else self.flops.training(Lengths.of(masks, images))
+        flop = None if self.flops is None else self.flops(masks, images)
         self.flop = None if flop is None or self.flop is None else self.flop + flop
 
     def record(self, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
@@ -143,7 +141,7 @@ class Meter:
             math.nan if self.flop is None else self.flop / seconds,
             math.nan if self.peak is None else self.peak,
         ]
-        table = all_ranks(torch.tensor(own, dtype=torch.float64, device=device))  # [ranks, values]
+        table = all_gather(torch.tensor(own, dtype=torch.float64, device=device))  # [ranks, values]
         means = dict(zip(measured, table.mean(0).tolist(), strict=False))
         record: Record = {
             **means,
@@ -174,15 +172,6 @@ class Meter:
             if math.isfinite(peak):
                 record["mfu"] = flop / peak
         return record
-
-
-def all_ranks(values: Tensor) -> Tensor:
-    """[n] -> [ranks, n], on the host: the values of every process."""
-    if not joined():
-        return values.cpu()[None]
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return torch.stack(parts).cpu()
 
 
 def read_metrics(folder: Path) -> list[Record]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from jepa_kit.distributed.collectives import World, all_gather_object
-from jepa_kit.planning.peak_flops import Precision, matrix_peak
+from jepa_kit.planning.peak_flops import matrix_peak
+from jepa_kit.structures import Precision
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ from typing import Any, Literal
 import torch
 
 from jepa_kit.data.loader import Batch
-from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
-from jepa_kit.engine.logging.telemetry import all_ranks
+from jepa_kit.distributed.collectives import all_gather, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.nonfinite.detect import Suspect
 from jepa_kit.files import atomic_write, read_json_lines, write_archive, write_json_lines
 from jepa_kit.run_folder import RECORD
@@ -195,7 +194,7 @@ class BadSteps:
         Raises:
             FloatingPointError: the run must stop.
         """
-        numbers = all_ranks(suspect.numbers[:2].to(self.device))  # [ranks, 2]
+        numbers = all_gather(suspect.numbers[:2].to(self.device))  # [ranks, 2]
         losses = tuple(str(value) for value in numbers[:, 0].tolist())
         bad = BadStep(
             suspect.step, self.policy, losses, str(float(numbers[0, 1])), broadcast_from_rank0(self.checkpoint)

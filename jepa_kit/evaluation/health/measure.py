@@ -33,12 +33,12 @@ from jepa_kit.evaluation.health.measures import (
 )
 from jepa_kit.interfaces import Masker
 from jepa_kit.losses import is_distance
-from jepa_kit.precision import Precision, autocast_of
+from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import MaskBatch, PatchSets, Prediction
+from jepa_kit.structures import MaskBatch, PatchSets, Precision, Prediction
 
 EPOCH = 2**32 - 1
 """Masks are those of this epoch, the one before it, ...: no run trains on them."""

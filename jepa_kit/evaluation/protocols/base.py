@@ -19,9 +19,10 @@ from torch import nn
 from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms.decoders import DecoderName
-from jepa_kit.evaluation.features import Precision, check_precision
+from jepa_kit.evaluation.features import check_precision
 from jepa_kit.registry import PartRegistry
 from jepa_kit.rng import IntArray, Stream, generator
+from jepa_kit.structures import Precision
 
 Array = NDArray[np.floating[Any]]
 Pooling = Literal["mean", "none"]

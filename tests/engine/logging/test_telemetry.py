@@ -46,7 +46,7 @@ def make_meter(clock, **options):
 def test_a_record_has_what_was_measured(monkeypatch):
     monkeypatch.setattr("jepa_kit.engine.logging.telemetry.peak_memory", lambda device: 3 * 2**29)
     clock = Clock()
-    meter = make_meter(clock, flops=FLOPS, peak=1e6)
+    meter = make_meter(clock, flops=FLOPS.of_batch, peak=1e6)
     for _ in range(2):
         with meter.waiting():
             clock.now += 1.0
@@ -93,9 +93,9 @@ def test_each_record_starts_anew():
     [
         ({}, {"gflop_per_image", "tflops", "mfu"}),
         ({"peak": 1e9}, {"gflop_per_image", "tflops", "mfu"}),
-        ({"flops": FLOPS}, {"mfu"}),
+        ({"flops": FLOPS.of_batch}, {"mfu"}),
         (
-            {"flops": ModelFlops(None, None, "images", False), "peak": 1e9},
+            {"flops": ModelFlops(None, None, "images", False).of_batch, "peak": 1e9},
             {"gflop_per_image", "tflops", "mfu"},
         ),
     ],

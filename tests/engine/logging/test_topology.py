@@ -57,15 +57,14 @@ def test_what_programs_read(monkeypatch):
 
 SCRIPT = """
     import torch
-    from jepa_kit.distributed.collectives import process_group, read_environment
-    from jepa_kit.engine.logging.telemetry import all_ranks
+    from jepa_kit.distributed.collectives import all_gather, process_group, read_environment
     from jepa_kit.engine.logging.topology import find_places
 
     world = read_environment()
     with process_group(world, torch.device("cpu")):
         places = find_places(world, torch.device("cpu"), "float32")
         assert [p.rank for p in places] == [p.local_rank for p in places] == [0, 1]
-        table = all_ranks(torch.tensor([1.0 * world.rank, 5.0]))
+        table = all_gather(torch.tensor([1.0 * world.rank, 5.0]))
         assert table.tolist() == [[0.0, 5.0], [1.0, 5.0]]
 """
 
