@@ -46,7 +46,7 @@ def config_of(args: argparse.Namespace, shards: Path, folder: Path, precision: s
             f"train.batch_size={args.batch_size}",
             "train.epochs=1",
             f"train.steps_per_epoch={args.steps}",
-            f"train.checkpoint_every={args.steps // 2}",
+            f"checkpoint.every={args.steps // 2}",
             "train.log_every=1",
             "train.tensorboard=false",
             f"train.device={args.device}",

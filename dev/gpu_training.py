@@ -126,7 +126,7 @@ def train_run(r: Any, shards: Path, name: str, steps: int) -> Path:
         "optim.warmup_epochs=0.1",
         "train.tensorboard=false",
     ]
-    overrides += [f"train.log_every={1 if r.small else 10}", f"train.checkpoint_every={steps}"]
+    overrides += [f"train.log_every={1 if r.small else 10}", f"checkpoint.every={steps}"]
     return train(load_config(CONFIG, [*overrides, *small]))
 
 

@@ -11,7 +11,7 @@ examples:
   python dev/torture.py                               # 20 SIGKILLs and 4 other signals; a few minutes
   python dev/torture.py --kills 3 --signals 1 --fork  # half a minute: processes are forked, and import nothing
   python dev/torture.py --processes 2 --kills 4       # one rank is killed, torchrun restarts all
-  python dev/torture.py --processes 2 --kills 4 train.parallel=fsdp train.checkpoint=sharded
+  python dev/torture.py --processes 2 --kills 4 train.parallel=fsdp checkpoint.format=sharded
 
 Exit status: 0 where nothing shows, 1 otherwise.
 """
@@ -71,6 +71,7 @@ def write_shards(folder: Path, images: int = 24) -> None:
 
 def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Sequence[str] = ()) -> None:
     """A run of ``steps`` steps of 4 images with all that hangs on chance: order, crops, masks, stochastic depth."""
+    transforms = [{"name": "random_resized_crop"}, {"name": "flip", "p": 0.5}]
     config = {
         "masker": {"name": "multiblock"},
         "encoder": {"name": "vit", "embed_dim": 96, "depth": 3, "num_heads": 2, "patch_size": 4, "drop_path": 0.3},
@@ -78,7 +79,7 @@ def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Se
         "target": {"name": "representation"},
         "loss": [{"name": "smooth_l1"}, {"name": "cosine", "weight": 0.5}],
         "target_update": {"name": "ema", "momentum": [0.9, 1.0]},
-        "data": {"image_size": 16, "num_workers": 0, "shards": str(shards), "flip": 0.5},
+        "data": {"image_size": 16, "num_workers": 0, "shards": str(shards), "transforms": transforms},
         "optim": {"warmup_epochs": 1},
         "train": {
             "batch_size": 4,
@@ -86,10 +87,10 @@ def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Se
             "steps_per_epoch": 6,
             "precision": "float32",
             "log_every": 1,
-            "checkpoint_every": every,
             "device": "cpu",
             "tensorboard": False,
         },
+        "checkpoint": {"every": every},
     }
     path.write_text(json.dumps(config))
 

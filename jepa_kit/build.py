@@ -176,7 +176,7 @@ def part_problems(config: Config) -> list[str]:
     for part, _ in config.losses:
         tried(part, "loss")
     tried(slots["target_update"], "target_update")
-    for i, transform in enumerate(config.data.view):
+    for i, transform in enumerate(config.data.transforms):
         options = {key: value for key, value in transform.items() if key != "name"}
         try:
             with located(f"data: transforms[{i}]"):

@@ -22,7 +22,7 @@ examples:
   python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
 
   # checkpoints to an object store; the file registers its handler (docs/faults.md)
-  python tools/train_net.py --config-file ... imports='[my_handler.py]' train.checkpoint_dir=s3://bucket/first
+  python tools/train_net.py --config-file ... imports='[my_handler.py]' checkpoint.dir=s3://bucket/first
 
   # as a job of Slurm: 2 nodes of 8 GPUs, requeued and resumed until it is done (docs/clusters.md)
   python tools/train_net.py --config-file ... --submit slurm --nodes 2 --gpus-per-node 8 --partition gpu --time 1-0
@@ -186,7 +186,7 @@ def interrupted(config: Config | None) -> str:
     """Return the message for a run that ended without a checkpoint of its last step."""
     kept = "nothing was written"
     if config is not None:
-        place = config.train.checkpoint_dir or config.train.output_dir
+        place = config.checkpoint.dir or config.train.output_dir
         steps = [] if "://" in place else [step_of(path) for path in checkpoints(Path(place))]
         kept = f"--resume continues at step {steps[-1]:,}, its latest checkpoint" if steps else "no checkpoint is there"
         kept = f"--resume continues from the latest checkpoint in {place}" if "://" in place else kept

@@ -10,8 +10,9 @@ parts and of sections.py, resolved.py keeps it. arguments.py has what the comman
 
 from jepa_kit.config.checking import Part
 from jepa_kit.config.errors import located
+from jepa_kit.config.renamed import modernize
 from jepa_kit.config.resolved import Config, config_from_dict, import_named, load_config
-from jepa_kit.config.sections import SECTIONS, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
+from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.versions import versions
 from jepa_kit.errors import ConfigError
 from jepa_kit.run_folder import RUN_CONFIG
@@ -19,6 +20,7 @@ from jepa_kit.run_folder import RUN_CONFIG
 __all__ = [
     "RUN_CONFIG",
     "SECTIONS",
+    "CheckpointConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -30,5 +32,6 @@ __all__ = [
     "import_named",
     "load_config",
     "located",
+    "modernize",
     "versions",
 ]

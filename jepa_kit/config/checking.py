@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jepa_kit.config.sections import RETIRED, SECTIONS, between_sections, range_problem
+from jepa_kit.config.renamed import RELEASED_CROP
+from jepa_kit.config.sections import SECTIONS, between_sections, range_problem
 from jepa_kit.config.typed import DoesNotFitError, convert, describe
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
@@ -53,7 +54,10 @@ def _square(value: Any) -> Any:
     return [value, value] if type(value) is int else value
 
 
-SHORTHANDS: dict[str, tuple[Callable[[Any], Any], str]] = {"data.image_size": (_square, ", or one int for a square")}
+SHORTHANDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "data.image_size": (_square, ", or one int for a square"),
+    "data.transforms": (lambda value: [RELEASED_CROP] if value is None else value, ", or null for the released crop"),
+}
 """Path -> (what makes the full value of the short one, how a message names the short one)."""
 
 
@@ -180,7 +184,6 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {_takes(options)}")
         return None
-    raw = {key: value for key, value in raw.items() if value is not None or key not in RETIRED.get(name, ())}
     found: list[str] = []
     found.extend(
         f"{name}.{key} is not an option{did_you_mean(str(key), options)} {_takes(options)}"

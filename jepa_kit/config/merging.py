@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jepa_kit.config.renamed import modernize
 from jepa_kit.config.yaml_text import end_of_yaml, parse_yaml
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import SLOTS
@@ -85,7 +86,7 @@ def apply_overrides(raw: dict[Any, Any], overrides: Sequence[str], problems: lis
         for key in reversed(keys):
             value = {key: value}
         together = merge(together, value)
-    return merge(raw, together)
+    return merge(raw, modernize(together, below=raw, problems=problems))
 
 
 def _list_on_the_way(raw: dict[Any, Any], keys: list[str]) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 from jepa_kit.config.checking import Part, check_config
 from jepa_kit.config.imports import check_trusted, import_members, import_parts, resolve_imports
 from jepa_kit.config.merging import apply_overrides
-from jepa_kit.config.sections import DataConfig, EvaluateConfig, OptimConfig, TrainConfig
+from jepa_kit.config.renamed import modernize
+from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.sources import read_config
 from jepa_kit.config.typed import plain
 from jepa_kit.config.versions import versions
@@ -27,7 +28,7 @@ class Config:
     Args:
         slots: slot -> part, for every slot but ``loss``.
         losses: the terms of the loss, each with its weight; at least one.
-        data, optim, train, evaluate: the sections.
+        data, optim, train, checkpoint, evaluate: the sections.
         imports: modules (dotted) and .py files (absolute) that registered parts.
         written_by: the versions of whoever wrote the file, where it was a resolved config; not compared.
     """
@@ -37,6 +38,7 @@ class Config:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     imports: tuple[str, ...] = ()
     written_by: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -50,7 +52,7 @@ class Config:
                 resolved[slot] = terms[0] if len(terms) == 1 else terms
             else:
                 resolved[slot] = _part(self.slots[slot])
-        for name in ("data", "optim", "train", "evaluate"):
+        for name in SECTIONS:
             resolved[name] = plain(asdict(getattr(self, name)))
         return resolved | {"versions": versions()}
 
@@ -137,7 +139,8 @@ def config_from_dict(
     """
     if not trust_imports and not _own_imports(overrides):
         check_trusted(raw.get("imports", []), source)
-    return _check(raw, overrides, folder, source, [])
+    problems: list[str] = []
+    return _check(modernize(raw, problems=problems), overrides, folder, source, problems)
 
 
 def _check(raw: Mapping[str, Any], overrides: Sequence[str], folder: str, source: str, problems: list[str]) -> Config:

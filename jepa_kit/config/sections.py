@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jepa_kit.config.renamed import RELEASED_CROP
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import TRANSFORMS, PartRegistry
 
@@ -67,11 +68,6 @@ MOST_WORKERS = 1024
 """Loader processes of a rank: more than any machine has cores for."""
 _SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
 
-CROP_DEFAULTS: dict[str, Any] = {"crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.0}
-"""The release's: the value of each short key that is not given, where no transforms are."""
-CROP_OPTIONS = {"crop_scale": "random_resized_crop", "crop_ratio": "random_resized_crop", "flip": "flip"}
-"""Short key -> the transform that has it as an option."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
@@ -88,12 +84,8 @@ class DataConfig(_Section):
         timeout: seconds without a byte after which a stream has stalled.
         max_skipped: share of an epoch's samples above which samples that cannot be used stop the run (but 8 may always
             be skipped); 0 stops it at the first.
-        transforms: what is done to a training image, in order: of each its name and its options (docs/data.md). None
-            for what ``crop_scale``, ``crop_ratio`` and ``flip`` say.
-        crop_scale: (least, most) share of the image's area that a random crop keeps; (0.3, 1.0) where neither it nor
-            ``transforms`` is given, and so on.
-        crop_ratio: (least, most) width over height of a random crop; (3/4, 4/3).
-        flip: probability of a horizontal flip; 0.
+        transforms: applied to a training image, in order: the name and the options of each (docs/data.md); in YAML
+            null means the release's random resized crop, the default.
         decoder: "pillow"; or "fast", simplejpeg and torch's resizing, at most one level of 255 away from it.
         max_pixels: an image of more rows times columns is not decoded.
         mean, std: of the channels, for pixel values in [0, 1]; ImageNet's.
@@ -116,12 +108,9 @@ class DataConfig(_Section):
     backoff: float = _at_least(0, 1.0)
     timeout: float = _above_0(60.0)
     max_skipped: float = _option("in [0, 1]", lambda x: 0 <= x <= 1, 0.01)
-    transforms: Sequence[Mapping[str, Any]] | None = _option("a list of at least one", bool, None, parts=TRANSFORMS)
-    crop_scale: tuple[float, float] | None = _option("ascending, in (0, 1]", lambda x: 0 < x[0] <= x[1] <= 1, None)
-    crop_ratio: tuple[float, float] | None = _option(
-        "ascending, above 0 and finite", lambda x: 0 < x[0] <= x[1] < math.inf, None
+    transforms: Sequence[Mapping[str, Any]] = _option(
+        "a list of at least one", bool, (RELEASED_CROP,), parts=TRANSFORMS
     )
-    flip: float | None = _option("in [0, 1]", lambda x: 0 <= x <= 1, None)
     decoder: Literal["pillow", "fast"] = "pillow"
     max_pixels: int = _at_least(1, 89_478_485)
     mean: tuple[float, float, float] = _option(
@@ -136,37 +125,13 @@ class DataConfig(_Section):
     )
     prefetch: int = _at_least(0, 2)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.transforms is None:
-            for name, default in CROP_DEFAULTS.items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, default)
-
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
-        """Transforms beside the short keys that they replace, or transforms of which none sets the size."""
-        parts = values["transforms"]
-        if parts is None:
-            return []
-        problems = [
-            f"{name} (={values[name]!r}) must be left out, or null, where transforms are given: {owner!r} has it there"
-            for name, owner in CROP_OPTIONS.items()
-            if values[name] is not None
-        ]
-        names = [part.get("name") for part in parts]
+        names = [part.get("name") for part in values["transforms"]]
         crops = [name for name in TRANSFORMS.names() if hasattr(TRANSFORMS.get(name), "window")]
-        if not set(names) & set(crops):
-            problems.append(f"transforms (={names}) must hold one that sets the size: {', '.join(crops)}")
-        return problems
-
-    @property
-    def view(self) -> Sequence[Mapping[str, Any]]:
-        """``transforms``, or what the short keys stand for: what ``jepa_kit.data.transforms.build_view`` takes."""
-        if self.transforms is not None:
-            return self.transforms
-        crop = {"name": "random_resized_crop", "scale": self.crop_scale, "ratio": self.crop_ratio}
-        return [crop, {"name": "flip", "p": self.flip}] if self.flip else [crop]
+        if set(names) & set(crops):
+            return []
+        return [f"transforms (={names}) must have one that sets the size: {', '.join(crops)}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,20 +191,11 @@ class TrainConfig(_Section):
             "auto" is bf16 on CUDA, and on a CPU the faster of bf16 and float32; what it became is stored.
         seed: of everything random, 0 to 2**63 - 1.
         output_dir: the run folder, on this machine or a file system that all see.
-        checkpoint_dir: where its checkpoints go: another folder, or an address that a handler of iopath takes
-            (jepa_kit/engine/checkpoint/manager.py); None for the run folder.
         init_from: weights to start from, in any format that ``jepa_kit.interop`` reads; None for fresh ones.
         log_every: steps between two lines of the log.
-        checkpoint_every: steps between two checkpoints; None for one each epoch.
-        keep_checkpoints: how many of the latest checkpoints stay.
-        keep_every: checkpoints of a step that divides by it stay for good; a multiple of the steps between two. None
-            for none.
-        checkpoint: "file" is one file; "sharded" a folder to which each rank writes its part; "auto" shards where
-            ``parallel`` does. Either is written beside the steps.
-        bad_numbers: if a loss or a gradient is not finite (jepa_kit/engine/nonfinite/policy.py): "stop";
-            "skip" goes on without the batch; "rollback" goes back to the last checkpoint first.
-        bad_numbers_limit: most bad steps in a row, or most times back to one checkpoint, before the run stops all the
-            same.
+        on_nonfinite: what to do if a loss or a gradient is not finite (jepa_kit/engine/nonfinite/policy.py): "stop";
+            "skip" leaves the batch out; "rollback" returns to the last checkpoint and leaves the batch out.
+        nonfinite_limit: most such steps in a row, or most returns to one checkpoint, before the run stops anyway.
         attention: backend of ``attend``.
         parallel: how several processes share the work (jepa_kit/engine/parallel.py): "ddp" copies the model to each,
             "fsdp" shards it over them; "auto" is "ddp" where there are several; "none" is for one.
@@ -262,15 +218,10 @@ class TrainConfig(_Section):
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     seed: int = _option("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, 0)
     output_dir: str = _option("a path, and no address", lambda x: x and "://" not in x, "output")
-    checkpoint_dir: str | None = _option("a path or an address", bool, None)
     init_from: str | None = _option("a path or an address", bool, None)
     log_every: int = _at_least(1, 10)
-    checkpoint_every: int | None = _at_least(1, None)
-    keep_checkpoints: int = _at_least(1, 2)
-    keep_every: int | None = _at_least(1, None)
-    checkpoint: Literal["auto", "file", "sharded"] = "auto"
-    bad_numbers: Literal["stop", "skip", "rollback"] = "stop"
-    bad_numbers_limit: int = _at_least(1, 3)
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    nonfinite_limit: int = _at_least(1, 3)
     attention: Literal["auto", "xformers", "sdpa", "reference"] = "auto"
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     accumulate: int = _at_least(1, 1)
@@ -282,14 +233,42 @@ class TrainConfig(_Section):
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
-        """What is wrong between fields whose own values are right."""
-        problems = []
-        every, keep_every, limit = values["checkpoint_every"], values["keep_every"], values["bad_numbers_limit"]
-        if every is not None and keep_every is not None and keep_every % every:
-            problems.append(f"keep_every (={keep_every}) must be a multiple of checkpoint_every (={every})")
-        if values["bad_numbers"] == "stop" and limit != cls.bad_numbers_limit:
-            problems.append(f"bad_numbers_limit (={limit}) does nothing where bad_numbers is stop")
-        return problems
+        limit = values["nonfinite_limit"]
+        if values["on_nonfinite"] == "stop" and limit != cls.nonfinite_limit:
+            return [f"nonfinite_limit (={limit}) has no effect if on_nonfinite is stop"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Section):
+    """Checkpoints of a run; they are written in the background.
+
+    Args:
+        format: "file" is one file; "sharded" a folder to which each rank writes its part; "auto" is "sharded" if
+            ``train.parallel`` is "fsdp", else "file".
+        dir: another folder than ``train.output_dir``, or a URL that a handler of iopath opens
+            (jepa_kit/engine/checkpoint/manager.py); None for the run folder.
+        every: steps between two checkpoints; None for one each epoch. The last step always has one.
+        keep: number of the latest checkpoints to keep.
+        keep_every: keep every checkpoint whose step is a multiple of this, which must be a multiple of ``every``; None
+            for none.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    format: Literal["auto", "file", "sharded"] = "auto"
+    dir: str | None = _option("a path or an address", bool, None)
+    every: int | None = _at_least(1, None)
+    keep: int = _at_least(1, 2)
+    keep_every: int | None = _at_least(1, None)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        every, keep_every = values["every"], values["keep_every"]
+        if every is None or keep_every is None or keep_every % every == 0:
+            return []
+        return [f"keep_every (={keep_every}) must be a multiple of every (={every})"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,13 +309,11 @@ class EvaluateConfig(_Section):
         return []
 
 
-RETIRED = {"data": ("label",)}
-"""Section -> options that did nothing and are no more. Runs of earlier versions hold them as null, and are read."""
-
 SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,
     "optim": OptimConfig,
     "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
     "evaluate": EvaluateConfig,
 }
 """Key in YAML -> its schema. A new section is an entry here and a field of ``Config``."""

@@ -14,6 +14,7 @@ import torch
 from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.merging import merge
+from jepa_kit.config.renamed import modernize
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
 from jepa_kit.errors import ConfigError
@@ -65,14 +66,14 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], tru
     if "imports" in raw:
         raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
     if "_BASE_" not in raw:
-        return raw
+        return modernize(raw, problems=problems)
     base = raw.pop("_BASE_")
     if not isinstance(base, str) or not base:
         raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file"], path)
     below = os.path.join(os.path.dirname(path), os.path.expanduser(base))
     lower = _read_over_bases(below, (*above, path), problems, trust)
     lower.pop("versions", None)
-    merged = merge(lower, raw)
+    merged = merge(lower, modernize(raw, below=lower, problems=problems))
     if "imports" in lower and "imports" in raw:
         merged["imports"] = list(dict.fromkeys([*lower["imports"], *raw["imports"]]))
     return merged

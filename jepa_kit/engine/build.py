@@ -60,7 +60,7 @@ def training_view(config: Config) -> View:
     """
     data = config.data
     with every_problem(config), located("data"):
-        return build_view(data.view, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
+        return build_view(data.transforms, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
 
 
 def check_shares(settings: TrainConfig, processes: int) -> None:
@@ -107,11 +107,12 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         checkpoint_activations(jepa.encoder)
         checkpoint_activations(jepa.predictor)
     check_shares(settings, world.size)
-    every = settings.checkpoint_every or steps_per_epoch
-    if settings.keep_every is not None and settings.keep_every % every:
+    every = config.checkpoint.every or steps_per_epoch
+    keep_every = config.checkpoint.keep_every
+    if keep_every is not None and keep_every % every:
         raise ValueError(
-            f"train.keep_every (={settings.keep_every}) must be a multiple of the steps between two checkpoints "
-            f"(={every}, {'an epoch' if settings.checkpoint_every is None else 'train.checkpoint_every'})"
+            f"checkpoint.keep_every (={keep_every}) must be a multiple of the steps between two checkpoints "
+            f"(={every}, {'an epoch' if config.checkpoint.every is None else 'checkpoint.every'})"
         )
     forward = parallelize(jepa, device, settings.parallel, settings.accumulate)
     schedule = Schedule(

@@ -78,7 +78,7 @@ def run_steps(session: Session) -> End:
     """
     s, run, settings, meter, journal = session, session.run, session.run.config.train, session.meter, session.journal
     first, last = s.start.step, run.schedule.steps - 1
-    every = settings.checkpoint_every or run.steps_per_epoch
+    every = run.config.checkpoint.every or run.steps_per_epoch
     watch = Watch()
     s.signals.stepping = True
     s.consensus.wait()  # a reduction from before a roll-back; a rank that still wants to stop polls again
@@ -115,7 +115,7 @@ def run_steps(session: Session) -> End:
 
             for suspect in watch.found(flush=logging):
                 s.info(s.bad_steps.handle(suspect))
-                if settings.bad_numbers == "rollback":
+                if settings.on_nonfinite == "rollback":
                     return End.ROLL_BACK
 
             if logging:

@@ -146,7 +146,7 @@ def prepare(
     Raises:
         ValueError: no data, a batch that the processes cannot share, or a run folder that holds a run.
     """
-    store = store_of(config.train)
+    store = store_of(config)
     check_folders(store)
     latest = plan_resume(store, resume, resume_from)
     if config.data.shards is None:

@@ -90,7 +90,7 @@ def train(
     check_hooks(config, hooks)
     world = read_environment()
     device = choose_device(config.train.device, world)
-    store = store_of(config.train)
+    store = store_of(config)
     with deterministic(config.train.deterministic), process_group(world, device), ExitStack() as stack:
         again = restarted()
         check_command(config, {"resume": resume, "resume_from": resume_from})
@@ -143,13 +143,13 @@ def build_session(
     Raises:
         ValueError: the hooks do not fit the data, or a file of the run folder cannot be read.
     """
-    settings, folder = run.config.train, store.run
-    sharded = settings.checkpoint == "sharded" or (settings.checkpoint == "auto" and settings.parallel == "fsdp")
+    settings, folder = run.config.checkpoint, store.run
+    sharded = settings.format == "sharded" or (settings.format == "auto" and run.config.train.parallel == "fsdp")
     built = build_hooks(hooks, run)
     flops = flops_of(run.config, run.jepa, run.device)
     peak = matrix_peak(run.device, precision_of(run.config))
     meter = Meter(flops=flops.of_batch if flops else None, peak=peak)
-    saver = Saver(store, keep=settings.keep_checkpoints, keep_every=settings.keep_every, sharded=sharded)
+    saver = Saver(store, keep=settings.keep, keep_every=settings.keep_every, sharded=sharded)
     return Session(
         run=run,
         start=start,
@@ -213,8 +213,8 @@ def build_bad_steps(run: Run, folder: Path, saver: Saver, start: Start, resume_f
         }
 
     return BadSteps(
-        policy=run.config.train.bad_numbers,
-        limit=run.config.train.bad_numbers_limit,
+        policy=run.config.train.on_nonfinite,
+        limit=run.config.train.nonfinite_limit,
         folder=folder,
         rank=run.world.rank,
         device=run.device,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from jepa_kit.data.images import decode, to_rgb
-from jepa_kit.data.transforms import CentreCrop, normalize, stack
+from jepa_kit.data.transforms import CenterCrop, normalize, stack
 from jepa_kit.encoders.vit import patch_grid
 from jepa_kit.errors import ImageError
 from jepa_kit.interop.formats import read_encoder
@@ -105,7 +105,7 @@ class FrozenEncoder(nn.Module):
         several = [images] if one else list(images)  # type: ignore[arg-type]
         if not several:
             raise ValueError("images must hold at least one image")
-        crop = CentreCrop(image_size=self.image_size)
+        crop = CenterCrop(image_size=self.image_size)
         batch = stack([crop(_opened(image)) for image in several])  # type: ignore[arg-type]
         return normalize(batch.to(self.vit.pos_embed.device), self.provenance.mean, self.provenance.std)
 

@@ -48,9 +48,9 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
     Raises:
         ContractError: the first part that does not keep to the contract of its slot.
     """
-    view = build_view(config.data.view, image_size=config.data.image_size)
+    view = build_view(config.data.transforms, image_size=config.data.image_size)
     masker = build_masker(config)
-    for name, transform in zip([part["name"] for part in config.data.view], view.transforms, strict=True):
+    for name, transform in zip([part["name"] for part in config.data.transforms], view.transforms, strict=True):
         if every or not of_jepa_kit(transform):
             check_transform(Trial("transform", name), transform)
     name = config.slots["masker"].name

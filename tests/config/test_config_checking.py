@@ -162,7 +162,7 @@ def test_a_loss_with_an_option_named_weight(problems: Problems) -> None:
 
 def test_all_mistakes_are_reported_together(write: Write) -> None:
     text = """\
-data: {image_size: 32, crop_scale: [0.9, 0.3]}
+data: {image_size: 32, max_pixels: 0}
 masker: {name: blocks, num_targts: 8, grid: [2, 2]}
 encoder: {name: nett}
 predictor: {name: net, depth: 6}
@@ -189,7 +189,7 @@ trian: {}
         "loss[0].weight",
         "loss[1].beta",
         "target_update.momentum",
-        "data.crop_scale",
+        "data.max_pixels",
         "optim.lr",
         "optim.betas",
         "optim.final_lr",

@@ -46,9 +46,9 @@ def test_a_resolved_config_writes_every_default_out(write: Write) -> None:
     assert resolved["encoder"]["per_layer"] == {"a": 1.0, "b": 0.001}
     assert resolved["encoder"]["size"] == "tiny"
     assert resolved["loss"] == [{"name": "l2", "weight": 1.0}, {"name": "huber", "beta": 1.0, "weight": 2.0}]
-    assert resolved["data"]["crop_scale"] == [0.3, 1.0]
+    assert resolved["data"]["transforms"][0]["scale"] == [0.3, 1.0]
     assert resolved["train"]["epochs"] == 300
-    assert list(resolved) == [*SLOTS, "data", "optim", "train", "evaluate", "versions"]
+    assert list(resolved) == [*SLOTS, "data", "optim", "train", "checkpoint", "evaluate", "versions"]
 
 
 def test_a_single_loss_stays_a_mapping(write: Write) -> None:

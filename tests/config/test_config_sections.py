@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jepa_kit.config import SECTIONS, DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config import SECTIONS, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 from jepa_kit.errors import ConfigError
 
 SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
@@ -16,13 +16,6 @@ DATA: dict[str, Any] = {"image_size": (32, 32)}
 
 OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("data", "image_size", (0, 32), "image_size (=(0, 32)) must be from 1 to 65,536 pixels each way"),
-    ("data", "crop_scale", (0.5, 0.3), "crop_scale (=(0.5, 0.3)) must be ascending, in (0, 1]"),
-    ("data", "crop_scale", (0.0, 0.3), "crop_scale (=(0.0, 0.3)) must be ascending, in (0, 1]"),
-    ("data", "crop_scale", (0.5, 1.1), "crop_scale (=(0.5, 1.1)) must be ascending, in (0, 1]"),
-    ("data", "crop_ratio", (1.5, 0.5), "crop_ratio (=(1.5, 0.5)) must be ascending, above 0 and finite"),
-    ("data", "crop_ratio", (0.0, 0.5), "crop_ratio (=(0.0, 0.5)) must be ascending, above 0 and finite"),
-    ("data", "flip", 1.5, "flip (=1.5) must be in [0, 1]"),
-    ("data", "flip", math.nan, "flip (=nan) must be in [0, 1]"),
     ("data", "shards", (), "shards (=()) must be a path, or at least one"),
     ("data", "cache", "", "cache (='') must be a path"),
     ("data", "cache_gb", 0.0, "cache_gb (=0.0) must be above 0 and finite"),
@@ -66,15 +59,15 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("train", "seed", -1, "seed (=-1) must be from 0 to 2**63 - 1"),
     ("train", "seed", 2**63, f"seed (={2**63}) must be from 0 to 2**63 - 1"),
     ("train", "output_dir", "", "output_dir (='') must be a path, and no address"),
-    ("train", "checkpoint_dir", "", "checkpoint_dir (='') must be a path or an address"),
+    ("checkpoint", "dir", "", "dir (='') must be a path or an address"),
     ("train", "init_from", "", "init_from (='') must be a path or an address"),
     ("train", "log_every", 0, "log_every (=0) must be at least 1"),
-    ("train", "checkpoint_every", 0, "checkpoint_every (=0) must be at least 1"),
-    ("train", "keep_checkpoints", 0, "keep_checkpoints (=0) must be at least 1"),
+    ("checkpoint", "every", 0, "every (=0) must be at least 1"),
+    ("checkpoint", "keep", 0, "keep (=0) must be at least 1"),
     ("train", "accumulate", 0, "accumulate (=0) must be at least 1"),
     ("train", "wandb", "", "wandb (='') must be a project's name"),
-    ("train", "keep_every", 0, "keep_every (=0) must be at least 1"),
-    ("train", "bad_numbers_limit", 0, "bad_numbers_limit (=0) must be at least 1"),
+    ("checkpoint", "keep_every", 0, "keep_every (=0) must be at least 1"),
+    ("train", "nonfinite_limit", 0, "nonfinite_limit (=0) must be at least 1"),
     ("train", "device", "", "device (='') must be a device"),
     ("evaluate", "every", 0, "every (=0) must be at least 1"),
     ("evaluate", "samples", 15, "samples (=15) must be at least 16"),
@@ -101,7 +94,7 @@ def test_a_section_names_all_its_mistakes() -> None:
 
 
 def test_the_edges_of_the_ranges() -> None:
-    DataConfig(image_size=(1, 1), crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=1.0, num_workers=0)
+    DataConfig(image_size=(1, 1), num_workers=0)
     OptimConfig(lr=1e-6, start_lr=0.0, final_lr=1e-6, warmup_epochs=0.0, weight_decay=(0.0, 0.0), betas=(0.0, 0.0))
     TrainConfig(batch_size=1, epochs=1, steps_per_epoch=1, seed=2**63 - 1)
 
@@ -112,7 +105,7 @@ def test_defaults_are_the_release_s() -> None:
         lr=1e-3, start_lr=2e-4, final_lr=1e-6, warmup_epochs=40, weight_decay=(0.04, 0.4), betas=(0.9, 0.999), eps=1e-8
     )
     assert (TrainConfig().batch_size, TrainConfig().epochs) == (2048, 300)
-    assert DataConfig(image_size=(224, 224)).crop_scale == (0.3, 1.0)
+    assert DataConfig(image_size=(224, 224)).transforms[0]["scale"] == (0.3, 1.0)
 
 
 def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[str]]) -> None:
@@ -127,14 +120,6 @@ def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[st
     assert problems("evaluate: {every: 10, probe: linear}") == [
         "evaluate.label (=None) must name a label for probe (='linear') to tell apart"
     ]
-
-
-def test_an_option_that_is_no_more_is_read_where_it_is_null(problems: Callable[..., list[str]]) -> None:
-    """Runs of earlier versions hold ``data.label: null``; it did nothing."""
-    (problem,) = problems("data: {label: count}")
-    assert problem.startswith("data.label is not an option")
-    (problem,) = problems("data: {label: null}\ntrain: {epochs: 0}")
-    assert problem == "train.epochs (=0) must be at least 1"
 
 
 def test_sections_are_frozen() -> None:
@@ -169,16 +154,8 @@ def test_relations(problems: Callable[..., list[str]]) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"checkpoint_every": 20, "keep_every": 50},
-            r"keep_every \(=50\) must be a multiple of checkpoint_every \(=20\)",
-        ),
-        ({"bad_numbers_limit": 5}, r"bad_numbers_limit \(=5\) does nothing where bad_numbers is stop"),
-    ],
-)
-def test_train_options_that_would_do_nothing(given, message):
-    with pytest.raises(ConfigError, match=message):
-        TrainConfig(**given)
+def test_relations_of_checkpoints_and_nonfinite_steps():
+    with pytest.raises(ConfigError, match=r"keep_every \(=50\) must be a multiple of every \(=20\)"):
+        CheckpointConfig(every=20, keep_every=50)
+    with pytest.raises(ConfigError, match=r"nonfinite_limit \(=5\) has no effect if on_nonfinite is stop"):
+        TrainConfig(nonfinite_limit=5)

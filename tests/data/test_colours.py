@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, chisquare, kstest
 
-from jepa_kit.data.transforms import ColourJitter, Flip, GaussianBlur, Grey, Solarise, View, colours
+from jepa_kit.data.transforms import ColorJitter, Flip, GaussianBlur, Grayscale, Solarize, View, colours
 from jepa_kit.data.transforms.crops import Resize
 
 IMAGE = photo(40, 30, seed=3)
@@ -26,7 +26,7 @@ def jittered(u, **amounts):
     place = 1 + list(ONLY).index(next(iter(amounts)))
     draws = [0.0] * 9
     draws[place] = u
-    return np.asarray(ColourJitter(**(ONLY | amounts))(IMAGE, draws), dtype=np.float64)
+    return np.asarray(ColorJitter(**(ONLY | amounts))(IMAGE, draws), dtype=np.float64)
 
 
 def blended(other, factor):
@@ -66,7 +66,7 @@ def test_no_turn_is_no_more_than_the_way_through_hsv():
 
 def test_the_order_is_that_of_the_ranks():
     """Brightness 1.8 clips, so that contrast 0.2 before or after it makes another image."""
-    jitter = ColourJitter(brightness=0.8, contrast=0.8, saturation=0.0, hue=0.0)
+    jitter = ColorJitter(brightness=0.8, contrast=0.8, saturation=0.0, hue=0.0)
     up, down = 1 - 2**-32, 0.0
     first = np.asarray(jitter(IMAGE, [0.0, up, down, 0.0, 0.0, 0.1, 0.2, 0.3, 0.4]))
     second = np.asarray(jitter(IMAGE, [0.0, up, down, 0.0, 0.0, 0.2, 0.1, 0.3, 0.4]))
@@ -81,7 +81,7 @@ def test_all_orders_are_as_likely(monkeypatch):
     order = []
     monkeypatch.setattr(colours, "_ENHANCERS", [lambda image, k=k: _Recorder(image, order, k) for k in range(3)])
     monkeypatch.setattr(colours, "turn_hue", lambda image, share: order.append(3) or image)
-    jitter = ColourJitter()
+    jitter = ColorJitter()
     counts = dict.fromkeys(itertools.permutations(range(4)), 0)
     for draws in _draws(jitter, 4800).tolist():
         order.clear()
@@ -118,7 +118,7 @@ def test_amounts_are_uniform(monkeypatch):
 
     monkeypatch.setattr(colours, "_ENHANCERS", [lambda image, k=k: Seen(image, k) for k in range(3)])
     monkeypatch.setattr(colours, "turn_hue", lambda image, share: seen[3].append(share) or image)
-    jitter = ColourJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
+    jitter = ColorJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
     for draws in _draws(jitter, 2000).tolist():
         jitter(IMAGE, draws)
     for k, (low, width) in enumerate([(0.6, 0.8), (0.0, 2.5), (0.8, 0.4), (-0.1, 0.2)]):
@@ -137,13 +137,13 @@ def test_blur_is_nearly_the_gaussian(sigma):
 
 
 def test_grey_is_the_luma():
-    grey = np.asarray(Grey(p=1.0)(IMAGE, [0.9]), dtype=np.float64)
+    grey = np.asarray(Grayscale(p=1.0)(IMAGE, [0.9]), dtype=np.float64)
     assert np.abs(grey - LUMA[..., None]).max() <= 0.51
     assert grey.shape == PIXELS.shape
 
 
 def test_solarise():
-    ours = np.asarray(Solarise(threshold=100, p=1.0)(IMAGE, [0.9]))
+    ours = np.asarray(Solarize(threshold=100, p=1.0)(IMAGE, [0.9]))
     np.testing.assert_array_equal(ours, np.where(PIXELS < 100, PIXELS, 255 - PIXELS))
 
 
@@ -156,10 +156,10 @@ def test_flip(direction, axis):
 
 PROBABLE = {
     "flip": Flip(p=0.3),
-    "colour_jitter": ColourJitter(p=0.3),
+    "color_jitter": ColorJitter(p=0.3),
     "gaussian_blur": GaussianBlur(p=0.3),
-    "grey": Grey(p=0.3),
-    "solarise": Solarise(p=0.3),
+    "grayscale": Grayscale(p=0.3),
+    "solarize": Solarize(p=0.3),
 }
 
 
@@ -172,7 +172,7 @@ def test_each_happens_with_its_probability(name):
     assert binomtest(happened, 2000, 0.3).pvalue > 0.001
 
 
-@pytest.mark.parametrize("kind", [Flip, ColourJitter, GaussianBlur, Grey, Solarise])
+@pytest.mark.parametrize("kind", [Flip, ColorJitter, GaussianBlur, Grayscale, Solarize])
 @pytest.mark.parametrize(("p", "expected"), [(0.0, False), (1.0, True)])
 def test_never_and_always(kind, p, expected):
     for u in (0.0, 1 - 2**-32):
@@ -184,14 +184,14 @@ def test_never_and_always(kind, p, expected):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (ColourJitter, {"brightness": -0.1}, r"brightness \(=-0.1\) must be at least 0, and finite"),
-        (ColourJitter, {"contrast": math.inf}, r"contrast \(=inf\) must be at least 0"),
-        (ColourJitter, {"saturation": math.nan}, r"saturation \(=nan\) must be at least 0"),
-        (ColourJitter, {"hue": 0.6}, r"hue \(=0.6\) must be a share of the circle of colours, 0 to 0.5"),
-        (ColourJitter, ONLY, "brightness, contrast, saturation and hue are all 0: leave the colour jitter out"),
+        (ColorJitter, {"brightness": -0.1}, r"brightness \(=-0.1\) must be at least 0, and finite"),
+        (ColorJitter, {"contrast": math.inf}, r"contrast \(=inf\) must be at least 0"),
+        (ColorJitter, {"saturation": math.nan}, r"saturation \(=nan\) must be at least 0"),
+        (ColorJitter, {"hue": 0.6}, r"hue \(=0.6\) must be a share of the circle of colours, 0 to 0.5"),
+        (ColorJitter, ONLY, "brightness, contrast, saturation and hue are all 0: leave the colour jitter out"),
         (GaussianBlur, {"sigma": (0.0, 1.0)}, r"sigma \(=\(0.0, 1.0\)\) must be ascending, above 0"),
         (GaussianBlur, {"sigma": (2.0, 1.0)}, r"sigma \(=\(2.0, 1.0\)\) must be ascending"),
-        (Solarise, {"threshold": 256}, r"threshold \(=256\) must be a level, 0 to 255"),
+        (Solarize, {"threshold": 256}, r"threshold \(=256\) must be a level, 0 to 255"),
     ],
 )
 def test_values_outside_their_range(kind, options, message):

@@ -10,7 +10,7 @@ from scipy.stats import kstest
 
 from jepa_kit.data.transforms import (
     ATTEMPTS,
-    CentreCrop,
+    CenterCrop,
     RandomResizedCrop,
     Resize,
     Window,
@@ -121,7 +121,7 @@ def test_resampling_is_the_triangle_filter(size, target):
 
 def test_centre_crop_keeps_an_image_of_the_size():
     image = photo(16, 24)
-    np.testing.assert_array_equal(np.asarray(CentreCrop(image_size=(16, 24))(image)), np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(CenterCrop(image_size=(16, 24))(image)), np.asarray(image))
 
 
 @pytest.mark.parametrize(
@@ -135,16 +135,16 @@ def test_centre_crop_keeps_an_image_of_the_size():
 def test_centre_crop_is_the_fields_224_of_256(size, resized, box):
     image = photo(*size)
     expected = image.resize(resized, Image.Resampling.BILINEAR).crop(box)
-    ours = CentreCrop(image_size=(224, 224), share=0.875)(image)
+    ours = CenterCrop(image_size=(224, 224), share=0.875)(image)
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (9, 31), (31, 9), (64, 64)])
 def test_centre_crop_of_any_size(size):
-    assert CentreCrop(image_size=(20, 28), share=0.9)(photo(*size)).size == (28, 20)
+    assert CenterCrop(image_size=(20, 28), share=0.9)(photo(*size)).size == (28, 20)
 
 
-@pytest.mark.parametrize("kind", [RandomResizedCrop, CentreCrop, Resize])
+@pytest.mark.parametrize("kind", [RandomResizedCrop, CenterCrop, Resize])
 def test_interpolation(kind):
     image, draws = photo(60, 80), [0.5] * RandomResizedCrop.num_draws
     pixels = {
@@ -166,14 +166,14 @@ def test_resize_takes_the_whole_image():
     ("kind", "options", "message"),
     [
         (RandomResizedCrop, {"image_size": (0, 8)}, r"image_size \(=\(0, 8\)\) must be at least 1 pixel each way"),
-        (CentreCrop, {"image_size": (8, 0)}, r"image_size \(=\(8, 0\)\) must be at least 1 pixel each way"),
+        (CenterCrop, {"image_size": (8, 0)}, r"image_size \(=\(8, 0\)\) must be at least 1 pixel each way"),
         (Resize, {"image_size": (8, 0)}, r"image_size \(=\(8, 0\)\) must be at least 1 pixel each way"),
         (RandomResizedCrop, {"scale": (0.0, 1.0)}, r"scale \(=\(0.0, 1.0\)\) must be ascending shares of the area"),
         (RandomResizedCrop, {"scale": (0.5, 0.4)}, r"scale \(=\(0.5, 0.4\)\) must be ascending"),
         (RandomResizedCrop, {"scale": (0.5, 1.1)}, r"scale \(=\(0.5, 1.1\)\) must be .* at most 1"),
         (RandomResizedCrop, {"ratio": (2.0, 1.0)}, r"ratio \(=\(2.0, 1.0\)\) must be ascending ratios"),
         (RandomResizedCrop, {"ratio": (0.0, 1.0)}, r"ratio \(=\(0.0, 1.0\)\) must be ascending .* above 0"),
-        (CentreCrop, {"share": 0.0}, r"share \(=0.0\) must be above 0 and at most 1"),
+        (CenterCrop, {"share": 0.0}, r"share \(=0.0\) must be above 0 and at most 1"),
     ],
 )
 def test_values_outside_their_range(kind, options, message):

@@ -1,5 +1,6 @@
 """Views: transforms in order, from bytes; draws that belong to (seed, epoch, sample), a lane for each transform."""
 
+import hashlib
 import io
 import pickle
 
@@ -13,10 +14,10 @@ from jepa_kit.config import DataConfig
 from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.transforms import (
     ATTEMPTS,
-    ColourJitter,
+    ColorJitter,
     Flip,
     GaussianBlur,
-    Grey,
+    Grayscale,
     RandomResizedCrop,
     View,
     build_view,
@@ -33,10 +34,10 @@ ALL = [
     {"name": "random_resized_crop", "scale": [0.3, 1.0]},
     {"name": "flip"},
     {"name": "flip", "direction": "vertical"},
-    {"name": "colour_jitter", "p": 0.8},
+    {"name": "color_jitter", "p": 0.8},
     {"name": "gaussian_blur"},
-    {"name": "grey"},
-    {"name": "solarise"},
+    {"name": "grayscale"},
+    {"name": "solarize"},
 ]
 EXAMPLES = {name: {} for name in TRANSFORMS.names()}
 """Options with which each registered transform is tried here; a new one needs none, or an entry."""
@@ -60,20 +61,27 @@ def test_the_released_view_in_plain_code():
         np.testing.assert_array_equal(view(data, draws[b]), expected[:, ::-1] if flips[b] else expected)
 
 
-def test_the_short_keys_are_a_list_of_transforms():
-    short = DataConfig(image_size=SIZE, crop_scale=(0.5, 0.9), crop_ratio=(1.0, 1.0), flip=0.25)
-    assert short.view == [
+def test_a_list_of_transforms_is_the_same_as_train_view():
+    parts = [
         {"name": "random_resized_crop", "scale": (0.5, 0.9), "ratio": (1.0, 1.0)},
         {"name": "flip", "p": 0.25},
     ]
-    ours = build_view(short.view, image_size=SIZE)
+    ours = build_view(parts, image_size=SIZE)
     theirs = train_view(image_size=SIZE, scale=(0.5, 0.9), ratio=(1.0, 1.0), flip=0.25)
     draws = ours.draws(np.arange(5), seed=0, epoch=0)
     np.testing.assert_array_equal(draws, theirs.draws(np.arange(5), seed=0, epoch=0))
     for row in draws:
         np.testing.assert_array_equal(ours(JPEG, row), theirs(JPEG, row))
-    assert [part["name"] for part in DataConfig(image_size=SIZE).view] == ["random_resized_crop"]
+    assert [part["name"] for part in DataConfig(image_size=SIZE).transforms] == ["random_resized_crop"]
     assert DataConfig(image_size=SIZE).max_pixels == MAX_PIXELS
+
+
+def test_transforms_that_were_renamed_keep_their_random_numbers():
+    """The stream of a transform is a hash of its first name, here computed by hand."""
+    for name, first in (("color_jitter", "colour_jitter"), ("grayscale", "grey"), ("solarize", "solarise")):
+        view = build_view([{"name": "resize"}, {"name": name}], image_size=SIZE)
+        lane = int.from_bytes(hashlib.sha256(f"{first}.0".encode()).digest()[:2], "big")
+        assert view.lanes[1].attempt == lane
 
 
 def test_transforms_are_applied_in_order():
@@ -90,8 +98,8 @@ def test_transforms_are_applied_in_order():
 
 
 def test_a_crop_need_not_come_first():
-    late = View([("grey", Grey(p=1.0)), ("random_resized_crop", RandomResizedCrop(image_size=SIZE))])
-    early = View([("random_resized_crop", RandomResizedCrop(image_size=SIZE)), ("grey", Grey(p=1.0))])
+    late = View([("grayscale", Grayscale(p=1.0)), ("random_resized_crop", RandomResizedCrop(image_size=SIZE))])
+    early = View([("random_resized_crop", RandomResizedCrop(image_size=SIZE)), ("grayscale", Grayscale(p=1.0))])
     a, b = (view.draws(np.arange(1), seed=0, epoch=0)[0] for view in (late, early))
     assert np.abs(late(JPEG, a).astype(int) - early(JPEG, b)).max() <= 2  # grey and resizing, in either order
 
@@ -120,7 +128,7 @@ def test_one_more_transform_leaves_the_draws_of_the_others():
             np.testing.assert_array_equal(part, columns[name])
     reversed_view = build_view(ALL[::-1], image_size=SIZE)
     parts = np.split(reversed_view.draws(np.arange(4), seed=3, epoch=1), _ends(reversed_view), axis=1)
-    np.testing.assert_array_equal(parts[0], columns[("solarise", 0)])
+    np.testing.assert_array_equal(parts[0], columns[("solarize", 0)])
 
 
 def _names(parts):
@@ -244,12 +252,12 @@ def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, firs
     """2,000 x 1 pixels would be 448,000 x 224 before the middle is cut out: 300 MB."""
     if decoder == "fast":
         pytest.importorskip("simplejpeg")
-    crop = ("centre_crop", TRANSFORMS.build("centre_crop", {}, image_size=(224, 224)))
+    crop = ("center_crop", TRANSFORMS.build("center_crop", {}, image_size=(224, 224)))
     view = View([crop] if first else [("flip", Flip(p=1.0)), crop], decoder=decoder)
     draws = np.zeros(view.num_draws)
     monkeypatch.setattr(Image.Image, "resize", None)
     with pytest.raises(
-        ImageError, match=rf"2000 x 1 pixels would become 448000 x 224 before centre_crop cuts .* \(={MAX_PIXELS}\)"
+        ImageError, match=rf"2000 x 1 pixels would become 448000 x 224 before center_crop cuts .* \(={MAX_PIXELS}\)"
     ):
         view(THIN, draws)
 
@@ -259,7 +267,7 @@ def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, firs
     [
         (
             [{"name": "flip"}],
-            r"transforms \(=\['flip'\]\) must hold one that sets the size: centre_crop, random_resized",
+            r"transforms \(=\['flip'\]\) must hold one that sets the size: center_crop, random_resized",
         ),
         ([], r"transforms \(=\[\]\) must hold one that sets the size"),
         ([{"name": "random_resized_crp"}], r"transforms\[0\].name: .* did you mean 'random_resized_crop'\?"),
@@ -279,8 +287,8 @@ def test_lists_that_are_no_view(parts, message):
 def test_two_transforms_with_one_lane(monkeypatch):
     monkeypatch.setattr("jepa_kit.data.transforms.view._lane_of", lambda name, count: 7)
     resize = TRANSFORMS.build("resize", {}, image_size=SIZE)
-    with pytest.raises(ValueError, match="transforms: 'grey' has the random numbers of another one"):
-        View([("resize", resize), ("colour_jitter", ColourJitter()), ("grey", Grey())])
+    with pytest.raises(ValueError, match="transforms: 'grayscale' has the random numbers of another one"):
+        View([("resize", resize), ("color_jitter", ColorJitter()), ("grayscale", Grayscale())])
 
 
 def test_views_can_be_pickled():

@@ -29,10 +29,10 @@ MUST_AGREE = {
     "train.batch_size=2": "2",
     "train.epochs=3": "3",
     "train.log_every=2": "2",
-    "train.checkpoint_every=2": "2",
+    "checkpoint.every=2": "2",
     "evaluate.every=2": "2",
     "train.parallel=fsdp": "'fsdp'",
-    "train.bad_numbers=skip": "'skip'",
+    "train.on_nonfinite=skip": "'skip'",
     "train.output_dir=elsewhere": "'elsewhere'",
 }
 MAY = ("data.num_workers=1", "data.prefetch=1", "data.cache=cache", "data.cache_gb=1.0", "train.device=auto")
@@ -144,7 +144,7 @@ def test_what_may_differ_are_options(tiny):
     for key in MAY_DIFFER:
         section, option = key.split(".")
         assert option in config[section], key
-    assert {"train.log_every", "train.checkpoint_every", "evaluate.every"} <= FREE - MAY_DIFFER
+    assert {"train.log_every", "checkpoint.every", "evaluate.every"} <= FREE - MAY_DIFFER
 
 
 def test_flatten():

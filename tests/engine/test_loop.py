@@ -163,14 +163,14 @@ def test_a_checkpoint_of_a_version_without_checksums_is_resumed_with_a_note(tiny
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
-    config = tiny("optim.lr=1e30", "optim.start_lr=1e30", "train.log_every=100", "train.checkpoint_every=6")
+    config = tiny("optim.lr=1e30", "optim.start_lr=1e30", "train.log_every=100", "checkpoint.every=6")
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step [1-5] "):
         train(config)
     assert checkpoints(Path(config.train.output_dir)) == []
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny):
-    config = tiny("optim.lr=1e39", "optim.start_lr=1e39", "train.checkpoint_every=1")
+    config = tiny("optim.lr=1e39", "optim.start_lr=1e39", "checkpoint.every=1")
     with pytest.raises(
         FloatingPointError, match=r"\d+ of \d+ weights and moments are not finite after 1 steps, first encoder."
     ):
@@ -197,10 +197,10 @@ def test_what_cannot_be_trained(tiny, overrides, message):
 
 def test_checkpoints_that_would_not_be_kept(tiny):
     """Of an epoch's steps, here 3."""
-    message = r"train.keep_every \(=4\) must be a multiple of the steps between two checkpoints \(=3, an epoch\)"
+    message = r"checkpoint.keep_every \(=4\) must be a multiple of the steps between two checkpoints \(=3, an epoch\)"
     with pytest.raises(ValueError, match=message):
-        train(tiny("train.keep_every=4"))
-    build_run(tiny("train.keep_every=6"), World(), torch.device("cpu"))
+        train(tiny("checkpoint.keep_every=4"))
+    build_run(tiny("checkpoint.keep_every=6"), World(), torch.device("cpu"))
 
 
 def test_a_run_folder_at_home(tiny, tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_a_batch_that_processes_cannot_share(tiny):
 
 
 def test_lines_and_checkpoints_come_when_they_are_due(tiny):
-    folder = train(tiny("train.log_every=4", "train.checkpoint_every=2", "train.keep_checkpoints=5"))
+    folder = train(tiny("train.log_every=4", "checkpoint.every=2", "checkpoint.keep=5"))
     assert [path.name for path in checkpoints(folder)] == [f"checkpoint_0000000{step}.pt" for step in (2, 4, 6)]
     assert [line["step"] for line in numbers(folder)] == [0, 1, 3, 4, 5]  # each 4th, and with each checkpoint
 

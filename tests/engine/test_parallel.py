@@ -165,7 +165,7 @@ def png(seed):
 
 @pytest.mark.parametrize("name", ["train.accumulate=2", "train.activation_checkpointing=true"])
 def test_options_of_a_run_change_no_number(tiny, tmp_path, name):
-    still = ("encoder.drop_path=0.0", "train.epochs=1", "optim.warmup_epochs=0", "train.checkpoint_every=3")
+    still = ("encoder.drop_path=0.0", "train.epochs=1", "optim.warmup_epochs=0", "checkpoint.every=3")
     plain, other = (
         read_metrics(train(tiny(*still, f"train.output_dir={tmp_path / str(k)}", *options)))
         for k, options in enumerate(((), (name,)))

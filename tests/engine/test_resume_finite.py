@@ -19,7 +19,7 @@ FORMS = ["file", "sharded"]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("name", "value"), [("encoder.norm.weight", math.nan), ("exp_avg_sq", math.inf)])
 def test_what_is_not_finite_is_not_resumed(tiny, monkeypatch, form, name, value):
-    config = tiny(f"train.checkpoint={form}", "train.epochs=1", "optim.warmup_epochs=0")
+    config = tiny(f"checkpoint.format={form}", "train.epochs=1", "optim.warmup_epochs=0")
     plain = Saver._held
 
     def spoiled(self, model, optimizer):

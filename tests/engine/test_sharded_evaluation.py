@@ -50,8 +50,8 @@ def test_an_evaluation_after_a_roll_back_to_a_skipped_batch(tiny):
     """The first step after the roll back is the one without its batch, and an evaluation is due at it."""
     config = tiny(
         "train.parallel=fsdp",
-        "train.bad_numbers=rollback",
-        "train.checkpoint_every=2",
+        "train.on_nonfinite=rollback",
+        "checkpoint.every=2",
         "train.epochs=2",
         "evaluate.every=3",
         "evaluate.samples=16",

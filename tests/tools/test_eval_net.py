@@ -277,7 +277,7 @@ def test_results_lie_beside_the_checkpoint(tool, run, capsys):
 
 
 def test_a_checkpoint_in_shards(tool, run, tmp_path):
-    config = load_config(str(run), ["train.checkpoint=sharded", f"train.output_dir={tmp_path / 'run'}"])
+    config = load_config(str(run), ["checkpoint.format=sharded", f"train.output_dir={tmp_path / 'run'}"])
     folder = train(config)
     command = ["--protocol", "knn", "--label", "count", "--baselines", "none"]
     checkpoint = folder / "checkpoint_00000002"

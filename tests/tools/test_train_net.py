@@ -175,7 +175,7 @@ def test_an_output_folder_that_is_a_file(refused, command, tmp_path):
 
 
 def test_a_place_that_cannot_hold_checkpoints(refused, command):
-    message = refused(2, *command, "train.checkpoint_dir=https://example.invalid/x")
+    message = refused(2, *command, "checkpoint.dir=https://example.invalid/x")
     assert "https://example.invalid/x cannot be listed: its handler cannot do that" in message
 
 
@@ -299,4 +299,4 @@ def test_an_interruption(refused, command, tool, monkeypatch, tmp_path):
     message = "train_net.py: interrupted; --resume continues at step 1,000, its latest checkpoint\n"
     assert refused(130, *command) == message
     message = "train_net.py: interrupted; --resume continues from the latest checkpoint in file://there\n"
-    assert refused(130, *command, "train.checkpoint_dir=file://there") == message
+    assert refused(130, *command, "checkpoint.dir=file://there") == message

@@ -7,9 +7,9 @@ view.py                        a list of them as one function of (bytes, draws),
 tensors.py                     batches of views, and their normalisation
 """
 
-from jepa_kit.data.transforms.colours import ColourJitter, GaussianBlur, Grey, Solarise
+from jepa_kit.data.transforms.colours import ColorJitter, GaussianBlur, Grayscale, Solarize
 from jepa_kit.data.transforms.crop_geometry import ATTEMPTS, Box, Window, crop_box, resample
-from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop, Resize
+from jepa_kit.data.transforms.crops import CenterCrop, RandomResizedCrop, Resize
 from jepa_kit.data.transforms.flips import Flip
 from jepa_kit.data.transforms.tensors import Stack, normalize, stack
 from jepa_kit.data.transforms.view import Crop, Transform, View, build_view, eval_view, train_view
@@ -17,15 +17,15 @@ from jepa_kit.data.transforms.view import Crop, Transform, View, build_view, eva
 __all__ = [
     "ATTEMPTS",
     "Box",
-    "CentreCrop",
-    "ColourJitter",
+    "CenterCrop",
+    "ColorJitter",
     "Crop",
     "Flip",
     "GaussianBlur",
-    "Grey",
+    "Grayscale",
     "RandomResizedCrop",
     "Resize",
-    "Solarise",
+    "Solarize",
     "Stack",
     "Transform",
     "View",

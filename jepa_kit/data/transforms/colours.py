@@ -15,8 +15,8 @@ from jepa_kit.data.transforms.crop_geometry import check_probability
 from jepa_kit.registry import TRANSFORMS
 
 
-@TRANSFORMS.register("colour_jitter")
-class ColourJitter:
+@TRANSFORMS.register("color_jitter")
+class ColorJitter:
     """Brightness, contrast, saturation and hue by random amounts, in random order: torchvision's ColorJitter.
 
     A factor is uniform in [max(0, 1 - x), 1 + x]. Brightness multiplies; contrast blends with the mean of the grey
@@ -32,6 +32,7 @@ class ColourJitter:
         ValueError: a value outside its range, or all four 0.
     """
 
+    stream_name = "colour_jitter"
     num_draws = 9
     """p, four amounts, four numbers whose ranks are the order."""
 
@@ -105,9 +106,9 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(low + (high - low) * draws[1]))
 
 
-@TRANSFORMS.register("grey")
-class Grey:
-    """Grey, still in three channels: 0.299 R + 0.587 G + 0.114 B (ITU-R 601).
+@TRANSFORMS.register("grayscale")
+class Grayscale:
+    """Grayscale, still in three channels: 0.299 R + 0.587 G + 0.114 B (ITU-R 601).
 
     Args:
         p: probability.
@@ -116,6 +117,7 @@ class Grey:
         ValueError: ``p`` is no probability.
     """
 
+    stream_name = "grey"
     num_draws = 1
 
     def __init__(self, *, p: float = 0.2) -> None:
@@ -126,8 +128,8 @@ class Grey:
         return image.convert("L").convert("RGB") if draws[0] < self.p else image
 
 
-@TRANSFORMS.register("solarise")
-class Solarise:
+@TRANSFORMS.register("solarize")
+class Solarize:
     """Levels from ``threshold`` on become their negative.
 
     Args:
@@ -138,6 +140,7 @@ class Solarise:
         ValueError: a value outside its range.
     """
 
+    stream_name = "solarise"
     num_draws = 1
 
     def __init__(self, *, threshold: int = 128, p: float = 0.2) -> None:

@@ -60,8 +60,8 @@ class RandomResizedCrop:
         return resample(image, self.window((image.height, image.width), draws))
 
 
-@TRANSFORMS.register("centre_crop")
-class CentreCrop:
+@TRANSFORMS.register("center_crop")
+class CenterCrop:
     """The evaluation's view: the image resized until it just covers the result, then its middle.
 
     For a square result this resizes the shorter side and crops the longer one.

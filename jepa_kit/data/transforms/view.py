@@ -21,7 +21,7 @@ from PIL import Image
 
 from jepa_kit.data.images import MAX_PIXELS, decode
 from jepa_kit.data.transforms.crop_geometry import Window, resample
-from jepa_kit.data.transforms.crops import CentreCrop, RandomResizedCrop
+from jepa_kit.data.transforms.crops import CenterCrop, RandomResizedCrop
 from jepa_kit.data.transforms.decoders import DECODERS, DecoderName, check_decoder
 from jepa_kit.data.transforms.flips import Flip
 from jepa_kit.errors import ImageError
@@ -190,13 +190,17 @@ class View:
 
 
 def _lanes(transforms: Sequence[tuple[str, Transform]]) -> list[_Lane]:
-    """A stream for each transform: its own, or one made of its name; the second of one name gets the next lane."""
+    """Return the lane of each transform: of its ``stream``, or of its name; the second of one name gets the next.
+
+    ``stream_name`` keeps the random numbers of a transform that was renamed.
+    """
     lanes: list[_Lane] = []
     names = [name for name, _ in transforms]
     for k, (name, transform) in enumerate(transforms):
         count = names[:k].count(name)
         stream = getattr(transform, "stream", None)
-        lane = _Lane(Stream.TRANSFORM, _lane_of(name, count)) if stream is None else _Lane(stream, count)
+        own = _lane_of(getattr(transform, "stream_name", name), count)
+        lane = _Lane(Stream.TRANSFORM, own) if stream is None else _Lane(stream, count)
         if transform.num_draws and any(
             lane == other and rival.num_draws for other, (_, rival) in zip(lanes, transforms, strict=False)
         ):
@@ -255,7 +259,7 @@ def train_view(
 def eval_view(
     *, image_size: tuple[int, int], share: float = 1.0, decoder: DecoderName = "pillow", max_pixels: int = MAX_PIXELS
 ) -> View:
-    """The evaluation's view: a centre crop, without draws; see ``CentreCrop``."""
+    """The evaluation's view: a centre crop, without draws; see ``CenterCrop``."""
     return View(
-        [("centre_crop", CentreCrop(image_size=image_size, share=share))], decoder=decoder, max_pixels=max_pixels
+        [("center_crop", CenterCrop(image_size=image_size, share=share))], decoder=decoder, max_pixels=max_pixels
     )

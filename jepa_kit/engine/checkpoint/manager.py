@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are: in its folder, or where ``train.checkpoint_dir`` says.
+"""Where the checkpoints of a run are: in its folder, or where ``checkpoint.dir`` says.
 
 Another folder of this machine takes the run folder's part. To an address (remote.py) checkpoints are carried: each is
 written into the run folder as ever, verified, copied there, and deleted here. So the run folder holds what is not
@@ -15,7 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from jepa_kit.config.sections import TrainConfig
+from jepa_kit.config import Config, modernize
 from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.engine.checkpoint.format import (
     HEADER,
@@ -47,7 +47,7 @@ class Store:
 
     Args:
         run: the run folder.
-        elsewhere: ``train.checkpoint_dir``: None for the run folder, another folder, or an address.
+        elsewhere: ``checkpoint.dir``: None for the run folder, another folder, or an address.
 
     Attributes:
         folder: where checkpoints are written.
@@ -62,7 +62,7 @@ class Store:
         self.place: RemoteFolder | None = None
         if is_address(elsewhere):
             assert elsewhere is not None
-            check_address("train.checkpoint_dir", elsewhere)
+            check_address("checkpoint.dir", elsewhere)
             self.place = RemoteFolder(elsewhere)
         elif elsewhere is not None:
             self.folder = Path(elsewhere).expanduser()
@@ -161,7 +161,7 @@ class Store:
                 note.unlink()
         except (OSError, NotImplementedError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ValueError(f"train.checkpoint_dir (={str(self)!r}) cannot be written to: {why}") from error
+            raise ValueError(f"checkpoint.dir (={str(self)!r}) cannot be written to: {why}") from error
 
     def forget(self) -> None:
         """Deletes what ``local`` fetched."""
@@ -229,13 +229,13 @@ class Store:
         return [name_of(where) for where in later]
 
 
-def store_of(settings: TrainConfig) -> Store:
-    """Where a run of these settings has its checkpoints.
+def store_of(config: Config) -> Store:
+    """Return the store of the checkpoints of a run.
 
     Raises:
         ValueError: an address that nothing is registered for.
     """
-    return Store(Path(settings.output_dir).expanduser(), settings.checkpoint_dir)
+    return Store(Path(config.train.output_dir).expanduser(), config.checkpoint.dir)
 
 
 def store_in(run: Path) -> Store:
@@ -248,8 +248,8 @@ def store_in(run: Path) -> Store:
     if not file.exists():
         return Store(run)
     held = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    settings = held.get("train") if isinstance(held, dict) else None
-    return Store(run, settings.get("checkpoint_dir") if isinstance(settings, dict) else None)
+    settings = modernize(held).get("checkpoint") if isinstance(held, dict) else None
+    return Store(run, settings.get("dir") if isinstance(settings, dict) else None)
 
 
 def name_of(where: Where) -> str:

@@ -11,7 +11,7 @@
 4. No ``resume`` and the folder holds a run (a checkpoint or metrics): an error asks for ``resume`` or another folder.
 5. No ``resume`` and no run there: start at step 0, from the weights of ``train.init_from`` where it is given.
 
-The run's checkpoints are in its folder or where ``train.checkpoint_dir`` says (store.py).
+The run's checkpoints are in its folder or where ``checkpoint.dir`` says (store.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jepa_kit.config import modernize
 from jepa_kit.data.shards.identity import difference
 from jepa_kit.engine.checkpoint.format import Checkpoint, step_of
 from jepa_kit.engine.checkpoint.manager import Store, Where, name_of, store_in
@@ -30,10 +31,14 @@ from jepa_kit.run_folder import FACTS, METRICS
 
 FREE = frozenset(
     {
+        "checkpoint.dir",
+        "checkpoint.every",
+        "checkpoint.format",
+        "checkpoint.keep",
+        "checkpoint.keep_every",
         "data.backoff",
         "data.cache",
         "data.cache_gb",
-        "data.label",  # of earlier versions, where it did nothing
         "data.max_skipped",
         "data.num_workers",
         "data.prefetch",
@@ -51,17 +56,12 @@ FREE = frozenset(
         "train.accumulate",
         "train.activation_checkpointing",
         "train.attention",
-        "train.bad_numbers",
-        "train.bad_numbers_limit",
-        "train.checkpoint",
-        "train.checkpoint_dir",
-        "train.checkpoint_every",
         "train.deterministic",
         "train.device",
         "train.init_from",
-        "train.keep_checkpoints",
-        "train.keep_every",
         "train.log_every",
+        "train.nonfinite_limit",
+        "train.on_nonfinite",
         "train.output_dir",
         "train.parallel",
         "train.tensorboard",
@@ -77,7 +77,7 @@ and masks that hang on a process' batch, the released truncation (parallel.py)."
 
 def check_folders(store: Store) -> None:
     """Raises ValueError where a folder of the run is a file."""
-    for option, folder in (("train.output_dir", store.run), ("train.checkpoint_dir", store.folder)):
+    for option, folder in (("train.output_dir", store.run), ("checkpoint.dir", store.folder)):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{option} (={str(folder)!r}) must be a folder, but it is a file")
 
@@ -112,7 +112,7 @@ def plan_resume(store: Store, resume: bool, resume_from: str | None = None, *, a
         return found[-1] if found else None
     if found or store.begun():
         held = name_of(found[-1]) if found else str(store.begun())
-        others = "another --output-dir" + (" and train.checkpoint_dir" if store.apart else "")
+        others = "another --output-dir" + (" and checkpoint.dir" if store.apart else "")
         at = store.run if held == METRICS else store
         raise ValueError(f"{at} already holds a run ({held}): give --resume to go on with it, or {others}")
     return None
@@ -156,7 +156,7 @@ def check_place(store: Store, found: Sequence[Where]) -> None:
     newest = before.newest()
     if newest is not None and (not found or (step_of(newest) or 0) > (step_of(found[-1]) or 0)):
         raise ValueError(
-            f"train.checkpoint_dir leads to {store}, which holds {name_of(found[-1]) if found else 'no checkpoint'}, "
+            f"checkpoint.dir leads to {store}, which holds {name_of(found[-1]) if found else 'no checkpoint'}, "
             f"but the run in {store.run} has {newest}: bring its checkpoints there first, or leave the option as it was"
         )
 
@@ -183,7 +183,7 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
     Raises:
         CheckpointError: options or data differ; the message lists the options, or names the first shard.
     """
-    then, now = flatten(checkpoint.config), flatten(config)
+    then, now = flatten(modernize(checkpoint.config)), flatten(config)
     unset = "(not set)"
     differences = [
         f"{key}: {then.get(key, unset)!r} in the checkpoint, {now.get(key, unset)!r} now"

@@ -1,11 +1,11 @@
 """A step whose loss or gradient is not finite: what becomes of it, its record, and its batch.
 
-``train.bad_numbers`` says what a run does about it:
+``train.on_nonfinite`` says what a run does about it:
 
     stop      FloatingPointError; the last checkpoint is from before it
-    skip      goes on without the batch; more than ``train.bad_numbers_limit`` bad steps in a row stop the run
+    skip      goes on without the batch; more than ``train.nonfinite_limit`` bad steps in a row stop the run
     rollback  goes back to the last checkpoint and does the steps since again, without the batch; more than
-              ``train.bad_numbers_limit`` times to the same checkpoint stop the run
+              ``train.nonfinite_limit`` times to the same checkpoint stop the run
 
 A step without its batch moves the target encoder, as every step does, and nothing else: so ``skip`` and ``rollback``
 give the same weights where the batch is to blame. ``rollback`` is for a state that was damaged before the gradient
@@ -101,11 +101,11 @@ def over_limit(record: Sequence[BadStep], bad: BadStep, limit: int) -> str | Non
         steps = left_out(record) | {bad.step}
         row = next(n for n in range(1, len(steps) + 2) if bad.step - n not in steps)
         if row > limit:
-            return f"{row} bad steps in a row are more than train.bad_numbers_limit (={limit})"
+            return f"{row} bad steps in a row are more than train.nonfinite_limit (={limit})"
     if bad.policy == "rollback":
         times = len({b.step for b in (*record, bad) if b.policy == "rollback" and b.checkpoint == bad.checkpoint})
         if times > limit:
-            return f"{times} times back to step {bad.checkpoint or 0} are more than train.bad_numbers_limit (={limit})"
+            return f"{times} times back to step {bad.checkpoint or 0} are more than train.nonfinite_limit (={limit})"
     return None
 
 
@@ -161,7 +161,7 @@ class BadSteps:
     """The bad steps of a run, and what it does about a new one.
 
     Args:
-        policy, limit: ``train.bad_numbers`` and ``train.bad_numbers_limit``.
+        policy, limit: ``train.on_nonfinite`` and ``train.nonfinite_limit``.
         folder: of the run.
         rank, device: of this process.
         checkpoint: gives the updates in the checkpoint that a rollback goes to, or None; called on rank 0.
@@ -212,7 +212,7 @@ class BadSteps:
             raise FloatingPointError(
                 f"{told}: weights were not updated with it, and no checkpoint was written after it. {replay}. "
                 "A run that has diverged may want a smaller optim.lr, a longer warm-up or optim.clip_grad; "
-                "train.bad_numbers=skip goes on without such batches"
+                "train.on_nonfinite=skip goes on without such batches"
             )
         why = over_limit(self.record, bad, self.limit)
         self.record.append(bad)

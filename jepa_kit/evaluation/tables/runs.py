@@ -10,17 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jepa_kit.config import modernize
 from jepa_kit.evaluation.tables.results import Row, read_results
 
 NEVER_TELLS = (
     ("train", "seed"),
     ("train", "output_dir"),
     ("train", "log_every"),
-    ("train", "checkpoint"),
-    ("train", "checkpoint_dir"),
-    ("train", "checkpoint_every"),
-    ("train", "keep_checkpoints"),
-    ("train", "keep_every"),
     ("train", "tensorboard"),
     ("train", "wandb"),
     ("train", "deterministic"),
@@ -35,7 +31,7 @@ NEVER_TELLS = (
     ("data", "backoff"),
     ("data", "timeout"),
 )
-"""What a config may differ in and still be the same recipe; and in all of ``evaluate``, which never touches a run."""
+"""What a config may differ in and still be the same recipe; and in all of ``checkpoint`` and ``evaluate``."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,9 @@ def _recipe(content: dict[str, Any]) -> str:
 
     The data are what the checkpoint says of them; where it says nothing, what the config calls them.
     """
-    config = json.loads(json.dumps(content["config"]))
+    config = modernize(content["config"])
     config.pop("versions", None)
+    config.pop("checkpoint", None)
     config.pop("evaluate", None)
     shards = config.get("data", {}).get("shards")
     for section, key in NEVER_TELLS:

@@ -156,7 +156,7 @@ def test_an_error_beside_another_one_is_printed(tmp_path, model, monkeypatch, ca
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tiny, small_disk):
     folder = small_disk("small", "size=4m") / "run"
-    config = tiny(f"train.output_dir={folder}", "train.checkpoint_every=1", "train.tensorboard=false")
+    config = tiny(f"train.output_dir={folder}", "checkpoint.every=1", "train.tensorboard=false")
     ballast = []
 
     def fill(*args):  # once a checkpoint is there, something else fills the disk
@@ -221,7 +221,7 @@ def test_what_a_killed_run_left_is_cleared(tiny):
 
 
 def test_a_damaged_checkpoint_is_not_gone_on_from(tiny, capsys):
-    config = tiny("train.checkpoint_every=2", "train.keep_checkpoints=9")
+    config = tiny("checkpoint.every=2", "checkpoint.keep=9")
     folder = train(config)
     whole = {line["step"]: line["loss"] for line in read_metrics(folder)}
     latest, good = checkpoints(folder)[-1], checkpoints(folder)[-2]
@@ -268,7 +268,7 @@ def test_a_named_checkpoint_that_is_not_there(tiny):
 
 
 def test_keep_every_reaches_the_run(tiny):
-    folder = train(tiny("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.keep_every=2"))
+    folder = train(tiny("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=2"))
     assert [load_checkpoint(path).step for path in checkpoints(folder)] == [2, 4, 6]
     assert load_checkpoint(folder).position == {"epoch": 1, "step_in_epoch": 1, "samples": 24}
 
@@ -283,7 +283,7 @@ def state(folder):
 
 @pytest.fixture
 def in_shards(tiny):
-    return lambda *overrides: tiny("train.checkpoint=sharded", "train.checkpoint_every=2", *overrides)
+    return lambda *overrides: tiny("checkpoint.format=sharded", "checkpoint.every=2", *overrides)
 
 
 def test_shards_hold_what_a_file_holds(tiny, in_shards, tmp_path):
@@ -298,7 +298,7 @@ def test_shards_hold_what_a_file_holds(tiny, in_shards, tmp_path):
     train(in_shards(), resume=True)  # from step 4
     found = state(folder)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    train(tiny("train.checkpoint=file", "train.checkpoint_every=6"), resume=True)  # the other form may go on
+    train(tiny("checkpoint.format=file", "checkpoint.every=6"), resume=True)  # the other form may go on
 
 
 def test_damaged_shards(in_shards):
@@ -325,13 +325,13 @@ def test_damaged_shards(in_shards):
 def test_shards_that_cannot_be_written(in_shards, small_disk):
     folder = small_disk("small", "size=200k") / "run"
     with pytest.raises(SaveError, match=r"the checkpoint of step \d could not be written to .*No space left on device"):
-        train(in_shards(f"train.output_dir={folder}", "train.tensorboard=false", "train.keep_checkpoints=99"))
+        train(in_shards(f"train.output_dir={folder}", "train.tensorboard=false", "checkpoint.keep=99"))
     assert not list(folder.glob(".checkpoint_*"))
 
 
 @pytest.mark.integration
 def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, torchrun, tmp_path, repository):
-    still = ("encoder.drop_path=0.0", "train.checkpoint_every=3", "train.keep_checkpoints=9")
+    still = ("encoder.drop_path=0.0", "checkpoint.every=3", "checkpoint.keep=9")
     one = train(tiny(*still))
     two = tmp_path / "two"
     tool = repository / "tools" / "train_net.py"

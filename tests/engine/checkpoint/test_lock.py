@@ -68,18 +68,18 @@ def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
 
 def test_a_second_run_in_a_folder(tiny, tmp_path, hold, monkeypatch, capsys):
     monkeypatch.setattr(lock, "TIMEOUT", 1.0)
-    run = train(tiny("train.checkpoint_every=2"))
+    run = train(tiny("checkpoint.every=2"))
     other = hold(run, 60)
     (run / ".checkpoint_00000008.pt.part").write_text("the other is writing it")
     message = rf"train.output_dir \(='{run}'\) is in use by process {other.pid} on \S+: wait for that run, end it, or"
     with pytest.raises(ValueError, match=message):
-        train(tiny("train.checkpoint_every=2"), resume=True, resume_from=str(run / "checkpoint_00000004.pt"))
+        train(tiny("checkpoint.every=2"), resume=True, resume_from=str(run / "checkpoint_00000004.pt"))
     assert [path.name for path in checkpoints(run)] == ["checkpoint_00000004.pt", "checkpoint_00000006.pt"]
     assert (run / ".checkpoint_00000008.pt.part").exists()
     other.kill()
     other.wait()
     start = time.monotonic()
-    train(tiny("train.checkpoint_every=2"), resume=True)  # nothing is left behind, though the worker is still there
+    train(tiny("checkpoint.every=2"), resume=True)  # nothing is left behind, though the worker is still there
     assert time.monotonic() - start < 20
     assert "resumed at step 6\n" in capsys.readouterr().out
     assert not (run / ".lock").exists()

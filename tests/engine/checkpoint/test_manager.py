@@ -48,7 +48,7 @@ BOTH = pytest.mark.parametrize("handler", [Bucket, Disk], indirect=True)
 def away(tiny, handler):
     """Makes the config of a run whose checkpoints go to ``.../a``."""
     return lambda *overrides: tiny(
-        f"train.checkpoint_dir={handler.PREFIX}a", "train.checkpoint_every=2", "train.tensorboard=false", *overrides
+        f"checkpoint.dir={handler.PREFIX}a", "checkpoint.every=2", "train.tensorboard=false", *overrides
     )
 
 
@@ -85,14 +85,14 @@ FORMS = pytest.mark.parametrize(("handler", "form"), [(Bucket, "sharded"), (Disk
 @FORMS
 def test_a_run_whose_checkpoints_are_elsewhere(whole, away, handler, capsys, form):
     end = ".pt" if form == "file" else ""
-    run = train(away(f"train.checkpoint={form}"))
+    run = train(away(f"checkpoint.format={form}"))
     assert f"checkpoints: {handler.PREFIX}a\n" in capsys.readouterr().out
     assert there(handler) == [f"checkpoint_00000004{end}", f"checkpoint_00000006{end}", "config.yaml"]
     assert not [p.name for p in run.iterdir() if "checkpoint" in p.name or p.name.startswith(".")]
     last = handler.folder / "a" / f"checkpoint_00000006{end}"
     same(whole, last)
     shutil.rmtree(last) if form == "sharded" else last.unlink()  # as if it had been stopped after step 4
-    train(away(f"train.checkpoint={form}"), resume=True)
+    train(away(f"checkpoint.format={form}"), resume=True)
     assert "resumed at step 4\n" in capsys.readouterr().out
     same(whole, last)
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (whole, run)]
@@ -101,15 +101,15 @@ def test_a_run_whose_checkpoints_are_elsewhere(whole, away, handler, capsys, for
 
 
 def test_those_of_every_so_many_steps_stay(away, handler):
-    keep = ("train.checkpoint_every=1", "train.keep_checkpoints=1", "train.keep_every=3")
-    train(away("train.checkpoint=sharded", *keep))
+    keep = ("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=3")
+    train(away("checkpoint.format=sharded", *keep))
     assert there(handler) == ["checkpoint_00000003", "checkpoint_00000006", "config.yaml"]
 
 
 @FORMS
 def test_a_copy_that_breaks_off_loses_nothing(whole, away, handler, tmp_path, capsys, form):
     end = ".pt" if form == "file" else ""
-    config = away(f"train.checkpoint={form}")
+    config = away(f"checkpoint.format={form}")
     handler.refuse = lambda address: "checkpoint_00000004" in address and "metadata" not in address
     message = (
         rf"checkpoints could not be brought to {handler.PREFIX}a: {handler.PREFIX}a/\S+ could not be written: "
@@ -174,7 +174,7 @@ def test_the_steps_go_on_while_it_is_copied(away, handler, tmp_path):
 
 @pytest.mark.parametrize("handler", [Disk], indirect=True)
 def test_damaged_ones_elsewhere(away, handler, tmp_path, capsys):
-    config = away("train.keep_checkpoints=9")
+    config = away("checkpoint.keep=9")
     train(config)
     address = f"{handler.PREFIX}a/checkpoint_0000000"
     latest = handler.folder / "a" / "checkpoint_00000006.pt"
@@ -200,7 +200,7 @@ def test_damaged_ones_elsewhere(away, handler, tmp_path, capsys):
 
 
 def test_shards_elsewhere_are_set_aside(away, handler):
-    config = away("train.checkpoint=sharded", "train.keep_checkpoints=9")
+    config = away("checkpoint.format=sharded", "checkpoint.keep=9")
     train(config)
     train(config, resume=True, resume_from=f"{handler.PREFIX}a/checkpoint_00000004")
     assert "checkpoint_00000006.set_aside" in there(handler)
@@ -219,7 +219,7 @@ def test_a_roll_back_takes_the_latest_from_there(away, handler, monkeypatch):
         return plain(jepa, optimizer, hyper, images, *args, **options)
 
     monkeypatch.setattr(update, "train_step", step)
-    run = train(away("train.bad_numbers=rollback"))
+    run = train(away("train.on_nonfinite=rollback"))
     assert bad
     assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 5]
 
@@ -228,18 +228,18 @@ def test_a_roll_back_takes_the_latest_from_there(away, handler, monkeypatch):
 
 
 def test_an_address_that_nothing_opens(tiny, tmp_path):
-    config = tiny("train.checkpoint_dir=bukcet://a")
-    with pytest.raises(ValueError, match=r"train.checkpoint_dir \(='bukcet://a'\) must be a folder, or begin with"):
+    config = tiny("checkpoint.dir=bukcet://a")
+    with pytest.raises(ValueError, match=r"checkpoint.dir \(='bukcet://a'\) must be a folder, or begin with"):
         train(config)
     job = Job(time="10")
-    with pytest.raises(ValueError, match=r"train.checkpoint_dir \(='bukcet://a'\) must be"):
+    with pytest.raises(ValueError, match=r"checkpoint.dir \(='bukcet://a'\) must be"):
         prepare(config, job, tool=tmp_path / "train_net.py")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_takes_nothing(away, handler, tmp_path):
     handler.refuse = lambda address: True
-    with pytest.raises(ValueError, match=rf"checkpoint_dir \(='{handler.PREFIX}a'\) cannot be written to: \S+ could"):
+    with pytest.raises(ValueError, match=rf"checkpoint.dir \(='{handler.PREFIX}a'\) cannot be written to: \S+ could"):
         train(away())
     assert not read_metrics(tmp_path / "run")
 
@@ -253,7 +253,7 @@ def test_a_place_that_holds_another_run(away, handler, tmp_path):
     train(away())
     message = (
         rf"{handler.PREFIX}a already holds a run \({{}}\): give --resume to go on with it, or another --output-dir and "
-        "train.checkpoint_dir"
+        "checkpoint.dir"
     )
     with pytest.raises(ValueError, match=message.format("checkpoint_00000006.pt")):
         train(away(f"train.output_dir={tmp_path / 'other'}"))
@@ -276,7 +276,7 @@ def test_a_run_whose_folder_is_lost_goes_on(away, handler, tmp_path, capsys):
 def test_a_place_that_is_not_where_the_run_left_off(away, tiny, handler, tmp_path):
     train(away())
     message = (
-        rf"train.checkpoint_dir leads to .*run, which holds no checkpoint, but the run in .*run has {handler.PREFIX}a/"
+        rf"checkpoint.dir leads to .*run, which holds no checkpoint, but the run in .*run has {handler.PREFIX}a/"
         "checkpoint_00000006.pt: bring its checkpoints there first, or leave the option as it was"
     )
     with pytest.raises(ValueError, match=message):
@@ -289,7 +289,7 @@ def test_a_place_that_is_not_where_the_run_left_off(away, tiny, handler, tmp_pat
 
 
 def test_another_folder(tiny, tmp_path, capsys):
-    config = tiny(f"train.checkpoint_dir={tmp_path / 'kept'}", "train.checkpoint_every=2")
+    config = tiny(f"checkpoint.dir={tmp_path / 'kept'}", "checkpoint.every=2")
     run = train(config)
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [
         "checkpoint_00000004.pt",
@@ -302,10 +302,10 @@ def test_another_folder(tiny, tmp_path, capsys):
     train(config, resume=True)
     assert "resumed at step 4\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"kept already holds a run \(checkpoint_00000006.pt\)"):
-        train(tiny(f"train.checkpoint_dir={tmp_path / 'kept'}", f"train.output_dir={tmp_path / 'other'}"))
+        train(tiny(f"checkpoint.dir={tmp_path / 'kept'}", f"train.output_dir={tmp_path / 'other'}"))
     (tmp_path / "a file").write_text("")
-    with pytest.raises(ValueError, match=r"train.checkpoint_dir \(='.*a file'\) must be a folder, but it is a file"):
-        train(tiny(f"train.checkpoint_dir={tmp_path / 'a file'}", f"train.output_dir={tmp_path / 'other'}"))
+    with pytest.raises(ValueError, match=r"checkpoint.dir \(='.*a file'\) must be a folder, but it is a file"):
+        train(tiny(f"checkpoint.dir={tmp_path / 'a file'}", f"train.output_dir={tmp_path / 'other'}"))
 
 
 # --- whoever reads ---
@@ -331,9 +331,9 @@ def test_readers_of_a_place(away, handler):
 
 
 def test_readers_of_shards_in_a_place(away, handler):
-    train(away("train.checkpoint=sharded"))
+    train(away("checkpoint.format=sharded"))
     place = f"{handler.PREFIX}a"
-    assert load_config(f"{place}/checkpoint_00000006").train.checkpoint == "sharded"
+    assert load_config(f"{place}/checkpoint_00000006").checkpoint.format == "sharded"
     assert [load_run(f"{place}{end}").step for end in ("", "/checkpoint_00000004")] == [6, 4]
 
 

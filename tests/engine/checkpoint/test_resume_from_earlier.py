@@ -15,7 +15,7 @@ from jepa_kit.training import train
 
 @pytest.fixture
 def config(tiny):
-    return tiny("train.checkpoint_every=1", "train.keep_checkpoints=9", "train.tensorboard=false")
+    return tiny("checkpoint.every=1", "checkpoint.keep=9", "train.tensorboard=false")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_file_that_the_run_began_from(config, run, tiny, tmp_path, capsys):
     """The command of a job, which names it at every start."""
     released = tmp_path / "epoch1.pth.tar"
     convert(run / "checkpoint_00000003.pt", released, to="official")
-    other = tiny(f"train.output_dir={tmp_path / 'other'}", "train.checkpoint_every=1", "train.tensorboard=false")
+    other = tiny(f"train.output_dir={tmp_path / 'other'}", "checkpoint.every=1", "train.tensorboard=false")
     folder = train(other, resume=True, resume_from=str(released))
     (folder / "checkpoint_00000006.pt").unlink()
     for _ in range(2):  # the second from a checkpoint of the first

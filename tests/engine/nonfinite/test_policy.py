@@ -75,11 +75,11 @@ def assert_same(first, second):
 
 def test_stop(tiny, bad_at):
     bad_at(4)
-    config = tiny("train.log_every=100", "train.checkpoint_every=2")
+    config = tiny("train.log_every=100", "checkpoint.every=2")
     folder = Path(config.train.output_dir)
     message = (
         r"the loss is nan at step 4 \(lr .*, momentum .*\): weights were not updated with it, and no checkpoint was "
-        r"written after it. `python tools/replay_step.py .*bad_step_00000004/rank_0000.pt` shows .* train.bad_numbers=s"
+        r"written after it. `python tools/replay_step.py .*bad_step_00000004/rank_0000.pt` shows .* train.on_nonf"
     )
     with pytest.raises(FloatingPointError, match=message):
         train(config)
@@ -90,7 +90,7 @@ def test_stop(tiny, bad_at):
 
 
 def test_skip_goes_on_and_a_resumed_run_skips_too(tiny, bad_at, tmp_path, capsys):
-    overrides = ("train.bad_numbers=skip", "train.checkpoint_every=2", "train.keep_checkpoints=9")
+    overrides = ("train.on_nonfinite=skip", "checkpoint.every=2", "checkpoint.keep=9")
     bad_at(1, 3)
     folder = train(tiny(*overrides))
     printed = capsys.readouterr().out
@@ -113,10 +113,10 @@ def test_skip_goes_on_and_a_resumed_run_skips_too(tiny, bad_at, tmp_path, capsys
 
 def test_rollback_gives_the_weights_of_skip(tiny, bad_at, tmp_path, capsys):
     bad_at(4)
-    skipped = train(tiny("train.bad_numbers=skip", "train.checkpoint_every=2"))
+    skipped = train(tiny("train.on_nonfinite=skip", "checkpoint.every=2"))
     capsys.readouterr()
     back = f"train.output_dir={tmp_path / 'back'}"
-    folder = train(tiny("train.bad_numbers=rollback", "train.checkpoint_every=2", back))
+    folder = train(tiny("train.on_nonfinite=rollback", "checkpoint.every=2", back))
     printed = capsys.readouterr().out
     assert "): back to step 4, to go on without its batch; bad_step_00000004 holds it" in printed
     assert "resumed at step 4\n" in printed
@@ -127,7 +127,7 @@ def test_rollback_gives_the_weights_of_skip(tiny, bad_at, tmp_path, capsys):
 
 def test_rollback_to_the_first_weights(tiny, bad_at):
     bad_at(1)
-    folder = train(tiny("train.bad_numbers=rollback"))
+    folder = train(tiny("train.on_nonfinite=rollback"))
     assert sorted(losses(folder)) == [0, 2, 3, 4, 5]
     assert [bad.checkpoint for bad in read_record(folder)] == [None]
 
@@ -136,7 +136,7 @@ def test_a_roll_back_makes_no_new_group_of_processes(tiny, bad_at, monkeypatch):
     made = []
     monkeypatch.setattr(training, "StopConsensus", lambda: made.append(StopConsensus()) or made[-1])
     bad_at(2)
-    folder = train(tiny("train.bad_numbers=rollback"))
+    folder = train(tiny("train.on_nonfinite=rollback"))
     assert sorted(losses(folder)) == [0, 1, 3, 4, 5]
     assert len(made) == 1
 
@@ -146,15 +146,15 @@ def test_a_roll_back_makes_no_new_group_of_processes(tiny, bad_at, monkeypatch):
     [
         (
             "skip",
-            r"the loss is nan at step 3 .*, and 2 bad steps in a row are more than train.bad_numbers_limit \(=1\)",
+            r"the loss is nan at step 3 .*, and 2 bad steps in a row are more than train.nonfinite_limit \(=1\)",
         ),
-        ("rollback", r"at step 3 .*, and 2 times back to step 0 are more than train.bad_numbers_limit \(=1\)"),
+        ("rollback", r"at step 3 .*, and 2 times back to step 0 are more than train.nonfinite_limit \(=1\)"),
     ],
 )
 def test_limits(tiny, bad_at, policy, message):
     bad_at(2, 3)
     with pytest.raises(FloatingPointError, match=message):
-        train(tiny(f"train.bad_numbers={policy}", "train.bad_numbers_limit=1", "train.checkpoint_every=6"))
+        train(tiny(f"train.on_nonfinite={policy}", "train.nonfinite_limit=1", "checkpoint.every=6"))
 
 
 def test_the_limit_counts_over_resumes():
@@ -192,7 +192,7 @@ def test_what_is_said():
 
 def test_a_dump_holds_the_batch(tiny, bad_at):
     bad_at(2)
-    folder = train(tiny("train.bad_numbers=skip"))
+    folder = train(tiny("train.on_nonfinite=skip"))
     dump = read_dump(folder / "bad_step_00000002" / "rank_0000.pt")
     assert (dump["step"], dump["rank"], dump["world_size"]) == (2, 0, 1)
     assert len(dump["keys"]) == len(dump["samples"]) == len(dump["images"]) == 4
@@ -203,7 +203,7 @@ def test_a_dump_holds_the_batch(tiny, bad_at):
 
 
 def test_replay_finds_the_first_bad_number(tiny, replay_tool, capsys):
-    config = tiny("optim.lr=1e18", "optim.start_lr=1e18", "train.log_every=100", "train.checkpoint_every=6")
+    config = tiny("optim.lr=1e18", "optim.start_lr=1e18", "train.log_every=100", "checkpoint.every=6")
     with pytest.raises(FloatingPointError) as caught:
         train(config)
     dump = str(caught.value).split("replay_step.py ")[1].split("`")[0]
@@ -233,7 +233,7 @@ def weights_again(tiny_config, step, **options):
     return got, had, said[0]
 
 
-KEPT = ("train.bad_numbers=skip", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+KEPT = ("train.on_nonfinite=skip", "checkpoint.every=1", "checkpoint.keep=9")
 
 
 def test_replay_begins_from_what_the_run_began_from(tiny, bad_at, tmp_path):
@@ -291,7 +291,7 @@ def test_replay_of_a_run_that_went_on_from_a_released_checkpoint(tiny, bad_at, t
 
 def test_a_start_that_would_do_nothing(tiny, bad_at, replay_tool, capsys):
     bad_at(1, 4)
-    folder = train(tiny("train.bad_numbers=skip", "train.keep_checkpoints=9"))
+    folder = train(tiny("train.on_nonfinite=skip", "checkpoint.keep=9"))
     for step, message in (
         (1, "--start (='weights.pt') does nothing: the run began with weights from its seed"),
         (4, f"--start (='weights.pt') does nothing: {folder}/checkpoint_00000003.pt is left from before step 4"),
@@ -303,7 +303,7 @@ def test_a_start_that_would_do_nothing(tiny, bad_at, replay_tool, capsys):
 
 def test_replay_is_one_process_whatever_the_run_was(tiny, bad_at, tmp_path):
     bad_at(4)
-    folder = train(tiny("train.bad_numbers=skip", "encoder.drop_path=0.0", "train.keep_checkpoints=9"))
+    folder = train(tiny("train.on_nonfinite=skip", "encoder.drop_path=0.0", "checkpoint.keep=9"))
     dump = read_dump(folder / "bad_step_00000004" / "rank_0000.pt")
     dump["config"]["train"]["parallel"], dump["world_size"] = "fsdp", 2
     config = config_of(dump)
@@ -324,7 +324,7 @@ def test_a_dump_that_cannot_be_written_leaves_nothing(tiny, bad_at, monkeypatch)
 
     monkeypatch.setattr(policy, "write_archive", full)
     bad_at(2)
-    config = tiny("train.bad_numbers=skip")
+    config = tiny("train.on_nonfinite=skip")
     with pytest.raises(SaveError, match="cannot be written to: No space left on device; there is no checkpoint"):
         train(config)
     assert list((Path(config.train.output_dir) / "bad_step_00000002").iterdir()) == []
@@ -332,7 +332,7 @@ def test_a_dump_that_cannot_be_written_leaves_nothing(tiny, bad_at, monkeypatch)
 
 def test_replay_names_the_module(tiny, bad_at, replay_tool, capsys):
     bad_at(4)
-    folder = train(tiny("train.bad_numbers=skip", "train.keep_checkpoints=9"))
+    folder = train(tiny("train.on_nonfinite=skip", "checkpoint.keep=9"))
     dump = folder / "bad_step_00000004" / "rank_0000.pt"
     path = folder / "checkpoint_00000003.pt"
     content = torch.load(path, weights_only=True)
@@ -399,7 +399,7 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_t
         "    sys.stdout.write(f'STOPPED {read_environment().rank} {error}\\n')  # at once: two write to one pipe\n"
         "    sys.stdout.flush()\n"
     )
-    policies = (f"train.bad_numbers={policy}", "train.parallel=ddp")
+    policies = (f"train.on_nonfinite={policy}", "train.parallel=ddp")
     config = tiny(*policies, "train.log_every=100", "encoder.drop_path=0.0")
     folder = Path(config.train.output_dir)
     config.save(tmp_path)

@@ -79,8 +79,8 @@ def test_what_moves_no_number_may_differ(runs):
     changed = json.loads(file.read_text())
     changed["config"]["data"] |= {"cache": "/scratch", "cache_gb": 9, "retries": 1, "backoff": 2, "timeout": 3}
     changed["config"]["data"] |= {"prefetch": 0, "num_workers": 5, "shards": "elsewhere"}
-    changed["config"]["train"] |= {"wandb": "x", "tensorboard": True, "keep_every": 7, "checkpoint": "sharded"}
-    changed["config"]["train"] |= {"checkpoint_dir": "s3://x", "log_every": 1, "checkpoint_every": 3}
+    changed["config"]["train"] |= {"wandb": "x", "tensorboard": True, "log_every": 1}
+    changed["config"]["checkpoint"] = {"keep_every": 7, "format": "sharded", "dir": "s3://x", "every": 3}
     changed["config"]["evaluate"] = {"every": 5}
     write_results(changed, file)
     assert Key("small_seed*", "scenes", "knn", "target encoder", "count") in compare(load(*runs))
