@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from jepa_kit.distributed.collectives import World
     from jepa_kit.evaluation.evaluate import Row
     from jepa_kit.evaluation.features import LoadedRun
-    from jepa_kit.evaluation.protocols import Probe
+    from jepa_kit.evaluation.protocols import Built
 
 NAMES = "knn, logistic, linear, paper_linear, paper_transfer, count, distance, attentive, dense, finetune"
 """The protocols of jepa_kit, for --help, which does not wait for their import."""
@@ -212,11 +212,12 @@ def evaluated(
     device: torch.device,
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """The rows, and what the file of results says of the checkpoint."""
+    from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.distributed.collectives import broadcast_from_rank0
     from jepa_kit.engine.workers import choose_workers
     from jepa_kit.evaluation.evaluate import evaluate
     from jepa_kit.evaluation.feature_cache import FeatureStore
-    from jepa_kit.evaluation.feature_sources import ENCODERS, config_networks, encoder_named, run_networks
+    from jepa_kit.evaluation.feature_sources import ENCODER_NAMES, config_networks, encoder_named, run_networks
     from jepa_kit.evaluation.tables.results import about_checkpoint
     from jepa_kit.files import sha256_of
     from jepa_kit.precision import precision_of
@@ -233,27 +234,24 @@ def evaluated(
         digest = broadcast_from_rank0(lambda: sha256_of(file))
         checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
         chosen = arguments.encoder or encoder_named(loaded.jepa)
-        encoders = [which for which in ENCODERS if chosen in (which, "both")]
+        encoders = [which for which in ENCODER_NAMES if chosen in (which, "both")]
         networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
     rows = evaluate(
         networks,
         train,
         test,
-        image_size=config.data.image_size,
+        ImageOptions.from_config(
+            config.data,
+            batch_size=arguments.batch_size,
+            num_workers=choose_workers(config.data.num_workers, device),
+            precision=precision_of(config),
+        ),
         protocols=specs,
         labels=split(arguments.label) if arguments.label else None,
         layers=arguments.layers or "last",
         seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        num_workers=choose_workers(config.data.num_workers, device),
-        mean=config.data.mean,
-        std=config.data.std,
-        decoder=config.data.decoder,
-        max_pixels=config.data.max_pixels,
-        precision=precision_of(config),
         store=FeatureStore(arguments.features, world),
         device=device,
-        world=world,
         progress=True,
     )
     return rows, checkpoint
@@ -266,11 +264,12 @@ def tell(
     checkpoint: dict[str, Any] | None,
     train: ShardDataset,
     test: ShardDataset,
-    built: Sequence[tuple[str, dict[str, Any], Probe]],
+    built: Sequence[Built],
 ) -> None:
     """Write the file of results, with all options of the protocols, and then print the table."""
-    from jepa_kit.evaluation.evaluate import format_table, plain_options
+    from jepa_kit.evaluation.protocols import plain_options
     from jepa_kit.evaluation.tables.results import config_results, write_results
+    from jepa_kit.evaluation.tables.table import format_table
 
     content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
     content["protocols"] = plain_options(built)
@@ -282,7 +281,7 @@ def tell(
         print(f"results: {output}", file=sys.stderr)
 
 
-def check_choices(arguments: argparse.Namespace, built: Sequence[tuple[str, dict[str, Any], Probe]]) -> None:
+def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None:
     """Raises ValueError for an option that would do nothing, that lacks another, or a file that cannot be written."""
     from jepa_kit.engine.checkpoint.remote import is_address
     from jepa_kit.evaluation.tables.results import check_output

@@ -127,6 +127,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     import torch
 
     from jepa_kit.build import build_masker
+    from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.data.loader import eval_batches
     from jepa_kit.data.order import permutation
     from jepa_kit.distributed.collectives import World, choose_device
@@ -141,13 +142,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     config, data = loaded.config, loaded.config.data
     dataset = open_shards(config, images_to_look_at(arguments.shards, data.shards))
     order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
-    batches = eval_batches(
-        dataset,
-        image_size=data.image_size,
-        samples=order[: arguments.images],
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
-    )
+    batches = eval_batches(dataset, ImageOptions.from_config(data), samples=order[: arguments.images])
     device = choose_device(config.train.device, World())
     health = measure_health(
         loaded.jepa.to(device),

@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from jepa_kit.data.errors import Skipped
-from jepa_kit.data.images import MAX_PIXELS
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Stack, View, eval_view, stack
-from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.data.workers import load
 from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.interfaces import Masker
@@ -293,32 +292,27 @@ class _Requests:
 
 def eval_batches(
     dataset: ShardDataset,
+    options: ImageOptions,
     *,
-    image_size: tuple[int, int],
-    batch_size: int = 256,
-    num_workers: int = 0,
     share: float = 1.0,
     samples: IntArray | None = None,
     pin_memory: bool = False,
-    decoder: DecoderName = "pillow",
-    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """Centre-cropped images in the order of the data set, each once; the last batch may be smaller.
+    """Return batches of centre-cropped images in the order of the data set, each once; the last may be smaller.
 
     Args:
+        dataset: where the images are.
+        options: how they are read.
         share: see ``eval_view``.
         samples: [n] only these samples, in this order.
-        decoder, max_pixels: see ``View``.
+        pin_memory: put batches into pinned memory.
 
     Raises:
-        ValueError: a value outside its range, a decoder that is not installed, or a sample that cannot be used.
+        ValueError: a ``share`` outside its range, a decoder that is not installed, or a sample that cannot be used.
         RuntimeError: a loader worker died.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size (={batch_size}) must be at least 1")
-    if num_workers < 0:
-        raise ValueError(f"num_workers (={num_workers}) must be at least 0")
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)
-    parts = [chosen[k : k + batch_size] for k in range(0, len(chosen), batch_size)]
-    view = eval_view(image_size=image_size, share=share, decoder=decoder, max_pixels=max_pixels)
-    return load(_EvalBatches(dataset, view), parts, num_workers, pin_memory)
+    size = options.batch_size
+    parts = [chosen[k : k + size] for k in range(0, len(chosen), size)]
+    view = eval_view(image_size=options.image_size, share=share, decoder=options.decoder, max_pixels=options.max_pixels)
+    return load(_EvalBatches(dataset, view), parts, options.num_workers, pin_memory)

@@ -1,58 +1,50 @@
-"""Any number of networks, protocols and labels in one table.
+"""Evaluate any number of networks by any number of protocols on any number of labels.
 
 Each image is read and decoded once, each network sees it once, and all protocols and labels share the features.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from jepa_kit.config import DataConfig
-from jepa_kit.data.images import MAX_PIXELS
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.distributed.collectives import World, all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
-from jepa_kit.evaluation.feature_sources import ENCODERS, Network
+from jepa_kit.evaluation.feature_sources import Network, View
 from jepa_kit.evaluation.feature_sources import run_networks as run_networks
-from jepa_kit.evaluation.protocols import (
-    Features,
-    Images,
-    Part,
-    Probe,
-    ProbeResult,
-    Spec,
-    Task,
-    build_protocols,
-)
+from jepa_kit.evaluation.protocols import Built, Features, Part, ProbeResult, Spec, Task, build_protocols
 from jepa_kit.evaluation.tables.results import Row as Row
 from jepa_kit.evaluation.tables.results import results as results
 from jepa_kit.evaluation.tables.results import write_results as write_results
+from jepa_kit.evaluation.tables.table import differing_options
+from jepa_kit.evaluation.tables.table import format_table as format_table
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import Precision
 
 DEFAULT: tuple[Spec, ...] = ({"name": "logistic", "subsets": ["all"]}, "knn")
 """Protocols without settings of training, for a first look."""
 MASK = "mask"
-"""What stands for a label in rows of protocols that take masks."""
+"""The label in rows of protocols that take masks."""
 
-
+Datasets = tuple[ShardDataset, ShardDataset]
+"""Training and test shards."""
+Classes = dict[str, tuple[IntArray, IntArray]]
+"""Label -> [N] and [M] classes of the training and the test samples."""
 _FROM_PROBE = {field.name for field in fields(ProbeResult)} & {field.name for field in fields(Row)}
 
 
 class _Job(NamedTuple):
-    name: str
-    options: dict[str, Any]
+    """One protocol for one network and one label; ``variant`` distinguishes protocols of one name."""
+
+    protocol: Built
     variant: str
-    probe: Probe
     network: Network
     label: str
 
@@ -61,144 +53,113 @@ def evaluate(
     networks: Sequence[Network],
     train: ShardDataset,
     test: ShardDataset,
+    images: ImageOptions,
     *,
-    image_size: tuple[int, int],
     protocols: Sequence[Spec] = DEFAULT,
     labels: Sequence[str] | None = None,
     layers: str = "last",
     seed: int = 0,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    mean: Sequence[float] = DataConfig.mean,
-    std: Sequence[float] = DataConfig.std,
-    decoder: DecoderName = "pillow",
-    max_pixels: int = MAX_PIXELS,
-    precision: Precision = "float32",
     store: FeatureStore | None = None,
     device: torch.device | str = "cpu",
-    world: World | None = None,
     progress: bool = False,
 ) -> list[Row]:
-    """Every network under every protocol on every label.
+    """Evaluate every network by every protocol on every label.
 
     Args:
-        networks: what features come from.
-        train, test: labelled shards. Settings of a protocol are chosen inside ``train``.
-        image_size: (h, w) of the centre crop.
+        networks: sources of features.
+        train, test: labelled shards. Settings of a protocol are chosen on ``train`` alone.
+        images: how images are read; ``mean``, ``std`` and ``precision`` are for protocols that train an encoder.
         protocols: names in ``PROTOCOLS``, or mappings with ``name`` and options.
-        labels: of the shards; None takes all of them. A protocol that is about one label takes that one, and one that
-            takes masks takes these.
+        labels: of the shards; None for all. Protocols of one label, or of masks, do not use it.
         layers: the layer set of protocols that do not choose one themselves.
         seed: of the protocols.
-        batch_size, num_workers: of the reading.
-        mean, std: of the channels, for protocols that train an encoder.
-        decoder, max_pixels: of the reading, see ``jepa_kit.data.transforms.View``.
-        precision: of the matrix products, for protocols that train an encoder.
-        store: where features are kept; None keeps them for this call.
-        device: where protocols work.
-        world: of several processes, each takes its share of the jobs, and all get all rows.
-        progress: says on stderr what is being done.
+        store: keeps features, and names the processes that share the work: each takes some of the jobs, and all get
+            all rows. None keeps features for this call, in one process.
+        device: where protocols compute.
+        progress: print progress to stderr.
 
     Returns:
         Rows by protocol, then network, then label.
 
     Raises:
-        ValueError: no network or label, or two networks of one name; an unknown protocol or label; classes that
-            differ between ``train`` and ``test``; what a protocol refuses, named with its label and network. All
-            processes raise where one does.
+        ValueError: no network or label, two networks of one name, an unknown protocol or label, classes that differ
+            between ``train`` and ``test``, or samples that a protocol rejects. Raised on all processes if it is raised
+            on one.
     """
     built = build_protocols(protocols)
     _check_networks(networks, seed)
-    world = world or World()
-    jobs, known = _jobs(built, networks, train, test, labels)
-    images = Images(
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        decoder=decoder,
-        max_pixels=max_pixels,
-        precision=precision,
-    )
-    for job in jobs:
-        check = getattr(job.probe, "check", None)
-        if check is not None and job.label in known:
-            with _named(job):
-                check(known[job.label][0], train.key)
-    for label, (ours, theirs) in known.items():
-        if len(unknown := np.setdiff1d(theirs, ours)):
-            name = train.classes[label][unknown[0]]
-            raise ValueError(f"label (={label!r}): {test.path} has samples of {name!r}, and {train.path} none")
-    wanted = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
     store = store or FeatureStore()
-    arrays = [
-        store.extract(
-            wanted,
-            part,
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            decoder=decoder,
-            max_pixels=max_pixels,
-            progress=progress and world.is_main,
-        )
-        if wanted
-        else {}
-        for part in (train, test)
-    ]
+    jobs, classes = _plan(built, networks, (train, test), labels)
+    _check_jobs(jobs, classes, (train, test))
+    views = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
+    show = progress and store.world.is_main
+    arrays = [store.extract(views, part, images, progress=show) if views else {} for part in (train, test)]
+    run = _Evaluation((train, test), classes, arrays, images, layers, seed, torch.device(device), progress)
+    answers = all_gather_object(run_on_all_ranks(lambda: _answer_own(jobs, run, store.world)))
+    return _sorted(jobs, dict(pair for own in answers for pair in own))
 
-    def ask(job: _Job) -> list[Row]:
-        parts = [
-            Part(_features(job, layers, held), known[job.label][k] if job.label in known else None, dataset)
-            for k, (held, dataset) in enumerate(zip(arrays, (train, test), strict=True))
-        ]
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """What all jobs of one call share; ``arrays`` are features of the training and of the test samples."""
+
+    datasets: Datasets
+    classes: Classes
+    arrays: Sequence[Arrays]
+    images: ImageOptions
+    layers: str
+    seed: int
+    device: torch.device
+    progress: bool
+
+    def part(self, job: _Job, k: int) -> Part:
+        """Return the training (0) or test (1) samples as a job's network represents them."""
+        features = {
+            wanted: Features(*(self.arrays[k][job.network.name, view] for view in job.network.views(*wanted)))
+            for wanted in job.protocol.probe.wanted(self.layers)
+        }
+        classes = self.classes.get(job.label)
+        return Part(features, None if classes is None else classes[k], self.datasets[k])
+
+    def rows(self, job: _Job) -> list[Row]:
+        """Return what a job's protocol finds."""
         task = Task(
-            train=parts[0],
-            test=parts[1],
-            layers=layers,
-            seed=seed,
-            device=torch.device(device),
+            train=self.part(job, 0),
+            test=self.part(job, 1),
+            layers=self.layers,
+            seed=self.seed,
+            device=self.device,
             encoder=job.network.encoder,
-            images=images,
+            images=self.images,
         )
         start = time.perf_counter()
-        with _named(job):
-            found = job.probe(task)
+        with _naming(job):
+            found = job.protocol.probe(task)
         seconds = time.perf_counter() - start
         figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
-        say(f"{job.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
-        return [_row(job, layers, task, one, seconds) for one in found]
+        say(f"{job.protocol.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", self.progress)
+        return [_row(job, self.layers, task, one, seconds) for one in found]
 
-    found = [
-        job
-        for share in all_gather_object(run_on_all_ranks(lambda: _share(jobs, ask, world, progress)))
-        for job in share
-    ]
-    return _in_order([row for _, rows in sorted(found, key=lambda one: one[0]) for row in rows])
+
+def _answer_own(jobs: Sequence[_Job], run: _Evaluation, world: World) -> list[tuple[int, list[Row]]]:
+    """Return (place, rows) of every job of this process: each ``world.size``-th."""
+    rows = []
+    own = range(world.rank, len(jobs), world.size)
+    with bar("protocols", len(own), "question", run.progress) as shown:
+        for place in own:
+            rows.append((place, run.rows(jobs[place])))
+            shown.update()
+    return rows
 
 
 @contextmanager
-def _named(job: _Job) -> Iterator[None]:
-    """What a protocol refuses, with the question that it was asked."""
+def _naming(job: _Job) -> Iterator[None]:
+    """Put a job's protocol, label and network before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
-        asked = f"protocol {job.name!r}, label {job.label!r}, {job.network.name}"
-        raise ValueError(f"{asked}: {error}") from error
-
-
-def _share(
-    jobs: Sequence[_Job], ask: Callable[[_Job], list[Row]], world: World, progress: bool
-) -> list[tuple[int, list[Row]]]:
-    """(place, rows) of the jobs of this process."""
-    rows = []
-    mine = range(world.rank, len(jobs), world.size)
-    with bar("protocols", len(mine), "question", progress) as shown:
-        for place in mine:
-            rows.append((place, ask(jobs[place])))
-            shown.update()
-    return rows
+        at = f"protocol {job.protocol.name!r}, label {job.label!r}, {job.network.name}"
+        raise ValueError(f"{at}: {error}") from error
 
 
 def _check_networks(networks: Sequence[Network], seed: int) -> None:
@@ -209,49 +170,41 @@ def _check_networks(networks: Sequence[Network], seed: int) -> None:
         raise ValueError(f"seed (={seed}) must be at least 0")
 
 
-def _jobs(
-    built: Sequence[tuple[str, dict[str, Any], Probe]],
-    networks: Sequence[Network],
-    train: ShardDataset,
-    test: ShardDataset,
-    labels: Sequence[str] | None,
-) -> tuple[list[_Job], dict[str, tuple[IntArray, IntArray]]]:
-    """The questions, and label -> the classes of the training and of the test samples."""
-    asked = [*train.classes, *train.conflicts] if labels is None else list(labels)
+def _plan(
+    built: Sequence[Built], networks: Sequence[Network], datasets: Datasets, labels: Sequence[str] | None
+) -> tuple[list[_Job], Classes]:
+    """Return the jobs, by protocol, network and label, and the classes of every label that they need."""
+    train = datasets[0]
+    given = [*train.classes, *train.conflicts] if labels is None else list(labels)
     jobs, needed = [], []
-    for (name, options, probe), variant in zip(built, _variants(built), strict=True):
+    for one in built:
+        name, _, probe = one
         if probe.takes == "masks":
-            for part in (train, test):
-                if part.mask_conflict:
-                    raise ValueError(f"protocol {name!r} needs masks, but {part.mask_conflict}")
-                if not part.has_masks:
-                    raise ValueError(f"protocol {name!r} needs masks, and the shards in {part.path} carry none")
-            mine = [MASK]
+            _check_masks(name, datasets)
+            own = [MASK]
         else:
-            mine = asked if probe.label is None else [probe.label]
-            if not mine:
+            own = given if probe.label is None else [probe.label]
+            if not own:
                 raise ValueError(f"labels (=[]) must name at least one; the shards in {train.path} carry none")
-            needed += mine
+            needed += own
         fitting = [n for n in networks if n.encoder is not None or not probe.trains_encoder]
         if not fitting:
             raise ValueError(f"protocol {name!r} trains an encoder, and {', '.join(n.name for n in networks)} has none")
-        jobs += [_Job(name, dict(options), variant, probe, network, label) for network in fitting for label in mine]
-    return jobs, _labels(train, test, list(dict.fromkeys(needed)))
+        variant = differing_options(one.options, [other.options for other in built if other.name == name])
+        jobs += [_Job(one, variant, network, label) for network in fitting for label in own]
+    return jobs, _classes(datasets, list(dict.fromkeys(needed)))
 
 
-def _variants(built: Sequence[tuple[str, dict[str, Any], Probe]]) -> list[str]:
-    """For protocols that are asked for several times, the options that tell them apart; else nothing."""
-    return [told_apart(options, [theirs for other, theirs, _ in built if other == name]) for name, options, _ in built]
+def _check_masks(protocol: str, datasets: Datasets) -> None:
+    for part in datasets:
+        if part.mask_conflict:
+            raise ValueError(f"protocol {protocol!r} needs masks, but {part.mask_conflict}")
+        if not part.has_masks:
+            raise ValueError(f"protocol {protocol!r} needs masks, and the shards in {part.path} carry none")
 
 
-def told_apart(options: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """The options that differ from those of any other, as ``k=5 temperature=0.1``."""
-    told = {key: json.dumps(value) for key, value in options.items()}
-    differing = [key for key in told if any(json.dumps(theirs.get(key)) != told[key] for theirs in others)]
-    return " ".join(f"{key}={told[key]}" for key in differing).replace('"', "")
-
-
-def _labels(train: ShardDataset, test: ShardDataset, labels: Sequence[str]) -> dict[str, tuple[IntArray, IntArray]]:
+def _classes(datasets: Datasets, labels: Sequence[str]) -> Classes:
+    train, test = datasets
     known = {label: (train.labels(label), test.labels(label)) for label in labels}
     for label in known:
         ours, theirs = train.classes[label], test.classes[label]
@@ -273,25 +226,35 @@ def _some(classes: Sequence[str], most: int = 5) -> str:
     return f"{len(classes)} ({', '.join(classes[:most])}{rest})"
 
 
-def _views(job: _Job, layers: str) -> Iterator[tuple[Network, Any]]:
+def _check_jobs(jobs: Sequence[_Job], classes: Classes, datasets: Datasets) -> None:
+    """Raise ValueError for labels that a protocol cannot use, before any image is read."""
+    train, test = datasets
+    for job in jobs:
+        check = getattr(job.protocol.probe, "check", None)
+        if check is not None and job.label in classes:
+            with _naming(job):
+                check(classes[job.label][0], train.key)
+    for label, (ours, theirs) in classes.items():
+        if len(unknown := np.setdiff1d(theirs, ours)):
+            name = train.classes[label][unknown[0]]
+            raise ValueError(f"label (={label!r}): {test.path} has samples of {name!r}, and {train.path} none")
+
+
+def _views(job: _Job, layers: str) -> Iterator[tuple[Network, View]]:
+    """Yield the arrays of features that a job needs."""
+    name, _, probe = job.protocol
     try:
-        for wanted in job.probe.wanted(layers):
+        for wanted in probe.wanted(layers):
             yield from ((job.network, view) for view in job.network.views(*wanted))
     except ValueError as error:
-        fits = "--layers last" if job.probe.takes_layers else f"--protocol '{{name: {job.name}, layers: [last]}}'"
-        raise ValueError(f"protocol {job.name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
-
-
-def _features(job: _Job, layers: str, arrays: Arrays) -> dict[Any, Features]:
-    return {
-        wanted: Features(*(arrays[job.network.name, view] for view in job.network.views(*wanted)))
-        for wanted in job.probe.wanted(layers)
-    }
+        fits = "--layers last" if probe.takes_layers else f"--protocol '{{name: {name}, layers: [last]}}'"
+        raise ValueError(f"protocol {name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
 
 
 def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float) -> Row:
-    sets = job.probe.wanted(layers)
+    sets = job.protocol.probe.wanted(layers)
     has_layers = job.network.depth > 0
+    figures: dict[str, Any] = {name: getattr(found, name) for name in _FROM_PROBE}
     return Row(
         network=job.network.name,
         layers=", ".join(one.layers for one in sets) if has_layers and sets else None,
@@ -300,54 +263,13 @@ def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float)
         width=max((features.width for features in task.train.features.values()), default=0),
         label=job.label,
         seconds=round(seconds, 3),
-        options=job.options,
-        **(
-            {name: getattr(found, name) for name in _FROM_PROBE} | {"variant": f"{found.variant} {job.variant}".strip()}
-        ),
+        options=dict(job.protocol.options),
+        **(figures | {"variant": f"{found.variant} {job.variant}".strip()}),
     )
 
 
-def _in_order(rows: Sequence[Row]) -> list[Row]:
-    """By protocol and variant, then network, then label, each in the order in which it comes first."""
+def _sorted(jobs: Sequence[_Job], answers: dict[int, list[Row]]) -> list[Row]:
+    """Return rows by protocol and variant, then network, then label, each in order of its first occurrence."""
+    rows = [row for place in range(len(jobs)) for row in answers[place]]
     titles, networks = list(dict.fromkeys(r.title for r in rows)), list(dict.fromkeys(r.network for r in rows))
     return sorted(rows, key=lambda r: (titles.index(r.title), networks.index(r.network)))
-
-
-def format_table(rows: Sequence[Row]) -> str:
-    """Figures in percent with their errors, as a table that is also Markdown; a cell without a figure is empty.
-
-    The error is that of the test set's length, or, where a figure is the mean of several draws, their deviation.
-    """
-    columns = list(dict.fromkeys(row.column for row in rows))
-    cells = {(row.title, row.network, row.column): row for row in rows}
-    lines = [["protocol", "features", "width", *columns]]
-    for title, network in dict.fromkeys((row.title, row.network) for row in rows):
-        held = [cells.get((title, network, column)) for column in columns]
-        first = next(row for row in held if row is not None)
-        found = [f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" if row else "" for row in held]
-        lines.append([title, describe(first.network, first.layers), str(first.width or ""), *found])
-    chances = [np.unique([round(row.chance, 6) for row in rows if row.column == column]) for column in columns]
-    lines.append(["", "chance", "", *(f"{100 * values[0]:.1f}" if len(values) == 1 else "" for values in chances)])
-    return markdown(lines)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as an aligned table; the first line is the heading."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in ruled
-    )
-
-
-def describe(network: str, layers: str | None) -> str:
-    """What a reader calls a network: 'target encoder, last4'."""
-    name = f"{network} encoder" if network in ENCODERS else network
-    if layers in (None, "last"):
-        return name
-    return f"{name}, best of {layers}" if "," in str(layers) else f"{name}, {layers}"
-
-
-def plain_options(built: Sequence[tuple[str, Mapping[str, Any], Probe]]) -> list[dict[str, Any]]:
-    """The protocols of a call (from ``build_protocols``) with all their options, the defaults too, for JSON."""
-    return [{"name": name} | dict(options) for name, options, _ in built]

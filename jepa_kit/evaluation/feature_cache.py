@@ -19,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from jepa_kit.data.images import MAX_PIXELS
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import Batch, eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms.decoders import DecoderName
 from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.evaluation.feature_sources import Network, View
 from jepa_kit.files import write_text
@@ -70,12 +69,8 @@ class FeatureStore:
         self,
         wanted: Sequence[tuple[Network, View]],
         dataset: ShardDataset,
+        options: ImageOptions,
         *,
-        image_size: tuple[int, int],
-        batch_size: int = 256,
-        num_workers: int = 0,
-        decoder: DecoderName = "pillow",
-        max_pixels: int = MAX_PIXELS,
         progress: bool = False,
     ) -> Arrays:
         """Every array that is wanted; each image is read and decoded once for all that are not there yet.
@@ -83,7 +78,7 @@ class FeatureStore:
         Args:
             wanted: arrays, each of a network.
             dataset: the images.
-            image_size, batch_size, num_workers, decoder, max_pixels: see ``eval_batches``.
+            options: how they are read.
             progress: says on stderr what is being done.
 
         Raises:
@@ -91,7 +86,7 @@ class FeatureStore:
                 all processes.
         """
         arrays: Arrays = {}
-        asked = [self._array(network, view, dataset, image_size, decoder) for network, view in wanted]
+        asked = [self._array(network, view, dataset, options) for network, view in wanted]
         # one process looks: all must agree on what is missing
         there = broadcast_from_rank0(lambda: [one.file is not None and _is_kept(one.file) for one in asked])
         missing: list[_Array] = []
@@ -104,17 +99,9 @@ class FeatureStore:
             say(f"features of {len(dataset):,} images in {dataset.path}: all kept in {self.folder}", progress)
             return arrays
         start = time.perf_counter()
-        fresh = self._allocate(missing, len(dataset), image_size)
+        fresh = self._allocate(missing, len(dataset), options.image_size)
         mine = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
-        batches = eval_batches(
-            dataset,
-            image_size=image_size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            samples=mine,
-            decoder=decoder,
-            max_pixels=max_pixels,
-        )
+        batches = eval_batches(dataset, options, samples=mine)
         run_on_all_ranks(lambda: self._fill(fresh, missing, batches, dataset, len(mine), progress))
         arrays |= self._keep(fresh, missing)
         seconds = time.perf_counter() - start
@@ -188,14 +175,7 @@ class FeatureStore:
         if self.world.size > 1:
             barrier()
 
-    def _array(
-        self,
-        network: Network,
-        view: View,
-        dataset: ShardDataset,
-        image_size: tuple[int, int],
-        decoder: DecoderName,
-    ) -> _Array:
+    def _array(self, network: Network, view: View, dataset: ShardDataset, options: ImageOptions) -> _Array:
         """What is kept of an array, and where."""
         words = {
             "format": FORMAT,
@@ -203,8 +183,8 @@ class FeatureStore:
             "block": view.block,
             "pooling": view.pooling,
             "data": {k: v for k, v in identity(dataset).items() if k != "shards"},
-            "image_size": list(image_size),
-            "view": "centre crop" if decoder == "pillow" else f"centre crop, {decoder} decoder",
+            "image_size": list(options.image_size),
+            "view": "centre crop" if options.decoder == "pillow" else f"centre crop, {options.decoder} decoder",
         }
         if self.folder is None or (network.identity is None and self.world.size == 1):
             return _Array(network, view, None, words)

@@ -29,7 +29,7 @@ from jepa_kit.recipe import JEPA
 from jepa_kit.registry import did_you_mean
 
 BASELINES = ("untrained", "pixels")
-ENCODERS: tuple[Literal["target"], Literal["context"]] = ("target", "context")
+ENCODER_NAMES: tuple[Literal["target"], Literal["context"]] = ("target", "context")
 NO_BLOCK = 0
 """The block of features that come from no layer."""
 
@@ -42,7 +42,7 @@ def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "co
     """
     if which is None:
         return "context" if jepa.target_network is None else "target"
-    check_names("encoder", [which], ENCODERS)
+    check_names("encoder", [which], ENCODER_NAMES)
     if which == "target" and jepa.target_network is None:
         raise ValueError(
             "encoder (='target') must be 'context': this recipe has no target encoder (its target_update makes none)"
@@ -112,7 +112,7 @@ def run_networks(
         ValueError: an unknown or repeated name, or an encoder that the recipe does not have.
     """
     encoders = [encoder_named(run.jepa)] if encoders is None else encoders
-    check_names("encoders", encoders, ENCODERS)
+    check_names("encoders", encoders, ENCODER_NAMES)
     check_names("baselines", baselines, BASELINES)
     config = resolve_precision(run.config, torch.device(device))
     networks = [

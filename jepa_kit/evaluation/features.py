@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from jepa_kit.engine.checkpoint.manager import to_read
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
+from jepa_kit.registry import check_choice
 from jepa_kit.structures import Precision
 
 Float32 = NDArray[np.float32]
@@ -102,29 +103,12 @@ def extract_features(
     Raises:
         ValueError: no image, images that are not uint8, or an option outside its values.
     """
-    source = encoder_source(
-        encoder, pooling=pooling, layers=layers, device=device, precision=precision, mean=mean, std=std
-    )
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
-    return extract_all(batches, {"features": source})["features"]
-
-
-def encoder_source(
-    encoder: Encoder,
-    *,
-    pooling: Pooling = "mean",
-    layers: str = "last",
-    device: torch.device | str = "cpu",
-    precision: Precision = "float32",
-    mean: Sequence[float] = DataConfig.mean,
-    std: Sequence[float] = DataConfig.std,
-) -> Source:
-    """The function that ``extract_features`` applies to each batch."""
     if pooling not in ("mean", "none"):
         raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
     wanted = [(block, pooling) for block in layer_numbers(layers, encoder.depth)]
     source = block_source(encoder, device=device, precision=precision, mean=mean, std=std)
-    return lambda images: torch.cat(source(images, wanted), dim=-1)
+    batches = images.split(batch_size) if isinstance(images, Tensor) else images
+    return extract_all(batches, {"features": lambda batch: torch.cat(source(batch, wanted), dim=-1)})["features"]
 
 
 def block_source(
@@ -140,7 +124,7 @@ def block_source(
     Raises:
         ValueError: another precision.
     """
-    check_precision(precision)
+    check_choice("precision", precision, Precision)
     device = torch.device(device)
     assert isinstance(encoder, nn.Module)
     network = encoder.to(device)
@@ -158,12 +142,6 @@ def block_source(
         return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
 
     return source
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError for an unknown precision of matrix products; tf32 is float32 outside of training."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision (={precision!r}) must be one of {', '.join(map(repr, get_args(Precision)))}")
 
 
 @contextmanager

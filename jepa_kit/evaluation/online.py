@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_kit.build import build_masker
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
@@ -165,14 +166,8 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
     count = wanted.samples if wanted.probe == "none" else max(wanted.samples, wanted.probe_samples)
     chosen = permutation(generator(Stream.EVALUATION, seed=config.train.seed, lane=2), len(dataset))[:count]
     labels = None if wanted.label is None else dataset.labels(wanted.label)[chosen]
-    batches = eval_batches(
-        dataset,
-        image_size=config.data.image_size,
-        samples=chosen,
-        num_workers=choose_workers(config.data.num_workers, run.device),
-        decoder=config.data.decoder,
-        max_pixels=config.data.max_pixels,
-    )
+    workers = choose_workers(config.data.num_workers, run.device)
+    batches = eval_batches(dataset, ImageOptions.from_config(config.data, num_workers=workers), samples=chosen)
     return OnlineEvaluation(
         every=wanted.every,
         images=run_on_all_ranks(lambda: torch.cat([batch.images for batch in batches])),

@@ -35,6 +35,7 @@ import torch
 from jepa_kit.arguments import run_tool
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
@@ -109,11 +110,9 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
         run_networks(run, device=device),
         training,
         test,
-        image_size=data.image_size,
+        ImageOptions(image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels),
         layers=LAYERS,
         seed=seed,
-        decoder=data.decoder,
-        max_pixels=data.max_pixels,
         progress=True,
     )
     content = results(rows, run=run, checkpoint=run.config.train.output_dir, train=training, test=test, seed=seed)

@@ -14,6 +14,7 @@ from small_shards import encoded, make_samples, picture, write_shards
 from test_exactness import records
 
 from jepa_kit.data.errors import Allowance
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import TrainLoader, eval_batches
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
@@ -304,7 +305,7 @@ def test_an_evaluation_names_the_sample_and_stops(tmp_path, num_workers):
     samples = [*make_samples(3), Sample("broken/one", "jpg", encoded(picture(0, 90, 90))[:-2000])]
     dataset = ShardDataset(write_shards(tmp_path / "s", samples, 4, CLASSES))
     with pytest.raises(ValueError, match=r"sample 3 \('broken/one'\) of .* cannot be used: "):
-        list(eval_batches(dataset, image_size=(8, 8), batch_size=4, num_workers=num_workers))
+        list(eval_batches(dataset, ImageOptions(image_size=(8, 8), batch_size=4, num_workers=num_workers)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

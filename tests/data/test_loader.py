@@ -18,6 +18,7 @@ from PIL import Image
 from small_shards import encoded, picture, write_shards
 
 from jepa_kit.data import workers
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
 from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shards.dataset import ShardDataset
@@ -146,7 +147,7 @@ def test_the_runs_own_random_numbers_are_left_alone(dataset):
     expected = torch.rand(3)
     torch.manual_seed(0)
     take(loader(dataset, num_workers=1), 2)
-    list(eval_batches(dataset, image_size=(8, 8)))
+    list(eval_batches(dataset, ImageOptions(image_size=(8, 8))))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -168,7 +169,8 @@ def test_batches_are_pinned_and_copied(dataset):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_sees_each_sample_once_in_order(dataset, num_workers):
-    batches = list(eval_batches(dataset, image_size=(10, 14), batch_size=9, num_workers=num_workers, share=0.9))
+    options = ImageOptions(image_size=(10, 14), batch_size=9, num_workers=num_workers)
+    batches = list(eval_batches(dataset, options, share=0.9))
     assert [len(b) for b in batches] == [9, 9, 5]
     assert torch.cat([b.samples for b in batches]).tolist() == list(range(23))
     images = torch.cat([b.images for b in batches])
@@ -181,7 +183,7 @@ def test_evaluation_sees_each_sample_once_in_order(dataset, num_workers):
 
 def test_evaluation_of_chosen_samples(dataset):
     chosen = np.array([20, 3, 3, 7])
-    batches = list(eval_batches(dataset, image_size=(8, 8), batch_size=3, samples=chosen))
+    batches = list(eval_batches(dataset, ImageOptions(image_size=(8, 8), batch_size=3), samples=chosen))
     assert [b.samples.tolist() for b in batches] == [[20, 3, 3], [7]]
     assert torch.equal(batches[0].images[1], batches[0].images[2])
 
@@ -357,13 +359,13 @@ def test_a_negative_step(dataset):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "options_of_call", "message"),
     [
-        ({"batch_size": 0}, r"batch_size \(=0\) must be at least 1"),
-        ({"num_workers": -1}, r"num_workers \(=-1\) must be at least 0"),
-        ({"share": 2.0}, r"share \(=2.0\) must be above 0 and at most 1"),
+        ({"batch_size": 0}, {}, r"batch_size \(=0\) must be at least 1"),
+        ({"num_workers": -1}, {}, r"num_workers \(=-1\) must be at least 0"),
+        ({}, {"share": 2.0}, r"share \(=2.0\) must be above 0 and at most 1"),
     ],
 )
-def test_evaluation_options_outside_their_range(dataset, options, message):
+def test_evaluation_options_outside_their_range(dataset, options, options_of_call, message):
     with pytest.raises(ValueError, match=message):
-        eval_batches(dataset, **({"image_size": (8, 8)} | options))
+        eval_batches(dataset, ImageOptions(image_size=(8, 8), **options), **options_of_call)

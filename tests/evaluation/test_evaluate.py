@@ -3,12 +3,14 @@
 import copy
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import scene_shards
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.evaluation.evaluate import Row, evaluate, format_table, results, run_networks, write_results
@@ -19,6 +21,7 @@ from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
 
 PIXELS = pixel_network()
+IMAGES = ImageOptions(image_size=(16, 16))
 LOGISTIC = {"name": "logistic", "subsets": ["all"]}
 
 
@@ -31,14 +34,14 @@ def test_rows_are_what_the_probes_give_on_the_features(loaded, scenes):
     train, test = scenes
     labels = ["distance", "count"]
     networks = run_networks(loaded, encoders=["target", "context"])
-    rows = evaluate(networks, train, test, image_size=(16, 16), labels=labels)
+    rows = evaluate(networks, train, test, IMAGES, labels=labels)
     assert [(r.protocol, r.network, r.label) for r in rows] == [
         (protocol, network, label)
         for protocol in ("logistic", "knn")
         for network in ("target", "context", "untrained", "pixels")
         for label in labels
     ]
-    images = [torch.cat([b.images for b in eval_batches(part, image_size=(16, 16))]) for part in scenes]
+    images = [torch.cat([b.images for b in eval_batches(part, ImageOptions(image_size=(16, 16)))]) for part in scenes]
     data = loaded.config.data
     for name, encoder in (("target", loaded.jepa.target_encoder), ("untrained", untrained_encoder(loaded.config, 11))):
         x, y = (extract_features(encoder, part, mean=data.mean, std=data.std) for part in images)
@@ -83,11 +86,11 @@ def reads(monkeypatch):
 def test_images_are_read_once_for_everything(loaded, masked_scenes, reads, tmp_path):
     networks = run_networks(loaded, encoders=["target", "context"], checkpoint_sha256="a")
     once = sorted((part.path, i) for part in masked_scenes for i in range(len(part)))
-    rows = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=EVERYTHING, store=FeatureStore(tmp_path))
+    rows = evaluate(networks, *masked_scenes, IMAGES, protocols=EVERYTHING, store=FeatureStore(tmp_path))
     assert sorted(reads) == once
     assert {r.protocol for r in rows} == {s if isinstance(s, str) else s["name"] for s in EVERYTHING}
     networks = run_networks(loaded, encoders=["target", "context"], checkpoint_sha256="a")
-    again = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=EVERYTHING, store=FeatureStore(tmp_path))
+    again = evaluate(networks, *masked_scenes, IMAGES, protocols=EVERYTHING, store=FeatureStore(tmp_path))
     assert len(reads) == len(once)  # from the folder
     assert [r.accuracy for r in again] == [r.accuracy for r in rows]
 
@@ -95,7 +98,7 @@ def test_images_are_read_once_for_everything(loaded, masked_scenes, reads, tmp_p
 def test_protocols_that_are_about_one_label_or_masks(loaded, masked_scenes):
     networks = run_networks(loaded, baselines=["pixels"])
     specs = ["count", {"name": "dense", "epochs": 1}, "knn"]
-    rows = evaluate(networks, *masked_scenes, image_size=(16, 16), protocols=specs, labels=["shape"])
+    rows = evaluate(networks, *masked_scenes, IMAGES, protocols=specs, labels=["shape"])
     assert [(r.protocol, r.network, r.column) for r in rows] == [
         ("count", "target", "count"),
         ("count", "pixels", "count"),
@@ -113,7 +116,7 @@ def test_protocols_that_are_about_one_label_or_masks(loaded, masked_scenes):
 def test_fine_tuning_has_no_row_for_pixels(loaded, scenes):
     networks = run_networks(loaded)
     specs = [{"name": "finetune", "epochs": 1, "batch_size": 32}]
-    rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=specs, labels=["count"])
+    rows = evaluate(networks, *scenes, IMAGES, protocols=specs, labels=["count"])
     assert [(r.network, r.layers, r.pooling, r.width) for r in rows] == [
         ("target", None, None, 0),
         ("untrained", None, None, 0),
@@ -122,7 +125,7 @@ def test_fine_tuning_has_no_row_for_pixels(loaded, scenes):
 
 def test_one_protocol_with_several_options_has_a_row_of_each(scenes):
     specs = ["knn", {"name": "knn", "neighbours": [5, 9], "queries": 50}, LOGISTIC]
-    rows = evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=specs, labels=["count"])
+    rows = evaluate([PIXELS], *scenes, IMAGES, protocols=specs, labels=["count"])
     titles = ["knn neighbours=[10, 20, 100, 200] queries=10000", "knn neighbours=[5, 9] queries=50", "logistic"]
     assert [row.title for row in rows] == titles
     assert [line.split("|")[1].strip() for line in format_table(rows).splitlines()[2:5]] == titles
@@ -134,13 +137,13 @@ def test_fine_tuning_is_told_how_images_are_read(loaded, scenes, monkeypatch):
     networks = run_networks(loaded, baselines=[])
     read = {"image_size": (16, 16), "mean": (0.1,) * 3, "std": (0.2,) * 3, "batch_size": 7, "num_workers": 0}
     read |= {"decoder": "fast", "max_pixels": 12345, "precision": "bf16"}
-    assert evaluate(networks, *scenes, protocols=["finetune"], labels=["count"], **read) == []
+    assert evaluate(networks, *scenes, ImageOptions(**read), protocols=["finetune"], labels=["count"]) == []
     assert vars(found[0]) == read
 
 
 def test_last4_is_four_times_as_wide(loaded, scenes):
     networks = run_networks(loaded, baselines=["untrained"], untrained_seed=5)
-    rows = evaluate(networks, *scenes, image_size=(16, 16), protocols=["knn"], labels=["shape"], layers="last4")
+    rows = evaluate(networks, *scenes, IMAGES, protocols=["knn"], labels=["shape"], layers="last4")
     assert [(r.network, r.width, r.layers, r.seed) for r in rows] == [
         ("target", 64, "last4", None),
         ("untrained", 64, "last4", 5),
@@ -150,7 +153,7 @@ def test_last4_is_four_times_as_wide(loaded, scenes):
 def test_the_same_for_any_workers_and_batches(loaded, scenes):
     networks = run_networks(loaded)
     first, second = (
-        evaluate(networks, *scenes, image_size=(16, 16), protocols=["knn"], batch_size=size, num_workers=workers)
+        evaluate(networks, *scenes, replace(IMAGES, batch_size=size, num_workers=workers), protocols=["knn"])
         for size, workers in ((256, 0), (7, 1))
     )
     assert [r.accuracy for r in first] == pytest.approx([r.accuracy for r in second], abs=0.05)
@@ -222,7 +225,7 @@ def test_the_table():
 
 def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scenes, tmp_path):
     train, test = scenes
-    rows = evaluate([PIXELS], train, test, image_size=(16, 16), seed=4)
+    rows = evaluate([PIXELS], train, test, IMAGES, seed=4)
     content = results(rows, run=loaded, checkpoint=tiny_run[0], train=train, test=test, seed=4)
     file = write_results(content, tmp_path / "new" / "results.json")
     read = json.loads(file.read_text())
@@ -249,12 +252,12 @@ def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scen
 
 
 def test_progress_is_plain_lines_without_a_terminal(scenes, capsys):
-    evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=["knn"], labels=["count"], progress=True)
+    evaluate([PIXELS], *scenes, IMAGES, protocols=["knn"], labels=["count"], progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"features of 96 images in {scenes[0].path}: ")
     assert lines[-1].startswith("knn, count, pixels: ")
     assert len(lines) == 3
-    evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=["knn"], labels=["count"])
+    evaluate([PIXELS], *scenes, IMAGES, protocols=["knn"], labels=["count"])
     assert capsys.readouterr().err == ""
 
 
@@ -269,13 +272,12 @@ def test_progress_is_plain_lines_without_a_terminal(scenes, capsys):
         ({"networks": []}, "networks (=[]) must be at least one, with names of their own"),
         ({"networks": [PIXELS, PIXELS]}, "networks (=['pixels', 'pixels']) must be at least one, with names of their"),
         ({"seed": -1}, "seed (=-1) must be at least 0"),
-        ({"batch_size": 0}, "batch_size (=0) must be at least 1"),
     ],
 )
 def test_what_evaluate_refuses(scenes, options, message):
-    options = {"networks": [PIXELS], "image_size": (16, 16)} | options
+    options = {"networks": [PIXELS]} | options
     with pytest.raises(ValueError) as error:
-        evaluate(options.pop("networks"), *scenes, **options)
+        evaluate(options.pop("networks"), *scenes, IMAGES, **options)
     assert str(error.value).startswith(message)
 
 
@@ -289,7 +291,7 @@ def test_what_evaluate_refuses(scenes, options, message):
 )
 def test_what_a_protocol_cannot_answer_is_told_before_anything_is_read(loaded, scenes, reads, spec, message):
     with pytest.raises(ValueError) as error:
-        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=[LOGISTIC, spec], labels=["count"])
+        evaluate(run_networks(loaded), *scenes, IMAGES, protocols=[LOGISTIC, spec], labels=["count"])
     assert str(error.value).startswith(f"protocol {spec['name']!r}, label 'count', target: {message}")
     assert not reads
 
@@ -299,21 +301,21 @@ def test_a_class_too_rare_is_told_before_anything_is_read(loaded, scenes, reads,
     rare = np.where(np.arange(96) == 7, 7, np.arange(96) % 6)
     monkeypatch.setattr(scenes[0], "labels", lambda label: rare)
     with pytest.raises(ValueError, match=r"label 'count', target: the training set .*; class 7 has 1"):
-        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=[name], labels=["count"])
+        evaluate(run_networks(loaded), *scenes, IMAGES, protocols=[name], labels=["count"])
     assert not reads
 
 
 def test_what_a_protocol_refuses_names_its_question(loaded, scenes):
     specs = [{"name": "attentive", "num_heads": 5}]
     with pytest.raises(ValueError) as error:
-        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), protocols=specs, labels=["shape"])
+        evaluate(run_networks(loaded), *scenes, IMAGES, protocols=specs, labels=["shape"])
     expected = "protocol 'attentive', label 'shape', target: num_heads (=5) must divide the width (=16)"
     assert str(error.value) == expected
 
 
 def test_the_defaults_of_logistic_do_for_few_images(scenes):
     """1 % of 96 scenes is one image of each class."""
-    rows = evaluate([PIXELS], *scenes, image_size=(16, 16), protocols=["logistic"], labels=["count"])
+    rows = evaluate([PIXELS], *scenes, IMAGES, protocols=["logistic"], labels=["count"])
     assert [(row.title, row.validation is None) for row in rows] == [
         ("logistic 1%", True),
         ("logistic 10%", True),
@@ -334,7 +336,7 @@ def test_shards_whose_classes_differ(scenes, tmp_path):
     other = scene_shards(tmp_path / "other", 4, seed=0)
     other.classes["shape"] = ("cube", "sphere")
     with pytest.raises(ValueError) as error:
-        evaluate([PIXELS], scenes[0], other, image_size=(16, 16))
+        evaluate([PIXELS], scenes[0], other, IMAGES)
     assert str(error.value) == (
         f"label (='shape') must have the same classes in both: {scenes[0].path} has 8 (sphere, cube, cylinder, cone, "
         f"ring, ...), {other.path} has 2 (cube, sphere)"
@@ -349,10 +351,10 @@ def test_test_shards_may_lack_the_last_classes(scenes):
     train.classes = {"shape": tuple(map(str, range(8)))}
     test._labels = np.minimum(test._labels[:, -1:], most)
     train._labels = train._labels[:, -1:]
-    (row,) = evaluate([PIXELS], train, test, image_size=(16, 16), protocols=["knn"])
+    (row,) = evaluate([PIXELS], train, test, IMAGES, protocols=["knn"])
     assert 0 <= row.accuracy <= 1
     with pytest.raises(ValueError, match=r"label \(='shape'\) must have the same classes in both"):
-        evaluate([PIXELS], test, train, image_size=(16, 16), protocols=["knn"])
+        evaluate([PIXELS], test, train, IMAGES, protocols=["knn"])
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def test_what_run_networks_refuses(loaded, options, message):
 def test_labels_follow_their_images(scenes, tmp_path):
     """A network that knows the answer by the image alone gets everything right: order is kept from shard to probe."""
     train, _ = scenes
-    images = torch.cat([b.images for b in eval_batches(train, image_size=(16, 16))])
+    images = torch.cat([b.images for b in eval_batches(train, ImageOptions(image_size=(16, 16)))])
     code = {images[i].numpy().tobytes(): label for i, label in enumerate(train.labels("count"))}
     assert len(code) == len(train)
 
@@ -380,14 +382,14 @@ def test_labels_follow_their_images(scenes, tmp_path):
         # the images of nothing but zeros, by which shapes are found, are not among them
         return [torch.eye(8)[[code.get(image.numpy().tobytes(), 0) for image in batch]] for _ in wanted]
 
-    rows = evaluate([Network("oracle", oracle)], train, train, image_size=(16, 16), labels=["count"], batch_size=11)
+    rows = evaluate([Network("oracle", oracle)], train, train, replace(IMAGES, batch_size=11), labels=["count"])
     assert [r.accuracy for r in rows] == [1.0, 1.0]
     assert np.isclose(rows[0].standard_error, 0.0)
 
 
 def test_layers_that_the_encoder_has_not(loaded, scenes):
     with pytest.raises(ValueError) as error:
-        evaluate(run_networks(loaded), *scenes, image_size=(16, 16), layers="last5")
+        evaluate(run_networks(loaded), *scenes, IMAGES, layers="last5")
     assert str(error.value) == (
         "protocol 'logistic', target: layers (='last5') asks for 5 layers, but the encoder has 4; --layers last fits "
         "any encoder"
@@ -404,10 +406,10 @@ def test_a_protocol_of_its_own_layers_on_a_shallow_encoder(tiny_config, scenes):
     with pytest.raises(
         ValueError, match=r"asks for 4 .* has 2; --protocol '{name: linear, layers: \[last\]}' fits any"
     ):
-        evaluate(networks, *scenes, image_size=(16, 16), protocols=["linear"])
+        evaluate(networks, *scenes, IMAGES, protocols=["linear"])
 
 
-class Counted:
+class Counted(FeatureStore):
     """A store of features that nothing may ask."""
 
     def extract(self, *args, **kwargs):
@@ -425,19 +427,19 @@ def test_a_label_of_one_class_is_found_before_any_work(loaded, scenes, monkeypat
     with pytest.raises(
         ValueError, match=r"label \(='count'\) must have samples of at least 2 classes in .*those of 1; --"
     ):
-        evaluate(networks, train, test, image_size=(16, 16), protocols=[protocol], store=Counted())
+        evaluate(networks, train, test, IMAGES, protocols=[protocol], store=Counted())
     monkeypatch.undo()
     some = train.labels("count").copy()
     some[some == test.labels("count")[0]] = (test.labels("count")[0] + 1) % 8
     monkeypatch.setattr(train, "labels", lambda label: some)
     with pytest.raises(ValueError, match=r"label \(='count'\): .* has samples of '\d', and .* none"):
-        evaluate(networks, train, test, image_size=(16, 16), protocols=[protocol], labels=["count"], store=Counted())
+        evaluate(networks, train, test, IMAGES, protocols=[protocol], labels=["count"], store=Counted())
 
 
 def test_shards_without_masks(scenes, monkeypatch):
     monkeypatch.setattr(scenes[1], "has_masks", False)
     with pytest.raises(ValueError) as error:
-        evaluate([pixel_network(4)], *scenes, image_size=(16, 16), protocols=["dense"])
+        evaluate([pixel_network(4)], *scenes, IMAGES, protocols=["dense"])
     assert str(error.value) == f"protocol 'dense' needs masks, and the shards in {scenes[1].path} carry none"
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World
 from jepa_kit.evaluation.feature_cache import FeatureStore
@@ -16,6 +17,7 @@ from jepa_kit.evaluation.feature_sources import View, pixel_network, run_network
 from jepa_kit.evaluation.features import load_run
 
 SIZE = (16, 16)
+IMAGES = ImageOptions(image_size=SIZE)
 
 
 def wanted(run, sha="abc", **options):
@@ -30,9 +32,9 @@ def run(tiny_run):
 
 def test_what_is_kept_is_what_is_extracted(run, scenes, tmp_path):
     asked = [*wanted(run), (pixel_network(4), View(0, "mean"))]
-    fresh = FeatureStore().extract(asked, scenes[0], image_size=SIZE)
-    kept = FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
-    again = FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    fresh = FeatureStore().extract(asked, scenes[0], IMAGES)
+    kept = FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
+    again = FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     assert list(fresh) == list(kept)
     for key, array in fresh.items():
         assert array.dtype == (np.float32 if key[1].pooling == "mean" else np.float16)
@@ -56,9 +58,9 @@ def reads(monkeypatch):
 
 def test_what_a_feature_depends_on_makes_another_one(run, tiny_run, scenes, tmp_path, reads):
     train, val = scenes
-    FeatureStore(tmp_path).extract(wanted(run), train, image_size=SIZE)
+    FeatureStore(tmp_path).extract(wanted(run), train, IMAGES)
     assert len(reads) == 96
-    FeatureStore(tmp_path).extract(wanted(run), train, image_size=SIZE)
+    FeatureStore(tmp_path).extract(wanted(run), train, IMAGES)
     assert len(reads) == 96
     other_precision = load_run(tiny_run[0], ["train.precision=bf16"])
     changed = [
@@ -71,56 +73,56 @@ def test_what_a_feature_depends_on_makes_another_one(run, tiny_run, scenes, tmp_
     pytest.importorskip("simplejpeg")
     before = len(reads)
     for _ in range(2):
-        FeatureStore(tmp_path).extract(wanted(run), train, image_size=SIZE, decoder="fast")
+        FeatureStore(tmp_path).extract(wanted(run), train, ImageOptions(image_size=SIZE, decoder="fast"))
     assert len(reads) - before == 96
     for k, (asked, dataset, size) in enumerate(changed):
         before = len(reads)
-        FeatureStore(tmp_path).extract(asked, dataset, image_size=size)
+        FeatureStore(tmp_path).extract(asked, dataset, ImageOptions(image_size=size))
         assert len(reads) - before == len(dataset), k
 
 
 def test_images_of_too_many_pixels(run, scenes):
     with pytest.raises(ValueError, match=r"cannot be used: 16 x 20 pixels are more than max_pixels \(=300\) allows"):
-        FeatureStore().extract(wanted(run), scenes[0], image_size=SIZE, max_pixels=300)
+        FeatureStore().extract(wanted(run), scenes[0], ImageOptions(image_size=SIZE, max_pixels=300))
 
 
 def test_only_what_is_missing_is_extracted(run, scenes, tmp_path):
     first, second = wanted(run)
-    FeatureStore(tmp_path).extract([first], scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract([first], scenes[0], IMAGES)
     (file,) = tmp_path.glob("*.npy")
     before = file.stat().st_mtime_ns
-    FeatureStore(tmp_path).extract([first, second], scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract([first, second], scenes[0], IMAGES)
     assert file.stat().st_mtime_ns == before
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
 def test_what_was_broken_off_is_extracted_again(run, scenes, tmp_path, reads):
     asked = wanted(run)[:1]
-    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     (words,) = tmp_path.glob("*.json")
     words.unlink()
-    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     assert len(reads) == 2 * 96
 
 
 def test_what_was_damaged_is_named(run, scenes, tmp_path, reads):
     asked = wanted(run)[:1]
-    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     (file,) = tmp_path.glob("*.npy")
     for size in (1000, 0):
         os.truncate(file, size)
         with pytest.raises(ValueError) as error:
-            FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+            FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
         assert str(error.value).startswith(f"{file} is damaged (")
         assert str(error.value).endswith("): delete it, and its features are extracted again")
     file.unlink()
-    FeatureStore(tmp_path).extract(asked, scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     assert len(reads) == 2 * 96
 
 
 def test_a_network_without_an_identity_is_not_kept(run, scenes, tmp_path):
     networks = run_networks(run, baselines=[])
-    FeatureStore(tmp_path / "features").extract([(networks[0], View(4, "mean"))], scenes[0], image_size=SIZE)
+    FeatureStore(tmp_path / "features").extract([(networks[0], View(4, "mean"))], scenes[0], IMAGES)
     assert not list((tmp_path / "features").iterdir())
 
 
@@ -134,7 +136,7 @@ def extract_in_part(rank, run_folder, shards, folder, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     asked = wanted(load_run(run_folder))
-    found = FeatureStore(folder, World(rank, rank, 2)).extract(asked, ShardDataset(shards), image_size=SIZE)
+    found = FeatureStore(folder, World(rank, rank, 2)).extract(asked, ShardDataset(shards), IMAGES)
     assert all(len(array) == 96 for array in found.values())
     dist.destroy_process_group()
 
@@ -147,7 +149,7 @@ def test_two_processes_extract_what_one_does(run, tiny_run, scenes, tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     mp.spawn(extract_in_part, (str(tiny_run[0]), scenes[0].path, str(tmp_path), port), nprocs=2)
-    alone = FeatureStore().extract(wanted(run), scenes[0], image_size=SIZE)
-    together = FeatureStore(tmp_path).extract(wanted(run), scenes[0], image_size=SIZE)
+    alone = FeatureStore().extract(wanted(run), scenes[0], IMAGES)
+    together = FeatureStore(tmp_path).extract(wanted(run), scenes[0], IMAGES)
     for key, array in alone.items():
         np.testing.assert_allclose(array, together[key], atol=2e-3 if key[1].pooling == "none" else 1e-6)

@@ -9,7 +9,6 @@ from jepa_kit.encoders import ViT
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.features import (
     block_source,
-    encoder_source,
     extract_all,
     extract_features,
     layer_numbers,
@@ -163,7 +162,7 @@ def test_pixel_patches():
 )
 def test_options_out_of_range(encoder, options, message):
     with pytest.raises(ValueError) as error:
-        encoder_source(encoder, **options)
+        extract_features(encoder, IMAGES, **options)
     assert str(error.value) == message
 
 

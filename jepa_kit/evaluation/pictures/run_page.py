@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jepa_kit.build import build_masker
 from jepa_kit.config import versions
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.order import permutation
 from jepa_kit.data.shards.dataset import ShardDataset
@@ -143,10 +144,7 @@ def gather(
             f"{others} others"
         )
     order = permutation(generator(Stream.EVALUATION, seed=seed, lane=3), len(dataset))[: images + others]
-    data = run.config.data
-    batches = eval_batches(
-        dataset, image_size=data.image_size, samples=order, decoder=data.decoder, max_pixels=data.max_pixels
-    )
+    batches = eval_batches(dataset, ImageOptions.from_config(run.config.data), samples=order)
     held = torch.cat([batch.images for batch in batches])
     masks = several_masks(build_masker(run.config), np.arange(images), 1, seed=seed)
     run.jepa.to(device)

@@ -13,7 +13,7 @@ finetune        the encoder itself, trained on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jepa_kit.config.checking import check_part
 from jepa_kit.config.yaml_text import parse_yaml
@@ -24,7 +24,6 @@ from jepa_kit.evaluation.protocols import attentive, dense, finetune, knn, linea
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Features,
-    Images,
     LayerSet,
     Part,
     Probe,
@@ -37,8 +36,8 @@ from jepa_kit.registry import build_part
 
 __all__ = [
     "PROTOCOLS",
+    "Built",
     "Features",
-    "Images",
     "LayerSet",
     "Part",
     "Probe",
@@ -49,14 +48,23 @@ __all__ = [
     "knn_probe",
     "logistic_probe",
     "parse_specs",
+    "plain_options",
 ]
 
 Spec = str | Mapping[str, Any]
 """A protocol's name, or a mapping with ``name`` and its options."""
 
 
-def build_protocols(specs: Sequence[Spec]) -> list[tuple[str, dict[str, Any], Probe]]:
-    """(name, its options with the defaults written out, the protocol) of each.
+class Built(NamedTuple):
+    """A protocol with its registered name and all its options, including defaults."""
+
+    name: str
+    options: dict[str, Any]
+    probe: Probe
+
+
+def build_protocols(specs: Sequence[Spec]) -> list[Built]:
+    """Return the protocols that a user's specs describe.
 
     Raises:
         ConfigError: (a ValueError) unknown names and options, values of another type.
@@ -69,14 +77,19 @@ def build_protocols(specs: Sequence[Spec]) -> list[tuple[str, dict[str, Any], Pr
     parts = [check_part("protocol", one, PROTOCOLS, problems) for one in raw]
     if problems:
         raise ConfigError(problems)
-    built: list[tuple[str, dict[str, Any], Probe]] = []
+    built: list[Built] = []
     for part in parts:
         assert part is not None
         probe: Probe = build_part(f"protocol {part.name!r}", {"name": part.name, **part.options}, PROTOCOLS)
         if any((part.name, part.options) == (name, options) for name, options, _ in built):
             raise ValueError(f"protocols (={part.name}) must be different ones")
-        built.append((part.name, dict(part.options), probe))
+        built.append(Built(part.name, dict(part.options), probe))
     return built
+
+
+def plain_options(built: Sequence[Built]) -> list[dict[str, Any]]:
+    """Return each protocol's name and options, including defaults, for JSON."""
+    return [{"name": one.name} | one.options for one in built]
 
 
 def parse_specs(texts: Sequence[str]) -> list[Spec]:

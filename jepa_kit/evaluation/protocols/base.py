@@ -5,7 +5,7 @@ N  training samples    M  test samples    n  patches of an image    D  width of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,13 +16,10 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedShuffleSplit
 from torch import nn
 
-from jepa_kit.data.images import MAX_PIXELS
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms.decoders import DecoderName
-from jepa_kit.evaluation.features import check_precision
 from jepa_kit.registry import PartRegistry
 from jepa_kit.rng import IntArray, Stream, generator
-from jepa_kit.structures import Precision
 
 Array = NDArray[np.floating[Any]]
 Pooling = Literal["mean", "none"]
@@ -86,34 +83,6 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Images:
-    """What a protocol that reads images or masks itself needs to know of them.
-
-    Args:
-        image_size, mean, std, num_workers, decoder, max_pixels: ``DataConfig``'s values.
-        batch_size: images at a time where nothing is trained.
-        precision: of the matrix products, ``train.precision``.
-
-    Raises:
-        ValueError: another precision, or no image at a time.
-    """
-
-    image_size: tuple[int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
-    batch_size: int = 256
-    num_workers: int = 0
-    decoder: DecoderName = "pillow"
-    max_pixels: int = MAX_PIXELS
-    precision: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        check_precision(self.precision)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size (={self.batch_size}) must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """One question to a protocol: one network, one label.
 
@@ -132,7 +101,7 @@ class Task:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     encoder: nn.Module | None = None
-    images: Images | None = None
+    images: ImageOptions | None = None
 
     def labels(self) -> tuple[IntArray, IntArray]:
         """[N] and [M] classes."""

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Features,
-    Images,
     LayerSet,
     Probe,
     ProbeResult,
@@ -112,7 +112,7 @@ class Dense(Probe):
         counts = confusion(head, self.features, test, masks[1], classes)
         return self._results(counts, best, tried, (len(train), len(test)))
 
-    def _masks(self, dataset: ShardDataset, images: Images) -> Masks:
+    def _masks(self, dataset: ShardDataset, images: ImageOptions) -> Masks:
         cropped = (crop_mask(dataset.mask(i, images.max_pixels), images.image_size) for i in range(len(dataset)))
         masks = np.stack(list(cropped))
         if self.most is not None:

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
 from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
-    Images,
     LayerSet,
     Probe,
     ProbeResult,
@@ -288,7 +288,7 @@ class _Views(Dataset):
 
 
 def _read(
-    dataset: ShardDataset, view: View, parts: Sequence[IntArray], images: Images, task: Task, epoch: int
+    dataset: ShardDataset, view: View, parts: Sequence[IntArray], images: ImageOptions, task: Task, epoch: int
 ) -> Iterator[tuple[Tensor, IntArray]]:
     """Normalised images on the device, part by part, and the numbers of their samples."""
     loader = DataLoader(

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepa_kit.evaluation.evaluate import Row, describe, markdown, told_apart
+from jepa_kit.evaluation.tables.results import Row
 from jepa_kit.evaluation.tables.runs import Answer, Data, Run
+from jepa_kit.evaluation.tables.table import differing_options, features_title, markdown
 
 BASELINES = ("untrained", "pixels")
 
@@ -79,7 +80,7 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
     found: dict[Key, list[Row]] = {}
     for group, members in zip(_first_unique(_group_names(groups)), groups, strict=True):
         for data, _, row, title in ((*a, titles[_question(a)]) for run in members for a in run.rows):
-            key = Key(group, data_names[data], title, describe(row.network, row.layers), row.column)
+            key = Key(group, data_names[data], title, features_title(row.network, row.layers), row.column)
             found.setdefault(key, []).append(row)
     return {key: _cell(rows) for key, rows in found.items()}
 
@@ -150,7 +151,7 @@ def _titles(answers: Sequence[Answer]) -> dict[tuple[str, str], str]:
     for title, ways in asked.items():
         known = [answer.asked for answer in ways.values() if answer.row.options]
         for text, answer in ways.items():
-            added = told_apart(answer.asked, known if answer.row.options else [a.asked for a in ways.values()])
+            added = differing_options(answer.asked, known if answer.row.options else [a.asked for a in ways.values()])
             unknown = "" if answer.row.options or not known else "options unknown"
             found[title, text] = " ".join(filter(None, (title, added, unknown)))
     return found

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.transforms import eval_view
-from jepa_kit.evaluation.protocols.base import Features, Images, LayerSet, Part, Task
+from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
 from jepa_kit.evaluation.protocols.dense import Dense, confusion, crop_mask, patch_grid, patch_shares
 from jepa_kit.evaluation.protocols.heads import HeadGrid, Setting
 
@@ -43,7 +44,7 @@ def squares(samples, seed, classes=4):
 
 def task(train, test, **options):
     parts = [Part({KEY: features}, None, dataset) for dataset, features in (train, test)]
-    images = Images(image_size=(16, 24), mean=(0, 0, 0), std=(1, 1, 1), max_pixels=12345)
+    images = ImageOptions(image_size=(16, 24), mean=(0, 0, 0), std=(1, 1, 1), max_pixels=12345)
     return Task(train=parts[0], test=parts[1], images=images, **options)
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import scene_shards
 
+from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.encoders import ViT
-from jepa_kit.evaluation.protocols.base import PROTOCOLS, Images, Part, Task
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, Part, Task
 from jepa_kit.evaluation.protocols.finetune import Classifier, Finetune, layer_groups
 
 
@@ -24,7 +25,7 @@ def shards(tmp_path_factory):
 
 def task(encoder, shards, train_labels, test_labels, reading=None, **options):
     parts = [Part({}, labels, dataset) for dataset, labels in zip(shards, (train_labels, test_labels), strict=True)]
-    images = Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=16, **(reading or {}))
+    images = ImageOptions(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=16, **(reading or {}))
     return Task(train=parts[0], test=parts[1], encoder=encoder, images=images, **options)
 
 
@@ -100,7 +101,7 @@ def test_matrix_products_have_the_precision_that_is_asked_for(encoder, shards, p
 
 def test_another_precision(encoder, shards):
     with pytest.raises(ValueError) as error:
-        Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, precision="fp16")
+        ImageOptions(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, precision="fp16")
     assert str(error.value) == "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"
 
 
@@ -130,7 +131,7 @@ def test_training_that_diverges(encoder, shards):
 @pytest.mark.parametrize("batch_size", [0, -5])
 def test_images_at_a_time(batch_size):
     with pytest.raises(ValueError) as error:
-        Images(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=batch_size)
+        ImageOptions(image_size=(16, 16), mean=(0.4,) * 3, std=(0.2,) * 3, batch_size=batch_size)
     assert str(error.value) == f"batch_size (={batch_size}) must be at least 1"
 
 
