@@ -1,4 +1,4 @@
-"""A training step with each option of the engine, against plain eager PyTorch doing the same maths (plain_jepa.py).
+"""A training step with each option of the engine, against plain eager PyTorch doing the same maths (plain_step.py).
 
     python benchmarks/bench_engine.py                     # CPU, one thread: ViT-S/16 and B/16 at 224
     python benchmarks/bench_engine.py --device cuda       # ViT-B/16, L/16, H/14 in bf16, and where the time goes
@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch
 from kernel_kinds import profiled
-from plain_jepa import PaddedMasks
+from plain_step import tables
 from steps import (
     Setting,
     autocast,
@@ -139,7 +139,7 @@ class Plain:
     def __call__(self, masks: MaskBatch) -> Result:
         set_hyper(self.optimizer, STILL)
         with autocast(self.s):
-            loss = self.forward(self.images, PaddedMasks(masks))
+            loss = self.forward(self.images, *tables(masks))
         loss.backward()
         norm = clip_gradients(self.model)  # ours tells it at every step
         self.optimizer.step()

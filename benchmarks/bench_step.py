@@ -1,7 +1,7 @@
 """One training step of jepa_kit against other code for the same equations.
 
-    plain       plain_jepa.py: dense tokens, padding and masks; our fused AdamW and average
-    release     plain_jepa.py as the released code does it: attention with its scores in memory, AdamW neither fused
+    plain       projects/ijepa/plain.py: dense tokens, padding and masks; our fused AdamW and average
+    release     the same as the released code does it: attention with its scores in memory, AdamW neither fused
                 nor foreach, the average parameter by parameter
     reference   --reference PATH: a checkout of the released code itself (uniform masks only)
     base        --base PATH: another checkout of jepa_kit

@@ -70,8 +70,7 @@ class Reference(nn.Module):
         _load(self.predictor, state)
         self.target_encoder.requires_grad_(False)
 
-    def forward(self, images: Tensor, masks: Masks) -> Tensor:
-        context, targets = masks
+    def forward(self, images: Tensor, context: list[Tensor], targets: list[Tensor]) -> Tensor:
         with torch.no_grad():
             h = self.target_encoder(images)
             s_y = self.apply_masks(F.layer_norm(h, (h.shape[-1],)), targets)

@@ -22,7 +22,7 @@ ROOT, KIND = sys.argv[1:3]
 sys.path[:0] = [ROOT, str(Path(__file__).parent)]
 
 import torch
-from plain_jepa import PaddedMasks, move
+from plain_step import average, tables
 from steps import HYPER, Setting, autocast, make_images, make_masks, make_ours, make_plain, process_memory, timed
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def make_step(s: Setting, state: Path) -> tuple[Callable[[MaskBatch], Any], Call
         from step_reference import Reference, uniform_masks
 
         return uniform_masks, plain_step(s, Reference(sys.argv[4], s, ours), images)
-    return PaddedMasks, plain_step(s, make_plain(s, ours, explicit=KIND == "release"), images)
+    return tables, plain_step(s, make_plain(s, ours, explicit=KIND == "release"), images)
 
 
 def our_step(s: Setting, jepa: JEPA, images: Tensor) -> Callable[[Any], Tensor]:
@@ -60,12 +60,12 @@ def plain_step(s: Setting, model: Any, images: Tensor) -> Callable[[Any], Tensor
     plain = KIND == "plain"
     groups = parameter_groups(model)
     optimizer = build_optimizer(model) if plain else torch.optim.AdamW(groups, lr=0.0, foreach=False, fused=False)
-    update = EMA().update if plain else move
+    update = EMA().update if plain else average
 
     def step(masks: Any) -> Tensor:
         set_hyper(optimizer, HYPER)
         with autocast(s):
-            loss = model(images, masks)
+            loss = model(images, *masks)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

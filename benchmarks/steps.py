@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from plain_jepa import Encoder, PlainJEPA, Predictor
+from plain_step import IJEPA, Encoder, Predictor, set_attention
 from torch import Tensor
 
 from jepa_kit.encoders import SIZES, ViT
@@ -76,17 +76,15 @@ def make_ours(s: Setting) -> JEPA:
         return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=EMA())
 
 
-def make_plain(s: Setting, ours: JEPA, *, explicit: bool = False) -> PlainJEPA:
+def make_plain(s: Setting, ours: JEPA, *, explicit: bool = False) -> IJEPA:
     """Our weights in plain code; ``explicit`` computes attention's scores, as the released code does."""
     shape, grid = SIZES[s.size], ours.encoder.grid
     with torch.device(s.device):
-        encoders = [
-            Encoder(grid, s.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.mlp_ratio, explicit)
-            for _ in range(2)
-        ]
-        predictor = Predictor(grid, shape.embed_dim, WIDTH, predictor_depth(s.size), shape.num_heads, explicit)
-    plain = PlainJEPA(*encoders, predictor).to(s.device)
-    plain.load_state_dict(ours.state_dict())
+        encoder = Encoder(grid, s.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.mlp_ratio)
+        predictor = Predictor(grid, shape.embed_dim, WIDTH, predictor_depth(s.size), shape.num_heads)
+        plain = IJEPA(encoder, predictor)
+        set_attention(plain, explicit=explicit, padded=s.masks == "ragged")
+    plain.load_state_dict({**plain.state_dict(), **ours.state_dict()})  # position tables are in no state dict of ours
     return plain
 
 

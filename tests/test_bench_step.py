@@ -14,7 +14,7 @@ STAND_IN = {
     "src/masks/__init__.py": "",
     "src/masks/utils.py": """
 import torch
-from plain_jepa import take
+from plain import take
 
 def apply_masks(x, masks):
     return torch.cat([take(x, m) for m in masks])
@@ -22,7 +22,7 @@ def apply_masks(x, masks):
     "src/models/vision_transformer.py": """
 import torch
 from torch import nn
-from plain_jepa import Encoder, Layer
+from plain import Block, Encoder
 from jepa_kit.encoders.pos_embed import sincos_2d
 from src.masks.utils import apply_masks
 
@@ -32,7 +32,7 @@ class ReleasedEncoder(Encoder):
 
 def vit_tiny(patch_size, img_size):
     side = img_size[0] // patch_size
-    return ReleasedEncoder((side, side), patch_size, 192, 12, 3, 4.0)
+    return ReleasedEncoder((side, side), patch_size, 192, 12, 3)
 
 class Predictor(nn.Module):
     def __init__(self, num_patches, dim, width, depth, heads):
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         self.predictor_embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.predictor_pos_embed = nn.Parameter(sincos_2d(width, (side, side))[None], requires_grad=False)
-        self.predictor_blocks = nn.ModuleList(Layer(width, heads, 4.0) for _ in range(depth))
+        self.predictor_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, dim)
 
@@ -82,20 +82,20 @@ def ours_and_masks(steps, masks):
 @pytest.mark.parametrize("masks", ["uniform", "ragged"])
 @pytest.mark.parametrize("explicit", [True, False])
 def test_plain_code_and_its_release_mode(steps, masks, explicit):
-    from plain_jepa import PaddedMasks
+    from plain_step import tables
 
     s, ours, drawn, loss = ours_and_masks(steps, masks)
     with torch.no_grad():
-        plain = steps.make_plain(s, ours, explicit=explicit)(steps.make_images(s), PaddedMasks(drawn))
+        plain = steps.make_plain(s, ours, explicit=explicit)(steps.make_images(s), *tables(drawn))
     torch.testing.assert_close(plain, loss, rtol=1e-5, atol=0)
 
 
 def test_the_average_parameter_by_parameter(steps):
-    from plain_jepa import move
+    from plain_step import average
 
     old, new = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = [0.9 * a.double() + 0.1 * b.double() for a, b in zip(old.parameters(), new.parameters(), strict=True)]
-    move(old, new, 0.9)
+    average(old, new, 0.9)
     for a, b in zip(old.parameters(), expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-7)
 
@@ -111,7 +111,7 @@ def test_a_checkout_of_the_released_code(steps, tmp_path, monkeypatch):
     s, ours, drawn, loss = ours_and_masks(steps, "uniform")
     reference = Reference(str(tmp_path), s, ours)
     with torch.no_grad():
-        torch.testing.assert_close(reference(steps.make_images(s), uniform_masks(drawn)), loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(reference(steps.make_images(s), *uniform_masks(drawn)), loss, rtol=1e-5, atol=0)
     assert not any(p.requires_grad for p in reference.target_encoder.parameters())
 
 
