@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.compat import foreach_lerp_, persistent_names
 from jepa_kit.registry import TARGET_UPDATES
 
 
@@ -17,12 +18,7 @@ def _local(module: nn.Module) -> list[Tensor]:
 
 def _persistent(module: nn.Module) -> list[Tensor]:
     """Return the buffers of the state dict, in order; others are constants of the constructor."""
-    return [
-        value
-        for part in module.modules()
-        for name, value in part._buffers.items()
-        if value is not None and name not in part._non_persistent_buffers_set
-    ]
+    return [part.get_buffer(name) for part in module.modules() for name in persistent_names(part)]
 
 
 @TARGET_UPDATES.register("ema")
@@ -62,7 +58,7 @@ class EMA:
         assert target_encoder is not None
         # theta_target + (1 - m) (theta - theta_target) keeps equal weights equal. The sum of two products, with m and
         # 1 - m rounded to float32, makes them drift: by up to 2e-4 of a weight in 5,000 updates at m = 0.9999.
-        torch._foreach_lerp_(_local(target_encoder), _local(encoder), 1.0 - momentum)
+        foreach_lerp_(_local(target_encoder), _local(encoder), 1.0 - momentum)
         for own, value in zip(_persistent(target_encoder), _persistent(encoder), strict=True):
             own.copy_(value)
 

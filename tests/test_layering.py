@@ -22,6 +22,7 @@ MAX_CHAIN = 21
 LAYERS: list[set[str]] = [
     {
         "arguments",
+        "compat",
         "errors",
         "files",
         "lock",

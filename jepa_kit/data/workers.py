@@ -12,8 +12,9 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
+
+from jepa_kit.compat import worker_error
 
 FILES = 40
 """Open files per worker, in it and in the main process: batches in flight and pipes."""
@@ -130,7 +131,7 @@ def _start(worker: int) -> None:
 def _send_reason(queue: Any, error: BaseException, sent: Any) -> None:
     """Send the error instead of the batch; called by the worker's sending thread."""
     where = "in a loader worker, while sending a batch"
-    queue.put((sent[0], ExceptionWrapper((type(error), error, error.__traceback__), where)))
+    queue.put((sent[0], worker_error(error, where)))
 
 
 def _kill_workers() -> None:

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jepa_kit.compat import buffers_of, persistent_names
+
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield (module, name in it, full name) of each buffer of the state dict, once."""
     for prefix, module in model.named_modules():
-        for name, value in module._buffers.items():
-            if value is not None and name not in module._non_persistent_buffers_set:
-                yield module, name, f"{prefix}.{name}" if prefix else name
+        for name in persistent_names(module):
+            yield module, name, f"{prefix}.{name}" if prefix else name
 
 
 class Buffers:
@@ -30,8 +31,10 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        places = list(persistent_buffers(model))
-        self.before = [(*place, place[0]._buffers[place[1]].detach().clone()) for place in places]  # type: ignore[union-attr]
+        self.before = [
+            (module, name, full_name, module.get_buffer(name).detach().clone())
+            for module, name, full_name in persistent_buffers(model)
+        ]
 
     @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
@@ -41,7 +44,7 @@ class Buffers:
             ValueError: the forward pass gave a buffer another shape.
         """
         for module, name, full_name, before in self.before:
-            now = module._buffers[name]
+            now = buffers_of(module)[name]
             if now is None or now.shape != before.shape:
                 shape = None if now is None else tuple(now.shape)
                 raise ValueError(
@@ -59,11 +62,11 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, _full_name, before in buffers.before:
-            now = module._buffers[name]
+            now = buffers_of(module)[name]
             if now is not None and now.shape == before.shape:
                 now.detach().copy_(before)
             else:
-                module._buffers[name] = before
+                buffers_of(module)[name] = before
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -74,9 +77,7 @@ def broadcast_buffers(model: nn.Module) -> None:
 
     def send(*_: object) -> None:
         for module, name, _full_name in persistent_buffers(model) if model.training else ():
-            value = module._buffers[name]
-            assert value is not None
-            dist.broadcast(value.detach(), 0)
+            dist.broadcast(module.get_buffer(name).detach(), 0)
 
     if any(persistent_buffers(model)):
         model.register_forward_pre_hook(send)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jepa_kit.compat import has_forward_hooks
 from jepa_kit.encoders.attention import Backend, attend
 from jepa_kit.encoders.casts import cast_weights
 from jepa_kit.encoders.compiled import run_compiled
@@ -207,7 +208,7 @@ def run_blocks(
     every: list[Any] = list(blocks)
     routes = [None] * len(every) if routes is None else routes
     # Hooks of a block (FSDP2 gathers its weights in one) and checkpoints need a call of each block.
-    apart = any(b._forward_hooks or b._forward_pre_hooks or (b.checkpointed and torch.is_grad_enabled()) for b in every)
+    apart = any(has_forward_hooks(b) or (b.checkpointed and torch.is_grad_enabled()) for b in every)
     if all(b.compiled for b in every) and not apart:
         yield from run_compiled(every, x, lengths, routes)
         return

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from jepa_kit.compat import foreach_copy_, set_parameters
+
 Affine = tuple[Tensor, Tensor | None]
 
 
@@ -31,7 +33,7 @@ class _Cast(torch.autograd.Function):
 def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     copies = [torch.empty_like(x, dtype=dtype) for x in tensors]
     if copies:
-        torch._foreach_copy_(copies, list(tensors))
+        foreach_copy_(copies, list(tensors))
     return tuple(copies)
 
 
@@ -73,5 +75,4 @@ def cast_weights(linears: Sequence[nn.Linear], device_type: str) -> Iterator[Non
 
 def _set_weights(linears: Sequence[nn.Linear], weights: Sequence[Affine]) -> None:
     for linear, (weight, bias) in zip(linears, weights, strict=True):
-        parameters: dict[str, Any] = linear._parameters
-        parameters.update(weight=weight, bias=bias)
+        set_parameters(linear, weight=weight, bias=bias)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_kit.compat import allow_recompiles, mark_dynamic
 from jepa_kit.encoders.casts import cast_together
 from jepa_kit.set_lengths import SetLengths
 
@@ -88,8 +89,7 @@ class Regions:
             return x, first(x, before)
 
         # With fullgraph torch raises FailOnRecompileLimitHit at the limit; by default it warns and runs uncompiled.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MOST_PROGRAMS)
+        allow_recompiles(MOST_PROGRAMS)
 
         def compile(function: Callable[..., Any]) -> Callable[..., Any]:
             # Only rows vary: without dynamic=False the second width would make a program for any width.
@@ -117,7 +117,7 @@ def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: 
     """
     regions = _regions(blocks[0].norm1.eps, COMPILER)
     before, behind = _weights(blocks[0], x)
-    qkv = regions.first(_varies(x), before)
+    qkv = regions.first(mark_dynamic(x), before)
     for block, route, following in zip(blocks, routes, (*blocks[1:], None), strict=True):
         stream = _stream(block, x, qkv, lengths, route)
         of_block = behind
@@ -134,8 +134,8 @@ def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any)
     x, after = (x, lengths) if route is None else (route.rows(x), route.lengths)  # [R_k, D]
     y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x))  # [R_k, D]
     drops = block.training and block.drop_path.rate > 0
-    kept, kept_mlp = (_varies(block.drop_path(x.new_ones(len(x), 1), after)) if drops else None for _ in range(2))
-    return Stream(_varies(x), _varies(y), kept, kept_mlp)
+    kept, kept_mlp = (mark_dynamic(block.drop_path(x.new_ones(len(x), 1), after)) if drops else None for _ in range(2))
+    return Stream(mark_dynamic(x), mark_dynamic(y), kept, kept_mlp)
 
 
 def _weights(block: Any, x: Tensor) -> tuple[Before, Behind]:
@@ -143,11 +143,3 @@ def _weights(block: Any, x: Tensor) -> tuple[Before, Behind]:
     qkv, proj, fc1, fc2 = cast_together(linears, x.device.type)
     norm1, norm2 = ((norm.weight, norm.bias) for norm in (block.norm1, block.norm2))
     return Before(norm1, qkv), Behind(proj, norm2, fc1, fc2)
-
-
-def _varies(x: Tensor) -> Tensor:
-    """Mark the number of rows as one that varies."""
-    if x._is_view():  # the compiler would look at the view's base, whose shape and strides hang on the lengths
-        x = torch.ops.aten._unsafe_view(x.contiguous(), x.shape)
-    torch._dynamo.maybe_mark_dynamic(x, 0)
-    return x

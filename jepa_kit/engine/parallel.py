@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jepa_kit.compat import initialize_fsdp
 from jepa_kit.distributed.buffers import broadcast_buffers
 from jepa_kit.distributed.collectives import joined, wrap
 from jepa_kit.encoders.blocks import Block
@@ -90,9 +91,7 @@ def shard(jepa: JEPA, device: torch.device) -> None:
             if hasattr(network, method):
                 register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
-    # FSDP2 makes the first module that runs forward the root of all, and has no public way to choose. If the first
-    # batch after a resume or a roll back is skipped, that would be a network that an evaluation calls by itself.
-    cast(Any, jepa)._get_fsdp_state()._lazy_init()
+    initialize_fsdp(jepa)
     broadcast_buffers(jepa)
 
 

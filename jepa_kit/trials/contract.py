@@ -258,7 +258,7 @@ def check_target_update(trial: Trial, jepa: JEPA) -> None:
 
 def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> None:
     """A buffer that training changes is in the state dict, or a resumed run would not have it."""
-    kept = {id(owner._buffers[name]) for owner, name, _ in persistent_buffers(module)}
+    kept = {id(owner.get_buffer(name)) for owner, name, _ in persistent_buffers(module)}
     tables = {name: value.clone() for name, value in module.named_buffers() if id(value) not in kept}
     with seeded(0), unchanged_buffers(module):
         trial.call(do)

@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 from iopath.common.file_io import HTTPURLHandler, PathManager
 
+from jepa_kit.compat import prefixes_of
 from jepa_kit.data.shards.tars import COMPRESSED, compressed_shard
 from jepa_kit.errors import StreamError
 
@@ -133,7 +134,7 @@ def _check_address(address: str) -> None:
             fault = "it contains a space or a control character; write a space as %20"
         if fault:
             raise ValueError(f"shards (={address!r}) must be a URL such as http://host/path/train-000000.tar: {fault}")
-    elif not address.startswith(tuple(path_manager._path_handlers)):  # path_manager would treat it as a local path
+    elif not address.startswith(prefixes_of(path_manager)):  # path_manager would treat it as a local path
         scheme = address.partition("://")[0]
         raise ValueError(
             f"shards (={address!r}) cannot be opened: no handler is registered for {scheme}://. Register one in a file "

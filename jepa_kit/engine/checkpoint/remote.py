@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import TracebackType
 
+from jepa_kit.compat import prefixes_of
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
 from jepa_kit.errors import RemoteError, UnableError
 
@@ -29,8 +30,8 @@ def is_address(text: object) -> bool:
 
 def check_address(option: str, address: str) -> None:
     """Raises ValueError where no handler is registered for an address that an option gives."""
-    prefixes = list(path_manager._path_handlers)  # what has no handler, the manager itself takes for a folder here
-    if not address.startswith(tuple(prefixes)):
+    prefixes = prefixes_of(path_manager)  # what has no handler, the manager itself takes for a folder here
+    if not address.startswith(prefixes):
         raise ValueError(
             f"{option} (={address!r}) must be a folder, or begin with a prefix that iopath has a handler for "
             f"({', '.join(prefixes)}); a file under `imports:` registers one: "
