@@ -14,7 +14,7 @@ from jepa_kit.structures import Grid, MaskBatch
 
 @MASKERS.register("block")
 class Block:
-    """One target block an image, of its own size and place; every other patch is context.
+    """Take one block per image, of random size and place, as target; all other patches are context.
 
     Result of the paper (table 6; ImageNet 1 %, frozen linear, ViT-B/16, 300 epochs): 20.2 with a scale of 0.6,
     against 54.2 for multi-block. The paper does not give the block's aspect ratio; the default is multi-block's.
@@ -22,11 +22,11 @@ class Block:
     Args:
         grid: (H, W), each at least 4.
         target_scale: area of the target block over the grid's, 0 to 1.
-        target_aspect_ratio: height over width of the target block. A block that would not fit keeps its area.
-        min_keep: least patches in the context.
+        target_aspect_ratio: height over width of the target block. A block that does not fit keeps its area.
+        min_keep: minimum number of context patches.
 
     Raises:
-        ValueError: an option out of its range, or a block that can leave fewer than ``min_keep`` patches.
+        ValueError: an option is out of its range, or a block can leave fewer than ``min_keep`` patches.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Block:
         if rest < min_keep:
             raise ValueError(
                 f"min_keep (={min_keep}) must be at most {rest}: on a grid of {self.grid[0]} x {self.grid[1]}, "
-                f"target_scale (={scale}) can draw a block of {h} x {w} patches; or make target_scale smaller"
+                f"target_scale (={scale}) can draw a block of {h} x {w} patches; or reduce target_scale"
             )
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         rows, columns = self.grid
         u = uniforms(Stream.MASK, samples, 4, seed=seed, epoch=epoch).T[:, None]  # [4, 1, B]
         height, width = self.target_shape.size(u[0], u[1])

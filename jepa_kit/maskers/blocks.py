@@ -1,4 +1,4 @@
-"""Rectangular blocks of patches: their sizes, their places, and the patches they cover.
+"""Rectangular blocks of patches: sizes, places, and the patches they cover.
 
 Legend of shapes:
 
@@ -11,12 +11,12 @@ over width):
     area   = H * W * scale
     height = round(sqrt(area * ratio)), width = round(sqrt(area / ratio))
 
-What happens at the end of the grid is decided by ``edges``:
+``edges`` decides what happens at the borders of the grid:
 
-    inclusive  a side that is too long becomes the grid's and the other side grows, so that the area stays; every
-               place inside the grid can be drawn
-    released   the area is first rounded down to whole patches; height is kept below H and width below W; the corner
-               is drawn below H - height, W - width, never at it. So no block ever touches the last row or the last
+    inclusive  a side that is too long is cut to the grid's and the other side grows, which keeps the area; every
+               place inside the grid is possible
+    released   the area is first rounded down to whole patches; height stays below H and width below W; the corner is
+               drawn below H - height and W - width, exclusively. So no block ever touches the last row or the last
                column (facebookresearch/ijepa, commit 52c1ae9)
 """
 
@@ -40,18 +40,18 @@ Size = tuple[int, int]
 """(height, width) in patches."""
 
 _SEGMENTS = 512
-"""Pieces of the unit interval that bounds on sizes look at."""
+"""Segments of the unit interval over which sizes are bounded."""
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What sizes a block may have: a pure function from uniform numbers to (height, width).
+    """The sizes of a block, a pure function from uniform numbers to (height, width).
 
     Args:
         grid: (H, W).
         scale: range of the block's area over the grid's.
         aspect_ratio: range of height over width.
-        edges: see the module's text.
+        edges: see the module.
     """
 
     grid: Grid
@@ -60,9 +60,9 @@ class BlockShape:
     edges: Edges
 
     def size(self, u_scale: FloatArray, u_aspect: FloatArray) -> tuple[IntArray, IntArray]:
-        """Height and width of blocks; of one shape as the arguments, numbers in [0, 1].
+        """Return height and width of blocks, of the same shape as the arguments, which are in [0, 1].
 
-        ``size(u, u)`` is the release's coupling: one number for both draws, so that bigger is always taller.
+        ``size(u, u)`` is the release's coupling: one number for both draws, so that larger blocks are always taller.
         """
         area = self._area(u_scale)
         low, high = self.aspect_ratio
@@ -78,7 +78,7 @@ class BlockShape:
         rows, columns = self.grid
         height, width = np.sqrt(area * ratio), np.sqrt(area / ratio)
         if self.edges == "inclusive":
-            # max: where the other side does not fit, this one takes what is left of the area.
+            # If one side does not fit, the other one grows to keep the area.
             height, width = np.maximum(height, area / columns), np.maximum(width, area / rows)
         margin = 1 if self.edges == "released" else 0
         height = np.clip(np.rint(height), 1, rows - margin)
@@ -86,9 +86,9 @@ class BlockShape:
         return height.astype(np.int64), width.astype(np.int64)
 
     def bounds(self, *, largest: bool, coupled: bool) -> list[Size]:
-        """Sizes (height, width) such that every block fits into one of them (or, smallest, holds one of them).
+        """Return sizes (height, width) such that every block fits into one of them (or contains one, if smallest).
 
-        Height grows with area and ratio, width grows with area and shrinks with ratio. So over a short piece of
+        Height grows with area and ratio; width grows with area and shrinks with ratio. So over a short segment of
         ratios both are bounded by their values at its ends, and only the largest (smallest) area matters, unless the
         ratio is coupled to it.
         """
@@ -104,7 +104,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a batch of images: [K, B] int64 each, in patches; all inside the grid."""
+    """Blocks of a batch of images, inside the grid: [K, B] int64 each, in patches."""
 
     top: IntArray
     left: IntArray
@@ -113,9 +113,9 @@ class Blocks:
     grid: Grid
 
     def cells(self) -> BoolArray:
-        """[K, B, N]: the patches that each block covers."""
+        """Return the patches of each block, [K, B, N]."""
         below, right = _half_planes(self.grid)
-        # A block is where two half planes differ, twice; taking whole rows of a table is what makes this fast.
+        # A range is the XOR of two half planes; taking whole rows of a table makes this fast.
         rows = below.take(self.top, axis=0)
         rows ^= below.take(self.top + self.height, axis=0)
         columns = right.take(self.left, axis=0)
@@ -126,13 +126,13 @@ class Blocks:
 
 @lru_cache(maxsize=16)
 def _half_planes(grid: Grid) -> tuple[BoolArray, BoolArray]:
-    """[H + 1, N] and [W + 1, N]: patches from row (column) k on, k = 0 to H (W)."""
+    """Return [H + 1, N] and [W + 1, N]: patches from row (column) k on, for k = 0 to H (W)."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])  # [N] each
     return row >= np.arange(grid[0] + 1)[:, None], column >= np.arange(grid[1] + 1)[:, None]
 
 
 def corners(u: FloatArray, size: IntArray, side: int | IntArray, edges: Edges) -> IntArray:
-    """First row (or column) of blocks, uniform over the places that ``edges`` allows.
+    """Return the first row (or column) of blocks, uniform over the places that ``edges`` allows.
 
     Args:
         u: in [0, 1).
@@ -144,22 +144,22 @@ def corners(u: FloatArray, size: IntArray, side: int | IntArray, edges: Edges) -
 
 
 def reach(grid: Grid, edges: Edges) -> Grid:
-    """Rows and columns that a block can touch at all."""
+    """Return the number of rows and columns that blocks can reach."""
     margin = 1 if edges == "released" else 0
     return grid[0] - margin, grid[1] - margin
 
 
 def fewest_left(contexts: Sequence[Size], targets: Sequence[Size], within: Grid, *, stacked: bool) -> tuple[Size, int]:
-    """The worst case of contexts in one corner of a rectangle and targets in the opposite one.
+    """Return the worst case of contexts in one corner of a rectangle and targets in the opposite one.
 
     Args:
-        contexts: sizes (height, width) that contexts may have.
-        targets: sizes that targets may have; none: nothing is taken from a context.
+        contexts: possible sizes (height, width) of contexts.
+        targets: possible sizes of targets; may be empty.
         within: height and width of the rectangle.
-        stacked: an image's targets may have several of the sizes at once, one on top of another.
+        stacked: whether an image's targets may have several of the sizes at once, in the same corner.
 
     Returns:
-        The context's size, and the patches it is left with.
+        The context's size, and the number of patches left in it.
     """
     rows, columns = within
     free: BoolArray = np.ones((max(len(targets), 1), rows, columns), dtype=bool)

@@ -1,4 +1,4 @@
-"""Blockwise masking: blocks are laid one by one until a fixed share of the image is masked (BEiT, data2vec)."""
+"""Blockwise masking: place blocks one by one until a fixed fraction of the image is masked (BEiT, data2vec)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from jepa_kit.rng import IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
 ROUNDS = 15
-"""Blocks of an image; what is then still missing is taken from one end of the image (see ``Blockwise``)."""
+"""Maximum number of blocks of an image; the rest is taken from one end of the image (see ``Blockwise``)."""
 AT_FIRST = 7
-"""Blocks whose numbers are drawn for every image; few images need more."""
+"""Blocks that are drawn for every image; few images need more."""
 
 
 @MASKERS.register("blockwise")
 class Blockwise:
-    """Masked patches, a union of blocks, are the one target of an image; the rest is the context.
+    """Mask a union of blocks, the one target of an image; the rest is the context.
 
     Source: BEiT (Bao et al. 2021, arXiv 2106.08254, algorithm 1), with a ratio of 0.4; data2vec (Baevski et al. 2022,
-    arXiv 2202.03555) takes 0.6. Each block's area is uniform between ``min_scale`` of the grid and what is still
-    missing, its ratio of height to width log-uniform, its place uniform. Departures: the paper masks at least the
-    ratio, its code at most; here it is exactly the ratio, so that shapes are static: of the block that passes it,
-    patches count in raster order, from its first or from its last with equal chance. After 15 blocks the whole
-    grid stands in for the next one.
+    arXiv 2202.03555) takes 0.6. A block's area is uniform between ``min_scale`` of the grid and what is still
+    missing, its aspect ratio log-uniform, its place uniform. Departures: the paper masks at least the ratio, its code
+    at most; here it is exactly the ratio, so that shapes are static: the last block contributes its first or its last
+    patches in raster order, with equal probability. After 15 blocks, the next block is the whole grid.
 
-    Results with I-JEPA are not published and not yet measured here.
+    Results with I-JEPA: not published, not measured here.
 
     Args:
         grid: (H, W), each at least 4.
-        ratio: share of the patches that are masked, rounded to whole patches.
-        min_scale: least area of a block over the grid's, 0 to ``ratio``; BEiT has 16 of 196 patches.
-        aspect_ratio: height over width of a block. A block that would not fit is cut to the grid.
+        ratio: fraction of masked patches, rounded to whole patches.
+        min_scale: minimum area of a block over the grid's, 0 to ``ratio``; BEiT has 16 of 196 patches.
+        aspect_ratio: height over width of a block. A block that does not fit is clipped to the grid.
 
     Raises:
         ValueError: the grid is too small, an option is out of its range, or ``ratio`` leaves no target or no context.
@@ -50,23 +49,23 @@ class Blockwise:
     ) -> None:
         self.grid = check_grid(grid)
         self.ratio, self.num_targets = ratio, check_ratio("ratio", ratio, self.grid)
-        """Patches of an image that are masked."""
+        """Number of masked patches of an image."""
         if not 0 < min_scale <= ratio:
             raise ValueError(f"min_scale (={min_scale}) must be above 0 and at most ratio (={ratio})")
         self.min_area = max(1.0, min_scale * self.grid[0] * self.grid[1])
         self.aspect_ratio = check_aspect_ratio("aspect_ratio", aspect_ratio)
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         samples = np.asarray(samples)
         u = uniforms(Stream.MASK, samples, 4 * AT_FIRST + 1, seed=seed, epoch=epoch).T  # [4 * AT_FIRST + 1, B]
         from_last, draws = u[0] < 0.5, u[1:].reshape(AT_FIRST, 4, -1)  # of each block: area, ratio, top, left
         low, high = np.log(self.aspect_ratio)
         sides = np.array(self.grid)[:, None]
         shape = len(samples), int(sides.prod())
-        masked, last = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)  # before the last block, and by it
+        masked, last = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)  # masked before, and by, the last block
         quota = np.full(len(masked), self.num_targets)  # of the last block
-        at = np.arange(len(masked))  # the images that are not done, and of each:
+        at = np.arange(len(masked))  # indices of unfinished images; for each of them:
         so_far, missing = np.zeros_like(masked), quota.copy()
         for k in range(ROUNDS + 1):
             if k < ROUNDS:
@@ -100,7 +99,7 @@ class Blockwise:
 
 
 def _cut(cells: BoolArray, count: IntArray, from_last: BoolArray) -> BoolArray:
-    """``count`` [B] patches of each set [B, N], its first or its last ones."""
+    """Return the first or last ``count`` [B] patches of each set [B, N]."""
     cells = np.where(from_last[:, None], cells[:, ::-1], cells)
     cells = keep_first(cells, count[:, None])
     return np.where(from_last[:, None], cells[:, ::-1], cells)

@@ -1,4 +1,4 @@
-"""Causal masking: the first patches in raster order are the context, those after them the target."""
+"""Causal masking: the context is a prefix in raster order, the target what follows."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jepa_kit.structures import Grid, MaskBatch
 
 @MASKERS.register("causal")
 class Causal:
-    """A raster prefix of random length is the context of an image; the patches after it are its one target.
+    """Take a raster prefix of random length as context of an image; the patches after it are its one target.
 
     Source: the prefix of AIM (El-Nouby et al. 2024, arXiv 2401.08541), whose length is drawn uniformly and whose loss
-    is taken on the rest; raster order is that of iGPT (Chen et al. 2020). Departure: the target patches are predicted
-    together, each from the prefix alone, and not each from all before it.
+    is taken on the rest; raster order is that of iGPT (Chen et al. 2020). Departure: all target patches
+    are predicted at once from the prefix, instead of each from all patches before it.
 
-    The bottom of the image is never context unless the top is: that is what the strategy means. Results with I-JEPA
-    are not published and not yet measured here.
+    By construction, the bottom of the image is context only if the top is. Results with I-JEPA: not published, not
+    measured here.
 
     Args:
         grid: (H, W), each at least 4.
-        context_ratio: (low, high), share of the patches in the context, 0 to 1. Whole lengths between are equally
-            likely; at least one patch is left for the context and ``target_length`` (or one) for the target.
-        target_length: patches in the target, those next after the context; None takes all the rest.
+        context_ratio: (low, high), fraction of context patches, 0 to 1. Lengths are uniform between the two; at least
+            one patch is context, and at least ``target_length`` (or one) are target.
+        target_length: number of target patches, directly after the context; None for all.
 
     Raises:
         ValueError: the grid is too small, or an option is out of its range.
@@ -45,16 +45,16 @@ class Causal:
             if target_length >= patches:
                 raise ValueError(
                     f"target_length (={target_length}) must be at most {patches - 1}: "
-                    f"a grid of {self.grid[0]} x {self.grid[1]} has {patches} patches, and one is context"
+                    f"a grid of {self.grid[0]} x {self.grid[1]} has {patches} patches, one of which is context"
                 )
         self.context_ratio = _check_ratio(context_ratio)
         low, high = (round(patches * share) for share in self.context_ratio)
         most = patches - (target_length or 1)
         self.shortest, self.longest = min(max(low, 1), most), min(max(high, 1), most)
-        """Patches of the shortest and of the longest context that can be drawn."""
+        """Lengths of the shortest and the longest context."""
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         u = uniforms(Stream.MASK, samples, 1, seed=seed, epoch=epoch)  # [B, 1]
         length = self.shortest + (u * (self.longest - self.shortest + 1)).astype(np.int64)
         place = np.arange(self.grid[0] * self.grid[1])

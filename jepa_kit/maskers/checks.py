@@ -1,4 +1,4 @@
-"""What a masker's options may be: the checks that the maskers share. Every failure is a ValueError at construction."""
+"""Checks of options that maskers share; each raises ValueError at construction."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Range = tuple[float, float]
 
 
 def check_grid(grid: Sequence[int]) -> Grid:
-    """The grid as two ints.
+    """Return the grid as two ints.
 
     Raises:
-        ValueError: not two numbers, or a side below 4.
+        ValueError: it is not two numbers, or a side is below 4.
     """
     if len(grid) != 2 or min(grid) < SMALLEST_SIDE:
         raise ValueError(f"grid (={tuple(grid)}) must be (rows, columns) with at least {SMALLEST_SIDE} of each")
@@ -26,17 +26,17 @@ def check_grid(grid: Sequence[int]) -> Grid:
 
 
 def check_at_least(name: str, value: int, least: int) -> int:
-    """Raises: ValueError: ``value`` is below ``least``."""
+    """Return ``value``, or raise ValueError if it is below ``least``."""
     if value < least:
         raise ValueError(f"{name} (={value}) must be at least {least}")
     return value
 
 
 def check_ratio(name: str, ratio: float, grid: Grid) -> int:
-    """How many patches a share of them is, rounded.
+    """Return the number of patches that a fraction of the grid is, rounded.
 
     Raises:
-        ValueError: no patch, all of them, or a ratio that is not finite.
+        ValueError: this is no patch or all patches, or the ratio is not finite.
     """
     patches = grid[0] * grid[1]
     if not math.isfinite(ratio) or not 0 < round(patches * ratio) < patches:
@@ -48,7 +48,7 @@ def check_ratio(name: str, ratio: float, grid: Grid) -> int:
 
 
 def check_scale(name: str, scale: Sequence[float], grid: Grid) -> Range:
-    """A range of areas, as shares of the grid.
+    """Return a range of areas, as fractions of the grid.
 
     Raises:
         ValueError: not 0 < low <= high <= 1, or the largest area is less than one patch.
@@ -66,7 +66,7 @@ def check_scale(name: str, scale: Sequence[float], grid: Grid) -> Range:
 
 
 def check_aspect_ratio(name: str, ratio: Sequence[float]) -> Range:
-    """A range of height over width.
+    """Return a range of height over width.
 
     Raises:
         ValueError: not 0 < low <= high, or not finite.

@@ -1,4 +1,4 @@
-"""Inverse block masking: small square blocks are what is kept; all else is the target (data2vec 2.0)."""
+"""Inverse block masking: keep small square blocks, mask everything else (data2vec 2.0)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from jepa_kit.structures import Grid, MaskBatch
 
 @MASKERS.register("inverse_block")
 class InverseBlock:
-    """The context is a few square blocks, brought to a fixed number of patches; the target is the rest.
+    """Take a few square blocks, adjusted to a fixed number of patches, as context; the target is the rest.
 
-    Source: data2vec 2.0 (Baevski et al. 2022, arXiv 2212.07525). Centres of blocks are drawn over the whole grid, so
-    many that their blocks would hold (1 - ratio + adjust) of the patches if they neither overlapped nor stuck out;
-    single patches are then masked, or uncovered, at random until exactly 1 - ratio of them are left. Blocks at an edge
-    are cut off there. Its image models have a ratio of 0.8, blocks of 3 x 3 and several masks an image. Departure:
-    predictions come from the recipe's predictor, not from a convolutional decoder.
+    Source: data2vec 2.0 (Baevski et al. 2022, arXiv 2212.07525). Centres of blocks are drawn over the whole grid, as
+    many as would cover (1 - ratio + adjust) of the patches without overlaps and edges, at which blocks are clipped.
+    Then random patches are masked, or uncovered, until exactly 1 - ratio of them are left. Its image models have a
+    ratio of 0.8, blocks of 3 x 3 and several masks per image. Departure: the recipe's predictor replaces its
+    convolutional decoder.
 
-    All sets of a kind have one length, so shapes are static. Results with I-JEPA: not published, not yet measured here.
+    All sets of a kind have one length, so shapes are static. Results with I-JEPA: not published, not measured here.
 
     Args:
         grid: (H, W), each at least 4.
-        ratio: share of the patches that are masked, rounded to whole patches of context.
+        ratio: fraction of masked patches, rounded to whole context patches.
         block_size: side of a kept block in patches, at most the shorter side of the grid.
-        adjust: share of the patches by which blocks may hold more than the context needs.
-        num_masks: masks of an image, each a context with the target of its own.
+        adjust: fraction of the patches that blocks cover in excess of the context.
+        num_masks: number of masks of an image, each a context with its own target.
 
     Raises:
         ValueError: the grid is too small, an option is out of its range, or ``ratio`` leaves no target or no context.
@@ -49,24 +49,24 @@ class InverseBlock:
         if not 0 <= adjust < 1:
             raise ValueError(f"adjust (={adjust}) must be in [0, 1)")
         self.context_length = patches - check_ratio("ratio", ratio, self.grid)
-        """Patches of each context."""
+        """Number of patches of a context."""
         self.num_blocks = max(1, int(patches * (1 - ratio + adjust) / block_size**2))
-        """Blocks of each context."""
+        """Number of blocks of a context."""
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         rows, columns = self.grid
         k, m = self.num_blocks, self.num_masks
         u = uniforms(Stream.MASK, samples, 2 * k * m, seed=seed, epoch=epoch).T.reshape(2, k, m, -1)  # [2, K, M, B]
         before = self.block_size // 2
         ends = []
         for numbers, side in ((u[0], rows), (u[1], columns)):
-            first = (numbers * side).astype(np.int64) - before  # a block sticks out before it is cut off
+            first = (numbers * side).astype(np.int64) - before  # may lie outside the grid; clipped below
             ends.append((np.maximum(first, 0), np.minimum(first + self.block_size, side)))
         (top, bottom), (left, right) = ends
         kept = Blocks(top, left, bottom - top, right - left, self.grid).cells().any(axis=0)  # [M, B, N]
         keys = uniforms(Stream.MASK_DROP, samples, m * kept.shape[-1], seed=seed, epoch=epoch)  # [B, M * N]
         keys = np.moveaxis(keys.reshape(len(samples), m, -1), 1, 0)  # [M, B, N]
-        # The smallest keys win: at random among the blocks' patches, and the others only after all of these.
+        # Keep the smallest keys: random patches of the blocks first, others only if the blocks have too few.
         context = keep_random(np.ones_like(kept), self.context_length, keys + ~kept)
         return mask_batch(context, ~context, self.grid, of=range(m))

@@ -1,4 +1,4 @@
-"""A mixture of maskers: each image gets its masks from one of several, drawn for it."""
+"""A mixture of maskers: one of several maskers is drawn for each image."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from jepa_kit.rng import IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
 CHOICE = 2**16 - 1
-"""The attempt whose numbers choose the member: no masker redraws so often."""
+"""The attempt number whose draws choose the member; no masker redraws so often."""
 
 
 @MASKERS.register("mixture")
 class Mixture:
-    """A union of maskers with weights; which one an image gets is a pure function of (seed, epoch, sample).
+    """Draw the masker of each image from a weighted list, as a pure function of (seed, epoch, sample).
 
-    The context sets of a batch are the first of every image, then the second of those that have one, and so on; target
-    sets likewise. Every image counts the same in a loss, however many target sets its member gives it.
+    The batch has the first context set of every image, then the second of those that have one, and so on; target sets
+    likewise. All images have the same weight in a loss, whatever the number of their target sets.
 
-    Training on several masking strategies at once is that of V-JEPA's groups (arXiv 2404.08471), drawn here image by
-    image instead of all for each. Results are not yet measured here.
+    V-JEPA (arXiv 2404.08471) trains on several masking strategies at once, all of them on each image; here each image
+    has one. Results: not measured here.
 
     Args:
         grid: (H, W), each at least 4.
-        maskers: of each member its name and its options, as the config's masker slot takes them.
-        weights: of the members, in proportion to how often each is drawn; None for equal ones.
+        maskers: name and options of each member, as in the slot ``masker`` of a config.
+        weights: relative frequency of each member; None for equal ones.
 
     Raises:
-        ValueError: no member, one that is not registered, is a mixture or refuses its options (the message begins with
-            ``maskers[i]``); weights that are not one above 0 for each member.
+        ValueError: there is no member; a member is not registered, is a mixture or rejects its options (the message
+            begins with ``maskers[i]``); or weights are not one number above 0 per member.
     """
 
     nested: ClassVar[dict[str, str]] = {"maskers": "masker"}
-    """Options that list parts, and the slot these belong to: what the config's checks need to know."""
+    """Options that list parts -> the slot of these parts; for the checks of a config."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Mixture:
         if not maskers:
             raise ValueError("maskers (=[]) must hold at least one masker")
         for i, part in enumerate(maskers):
-            if part.get("name") == "mixture":  # it would choose with the same random number as this one
+            if part.get("name") == "mixture":  # it would choose by the same random number as this one
                 raise ValueError(
                     f"maskers[{i}].name (='mixture') must not be a mixture: put its maskers into the outer list"
                 )
@@ -60,21 +60,21 @@ class Mixture:
         if share.shape != (len(maskers),) or not np.isfinite(share).all() or not (share > 0).all():
             raise ValueError(f"weights (={weights}) must be one number above 0 for each of the {len(maskers)} maskers")
         self.bounds = np.cumsum(share)[:-1] / share.sum()
-        """[members - 1]: where the numbers of one member end in [0, 1) and those of the next begin."""
+        """[members - 1]: boundaries in [0, 1) between the numbers of consecutive members."""
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` goes to the members."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is passed to the members."""
         return self._join(self.members, samples, seed=seed, epoch=epoch, step=step)
 
     def before_truncation(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks that members' truncation would cut: those of a call, with all their patches."""
+        """Return the masks of a call before members truncate them."""
         whole = [getattr(masker, "before_truncation", masker) for masker in self.members]
         return self._join(whole, samples, seed=seed, epoch=epoch, step=step)
 
     def _join(
         self, draws: Sequence[Callable[..., MaskBatch]], samples: IntArray, *, seed: int, epoch: int, step: int
     ) -> MaskBatch:
-        """The masks of a batch, each image's by its member's entry in ``draws``."""
+        """Return the masks of a batch; the function in ``draws`` of an image's member draws its masks."""
         samples = np.asarray(samples)
         member = self.member_of(samples, seed=seed, epoch=epoch)
         images = [np.flatnonzero(member == i) for i in range(len(draws))]
@@ -86,6 +86,6 @@ class Mixture:
         return join(parts, self.grid)
 
     def member_of(self, samples: IntArray, *, seed: int, epoch: int) -> IntArray:
-        """[B]: which member draws the masks of each sample."""
+        """Return the index of each sample's member, [B]."""
         u = uniforms(Stream.MASK_SIZE, samples, 1, seed=seed, epoch=epoch, attempt=CHOICE)[:, 0]
         return np.searchsorted(self.bounds, u, side="right")

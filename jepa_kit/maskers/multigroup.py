@@ -1,4 +1,4 @@
-"""Multi-group masking: G groups of n target blocks, each with a context of its own (V-JEPA). B images, N patches."""
+"""Multi-group masking: G groups of n target blocks, each with its own context (V-JEPA). B images, N patches."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from jepa_kit.structures import Grid, MaskBatch
 
 Predict = Literal["union", "blocks"]
 
-ATTEMPTS = 16  # draws of a group's places before the one that always leaves a context
+ATTEMPTS = 16  # redraws of a group's places before all its blocks go into one corner
 
 
 @MASKERS.register("multigroup")
 class MultiGroup:
-    """Each group's targets are predicted from the group's context: every patch that none of its blocks covers.
+    """Draw groups of target blocks; a group's context is every patch that none of its blocks covers.
 
-    Source: V-JEPA (Bardes et al. 2024, arXiv 2404.08471), in space alone: 8 short-range blocks of 0.15 of the image, 2
-    long-range ones of 0.7, aspect ratios in (0.75, 1.5). The context encoder sees an image once for each group.
-    Departure: each block has a size of its own, where V-JEPA has one for a group of a batch.
+    Source: V-JEPA (Bardes et al. 2024, arXiv 2404.08471), in space only: 8 short-range blocks of 0.15 of the image, 2
+    long-range ones of 0.7, aspect ratios in (0.75, 1.5). The context encoder encodes an image once per group.
+    Departure: sizes are drawn per block, in V-JEPA once per group and batch.
 
-    A group that leaves less than ``min_keep`` patches has its places drawn again, sizes kept; after 16 draws its blocks
-    all go into one corner. Results on images: not published, not yet measured here.
+    If a group leaves fewer than ``min_keep`` patches, its places are drawn again, with the same sizes; after 16 draws
+    all its blocks go into one corner. Results on images: not published, not measured here.
 
     Args:
         grid: (H, W), each at least 4.
-        num_targets: n of each group.
+        num_targets: number of blocks of each group.
         target_scale: for each group, the range of a block's area over the grid's, 0 to 1.
-        target_aspect_ratio: height over width of every block. A block that would not fit keeps its area.
-        min_keep: least patches in a context.
-        predict: "union": one target set a group, its blocks together, as V-JEPA. "blocks": a set for each block.
+        target_aspect_ratio: height over width of every block. A block that does not fit keeps its area.
+        min_keep: minimum number of context patches.
+        predict: "union" makes one target set per group, as V-JEPA does; "blocks" one per block.
 
     Raises:
-        ValueError: an option out of its range, groups that differ in number, blocks that cannot leave ``min_keep``.
+        ValueError: an option is out of its range, the options differ in their number of groups, or blocks cannot leave
+            ``min_keep`` patches.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class MultiGroup:
             if most < min_keep:
                 raise ValueError(
                     f"min_keep (={min_keep}) must be at most {most} on a grid of {self.grid[0]} x {self.grid[1]}: the "
-                    f"largest blocks of target_scale[{g}] (={shape.scale}) may leave no more; or make them smaller"
+                    f"largest blocks of target_scale[{g}] (={shape.scale}) may leave no more; or reduce it"
                 )
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         groups = [self._group(g, np.asarray(samples), seed, epoch) for g in range(len(self.shapes))]
         union = np.stack([covered for _, covered in groups])  # [G, B, N]
         targets = union if self.predict == "union" else np.concatenate([cells for cells, _ in groups])
@@ -80,7 +81,7 @@ class MultiGroup:
         return mask_batch(~union, targets, self.grid, of=np.repeat(range(len(sets)), sets).tolist())
 
     def _group(self, g: int, samples: IntArray, seed: int, epoch: int) -> tuple[BoolArray, BoolArray]:
-        """[n, B, N] what each block of a group covers, and [B, N] what they cover together."""
+        """Return the patches of each block of a group [n, B, N], and their union [B, N]."""
         n, groups = self.num_targets[g], len(self.shapes)
         u = uniforms(Stream.MASK, samples, 4 * n, seed=seed, epoch=epoch, attempt=g).T  # [4 * n, B]
         size = np.stack(self.shapes[g].size(u[:n], u[n : 2 * n]))  # [2, n, B]
@@ -92,7 +93,7 @@ class MultiGroup:
             if not bad.size:
                 break
             u = uniforms(Stream.MASK, samples[bad], 2 * n, seed=seed, epoch=epoch, attempt=attempt * groups + g).T
-            if attempt == ATTEMPTS:  # one corner for all
+            if attempt == ATTEMPTS:  # all blocks into one corner
                 u = np.where(u[[0] * n + [n] * n] < 0.5, 0.0, 1 - 2.0**-32)
             again = self._place(u, size[..., bad])
             cells[:, bad], union[bad] = again, np.logical_or.reduce(again)
@@ -100,6 +101,6 @@ class MultiGroup:
         return cells, union
 
     def _place(self, u: FloatArray, size: IntArray) -> BoolArray:
-        """[n, B, N] for numbers [2 * n, B], of the rows and then of the columns, and sizes [2, n, B]."""
+        """Place blocks of sizes [2, n, B] by numbers [2 * n, B], rows first: -> [n, B, N]."""
         top, left = corners(u.reshape(size.shape), size, np.array(self.grid)[:, None, None], "inclusive")
         return Blocks(top, left, size[0], size[1], self.grid).cells()

@@ -1,4 +1,4 @@
-"""From tables of booleans, one row of patches a set, to packed sets of patches; and the ways to cut sets.
+"""Convert boolean tables of patches to packed sets, and truncate sets.
 
 Legend of shapes: as in blocks.py, and
 
@@ -19,19 +19,19 @@ from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 
 def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequence[int] | None = None) -> MaskBatch:
-    """Packs the masks of a batch, block by block as the release orders them.
+    """Pack the masks of a batch, block by block, in the order of the release.
 
     Args:
         context: [C, B, N], the patches of each context.
         targets: [M, B, N], the patches of each target block.
-        of: for each of the M blocks the context that it is predicted from; None for every one of the C.
+        of: for each of the M blocks, the context that it is predicted from; None for all C.
 
     Returns:
         Context set c * B + b; target set (m * C + c) * B + b, predicted from context set c * B + b. With ``of``,
         target set m * B + b, predicted from context set of[m] * B + b. Patches ascend.
 
     Raises:
-        ValueError: an empty set, or no image.
+        ValueError: a set is empty, or there is no image.
     """
     contexts, batch_size, patches = context.shape
     if not batch_size:
@@ -51,7 +51,7 @@ def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequen
 
 
 def _pack(sets: BoolArray, batch_size: int) -> PatchSets:
-    """[S, N] booleans to packed sets; set s belongs to image s % B."""
+    """Pack [S, N] booleans; set s belongs to image s % B."""
     count, patches = sets.shape
     flat = np.flatnonzero(sets)  # [P]
     starts = np.arange(count + 1) * patches
@@ -65,51 +65,51 @@ def _pack(sets: BoolArray, batch_size: int) -> PatchSets:
 
 
 def _tiled(count: int, times: int) -> torch.Tensor:
-    """[times * count]: 0 to count - 1, so many times."""
+    """Return 0 to count - 1, repeated: [times * count]."""
     return torch.from_numpy(np.tile(np.arange(count), times))
 
 
 def keep_first(sets: BoolArray, count: int | IntArray) -> BoolArray:
-    """The first ``count`` patches (one number, or [..., 1]) of each set in row-major order. [..., N] -> [..., N]"""
+    """Keep the first ``count`` patches (a number, or [..., 1]) of each set in row-major order: [..., N] -> [..., N]."""
     return sets & (np.cumsum(sets, axis=-1, dtype=np.int32) <= count)
 
 
 def keep_random(sets: BoolArray, count: int, u: FloatArray) -> BoolArray:
-    """``count`` patches of each set, every choice equally likely; no set may hold fewer.
+    """Keep ``count`` random patches of each set; no set may have fewer.
 
     Args:
         sets: [..., N].
         u: [..., N] in [0, 1), multiples of 2**-32 as ``rng.uniforms`` gives them.
     """
     patches = sets.shape[-1]
-    # Patches that drew the same number are told apart by their place: N is below 2**20, so the sum is exact.
+    # The place breaks ties between equal numbers: N is below 2**20, so the sum is exact.
     keys = np.where(sets, u + np.arange(patches) * 2.0**-52, 2.0)
     last: FloatArray = np.partition(keys, count - 1, axis=-1)[..., count - 1 : count]
     return keys <= last
 
 
 def lengths_of(sets: BoolArray) -> IntArray:
-    """[..., N] -> [...]: patches in each set."""
-    narrow = np.uint16 if sets.shape[-1] < 2**16 else np.int64  # sums of few bits are several times as fast
+    """Return the number of patches of each set: [..., N] -> [...]."""
+    narrow = np.uint16 if sets.shape[-1] < 2**16 else np.int64  # narrow sums are several times as fast
     return sets.view(np.uint8).sum(axis=-1, dtype=narrow).astype(np.int64)
 
 
 def shortest(sets: BoolArray) -> int:
-    """[..., N]: patches in the smallest of the sets; N where there is none."""
+    """Return the number of patches of the smallest set [..., N]; N if there is no set."""
     return int(lengths_of(sets).min(initial=sets.shape[-1]))
 
 
 def join(parts: Sequence[tuple[MaskBatch, IntArray]], grid: Grid) -> MaskBatch:
-    """The masks of a batch whose images were masked apart.
+    """Join masks of parts of a batch.
 
     Args:
-        parts: masks, and which image of the batch each of theirs is; every image once.
+        parts: masks, and the index in the batch of each of their images; every image once.
 
     Returns:
         The first context set of every image, then the second of those that have one, and so on; targets likewise.
 
     Raises:
-        ValueError: no image.
+        ValueError: there is no image.
     """
     if not parts:
         raise ValueError("samples (=[]) must name at least one image")
@@ -123,7 +123,7 @@ def join(parts: Sequence[tuple[MaskBatch, IntArray]], grid: Grid) -> MaskBatch:
 
 
 def _interleave(parts: Sequence[tuple[PatchSets, IntArray]]) -> tuple[PatchSets, IntArray]:
-    """The sets of all parts, ordered by their number within their image, then by image; and where each went, [S]."""
+    """Return the sets of all parts, ordered by index within the image, then by image; and the new index of each [S]."""
     image = np.concatenate([at[sets.image.numpy()] for sets, at in parts])
     lengths = np.concatenate([sets.lengths.each for sets, _ in parts])
     ascending = np.arange(len(image))

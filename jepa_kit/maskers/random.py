@@ -1,4 +1,4 @@
-"""Random masking: targets are patches drawn one by one, the rest is the context (I-JEPA, table 6)."""
+"""Random masking: targets are random patches, the rest is the context (I-JEPA, table 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jepa_kit.structures import Grid, MaskBatch
 
 @MASKERS.register("random")
 class Random:
-    """A fixed number of patches, every choice equally likely, is the one target of an image; the rest is context.
+    """Take a fixed number of random patches as the one target of an image; the rest is context.
 
     All sets of a kind have one length, so shapes are static.
 
@@ -22,7 +22,7 @@ class Random:
 
     Args:
         grid: (H, W), each at least 4.
-        ratio: share of the patches that are targets, rounded to whole patches.
+        ratio: fraction of target patches, rounded to whole patches.
 
     Raises:
         ValueError: the grid is too small, or ``ratio`` leaves no target or no context.
@@ -32,10 +32,10 @@ class Random:
         self.grid = check_grid(grid)
         self.ratio = ratio
         self.num_targets = check_ratio("ratio", ratio, self.grid)
-        """Patches of an image that are targets."""
+        """Number of target patches of an image."""
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         patches = self.grid[0] * self.grid[1]
         u = uniforms(Stream.MASK, samples, patches, seed=seed, epoch=epoch)  # [B, N]
         targets = keep_random(np.ones(u.shape, dtype=bool), self.num_targets, u)

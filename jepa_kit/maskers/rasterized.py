@@ -13,9 +13,9 @@ from jepa_kit.structures import Grid, MaskBatch
 
 @MASKERS.register("rasterized")
 class Rasterized:
-    """Four quadrants: one, drawn for each image, is the context, and the other three, in raster order, are targets.
+    """Take one random quadrant of each image as context, and the other three, in raster order, as targets.
 
-    Where a side of the grid is odd, the lower (right) quadrants have one row (column) more.
+    If a side of the grid is odd, the lower (right) quadrants have one row (column) more.
 
     Result of the paper (table 6; ImageNet 1 %, frozen linear, ViT-B/16, 300 epochs): 15.5, against 54.2 for
     multi-block.
@@ -37,7 +37,7 @@ class Rasterized:
         self._others = np.array([[q for q in range(4) if q != context] for context in range(4)])  # [4, 3]
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch; see ``Masker``. ``step`` is not looked at."""
+        """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
         u = uniforms(Stream.MASK, samples, 1, seed=seed, epoch=epoch)[:, 0]
         context = (4 * u).astype(np.int64)  # [B]
         targets = self._quadrants[self._others[context].T]  # [3, B, N]

@@ -56,12 +56,12 @@ def test_options() -> None:
         (
             {"target_scale": (0.5, 1.0)},
             "min_keep (=1) must be at most 0: on a grid of 14 x 14, target_scale (=(0.5, 1.0)) can draw a block of "
-            "14 x 14 patches; or make target_scale smaller",
+            "14 x 14 patches; or reduce target_scale",
         ),
         (
             {"min_keep": 80},
             "min_keep (=80) must be at most 75: on a grid of 14 x 14, target_scale (=(0.6, 0.6)) can draw a block of "
-            "11 x 11 patches; or make target_scale smaller",
+            "11 x 11 patches; or reduce target_scale",
         ),
     ],
 )

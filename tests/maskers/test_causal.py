@@ -43,7 +43,7 @@ def test_a_target_of_fixed_length_comes_next() -> None:
         ({"target_length": 0}, "target_length (=0) must be at least 1"),
         (
             {"target_length": 36},
-            "target_length (=36) must be at most 35: a grid of 6 x 6 has 36 patches, and one is context",
+            "target_length (=36) must be at most 35: a grid of 6 x 6 has 36 patches, one of which is context",
         ),
     ],
 )

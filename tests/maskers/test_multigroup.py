@@ -122,7 +122,7 @@ def test_no_number_is_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"target_scale": ((0.15, 0.15), (0.7, 1.0))},
             "min_keep (=1) must be at most 0 on a grid of 14 x 14: the largest blocks of target_scale[1] (=(0.7, 1.0)) "
-            "may leave no more; or make them smaller",
+            "may leave no more; or reduce it",
         ),
     ],
 )
