@@ -310,17 +310,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-3, help="after the warm-up; default: %(default)s")
     parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="write the target encoder here, for jepa_kit.load_encoder"
+        "--save", type=Path, metavar="FILE", help="for the target encoder; jepa_kit.load_encoder reads it"
     )
     args = parser.parse_args(argv)
-    if min(getattr(args, name.replace("-", "_")) for name in sizes) < 1:
-        parser.error(f"{', '.join(sizes)} must each be at least 1")
-    if args.image_size % args.patch_size or args.width % 64:
-        parser.error("--patch-size must divide --image-size, and 64, the width of a head, --width")
+    for name in sizes:
+        if (value := getattr(args, name.replace("-", "_"))) < 1:
+            parser.error(f"--{name} (={value}) must be at least 1")
+    if args.image_size % args.patch_size:
+        parser.error(f"--patch-size (={args.patch_size}) must divide --image-size (={args.image_size})")
+    if args.width % 64:
+        parser.error(f"--width (={args.width}) must be a multiple of 64, the width of a head")
     images = Images(args.folder, args.image_size, args.patch_size, args.seed)
     steps = len(images.files) // args.batch_size * args.epochs
     if not steps:
-        parser.error(f"{args.folder} has {len(images.files)} images, fewer than --batch-size (={args.batch_size})")
+        parser.error(
+            f"{args.folder} has {len(images.files)} images, fewer than one batch (--batch-size {args.batch_size})"
+        )
 
     torch.manual_seed(args.seed)
     heads = args.width // 64
@@ -330,13 +335,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = images.order(args.epochs, args.batch_size)
     batches = DataLoader(images, batch_sampler=order, collate_fn=collate, num_workers=args.workers)
     print(f"{len(images.files)} images, {sum(p.numel() for p in encoder.parameters()):,} parameters of the encoder")
-    start, total = time.perf_counter(), 0.0
+    start, losses = time.perf_counter(), []
     for step, loss in enumerate(train(model, batches, steps, steps // 10, args.lr), start=1):
-        total += loss.item()
-        if step % 10 == 0:
+        losses.append(loss.item())
+        if step % 10 == 0 or step == steps:
             rate = step * args.batch_size / (time.perf_counter() - start)
-            print(f"step {step}/{steps}  loss {total / 10:.4f}  {rate:.0f} images/s", flush=True)
-            total = 0.0
+            print(f"step {step}/{steps}  loss {np.mean(losses[-10:]):.4f}  {rate:.0f} images/s", flush=True)
     if args.save:  # the paper evaluates the target encoder
         torch.save({"target_encoder": model.target_encoder.state_dict()}, args.save)
 
