@@ -284,7 +284,7 @@ def test_what_evaluate_refuses(scenes, options, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "knn", "neighbours": [96]}, "neighbours (=(96,)) must hold numbers from 1 to 95, one below N"),
+        ({"name": "knn", "neighbours": [96]}, "neighbours (=(96,)) must contain numbers from 1 to 95 (N - 1)"),
         ({"name": "logistic", "subsets": ["90/class"]}, "subsets (='90/class') asks for 90, but class 0 has "),
         ({"name": "finetune", "subset": "90/class"}, "subsets (='90/class') asks for 90, but class 0 has "),
     ],

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Classifier(nn.Module):
 
 
 @PROTOCOLS.register("finetune")
+@dataclass(kw_only=True)
 class Finetune(Probe):
     """A copy of the encoder trained with labels, end to end; the figure is that of its last epoch.
 
@@ -82,49 +83,45 @@ class Finetune(Probe):
         ValueError: a value outside its range.
     """
 
+    epochs: int = 50
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    warmup_epochs: float = 0.5
+    label_smoothing: float = 0.1
+    mixup: float = 0.2
+    drop_path: float = 0.1
+    crop_scale: tuple[float, float] = (0.7, 1.0)
+    flip: float = 0.5
+    subset: str = "all"
+
     trains_encoder = True
 
-    def __init__(
-        self,
-        *,
-        epochs: int = 50,
-        batch_size: int = 128,
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        layer_decay: float = 0.75,
-        warmup_epochs: float = 0.5,
-        label_smoothing: float = 0.1,
-        mixup: float = 0.2,
-        drop_path: float = 0.1,
-        crop_scale: tuple[float, float] = (0.7, 1.0),
-        flip: float = 0.5,
-        subset: str = "all",
-    ) -> None:
-        for name, value, right, holds in (
-            ("epochs", epochs, "at least 1", epochs >= 1),
-            ("batch_size", batch_size, "at least 2", batch_size >= 2),
-            ("lr", lr, "above 0", lr > 0),
-            ("weight_decay", weight_decay, "at least 0", weight_decay >= 0),
-            ("layer_decay", layer_decay, "in (0, 1]", 0 < layer_decay <= 1),
-            ("warmup_epochs", warmup_epochs, "at least 0 and below epochs", 0 <= warmup_epochs < epochs),
-            ("label_smoothing", label_smoothing, "in [0, 1)", 0 <= label_smoothing < 1),
-            ("mixup", mixup, "at least 0", mixup >= 0),
-            ("drop_path", drop_path, "in [0, 1)", 0 <= drop_path < 1),
-            ("crop_scale", crop_scale, "ascending, above 0, at most 1", 0 < crop_scale[0] <= crop_scale[1] <= 1),
-            ("flip", flip, "a probability, 0 to 1", 0 <= flip <= 1),
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        for name, right, valid in (
+            ("epochs", "at least 1", self.epochs >= 1),
+            ("batch_size", "at least 2", self.batch_size >= 2),
+            ("lr", "above 0", self.lr > 0),
+            ("weight_decay", "at least 0", self.weight_decay >= 0),
+            ("layer_decay", "in (0, 1]", 0 < self.layer_decay <= 1),
+            ("warmup_epochs", "at least 0 and below epochs", 0 <= self.warmup_epochs < self.epochs),
+            ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
+            ("mixup", "at least 0", self.mixup >= 0),
+            ("drop_path", "in [0, 1)", 0 <= self.drop_path < 1),
+            ("crop_scale", "ascending, above 0, at most 1", 0 < low <= high <= 1),
+            ("flip", "a probability, 0 to 1", 0 <= self.flip <= 1),
         ):
-            if not holds:
-                raise ValueError(f"{name} (={value}) must be {right}")
-        self.epochs, self.batch_size, self.lr, self.weight_decay = epochs, batch_size, lr, weight_decay
-        self.layer_decay, self.warmup_epochs, self.label_smoothing = layer_decay, warmup_epochs, label_smoothing
-        self.mixup, self.drop_path, self.crop_scale, self.flip = mixup, drop_path, crop_scale, flip
-        self.subset = Subset(subset)
+            if not valid:
+                raise ValueError(f"{name} (={getattr(self, name)}) must be {right}")
+        Subset(self.subset)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return ()
 
     def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        self.subset.draw(labels, seed=0, draw=0)
+        Subset(self.subset).draw(labels, seed=0, draw=0)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Trains, then asks the test set once."""
@@ -133,7 +130,7 @@ class Finetune(Probe):
         datasets = task.train.dataset, task.test.dataset
         labels = check_labels(len(datasets[0]), task.labels()[0], len(datasets[1]), task.labels()[1])
         classes, answers = np.unique(labels[0], return_inverse=True)
-        chosen = self.subset.draw(labels[0], seed=task.seed, draw=0)
+        chosen = Subset(self.subset).draw(labels[0], seed=task.seed, draw=0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
             model = self._model(task.encoder, len(classes)).to(task.device)
@@ -143,10 +140,10 @@ class Finetune(Probe):
         settings: dict[str, Any] = {
             "loss_by_epoch": losses,
             "samples": len(chosen),
-            **{k: v for k, v in vars(self).items() if k != "subset"},
+            **{k: v for k, v in asdict(self).items() if k != "subset"},
         }
         result = classification_result("finetune", found, labels[0][chosen], labels[1], None, settings)
-        return [result if self.subset.is_all else replace(result, variant=self.subset.text)]
+        return [result if self.subset == "all" else replace(result, variant=self.subset)]
 
     def _model(self, encoder: nn.Module, classes: int) -> Classifier:
         """A copy of the encoder with its own stochastic depth, and a head."""

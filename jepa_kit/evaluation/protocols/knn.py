@@ -6,6 +6,7 @@ N  training samples    M  test samples    D  width of a feature    K  classes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -28,29 +29,31 @@ NEIGHBOURS = (10, 20, 100, 200)
 
 
 @PROTOCOLS.register("knn")
+@dataclass(kw_only=True)
 class KNN(Probe):
-    """Weighted nearest neighbours by cosine; ``knn_probe`` says how.
+    """Weighted nearest neighbours by cosine; see ``knn_probe``.
 
     Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), and DINO. Departure: k is chosen inside the training set.
 
     Example: ``{name: knn, neighbours: [5, 20]}``
 
     Args:
-        neighbours: values of k to choose from; those above N - 1 are left out.
+        neighbours: values of k to choose from; those above N - 1 are ignored.
         temperature: of the weights exp(cosine / temperature), above 0.
-        queries: how many training samples are asked at most to choose k.
+        queries: the most training samples that are classified to choose k.
 
     Raises:
         ValueError: no k, or a value outside its range.
     """
 
+    neighbours: tuple[int, ...] = NEIGHBOURS
+    temperature: float = TEMPERATURE
+    queries: int = 10_000
+
     takes_layers = True
 
-    def __init__(
-        self, *, neighbours: tuple[int, ...] = NEIGHBOURS, temperature: float = TEMPERATURE, queries: int = 10_000
-    ) -> None:
-        self.neighbours, self.temperature, self.queries = neighbours, temperature, queries
-        _check(neighbours, temperature, queries)
+    def __post_init__(self) -> None:
+        _check(self.neighbours, self.temperature, self.queries)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
@@ -59,21 +62,11 @@ class KNN(Probe):
         _fitting(self.neighbours, len(labels))
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """One figure."""
+        """Return one figure."""
         train, test = task.both(LayerSet(task.layers))
-        train_labels, test_labels = task.labels()
-        found = knn_probe(
-            train.array,
-            train_labels,
-            test.array,
-            test_labels,
-            seed=task.seed,
-            neighbours=self.neighbours,
-            temperature=self.temperature,
-            queries=self.queries,
-            device=task.device,
-        )
-        return [found]
+        labels = task.labels()
+        options = asdict(self) | {"seed": task.seed, "device": task.device}
+        return [knn_probe(train.array, labels[0], test.array, labels[1], **options)]
 
 
 def knn_probe(
@@ -88,19 +81,19 @@ def knn_probe(
     queries: int = 10_000,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
-    """Weighted nearest neighbours by cosine (Wu et al. 2018, arXiv 1805.01978, section 3.4; used by DINO).
+    """Classify by weighted nearest neighbours by cosine (Wu et al. 2018, arXiv 1805.01978, section 3.4; used by DINO).
 
-    The k most similar training samples vote for their classes, each with the weight exp(cosine / temperature).
-    Here k is the number of neighbours that answers best when each training sample is asked and its own place in the
-    training set is left out; the smaller of two equal ones. (Those papers report k = 200, and the best of four.)
+    The k most similar training samples vote for their classes, each with the weight exp(cosine / temperature). k is
+    the number of neighbours with the best leave-one-out accuracy on training samples, the smaller of two equal ones.
+    (Those papers report k = 200, and the best of four.)
 
     Args:
         train, test: [N, D] and [M, D] features.
         train_labels, test_labels: [N] and [M] classes, integers.
-        seed: of the training samples that are asked.
-        neighbours: values of k; those above N - 1 are left out.
+        seed: of the choice of ``queries``.
+        neighbours: values of k; those above N - 1 are ignored.
         temperature: above 0; 0.07 is Wu et al.'s and DINO's.
-        queries: how many training samples are asked at most.
+        queries: the most training samples that are classified to choose k.
         device: where similarities are computed.
 
     Raises:
@@ -111,11 +104,11 @@ def knn_probe(
     ks = _fitting(neighbours, len(train))
     classes, answers = np.unique(train_labels, return_inverse=True)
     bank = Bank(train, answers, len(classes), temperature, device)
-    asked = np.arange(len(train))
+    chosen = np.arange(len(train))
     if len(train) > queries:
-        asked = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[:queries])
-    votes = bank.classify(train[asked], ks, leave_out=asked)  # [len(ks), Q]
-    validation = [float(v) for v in (votes == answers[asked]).mean(axis=1)]
+        chosen = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[:queries])
+    votes = bank.classify(train[chosen], ks, leave_out=chosen)  # [len(ks), Q]
+    validation = [float(v) for v in (votes == answers[chosen]).mean(axis=1)]
     best = int(np.argmax(validation))
     predictions = classes[bank.classify(test, ks)]  # [len(ks), M]
     settings = {
@@ -129,10 +122,10 @@ def knn_probe(
 
 
 def _fitting(neighbours: Sequence[int], samples: int) -> list[int]:
-    """The values of k that so many training samples have neighbours for."""
+    """Return the values of k below ``samples``, ascending."""
     ks = sorted({k for k in neighbours if k < samples})
     if not ks:
-        raise ValueError(f"neighbours (={tuple(neighbours)}) must hold numbers from 1 to {samples - 1}, one below N")
+        raise ValueError(f"neighbours (={tuple(neighbours)}) must contain numbers from 1 to {samples - 1} (N - 1)")
     return ks
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +48,7 @@ HOLDOUT = 0.2
 
 
 @PROTOCOLS.register("logistic")
+@dataclass(kw_only=True)
 class Logistic(Probe):
     """Logistic regression on frozen features, with all labels or a few; ``logistic_probe`` says how.
 
@@ -74,29 +75,29 @@ class Logistic(Probe):
         ValueError: a value outside its range, or an option that would do nothing.
     """
 
+    subsets: tuple[str, ...] | None = None
+    names: str | None = None
+    draws: int | None = None
+    penalties: tuple[float, ...] = PENALTIES
+    whiten: bool = True
+    cuts: tuple[float, ...] | None = None
+    holdout: float | None = None
+    max_iter: int = 1000
+
     takes_layers = True
 
-    def __init__(
-        self,
-        *,
-        subsets: tuple[str, ...] | None = None,
-        names: str | None = None,
-        draws: int | None = None,
-        penalties: tuple[float, ...] = PENALTIES,
-        whiten: bool = True,
-        cuts: tuple[float, ...] | None = None,
-        holdout: float | None = None,
-        max_iter: int = 1000,
-    ) -> None:
+    def __post_init__(self) -> None:
+        subsets, draws, names, cuts = self.subsets, self.draws, self.names, self.cuts
         if subsets is not None and (not subsets or len(set(subsets)) < len(subsets)):
             raise ValueError(f"subsets (={subsets}) must name at least one, and each once")
         if draws is not None and draws < 1:
             raise ValueError(f"draws (={draws}) must be at least 1")
-        _check(penalties, cuts, HOLDOUT if holdout is None else holdout, max_iter, whiten)
-        if holdout is not None and len(penalties) == 1 and (not whiten or (cuts is not None and len(cuts) == 1)):
+        _check(self.penalties, cuts, self.held_out, self.max_iter, self.whiten)
+        one_cut = not self.whiten or (cuts is not None and len(cuts) == 1)
+        if self.holdout is not None and len(self.penalties) == 1 and one_cut:
             raise ValueError(
-                f"holdout (={holdout}) would do nothing: penalties (={penalties}) and cuts (={cuts}) leave nothing to "
-                "choose"
+                f"holdout (={self.holdout}) would do nothing: penalties (={self.penalties}) and cuts (={cuts}) leave "
+                "nothing to choose"
             )
         for option, value in (("subsets", subsets), ("draws", draws)):
             if names is not None and value is not None:
@@ -105,10 +106,13 @@ class Logistic(Probe):
             raise ValueError(f"draws (={draws}) would do nothing: subsets (={subsets}) has nothing to draw")
         if names is not None and not Path(names).is_file():
             raise ValueError(f"names (={names!r}) must be a file with a name of a sample on each line; there is none")
-        self.subsets = [Subset(text) for text in (SUBSETS if subsets is None else subsets)]
-        self.names, self.draws = names, DRAWS if draws is None else draws
-        self.penalties, self.whiten, self.cuts, self.max_iter = penalties, whiten, cuts, max_iter
-        self.holdout = HOLDOUT if holdout is None else holdout
+        for text in subsets or ():
+            Subset(text)
+
+    @property
+    def held_out(self) -> float:
+        """``holdout``, or its default."""
+        return HOLDOUT if self.holdout is None else self.holdout
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
@@ -129,8 +133,8 @@ class Logistic(Probe):
             assert key is not None
             yield Path(self.names).name, [listed(self.names, key, len(labels))]
             return
-        for subset in self.subsets:
-            draws = range(1 if subset.is_all else self.draws)
+        for subset in map(Subset, SUBSETS if self.subsets is None else self.subsets):
+            draws = range(1 if subset.is_all else DRAWS if self.draws is None else self.draws)
             variant = "" if subset.is_all else subset.text
             yield variant, [subset.draw(labels, seed=seed, draw=d) for d in draws]
 
@@ -148,7 +152,7 @@ class Logistic(Probe):
                 penalties=self.penalties,
                 whiten=self.whiten,
                 cuts=self.cuts,
-                holdout=self.holdout,
+                holdout=self.held_out,
                 max_iter=self.max_iter,
             )
             for d, chosen in enumerate(draws)

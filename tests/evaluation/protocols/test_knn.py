@@ -65,7 +65,7 @@ def test_knn_leaves_out_a_k_that_the_training_set_cannot_give():
     [
         ({"neighbours": [0, 5]}, "neighbours (=(0, 5)) must be numbers of at least 1"),
         ({"neighbours": []}, "neighbours (=()) must be numbers of at least 1"),
-        ({"neighbours": [400]}, "neighbours (=(400,)) must hold numbers from 1 to 399, one below N"),
+        ({"neighbours": [400]}, "neighbours (=(400,)) must contain numbers from 1 to 399 (N - 1)"),
         ({"temperature": 0.0}, "temperature (=0.0) must be above 0"),
         ({"queries": 0}, "queries (=0) must be at least 1"),
     ],
