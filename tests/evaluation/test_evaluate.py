@@ -285,8 +285,8 @@ def test_what_evaluate_refuses(scenes, options, message):
     ("spec", "message"),
     [
         ({"name": "knn", "neighbours": [96]}, "neighbours (=(96,)) must contain numbers from 1 to 95 (N - 1)"),
-        ({"name": "logistic", "subsets": ["90/class"]}, "subsets (='90/class') asks for 90, but class 0 has "),
-        ({"name": "finetune", "subset": "90/class"}, "subsets (='90/class') asks for 90, but class 0 has "),
+        ({"name": "logistic", "subsets": ["90/class"]}, "subsets (='90/class') needs 90 images, but class 0 has "),
+        ({"name": "finetune", "subset": "90/class"}, "subsets (='90/class') needs 90 images, but class 0 has "),
     ],
 )
 def test_what_a_protocol_cannot_answer_is_told_before_anything_is_read(loaded, scenes, reads, spec, message):

@@ -1,4 +1,4 @@
-"""Protocols: what is asked of features. Each is a small registered part; its docstring is its card.
+"""Protocols that measure features. Each is a small registered part; its docstring is its card.
 
 knn             weighted nearest neighbours by cosine
 logistic        logistic regression on whitened features, on all labels or on a few
@@ -7,7 +7,7 @@ paper_linear    I-JEPA's settings on ImageNet
 paper_transfer  I-JEPA's settings by data set; count and distance are its low-level tasks
 attentive       one learned query over patch tokens
 dense           segmentation by a linear head on patch tokens
-finetune        the encoder itself, trained on
+finetune        the encoder itself, trained with labels
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def build_protocols(specs: Sequence[Spec]) -> list[Built]:
     """Return the protocols that a user's specs describe.
 
     Raises:
-        ConfigError: (a ValueError) unknown names and options, values of another type.
-        ValueError: none, one given twice, or a value outside its range.
+        ConfigError: (a ValueError) an unknown name or option, or a value of another type.
+        ValueError: no protocol, one given twice, or a value outside its range.
     """
     if not specs:
         raise ValueError(f"protocols (=[]) must name at least one of {', '.join(PROTOCOLS.names())}")
@@ -93,10 +93,10 @@ def plain_options(built: Sequence[Built]) -> list[dict[str, Any]]:
 
 
 def parse_specs(texts: Sequence[str]) -> list[Spec]:
-    """What a user writes: names with commas between them, or a mapping in YAML: ``{name: knn, neighbours: [5]}``.
+    """Parse a user's specs: names separated by commas, or mappings in YAML: ``{name: knn, neighbours: [5]}``.
 
     Raises:
-        ConfigError: a text that begins as a mapping and is no YAML.
+        ConfigError: a text that begins with { and is not YAML.
     """
     specs: list[Spec] = []
     for text in texts:

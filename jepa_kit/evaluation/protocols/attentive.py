@@ -32,20 +32,21 @@ from jepa_kit.rng import IntArray, Stream, generator
 
 HOLDOUT = 0.2
 FOR_STATISTICS = 2048
-"""Images whose tokens give each feature's mean and deviation."""
+"""About so many images give each feature's mean and deviation."""
 
 
 class AttentivePool(nn.Module):
-    """Cross-attention of one learned query over an image's tokens, an MLP, a linear classifier.
+    """Cross-attention of one learned query over an image's tokens, an MLP and a linear classifier.
 
-    Equal to ``nn.MultiheadAttention(query, tokens, tokens)``, with the products taken in another order: the query does
-    not depend on the image, so each head's query is carried through its key matrix once, and each head's values after
-    the tokens are averaged. A token then costs 2 h D products, not 2 D^2. (A bias of the keys would move nothing.)
+    Equals ``nn.MultiheadAttention(query, tokens, tokens)`` with the products in another order. The query does not
+    depend on the image, so it is multiplied by each head's key matrix once, and each head's value matrix is applied
+    after tokens are averaged. A token then costs 2 h D products instead of 2 D^2. (A bias of the keys cancels in the
+    softmax.)
 
     Args:
         width: D.
         classes: K.
-        num_heads: h; divides D.
+        num_heads: h, a divisor of D.
     """
 
     def __init__(self, *, width: int, classes: int, num_heads: int) -> None:
@@ -69,17 +70,17 @@ class AttentivePool(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """[B, n, D] -> [B, D], the output of the cross-attention."""
+        """Return the output of the cross-attention: [B, n, D] -> [B, D]."""
         h = self.num_heads
         keys = self.key.weight.unflatten(0, (h, -1))  # [h, d, D]
-        carried = torch.einsum("hd,hdw->hw", self.query.unflatten(0, (h, -1)), keys)  # [h, D]
-        scores = tokens @ carried.T * carried.new_tensor(tokens.shape[-1] / h).rsqrt()  # [B, n, h]
+        queries = torch.einsum("hd,hdw->hw", self.query.unflatten(0, (h, -1)), keys)  # [h, D]
+        scores = tokens @ queries.T * queries.new_tensor(tokens.shape[-1] / h).rsqrt()  # [B, n, h]
         mixed = scores.softmax(dim=1).mT @ tokens  # [B, h, D]
         values = torch.einsum("bhw,hdw->bhd", mixed, self.value.weight.unflatten(0, (h, -1)))
         return self.proj(values.flatten(1) + self.value.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, n, D] -> [B, K]."""
+        """Return the logits: [B, n, D] -> [B, K]."""
         x = self.query + self.attend(tokens)
         x = x + self.mlp(self.norm_mlp(x))
         return self.head(self.norm(x))
@@ -87,26 +88,26 @@ class AttentivePool(nn.Module):
 
 @PROTOCOLS.register("attentive")
 class Attentive(Probe):
-    """A cross-attention probe on frozen patch tokens.
+    """Cross-attention probe on frozen patch tokens.
 
     Source: CAE (Chen et al. 2022, arXiv 2202.03026) and V-JEPA (Bardes et al. 2024, arXiv 2404.08471), which add the
     attention's output to the query, and an MLP after it; then layer norm and a linear classifier. Departures: tokens of
     one centre crop, extracted once, are standardised first; a second residual goes around the MLP; of several learning
-    rates, the best on held-out training samples is taken.
+    rates, the best on held-out training samples is used.
 
     Example: ``{name: attentive, lrs: [3e-4, 1e-3], epochs: 20}``
 
     Args:
         layers: the layer set of the tokens: last, last4 (the last 4 concatenated), or blocks as 2+4.
-        num_heads: of the attention; None for one for each 64 of the width, at least 1.
-        lrs: learning rates at a batch of ``batch_size``; with several, the best on the samples held out is taken.
+        num_heads: of the attention; None for one per 64 features, at least 1.
+        lrs: learning rates at a batch of ``batch_size``; of several, the best on held-out samples is used.
         weight_decay: of AdamW.
-        epochs: a cosine to 0 after a tenth of warm-up.
+        epochs: a tenth of them warm-up, then a cosine to 0.
         batch_size: samples of an update, at most.
-        holdout: share of the training set that chooses between learning rates, in (0, 0.5]; None for 0.2.
+        holdout: fraction of the training set that chooses between learning rates, in (0, 0.5]; None for 0.2.
 
     Raises:
-        ValueError: a value outside its range, or an option that would do nothing.
+        ValueError: a value outside its range, or an option without effect.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Attentive(Probe):
         if not lrs or min(lrs) <= 0:
             raise ValueError(f"lrs (={lrs}) must be at least one, above 0")
         if len(set(lrs)) < len(lrs):
-            raise ValueError(f"lrs (={lrs}) must hold each once")
+            raise ValueError(f"lrs (={lrs}) must contain each value once")
         if weight_decay < 0:
             raise ValueError(f"weight_decay (={weight_decay}) must be at least 0")
         self.features, self.num_heads, self.lrs, self.weight_decay = (
@@ -142,12 +143,12 @@ class Attentive(Probe):
         check_split(labels, self.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """Each learning rate on a part of the training set, the best again on all of it."""
+        """Train with each learning rate on a part of the training set, then with the best on all of it."""
         train, test = task.both(self.features)
         train_labels, test_labels = check_labels(len(train), task.labels()[0], len(test), task.labels()[1])
         classes, answers = np.unique(train_labels, return_inverse=True)
         tried: dict[float, float] = {}
-        if self.holdout is not None:  # else there is one, and nothing to choose
+        if self.holdout is not None:  # else there is one learning rate, and nothing to choose
             ((fit_on, choose_on),) = split(train_labels, self.holdout, task.seed)
             for lr in self.lrs:
                 probe = self._fit(train, answers, fit_on, len(classes), lr, task)
@@ -171,7 +172,7 @@ class Attentive(Probe):
     def _fit(
         self, features: Features, answers: IntArray, index: IntArray, classes: int, lr: float, task: Task
     ) -> nn.Sequential | None:
-        """A probe trained on these samples; None where its loss is no longer finite."""
+        """Return a probe trained on these samples; None if its loss becomes infinite or NaN."""
         width = features.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
@@ -198,13 +199,13 @@ class Attentive(Probe):
 
 
 def default_heads(width: int) -> int:
-    """A head for each 64 of the width, where that divides it."""
+    """Return one head per 64 features if that divides the width, else 1."""
     heads = max(1, width // 64)
     return heads if width % heads == 0 else 1
 
 
 class Standardise(nn.Module):
-    """Each feature of a token to mean 0 and deviation 1 over the training set (over some of it where it is large)."""
+    """Scale each feature of a token to mean 0 and deviation 1 over the training set, or a part of a large one."""
 
     def __init__(self, features: Features, index: IntArray) -> None:
         super().__init__()
@@ -221,6 +222,6 @@ class Standardise(nn.Module):
 
 @torch.no_grad()
 def predict(probe: nn.Module, features: Features, index: IntArray, device: torch.device) -> IntArray:
-    """[b] the class of each of these samples, 0 to K - 1."""
+    """Return the predicted class of each of these samples: [b], 0 to K - 1."""
     parts = np.array_split(index, math.ceil(len(index) / 512))
     return np.concatenate([probe(features.rows(part, device)).argmax(dim=1).cpu().numpy() for part in parts])

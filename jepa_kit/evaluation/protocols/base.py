@@ -1,4 +1,4 @@
-"""What protocols share: features as they see them, their registry, and what they give back.
+"""Interfaces of protocols: their registry, inputs and results.
 
 N  training samples    M  test samples    n  patches of an image    D  width of a feature    K  classes
 """
@@ -25,21 +25,21 @@ Array = NDArray[np.floating[Any]]
 Pooling = Literal["mean", "none"]
 
 PROTOCOLS = PartRegistry("protocol")
-"""Name -> protocol: what ``tools/eval_net.py --protocol`` offers."""
+"""Name -> protocol, for ``tools/eval_net.py --protocol``."""
 
 
 class LayerSet(NamedTuple):
-    """Which features a protocol asks for: ``layers`` as in ``layer_numbers``, averaged over patches or not."""
+    """Layers of an encoder, as ``layer_numbers`` takes them, and whether their patches are averaged."""
 
     layers: str
     pooling: Pooling = "mean"
 
 
 class Features:
-    """Features of the samples of one part, from one or more layers; read where they lie.
+    """Features of the training or test samples, concatenated over layers when they are read.
 
     Args:
-        parts: arrays [N, D'] or [N, n, D'], one for each layer; they may be mapped files.
+        parts: arrays [N, D'] or [N, n, D'], one per layer; they may be memory-mapped.
     """
 
     def __init__(self, *parts: Array) -> None:
@@ -51,30 +51,30 @@ class Features:
 
     @property
     def width(self) -> int:
-        """D, of all layers together."""
+        """D, summed over layers."""
         return sum(part.shape[-1] for part in self.parts)
 
     @cached_property
     def array(self) -> NDArray[np.float32]:
-        """[N, D] or [N, n, D] float32, all in memory."""
+        """All features in memory: [N, D] or [N, n, D] float32."""
         if len(self.parts) == 1:
             return np.array(self.parts[0], dtype=np.float32)
         return np.concatenate(self.parts, axis=-1).astype(np.float32, copy=False)
 
     def rows(self, index: IntArray, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[b, D] or [b, n, D] float32 of these samples."""
+        """Return the features of some samples: [b, D] or [b, n, D] float32."""
         found = [torch.from_numpy(np.asarray(part[index], dtype=np.float32)).to(device) for part in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The training or the test samples, as one network sees them.
+    """The training or the test samples, with one network's features.
 
     Args:
-        features: for each layer set that the protocol asked for.
-        labels: [N] classes; None where the protocol takes masks.
-        dataset: where images, names and masks of the samples are.
+        features: for each layer set that the protocol needs.
+        labels: [N] classes; None for a protocol that takes masks.
+        dataset: with the images, names and masks of the samples.
     """
 
     features: Mapping[LayerSet, Features]
@@ -84,15 +84,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
-    """One question to a protocol: one network, one label.
+    """The input of a protocol: one network, one label.
 
     Args:
         train, test: the samples. Settings are chosen on ``train`` alone.
-        layers: what the user asked for, for protocols that take one layer set.
-        seed: of everything that the protocol draws.
-        device: where a protocol may work.
-        encoder: the network itself, for protocols that train it (a copy of it); None for raw pixels.
-        images: how images and masks are made, for protocols that read them.
+        layers: the user's layer set, for protocols that take one.
+        seed: of the protocol's random numbers.
+        device: for the protocol's computation.
+        encoder: for protocols that train a copy of it; None for raw pixels.
+        images: how images and masks are read, for protocols that read them.
     """
 
     train: Part
@@ -104,35 +104,35 @@ class Task:
     images: ImageOptions | None = None
 
     def labels(self) -> tuple[IntArray, IntArray]:
-        """[N] and [M] classes."""
+        """Return the classes of the training samples [N] and the test samples [M]."""
         assert self.train.labels is not None
         assert self.test.labels is not None
         return self.train.labels, self.test.labels
 
     def both(self, wanted: LayerSet) -> tuple[Features, Features]:
-        """Training and test features of a layer set."""
+        """Return training and test features of a layer set."""
         return self.train.features[wanted], self.test.features[wanted]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a protocol found.
+    """A figure of a protocol.
 
     Args:
         protocol: its registered name.
-        accuracy: share of the test set that is right, in [0, 1]; or what ``metric`` says.
-        validation: the same of the settings chosen, on the samples of the training set that chose them; None where
-            nothing was chosen.
-        settings: the settings chosen, and what they were chosen from.
+        accuracy: fraction of the test set that is right, in [0, 1], or the value of ``metric``.
+        validation: the same of the chosen settings on the training samples that chose them; None if there was nothing
+            to choose.
+        settings: the chosen settings, and the candidates.
         n_train: N.
         n_test: M.
         classes: K, of the training set.
-        chance: the best that one answer for everything gets on the test set, in [0, 1].
-        predictions: [M] the answers; empty where they are not one for each sample, or several draws were made.
-        standard_error: of the accuracy: binomial, over test sets of this length; or of ``draws``, their deviation.
-        variant: which of a protocol's several figures, as "1 %" of ``logistic``; empty where there is one.
+        chance: the best value that one constant answer reaches on the test set, in [0, 1].
+        predictions: [M] classes; empty if there is not one per sample, or if there were several draws.
+        standard_error: binomial, for test sets of M samples; the deviation over draws if there were several.
+        variant: which of a protocol's several figures, as "1%" of ``logistic``; empty if there is one.
         metric: ``accuracy``, or ``mIoU`` (mean intersection over union), in [0, 1] too.
-        draws: over how many draws of the training set the figures are means.
+        draws: number of draws of the training set over which the figures are averaged.
     """
 
     protocol: str
@@ -153,18 +153,18 @@ class ProbeResult:
 class Probe(Protocol):
     """A registered protocol. Its constructor takes its settings, keyword-only and annotated.
 
-    The docstring of its class is its card: what it is, where it comes from (``Source``) and where it departs from that
-    (``Departures``), its options in words (``Args``), and what a user may write (``Example``).
-    ``tools/eval_net.py --list`` prints the first, the third and the fourth.
+    The docstring of the class (or function) that is registered is its card: its title, its origin (``Source``), how it
+    differs from that (``Departures``), its options (``Args``), and a spec (``Example``). ``tools/eval_net.py --list``
+    prints the title, the options and the example.
 
-    It may have ``check(labels, key)``, which is called before any feature is extracted and raises ValueError where
-    the training set's classes [N], or its keys (sample number -> name), do not do for it.
+    It may have ``check(labels, key)``, which is called before features are extracted and raises ValueError for classes
+    of training samples [N], or keys (sample number -> name), that it cannot use.
 
     Attributes:
-        label: the one label that it is about, or None where it takes any.
-        takes_layers: whether it follows the user's choice of layers; else it has a choice of its own.
-        takes: ``labels`` (one question for each), or ``masks`` (of the shards, one question).
-        trains_encoder: whether it needs the encoder itself, so that there is no row for raw pixels.
+        label: the only label that it uses; None for any.
+        takes_layers: whether it uses the layers that the user chose; else it has an option for them.
+        takes: ``labels`` (one call per label), or ``masks`` of the shards (one call).
+        trains_encoder: whether it needs the encoder itself, so that it gives no figure for raw pixels.
     """
 
     label: str | None = None
@@ -173,11 +173,11 @@ class Probe(Protocol):
     trains_encoder: bool = False
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        """The layer sets that it needs, where the user asked for ``layers``."""
+        """Return the layer sets that it needs if the user chose ``layers``."""
         ...
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """The figures; the same for the same task."""
+        """Return the figures; a deterministic function of the task."""
         ...
 
 
@@ -189,7 +189,7 @@ def classification_result(
     validation: float | None,
     settings: dict[str, Any],
 ) -> ProbeResult:
-    """The result of one answer for each test sample."""
+    """Return the result of one prediction per test sample."""
     accuracy = float(np.mean(predictions == test_labels))
     return ProbeResult(
         protocol=protocol,
@@ -206,18 +206,18 @@ def classification_result(
 
 
 def chance(labels: IntArray) -> float:
-    """The best share that one answer for everything gets."""
+    """Return the best accuracy of one constant answer."""
     return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def check_samples(
     train: Array, train_labels: IntArray, test: Array, test_labels: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """The labels as int64, where features and labels fit together.
+    """Check that features and labels fit together; return the labels as int64.
 
     Raises:
         ValueError: features that are not [samples, width] of finite floats or differ in width, labels that are not
-            one integer for each sample, fewer than 2 classes, a class of the test set that training does not know.
+            one integer per sample, fewer than 2 classes, or a class that only the test set has.
     """
     for name, x in (("train", train), ("test", test)):
         if x.ndim != 2 or not len(x) or x.dtype not in (np.float32, np.float64):
@@ -231,7 +231,7 @@ def check_samples(
 
 
 def check_labels(n_train: int, train_labels: IntArray, n_test: int, test_labels: IntArray) -> tuple[IntArray, IntArray]:
-    """As ``check_samples``, for labels alone."""
+    """Check labels as ``check_samples`` does; return them as int64."""
     labels = []
     for name, count, y in (("train", n_train, train_labels), ("test", n_test, test_labels)):
         if y.shape != (count,) or not np.issubdtype(y.dtype, np.integer):
@@ -241,7 +241,7 @@ def check_labels(n_train: int, train_labels: IntArray, n_test: int, test_labels:
         labels.append(y.astype(np.int64))
     known = np.unique(labels[0])
     if len(known) < 2:
-        raise ValueError(f"train_labels must hold at least 2 classes, not {len(known)} (class {known[0]})")
+        raise ValueError(f"train_labels must contain at least 2 classes, not {len(known)} (class {known[0]})")
     unknown = np.setdiff1d(labels[1], known)
     if len(unknown):
         raise ValueError(f"test_labels must be classes of train_labels, but class {unknown[0]} is not")
@@ -249,22 +249,22 @@ def check_labels(n_train: int, train_labels: IntArray, n_test: int, test_labels:
 
 
 def check_holdout(holdout: float) -> None:
-    """Raises ValueError where a share cannot be held out."""
+    """Raise ValueError for an impossible held-out fraction."""
     if not 0 < holdout <= 0.5:
         raise ValueError(f"holdout (={holdout}) must be above 0 and at most 0.5")
 
 
 def choose_holdout(holdout: float | None, default: float, settings: int, what: str) -> float | None:
-    """The share of the training set that chooses between settings; None where there is one.
+    """Return the fraction of the training set that chooses between settings; None if there is one setting.
 
     Args:
-        holdout: what the user gave, if anything.
-        default: else.
-        settings: how many there are.
-        what: leaves nothing to choose where there is one.
+        holdout: the user's value.
+        default: if that is None.
+        settings: number of settings.
+        what: name of a single setting in messages.
 
     Raises:
-        ValueError: a share that cannot be held out, or that would do nothing.
+        ValueError: an impossible fraction, or one without effect.
     """
     if holdout is None:
         return default if settings > 1 else None
@@ -275,10 +275,10 @@ def choose_holdout(holdout: float | None, default: float, settings: int, what: s
 
 
 def split(labels: IntArray, holdout: float, seed: int, splits: int = 1) -> list[tuple[IntArray, IntArray]]:
-    """Indices to fit on and indices to choose on, with the same share of each class; so many random pairs.
+    """Return random pairs of (indices to fit on, indices to choose on), stratified by class.
 
     Raises:
-        ValueError: a class too rare to hold a sample of it out.
+        ValueError: a class without samples for both.
     """
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2 or int(len(labels) * holdout) < len(names):

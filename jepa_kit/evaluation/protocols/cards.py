@@ -11,12 +11,12 @@ _ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.*)$")
 
 
 class Card(NamedTuple):
-    """What ``tools/eval_net.py --list`` tells of a protocol.
+    """What ``tools/eval_net.py --list`` prints of a protocol.
 
     Args:
-        title: the docstring's first line, without its full stop.
-        example: what a user may write after ``--protocol``; None where the docstring has no line ``Example``.
-        options: name -> its text under ``Args``, as a user writes YAML.
+        title: the first line of the docstring, without its full stop.
+        example: a value of ``--protocol``; None if the docstring has no line ``Example``.
+        options: name -> its text under ``Args``, in the spelling of YAML.
     """
 
     title: str
@@ -25,7 +25,7 @@ class Card(NamedTuple):
 
 
 def card_of(protocol: type) -> Card:
-    """The card of a registered protocol."""
+    """Return the card of a registered protocol."""
     text = inspect.getdoc(protocol) or ""
     example = _EXAMPLE.search(text)
     title = _plain(text.partition("\n")[0].rstrip("."))
@@ -37,7 +37,7 @@ def _plain(text: str) -> str:
 
 
 def _options(text: str) -> dict[str, str]:
-    """The entries under ``Args:``; several names before one colon share its text."""
+    """Return the entries under ``Args:``; several names before one colon have the same text."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in text.partition("\nArgs:\n")[2].splitlines():

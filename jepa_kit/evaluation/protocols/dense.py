@@ -30,7 +30,7 @@ from jepa_kit.evaluation.protocols.linear import ONE, Head, grid
 from jepa_kit.rng import IntArray, Stream, generator
 
 IGNORED = 255
-"""The value of pixels without an answer."""
+"""Value of unlabelled pixels."""
 Masks = NDArray[np.uint8]
 
 
@@ -39,20 +39,20 @@ class Dense(Probe):
     """Segmentation: a linear map from each patch token to its pixels' classes.
 
     Source: the linear segmentation probe of DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4): a linear layer
-    on patch tokens, its logits upsampled to the image. Departures: the loss is taken at the patches, against the share
-    that each class has of a patch's pixels, which is the mean cross entropy over pixels of logits constant in a patch;
-    logits are upsampled (bilinear) at the test alone. The head and the learning rate with the most held-out patches
-    right (their most frequent class) are trained again on the whole training set.
+    on patch tokens, its logits upsampled to the image. Departures: the loss is the cross entropy per patch against the
+    fraction of its pixels that each class has, which equals the mean over pixels with logits constant in a patch;
+    logits are upsampled (bilinear) for the test only. The head and learning rate with the highest accuracy on held-out
+    patches (of their most frequent class) are trained again on the whole training set.
 
-    Masks are those of the shards, uint8, and 255 has no answer. Two figures: pixel accuracy, and the mean over classes
-    of intersection over union (mIoU) over all test pixels together.
+    Masks are those of the shards, uint8; 255 is unlabelled. Two figures: pixel accuracy, and the mean over classes of
+    intersection over union (mIoU) over all test pixels.
 
     Example: ``{name: dense, most: 1, epochs: 10}``
 
     Args:
         layers: the layer set of the tokens: last, last4 (the last 4 concatenated), or blocks as 2+4.
-        most: mask values above this one count as this one: 1 makes scenes into room and solid. None keeps all.
-        heads, lrs, weight_decays, holdout: as ``linear`` has them; holdout None for 0.1. The optimiser is AdamW.
+        most: larger mask values become this one: 1 makes scenes into room and solid. None keeps all.
+        heads, lrs, weight_decays, holdout: as in ``linear``; holdout None for 0.1. The optimiser is AdamW.
         epochs: passes over the patches.
         batch_size: patches of an update, at most.
 
@@ -87,22 +87,22 @@ class Dense(Probe):
         return (self.features,)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """Two figures: pixel accuracy and mIoU."""
+        """Return pixel accuracy and mIoU."""
         assert task.images is not None
         train, test = task.both(self.features)
         patches = train.parts[0].shape[1]
         masks = [self._masks(part.dataset, task.images) for part in (task.train, task.test)]
         classes = 1 + max(int(m[m != IGNORED].max(initial=0)) for m in masks)
         if classes < 2:
-            raise ValueError(f"masks of {task.train.dataset.path} must hold at least 2 values, not 1")
-        targets = patch_shares(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
-        flat = {self.features: flattened(train)}
+            raise ValueError(f"masks of {task.train.dataset.path} must contain at least 2 values, not 1")
+        targets = patch_fractions(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
+        flat = {self.features: flatten_patches(train)}
         known = targets.sum(1).numpy() > 0
         best, tried = 0, []
         if self.holdout is not None:  # else there is one setting, and nothing to choose
             order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
             choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
-            fit, choose = (each[known[each]] for each in (of_images(fit_on, patches), of_images(choose_on, patches)))
+            fit, choose = (each[known[each]] for each in (patches_of(fit_on, patches), patches_of(choose_on, patches)))
             searched = HeadGrid(self.settings, flat, classes, task.device)
             searched.fit(flat, targets, self.recipe, seed=task.seed, index=fit)
             scores = searched.scores(flat, targets.argmax(1), choose)
@@ -120,7 +120,7 @@ class Dense(Probe):
         return masks
 
     def _results(self, counts: IntArray, best: int, tried: list[float], sizes: tuple[int, int]) -> list[ProbeResult]:
-        """From how often each class (rows) was answered by each (columns)."""
+        """Return the figures of counts [K, K]: pixels by true class (rows) and prediction (columns)."""
         total, right = counts.sum(), np.diag(counts)
         union = counts.sum(0) + counts.sum(1) - right
         there = union > 0
@@ -156,7 +156,7 @@ class Dense(Probe):
 
 
 def crop_mask(mask: Masks, image_size: tuple[int, int]) -> Masks:
-    """[h', w'] -> [h, w] uint8: resized until it just covers the result (nearest), then its middle, as images are."""
+    """Resize a mask until it just covers ``image_size`` (nearest), then crop its centre: [h', w'] -> [h, w] uint8."""
     h, w = image_size
     factor = max(h / mask.shape[0], w / mask.shape[1])
     size = max(h, round(mask.shape[0] * factor)), max(w, round(mask.shape[1] * factor))
@@ -167,38 +167,38 @@ def crop_mask(mask: Masks, image_size: tuple[int, int]) -> Masks:
 
 
 def patch_grid(patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of so many square patches of an image."""
+    """Return (H, W) of an image with so many square patches."""
     h, w = image_size
     side = round((h * w / patches) ** 0.5)
     assert (h // side) * (w // side) == patches, (patches, image_size)
     return h // side, w // side
 
 
-def patch_shares(masks: Masks, patches: int, classes: int) -> Tensor:
-    """[N, h, w] -> [N, n, K] float32: the share of each patch's pixels that each class has; 255 has none."""
+def patch_fractions(masks: Masks, patches: int, classes: int) -> Tensor:
+    """Return the fraction of each patch's pixels that each class has, 255 left out: [N, h, w] -> [N, n, K] float32."""
     rows, columns = patch_grid(patches, (masks.shape[1], masks.shape[2]))
     blocks = torch.from_numpy(masks).unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # [N, H, p, W, p]
     return torch.stack([(blocks == k).float().mean(dim=(2, 4)).flatten(1) for k in range(classes)], dim=-1)
 
 
-def flattened(features: Features) -> Features:
-    """[N, n, D] -> [N * n, D], where they lie."""
+def flatten_patches(features: Features) -> Features:
+    """Return a view of the features by patch: [N, n, D] -> [N * n, D]."""
     return Features(*(part.reshape(-1, part.shape[-1]) for part in features.parts))
 
 
-def of_images(images: IntArray, patches: int) -> IntArray:
-    """The numbers of all patches of these images."""
+def patches_of(images: IntArray, patches: int) -> IntArray:
+    """Return the indices of all patches of some images."""
     return (images[:, None] * patches + np.arange(patches)).ravel()
 
 
 def confusion(head: HeadGrid, key: LayerSet, features: Features, masks: Masks, classes: int) -> IntArray:
-    """[K, K] pixels of each class (rows) by the answer (columns), logits upsampled to the image."""
+    """Count pixels by true class (rows) and prediction (columns), with logits upsampled to the image: [K, K]."""
     patches, size = features.parts[0].shape[1], (masks.shape[1], masks.shape[2])
     rows, columns = patch_grid(patches, size)
-    flat = {key: flattened(features)}
+    flat = {key: flatten_patches(features)}
     counts = np.zeros(classes * classes, dtype=np.int64)
     for images in np.array_split(np.arange(len(masks)), -(-len(masks) // 64)):
-        logits = head.logits(flat, of_images(images, patches))[:, 0]  # [b * n, K]
+        logits = head.logits(flat, patches_of(images, patches))[:, 0]  # [b * n, K]
         maps = logits.unflatten(0, (len(images), rows, columns)).permute(0, 3, 1, 2)  # [b, K, H, W]
         answers = F.interpolate(maps, size=size, mode="bilinear").argmax(dim=1).cpu().numpy()  # [b, h, w]
         truth = masks[images].astype(np.int64)

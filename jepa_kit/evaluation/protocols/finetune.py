@@ -1,4 +1,4 @@
-"""The encoder itself, trained on with labels.
+"""Fine-tuning: the encoder itself, trained with labels.
 
 B  images of a batch    n  patches of an image    D  width    K  classes
 """
@@ -38,7 +38,7 @@ from jepa_kit.rng import FloatArray, IntArray, Stream, generator
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean over its patch tokens, a linear map: [B, 3, h, w] -> [B, K]."""
+    """An encoder, the mean over its patch tokens, and a linear map: [B, 3, h, w] -> [B, K]."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class Classifier(nn.Module):
 @PROTOCOLS.register("finetune")
 @dataclass(kw_only=True)
 class Finetune(Probe):
-    """A copy of the encoder trained with labels, end to end; the figure is that of its last epoch.
+    """A copy of the encoder trained end to end with labels; the figure is that of the last epoch.
 
-    Source: MAE's recipe (He et al. 2022, arXiv 2111.06377, A.1), which I-JEPA takes for 1 % of ImageNet (A.2): AdamW, a
-    cosine after warm-up, learning rates that fall by ``layer_decay`` from layer to layer, label smoothing, stochastic
-    depth, mixup. I-JEPA has lr 3e-5 (absolute, batch 512), 50 epochs, layer decay 0.75, label smoothing 0.1, and
-    neither mixup nor drop path. Departures: random crops and flips in place of RandAugment; nothing is chosen. Matrix
-    products are of the run's precision (``train.precision``).
+    Source: MAE's recipe (He et al. 2022, arXiv 2111.06377, A.1), which I-JEPA uses for 1 % of ImageNet (A.2): AdamW, a
+    cosine after warm-up, learning rates that fall by ``layer_decay`` per layer, label smoothing, stochastic depth,
+    mixup. I-JEPA has lr 3e-5 (absolute, batch 512), 50 epochs, layer decay 0.75, label smoothing 0.1, and neither mixup
+    nor drop path. Departures: random crops and flips instead of RandAugment; no setting is chosen. Matrix products
+    have the run's precision (``train.precision``).
 
     Example: ``{name: finetune, epochs: 20, lr: 3e-4, subset: 10%}``
 
@@ -73,11 +73,11 @@ class Finetune(Probe):
         layer_decay: in (0, 1]; the head has lr, the last block lr * layer_decay, and so on to the patch embedding.
         warmup_epochs: of linear warm-up.
         label_smoothing: in [0, 1).
-        mixup: alpha of its Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 mixes nothing.
+        mixup: alpha of its Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 for no mixup.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
-        crop_scale: of random resized crops; the paper leaves crops out for counts and distances, (1, 1).
+        crop_scale: of random resized crops; the paper has no crops for counts and distances, (1, 1).
         flip: probability of a horizontal flip.
-        subset: of the labels: all, a share as 1%, or images as 10/class; one draw.
+        subset: of the labels: all, a fraction as 1%, or images as 10/class; one draw.
 
     Raises:
         ValueError: a value outside its range.
@@ -124,7 +124,7 @@ class Finetune(Probe):
         Subset(self.subset).draw(labels, seed=0, draw=0)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """Trains, then asks the test set once."""
+        """Train, then classify the test set once."""
         assert task.encoder is not None
         assert task.images is not None
         datasets = task.train.dataset, task.test.dataset
@@ -146,7 +146,7 @@ class Finetune(Probe):
         return [result if self.subset == "all" else replace(result, variant=self.subset)]
 
     def _model(self, encoder: nn.Module, classes: int) -> Classifier:
-        """A copy of the encoder with its own stochastic depth, and a head."""
+        """Return a copy of the encoder with its own stochastic depth, and a head."""
         copied = copy.deepcopy(encoder).requires_grad_(True)
         blocks = copied.get_submodule("blocks")
         assert isinstance(blocks, nn.ModuleList)
@@ -164,7 +164,7 @@ class Finetune(Probe):
         chosen: IntArray,
         classes: int,
     ) -> list[float]:
-        """The mean loss of each epoch."""
+        """Train the model; return the mean loss of each epoch."""
         assert task.images is not None
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         model.train()
@@ -191,14 +191,14 @@ class Finetune(Probe):
         return losses
 
     def _factor(self, done: float) -> float:
-        """Of the learning rate, when so many epochs are done."""
+        """Return the factor of the learning rate after ``done`` epochs."""
         if done <= self.warmup_epochs:
             return done / self.warmup_epochs
         rest = (done - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
 
     def _batches(self, task: Task, chosen: IntArray, epoch: int) -> Iterator[tuple[Tensor, IntArray]]:
-        """An epoch: normalised images [B, 3, h, w] on the device, and the numbers of their samples."""
+        """Yield the batches of an epoch: normalised images [B, 3, h, w] on the device, and their sample numbers."""
         order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
         steps, images = max(1, len(chosen) // self.batch_size), task.images
         assert images is not None
@@ -213,7 +213,7 @@ class Finetune(Probe):
         yield from _read(task.train.dataset, view, parts, images, task, epoch)
 
     def _mixed(self, images: Tensor, target: Tensor, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Mixup: each image and its target with those of another of the batch, one weight for the batch."""
+        """Mix each image and its target with those of another image of the batch, with one weight for the batch."""
         if self.mixup == 0:
             return images, target
         draws = generator(Stream.EVALUATION, seed=seed, epoch=epoch * 2**20 + step, lane=8)
@@ -223,7 +223,7 @@ class Finetune(Probe):
 
 
 def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: float) -> list[dict[str, Any]]:
-    """Parameter groups whose rate falls by ``decay`` from the head down: block l of L has lr * decay ** (L + 1 - l).
+    """Return parameter groups whose rate falls from the head down: block l of L has lr * decay ** (L + 1 - l).
 
     The patch embedding is layer 0; the final norm and the head are layer L + 1.
     """
@@ -246,14 +246,14 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
 
 
 def autocast(task: Task) -> AbstractContextManager[object]:
-    """Matrix products of the network as the task says."""
+    """Return the autocast context of the task's precision."""
     assert task.images is not None
     return autocast_of(task.images.precision, task.device)()
 
 
 @torch.no_grad()
 def predict(model: Classifier, task: Task) -> IntArray:
-    """[M] the class of each test image, 0 to K - 1."""
+    """Return the predicted class of each test image: [M], 0 to K - 1."""
     images, dataset = task.images, task.test.dataset
     assert images is not None
     model.eval()
@@ -267,7 +267,7 @@ def predict(model: Classifier, task: Task) -> IntArray:
 
 
 class _Views(Dataset):
-    """Sample numbers [B] -> uint8 [B, 3, h, w], and the numbers."""
+    """Map sample numbers [B] to uint8 images [B, 3, h, w], with the numbers."""
 
     def __init__(self, dataset: ShardDataset, view: View, seed: int, epoch: int) -> None:
         self.dataset, self.view, self.seed, self.epoch = dataset, view, seed, epoch
@@ -280,26 +280,26 @@ class _Views(Dataset):
     def _view(self, i: int, draws: FloatArray) -> NDArray[np.uint8]:
         try:
             return self.view(self.dataset.image_bytes(i), draws)
-        except (SampleError, ImageError) as error:  # as where features are extracted: no figure over fewer samples
+        except (SampleError, ImageError) as error:  # as in feature extraction: no figure over fewer samples
             raise self.dataset.unusable(i, error) from error
 
 
 def _read(
     dataset: ShardDataset, view: View, parts: Sequence[IntArray], images: ImageOptions, task: Task, epoch: int
 ) -> Iterator[tuple[Tensor, IntArray]]:
-    """Normalised images on the device, part by part, and the numbers of their samples."""
+    """Yield normalised images on the device, and their sample numbers."""
     loader = DataLoader(
         _Views(dataset, view, task.seed, epoch),
         batch_size=None,
         sampler=parts,
         num_workers=images.num_workers,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from ours
-        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else the loader draws the seed of its workers from torch's global state
+        collate_fn=_identity,
     )
     for batch, samples in loader:
         yield normalize(batch.to(task.device), images.mean, images.std), samples
 
 
-def _as_it_is(batch: Any) -> Any:
-    """Numbers of samples stay numpy."""
+def _identity(batch: Any) -> Any:
+    """Return the batch: sample numbers stay NumPy arrays."""
     return batch

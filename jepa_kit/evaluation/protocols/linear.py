@@ -1,4 +1,4 @@
-"""A grid of linear heads in one pass, and the paper's settings of it."""
+"""A grid of linear heads trained in one pass, and the settings of the paper."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def grid(
     given = {"layers": layers, "heads": heads, "lrs": lrs, "weight_decays": weight_decays}
     for name, values in given.items():
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} (={tuple(values)}) must hold at least one value, and each once")
+            raise ValueError(f"{name} (={tuple(values)}) must contain at least one value, and each once")
     if any(head not in HEADS for head in heads):
         raise ValueError(f"heads (={tuple(heads)}) must be of {', '.join(HEADS)}")
     if min(lrs) <= 0:
@@ -43,7 +43,7 @@ def grid(
 
 
 def check_split(labels: IntArray, holdout: float | None) -> None:
-    """Raise ValueError if a class is too rare to hold a sample of it out."""
+    """Raise ValueError if a class is too rare to have a held-out sample."""
     if holdout is not None:
         split(labels, holdout, seed=0)
 
@@ -110,8 +110,8 @@ def linear(
     Source: the idea of training every head of a grid at once on one pass of the encoder is DINOv2's (Oquab et al. 2023,
     arXiv 2304.07193, section 7.1 and B.3); the inputs are I-JEPA's (A.2: the last layer or the last four, averaged over
     patches) and the heads VISSL's (plain, or with batch norm). Departures: features are those of one centre crop,
-    extracted once, so that there is no augmentation; the head is chosen on samples held out of the training set (those
-    papers choose on the validation set that they report), then trained again on the whole training set.
+    extracted once, so that there is no augmentation; the head is chosen on held-out training samples (those papers
+    choose on the validation set that they report), then trained again on the whole training set.
 
     Example: ``{name: linear, layers: [last], lrs: [1e-2, 1e-1], epochs: 50}``
 
@@ -121,9 +121,9 @@ def linear(
         lrs: learning rates to choose from, for a batch of ``batch_size``.
         weight_decays: to choose from.
         optimizer: sgd, adamw or lars.
-        epochs: passes over the features; the learning rate falls to 0 along a cosine.
+        epochs: passes over the features; the learning rate follows a cosine to 0.
         batch_size: samples of an update, at most.
-        holdout: share of the training set that chooses between several heads, in (0, 0.5]; None for 0.2.
+        holdout: fraction of the training set that chooses between several heads, in (0, 0.5]; None for 0.2.
 
     Raises:
         ValueError: a value outside its range.
@@ -150,15 +150,15 @@ def paper_linear(
     reference learning rates (for 256 images) and weight decays; the better of the last layer and the last four, mean
     over patches, plain or with batch norm. Departures: no augmentation (features of one centre crop; the paper trains
     on random crops and flips); the head is chosen on held-out training samples, not on the validation set; batch norm
-    without affine parameters. With fewer samples than a batch, a batch is all of them, and an epoch is one update: on
-    small sets this protocol trains too little to say anything.
+    without affine parameters. With fewer samples than a batch, an epoch is one update: on small sets it trains too
+    little for a meaningful figure.
 
     Example: ``{name: paper_linear, batch_size: 4096}``
 
     Args:
         lrs: to choose from, for 256 images; multiplied by the batch over 256.
         weight_decays: to choose from.
-        layers, heads, holdout: as ``linear`` has them; holdout None for 0.1.
+        layers, heads, holdout: as in ``linear``; holdout None for 0.1.
         epochs: passes over the features; the learning rate is divided by 10 after 15, 30 and 45.
         batch_size: samples of an update, at most.
     """
@@ -188,15 +188,15 @@ def paper_transfer(
 ) -> LinearProbe:
     """I-JEPA's linear transfer to other data sets.
 
-    Source: arXiv 2301.08243, A.2, which takes VISSL's configurations: SGD, Nesterov momentum 0.9, weight decay 5e-4,
+    Source: arXiv 2301.08243, A.2, which uses VISSL's configurations: SGD, Nesterov momentum 0.9, weight decay 5e-4,
     learning rate 0.01 for 256 images, a schedule for each data set (``SCHEDULES``); the best of the last layer and the
     last four, each plain and with batch norm. Departures: as ``paper_linear``.
 
     Example: ``{name: paper_transfer, dataset: cifar100}``
 
     Args:
-        dataset: whose schedule: cifar10 (as cifar100), cifar100, places205, inat18, clevr_count or clevr_dist.
-        layers, heads, holdout: as ``linear`` has them.
+        dataset: that gives the schedule: cifar10 (as cifar100), cifar100, places205, inat18, clevr_count or clevr_dist.
+        layers, heads, holdout: as in ``linear``.
 
     Raises:
         ValueError: another data set.
@@ -216,7 +216,7 @@ def count(
     Example: ``{name: count, layers: [last4]}``
 
     Args:
-        layers, heads, holdout: as ``linear`` has them.
+        layers, heads, holdout: as in ``linear``.
     """
     return _transfer("count", "clevr_count", layers, heads, holdout, label="count")
 
@@ -232,7 +232,7 @@ def distance(
     Example: ``{name: distance, heads: [norm]}``
 
     Args:
-        layers, heads, holdout: as ``linear`` has them.
+        layers, heads, holdout: as in ``linear``.
     """
     return _transfer("distance", "clevr_dist", layers, heads, holdout, label="distance")
 

@@ -38,7 +38,7 @@ from jepa_kit.rng import IntArray
 
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 CUTS = (1e-3, 1e-6, 1e-9)
-"""Below the last lies what rounding to float32 leaves."""
+"""Components below the last are rounding errors of float32."""
 PATIENCE = 2
 FEW = 2000
 SPLITS = 5
@@ -50,29 +50,29 @@ HOLDOUT = 0.2
 @PROTOCOLS.register("logistic")
 @dataclass(kw_only=True)
 class Logistic(Probe):
-    """Logistic regression on frozen features, with all labels or a few; ``logistic_probe`` says how.
+    """Logistic regression on frozen features, with all labels or a few; see ``logistic_probe``.
 
-    Source: low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) ask what 1 % of the labels give; MSN
-    answers by a logistic regression on frozen features. Departures: whitening, unless ``whiten`` is false; the penalty
-    and the number of components are chosen inside the labels given (where a class has one image, the
-    middle ones are taken); I-JEPA's own figure for 1 % is from fine-tuning (``finetune``).
+    Source: the low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) use 1 % of the labels; MSN fits a
+    logistic regression on frozen features. Departures: whitening, unless ``whiten`` is false; the penalty and the
+    number of components are chosen inside the given labels (if a class has one image, the middle ones are used);
+    I-JEPA's own figure for 1 % is from fine-tuning (``finetune``).
 
     Example: ``{name: logistic, subsets: [1%, 10/class, all], draws: 5}``
 
     Args:
-        subsets: of all, shares as 1%, images as 10/class; one figure for each. None for 1%, 10% and all.
-        names: a file with the names of samples, one a line, in place of subsets and draws.
-        draws: over how many draws the figure of a subset (but of all) is the mean; None for 3.
+        subsets: of all, fractions as 1%, images as 10/class; one figure for each. None for 1%, 10% and all.
+        names: a file with the names of samples, one per line, instead of subsets and draws.
+        draws: number of draws over which the figure of a subset (except all) is averaged; None for 3.
         penalties: weights of half the squared norm, to choose from, descending.
-        whiten: features become principal components of one variance; false leaves them standardised, which is what a
-            batch norm before a linear head does.
-        cuts: to choose from, descending: components are kept whose variance is above this share of the largest. None
-            for 1e-3, 1e-6 and 1e-9.
-        holdout: share of the labels that chooses, in (0, 0.5]; None for 0.2.
+        whiten: features become principal components of variance 1; false only standardises them, as a batch norm
+            before a linear head does.
+        cuts: to choose from, descending: components are kept whose variance is above this fraction of the largest.
+            None for 1e-3, 1e-6 and 1e-9.
+        holdout: fraction of the labels that chooses, in (0, 0.5]; None for 0.2.
         max_iter: iterations of each fit.
 
     Raises:
-        ValueError: a value outside its range, or an option that would do nothing.
+        ValueError: a value outside its range, or an option without effect.
     """
 
     subsets: tuple[str, ...] | None = None
@@ -121,14 +121,14 @@ class Logistic(Probe):
         list(self._drawn(labels, key, seed=0))
 
     def __call__(self, task: Task) -> list[ProbeResult]:
-        """One figure for each subset, or one for the list of names."""
+        """Return one figure per subset, or one for the list of names."""
         drawn = self._drawn(task.labels()[0], task.train.dataset.key if self.names else None, task.seed)
         return [self._mean(task, draws, variant) for variant, draws in drawn]
 
     def _drawn(
         self, labels: IntArray, key: Callable[[int], str] | None, seed: int
     ) -> Iterator[tuple[str, list[IntArray]]]:
-        """(variant, the samples of each draw) of each figure."""
+        """Yield (variant, the samples of each draw) of each figure."""
         if self.names is not None:
             assert key is not None
             yield Path(self.names).name, [listed(self.names, key, len(labels))]
@@ -139,7 +139,7 @@ class Logistic(Probe):
             yield variant, [subset.draw(labels, seed=seed, draw=d) for d in draws]
 
     def _mean(self, task: Task, draws: list[IntArray], variant: str) -> ProbeResult:
-        """The mean over draws; its error is their deviation."""
+        """Return the mean over draws; its error is their deviation."""
         train, test = task.both(LayerSet(task.layers))
         train_labels, test_labels = task.labels()
         found = [
@@ -165,7 +165,7 @@ class Logistic(Probe):
             found[0],
             variant=variant,
             accuracy=float(np.mean(accuracies)),
-            # nothing is held out, in any draw, where there is one setting
+            # with one setting no draw has a validation figure
             validation=None if None in chosen_by else float(np.mean(chosen_by)),
             standard_error=float(np.std(accuracies, ddof=1)),
             settings={"accuracies": accuracies, "draws": [one.settings for one in found]},
@@ -187,23 +187,22 @@ def logistic_probe(
     holdout: float = HOLDOUT,
     max_iter: int = 1000,
 ) -> ProbeResult:
-    """Multinomial logistic regression on frozen features (scikit-learn's, L2 penalty, L-BFGS).
+    """Fit a multinomial logistic regression on frozen features (scikit-learn's, L2 penalty, L-BFGS).
 
-    With ``whiten``, features are standardised, turned onto their principal components, and these brought to variance
-    1. The probe stays linear in the features, and what it finds does not hang on their scales or axes: the penalty is
-    on the variance of the logits. Without this the result is a question of patience: variances along the components of
-    a JEPA's features span ten orders of magnitude, and L-BFGS is not done after 3,000 iterations; with it, after about
-    10. It also makes much of what a network hardly tells: random features gain more by it than learned ones.
+    With ``whiten``, features are whitened (PCA). The probe stays linear, and does not depend on the scales or axes of
+    the features: the penalty is on the variance of the logits. Without it, convergence decides the result: variances
+    along the components of a JEPA's features span ten orders of magnitude, and L-BFGS does not converge in 3,000
+    iterations; with it, in about 10. Whitening also amplifies weak components: random features gain more than learned
+    ones.
 
-    Without ``whiten`` they are standardised alone, and the penalty prefers what varies most. ``max_iter`` then matters
-    where the penalty is weak.
+    Without ``whiten`` features are only standardised, and the penalty favours the directions that vary most.
+    ``max_iter`` then matters if the penalty is weak.
 
-    How many components are kept, and the penalty, are those with the least cross entropy on samples held out of the
-    training set; then the classifier is fitted to the whole training set. Penalties are tried from the strongest on,
-    until two in a row have passed the least cross entropy. The intercept is not penalised. Below ``FEW`` samples, what
-    is held out is drawn ``SPLITS`` times, and more of it where a class would else have none. With one penalty and one
-    cut there is nothing to choose, and nothing is held out. Where a class has one sample, nothing can be held out: the
-    middle one of the penalties and of the cuts is taken.
+    The number of components and the penalty are those with the lowest cross entropy on held-out training samples; then
+    the classifier is fitted to the whole training set. Penalties are tried from the strongest down, until two in a row
+    are past the minimum. The intercept is not penalised. Below ``FEW`` samples there are ``SPLITS`` random splits, with
+    more held-out samples if a class would otherwise have none. With one penalty and one cut there is nothing to choose,
+    and no split. If a class has a single sample, no split is possible: the middle penalty and cut are used.
 
     Args:
         train, test: [N, D] and [M, D] features.
@@ -212,9 +211,9 @@ def logistic_probe(
         penalties: weights of half the squared norm against the mean loss, descending; scikit-learn's C is
             1 / (penalty * samples).
         whiten: as above.
-        cuts: components are kept whose variance is above this share of the largest, in (0, 1); None for ``CUTS``.
-        holdout: share of the training set that chooses, in (0, 0.5], the same share of each class.
-        max_iter: iterations of each fit; ``settings["converged"]`` says whether the last one needed fewer.
+        cuts: components are kept whose variance is above this fraction of the largest, in (0, 1); None for ``CUTS``.
+        holdout: fraction of the training set, and of each class, that chooses, in (0, 0.5].
+        max_iter: iterations of each fit; ``settings["converged"]`` is whether the last one needed fewer.
 
     Raises:
         ValueError: see ``check_samples``; an option outside its range.
@@ -222,9 +221,9 @@ def logistic_probe(
     train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
     _check(penalties, cuts, holdout, max_iter, whiten)
     cuts = CUTS if cuts is None else cuts
-    if np.unique(train_labels, return_counts=True)[1].min() == 1:  # nothing can be held out
+    if np.unique(train_labels, return_counts=True)[1].min() == 1:  # no split is possible
         penalties, cuts = [_middle(penalties)], [_middle(cuts)]
-    prepared = _prepared(train, cuts) if whiten else {train.shape[1]: Standardising(train)}
+    prepared = _whitenings(train, cuts) if whiten else {train.shape[1]: Standardising(train)}
     tried: list[dict[str, float]] = []
     if len(prepared) > 1 or len(penalties) > 1:
         pairs = _pairs(train_labels, holdout, seed)
@@ -251,12 +250,12 @@ def logistic_probe(
 
 
 def _middle(values: Sequence[float]) -> float:
-    """The one in the middle; of an even number, the former of two."""
+    """Return the middle value; of an even number, the first of the middle two."""
     return values[(len(values) - 1) // 2]
 
 
-def _prepared(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array], NDArray[np.float32]]]:
-    """For each number of components, what brings features to them."""
+def _whitenings(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array], NDArray[np.float32]]]:
+    """Return number of components -> function that whitens features to them."""
     whitening = Whitening(train)
     return {n: partial(whitening, components=n) for n in dict.fromkeys(whitening.above(cut) for cut in cuts)}
 
@@ -264,7 +263,7 @@ def _prepared(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array]
 def _pairs(labels: IntArray, holdout: float, seed: int) -> list[tuple[IntArray, IntArray]]:
     if len(labels) >= FEW:
         return split(labels, holdout, seed)
-    least = (len(np.unique(labels)) + 0.5) / len(labels)  # one of each class, whatever rounding does
+    least = (len(np.unique(labels)) + 0.5) / len(labels)  # at least one of each class after rounding
     return split(labels, min(0.5, max(holdout, least)), seed, SPLITS)
 
 
@@ -275,15 +274,15 @@ def _path(
     penalties: Sequence[float],
     max_iter: int,
 ) -> Iterator[dict[str, float]]:
-    """What each penalty gives on the samples held out, until ``PATIENCE`` of them have passed the least cross entropy.
+    """Yield the figures of each penalty on held-out samples, until ``PATIENCE`` penalties are past the minimum.
 
     Args:
         features, labels: [N, D], [N].
-        pairs: samples to fit on and samples to choose on; figures are means over them.
+        pairs: (samples to fit on, samples to choose on); figures are averaged over them.
     """
     entropies: list[float] = []
     for penalty in penalties:
-        found = [_ask(features, labels, pair, penalty, max_iter) for pair in pairs]
+        found = [_score(features, labels, pair, penalty, max_iter) for pair in pairs]
         entropy, accuracy = (float(np.mean(values)) for values in zip(*found, strict=True))
         entropies.append(entropy)
         yield {"penalty": penalty, "cross_entropy": entropy, "accuracy": accuracy}
@@ -291,25 +290,25 @@ def _path(
             break
 
 
-def _ask(
+def _score(
     features: Array, labels: IntArray, pair: tuple[IntArray, IntArray], penalty: float, max_iter: int
 ) -> tuple[float, float]:
-    """Cross entropy and accuracy on the samples held out."""
+    """Return cross entropy and accuracy on held-out samples."""
     fit_on, choose_on = pair
     classifier = _fit(features[fit_on], labels[fit_on], penalty, max_iter)
     scores = classifier.decision_function(features[choose_on])  # [M, K], or [M] of the second of two classes
     scores = scores if scores.ndim == 2 else np.stack([np.zeros_like(scores), scores], axis=1)
-    log_chances = log_softmax(scores, axis=1)  # predict_log_proba has -inf where a chance rounds to 0
+    log_p = log_softmax(scores, axis=1)  # predict_log_proba has -inf if a probability rounds to 0
     answers = np.searchsorted(classifier.classes_, labels[choose_on])
-    entropy = -float(log_chances[np.arange(len(answers)), answers].mean())
-    return entropy, float(np.mean(log_chances.argmax(axis=1) == answers))
+    entropy = -float(log_p[np.arange(len(answers)), answers].mean())
+    return entropy, float(np.mean(log_p.argmax(axis=1) == answers))
 
 
 def _fit(features: Array, labels: IntArray, penalty: float, max_iter: int) -> LogisticRegression:
     classifier = LogisticRegression(C=1.0 / (penalty * len(features)), max_iter=max_iter)
-    # One thread: on products as small as these, threads wait for one another longer than they work.
+    # One thread: on such small products, threads synchronise longer than they compute.
     with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the result says it
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported in the result
         return classifier.fit(features, labels)
 
 
@@ -325,7 +324,7 @@ def _check(
     _check_descending("penalties", penalties, np.inf)
     if cuts is not None:
         if not whiten:
-            raise ValueError(f"cuts (={tuple(cuts)}) would do nothing: whiten is False, and components are not sought")
+            raise ValueError(f"cuts (={tuple(cuts)}) would do nothing: whiten is False, so there are no components")
         _check_descending("cuts", cuts, 1.0)
     check_holdout(holdout)
     if max_iter < 1:

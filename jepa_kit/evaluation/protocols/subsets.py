@@ -1,4 +1,4 @@
-"""Parts of a training set with few labels: a share of it, so many images of each class, or a list of names.
+"""Training sets with few labels: a fraction of all samples, a number per class, or a list of names.
 
 N  training samples
 """
@@ -23,10 +23,10 @@ class Subset:
     """A rule that draws samples.
 
     Args:
-        text: ``all``; a share as ``1%`` or ``12.5%``; or so many of each class as ``10/class``.
+        text: ``all``; a fraction as ``1%`` or ``12.5%``; or a number per class as ``10/class``.
 
     Raises:
-        ValueError: another form, a share that is not in (0, 100), or no image.
+        ValueError: another form, a percentage that is not in (0, 100), or no image.
     """
 
     text: str
@@ -35,20 +35,20 @@ class Subset:
         match = _FORMS.fullmatch(self.text)
         share, each = (match["share"], match["each"]) if match else (None, None)
         if match is None or (share and not 0 < float(share) < 100) or (each and int(each) < 1):
-            raise ValueError(f"subsets (={self.text!r}) must be of 'all', a share as '1%', or images as '10/class'")
+            raise ValueError(f"subsets (={self.text!r}) must be 'all', a fraction as '1%', or images as '10/class'")
 
     @property
     def is_all(self) -> bool:
         return self.text == "all"
 
     def draw(self, labels: IntArray, *, seed: int, draw: int) -> IntArray:
-        """Ascending numbers of the samples of one draw.
+        """Return the sample numbers of one draw, ascending.
 
-        A share is taken of each class, rounded, and at least one image. Draws of one seed are nested over sizes: what
-        ``1%`` has, ``10%`` has too.
+        A fraction is taken of each class, rounded, and at least one image. Draws of one seed are nested: ``10%``
+        contains ``1%``.
 
         Raises:
-            ValueError: a class that has fewer images than asked for.
+            ValueError: a class with too few images.
         """
         match = _FORMS.fullmatch(self.text)
         assert match is not None
@@ -60,23 +60,23 @@ class Subset:
             members = order[labels[order] == name]
             count = int(match["each"]) if match["each"] else max(1, round(float(match["share"]) / 100 * len(members)))
             if count > len(members):
-                raise ValueError(f"subsets (={self.text!r}) asks for {count}, but class {name} has {len(members)}")
+                raise ValueError(f"subsets (={self.text!r}) needs {count} images, but class {name} has {len(members)}")
             chosen.append(members[:count])
         return np.sort(np.concatenate(chosen))
 
 
 def listed(file: str, key: Callable[[int], str], samples: int) -> IntArray:
-    """Ascending numbers of the samples that a text file names, one a line; empty lines are passed over.
+    """Return the sample numbers, ascending, that a text file names, one per line; empty lines are skipped.
 
-    A name is the sample's key, with or without an extension; or the last part of it, where that is no other sample's.
-    The lists of 1 % of ImageNet that are in use name files as ``n01440764_10043.JPEG``.
+    A name is the sample's key, with or without an extension; or the last part of the key, if that is unique. Common
+    lists of 1 % of ImageNet have names as ``n01440764_10043.JPEG``.
 
     Args:
-        key: the name of a sample of the data set.
+        key: sample number -> name.
         samples: N.
 
     Raises:
-        ValueError: no name, or names that are no sample's, or several samples'.
+        ValueError: no name, or names of no sample or of several.
         FileNotFoundError: there is no such file.
     """
     known: dict[str, list[int]] = defaultdict(list)

@@ -1,4 +1,7 @@
-"""What a linear probe is given: features standardised, or brought to principal components of one variance.
+"""Inputs of a linear probe: features standardised, or whitened (principal components of variance 1).
+
+scikit-learn's StandardScaler and PCA are not used. They scale a column that is constant but for rounding to variance 1,
+hold all samples in float64 at once, and divide by N - 1.
 
 N  training samples    M  any samples    D  width of a feature
 """
@@ -15,7 +18,7 @@ from jepa_kit.rng import FloatArray
 
 
 class Standardising:
-    """Array to columns of mean 0 and variance 1 over the training set; a constant one counts for nothing.
+    """Scale columns to mean 0 and variance 1 over the training set, and a constant column to 0.
 
     Args:
         features: [N, D] of the training set.
@@ -24,21 +27,21 @@ class Standardising:
     def __init__(self, features: Array) -> None:
         self.mean = features.mean(axis=0, dtype=np.float64)  # [D]
         deviation = features.std(axis=0, dtype=np.float64)
-        # what is left of a constant after rounding is no signal
+        # a constant column has a small deviation left from rounding
         self.scale = np.where(deviation > 1e-7 * np.abs(self.mean), 1.0 / np.maximum(deviation, 1e-30), 0.0)
 
     def __call__(self, features: Array) -> NDArray[np.float32]:
-        """[M, D] -> [M, D]."""
+        """Return standardised features: [M, D] -> [M, D]."""
         return np.concatenate([part.astype(np.float32) for part in self.parts(features)])
 
     def parts(self, features: Array) -> Iterator[FloatArray]:
-        """The same in float64, some rows at a time: small variances need the digits, large sets the memory."""
+        """Yield the same in float64, some rows at a time: small variances need float64, large sets little memory."""
         for start in range(0, len(features), 8192):
             yield (features[start : start + 8192] - self.mean) * self.scale
 
 
 class Whitening:
-    """Array to their principal components, each of mean 0 and variance 1 over the training set.
+    """Project features onto principal components of mean 0 and variance 1 over the training set.
 
     Args:
         features: [N, D] of the training set. Each column is standardised first.
@@ -51,13 +54,13 @@ class Whitening:
             covariance += part.T @ part
         values, vectors = np.linalg.eigh(covariance / len(features))  # ascending
         self.variances: FloatArray = np.maximum(values[::-1], 0.0)  # [D]
-        self.axes: FloatArray = vectors[:, ::-1]  # [D, D], a column each
+        self.axes: FloatArray = vectors[:, ::-1]  # [D, D], one per column
 
     def above(self, cut: float) -> int:
-        """How many components have more than the share ``cut`` of the largest variance; at least 1."""
+        """Return how many components have more than ``cut`` times the largest variance; at least 1."""
         return max(1, int(np.sum(self.variances > cut * self.variances[0])))
 
     def __call__(self, features: Array, components: int) -> NDArray[np.float32]:
-        """[M, D] -> [M, components]."""
+        """Return whitened features: [M, D] -> [M, components]."""
         axes = self.axes[:, :components] / np.sqrt(np.maximum(self.variances[:components], 1e-30))
         return np.concatenate([(part @ axes).astype(np.float32) for part in self.standardised(features)])

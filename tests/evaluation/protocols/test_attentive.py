@@ -117,7 +117,7 @@ def test_heads_by_width():
         ({"lrs": ()}, "lrs (=()) must be at least one, above 0"),
         ({"lrs": (0.0,)}, "lrs (=(0.0,)) must be at least one, above 0"),
         ({"weight_decay": -1.0}, "weight_decay (=-1.0) must be at least 0"),
-        ({"lrs": (0.1, 0.1)}, "lrs (=(0.1, 0.1)) must hold each once"),
+        ({"lrs": (0.1, 0.1)}, "lrs (=(0.1, 0.1)) must contain each value once"),
         ({"holdout": 0.9, "lrs": (0.1, 0.2)}, "holdout (=0.9) must be above 0 and at most 0.5"),
         ({"holdout": 0.1}, "holdout (=0.1) would do nothing: lrs (=(0.001,)) leaves nothing to choose"),
         ({"num_heads": 5}, "num_heads (=5) must divide the width (=12)"),

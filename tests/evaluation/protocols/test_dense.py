@@ -10,7 +10,7 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.transforms import eval_view
 from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
-from jepa_kit.evaluation.protocols.dense import Dense, confusion, crop_mask, patch_grid, patch_shares
+from jepa_kit.evaluation.protocols.dense import Dense, confusion, crop_mask, patch_fractions, patch_grid
 from jepa_kit.evaluation.protocols.heads import HeadGrid, Setting
 
 KEY = LayerSet("last", "none")
@@ -52,7 +52,7 @@ def test_shares_of_a_patch_are_counted():
     random = np.random.default_rng(0)
     masks = random.integers(0, 3, size=(2, 8, 12), dtype=np.uint8)
     masks[0, 0, 0] = 255
-    shares = patch_shares(masks, 6, 3)
+    shares = patch_fractions(masks, 6, 3)
     for i in range(2):
         for row in range(2):
             for column in range(3):
@@ -64,7 +64,7 @@ def test_shares_of_a_patch_are_counted():
 def test_the_loss_on_shares_is_the_mean_loss_over_pixels():
     """One step of a head on shares moves as a step on the pixels does, each with its patch's logits."""
     masks, features = squares(3, seed=0)
-    shares = patch_shares(masks.masks, 24, 4).flatten(0, 1)
+    shares = patch_fractions(masks.masks, 24, 4).flatten(0, 1)
     x = torch.from_numpy(features.array).flatten(0, 1)
     weight = torch.zeros(4, 4, requires_grad=True)
     logits = (x @ weight).view(3, 4, 6, 4).permute(0, 3, 1, 2).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -164,4 +164,4 @@ def test_masks_of_one_value():
     masked = Masked(np.zeros((4, 16, 24), np.uint8)), squares(4, seed=0)[1]
     with pytest.raises(ValueError) as error:
         Dense()(task(masked, masked))
-    assert str(error.value) == "masks of shards must hold at least 2 values, not 1"
+    assert str(error.value) == "masks of shards must contain at least 2 values, not 1"

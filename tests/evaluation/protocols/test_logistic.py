@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _ask, _fit, logistic_probe
+from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _fit, _score, logistic_probe
 from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
 
 
@@ -97,13 +97,13 @@ def test_the_cross_entropy_is_scikit_learns_and_finite(classes):
     labels = np.arange(120) % classes
     features = rng.normal(size=(120, 4)) + 3 * np.eye(4)[labels]
     pair = (np.arange(60), np.arange(60, 120))
-    ours, _ = _ask(features, labels, pair, 1e-2, 100)
+    ours, _ = _score(features, labels, pair, 1e-2, 100)
     fitted = _fit(features[:60], labels[:60], 1e-2, 100)
     assert ours == pytest.approx(log_loss(labels[60:], fitted.predict_proba(features[60:])), rel=1e-9)
     features[60] = -1e4 * features[60]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert 100 < _ask(features, labels, pair, 1e-2, 100)[0] < np.inf
+        assert 100 < _score(features, labels, pair, 1e-2, 100)[0] < np.inf
 
 
 def test_stops_two_penalties_after_the_least_cross_entropy():
@@ -144,7 +144,7 @@ def test_passes_over_penalties_that_leave_one_answer_for_everything():
         ({"cuts": [1.0, 0.1]}, "cuts (=(1.0, 0.1)) must be numbers between 0 and 1, descending"),
         (
             {"cuts": [1e-3], "whiten": False},
-            "cuts (=(0.001,)) would do nothing: whiten is False, and components are not sought",
+            "cuts (=(0.001,)) would do nothing: whiten is False, so there are no components",
         ),
         ({"holdout": 0.0}, "holdout (=0.0) must be above 0 and at most 0.5"),
         ({"holdout": 0.6}, "holdout (=0.6) must be above 0 and at most 0.5"),

@@ -204,7 +204,7 @@ def test_layers_are_joined_along_the_width():
         ((X, Y[:5], X, Y), "train_labels must be an integer for each of the 20 samples, not int64 of shape (5,)"),
         ((X, Y, X, Y * 1.0), "test_labels must be an integer for each of the 20 samples, not float64 of shape (20,)"),
         ((X, Y, X[:, :3], Y), "train and test must be of one width, not 12 and 3"),
-        ((X, Y * 0, X, Y * 0), "train_labels must hold at least 2 classes, not 1 (class 0)"),
+        ((X, Y * 0, X, Y * 0), "train_labels must contain at least 2 classes, not 1 (class 0)"),
         ((X, Y, X, Y + 4), "test_labels must be classes of train_labels, but class"),
     ],
 )

@@ -36,13 +36,13 @@ def test_all():
 def test_forms_that_are_none(text):
     with pytest.raises(ValueError) as error:
         Subset(text)
-    assert str(error.value) == f"subsets (={text!r}) must be of 'all', a share as '1%', or images as '10/class'"
+    assert str(error.value) == f"subsets (={text!r}) must be 'all', a fraction as '1%', or images as '10/class'"
 
 
 def test_more_than_a_class_has():
     with pytest.raises(ValueError) as error:
         Subset("11/class").draw(LABELS, seed=0, draw=0)
-    assert str(error.value) == "subsets (='11/class') asks for 11, but class 2 has 10"
+    assert str(error.value) == "subsets (='11/class') needs 11 images, but class 2 has 10"
 
 
 KEYS = ["train/n01/n01_3", "train/n01/n01_10", "train/n02/0001", "train/n03/0001"]
