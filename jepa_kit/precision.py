@@ -1,11 +1,11 @@
-"""``train.precision``: the numbers of matrix products. Weights, optimiser and losses are float32 in all.
+"""``train.precision``: the precision of matrix products. Weights, optimiser state and losses are always float32.
 
-float32  also on CUDA: TensorFloat-32 is switched off while a run trains
-tf32     float32 whose products round their factors to 10 bits; CUDA from compute capability 8.0 (Ampere) on
+float32  also on CUDA: TensorFloat-32 is off while a run trains
+tf32     factors of products are rounded to 10 bits; CUDA, compute capability 8.0 (Ampere) and up
 bf16     autocast
 auto     on CUDA bf16 if the card has it, else float32; on a CPU whichever is faster, measured (``faster_on_cpu``)
 
-What ``auto`` becomes is decided once for a run, by rank 0, and stored in its config; a resumed run keeps it.
+Rank 0 resolves ``auto`` once for a run and stores the result in its config; a resumed run keeps it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from jepa_kit.structures import Precision
 
 REPEATS = 3
 FLOP = 2**29
-"""Of one timed product, forward and backward: 4 to 12 ms of one core in float32."""
+"""FLOP of one timed product, forward and backward: 4 to 12 ms of one core in float32."""
 WIDTHS = (64, 384)
-"""Narrower or wider encoders are timed at these: the answer is the same, and the time stays short."""
+"""Narrower or wider encoders are timed at these widths: the result is the same, and the time stays short."""
 
 
 def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    """Return what makes the context of a forward pass in ``precision``."""
+    """Return the factory of the context manager of a forward pass in ``precision``."""
     return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
 
 
@@ -39,10 +39,10 @@ def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractCo
 def products_in(precision: str, device: torch.device) -> Iterator[None]:
     """Switch TensorFloat-32 on (tf32) or off (float32) on CUDA, for matrix products and convolutions; restore it after.
 
-    torch's own default rounds convolutions to TF32 and nothing else.
+    By default, torch rounds convolutions to TF32 and nothing else.
 
     Raises:
-        ValueError: tf32 on a device that does not have it.
+        ValueError: tf32 on a device without it.
     """
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise ValueError(
@@ -63,14 +63,12 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def resolve_precision(config: Config, device: torch.device, stored: str | None = None) -> Config:
-    """Return the config with ``train.precision: auto`` replaced by what it means on rank 0's device, else as it is.
-
-    All ranks must call it.
+    """Return the config with ``train.precision: auto`` resolved on rank 0's device; all ranks must call it.
 
     Args:
         config: of the run.
         device: of this rank.
-        stored: what the run's checkpoint has, which ``auto`` keeps.
+        stored: the precision in the run's checkpoint, which ``auto`` keeps.
     """
     if config.train.precision != "auto":
         return config
@@ -98,7 +96,7 @@ def precision_of(config: Config) -> Precision:
 
 
 def choose_precision(device: torch.device, width: int = WIDTHS[1]) -> Precision:
-    """Return what ``auto`` means on a device, for an encoder whose tokens have ``width`` numbers."""
+    """Return what ``auto`` means on a device, for an encoder of this width."""
     if device.type == "cpu":
         return faster_on_cpu(max(WIDTHS[0], min(width, WIDTHS[1])))
     with torch.cuda.device(device):
@@ -109,9 +107,9 @@ def choose_precision(device: torch.device, width: int = WIDTHS[1]) -> Precision:
 def faster_on_cpu(width: int) -> Precision:
     """Return "bf16" or "float32", whichever takes less CPU time in an MLP's first layer, forward and backward.
 
-    Timing sees what lists of instruction sets miss: AMX, AVX-512 bf16, emulation of bf16 (ten times slower than
-    float32), and limits set through the environment (``ONEDNN_MAX_CPU_ISA``). It is done on one thread in that thread's
-    CPU time, so that other processes do not matter, takes 0.1 to 2 s, and draws none of the caller's random numbers.
+    A measurement includes what a list of instruction sets misses: AMX, AVX-512 bf16, emulated bf16 (ten times slower
+    than float32), and limits set through the environment (``ONEDNN_MAX_CPU_ISA``). It counts the CPU time of one
+    thread, so that other processes do not matter, takes 0.1 to 2 s, and does not use the caller's random numbers.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Buffers that training changes: batch norm's statistics, the centre of targets in DINO, ...
 
-They are those of the state dict. A buffer that is not persistent is in no checkpoint, so it must be a table that the
-constructor computes, as the position tables of jepa_kit are.
+They are the buffers of the state dict. A buffer that is not persistent is in no checkpoint, so it must be a table that
+the constructor computes, as the position tables of jepa_kit are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]
 
 
 class Buffers:
-    """Persistent buffers before a step; a model without any costs nothing. Waits for no device.
+    """Copies of the persistent buffers before a step, to undo what the step does to them; never waits for the device.
 
     Args:
         model: before its forward pass.
@@ -49,14 +49,14 @@ class Buffers:
                 shape = None if now is None else tuple(now.shape)
                 raise ValueError(
                     f"buffer {full_name} has the shape {shape} after the forward pass, and {tuple(before.shape)} "
-                    "before: it must keep its shape, so that a bad batch can be taken back and checkpoints fit"
+                    "before: it must keep its shape, so that a bad batch can be undone and checkpoints fit"
                 )
             now.copy_(torch.where(finite, now, before))
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end, the persistent buffers that what is inside changes."""
+    """Restore the persistent buffers on leaving the ``with``."""
     buffers = Buffers(model)
     try:
         yield

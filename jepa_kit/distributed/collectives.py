@@ -1,9 +1,8 @@
-"""Any number of processes, started by torchrun or by Slurm's srun; one process without them.
+"""Processes of a run, started by torchrun or by Slurm's srun; one process without them.
 
-torchrun tells each process who it is through the environment (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT); slurm.py says the same in Slurm's words. Nothing here guesses: a start by one of these, or by mpirun, that
-would leave every process training alone is an error. (Of two that are started by hand into one run folder, lock.py lets
-one in.)
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process; slurm.py derives them from
+Slurm's variables. If srun or mpirun started several processes and these variables are missing, so that each would train
+alone, that is an error. (If two processes are started by hand into one run folder, lock.py refuses the second.)
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ T = TypeVar("T")
 
 
 SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)
-"""Errors that all processes raise, with the same words, where one of them raises them for all."""
+"""Errors that are sent to the other processes, which raise them as well."""
 
 PATIENCE = timedelta(hours=6)
 """Timeout of host-side collectives, during which one process may index a remote data set for all.
 
-The group of the gradients keeps torch's own limit (10 minutes with NCCL). Nobody waits so long for a process that has
-ended: its connection is closed, and torchrun and srun end the others.
+The group of the gradients keeps torch's own limit (10 minutes with NCCL). A process that has ended keeps none waiting:
+its connection is closed, and torchrun and srun end the others.
 """
 
-_words: Any = None
-"""The group that words go over, between processes on the host: gloo, beside NCCL too. None is the first group."""
+_host_group: Any = None
+"""The group of host-side collectives (gloo, also beside NCCL); None is torch's default group."""
 
 
 # torch 2.13 renames the argument.
@@ -87,13 +86,13 @@ class World:
 
 
 def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
-    """What torchrun or Slurm's srun set, or a world of one process where neither did.
+    """Return the world that torchrun or Slurm's srun has set up, or a world of one process.
 
-    Under srun, torchrun's variables are put into ``environ``, where torch.distributed looks for them.
+    Under srun, torchrun's variables are added to ``environ``, where torch.distributed looks for them.
 
     Raises:
-        ValueError: torchrun's variables in part, one that is not a number, or several tasks of Slurm or processes of
-            mpirun of which this process knows nothing, so that it would train alone.
+        ValueError: some of torchrun's variables are missing or not a number; or Slurm or mpirun started several
+            processes without them, so that each would train alone.
     """
     if "WORLD_SIZE" not in environ and "RANK" not in environ:
         environ.update(torchrun_variables(environ))
@@ -107,7 +106,7 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
                 )
         return World()
     if missing:
-        raise ValueError(f"the environment holds a part of torchrun's variables, but not {', '.join(missing)}")
+        raise ValueError(f"the environment has some of torchrun's variables, but not {', '.join(missing)}")
     numbers = {}
     for name in TORCHRUN[:3]:
         if not environ[name].isdigit():
@@ -117,14 +116,14 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
 
 
 def choose_device(name: str, world: World) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Args:
-        name: ``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        name: ``auto`` (CUDA if there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         world: local ranks take GPUs in turn.
 
     Raises:
-        ValueError: an unknown device, CUDA where there is none, or more processes than GPUs.
+        ValueError: an unknown device, CUDA without a CUDA device, or more processes than GPUs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,7 +140,7 @@ def choose_device(name: str, world: World) -> torch.device:
     if index >= torch.cuda.device_count():
         hidden = " (Slurm: --gpus-per-node, not --gpus-per-task)" if "SLURM_PROCID" in os.environ else ""
         raise ValueError(
-            f"GPU {index} was asked for, but there are {torch.cuda.device_count()}: start fewer processes{hidden}"
+            f"GPU {index} is needed, but there are {torch.cuda.device_count()}: start fewer processes{hidden}"
         )
     return torch.device("cuda", index)
 
@@ -150,9 +149,7 @@ def choose_device(name: str, world: World) -> torch.device:
 def process_group(
     world: World, device: torch.device, timeout: timedelta | None = None, patience: timedelta | None = None
 ) -> Iterator[None]:
-    """Joins the other processes, and leaves them at the end; does nothing for one process.
-
-    NCCL on CUDA, gloo on the CPU.
+    """Join the other processes (NCCL on CUDA, gloo on the CPU), and leave them at the end; one process does nothing.
 
     Args:
         timeout: for joining, None for torch's own.
@@ -161,9 +158,9 @@ def process_group(
             if a process ends, torchrun and srun --kill-on-bad-exit end the others.
 
     Raises:
-        StartError: they could not be joined; names the rank and the cause.
+        StartError: the processes could not join; the message names the rank and the cause.
     """
-    global _words
+    global _host_group
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.size == 1:
@@ -179,7 +176,7 @@ def process_group(
             timeout=patience or timeout,
             device_id=device if device.type == "cuda" else None,
         )
-        _words = dist.new_group(backend="gloo", timeout=patience or PATIENCE)
+        _host_group = dist.new_group(backend="gloo", timeout=patience or PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise StartError(
             f"rank {world.rank} of {world.size} could not join the others over {backend} "
@@ -188,32 +185,32 @@ def process_group(
     try:
         yield
     finally:
-        _words = None
+        _host_group = None
         dist.destroy_process_group()
 
 
 def joined() -> bool:
-    """Whether this process runs with others."""
+    """Return whether this process belongs to a group of several."""
     return dist.is_available() and dist.is_initialized()
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes."""
+    """Return whether this process is the one that prints and writes: rank 0."""
     return not joined() or dist.get_rank() == 0
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Wait until every process has called this."""
     if joined():
-        dist.barrier(group=_words)
+        dist.barrier(group=_host_group)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, or DDP around it where there are several processes.
+    """Return the model, or DDP around it if there are several processes.
 
     DDP starts every process from rank 0's weights and averages gradients. Parameters without a gradient (the target
-    encoder) take no part in it: each process moves its own copy by the same rule. Buffers that training changes are
-    rank 0's at each forward pass, as they are in a checkpoint; constant tables are not sent.
+    encoder) are left out: each process updates its own copy by the same rule. Buffers that training changes are rank
+    0's at each forward pass, as in a checkpoint; constant tables are not sent.
     """
     if not joined():
         return model
@@ -223,7 +220,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Means of a tensor over the processes; a new tensor."""
+    """Return a new tensor, the mean of ``values`` over the processes."""
     values = values.detach().clone()
     if joined():
         dist.all_reduce(values)
@@ -241,49 +238,49 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each process gives, by rank; all must call it."""
+    """Return the values of all processes by rank; all must call it."""
     if not joined():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_words)
+    dist.all_gather_object(values, value, group=_host_group)
     return values
 
 
 def restarted(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or Slurm started the same command before, as any process has it; all must call it."""
+    """Return whether torchrun or Slurm restarted the command, according to any process; all must call it."""
     return any(all_gather_object(any(environ.get(name, "0") != "0" for name in RESTARTS)))
 
 
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """What ``decide`` gives on rank 0, on every rank.
+    """Call ``decide`` on rank 0 and return its result on every rank; all must call it.
 
     Raises:
-        ValueError, OSError, ArithmeticError, RuntimeError: what it raised on rank 0, on every rank.
-        PeerError: on the other ranks, where rank 0 raised an error of another kind, or one that cannot be sent.
+        ValueError, OSError, ArithmeticError, RuntimeError: raised on rank 0, and so on every rank.
+        PeerError: on the other ranks, if rank 0 raised an error of another kind, or one that pickle cannot send.
     """
     if not joined():
         return decide()
 
-    def tell(words: list[Any]) -> list[Any]:
-        dist.broadcast_object_list(words, group=_words)
-        return words
+    def broadcast(outcome: list[Any]) -> list[Any]:
+        dist.broadcast_object_list(outcome, group=_host_group)
+        return outcome
 
     if is_main():
-        result, error = _outcome(decide, lambda failed: tell([None, failed]))
-        tell([result, _sendable(error)])
+        result, error = _outcome(decide, lambda failed: broadcast([None, failed]))
+        broadcast([result, _sendable(error)])
     else:
-        result, error = tell([None, None])
+        result, error = broadcast([None, None])
     if error is not None:
         raise error
     return result
 
 
 def run_on_all_ranks(do: Callable[[], T]) -> T:
-    """What ``do`` gives on this rank; all ranks must call it, and all raise where it raised on one.
+    """Call ``do`` on every rank and return this rank's result; if it raises on one rank, all raise.
 
     Raises:
-        ValueError, OSError, ArithmeticError, RuntimeError: the first rank's own.
-        PeerError: where the first rank raised an error of another kind, or one that cannot be sent.
+        ValueError, OSError, ArithmeticError, RuntimeError: that of the lowest rank that raised.
+        PeerError: that rank raised an error of another kind, or one that pickle cannot send.
     """
     if not joined():
         return do()
@@ -295,10 +292,10 @@ def run_on_all_ranks(do: Callable[[], T]) -> T:
     return result
 
 
-def _outcome(do: Callable[[], T], tell: Callable[[PeerError], Any]) -> tuple[Any, Exception | None]:
-    """(what ``do`` gives, None), or (None, the error that all raise).
+def _outcome(do: Callable[[], T], send: Callable[[PeerError], Any]) -> tuple[Any, Exception | None]:
+    """Return (result of ``do``, None) or (None, the error that all ranks are to raise).
 
-    An error of another kind is passed on here, and the others are told that there is one: they must not wait.
+    An error of another kind is raised here, after a PeerError has been sent to the others, which must not wait.
     """
     try:
         return do(), None
@@ -307,12 +304,12 @@ def _outcome(do: Callable[[], T], tell: Callable[[PeerError], Any]) -> tuple[Any
     except KeyboardInterrupt:  # a terminal sends it to all
         raise
     except BaseException as error:
-        tell(PeerError(f"rank {dist.get_rank()} failed ({type(error).__name__}); its own message tells more"))
+        send(PeerError(f"rank {dist.get_rank()} failed ({type(error).__name__}); see its own message"))
         raise
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or its words where it would not come through pickle as itself."""
+    """Return the error, or a PeerError with its message if pickle cannot send it."""
     try:
         pickle.loads(pickle.dumps(error))
     except (pickle.PickleError, TypeError, AttributeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where the processes of a run find one another at its start."""
+"""Rendezvous of the processes of a run at its start."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 NOTICE = 3.0
-"""Seconds after which a process that waits for others at the start prints for whom and for how long."""
+"""Seconds after which a process that waits for others at the start prints a message."""
 
 
 def start_store(rank: int, size: int, timeout: timedelta | None = None) -> dist.Store:
-    """Return the store in which the processes find one another, apart from those of an earlier start.
+    """Return the store through which the processes of this start exchange addresses.
 
-    If that takes more than ``NOTICE`` seconds, or no address is known for MASTER_ADDR, a line on stderr names whom this
-    process waits for, where, and for how long.
+    If that takes more than ``NOTICE`` seconds, or MASTER_ADDR cannot be resolved, a message on stderr says which ranks
+    this process waits for, at which address, and for how long.
 
-    torchrun (torch 2.13) keeps one store over its restarts, with what ranks that are gone wrote into it. So each start
-    has a name of its own.
+    torchrun (torch 2.13) keeps one store over its restarts, with the entries of earlier processes. So each start has a
+    key prefix of its own.
     """
     limit = timeout or default_pg_timeout
     host, at = os.environ.get("MASTER_ADDR"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -44,7 +44,7 @@ def _minutes(limit: timedelta) -> str:
 
 
 def _unresolved(host: str | None) -> str | None:
-    """Why this machine knows no address of a host; None if it does. (It may get to know one: torch goes on trying.)"""
+    """Return why the host name cannot be resolved, or None if it can. (It may be later: torch keeps trying.)"""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
@@ -54,7 +54,7 @@ def _unresolved(host: str | None) -> str | None:
 
 @contextmanager
 def _notice(line: str, after: float) -> Iterator[None]:
-    """Print a line if what is inside takes longer than ``after`` seconds."""
+    """Print a line if the block takes longer than ``after`` seconds."""
     timer = threading.Timer(after, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
@@ -65,10 +65,10 @@ def _notice(line: str, after: float) -> Iterator[None]:
 
 
 def _name_of_start(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:
-    """Return rank 0's name of this start, on all ranks; nothing else tells, as torchrun's agents count restarts apart.
+    """Return rank 0's name of this start, on all ranks; the counts of restarts of torchrun's agents may differ.
 
-    A rank announces itself under a word of its own, and rank 0 answers to that word; so neither takes what an earlier
-    start left for the other's.
+    A rank announces itself with a random key, and rank 0 replies under that key; so neither takes an entry of an
+    earlier start for the other's.
 
     Raises:
         RuntimeError: a rank did not come within the limit.

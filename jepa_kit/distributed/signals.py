@@ -1,19 +1,19 @@
-"""SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1: the run ends after a step that all ranks agree on, and can be resumed.
+"""SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1: the run stops after a step that all ranks agree on, and can be resumed.
 
-The first signal, on any rank, asks for the end; the run finishes its step, writes a checkpoint and exits with status
-``EX_TEMPFAIL`` (75), on which a scheduler can requeue it, or 130 after SIGINT. The second ends the process at once,
-as if nothing were here. Within ``SAME`` seconds of the first it is taken for the same one: Slurm signals every process
-of a step, and torchrun passes on what it gets itself. (One process alone takes a second SIGINT at its word.) SIGINT
-before the first step ends the process at once, as there is nothing to save. A signal that is ignored when the process
-starts (nohup) stays ignored.
+The first signal, on any rank, requests the stop: the run finishes its step, writes a checkpoint and exits with status
+``EX_TEMPFAIL`` (75), on which a scheduler can requeue it, or 130 after SIGINT. A second signal ends the process at
+once, as if there were no handler. Signals within ``SAME`` seconds count as one: Slurm signals every process of a step,
+and torchrun forwards its own signals. (In a single process a second SIGINT counts at any time.)
+SIGINT before the first step ends the process at once, as there is nothing to save. A signal that is ignored when the
+process starts (nohup) stays ignored.
 
-How ranks agree: every ``EVERY`` steps they start to send one another, over gloo and beside the steps, one number (0:
-go on, 1: stop, 2: something of this rank's failed), and look at the largest ``EVERY`` steps later. So all see the
-same at the same step, at most ``2 * EVERY`` steps after the signal, and no step waits for it.
+How ranks agree: every ``EVERY`` steps they begin an all-reduce (max, over gloo, in the background) of one number: 0
+continue, 1 stop, 2 failed. They read the result ``EVERY`` steps later. So all ranks see the same result at the same
+step, at most ``2 * EVERY`` steps after the signal, and no step waits for it.
 
 torchrun itself ends at SIGUSR1 unless it is started with ``--signals-to-handle
-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (torch 2.13 has it); it kills its processes 30 seconds after it has passed a
-signal on."""
+SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`` (torch 2.13 has it); it kills its processes 30 seconds after it has forwarded a
+signal."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ import torch.distributed as dist
 from jepa_kit.distributed.collectives import all_gather_object, is_main, joined
 
 EX_TEMPFAIL = 75
-"""sysexits.h: a failure that will not be one later."""
+"""sysexits.h: a temporary failure; the command may be run again."""
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""If ranks got different ones, the first of these counts: SIGTERM may be that of ``scancel``, whose job must not be
+"""If ranks got different ones, the first of these counts: SIGTERM may come from ``scancel``, whose job must not be
 requeued."""
 SAME = 2.0
+"""Seconds."""
 EVERY = 4
+"""Steps."""
 
 
 class Decision(IntEnum):
-    """What all ranks do next: the most urgent of what each has to say."""
+    """What all ranks do next: the largest of their values."""
 
     CONTINUE = 0
     STOP = 1
@@ -53,12 +55,12 @@ class Decision(IntEnum):
 
 
 class Preempted(Exception):
-    """A run that was asked to end, and whose checkpoint is written.
+    """A run was stopped by a signal; its checkpoint is written.
 
     Args:
         number: the signal, the same on all ranks.
         step: updates that the checkpoint has had.
-        here: whether this rank got it, and not another alone.
+        here: whether this rank got the signal.
     """
 
     def __init__(self, number: int, step: int, *, here: bool = True) -> None:
@@ -73,7 +75,7 @@ class Preempted(Exception):
 
 
 def preempted(own: int | None, step: int) -> Preempted:
-    """Return why a run was stopped; all ranks must call it.
+    """Return the exception for a stopped run; all ranks must call it.
 
     Args:
         own: the signal that this rank got, or None.
@@ -84,7 +86,7 @@ def preempted(own: int | None, step: int) -> Preempted:
 
 
 class Signals:
-    """Listens to ``SIGNALS`` inside its ``with``, in the main thread.
+    """Handles ``SIGNALS`` inside its ``with``, in the main thread.
 
     Attributes:
         number: the first signal, or None so far.
@@ -100,8 +102,8 @@ class Signals:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.handle) for number in heard}
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.handle) for number in handled}
         return self
 
     def __exit__(
@@ -111,7 +113,7 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+        """Handle a signal."""
         interrupt = number == signal.SIGINT
         if interrupt and not self.stepping:
             raise KeyboardInterrupt
@@ -130,7 +132,7 @@ class StopConsensus:
     """All-reduce of stop and failure flags, whose result is read some steps later.
 
     Args:
-        every: steps between a question and its answer; all ranks have the same. One process has its answer at once.
+        every: steps between two reductions; the same on all ranks. One process decides at once.
     """
 
     def __init__(self, every: int = EVERY) -> None:
@@ -140,15 +142,15 @@ class StopConsensus:
         self.numbers = torch.zeros(1, dtype=torch.int64)
 
     def poll(self, step: int, failed: bool, stop: bool) -> Decision:
-        """To be called by all ranks after each step.
+        """Return what all ranks do after this step; all ranks must call it after each step.
 
         Args:
             step: the same on all ranks.
-            failed: something of this rank's failed, and it raises its error as soon as all ranks know.
+            failed: this rank has an error, which it raises as soon as all ranks know.
             stop: this rank got a signal.
 
         Returns:
-            the same on all ranks; CONTINUE where there is no answer yet.
+            the same on all ranks; CONTINUE as long as there is no result.
         """
         own = Decision.FAILED if failed else Decision.STOP if stop else Decision.CONTINUE
         if self.group is None:
@@ -162,7 +164,7 @@ class StopConsensus:
         return decision
 
     def wait(self) -> Decision:
-        """Waits for the answer to the last question, all ranks together; CONTINUE where none is open."""
+        """Wait for the reduction under way and return its result, on all ranks; CONTINUE if there is none."""
         if self.work is None:
             return Decision.CONTINUE
         self.work.wait()
@@ -171,13 +173,13 @@ class StopConsensus:
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Has Slurm put this job into its queue again; to be called on one rank, when the checkpoint is written.
+    """Requeue this Slurm job; to be called on one rank, after the checkpoint is written.
 
     Returns:
-        what was done, for people; None outside of Slurm.
+        a message; None outside of Slurm.
 
     Raises:
-        RuntimeError: ``scontrol`` refused, or is not here.
+        RuntimeError: ``scontrol`` failed, or is not installed.
     """
     job = environ.get("SLURM_JOB_ID")
     if job is None:
@@ -185,7 +187,7 @@ def requeue(environ: Mapping[str, str] = os.environ) -> str | None:
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise RuntimeError(f"job {job} was not put into Slurm's queue again: there is no scontrol here") from error
+        raise RuntimeError(f"job {job} was not requeued: there is no scontrol here") from error
     if done.returncode:
-        raise RuntimeError(f"job {job} was not put into Slurm's queue again: {done.stderr.strip() or done.returncode}")
-    return f"job {job} is in Slurm's queue again"
+        raise RuntimeError(f"job {job} was not requeued: {done.stderr.strip() or done.returncode}")
+    return f"job {job} is requeued"

@@ -1,8 +1,7 @@
-"""What Slurm tells a task about itself, in torchrun's words, and the times that Slurm understands.
+"""torchrun's variables from those of Slurm, and Slurm's format of times.
 
-Under ``srun`` each task is one process of a run. Slurm's variables say who it is; torch.distributed wants torchrun's
-names for them. The tasks meet at the first node of the step, at a port that is a function of the job's number, unless
-MASTER_ADDR and MASTER_PORT are given.
+Under ``srun`` each task is one process of a run. MASTER_ADDR and MASTER_PORT are the first node of the step and a port
+that is a function of the job's number, unless they are set.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ import re
 from collections.abc import Mapping
 
 PORTS = range(15000, 32000)
-"""Below those that Linux gives out by itself (32768 and up)."""
+"""Below the ports that Linux assigns automatically (32768 and up)."""
 
 
 def torchrun_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of ``srun``; nothing for one alone.
+    """Return RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a task of ``srun``; {} for a single task.
 
     Raises:
-        ValueError: a job of several tasks whose script runs this process without ``srun``, so that it would be alone,
-            or a variable of Slurm's that is missing or no number.
+        ValueError: the script of a job of several tasks runs this process without ``srun``, so that it would train
+            alone; or one of Slurm's variables is missing or not a number.
     """
     if "SLURM_STEP_NUM_TASKS" not in environ:
         tasks = environ.get("SLURM_NTASKS", "1")
@@ -53,7 +52,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's list: ``gpu[003-007,012],cpu1`` -> ``gpu003``."""
+    """Return the first host of Slurm's list: ``gpu[003-007,012],cpu1`` -> ``gpu003``."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
         raise ValueError(f"nodes (={nodes!r}) must be a list of hosts as Slurm writes it")
@@ -64,7 +63,7 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<rest>\d+(?::\d+){0,2})|(?P<short>\d+(?
 
 
 def minutes(time: str) -> int:
-    """Minutes, rounded up, of a time as Slurm writes it: 90, 90:00, 1:30:00, 3-0, 3-12:30, 3-12:30:00.
+    """Return the minutes, rounded up, of a time in Slurm's format: 90, 90:00, 1:30:00, 3-0, 3-12:30, 3-12:30:00.
 
     Raises:
         ValueError: another form, or no time at all.

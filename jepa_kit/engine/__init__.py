@@ -1,1 +1,1 @@
-"""Training: step and loop, optimiser and schedules, checkpoints, processes, telemetry. Start at loop.py."""
+"""Training: set-up, steps, optimiser, schedules, checkpoints, logging. Start at train.py."""

@@ -28,7 +28,7 @@ from jepa_kit.trials.contract import check_parts
 
 
 def open_shards(config: Config, shards: str | Sequence[str] | None = None) -> ShardDataset:
-    """The training samples of a config, or other shards that are reached in the same way."""
+    """Return the training samples of a config, or other shards read with the same cache and retries."""
     data = config.data
     shards = data.shards if shards is None else shards
     assert shards is not None
@@ -39,10 +39,10 @@ def open_shards(config: Config, shards: str | Sequence[str] | None = None) -> Sh
 
 
 def open_together(config: Config, shards: str | Sequence[str] | None = None) -> ShardDataset:
-    """As ``open_shards``, for all ranks: rank 0 is the first, so that one process makes an index that is missing.
+    """As ``open_shards``, on all ranks: rank 0 first, so that one process writes a missing index.
 
     Raises:
-        ValueError: what ``ShardDataset`` refuses, or ranks that open different samples; on every rank.
+        ValueError: as ``ShardDataset``, or ranks open different samples; on every rank.
     """
     if not joined():
         return open_shards(config, shards)
@@ -53,10 +53,10 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
 
 
 def training_view(config: Config) -> View:
-    """What is done to a training image of a config.
+    """Return the transforms of a config's training images.
 
     Raises:
-        ConfigError: what transforms and parts refuse, a line each; those of transforms begin with ``data``.
+        ConfigError: all errors of transforms and parts, a line each; those of transforms begin with ``data``.
     """
     data = config.data
     with every_problem(config), located("data"):
@@ -64,7 +64,7 @@ def training_view(config: Config) -> View:
 
 
 def check_shares(settings: TrainConfig, processes: int) -> None:
-    """Raises ValueError where a batch cannot be shared by processes, and by the parts of each."""
+    """Raise ValueError if processes and accumulated parts do not divide the batch."""
     if settings.batch_size % (processes * settings.accumulate):
         raise ValueError(
             f"train.batch_size (={settings.batch_size}) must be divisible by the number of processes (={processes}) "
@@ -73,11 +73,11 @@ def check_shares(settings: TrainConfig, processes: int) -> None:
 
 
 def build_run(config: Config, world: World, device: torch.device) -> Run:
-    """Everything that a config is made of, with first weights that are a function of ``train.seed``.
+    """Return the run of a config; its first weights are a function of ``train.seed``. All ranks must call it.
 
     Raises:
-        ValueError: no data set, or one of less than a batch; a batch that the processes cannot share; what a part
-            refuses.
+        ValueError: no data set, or fewer samples than a batch; a batch that the processes do not divide; or an error of
+            a part.
     """
     if config.data.shards is None:
         raise ValueError(

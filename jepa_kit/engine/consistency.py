@@ -1,7 +1,7 @@
-"""All processes of a run have one config, one data set and one code: compared before the first step.
+"""Check before the first step that all processes of a run have the same config, data set and code.
 
-Nothing later would notice. Ranks with another learning rate or masker train to the end, and ranks with another number
-of steps wait for one another for ever.
+Nothing later would notice: ranks with different learning rates or maskers train to the end, and ranks with different
+numbers of steps wait for each other forever.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAY_DIFFER = frozenset(
         "train.device",
     }
 )
-"""What may differ from process to process: where data and caches lie, and how the machine is used.
+"""Options that may differ between processes: paths of data and caches, and how the machine is used.
 
-``data.shards`` and ``evaluate.shards`` are compared by what they hold. ``resume.FREE`` is another list: what it frees
-may change between two starts of a run, but not inside one.
+``data.shards`` and ``evaluate.shards`` are compared by content. ``resume.FREE`` is another list: its options may change
+when a run is resumed, but must be the same in all its processes.
 """
 
 _CODE = ("jepa_kit", "torch", "numpy", "xformers")
-"""Of ``versions()``: packages that decide numbers. A commit is not compared, as the sources themselves are."""
+"""Keys of ``versions()`` whose packages affect numbers. Instead of the commit, the sources are compared."""
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:

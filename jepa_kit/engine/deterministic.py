@@ -1,6 +1,6 @@
-"""``train.deterministic``: the same bits from the same run on the same CUDA device.
+"""``train.deterministic``: the same run on the same CUDA device gives the same bits.
 
-By default some CUDA kernels add with atomics, in an order that differs from run to run: the backward pass of flash
+By default some CUDA kernels add with atomics, in an order that differs between runs: the backward pass of flash
 attention (dq) and of ``index_select``, which copies context tokens for each target set of the predictor.
 """
 
@@ -16,9 +16,9 @@ import torch
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Have torch take deterministic kernels, or raise for an operator that has none; restore its settings after.
+    """If ``wanted``, make torch use deterministic kernels and raise for operators without one; restore it after.
 
-    Must begin before cuBLAS is first used: it reads CUBLAS_WORKSPACE_CONFIG then.
+    Must begin before the first use of cuBLAS, which reads CUBLAS_WORKSPACE_CONFIG then.
     """
     if not wanted:
         yield

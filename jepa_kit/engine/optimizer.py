@@ -1,9 +1,9 @@
 """AdamW over the parameter groups of the released I-JEPA code, and the norm of all gradients.
 
-Groups, in order: encoder weights, predictor weights, encoder biases and 1-D, predictor biases and 1-D. The last two are
-never decayed; the mask token, which has more than one dimension, is. Parameters that do not require a gradient (those
-of the target encoder) are left out. Whatever is not the encoder's (parameters of a loss or a target) goes with the
-predictor's.
+Groups, in order: encoder weights, predictor weights, encoder biases and 1-D, predictor biases and 1-D. Weight decay
+applies to the first two; the mask token has more than one dimension and is among them. Parameters that do not require a
+gradient (those of the target encoder) are left out. All that are not the encoder's (also those of a loss or a target)
+are grouped with the predictor's.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jepa_kit.engine.checkpoint.state_dict import is_sharded
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for what has two dimensions or more and is not called a bias."""
+    """Return whether weight decay applies: two dimensions or more, and not named a bias."""
     return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The four groups, empty ones left out.
+    """Return the four groups without the empty ones.
 
     Args:
         model: a module whose context encoder is its child ``encoder``.
 
     Returns:
-        for each group ``params`` as (name, parameter), ``decayed``, and ``weight_decay`` 0.
+        dicts with ``params`` as (name, parameter), ``decayed``, and ``weight_decay`` 0.
 
     Raises:
-        ValueError: nothing in the model requires a gradient.
+        ValueError: no parameter requires a gradient.
     """
     groups: list[dict[str, Any]] = []
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -52,10 +52,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(
     model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups(model)``, without a learning rate and weight decay until ``set_hyper`` gives them.
+    """Return AdamW over ``parameter_groups(model)``; ``set_hyper`` sets its learning rate and weight decay, 0 at first.
 
-    Fused on CPU and CUDA: bit-reproducible, and on two CPU cores several times as fast as ``foreach`` or the plain loop
-    for the parameters of a ViT-S. ``foreach`` on other devices.
+    Fused on CPU and CUDA: bit-reproducible, and on two CPU cores several times faster than ``foreach`` or the plain
+    loop for the parameters of a ViT-S. ``foreach`` on other devices.
     """
     groups = parameter_groups(model)
     on = {p.device.type for group in groups for _, p in group["params"]}
@@ -64,9 +64,10 @@ def build_optimizer(
 
 
 def clip_gradients(model: nn.Module, largest: float | None = None) -> Tensor:
-    """The norm [] of all gradients together, before they are scaled down to ``largest`` where it is above.
+    """Scale all gradients down to a joint norm of at most ``largest``, and return their norm [] before that.
 
-    Under FSDP it is the norm over all shards, one number to send; all ranks must call it. Waits for no device.
+    Under FSDP it is the norm over all shards (an all-reduce of one number); all ranks must call it. Never waits for the
+    device.
 
     Args:
         model: with gradients.

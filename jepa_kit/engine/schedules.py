@@ -28,12 +28,12 @@ from fvcore.common.param_scheduler import (
 
 @dataclass(frozen=True)
 class Hyper:
-    """What one update runs with.
+    """Learning rate, weight decay and momentum of one update.
 
     Args:
         lr: learning rate.
-        weight_decay: AdamW's, for the parameters that are decayed.
-        momentum: how much of the target encoder stays, in [0, 1].
+        weight_decay: of AdamW, for the parameters that are decayed.
+        momentum: EMA coefficient of the target encoder, in [0, 1].
     """
 
     lr: float
@@ -44,13 +44,13 @@ class Hyper:
 class WarmupThenCosine(ParamScheduler):
     """Linear from ``start`` to ``peak``, then half a cosine from ``peak`` to ``end``.
 
-    fvcore's CompositeParamScheduler would do it, but moves the joint by 1e-6 of the run, which is a step in long runs.
+    fvcore's CompositeParamScheduler moves the joint by 1e-6 of the run, which is a step in long runs.
 
     Args:
         start: value at 0.
         peak: value at the end of the warm-up.
         end: value at 1.
-        warmup: share of the whole that is warm-up, 0 and up; from 1 on the peak is not reached.
+        warmup: fraction of the whole that is warm-up, 0 and up; from 1 on the peak is not reached.
     """
 
     def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
@@ -65,7 +65,7 @@ class WarmupThenCosine(ParamScheduler):
 
 
 class Schedule:
-    """The three schedules of a run: ``schedule(step)`` is what update ``step`` (from 0) runs with.
+    """The three schedules of a run: ``schedule(step)`` returns the values of update ``step`` (from 0).
 
     Args:
         epochs: of the run.
@@ -75,9 +75,9 @@ class Schedule:
         final_lr: learning rate at the end.
         warmup_epochs: length of the warm-up, 0 for none.
         weight_decay: (at the start, at the end).
-        momentum: share of the planned updates [0, 1] -> momentum; ``JEPA.momentum``. Without: always 1.
-        stretch: the schedules are laid out for ``stretch`` times the run, which ends inside them; 1 and up
-            (the release's ``ipe_scale``).
+        momentum: fraction of the planned updates [0, 1] -> momentum; ``JEPA.momentum``. None: always 1.
+        stretch: length of the schedules in lengths of the run, 1 and up (the release's ``ipe_scale``); the run ends
+            before them if it is above 1.
 
     Raises:
         ValueError: a number out of range.
@@ -115,7 +115,7 @@ class Schedule:
         self._momentum = momentum or ConstantParamScheduler(1.0)
 
     def __call__(self, step: int) -> Hyper:
-        """Raises ValueError for a step outside the run."""
+        """Return the values of update ``step``; raise ValueError for a step outside the run."""
         if not 0 <= step < self.steps:
             raise ValueError(f"step (={step}) must be from 0 to {self.steps - 1}: the run has {self.steps} updates")
         where = (step + 1) / self.planned
@@ -123,7 +123,7 @@ class Schedule:
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:
-    """Gives the optimiser its learning rate and, in the groups that are decayed, its weight decay."""
+    """Set the optimiser's learning rate and, in the groups that are decayed, its weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = hyper.lr
         if group["decayed"]:

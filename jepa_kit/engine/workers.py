@@ -1,4 +1,4 @@
-"""``data.num_workers: auto``: how many processes load the batches of a rank; and how many threads compute."""
+"""Numbers of loader processes (``data.num_workers: auto``) and of torch's threads of a rank."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jepa_kit.machine import cores_of_rank
 Workers = int | Literal["auto"]
 
 MOST = 16
-"""On CUDA: enough for 6,000 photos a second and GPU (2.4 ms each). Each more costs memory."""
+"""Most workers on CUDA: enough for 6,000 photos per second and GPU (2.4 ms each). Each one costs memory."""
 CPU_PART = 4
-"""On a CPU one core in so many loads; the others are the training step's."""
+"""On a CPU one core in so many loads images; the others run the training step."""
 QUICK = {"cuda": 50e-6, "cpu": 1e-3}
-"""Seconds an image takes to load, below which the training process loads: workers cost more than they save."""
+"""If loading an image takes fewer seconds, the training process loads: workers would cost more than they save."""
 
 
 def choose_workers(wanted: Workers, device: torch.device, seconds: float | None = None) -> int:
-    """Return how many loader processes a rank gets: ``wanted``, or what "auto" means here.
+    """Return the number of loader processes of a rank: ``wanted``, or what "auto" means here.
 
     Args:
         wanted: ``data.num_workers``.
@@ -39,15 +39,15 @@ def choose_workers(wanted: Workers, device: torch.device, seconds: float | None 
 
 
 def set_workers(loader: TrainLoader, wanted: Workers, device: torch.device) -> None:
-    """Give a training loader its workers; "auto" times the first images of shards on this machine."""
+    """Set the number of workers of a training loader; "auto" times the first images of local shards."""
     seconds = None if wanted != "auto" or loader.dataset.remote else loader.seconds_per_image()
     loader.num_workers = choose_workers(wanted, device, seconds)
 
 
 def limit_threads() -> None:
-    """Keep torch's threads within the usable cores of this rank, unless OMP_NUM_THREADS is set.
+    """Limit torch's threads to the usable cores of this rank, unless OMP_NUM_THREADS is set.
 
-    The tools have set it (machine.py); this is for those who call ``train`` from Python.
+    The tools set it (machine.py); this is for callers from Python.
     """
     if "OMP_NUM_THREADS" not in os.environ and cores_of_rank() < torch.get_num_threads():
         torch.set_num_threads(cores_of_rank())

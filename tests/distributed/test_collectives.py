@@ -48,7 +48,7 @@ def test_torchrun_says_who_this_is():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MASTER_PORT": None}, "the environment holds a part of torchrun's variables, but not MASTER_PORT"),
+        ({"MASTER_PORT": None}, "the environment has some of torchrun's variables, but not MASTER_PORT"),
         ({"WORLD_SIZE": None, "LOCAL_RANK": None}, "a part of torchrun's variables, but not LOCAL_RANK, WORLD_SIZE"),
         ({"RANK": "x"}, r"RANK \(='x'\) must be a whole number"),
         ({"RANK": "4"}, r"RANK \(=4\) must be from 0 to 3, as WORLD_SIZE is 4"),
@@ -103,7 +103,7 @@ def test_devices(monkeypatch):
         ("cuda:x", World(), 1, r"device \(='cuda:x'\) must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ("cuda", World(), 0, r"device \(='cuda'\) needs CUDA, which torch .* does not see here"),
         ("cuda:0", World(size=2), 2, r"device \(='cuda:0'\) names one GPU for 2 processes; 'cuda' gives each its own"),
-        ("cuda", World(3, 3, 4), 2, r"GPU 3 was asked for, but there are 2: start fewer processes"),
+        ("cuda", World(3, 3, 4), 2, r"GPU 3 is needed, but there are 2: start fewer processes"),
     ],
 )
 def test_devices_that_there_are_not(monkeypatch, name, world, gpus, message):
@@ -222,7 +222,7 @@ with process_group(world, device, timeout=timedelta(seconds=5)):
     for rank, call in ((0, broadcast_from_rank0), (0, run_on_all_ranks), (1, run_on_all_ranks)):
         own = world.rank == rank
         refused(lambda: call(fail(rank, RuntimeError("shared"))), RuntimeError, "shared")
-        peer = f"rank {rank} failed (KeyError); its own message tells more"
+        peer = f"rank {rank} failed (KeyError); see its own message"
         refused(lambda: call(fail(rank, KeyError("own"))), KeyError if own else PeerError, "own" if own else peer)
         peer = f"rank {rank}: OSError: no pickle"
         refused(lambda: call(fail(rank, unsent)), OSError if own else PeerError, "no pickle" if own else peer)

@@ -161,15 +161,15 @@ def test_one_process_agrees_with_itself_at_once():
 def test_requeue(tmp_path, monkeypatch):
     assert requeue({}) is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="job 7 was not put into Slurm's queue again: there is no scontrol here"):
+    with pytest.raises(RuntimeError, match="job 7 was not requeued: there is no scontrol here"):
         requeue({"SLURM_JOB_ID": "7"})
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "$@" > ' + str(tmp_path / "called") + "\n")
     scontrol.chmod(0o755)
-    assert requeue({"SLURM_JOB_ID": "7"}) == "job 7 is in Slurm's queue again"
+    assert requeue({"SLURM_JOB_ID": "7"}) == "job 7 is requeued"
     assert (tmp_path / "called").read_text() == "requeue 7\n"
     scontrol.write_text("#!/bin/sh\necho 'Invalid job id' >&2\nexit 1\n")
-    with pytest.raises(RuntimeError, match="job 7 was not put into Slurm's queue again: Invalid job id"):
+    with pytest.raises(RuntimeError, match="job 7 was not requeued: Invalid job id"):
         requeue({"SLURM_JOB_ID": "7"})
 
 

@@ -274,7 +274,7 @@ def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fa
         asked.append(True)
         if fails:
             raise RuntimeError(fails)
-        return "job 7 is in Slurm's queue again"
+        return "job 7 is requeued"
 
     monkeypatch.setattr(tool, "train", train)
     monkeypatch.setattr(tool, "requeue", requeue)
@@ -283,7 +283,7 @@ def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fa
     printed = capsys.readouterr()
     assert message in printed.err
     assert bool(asked) == queued
-    assert printed.out == ("job 7 is in Slurm's queue again\n" if queued and not fails else "")
+    assert printed.out == ("job 7 is requeued\n" if queued and not fails else "")
 
 
 def test_an_interruption(refused, command, tool, monkeypatch, tmp_path):
