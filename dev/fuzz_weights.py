@@ -250,7 +250,7 @@ def run_folders(seed: int) -> Cases:
     chance = random.Random(f"run {seed}")
     place = folder() / "run"
     place.mkdir(exist_ok=True)
-    whole = save_checkpoint(place, checkpoint(), None).read_bytes()
+    whole = save_checkpoint(place, checkpoint()).read_bytes()
     while True:
         how, data = damaged(whole, chance)
         as_config = chance.random() < 0.5

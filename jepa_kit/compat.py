@@ -89,3 +89,22 @@ def worker_error(error: BaseException, where: str) -> ExceptionWrapper:
 def prefixes_of(path_manager: PathManager) -> tuple[str, ...]:
     """Return the prefixes of URLs that iopath has a handler for; it takes any other path for a local one."""
     return tuple(path_manager._path_handlers)
+
+
+def can_rename(path_manager: PathManager, url: str) -> bool:
+    """Return whether the handler of a URL has a rename of its own; without one, iopath raises NotImplementedError."""
+    from iopath.common.file_io import PathHandler
+
+    handlers = path_manager._path_handlers.items()
+    handler = next((type(handler) for prefix, handler in handlers if url.startswith(prefix)), PathHandler)
+    return handler._mv is not PathHandler._mv
+
+
+def with_local_part(value: Any, local: Tensor) -> Tensor:
+    """Return a DTensor sharded as ``value``, with another local part; ``from_local`` would move it to the mesh's device.
+
+    torch.distributed.checkpoint can write it; no operation can run on it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor(local, value._spec, requires_grad=False)

@@ -283,7 +283,7 @@ def tell(
 
 def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None:
     """Raises ValueError for an option that would do nothing, that lacks another, or a file that cannot be written."""
-    from jepa_kit.engine.checkpoint.remote import is_address
+    from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.tables.results import check_output
 
     if arguments.output:
@@ -299,7 +299,7 @@ def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None
             f"--untrained-seed (={arguments.untrained_seed}) would do nothing: --baselines (={arguments.baselines!r}) "
             "has no untrained network"
         )
-    if arguments.checkpoint and is_address(arguments.checkpoint) and not arguments.output:
+    if arguments.checkpoint and is_url(arguments.checkpoint) and not arguments.output:
         raise ValueError(f"--output must name a file: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
     if arguments.config_file and arguments.encoder:
         raise ValueError(f"--encoder (={arguments.encoder!r}) would do nothing: --config-file has no trained encoder")

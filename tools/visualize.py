@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> str:
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
-    from jepa_kit.engine.checkpoint.remote import is_address
+    from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.pictures.run_page import draw_run, gather
     from jepa_kit.evaluation.shard_choice import images_to_look_at
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> str:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
-    if is_address(arguments.checkpoint) and not arguments.output:
+    if is_url(arguments.checkpoint) and not arguments.output:
         raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
     loaded = load_run(arguments.checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     dataset = open_shards(loaded.config, images_to_look_at(arguments.shards, loaded.config.data.shards))

@@ -25,7 +25,7 @@ from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import load_checkpoint, restore, step_of
-from jepa_kit.engine.checkpoint.manager import name_of, store_in
+from jepa_kit.engine.checkpoint.manager import store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import build_optimizer
@@ -138,16 +138,16 @@ def weights_before(
         raise FileNotFoundError(f"there is no run in {folder} (no {RUN_CONFIG}): name the run's folder with --run")
     step = int(dump["step"])
     store = store_in(folder)
-    latest = next((where for where in reversed(store.checkpoints()) if (step_of(where) or 0) <= step), None)
+    latest = next((c for c in reversed(store.checkpoints()) if c.step <= step), None)
     if latest is not None and start_file is not None:
         raise ValueError(f"--start (={start_file!r}) does nothing: {latest} is left from before step {step}")
     config = config_of(dump)
-    if again and (latest is None or step_of(latest) != step):
+    if again and (latest is None or latest.step != step):
         run = build_run(config, World(), device)
         if latest is None:
             first, source = _begin(dump, run.jepa, run.optimizer, run.steps_per_epoch, foreign, start_file)
         else:
-            first, source = resume_run(run, store, latest).step, f"{folder.name}/{name_of(latest)}"
+            first, source = resume_run(run, store, latest).step, f"{folder.name}/{latest.name}"
         say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
         _steps_again(run, first, step, left_out(read_record(folder)))
         return run.jepa
@@ -158,11 +158,11 @@ def weights_before(
         steps_per_epoch = config.train.steps_per_epoch or dump["data"]["samples"] // config.train.batch_size
         first, source = _begin(dump, jepa, optimizer, steps_per_epoch, foreign, start_file)
     else:
-        checkpoint = load_checkpoint(store.local(latest))
+        checkpoint = load_checkpoint(store.fetch(latest))
         check_resumable(checkpoint, config.to_dict(), dump["data"])
         restore(checkpoint, jepa)
-        store.forget()
-        first, source = checkpoint.step, f"{folder.name}/{name_of(latest)}"
+        store.clear_cache()
+        first, source = checkpoint.step, f"{folder.name}/{latest.name}"
     say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
     return jepa
 

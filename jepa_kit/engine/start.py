@@ -6,9 +6,9 @@ from typing import Any
 
 from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
-from jepa_kit.engine.checkpoint.files import reading
-from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore, step_of, verify
-from jepa_kit.engine.checkpoint.manager import Store, Where
+from jepa_kit.engine.checkpoint.files import reading, verify
+from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore, step_of
+from jepa_kit.engine.checkpoint.manager import Location, Store
 from jepa_kit.engine.checkpoint.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.checkpoint.state_dict import local_part, state_of
 from jepa_kit.engine.run import ORIGIN, ForeignWeights, Run, Start
@@ -16,14 +16,14 @@ from jepa_kit.errors import CheckpointError
 from jepa_kit.precision import resolve_precision
 
 
-def resume_run(run: Run, store: Store, latest: Where) -> Start:
+def resume_run(run: Run, store: Store, latest: Location) -> Start:
     """Load the state of one of the run's own checkpoints, a file or shards; all ranks must call it.
 
     Raises:
         CheckpointError: it is damaged (the message names the last one that is not), or it is of another run.
         RemoteError: it is remote, and the download failed.
     """
-    path = broadcast_from_rank0(lambda: store.local(latest))
+    path = broadcast_from_rank0(lambda: store.fetch(latest))
     try:
         alone = (0, 1) if run.world.is_main else None
         share = (run.world.rank, run.world.size) if path.is_dir() else alone  # shards: each reads some of them
@@ -47,7 +47,7 @@ def resume_run(run: Run, store: Store, latest: Where) -> Start:
     else:
         restore(checkpoint, run.jepa, run.optimizer)
     run_on_all_ranks(lambda: _check_finite(run, str(latest)))  # and all have read it
-    broadcast_from_rank0(store.forget)
+    broadcast_from_rank0(store.clear_cache)
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [*notes, f"resumed at step {checkpoint.step:,}"], precision)
 
@@ -63,7 +63,7 @@ def _check_finite(run: Run, what: str) -> None:
 def start_from(
     run: Run,
     store: Store,
-    latest: Where | None,
+    latest: Location | None,
     resume_from: str | None = None,
     foreign: ForeignWeights | None = None,
 ) -> Start:

@@ -28,9 +28,8 @@ from jepa_kit.distributed.collectives import (
 from jepa_kit.distributed.signals import Signals, StopConsensus, preempted
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.async_save import Saver
-from jepa_kit.engine.checkpoint.format import step_of
 from jepa_kit.engine.checkpoint.lock import only_run_in
-from jepa_kit.engine.checkpoint.manager import Store, Where, store_of
+from jepa_kit.engine.checkpoint.manager import Location, Store, store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
 from jepa_kit.engine.deterministic import deterministic
@@ -96,7 +95,7 @@ def train(
         check_command(config, {"resume": resume, "resume_from": resume_from})
         consensus = StopConsensus()  # one for all attempts: torch keeps a group of processes until they part
 
-        def lock_and_plan() -> Where | None:
+        def lock_and_plan() -> Location | None:
             check_folders(store)
             stack.enter_context(only_run_in(store.run))
             return plan_resume(store, resume, resume_from, again=again)
@@ -107,7 +106,7 @@ def train(
         if world.is_main:  # the rest may take a while, and prints nothing
             print("starting: opens the data, builds the networks, measures the machine", flush=True)
 
-        def attempt(latest: Where | None, resume: bool) -> End:
+        def attempt(latest: Location | None, resume: bool) -> End:
             run = build_run(config, world, device)
             start = start_from(run, store, latest, resume_from, foreign)
             run = replace(run, config=resolve_precision(config, device, start.precision))
@@ -197,7 +196,7 @@ def build_bad_steps(run: Run, folder: Path, saver: Saver, start: Start, resume_f
     def checkpoint() -> int | None:
         saver.wait()
         latest = saver.store.newest()
-        return None if latest is None else step_of(latest)
+        return None if latest is None else latest.step
 
     def facts(batch: Batch) -> dict[str, Any]:
         return {

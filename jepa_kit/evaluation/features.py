@@ -24,7 +24,7 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
-from jepa_kit.engine.checkpoint.manager import to_read
+from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
@@ -214,7 +214,7 @@ class LoadedRun(NamedTuple):
 def latest_checkpoint(checkpoint: str | Path) -> Path:
     """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so).
 
-    What lies at an address is fetched (``jepa_kit.engine.checkpoint.manager.to_read``).
+    What lies at an address is fetched (``jepa_kit.engine.checkpoint.locate.to_read``).
     """
     return to_read(checkpoint)
 

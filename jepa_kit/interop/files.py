@@ -14,12 +14,14 @@ import torch
 
 from jepa_kit.config.errors import reason_of
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.engine.checkpoint.format import FORMAT, HEADER, checkpoints
-from jepa_kit.engine.checkpoint.manager import to_read
+from jepa_kit.engine.checkpoint.files import FORMAT
+from jepa_kit.engine.checkpoint.format import checkpoints
+from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import sha256_of
 from jepa_kit.interop.digest import HOW
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header
+from jepa_kit.run_folder import HEADER
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 
@@ -34,7 +36,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
 
     Args:
         path_or_url: a path; an http address of one file, which iopath keeps in its cache; or another address, see
-            ``jepa_kit.engine.checkpoint.manager.to_read``.
+            ``jepa_kit.engine.checkpoint.locate.to_read``.
         sha256: what the file's SHA-256 must be, in hex; None where it is not known.
 
     Raises:

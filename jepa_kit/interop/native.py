@@ -13,7 +13,8 @@ from jepa_kit.config import Config, Part, config_from_dict, versions
 from jepa_kit.config.checking import check_part, check_section
 from jepa_kit.config.imports import import_members
 from jepa_kit.encoders import ViT
-from jepa_kit.engine.checkpoint.format import FORMAT, Checkpoint
+from jepa_kit.engine.checkpoint.files import FORMAT
+from jepa_kit.engine.checkpoint.format import Checkpoint
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.files import write_archive
 from jepa_kit.interop.weights import (

@@ -133,12 +133,12 @@ def elsewhere(world, folder):
         for step in (1, 2):
             run.step(step)
             save(saver, run, step)
-    assert store.checkpoints() == [f"{Bucket.PREFIX}a/checkpoint_00000002"]
+    assert [str(location) for location in store.checkpoints()] == [f"{Bucket.PREFIX}a/checkpoint_00000002"]
     wanted = copy.deepcopy(full_state(run.jepa, run.optimizer))
     other = Training(world, "fsdp", jepa=make(seed=1))
-    load_sharded(broadcast_from_rank0(lambda: store.local(store.newest())), other.jepa, other.optimizer)
+    load_sharded(broadcast_from_rank0(lambda: store.fetch(store.newest())), other.jepa, other.optimizer)
     barrier()
-    broadcast_from_rank0(store.forget)
+    broadcast_from_rank0(store.clear_cache)
     same_state(full_state(other.jepa, other.optimizer), wanted, "elsewhere", atol=0)
     assert names(folder / "run") == []
 

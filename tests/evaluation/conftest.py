@@ -44,7 +44,7 @@ def tiny_run(tmp_path, tiny_config):
             versions={},
             data={"samples": 8, "digest": ""},
         )
-        save_checkpoint(folder, held, keep=5)
+        save_checkpoint(folder, held)
     return folder, jepa
 
 

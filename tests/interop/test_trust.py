@@ -32,7 +32,7 @@ def foreign(tiny, tmp_path):
     config = tiny()
     state = build_recipe(config).state_dict()
     raw = config.to_dict() | {"imports": [str(tmp_path / "parts.py")], "masker": {"name": "theirs", "ratio": 0.5}}
-    yield save_checkpoint(tmp_path, Checkpoint(3, state, {}, raw, {}, {}), None), trace
+    yield save_checkpoint(tmp_path, Checkpoint(3, state, {}, raw, {}, {})), trace
     MASKERS._obj_map.pop("theirs", None)
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_weights_that_are_not_finite(tiny, tmp_path):
     config = tiny()
     state = build_recipe(config).state_dict()
     state["encoder.norm.bias"][0] = torch.nan
-    file = save_checkpoint(tmp_path, Checkpoint(3, state, {}, config.to_dict(), {}, {}), None)
+    file = save_checkpoint(tmp_path, Checkpoint(3, state, {}, config.to_dict(), {}, {}))
     for load in (load_run, load_encoder):
         with pytest.raises(
             ValueError, match=r"checkpoint_00000003.pt has weights that are NaN or infinite: encoder.norm"

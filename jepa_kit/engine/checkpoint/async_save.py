@@ -1,24 +1,25 @@
-"""When and how a run writes its checkpoints: one at a time, beside the steps.
+"""Write the checkpoints of a run in a thread, while the steps continue.
 
-A thread writes, from a copy of the state in host memory, while the next steps run: what a checkpoint costs the run is
-the copy. It takes as much host memory as the checkpoint is long; of shards, as what the process holds of it. The next
-checkpoint, and the end of the run, wait for the thread.
+A checkpoint costs the run a copy of the state into host memory: of a file, all of it on rank 0; of shards, each rank's
+part. The next checkpoint, and the end of the run, wait for the thread.
 
-A file is written by rank 0. Shards are written by a thread of each rank. These have to speak with one another, and do
-so in a group of their own (gloo) that nothing else uses, so that their words never come between those of the steps;
-they all say the same in the same order, for each rank has one thread at a time and begins it with the same step. Rank 0
-gives the folder its name when all files of all ranks are on the disk, and their checksums known.
+Rank 0 writes a file. Shards are written by a thread of each rank. These communicate in a gloo group of their own, so
+that their collectives never mix with those of the steps; all call the same collectives in the same order, since each
+rank has one such thread and starts it at the same step. Rank 0 renames the folder once all files of all ranks are on
+the disk and their checksums are known.
 
-A checkpoint that could not be written ends the run, at the next step on one process, a few steps later on several;
-earlier ones are untouched, for they are deleted only once a newer one is on the disk, and where it belongs
-(store.py)."""
+A failed write ends the run: at the next step of one process, a few steps later of several. Earlier checkpoints are
+deleted only after a newer one is on the disk, and uploaded if ``checkpoint.dir`` is a URL.
+
+``torch.distributed.checkpoint.async_save`` is not used: it ends before the checksums, the header, the rename and the
+upload, which need the same thread and group, and it does not write files.
+"""
 
 from __future__ import annotations
 
-import errno
 import sys
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,15 +32,10 @@ from torch import Tensor, nn
 
 from jepa_kit.distributed.collectives import PATIENCE, broadcast_from_rank0, is_main, joined, run_on_all_ranks
 from jepa_kit.engine.checkpoint.dcp import save_sharded
-from jepa_kit.engine.checkpoint.format import (
-    FORMAT,
-    HEADER,
-    Checkpoint,
-    checkpoint_path,
-    checksum,
-    save_checkpoint,
-)
-from jepa_kit.engine.checkpoint.manager import Store, store_in
+from jepa_kit.engine.checkpoint.failures import save_error, upload_error
+from jepa_kit.engine.checkpoint.files import FORMAT, checksum
+from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoint_path, save_checkpoint
+from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.state_dict import (
     ModelState,
     OptimizerState,
@@ -48,64 +44,24 @@ from jepa_kit.engine.checkpoint.state_dict import (
     state_of,
     with_local,
 )
-from jepa_kit.errors import CheckpointError, SaveError, ShardError
+from jepa_kit.errors import CheckpointError, ShardError
 from jepa_kit.files import delete, flush, part_path, write_archive
+from jepa_kit.run_folder import HEADER
 
 T = TypeVar("T")
-
-
-def save_error(store: Store, step: int, error: BaseException) -> SaveError:
-    """For a checkpoint of ``step`` updates that could not be written."""
-    return SaveError(
-        f"the checkpoint of step {step} could not be written to {store.folder}: {_why(error)}; "
-        f"{_left(store, 'one', 'there is no earlier one')}"
-    )
-
-
-def carry_error(store: Store, error: BaseException) -> SaveError:
-    """For checkpoints that are written, and could not be brought to where they belong."""
-    kept = ", ".join(str(path) for path in store.here()) or "none"
-    return SaveError(
-        f"checkpoints could not be brought to {store}: {_why(error)}; still here: {kept}; --resume goes on from the "
-        "latest of all, and brings them there"
-    )
-
-
-def folder_error(folder: Path, error: OSError) -> OSError:
-    """For a run folder that takes no more; another error is given back as it is."""
-    if isinstance(error, SaveError) or error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO):
-        return error
-    left = _left(store_in(folder), "checkpoint", "there is no checkpoint")
-    return SaveError(f"{folder} cannot be written to: {error.strerror}; {left}")
-
-
-def _why(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _left(store: Store, what: str, none: str) -> str:
-    """Which checkpoint a run can go on from; one elsewhere is not fetched to be looked at."""
-    if store.place is None:
-        good = store.last_good()
-        return f"the last good {what} is {good.name}" if isinstance(good, Path) else none
-    try:
-        latest = store.newest()
-    except OSError as error:
-        return _why(error)
-    return f"the latest {what} is {latest}" if latest else none
 
 
 class Saver:
     """Writes the checkpoints of a run.
 
-    Its ``with`` brings what an earlier run left here to where it belongs, and waits at its end for what is being
-    written; all ranks must enter and leave it.
+    Its ``with`` block uploads what an earlier run left, and waits at its end for the last write; all ranks must enter
+    and leave it.
 
     Args:
-        store: where they go.
+        store: where checkpoints are written.
         keep: how many of the latest stay, at least 1.
-        keep_every: those of a step that divides by it stay for good; None for none.
-        sharded: shards in place of a file.
+        keep_every: those whose step is a multiple of it stay as well; None for none.
+        sharded: write shards, not a file.
     """
 
     def __init__(self, store: Store, *, keep: int, keep_every: int | None = None, sharded: bool = False) -> None:
@@ -113,61 +69,59 @@ class Saver:
         self.keep = keep
         self.keep_every = keep_every
         self.sharded = sharded
-        self.thread: threading.Thread | None = None
-        self.error: SaveError | None = None
-        self.copy: dict[str, Tensor] = {}
+        self.pending: Future[None] | None = None
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._copies: dict[str, Tensor] = {}
 
     def __enter__(self) -> Saver:
-        if is_main() and self.store.leftover():
-            self._start(self._carry)
+        if is_main() and self.store.pending_uploads():
+            self._start(self._upload_and_prune)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for what is being written; its error is raised on all ranks, or printed beside another one."""
-        if error is None:
-            self._join()
-            broadcast_from_rank0(self.wait)
-        elif self.thread is not None:
-            self.thread.join()
-            if self.error is not None:
-                print(self.error, file=sys.stderr)
+        """Wait for the last write; its error is raised on all ranks, or printed if there is another one already."""
+        try:
+            if error is None:
+                self._join()
+                broadcast_from_rank0(self.wait)
+            elif self.pending is not None and (failure := self.pending.exception()) is not None:
+                print(failure, file=sys.stderr)
+        finally:
+            self._executor.shutdown()
 
     @property
     def failed(self) -> bool:
-        """Whether the last one could not be written, as far as is known by now; rank 0 knows."""
-        return self.error is not None
+        """Whether the last write has failed, as far as rank 0 knows."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is being written by this rank.
+        """Wait until this rank writes nothing.
 
         Raises:
-            SaveError: the last one could not be written; said once, and on rank 0.
+            SaveError: the last write failed; raised once, on rank 0.
         """
-        self._join()
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def _join(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if self.pending is not None:
+            wait([self.pending])
 
     def _start(self, work: Callable[..., None], *arguments: Any) -> None:
-        self.thread = threading.Thread(target=work, args=arguments, name="checkpoint")
-        self.thread.start()
+        self.pending = self._executor.submit(work, *arguments)
 
     def save(self, jepa: nn.Module, optimizer: torch.optim.Optimizer, header: Checkpoint) -> None:
-        """Copies the state of the run, and begins to write it; all ranks must call it.
+        """Copy the state of the run, and start to write it; all ranks must call it.
 
         Args:
             jepa, optimizer: the state.
-            header: all the rest, with empty ``model`` and ``optimizer``.
+            header: the rest of the checkpoint, with empty ``model`` and ``optimizer``.
 
         Raises:
-            SaveError: the one before could not be written; the same on every rank.
+            SaveError: the write before failed; on every rank.
             FloatingPointError: weights or moments are not finite, so that no run could resume; nothing is written.
         """
         self._join()
@@ -175,97 +129,91 @@ class Saver:
         run_on_all_ranks(lambda: check_finite(*state_of(jepa, optimizer), header.step))
         if self.sharded:
             group = background_group()
-            self._start(self._write_shards, *self._held(*state_of(jepa, optimizer)), header, group)
+            self._start(self._write_shards, *self._copy_to_host(*state_of(jepa, optimizer)), header, group)
             return
         state = full_state(jepa, optimizer)
         if is_main():
-            model, moments = self._held(*state)
-            self._start(self._write, replace(header, model=model, optimizer=moments))
+            model, moments = self._copy_to_host(*state)
+            self._start(self._write_file, replace(header, model=model, optimizer=moments))
 
-    def _write(self, checkpoint: Checkpoint) -> None:
+    def _write_file(self, checkpoint: Checkpoint) -> None:
         try:
-            keep = self.keep if self.store.place is None else None  # what is carried away is deleted after that
-            save_checkpoint(self.store.folder, checkpoint, keep, self.keep_every)
+            save_checkpoint(self.store.folder, checkpoint)
         except (OSError, RuntimeError) as error:
-            self.error = save_error(self.store, checkpoint.step, error)
-            return
-        self._carry()
+            raise save_error(self.store, checkpoint.step, error) from error
+        self._upload_and_prune()
 
-    def _carry(self) -> None:
-        if self.store.place is None:
-            return
+    def _upload_and_prune(self) -> None:
         try:
-            self.store.carry(self.keep, self.keep_every)
+            self.store.upload()
+            self.store.prune(self.keep, self.keep_every)
         except (OSError, NotImplementedError, CheckpointError) as error:
-            self.error = carry_error(self.store, error)
+            raise upload_error(self.store, error) from error
 
-    def _held(self, model: ModelState, optimizer: OptimizerState) -> tuple[ModelState, OptimizerState]:
+    def _copy_to_host(self, model: ModelState, optimizer: OptimizerState) -> tuple[ModelState, OptimizerState]:
         """Return the state in host memory; the host waits once, for all copies together."""
-        moments = {name: self._copied(f"optimizer {name}", state) for name, state in optimizer.items()}
-        held = self._copied("model", model), moments
+        moments = {name: self._start_copies(f"optimizer {name}", state) for name, state in optimizer.items()}
+        copied = self._start_copies("model", model), moments
         if any(value.is_cuda for state in (model, *optimizer.values()) for value in state.values()):
             torch.cuda.current_stream().synchronize()
-        return held
+        return copied
 
-    def _copied(self, kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Start copies into host memory that every checkpoint uses again, and return them; of shards, this rank's."""
+    def _start_copies(self, kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Start copies into host memory that every checkpoint reuses, and return them; of shards, this rank's."""
         copies = {}
         for name, value in state.items():
             key, local = f"{kind} {name}", local_part(value.detach())
-            copy = self.copy.get(key)
+            copy = self._copies.get(key)
             if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
-                copy = self.copy[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                copy = self._copies[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             copies[name] = with_local(value, copy.copy_(local, non_blocking=True))
         return copies
 
     def _write_shards(self, model: ModelState, optimizer: OptimizerState, header: Checkpoint, group: Any) -> None:
-        """The work of each rank's thread; rank 0 keeps the error of any."""
-        folder, main = self.store.folder, is_main()
-        path = checkpoint_path(folder, header.step, sharded=True)
+        """Write this rank's shards; rank 0 completes the checkpoint, and raises the error of any rank."""
+        path = checkpoint_path(self.store.folder, header.step, sharded=True)
         part = part_path(path)
 
-        def clear() -> None:
-            if main and part.exists():
+        def create() -> None:
+            if is_main():
                 delete(part)
-
-        def make() -> None:
-            part.mkdir(parents=True, exist_ok=True)
-
-        def finish(files: dict[str, list[int]]) -> None:
-            about = {key: value for key, value in asdict(header).items() if key not in ("model", "optimizer")}
-            write_archive({"format": FORMAT, **about, "files": files}, part / HEADER)
-            flush(part)
-            before = path.with_name(f".{path.name}.before.part")
-            if path.exists():
-                path.rename(before)
-            part.rename(path)
-            flush(folder)
-            if before.exists():
-                delete(before)
-            self.store.tidy(self.keep, self.keep_every)
+                part.mkdir(parents=True)
 
         try:
-            agreed(group, clear)
-            agreed(group, make)
+            call_on_group(group, create)
             save_sharded(part, model, optimizer, group)
-            own = agreed(group, lambda: _checksums(part))
-            if main:
-                finish({name: sums for rank in own for name, sums in rank.items()})
+            sums = call_on_group(group, lambda: _checksums(part))
+            if is_main():
+                _complete(path, header, {name: entry for of_rank in sums for name, entry in of_rank.items()})
         except (OSError, RuntimeError, ShardError) as error:
-            if main:
+            if is_main():
                 with suppress(OSError):
-                    clear()
-                self.error = save_error(self.store, header.step, error)
+                    delete(part)
+                raise save_error(self.store, header.step, error) from error
             return
-        if main:
-            self._carry()
+        if is_main():
+            self._upload_and_prune()
+
+
+def _complete(path: Path, header: Checkpoint, files: dict[str, list[int]]) -> None:
+    """Add the header to the temporary folder of a sharded checkpoint, and rename the folder to ``path``."""
+    part = part_path(path)
+    about = {key: value for key, value in asdict(header).items() if key not in ("model", "optimizer")}
+    write_archive({"format": FORMAT, **about, "files": files}, part / HEADER)
+    flush(part)
+    before = path.with_name(f".{path.name}.before.part")
+    if path.exists():  # a folder cannot be renamed to one that is not empty
+        path.rename(before)
+    part.rename(path)
+    flush(path.parent)
+    delete(before)
 
 
 _groups: dict[Any, Any] = {}
 
 
 def background_group() -> Any:
-    """The group of processes that threads beside the steps speak in; all ranks must call it. None for one process."""
+    """Return the gloo group of the threads beside the steps, None for one process; all ranks must call it."""
     if not joined():
         return None
     world = dist.group.WORLD
@@ -275,11 +223,11 @@ def background_group() -> Any:
     return _groups[world]
 
 
-def agreed(group: Any, do: Callable[[], T]) -> list[T]:
-    """What ``do`` gives on each rank, on every one; all raise where it raised on one.
+def call_on_group(group: Any, do: Callable[[], T]) -> list[T]:
+    """Call ``do`` on each rank, and return all results on every rank.
 
     Raises:
-        OSError: the first rank's own.
+        OSError: the first rank's, on every rank.
     """
     result: Any = None
     failed: OSError | None = None
@@ -298,16 +246,18 @@ def agreed(group: Any, do: Callable[[], T]) -> list[T]:
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Name -> [bytes, CRC-32] of this rank's files; rank 0 also takes those that are nobody's."""
+    """Return name -> [bytes, CRC-32] of this rank's files; rank 0 adds those without a rank in their name."""
     rank = dist.get_rank() if joined() else 0
-    own = {path.name: path for path in folder.iterdir() if path.name.startswith(f"__{rank}_")}
-    if rank == 0:
-        own |= {path.name: path for path in folder.iterdir() if not path.name.startswith("__")}
-    return {name: [path.stat().st_size, checksum(path)] for name, path in sorted(own.items())}
+    own = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name.startswith(f"__{rank}_") or (rank == 0 and not path.name.startswith("__"))
+    ]
+    return {path.name: [path.stat().st_size, checksum(path)] for path in own}
 
 
 def check_finite(model: ModelState, optimizer: OptimizerState, step: int) -> None:
-    """Check weights and moments, as this process has them; waits for the device once.
+    """Check this process's part of weights and moments; waits for the device once.
 
     Raises:
         FloatingPointError: some are NaN or infinite.

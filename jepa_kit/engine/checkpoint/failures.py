@@ -1,29 +1,73 @@
-"""What fails once a run is under way: no mistake in its config or command, and told apart from those."""
+"""Errors of a run under way: what failed, and which checkpoint the run can be resumed from."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jepa_kit.engine.checkpoint.async_save import folder_error
+from jepa_kit.engine.checkpoint.manager import Store, store_in
 from jepa_kit.errors import RunError, SaveError
+
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
+"""Errors after which nothing more can be written to a folder."""
 
 
 @contextmanager
 def under_way(folder: Path) -> Iterator[None]:
-    """Around the steps of a run in ``folder``.
+    """Wrap the errors of the steps of a run in ``folder``.
 
     Raises:
-        RunError: in place of a ValueError, OSError or RuntimeError, with the same words.
-        SaveError: as it is; also in place of an OSError because of which the folder takes no more.
+        RunError: for a ValueError, OSError or RuntimeError, with the same message.
+        SaveError: as it is; also for an OSError after which nothing more can be written to the folder.
     """
     try:
         yield
     except (RunError, SaveError):
         raise
     except OSError as error:
-        told = folder_error(folder, error)
-        raise (RunError(str(error)) if told is error else told) from error
+        if error.errno not in FULL_OR_BROKEN:
+            raise RunError(str(error)) from error
+        left = _resumable(store_in(folder), "checkpoint", "there is no checkpoint")
+        raise SaveError(f"{folder} cannot be written to: {error.strerror}; {left}") from error
     except (ValueError, RuntimeError) as error:
         raise RunError(str(error)) from error
+
+
+def save_error(store: Store, step: int, error: BaseException) -> SaveError:
+    """Return the error of a checkpoint that could not be written."""
+    return SaveError(
+        f"the checkpoint of step {step} could not be written to {store.folder}: {_reason(error)}; "
+        f"{_resumable(store, 'one', 'there is no earlier one')}"
+    )
+
+
+def upload_error(store: Store, error: BaseException) -> SaveError:
+    """Return the error of checkpoints that could not be uploaded, or of old ones that could not be deleted."""
+    if not store.remote:
+        return SaveError(
+            f"old checkpoints could not be deleted from {store}: {_reason(error)}; "
+            f"{_resumable(store, 'checkpoint', 'there is no checkpoint')}"
+        )
+    left = ", ".join(map(str, store.pending_uploads())) or "none"
+    return SaveError(
+        f"checkpoints could not be uploaded to {store}: {_reason(error)}; still in the run folder: {left}; "
+        "--resume continues from the latest of all, and uploads them"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _resumable(store: Store, what: str, none: str) -> str:
+    """Say which checkpoint the run can be resumed from. Remote ones are not downloaded to verify them."""
+    if not store.remote:
+        good = store.last_good()
+        return f"the last good {what} is {good.name}" if good else none
+    try:
+        latest = store.newest()
+    except OSError as error:
+        return _reason(error)
+    return f"the latest {what} is {latest}" if latest else none

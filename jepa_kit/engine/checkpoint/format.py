@@ -25,41 +25,19 @@ saving.py."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kit.engine.checkpoint.dcp import read_full
-from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, checksum, read_archive, read_header, reading, verify
+from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
 from jepa_kit.errors import CheckpointError
-from jepa_kit.files import atomic_write, delete, write_archive
-
-W = TypeVar("W", Path, str)
-
-__all__ = [
-    "FORMAT",
-    "HEADER",
-    "Checkpoint",
-    "CheckpointError",
-    "check_state",
-    "checkpoint_path",
-    "checkpoints",
-    "checksum",
-    "delete_old",
-    "load_checkpoint",
-    "old_ones",
-    "optimizer_state",
-    "read_header",
-    "restore",
-    "save_checkpoint",
-    "step_of",
-    "verify",
-]
+from jepa_kit.files import atomic_write, write_archive
 
 _NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
 
@@ -116,38 +94,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Ten
     return state
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int | None, keep_every: int | None = None) -> Path:
-    """Writes the file in one piece and then deletes older ones.
-
-    A crash at any time leaves either the old files or the new one, never half of one under its name.
-
-    Args:
-        folder: of the run.
-        checkpoint: what to write.
-        keep: how many of the latest checkpoints stay, at least 1; None for all.
-        keep_every: those of a step that divides by it stay for good; None for none.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint file atomically, and return its path.
 
     Raises:
-        OSError: the file could not be written; what was there before is untouched.
+        OSError: the file could not be written; an earlier one of the same step is unchanged.
     """
     path = checkpoint_path(folder, checkpoint.step)
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
     with atomic_write(path) as part:
         write_archive(content, part)
-    if keep is not None:
-        delete_old(folder, keep, keep_every)
     return path
-
-
-def delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes all checkpoints but the last ``keep``, and those of every ``keep_every`` steps."""
-    for old in old_ones(checkpoints(folder), keep, keep_every):
-        delete(old)
-
-
-def old_ones(found: Sequence[W], keep: int, keep_every: int | None) -> list[W]:
-    """Those that ``delete_old`` deletes, of checkpoints (paths, addresses or names) by step."""
-    return [old for old in found[:-keep] if keep_every is None or (step_of(old) or 0) % keep_every]
 
 
 def load_checkpoint(

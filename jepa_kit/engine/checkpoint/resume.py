@@ -1,6 +1,6 @@
 """Which checkpoint a run goes on from. The order counts:
 
-1. ``resume`` names a checkpoint of the run: go on from that one; later ones are set aside under another name. Where
+1. ``resume`` names a checkpoint of the run: go on from that one; later ones are set aside under another name. Location
    torchrun or Slurm starts the same command again, that has been done, and rule 2 holds.
 2. ``resume`` and the run has a checkpoint: go on from the latest, exactly. It is an error if it is damaged (an
    earlier one is taken only where it is named, rule 1), if its config differs from the given one in anything but
@@ -23,8 +23,9 @@ from typing import Any
 
 from jepa_kit.config import modernize
 from jepa_kit.data.shards.identity import difference
-from jepa_kit.engine.checkpoint.format import Checkpoint, step_of
-from jepa_kit.engine.checkpoint.manager import Store, Where, name_of, store_in
+from jepa_kit.engine.checkpoint.format import Checkpoint
+from jepa_kit.engine.checkpoint.manager import Location, Store, store_in
+from jepa_kit.engine.checkpoint.storage import name_of
 from jepa_kit.engine.consistency import flatten
 from jepa_kit.errors import CheckpointError
 from jepa_kit.run_folder import FACTS, METRICS
@@ -82,7 +83,7 @@ def check_folders(store: Store) -> None:
             raise ValueError(f"{option} (={str(folder)!r}) must be a folder, but it is a file")
 
 
-def plan_resume(store: Store, resume: bool, resume_from: str | None = None, *, again: bool = False) -> Where | None:
+def plan_resume(store: Store, resume: bool, resume_from: str | None = None, *, again: bool = False) -> Location | None:
     """The checkpoint of the run to go on from, or None; see the policy in the module's text.
 
     Args:
@@ -102,16 +103,16 @@ def plan_resume(store: Store, resume: bool, resume_from: str | None = None, *, a
         if again and found and went_back_to(store.run) == name_of(resume_from):
             print(f"note: the run went back to {name_of(resume_from)} before; this start goes on from the latest")
             return found[-1]
-        named = [where for where in found if name_of(where) == name_of(resume_from)]
+        named = [location for location in found if location.name == name_of(resume_from)]
         if not named:
-            held = ", ".join(map(name_of, found)) or "none"
+            held = ", ".join(location.name for location in found) or "none"
             raise FileNotFoundError(f"there is no checkpoint {resume_from}; its folder holds: {held}")
         return named[0]
     if resume or resume_from is not None:
         check_place(store, found)
         return found[-1] if found else None
     if found or store.begun():
-        held = name_of(found[-1]) if found else str(store.begun())
+        held = found[-1].name if found else str(store.begun())
         others = "another --output-dir" + (" and checkpoint.dir" if store.apart else "")
         at = store.run if held == METRICS else store
         raise ValueError(f"{at} already holds a run ({held}): give --resume to go on with it, or {others}")
@@ -139,7 +140,7 @@ def note_of_start(store: Store, named: str, origin: Mapping[str, Any]) -> str:
     began = {origin.get("file"), str(origin.get("source", "")).removesuffix(" (released layout)")}
     if name_of(named) in began:
         return f"note: {named} is where the run began; it goes on from its latest checkpoint"
-    held = ", ".join(map(name_of, store.checkpoints()))
+    held = ", ".join(location.name for location in store.checkpoints())
     source = origin.get("file") or origin.get("source")
     raise ValueError(
         f"--resume (={named!r}) is no checkpoint of the run in {store}, which holds: {held}"
@@ -148,25 +149,25 @@ def note_of_start(store: Store, named: str, origin: Mapping[str, Any]) -> str:
     )
 
 
-def check_place(store: Store, found: Sequence[Where]) -> None:
+def check_place(store: Store, found: Sequence[Location]) -> None:
     """Raises ValueError where the run in the folder left newer checkpoints in another place than ``store``."""
     before = store_in(store.run)
     if str(before) == str(store):
         return
     newest = before.newest()
-    if newest is not None and (not found or (step_of(newest) or 0) > (step_of(found[-1]) or 0)):
+    if newest is not None and (not found or newest.step > found[-1].step):
         raise ValueError(
-            f"checkpoint.dir leads to {store}, which holds {name_of(found[-1]) if found else 'no checkpoint'}, "
+            f"checkpoint.dir leads to {store}, which holds {found[-1].name if found else 'no checkpoint'}, "
             f"but the run in {store.run} has {newest}: bring its checkpoints there first, or leave the option as it was"
         )
 
 
-def advice(store: Store, damaged: Where) -> str:
+def advice(store: Store, damaged: Location) -> str:
     """What can be done about a checkpoint that cannot be read: the end of a message."""
     good = store.last_good(damaged)
     if good is None:
         return "no earlier checkpoint of the run is good; another --output-dir starts anew"
-    return f"the last good one is {name_of(good)}; `--resume {good}` goes on from it"
+    return f"the last good one is {good.name}; `--resume {good}` goes on from it"
 
 
 def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jepa_kit.compat import with_local_part
+
 ModelState = dict[str, Tensor]
 OptimizerState = dict[str, dict[str, Tensor]]
 
@@ -33,15 +35,8 @@ def local_part(value: Tensor) -> Tensor:
 
 
 def with_local(value: Tensor, local: Tensor) -> Tensor:
-    """A tensor that is sharded as ``value`` is and has another part here, which may be on another device.
-
-    It is there to be written by torch.distributed.checkpoint; no operation runs on it.
-    """
-    if not is_sharded(value):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    return DTensor(local, value._spec, requires_grad=False)  # from_local would move it to the mesh's device
+    """Return ``local``, or, if ``value`` is sharded, a tensor sharded alike whose local part it is, to be written."""
+    return with_local_part(value, local) if is_sharded(value) else local
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

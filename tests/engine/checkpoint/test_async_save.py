@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kit.engine.checkpoint import async_save
-from jepa_kit.engine.checkpoint import format as format_module
 from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store
@@ -100,7 +100,7 @@ def test_the_host_waits_once_for_all_copies(monkeypatch):
         for device, wanted in (("cpu", 0), ("cuda", 1)):
             model = {f"weight{k}": torch.empty(3, device=device) for k in range(4)}
             moments = {name: {"exp_avg": torch.empty(3, device=device)} for name in model}
-            held, held_moments = saver._held(model, moments)
+            held, held_moments = saver._copy_to_host(model, moments)
             assert len(waits) == wanted
             assert {v.device.type for v in (*held.values(), held_moments["weight0"]["exp_avg"])} == {"cpu"}
 
@@ -126,7 +126,7 @@ def test_one_at_a_time(tmp_path, model, monkeypatch):
 def test_an_error_is_raised_by_the_next_call_or_at_the_end(tmp_path, model, monkeypatch):
     with Saver(Store(tmp_path), keep=5) as saver:
         save(saver, model, 1)
-    monkeypatch.setattr(format_module.torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     message = (
         r"the checkpoint of step 2 could not be written to .*: No space left; the last good one is checkpoint_00000001"
     )
@@ -134,7 +134,7 @@ def test_an_error_is_raised_by_the_next_call_or_at_the_end(tmp_path, model, monk
         save(saver, model, 2)
     saver = Saver(Store(tmp_path), keep=5)
     save(saver, model, 2)
-    saver.thread.join()
+    wait([saver.pending])
     assert saver.failed
     with pytest.raises(SaveError, match=message):
         save(saver, model, 3)
@@ -142,7 +142,7 @@ def test_an_error_is_raised_by_the_next_call_or_at_the_end(tmp_path, model, monk
 
 
 def test_an_error_beside_another_one_is_printed(tmp_path, model, monkeypatch, capsys):
-    monkeypatch.setattr(format_module.torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
 
     def interrupted():
         with Saver(Store(tmp_path), keep=5) as saver:

@@ -9,20 +9,18 @@ import torch
 from torch import nn
 
 from jepa_kit.engine.checkpoint.dcp import save_sharded
-from jepa_kit.engine.checkpoint.files import FORMAT
+from jepa_kit.engine.checkpoint.files import FORMAT, checksum, verify
 from jepa_kit.engine.checkpoint.format import (
-    HEADER,
     Checkpoint,
     checkpoint_path,
-    checksum,
     load_checkpoint,
     save_checkpoint,
-    verify,
 )
 from jepa_kit.engine.checkpoint.state_dict import state_of
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import write_archive
+from jepa_kit.run_folder import HEADER
 
 ABOUT = {"step": 3, "config": {"a": {"b": [1]}}, "versions": {"torch": "2"}, "data": {"samples": 4}}
 
@@ -38,7 +36,7 @@ def run():
 
 def in_one_file(folder):
     model, optimizer = state_of(*run())
-    return save_checkpoint(folder, Checkpoint(model=model, optimizer=optimizer, **ABOUT), keep=1)
+    return save_checkpoint(folder, Checkpoint(model=model, optimizer=optimizer, **ABOUT))
 
 
 def in_shards(folder):

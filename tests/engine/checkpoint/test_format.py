@@ -12,9 +12,10 @@ from torch import nn
 from jepa_kit.config import SECTIONS
 from jepa_kit.data.shards.identity import identity
 from jepa_kit.encoders import ViT
-from jepa_kit.engine.checkpoint import format as module
+from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import (
     Checkpoint,
+    check_state,
     checkpoints,
     load_checkpoint,
     optimizer_state,
@@ -68,7 +69,7 @@ def trained():
 
 def test_goes_on_bit_for_bit(tmp_path, trained):
     model, optimizer = trained
-    path = save_checkpoint(tmp_path, take(model, optimizer), keep=1)
+    path = save_checkpoint(tmp_path, take(model, optimizer))
     assert path.name == "checkpoint_00000003.pt"
     train(model, optimizer, 2, first=3)
 
@@ -84,7 +85,7 @@ def test_goes_on_bit_for_bit(tmp_path, trained):
 
 
 def test_holds_config_versions_and_data(tmp_path, trained):
-    save_checkpoint(tmp_path, take(*trained), keep=1)
+    save_checkpoint(tmp_path, take(*trained))
     loaded = load_checkpoint(tmp_path)  # the folder: its latest
     assert (loaded.config, loaded.versions, loaded.data) == (CONFIG, {"torch": "2"}, DATA)
 
@@ -99,26 +100,28 @@ def test_part(trained):
 
 def test_keeps_the_latest(tmp_path, trained):
     for step in (1, 9, 10, 11):
-        save_checkpoint(tmp_path, take(*trained, step=step), keep=2)
+        save_checkpoint(tmp_path, take(*trained, step=step))
+        Store(tmp_path).prune(keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint_00000010.pt", "checkpoint_00000011.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [p.name for p in checkpoints(tmp_path)]
 
 
 def test_keeps_every_so_many(tmp_path, trained):
     for step in (2, 3, 4, 5, 6, 8):
-        save_checkpoint(tmp_path, take(*trained, step=step), keep=1, keep_every=4)
+        save_checkpoint(tmp_path, take(*trained, step=step))
+        Store(tmp_path).prune(keep=1, keep_every=4)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint_00000004.pt", "checkpoint_00000008.pt"]
 
 
 def test_holds_the_position(tmp_path, trained):
     position = {"epoch": 1, "step_in_epoch": 2, "samples": 12}
-    save_checkpoint(tmp_path, dataclasses.replace(take(*trained), position=position), keep=1)
+    save_checkpoint(tmp_path, dataclasses.replace(take(*trained), position=position))
     assert load_checkpoint(tmp_path).position == position
 
 
 @pytest.mark.parametrize("record", ["data/3", "data.pkl"])
 def test_an_altered_byte(tmp_path, trained, record):
-    path = save_checkpoint(tmp_path, take(*trained), keep=1)
+    path = save_checkpoint(tmp_path, take(*trained))
     with zipfile.ZipFile(path) as archive:
         member = next(info for info in archive.infolist() if info.filename.endswith(record))
     content = bytearray(path.read_bytes())
@@ -138,27 +141,27 @@ def test_a_hostile_file_runs_nothing(tmp_path):
             return Path.touch, (tmp_path / "it ran",)
 
     path = tmp_path / "checkpoint_00000003.pt"
-    torch.save({"format": module.FORMAT, "model": Hostile()}, path)
+    torch.save({"format": FORMAT, "model": Hostile()}, path)
     with pytest.raises(CheckpointError, match="which could run code and are not read"):
         load_checkpoint(path)
     assert not (tmp_path / "it ran").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, trained, monkeypatch):
-    before = save_checkpoint(tmp_path, take(*trained), keep=1).read_bytes()
+    before = save_checkpoint(tmp_path, take(*trained)).read_bytes()
 
     def full_disk(content, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.torch, "save", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, take(*trained), keep=1)
+        save_checkpoint(tmp_path, take(*trained))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
 
 
 def test_missing(tmp_path, trained):
-    save_checkpoint(tmp_path, take(*trained), keep=1)
+    save_checkpoint(tmp_path, take(*trained))
     message = r"there is no checkpoint .*checkpoint_7.pt; its folder holds: checkpoint_00000003.pt"
     with pytest.raises(FileNotFoundError, match=message):
         load_checkpoint(tmp_path / "checkpoint_7.pt")
@@ -173,7 +176,7 @@ def test_folder_without_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("share", [0.3, 0.99])
 def test_cut_short(tmp_path, trained, share):
-    path = save_checkpoint(tmp_path, take(*trained), keep=1)
+    path = save_checkpoint(tmp_path, take(*trained))
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(CheckpointError, match=r"checkpoint_00000003.pt \(\d+ bytes\) is cut short: its end is missing"):
         load_checkpoint(path)
@@ -235,7 +238,7 @@ def test_checkpoints_of_other_code(tmp_path, content, message):
     ],
 )
 def test_fields_of_another_kind(tmp_path, trained, changes, message):
-    path = save_checkpoint(tmp_path, take(*trained), keep=1)
+    path = save_checkpoint(tmp_path, take(*trained))
     content = torch.load(path, weights_only=True) | changes
     torch.save({name: value for name, value in content.items() if value is not None}, path)
     with pytest.raises(CheckpointError, match=rf"checkpoint_00000003.pt is not a checkpoint of jepa_kit: {message}"):
@@ -261,7 +264,7 @@ def test_misfits_are_listed_and_nothing_is_changed(trained):
 def test_long_lists_are_cut():
     expected = {f"w{number}": torch.zeros(1) for number in range(12)}
     with pytest.raises(CheckpointError, match=r"missing: w0, w1, .*, w9 and 2 more$"):
-        module.check_state(expected, {}, "the model")
+        check_state(expected, {}, "the model")
 
 
 def test_optimiser_of_other_parameters(trained):
@@ -277,7 +280,7 @@ def test_a_parameter_without_a_gradient(tmp_path):
     model["encoder"].unused = nn.Parameter(torch.zeros(2))
     optimizer = build_optimizer(model)
     train(model, optimizer, 1)
-    save_checkpoint(tmp_path, take(model, optimizer), keep=1)
+    save_checkpoint(tmp_path, take(model, optimizer))
     again = build_optimizer(model)
     restore(load_checkpoint(tmp_path), model, again)
     assert optimizer_state(again)["encoder.unused"] == {}
@@ -286,8 +289,8 @@ def test_a_parameter_without_a_gradient(tmp_path):
 def test_resume_policy(tmp_path, trained):
     assert plan_resume(Store(tmp_path), resume=False) is None
     assert plan_resume(Store(tmp_path), resume=True) is None
-    path = save_checkpoint(tmp_path, take(*trained), keep=1)
-    assert plan_resume(Store(tmp_path), resume=True) == path
+    path = save_checkpoint(tmp_path, take(*trained))
+    assert str(plan_resume(Store(tmp_path), resume=True)) == str(path)
     message = r"already holds a run \(checkpoint_00000003.pt\): give --resume to go on with it, or another --output-dir"
     with pytest.raises(ValueError, match=message):
         plan_resume(Store(tmp_path), resume=False)

@@ -10,9 +10,10 @@ from places import Bucket, Disk
 
 from jepa_kit.config import load_config
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.engine.checkpoint import manager as store_module
+from jepa_kit.engine.checkpoint import locate
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
-from jepa_kit.engine.checkpoint.manager import Store, to_read
+from jepa_kit.engine.checkpoint.locate import to_read
+from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.resume import plan_resume
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.submit import Job, prepare
@@ -112,13 +113,14 @@ def test_a_copy_that_breaks_off_loses_nothing(whole, away, handler, tmp_path, ca
     config = away(f"checkpoint.format={form}")
     handler.refuse = lambda address: "checkpoint_00000004" in address and "metadata" not in address
     message = (
-        rf"checkpoints could not be brought to {handler.PREFIX}a: {handler.PREFIX}a/\S+ could not be written: "
-        rf"(the bucket is full|No space left on device); still here: .*run/checkpoint_00000004{end}; --resume goes on"
+        rf"checkpoints could not be uploaded to {handler.PREFIX}a: {handler.PREFIX}a/\S+ could not be written: "
+        rf"(the bucket is full|No space left on device); "
+        rf"still in the run folder: .*run/checkpoint_00000004{end}; --resume continues"
     )
     with pytest.raises(SaveError, match=message):
         train(config)
     place = Store(tmp_path / "run", f"{handler.PREFIX}a")
-    assert [Path(where).name for where in place.checkpoints()] == [f"checkpoint_0000000{n}{end}" for n in (2, 4)]
+    assert [location.name for location in place.checkpoints()] == [f"checkpoint_0000000{n}{end}" for n in (2, 4)]
     handler.refuse = lambda address: False
     capsys.readouterr()
     train(config, resume=True)
@@ -130,7 +132,7 @@ def test_a_copy_that_breaks_off_loses_nothing(whole, away, handler, tmp_path, ca
 
 def test_what_the_last_copy_left_is_brought_by_a_resume_with_no_steps(away, handler, tmp_path):
     handler.refuse = lambda address: "checkpoint_00000006" in address
-    with pytest.raises(SaveError, match=r"still here: .*run/checkpoint_00000006.pt"):
+    with pytest.raises(SaveError, match=r"still in the run folder: .*run/checkpoint_00000006.pt"):
         train(away())
     handler.refuse = lambda address: False
     train(away(), resume=True)
@@ -353,4 +355,4 @@ def test_a_handler_that_the_command_line_imports(away, handler, tmp_path, monkey
 
 def test_what_was_fetched_goes_with_the_process(away, handler):
     train(away())
-    assert Path(store_module._temporary().name) in to_read(f"{handler.PREFIX}a").parents
+    assert Path(locate._downloads().name) in to_read(f"{handler.PREFIX}a").parents

@@ -289,7 +289,7 @@ def test_health_of_a_run_of_another_machine(tiny_config, tmp_path, scenes, capsy
     config = config_from_dict(tiny_config.to_dict(), ["train.device=cuda:99"])
     jepa = build_recipe(config)
     held = Checkpoint(step=5, model=jepa.state_dict(), optimizer={}, config=config.to_dict(), versions={}, data={})
-    save_checkpoint(folder, held, keep=5)
+    save_checkpoint(folder, held)
     command = ["--checkpoint", str(folder), "--shards", scenes[1].path, "--images", "16"]
     assert tool("health").main(command) == 2
     assert "cuda:99" in capsys.readouterr().err
@@ -304,7 +304,7 @@ def test_health_of_networks_that_diverged(tiny_run, scenes, tmp_path, capsys):
     held = Checkpoint(
         step=9, model=jepa.state_dict(), optimizer={}, config=load_run(folder).config.to_dict(), versions={}, data={}
     )
-    file = save_checkpoint(tmp_path, held, keep=5)
+    file = save_checkpoint(tmp_path, held)
     few = ["--shards", scenes[0].path, "--images", "32"]
     for name in ("health", "visualize"):
         output = tmp_path / name
