@@ -130,7 +130,7 @@ class RemoteStorage:
     def fetch(self, name: str, folder: Path) -> Path:
         """A broken stream is tried again; a file has its name only when it is complete."""
         delete(folder / name)
-        for file in self._files(name):
+        for file in self._files(name) or [name]:  # a file without a suffix, if not a folder
             if not file.endswith(PART):
                 self._download(file, folder / file)
         return folder / name
@@ -161,9 +161,10 @@ class RemoteStorage:
         return f"{self.url}/{name}"
 
     def _files(self, name: str) -> list[str]:
-        """Return the files of an entry, the header last; a name without a suffix may be a folder."""
-        inner = [] if "." in name else sorted(self.names(name), key=lambda file: (file == HEADER, file))
-        return [f"{name}/{file}" for file in inner] or [name]
+        """Return the files of an entry, the header last; a name without a suffix is a folder."""
+        if "." in name:
+            return [name]
+        return [f"{name}/{file}" for file in sorted(self.names(name), key=lambda file: (file == HEADER, file))]
 
     def _upload(self, file: Path, name: str) -> None:
         target = self._at(name)

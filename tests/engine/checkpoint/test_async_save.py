@@ -377,6 +377,6 @@ def test_shards_are_weights_for_everybody(in_shards):
     (last,) = checkpoints(folder)[-1:]
     assert recognise(last) == recognise(folder) == "jepa_kit"
     held = load_checkpoint(last)
-    assert (held.step, held.config["train"]["checkpoint"]) == (6, "sharded")
+    assert (held.step, held.config["checkpoint"]["format"]) == (6, "sharded")
     encoder = load_encoder(folder, encoder="target")
     assert encoder.embed(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
