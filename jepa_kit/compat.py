@@ -103,7 +103,7 @@ def can_rename(path_manager: PathManager, url: str) -> bool:
 def with_local_part(value: Any, local: Tensor) -> Tensor:
     """Return a DTensor sharded as ``value``, with another local part.
 
-    ``from_local`` would move it to the mesh's device. torch.distributed.checkpoint can write it; no operation runs on it.
+    ``from_local`` would move it to the mesh's device. It is for torch.distributed.checkpoint; no operation runs on it.
     """
     from torch.distributed.tensor import DTensor
 
