@@ -1,8 +1,9 @@
-"""dev/draw_figure.py: the figure is small and shows masks that I-JEPA allows."""
+"""The figures of the README: they are small, and the masks in them are masks that I-JEPA allows."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,3 +39,26 @@ def test_the_context_has_no_patch_of_a_target(figure: ModuleType) -> None:
     assert len(targets) == 4
     assert not set.union(*targets) & sample.context
     assert all(0 <= row < 14 and 0 <= column < 14 for row, column in set.union(*targets))
+
+
+def test_the_strip_of_a_quickstart_is_drawn(
+    figure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (635, 1560, 3), dtype=np.uint8)
+    for name in ("masks.png", "patch_pca.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 9, "loss": 0.5}\n')
+    rows = [
+        {"protocol": "logistic", "network": network, "label": label, "accuracy": 0.5, "chance": 0.1}
+        for network in ("target", "untrained", "pixels")
+        for label in ("count", "distance", "shape")
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    path = tmp_path / "strip.png"
+    monkeypatch.setattr(sys, "argv", ["draw_quickstart.py", str(tmp_path), str(path)])
+    strip = importlib.import_module("draw_quickstart")
+    assert strip.main() == 0
+    assert Image.open(path).size == (1600, 376)
+    shown = strip.tiles(tmp_path / "masks.png", strip.MASKS)
+    assert np.array_equal(shown[:185, :185], noise[270 : 270 + 185, 200 : 200 + 185])
