@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal; otherwise plain lines with rate and time left."""
+"""Show the progress of long work: a bar on a terminal, else lines with the rate and the time left."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import sys
 import time
 
 SECONDS = 60.0
-"""Without a terminal: a line at least so often, and at each tenth."""
+"""Longest time between two lines without a terminal; there is also one at each tenth of the work."""
 
 
 class Progress:
-    """Shows how much of a total is done. The rate is that of this run: what an earlier one did does not count.
+    """Show how much of a total is done; the rate excludes what an earlier run did.
 
     Args:
-        total: of the work.
-        unit: what is counted.
-        scale: so many of what is counted are one unit on display.
+        total: amount of work.
+        unit: name of the unit that is shown.
+        scale: amount of work in one unit.
     """
 
     def __init__(self, total: int, unit: str, *, scale: int = 1) -> None:
@@ -30,7 +30,7 @@ class Progress:
             self._bar = tqdm(total=total / scale, unit=f" {unit}", desc="shards")
 
     def show(self, done: int, total: int | None = None) -> None:
-        """Says that so much is done in all, and how much there is, where that was not known before."""
+        """Show that `done` of the total is done; `total` replaces the total, if it was unknown before."""
         if total is not None and total != self._total:
             self._total = total
             if self._bar is not None:
@@ -56,13 +56,13 @@ class Progress:
         return f"{shown} of {total} {self._unit}, {rate / self._scale:.0f}/s{tail}"
 
     def close(self) -> None:
-        """Ends the bar."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def clock(seconds: float) -> str:
-    """``0:07``, ``12:30`` or ``3:05:00``."""
+    """Return a duration such as ``0:07``, ``12:30`` or ``3:05:00``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,24 +1,24 @@
 #!/usr/bin/env python
-"""Makes WebDataset shards of images, and checks them.
+"""Make WebDataset shards of images, and verify them.
 
 SOURCE is one of these:
 
-  a folder                 a class is a sub-folder; or flat, without labels
-  .tar .tar.gz .tgz .zip   the same, packed; also CIFAR-10's and CIFAR-100's python archives, and a tar of tars with one
-                           for each class, as ImageNet's train archive is
+  a folder                 with a sub-folder for each class; or without sub-folders and labels
+  .tar .tar.gz .tgz .zip   the same as an archive; also CIFAR-10's and CIFAR-100's python archives, and a tar with one
+                           tar for each class, such as ImageNet's train archive
   .csv .tsv                a row for each image: a column `path`, relative to the table, and a column `label`
   wds:SHARDS               WebDataset shards: a folder, or a pattern such as wds:old/{000000..000012}.tar
-  hf:NAME[:CONFIG]         a data set of Hugging Face, a folder that save_to_disk made, or a .parquet file
+  hf:NAME[:CONFIG]         a Hugging Face data set, a folder written by save_to_disk, or a .parquet file
   synthetic:scenes         rendered scenes with three labels (count, distance, shape) and masks
 
 examples:
-  # a folder with one sub-folder for each class; a tenth of it for validation, in OUT/train and OUT/val
+  # a folder with one sub-folder for each class, split into OUT/train and OUT/val (a tenth)
   python tools/make_shards.py photos/ shards/photos --split-val 0.1
 
-  # CIFAR-10 as it comes; its own batches become shards/cifar10/train and shards/cifar10/test
+  # CIFAR-10; its batches become shards/cifar10/train and shards/cifar10/test
   python tools/make_shards.py cifar-10-python.tar.gz shards/cifar10
 
-  # ImageNet-1k; the validation labels come from the development kit, the numbers of classes from the train shards
+  # ImageNet-1k; the validation labels come from the development kit, the class numbers from the train shards
   python tools/make_shards.py ILSVRC2012_img_train.tar shards/in1k-train --shorter-side 256 --bytes-per-shard 256M
   python tools/make_shards.py ILSVRC2012_img_val.tar shards/in1k-val --labels ILSVRC2012_devkit_t12.tar.gz \\
       --classes-from shards/in1k-train
@@ -26,12 +26,12 @@ examples:
   # scenes, rendered at 64 x 64
   python tools/make_shards.py synthetic:scenes shards/scenes --num-scenes 12000 --image-size 64 --split-val 0.17
 
-  # are shards as their index says?
+  # compare shards with their index
   python tools/make_shards.py --verify shards/photos
 
 JPEG and PNG files keep their bytes, unless --shorter-side or --quality is given; other formats become PNG. Files that
-are no images are refused and listed, here and in OUT/index.json. A run that was interrupted goes on when its command is
-given again, and ends in the same bytes. The format is described in docs/data.md; any reader of WebDataset reads it.
+are no images are refused and listed, on the terminal and in OUT/index.json. To resume an interrupted run, run the same
+command again: the shards get the same bytes. docs/data.md describes the format; every WebDataset reader can read it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,63 +54,65 @@ from jepa_kit import __version__
 from jepa_kit.arguments import run_tool, tool_parser
 from jepa_kit.data.making.make_shards import Limits, check_apart, listed, make, orders, split_folder
 from jepa_kit.data.making.verify import verify
-from jepa_kit.data.making.write_log import Journal, alone, make_room, unfinished
+from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
 from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.labels import LABEL_FROM
 from jepa_kit.progress import Progress
 
-NO_PART_OF_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
+NOT_IN_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
+"""Options that do not change the shards."""
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
     p = tool_parser("make_shards.py", __doc__)
     p.usage = "make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]"
     p.add_argument("source", metavar="SOURCE", nargs="?", help="see above")
-    p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; made if missing")
-    p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 where they differ")
+    p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; created if missing")
+    p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 if they differ")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    p.add_argument("--overwrite", action="store_true", help="replace shards that OUT_DIR already holds")
-    p.add_argument("--max-refused", type=float, default=0.1, metavar="SHARE", help="of bad images; default: 0.1")
+    p.add_argument("--overwrite", action="store_true", help="replace shards in OUT_DIR")
+    p.add_argument("--max-refused", type=float, default=0.1, metavar="P", help="fraction of bad images (default: 0.1)")
     g = p.add_argument_group("shards")
-    g.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024, if no bytes are given")
-    g.add_argument("--bytes-per-shard", metavar="N", help="at most so many, such as 256M")
+    g.add_argument("--samples-per-shard", type=int, metavar="N", help="default: 1024 without --bytes-per-shard")
+    g.add_argument("--bytes-per-shard", metavar="N", help="largest size of a shard, such as 256M")
     g.add_argument("--seed", type=int, default=0, help="of the shuffle, the split and the scenes (default: 0)")
     g.add_argument(
         "--shuffle",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="mix the samples before they are put into shards (default), or keep their order; scenes are mixed",
+        help="shuffle the samples (default) or keep their order; scenes are in random order already",
     )
-    g.add_argument("--split-val", type=float, default=0.0, metavar="SHARE", help="share for OUT_DIR/val (default: 0)")
+    g.add_argument("--split-val", type=float, default=0.0, metavar="P", help="fraction for OUT_DIR/val (default: 0)")
     g = p.add_argument_group("images")
-    g.add_argument("--shorter-side", type=int, metavar="PIXELS", help="make larger images smaller, to this side")
-    g.add_argument("--quality", type=int, metavar="Q", help="make every image a JPEG of this quality, 1 to 100")
+    g.add_argument("--shorter-side", type=int, metavar="PIXELS", help="shrink larger images to this shorter side")
+    g.add_argument("--quality", type=int, metavar="Q", help="encode every image as JPEG of this quality, 1 to 100")
     g = p.add_argument_group("labels")
     g.add_argument(
         "--label-from",
         choices=LABEL_FROM,
         help="a file's class: its own folder (parent), the first folder of its path (top), or none; "
-        "auto: parent where files lie in more than one folder (default)",
+        "auto: parent if files are in more than one folder, else none (default)",
     )
-    g.add_argument("--labels", metavar="FILE", help="a table, a text or ImageNet's development kit with files' classes")
-    g.add_argument("--label-column", metavar="NAME[,NAME]", help="tables and hf: (default: label; those of classes)")
+    g.add_argument("--labels", metavar="FILE", help="classes of the files: a table, a text or ImageNet's devkit")
+    g.add_argument("--label-column", metavar="NAME[,NAME]", help="of a table (default: label) or of hf:NAME")
     g.add_argument("--path-column", metavar="NAME", help="of a table (default: path)")
-    g.add_argument("--image-column", metavar="NAME", help="hf: alone (default: the one that holds images)")
-    g.add_argument("--classes-from", metavar="FROM", help="shards, or a text of classes, whose class numbers to use")
+    g.add_argument("--image-column", metavar="NAME", help="of hf:NAME (default: its only column of images)")
+    g.add_argument("--classes-from", metavar="FROM", help="shards, or a text of classes, that define class numbers")
     g = p.add_argument_group("synthetic:scenes")
     g.add_argument("--num-scenes", type=int, metavar="N", help="default: 10000")
     g.add_argument("--image-size", metavar="PIXELS", help="a side, or HEIGHTxWIDTH (default: 64)")
-    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="store the shape at each pixel (default)")
+    g.add_argument("--masks", action=argparse.BooleanOptionalAction, help="store the shape of each pixel (default)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool.
+    """Run the tool.
 
     Returns:
-        The exit status: 0; 1 where --verify finds shards that are not as their index says; 2 for what the user can put
-        right; 130 where stopped by hand.
+        The exit status: 0 for success, 1 if --verify finds a difference, 2 for an error that the user can fix, 130 for
+        Ctrl-C.
     """
     p = parser()
     args = p.parse_args(argv)
@@ -118,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verify is not None:
         defaults = {**vars(p.parse_args(["--verify", args.verify])), "workers": args.workers}
         for name in (name for name, value in vars(args).items() if value != defaults[name]):
-            p.error(f"--verify (={args.verify}) goes with --workers alone, not with {name}: it only reads")
+            p.error(f"--verify (={args.verify}) takes only --workers, not {name}: it only reads")
     try:
         if args.workers is not None and args.workers < 1:
             raise ValueError(f"--workers (={args.workers}) must be at least 1")
@@ -127,28 +130,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits, options = _limits(args), _source_options(args)
         check_apart(args.source, args.out)
         os.makedirs(args.out, exist_ok=True)
-        with alone(args.out):
+        with lock_output(args.out):
             return _make(args, limits, options)
     except BrokenProcessPool:
-        print("make_shards: error: a worker died; often memory ran out: try fewer --workers", file=sys.stderr)
+        print("make_shards: error: a worker died, often for lack of memory: try fewer --workers", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"make_shards: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("make_shards: stopped; the same command goes on from here", file=sys.stderr)
+        print("make_shards: stopped; run the same command to resume", file=sys.stderr)
         return 130
 
 
 def _limits(args: argparse.Namespace) -> Limits:
+    """Return the limits of shards; sets the default of --samples-per-shard, which the index records."""
     if args.samples_per_shard is not None and args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard (={args.samples_per_shard}) must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed (={args.seed}) must be from 0 to 2**63 - 1")
     if not 0.0 <= args.split_val < 1.0:
-        raise ValueError(f"--split-val (={args.split_val}) must be at least 0 and below 1: it is a share")
+        raise ValueError(f"--split-val (={args.split_val}) must be at least 0 and below 1: it is a fraction")
     if not 0.0 <= args.max_refused <= 1.0:
-        raise ValueError(f"--max-refused (={args.max_refused}) must be 0 to 1: it is a share")
+        raise ValueError(f"--max-refused (={args.max_refused}) must be 0 to 1: it is a fraction")
     size = None
     if args.bytes_per_shard is not None:
         found = re.fullmatch(r"(\d+)([KMG]?)", args.bytes_per_shard.upper())
@@ -179,15 +183,12 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
             print(note)
         plan = orders(source, seed=args.seed, shuffle=args.shuffle, split_val=args.split_val)
         made_by: dict[str, Any] = {"tool": "make_shards", "jepa_kit": __version__}
-        made_by |= {k: v for k, v in vars(args).items() if k not in NO_PART_OF_THE_BYTES and v is not None}
+        made_by |= {k: v for k, v in vars(args).items() if k not in NOT_IN_THE_BYTES and v is not None}
         made_by |= {"samples": len(source), "fingerprint": source.fingerprint()}
-        journals = [Journal(split_folder(args.out, split), made_by) for split in plan]
-        make_room(args.out, journals, overwrite=args.overwrite)
-        progress = Progress(len(source), "samples")
-        try:
-            made = make(source, plan, journals, limits=limits, workers=args.workers or _cores(), show=progress.show)
-        finally:
-            progress.close()
+        logs = [WriteLog(split_folder(args.out, split), made_by) for split in plan]
+        prepare_folders(args.out, logs, overwrite=args.overwrite)
+        with closing(Progress(len(source), "samples")) as progress:
+            made = make(source, plan, logs, limits=limits, workers=args.workers or _cores(), show=progress.show)
     finally:
         if not unfinished(args.out):
             for path in glob.glob(os.path.join(glob.escape(args.out), ".unpacked.*")):
@@ -195,7 +196,7 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
     labels = ", ".join(f"{name} ({len(names)} classes)" for name, names in source.classes.items()) or "none"
     masks = "; with masks" if source.mask_classes else ""
     if not made:
-        print(f"{args.out} is finished already: nothing to do")
+        print(f"{args.out} is complete: nothing to do")
     for m in made:
         size = f"{m.samples} samples in {m.shards} shards, {m.bytes / 1e6:.1f} MB"
         print(f"{m.folder}: {size}; labels: {labels}{masks}")
@@ -208,11 +209,9 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
 
 
 def _verify(folder: str, workers: int) -> int:
-    progress = Progress(1, "MB", scale=10**6)
-    try:
+    """Compare shards with their index, and return the exit status."""
+    with closing(Progress(1, "MB", scale=10**6)) as progress:
         report = verify(folder, workers=workers, show=progress.show)
-    finally:
-        progress.close()
     for problem in report.problems:
         print(problem)
     print(f"{folder}: {report.shards} shards, {len(report.problems)} problems")

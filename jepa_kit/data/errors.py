@@ -17,6 +17,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Refusal(NamedTuple):
+    """Something that does not become part of a shard or of its index: its name and the reason."""
+
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Allowance:
     """How many samples of an epoch may be skipped.

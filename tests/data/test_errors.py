@@ -94,7 +94,7 @@ def test_a_shard_that_was_cut(whole, broken, share, num_workers):
     assert expected or share == 0.95
     for s in skipped:
         assert s.reason == (
-            f"shard shard-000001.tar of {broken} holds {int(len(data) * share)} bytes, "
+            f"shard shard-000001.tar of {broken} has {int(len(data) * share)} bytes, "
             f"but index.json says {len(data)}: it was cut short or changed"
         )
     assert_good_as_before(found, whole)

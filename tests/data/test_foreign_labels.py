@@ -44,7 +44,7 @@ def test_sizes_are_no_labels(tmp_path, caplog):
     dataset = ShardDataset(folder)
     assert dataset.classes == {"class": ("0", "1", "2")}
     assert dataset.labels("class").tolist() == [0, 1, 2, 0, 1]
-    note = "height, original_height, original_width, width: taken for sizes of images, not for labels"
+    note = "height, original_height, original_width, width: image sizes, not used as labels"
     assert index(folder)["notes"] == [note]
     assert f"{folder}: {note}" in caplog.text
     assert open_source(f"wds:{folder}", SourceOptions(), seed=0, scratch="").notes == [note]
@@ -58,7 +58,7 @@ def test_numbers_that_no_class_can_have_are_reported(tmp_path, caplog):
     dataset = ShardDataset(folder)
     assert {name: len(classes) for name, classes in dataset.classes.items()} == {"count": 4, "shape": 4}
     assert dataset.labelled("shape").tolist() == dataset.labelled("count").tolist() == [0, 1, 2, 3]
-    note = "uid: no label, since 4 of 5 samples have a number outside 0 to 65535"
+    note = "uid: not used as a label, since 4 of 5 samples have a number outside 0 to 65535"
     assert index(folder)["notes"] == [note]
     assert index(folder)["refused"] == [
         {"name": "label 'shape'", "reason": "2 samples have a number outside 0 to 65535: used without that label"}

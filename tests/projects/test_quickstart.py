@@ -123,5 +123,5 @@ def test_stopped_while_it_renders(
     monkeypatch.setattr("tools.make_shards._make", stop)
     before = signal.getsignal(signal.SIGTERM)
     assert quickstart(tmp_path) == 130
-    assert capsys.readouterr().err.splitlines() == ["make_shards: stopped; the same command goes on from here"]
+    assert capsys.readouterr().err.splitlines() == ["make_shards: stopped; run the same command to resume"]
     assert signal.getsignal(signal.SIGTERM) == before

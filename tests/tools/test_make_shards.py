@@ -157,7 +157,7 @@ def test_overwrite(photos, tmp_path, capsys):
     assert run(photos, out, "--samples-per-shard", 2, "--split-val", 0.2, "--workers", 1) == 0
     (out / "notes.txt").write_text("mine")
     assert run(photos, out, "--workers", 1) == 2
-    assert "already holds shards" in capsys.readouterr().err
+    assert "already has shards" in capsys.readouterr().err
     assert len(ShardDataset(out / "train")) == 20
     assert run(photos, out, "--workers", 1, "--overwrite") == 0
     assert len(ShardDataset(out)) == 25
@@ -171,7 +171,7 @@ def test_the_same_command_again_has_nothing_to_do(photos, tmp_path, capsys):
     before = (tmp_path / "out/index.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run(*command) == 0
-    assert "is finished already: nothing to do" in capsys.readouterr().out
+    assert "is complete: nothing to do" in capsys.readouterr().out
     assert (tmp_path / "out/index.json").stat().st_mtime_ns == before
     (photos / "cat/new.png").write_bytes(png(7))
     assert run(*command) == 2
@@ -282,8 +282,8 @@ def test_verify(photos, tmp_path, capsys):
     [
         ([], "SOURCE and OUT_DIR must be given, or --verify DIR"),
         (["photos"], "SOURCE and OUT_DIR must be given, or --verify DIR"),
-        (["photos", "--verify", "out"], "--verify (=out) goes with --workers alone, not with source: it only reads"),
-        (["--verify", "out", "--quality", 9], "--verify (=out) goes with --workers alone, not with quality: it only"),
+        (["photos", "--verify", "out"], "--verify (=out) takes only --workers, not source: it only reads"),
+        (["--verify", "out", "--quality", 9], "--verify (=out) takes only --workers, not quality: it only"),
     ],
 )
 def test_what_must_be_given(capsys, arguments, message):
@@ -309,13 +309,13 @@ def mistakes(photos, tmp_path):
     scenes, out = "synthetic:scenes", tmp_path / "out"
     return {
         "gone": ((tmp_path / "gone", out), "source (='{tmp}/gone') does not exist"),
-        "empty": ((tmp_path / "empty", out), "source (='{tmp}/empty') holds no files"),
+        "empty": ((tmp_path / "empty", out), "source (='{tmp}/empty') contains no files"),
         "texts": (
             (tmp_path / "texts", out, "--max-refused", 1),
-            "source (='{tmp}/texts') holds no image for {tmp}/out: a.txt (not a dec",
+            "source (='{tmp}/texts') has no image for {tmp}/out: a.txt (not a dec",
         ),
         "kind": ((tmp_path / "file", out), "source (='{tmp}/file') must be a folder, a .tar, .tar.gz, .tgz, .zip arch"),
-        "share": ((photos, out, "--max-refused", 2), "--max-refused (=2.0) must be 0 to 1: it is a share"),
+        "share": ((photos, out, "--max-refused", 2), "--max-refused (=2.0) must be 0 to 1: it is a fraction"),
         "bytes": ((photos, out, "--bytes-per-shard", "1T"), "--bytes-per-shard (=1T) must be at least 10240, such as"),
         "few bytes": ((photos, out, "--bytes-per-shard", 9), "--bytes-per-shard (=9) must be at least 10240, such as"),
         "quality": ((photos, out, "--quality", 0), "quality (=0) must be 1 to 100"),
@@ -326,8 +326,8 @@ def mistakes(photos, tmp_path):
             "--verify (='{tmp}/gone') must be a folder of shards, but there is",
         ),
         "out": ((photos, tmp_path / "file"), "OUT_DIR (='{tmp}/file') must be a folder, but is a file"),
-        "inside": ((photos, photos / "out"), "OUT_DIR (='{tmp}/photos/out') must lie outside the source"),
-        "itself": ((photos, photos), "OUT_DIR (='{tmp}/photos') must lie outside the source"),
+        "inside": ((photos, photos / "out"), "OUT_DIR (='{tmp}/photos/out') must be outside the source"),
+        "itself": ((photos, photos), "OUT_DIR (='{tmp}/photos') must be outside the source"),
         "synthetic": (("synthetic:scene", out), "'synthetic:scene') is not known; did you mean 'scenes'? Synthetic"),
         "nothing": (("synthetic:", out), "source (='synthetic:') is not known. Synthetic sources: synthetic:scenes"),
         "per shard": ((photos, out, "--samples-per-shard", 0), "--samples-per-shard (=0) must be at least 1"),
@@ -336,9 +336,9 @@ def mistakes(photos, tmp_path):
         "split": ((photos, out, "--split-val", 1.0), "--split-val (=1.0) must be at least 0 and below 1"),
         "thin": ((photos, out, "--split-val", 0.01), "--split-val (=0.01) must leave samples on both sides, but there"),
         "workers": ((photos, out, "--workers", 0), "--workers (=0) must be at least 1"),
-        "scenes": ((photos, out, "--num-scenes", 5), "--num-scenes (=5) is for synthetic:scenes alone"),
-        "size": ((photos, out, "--image-size", 64), "--image-size (=64) is for synthetic:scenes alone"),
-        "label": ((scenes, out, "--label-from", "top"), "--label-from (=top) is for image files alone"),
+        "scenes": ((photos, out, "--num-scenes", 5), "--num-scenes (=5) is only for synthetic:scenes"),
+        "size": ((photos, out, "--image-size", 64), "--image-size (=64) is only for synthetic:scenes"),
+        "label": ((scenes, out, "--label-from", "top"), "--label-from (=top) is only for image files"),
         "count": ((scenes, out, "--num-scenes", 0), "num_scenes (=0) must be at least 1"),
         "small": ((scenes, out, "--image-size", 8), "size (=(8, 8)) must be at least 16 pixels on each side"),
         "shape": ((scenes, out, "--image-size", "8x8x8"), "--image-size (=8x8x8) must be a side in pixels, or HEIGHTx"),
@@ -406,8 +406,8 @@ def test_stopped_by_hand(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert error == b"make_shards: stopped; the same command goes on from here\n"
-    with pytest.raises(ValueError, match="were left unfinished"):
+    assert error == b"make_shards: stopped; run the same command to resume\n"
+    with pytest.raises(ValueError, match="are unfinished"):
         ShardDataset(tmp_path / "out")
     assert run("synthetic:scenes", tmp_path / "out", "--num-scenes", 20, "--image-size", 16, "--overwrite") == 0
     assert not list((tmp_path / "out").glob(".*"))
@@ -433,7 +433,7 @@ def test_killed_twice_and_continued(tmp_path, capsys):
             time.sleep(0.05)
         else:
             pytest.fail("the workers outlive their parent")
-        with pytest.raises(ValueError, match="were left unfinished"):
+        with pytest.raises(ValueError, match="are unfinished"):
             ShardDataset(tmp_path / "out/val")
         for path in tmp_path.glob("out/*/*.tar"):
             with tarfile.open(path) as tar:
@@ -453,7 +453,7 @@ def test_killed_twice_and_continued(tmp_path, capsys):
 def test_a_worker_that_dies(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample_workers, "pack", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     assert run(photos, tmp_path / "out", "--workers", 1) == 2
-    assert "a worker died; often memory ran out: try fewer --workers" in capsys.readouterr().err
+    assert "a worker died, often for lack of memory: try fewer --workers" in capsys.readouterr().err
 
 
 CIFAR10 = Path(os.environ.get("JEPA_KIT_CIFAR10", "JEPA_KIT_CIFAR10 is not set"))

@@ -1,4 +1,4 @@
-"""Processes that make samples of a source, in the order that is asked for."""
+"""Worker processes that make the samples of a source, in a given order."""
 
 from __future__ import annotations
 
@@ -12,35 +12,28 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
 
+from jepa_kit.data.errors import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
 from jepa_kit.data.sources.base import Refused, Source
 from jepa_kit.rng import IntArray
 
 CHUNK_BYTES = 1 << 20
-"""About so much a worker sends at a time."""
+"""Approximate size of the samples that a worker returns at a time."""
 MAX_CHUNK = 128
 AHEAD = 3
-"""Chunks under way for each worker."""
+"""Chunks per worker that are requested in advance."""
 
 _source: Source
 _stopped = False
 
 
-class Refusal(NamedTuple):
-    """A sample that cannot go into a shard, and why."""
-
-    name: str
-    reason: str
-
-
 class Workers:
-    """A pool of processes; leaving the block ends them.
+    """A pool of processes, which end with the ``with`` block.
 
     Args:
         source: of the samples.
-        workers: how many processes.
+        workers: number of processes.
     """
 
     def __init__(self, source: Source, workers: int) -> None:
@@ -55,7 +48,7 @@ class Workers:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def samples(self, numbers: IntArray) -> Iterator[Packed | Refusal]:
-        """Samples by number, in this order, made a bounded stretch ahead.
+        """Yield the samples of the given numbers in order; a bounded number of them is made in advance.
 
         Raises:
             BrokenProcessPool: a worker died.
@@ -68,7 +61,7 @@ class Workers:
                 start += chunk
             made = pending.popleft().result()
             size = sum(len(sample.data) for sample in made if isinstance(sample, Packed))
-            # short chunks for long samples, and the other way round; the order does not depend on it
+            # fewer samples in a chunk if they are large; the order does not depend on it
             chunk = max(1, min(MAX_CHUNK, 2 * chunk, CHUNK_BYTES * len(made) // max(size, 1)))
             yield from made
 
@@ -76,7 +69,7 @@ class Workers:
 def _start(source: Source, parent: int) -> None:
     global _source
     _source = source
-    # Ctrl-C goes to all processes of a terminal; a worker that died of it would look like one that broke down
+    # Ctrl-C reaches all processes of a terminal; a worker that died of it would look like a crash
     signal.signal(signal.SIGINT, _stop)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
@@ -87,7 +80,7 @@ def _stop(*_: object) -> None:
 
 
 def _watch(parent: int) -> None:
-    """Ends this process when its parent is gone: one that is killed cannot end its workers."""
+    """End this process when its parent is gone: a parent that is killed cannot end its workers."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

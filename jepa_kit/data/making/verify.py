@@ -1,4 +1,4 @@
-"""Whether shards are as their index says."""
+"""Compare shards with their index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.making.write_log import folders_with_shards
-from jepa_kit.data.shards.index import is_foreign, read_array, read_index
+from jepa_kit.data.shards.index import array_names, is_foreign, read_array, read_index
 from jepa_kit.data.shards.indexing import scan
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED
 from jepa_kit.files import sha256_of
@@ -21,11 +21,11 @@ from jepa_kit.files import sha256_of
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The result of a verification.
 
     Args:
-        shards: how many were looked at.
-        problems: one line for each thing that is not as the index says, with the path of its file.
+        shards: number of shards that were compared.
+        problems: one line for each difference from the index, with the path of its file.
     """
 
     shards: int
@@ -33,21 +33,21 @@ class Report:
 
 
 def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Report:
-    """Compares all shards of a folder, and of those in it, with their indices: bytes, checksums, every member's place.
+    """Compare the shards of a folder and its subfolders with their indexes: bytes, checksums, offsets of all members.
 
     Args:
         out: the folder.
         workers: threads.
-        show: is called with the bytes that were read, and those that are to be read.
+        show: called with the bytes that were read, and their total.
 
     Raises:
-        ValueError: no such folder, or no index in it.
+        ValueError: there is no such folder, or no index in it.
     """
     if not os.path.isdir(out):
         raise ValueError(f"--verify (={out!r}) must be a folder of shards, but there is no such folder")
     folders = [f for f in folders_with_shards(out) if _has(f, INDEX) or _has(f, UNFINISHED)]
     if not folders:
-        raise ValueError(f"--verify (={out!r}) holds no {INDEX}, nor does a folder in it: there is nothing to compare")
+        raise ValueError(f"--verify (={out!r}) has no {INDEX}, nor does a folder in it: there is nothing to compare")
     problems: list[str] = []
     tasks: list[tuple[str, dict[str, Any], dict[str, NDArray[Any]], bool]] = []
     for folder in folders:
@@ -74,16 +74,15 @@ def _has(folder: str, name: str) -> bool:
 
 
 def _entries(folder: str) -> tuple[list[tuple[dict[str, Any], dict[str, NDArray[Any]]]], bool]:
-    """Return each shard of the index, with its rows of the arrays; and whether the shards are foreign.
+    """Return each shard of the index with its rows of the arrays, and whether the shards are foreign.
 
     Raises:
-        ValueError: the index or an array is not usable; the text begins with its path.
+        ValueError: the index or an array cannot be used; the message begins with its path.
     """
     if _has(folder, UNFINISHED):
-        raise ValueError(f"{os.path.join(folder, UNFINISHED)}: a run was interrupted: give its command again")
+        raise ValueError(f"{os.path.join(folder, UNFINISHED)}: a run was interrupted: run its command again")
     index = read_index(os.path.join(folder, INDEX))
-    names = [OFFSETS, LABELS, KEYS] + ([MASKS] if "masks" in index else [])
-    arrays = {name: read_array(folder, name, index) for name in names}
+    arrays = {name: read_array(folder, name, index) for name in array_names(index)}
     entries, start = [], 0
     for entry in index["shards"]:
         part = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}
@@ -94,7 +93,7 @@ def _entries(folder: str) -> tuple[list[tuple[dict[str, Any], dict[str, NDArray[
 
 
 def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]], foreign: bool) -> list[str]:
-    """What is wrong with a shard."""
+    """Return the differences of a shard from its index."""
     path = os.path.join(folder, entry["file"])
     if not os.path.isfile(path):
         return ["it is missing"]
@@ -105,7 +104,7 @@ def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]], fo
         return [f"its bytes have changed: their SHA-256 is not that of {INDEX}"]
     seen = scan(path, entry["file"])
     rows = seen.rows
-    found = [f"{fault['name']}: {fault['reason']}" for fault in seen.refused if not foreign]
+    found = [f"{name}: {reason}" for name, reason in seen.refused if not foreign]
     if len(rows.keys) != entry["samples"]:
         return [*found, f"it has {len(rows.keys)} samples, but {INDEX} says {entry['samples']}"]
     if [key.encode("utf-8") for key in rows.keys] != part[KEYS].tolist():

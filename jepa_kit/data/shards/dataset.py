@@ -1,10 +1,10 @@
-"""WebDataset tar shards as numbered samples: any of them at once, in any order.
+"""WebDataset tar shards with random access to their samples.
 
-The format is described in ``shard_writing.py``; any reader of WebDataset streams the tar files alone. Here the offsets
-are memory-mapped and a sample is one ``pread``: an order can then be any pure function, and to resume costs nothing.
-Which shards a name stands for, and where their index comes from, is in ``parts.py``.
+``writing.py`` describes the format; every WebDataset reader can stream the tar files. Here the offsets are
+memory-mapped and a sample is one ``pread``, so that the order can be any pure function of the step and resuming is
+free. ``resolve.py`` finds the shards and their index.
 
-Legend: N samples of all shards, in the order of the shards; L labels of a sample.
+Legend: N samples of all shards, in the order of the shards; L labels.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _ARRAYS = ("_offsets", "_labels", "_keys", "_masks")
 
 
 class ShardDataset:
-    """Samples of shards, by number.
+    """The samples of shards, by number.
 
-    Cheap to pickle and safe in forked or spawned loader workers: each process opens shards as it needs them.
+    Cheap to pickle, and safe in forked or spawned loader workers: each process opens shards when it reads them.
 
     Args:
-        path: a folder of shards, a shard, a pattern (``train-{000000..000127}.tar``) or a list of these, as paths,
-            ``http(s)://``, ``pipe:COMMAND``, or whatever iopath opens.
-        access: how shards of other machines are read.
+        path: a folder of shards, a shard, a pattern (``train-{000000..000127}.tar``) or a list of these; each a path,
+            an ``http(s)://`` URL, ``pipe:COMMAND``, or any URL that iopath opens.
+        access: options for remote shards.
 
     Raises:
-        ValueError: nothing is there; an index of another version, or one that disagrees with its own files; an address
-            that does not answer.
+        ValueError: nothing is there, an index is of another version or differs from its files, or a URL does not
+            answer.
     """
 
     def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
@@ -54,14 +54,14 @@ class ShardDataset:
         self.parts: list[Part] = open_parts(given, self._access, self._shelf)
         places = [place for part in self.parts for place in part.places]
         self.remote = any(map(is_remote, places))
-        """Whether shards have to be fetched from other machines."""
+        """Whether any shard is remote."""
         if self.remote:
             self._shelf()
         self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
         self.classes, self.conflicts = _merged(self.parts)
-        """Label name -> the names of its classes; and label names that cannot be used -> why."""
+        """Label name -> the names of its classes; and unusable label -> the reason."""
         self.mask_conflict: str | None = None
-        """Why masks cannot be used though there are some."""
+        """Why masks cannot be used, or None."""
         masked = [part for part in self.parts if part.has_masks]
         for part in masked:
             if part.index["masks"]["classes"] != masked[0].index["masks"]["classes"]:
@@ -70,7 +70,7 @@ class ShardDataset:
             masked = []
         self.has_masks = bool(masked)
         self.mask_classes: tuple[str, ...] = tuple(masked[0].index["masks"]["classes"]) if masked else ()
-        """Names of the classes of masks, from 0; empty without masks, or where nobody named them."""
+        """Names of the classes of masks, from 0; empty if there are no masks or their names are unknown."""
         self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
         links = {key: names for part in self.parts for key, names in part.index.get("links", {}).items()}
         self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
@@ -111,33 +111,33 @@ class ShardDataset:
 
     @property
     def shard_sizes(self) -> IntArray:
-        """[shards] how many samples each shard holds."""
+        """[shards] the number of samples of each shard."""
         return np.diff(self._starts)
 
     @property
     def cache_limit(self) -> float | None:
-        """Bound of the folder for shards of other machines, in bytes; None where there is none."""
+        """Size limit of the cache of remote shards, in bytes; None for no limit or no cache."""
         return None if self._cache is None or self._cache.limit is None else self._cache.limit * 1e9
 
     @property
     def cache_is_temporary(self) -> bool:
-        """Whether fetched shards are this process's alone, and go when it ends."""
+        """Whether downloaded shards are in a temporary folder of this process."""
         return self._cache is not None and self._cache.temporary
 
     def shard_of(self, samples: IntArray | int) -> IntArray:
-        """The number of the shard that holds each sample; of the same shape."""
+        """Return the number of each sample's shard, in the shape of ``samples``."""
         return np.searchsorted(self._starts, samples, side="right") - 1
 
     def fetch(self, shard: int) -> None:
-        """Brings a shard of another machine into the cache before it is needed; see ``ShardReader.fetch``."""
+        """Download a remote shard to the cache before it is needed; see ``ShardReader.fetch``."""
         if is_remote(self._reader.places[shard]):
             self._reader.fetch(shard)
 
     def labels(self, name: str) -> IntArray:
-        """[N] int64: every sample's class number.
+        """Return [N] int64 the class number of every sample.
 
         Raises:
-            ValueError: the shards do not carry the label, or not for every sample.
+            ValueError: the shards lack the label, or some samples do.
         """
         values = np.ascontiguousarray(self._labels[:, self._column(name)])
         missing = np.flatnonzero(values < 0)
@@ -149,10 +149,10 @@ class ShardDataset:
         return values
 
     def labelled(self, name: str) -> IntArray:
-        """[n] the numbers of the samples that have the label, ascending.
+        """Return [n] the numbers of the samples that have the label, ascending.
 
         Raises:
-            ValueError: the shards do not carry the label.
+            ValueError: the shards lack the label.
         """
         return np.flatnonzero(self._labels[:, self._column(name)] >= 0)
 
@@ -169,11 +169,11 @@ class ShardDataset:
         return list(self.classes).index(name)
 
     def key(self, i: int) -> str:
-        """The sample's name: the path of its file in the source, without the extension."""
+        """Return the sample's key: the path of its file in the source, without the extension."""
         return bytes(self._keys[self._checked(i)]).decode("utf-8")
 
     def image_bytes(self, i: int) -> bytes:
-        """The bytes of the image file, as they are in the shard.
+        """Return the bytes of the image file.
 
         Raises:
             SampleError: they are unavailable; see ``ShardReader.read``.
@@ -182,7 +182,7 @@ class ShardDataset:
         return self._member(i, self._offsets[i, :2])
 
     def image(self, i: int) -> Image.Image:
-        """The decoded image, RGB and upright.
+        """Return the decoded image, RGB and upright.
 
         Raises:
             ValueError: its bytes are unavailable, or cannot be decoded.
@@ -193,35 +193,35 @@ class ShardDataset:
             raise self.unusable(i, error) from error
 
     def unusable(self, i: int, reason: Exception | str) -> ValueError:
-        """The error that names a sample that cannot be used."""
+        """Return the error for a sample that cannot be used."""
         return ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} cannot be used: {reason}")
 
     def mask_bytes(self, i: int) -> bytes:
-        """The bytes of the mask's PNG.
+        """Return the bytes of the mask's PNG.
 
         Raises:
             SampleError: they are unavailable; see ``ShardReader.read``.
-            ValueError: the shards carry no masks, or not for this sample.
+            ValueError: the shards or this sample have no mask.
         """
         i = self._checked(i)
         if self.mask_conflict:
             raise ValueError(self.mask_conflict)
         if self._masks is None:
-            raise ValueError(f"mask of sample {i} cannot be read: the shards in {self.path} carry no masks")
+            raise ValueError(f"mask of sample {i} cannot be read: the shards in {self.path} have no masks")
         if self._masks[i, 0] < 0:
             raise ValueError(f"sample {i} ({self.key(i)!r}) of {self.path} has no mask, though others have")
         return self._member(i, self._masks[i])
 
     def has_mask(self, i: int) -> bool:
-        """Whether a sample has a mask."""
+        """Return whether a sample has a mask."""
         return self._masks is not None and bool(self._masks[self._checked(i), 0] >= 0)
 
     def mask(self, i: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-        """[H, W] uint8: the class of each pixel of the decoded image.
+        """Return [H, W] uint8 the class of each pixel of the decoded image.
 
         Raises:
-            ValueError: the shards carry no masks, or not for this sample, or its bytes are no such PNG, or one of more
-                than ``max_pixels`` rows times columns.
+            ValueError: there is no mask, or it is no PNG of one 8-bit channel, or it has more than ``max_pixels``
+                pixels.
         """
         data = self.mask_bytes(i)
         try:
@@ -230,11 +230,11 @@ class ShardDataset:
             raise ValueError(f"mask of sample {i} ({self.key(i)!r}) of {self.path} is not usable: {error}") from error
 
     def read(self, i: int) -> dict[str, Any]:
-        """``key``, ``image`` (PIL, RGB), and ``labels`` (name -> class number; those that the sample has)."""
+        """Return ``key``, ``image`` (PIL, RGB) and ``labels`` (name -> class number) of a sample."""
         return {"key": self.key(i), "image": self.image(i), "labels": self.labels_of(i)}
 
     def labels_of(self, i: int) -> dict[str, int]:
-        """Name -> class number, of the labels that the sample has."""
+        """Return label name -> class number; without the labels that the sample lacks."""
         row = self._labels[self._checked(i)]
         return {name: int(v) for name, v in zip(self.classes, row, strict=True) if v >= 0}
 
@@ -256,7 +256,7 @@ def _no_masks(part: Part) -> IntArray:
 
 
 def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
-    """[n, L] the labels of a part in the order of ``names``; -1 where the part does not carry one."""
+    """Return [n, L] the labels of a part in the order of ``names``; -1 for a label that the part lacks."""
     own = list(part.classes)
     if own == list(names):
         return found
@@ -268,9 +268,9 @@ def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
 
 
 def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """The classes of all parts, and why a label has none: its numbers stand for other classes in another part.
+    """Return the classes of all parts, and the labels whose classes differ between parts, with the reason.
 
-    A part that knows the first classes alone (as numbers that it has seen) fits a longer list.
+    A list of classes may be the beginning of a longer one: a foreign part lists classes up to its largest number.
     """
     merged: dict[str, tuple[str, ...]] = {}
     origin: dict[str, str] = {}
@@ -280,7 +280,7 @@ def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str
             shorter, longer = sorted((merged.get(name, ()), classes), key=len)
             if longer[: len(shorter)] != shorter:
                 conflicts[name] = (
-                    f"label (={name!r}) must have the same classes in all parts, but those of {part.path} are not "
+                    f"label (={name!r}) must have the same classes in all parts, but those of {part.path} differ from "
                     f"those of {origin[name]}"
                 )
                 continue

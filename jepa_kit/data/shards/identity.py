@@ -1,8 +1,7 @@
-"""Which data a run has seen: the contents of its shards in their order, wherever they lie and whatever they are called.
+"""Identify a data set by the contents of its shards in order, whatever their paths and names.
 
-A shard is compared by its number of samples and its SHA-256, which ``index.json`` holds: of shards that make_shards
-wrote since they were written, of any others since they were indexed. A shard without one (its index was made by an
-earlier release on another machine) is compared by file name, number of samples and size.
+A shard is compared by its number of samples and the SHA-256 in ``index.json``. A shard without one, whose index an
+earlier release made, is compared by file name, number of samples and size.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ SHARDS = "shards"
 
 
 def identity(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what tells data sets apart: ``samples``, a ``digest`` of all contents, and each of the ``shards``.
+    """Return the identity of a data set: ``samples``, a ``digest`` of all contents, and each of its ``shards``.
 
     Args:
         shards: their entries in the index.
@@ -33,24 +32,24 @@ def brief(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Compare the data set of a checkpoint with one that is here.
+    """Compare the data set of a checkpoint with the current one.
 
     Args:
-        then: the identity in a checkpoint; those of earlier releases have no list of shards.
-        now: the identity of the data set here.
+        then: the identity in the checkpoint; those of earlier releases have no list of shards.
+        now: the identity of the current data set.
 
     Returns:
-        The first difference, or None; and what could not be compared, or None.
+        The first difference, or None; and a note on what could not be compared, or None.
     """
     if SHARDS not in then:
         names = [[file, samples, size] for file, samples, size, _ in now[SHARDS]]
         if then.get("samples") != now["samples"]:
             return f"it had {then.get('samples')} samples, but here are {now['samples']}", None
         if then.get("digest") != _digest(names)[:16]:
-            return "names, sample counts or sizes of its shards were others", None
+            return "names, sample counts or sizes of its shards differ", None
         return None, (
             "the checkpoint is of an earlier version and has no checksums of its shards: their names, sample counts "
-            "and sizes are those of the data here, contents were not compared"
+            "and sizes are equal, contents were not compared"
         )
     old, new, unsummed = then[SHARDS], now[SHARDS], 0
     for number, (before, after) in enumerate(zip(old, new, strict=False)):

@@ -1,7 +1,7 @@
-"""Reading ``index.json`` and the arrays beside it: whole, and as ``shard_writing.py`` describes them, or an error.
+"""Read ``index.json`` and the arrays beside it (format: ``writing.py``), and raise an error if anything is wrong.
 
-Arrays are compared with the checksums in ``index.json``, if it has them (data sets of earlier releases have none), and
-every class and place in them must be possible.
+Arrays are compared with their checksums, if the index has them (those of earlier releases do not). Class numbers and
+offsets in them must be in range.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from jepa_kit.data.shards.writing import FORMAT_VERSION, INDEX, KEYS, LABELS, MASKS, OFFSETS
 from jepa_kit.files import sha256_of
 
-KEPT_INDEXES = "indexes"
+CACHED_INDEXES = "indexes"
 """Folder of the cache for indexes of shards that have none beside them."""
 MOST = 2**62
-"""Of samples and bytes: what fits into int64 with room for sums."""
-_NOT_WHOLE = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
-HEADER_ERRORS = (*_NOT_WHOLE, RecursionError, tokenize.TokenError, UserWarning)  # deeply nested; cut inside a bracket
-"""What numpy raises on the header of a broken .npy file."""
+"""Largest number of samples or bytes; sums of such numbers fit into int64."""
+_INCOMPLETE = (OSError, EOFError, ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError)
+HEADER_ERRORS = (*_INCOMPLETE, RecursionError, tokenize.TokenError, UserWarning)  # deep nesting; cut inside a bracket
+"""What numpy raises on the header of a damaged .npy file."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 _INDEX = {"samples": int, "shards": list, "labels": dict}
@@ -36,14 +36,14 @@ _MASKS = {"classes": list}
 
 
 def read_index(path: str, text: bytes | None = None) -> dict[str, Any]:
-    """The content of an index.json, checked.
+    """Return the content of an index.json, validated.
 
     Args:
-        path: of the file, or what a message calls it.
-        text: its bytes, where they are here already.
+        path: of the file, or its name in messages.
+        text: its bytes, if they are read already.
 
     Raises:
-        ValueError: it is cut, lacks what a data set needs, or is of another version; the text begins with its path.
+        ValueError: it is incomplete or of another version; the message begins with its path.
     """
     if text is None:
         with open(path, "rb") as stream:
@@ -67,7 +67,7 @@ def read_index(path: str, text: bytes | None = None) -> dict[str, Any]:
 
 
 def _fault(index: Mapping[str, Any]) -> str | None:
-    """What an index of this version lacks, or has outside its range."""
+    """Return the first thing that is missing, mistyped or out of range in an index of this version."""
     faults = [_mistyped(index, _INDEX, "it")]
     if faults == [None]:
         faults += [_mistyped(entry, _SHARD, f"shards[{k}]") for k, entry in enumerate(index["shards"])]
@@ -86,6 +86,7 @@ def _fault(index: Mapping[str, Any]) -> str | None:
 
 
 def _mistyped(found: Any, kinds: Mapping[str, Any], what: str) -> str | None:
+    """Return the first key of a mapping that is missing or whose value has the wrong type or range."""
     if not isinstance(found, dict):
         return f"{what} (={found!r:.80}) must be a mapping"
     for key, kind in kinds.items():
@@ -101,8 +102,13 @@ def _mistyped(found: Any, kinds: Mapping[str, Any], what: str) -> str | None:
 
 
 def is_foreign(index: Mapping[str, Any]) -> bool:
-    """Whether an index was made here, of the shards of others: it can be made again."""
+    """Return whether an index was made from shards that another tool wrote, so that it can be made again."""
     return index.get("made_by", {}).get("tool") == "index_shards"
+
+
+def array_names(index: Mapping[str, Any]) -> list[str]:
+    """Return the file names of the arrays of an index."""
+    return [OFFSETS, LABELS, KEYS] + ([MASKS] if "masks" in index else [])
 
 
 def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bool = False) -> NDArray[Any]:
@@ -112,11 +118,11 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
         folder: of the index.
         name: of the file.
         index: the content of ``index.json``.
-        verified: whether this process, or the one that it comes from, has verified the array already.
+        verified: whether this process, or the one that pickled the data set, verified the array already.
 
     Raises:
-        ValueError: it is missing or damaged, its SHA-256 is not that of the index, or a number in it is out of range;
-            the message begins with its path.
+        ValueError: it is missing or damaged, its SHA-256 differs from the index, or a number is out of range; the
+            message begins with its path.
     """
     path = os.path.join(folder, name)
     again = _remedy(folder, index)
@@ -125,7 +131,7 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
     try:
         # a plain array over the mapped file: indexing np.memmap itself costs several times as much
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of a header of Python 2: ours are none
+            warnings.simplefilter("error")  # numpy warns of headers from Python 2, which we never write
             found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, but {INDEX} is there: {again}") from error
@@ -134,7 +140,7 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
         raise ValueError(f"{path} is not a whole array: {reason}; {again}") from error
     if found.shape != shape or found.dtype.kind != kind:
         raise ValueError(
-            f"{path} holds {found.dtype} of shape {found.shape}, but {INDEX} has {index['samples']} samples: it must "
+            f"{path} has {found.dtype} of shape {found.shape}, but {INDEX} has {index['samples']} samples: it must "
             f"be {'bytes' if kind == 'S' else 'int64'} of shape {shape}; {again}"
         )
     if verified:
@@ -148,7 +154,8 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
 
 
 def _remedy(folder: str, index: Mapping[str, Any]) -> str:
-    if os.path.basename(os.path.dirname(folder)) == KEPT_INDEXES:
+    """Return what the user can do about a damaged array."""
+    if os.path.basename(os.path.dirname(folder)) == CACHED_INDEXES:
         return f"remove {folder}, and it is made again"
     return (
         f"remove {os.path.join(folder, INDEX)}, and it is made again" if is_foreign(index) else "make the shards again"
@@ -156,10 +163,10 @@ def _remedy(folder: str, index: Mapping[str, Any]) -> str:
 
 
 def _out_of_range(name: str, found: NDArray[Any], index: Mapping[str, Any]) -> str | None:
-    """The first value of an array that cannot be: a class, a place in a shard, or a key."""
+    """Return a message about the first class number, offset or key that is out of range."""
     if name == KEYS:
         try:
-            found.tobytes().decode("utf-8")  # all at once: what is cut in one key fails at the next
+            found.tobytes().decode("utf-8")  # all at once is fast, and a key that is cut fails at the next one
         except UnicodeDecodeError as error:
             return f"key {error.start // found.itemsize} is no text in UTF-8"
         return None
@@ -173,7 +180,7 @@ def _out_of_range(name: str, found: NDArray[Any], index: Mapping[str, Any]) -> s
         start, size = found[:, 2 * column], found[:, 2 * column + 1]
         inside = (start >= BLOCKSIZE) & (start % BLOCKSIZE == 0) & (size >= 0) & (size <= ends - start)
         if what != "image":
-            inside |= (start == -1) & (size == 0)  # there is none
+            inside |= (start == -1) & (size == 0)  # a sample without one
         for k in np.flatnonzero(~inside)[:1]:
             return f"the {what} of sample {k} has {size[k]} bytes at {start[k]}, in a shard of {ends[k]} bytes"
     return None

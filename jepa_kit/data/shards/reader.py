@@ -1,7 +1,7 @@
-"""The bytes of a member of a tar shard, wherever the shard lies.
+"""Read members of local and remote tar shards.
 
-A local shard is read with ``pread``; one of another machine is fetched whole into the cache first. A member's tar
-header comes along and is checked: a shard that was changed or shifted never passes for what the index says.
+A local shard is read with ``pread``; a remote one is downloaded to the cache first. The tar header of a member is read
+and checked with it, so that a changed or shifted shard is an error.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from jepa_kit.data.remote.fetch import is_remote
 from jepa_kit.errors import SampleError
 
 OPEN_SHARDS = 128
-"""At most so many shards are open at a time in one process."""
+"""Open shards per process, at most."""
 
 HEADER = tarfile.BLOCKSIZE
 SHORT_KEY = 80
-"""Longer keys may be cut in a tar header."""
+"""Characters; a longer key may be cut in a tar header."""
 
 
 class ShardReader:
-    """Reads members of shards by shard, offset and size.
+    """Read members of shards by shard, offset and size.
 
-    Cheap to pickle and safe in forked or spawned processes: each opens shards as it needs them.
+    Cheap to pickle, and safe in forked or spawned processes: each opens shards when it reads them.
 
     Args:
         path: of the data set, for messages.
         shards: their entries in the index: ``file``, ``bytes`` and ``sha256``.
-        places: path or address of each.
-        cache: for shards of other machines; None where there are none.
-        links: key -> names that the header of its members may have instead, if these are links.
+        places: path or URL of each.
+        cache: for remote shards; None if there are none.
+        links: key -> other names that the headers of its members may have, if these are links.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at exit `os` may be None already
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python exits, `os` may be None
         for descriptor in self.__dict__.get("_files", {}).values():
             close(descriptor)
 
     def read(self, shard: int, offset: int, size: int, key: str) -> bytes:
-        """A member's bytes.
+        """Return the bytes of a member.
 
         Args:
             shard: its number.
@@ -64,12 +64,11 @@ class ShardReader:
             key: of its sample.
 
         Raises:
-            SampleError: the shard is missing or cannot be read, is cut short before the end of the member, or holds
-                something else there.
-            CacheError: the cache takes no more.
+            SampleError: the shard is missing, cannot be read, is cut short, or has another member there.
+            CacheError: the cache cannot be written to.
         """
         what = f"shard {self.shards[shard]['file']} of {self.path}"
-        for again in (True, False):  # a file handle may be stale, a cached shard removed to make room
+        for again in (True, False):  # a second try for a stale file handle, or a cached shard that was just removed
             try:
                 block, fault = self._read(shard, offset - HEADER, size + HEADER)
                 break
@@ -87,7 +86,7 @@ class ShardReader:
         return block[HEADER:]
 
     def fetch(self, shard: int) -> None:
-        """Brings a shard of another machine here, if it is not; a fault is met, and told, by who reads it."""
+        """Download a remote shard, unless it is cached; a failed download is reported when the shard is read."""
         assert self.cache is not None
         self.cache.get(self._remote(shard))
 
@@ -96,7 +95,7 @@ class ShardReader:
         return RemoteShard(self.places[shard], entry["bytes"], entry["sha256"])
 
     def _read(self, shard: int, offset: int, size: int) -> tuple[bytes, str | None]:
-        """The bytes, fewer where the file ends; and why a shard of another machine is not whole."""
+        """Return bytes of a shard, fewer at its end; and why a remote shard is incomplete, or None."""
         if shard in self._files:
             self._files.move_to_end(shard)
             return os.pread(self._files[shard], size, offset), None
@@ -112,7 +111,7 @@ class ShardReader:
             if len(self._files) > OPEN_SHARDS:
                 os.close(self._files.popitem(last=False)[1])
             return os.pread(descriptor, size, offset), None
-        try:  # what came of it may be replaced by the whole: not kept open
+        try:  # an incomplete shard is not kept open: a complete one may replace it
             return os.pread(descriptor, size, offset), fault
         finally:
             os.close(descriptor)
@@ -122,22 +121,26 @@ class ShardReader:
             os.close(self._files.pop(shard))
 
     def _close_removed(self) -> None:
-        """Closes files that the cache removed: the disk has their room only then."""
+        """Close files that the cache removed, which frees their disk space."""
         for shard in [s for s, descriptor in self._files.items() if os.fstat(descriptor).st_nlink == 0]:
             self._close(shard)
 
     def _length_fault(self, shard: int, what: str) -> str:
         size, listed = os.fstat(self._files[shard]).st_size, self.shards[shard]["bytes"]
-        return f"{what} holds {size} bytes, but index.json says {listed}: it was cut short or changed"
+        return f"{what} has {size} bytes, but index.json says {listed}: it was cut short or changed"
 
 
 def header_fault(header: bytes, size: int, key: str, links: Sequence[str] = ()) -> str | None:
-    """What is wrong with the 512 bytes before a member, which should be the tar header of ``size`` bytes of ``key``.
+    """Return what is wrong with the tar header of a member, or None.
 
-    ``links`` are names that it may have instead.
+    Args:
+        header: the 512 bytes before the member.
+        size: of the member in bytes.
+        key: of its sample.
+        links: other names that it may have.
     """
     if header.startswith(f"{key}.".encode()) and header[124:135] == b"%011o" % size and header[257:262] == b"ustar":
-        return None  # the usual one, without the 20 microseconds of the rest
+        return None  # the usual case; parsing the header would take 20 microseconds
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

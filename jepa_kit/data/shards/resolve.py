@@ -1,12 +1,12 @@
-"""From what a user names to shards with an index: folders, patterns and lists, here or on other machines.
+"""Find the shards that the user names, on this machine or remote, and their index.
 
-Where an index comes from, in this order:
+The index is, in this order:
 
-1. a folder's own ``index.json``, also for shards of that folder that are named one by one;
-2. for a local folder without one: made once and kept there, or, where nothing can be written there, as in 3; made
-   again where shards came or changed since;
-3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, where CACHE is ``data.cache``, or
-   ``~/.cache/jepa_kit`` without one. Shards of other machines are read whole for it, once.
+1. the folder's own ``index.json``, also if shards of that folder are named one by one;
+2. for a local folder without one: made once and kept in the folder, or, if the folder is not writable, as in 3; made
+   again if shards were added or changed;
+3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, where CACHE is ``data.cache`` or,
+   by default, ``~/.cache/jepa_kit``. Remote shards are downloaded once for it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
-from jepa_kit.data.shards.index import KEPT_INDEXES, is_foreign, read_array, read_index
+from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_array, read_index
 from jepa_kit.data.shards.indexing import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
-from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, Rows, Shard
+from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.errors import StreamError
 from jepa_kit.files import atomic_write
 from jepa_kit.rng import IntArray
 
 FETCHERS = 4
-"""Shards that are fetched at the same time while an index is made."""
+"""Shards that are downloaded at the same time while an index is made."""
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +47,10 @@ class Part:
     """Shards that share an index.
 
     Args:
-        path: as the user named them, for messages.
-        folder: of the index, on this machine.
+        path: the name that the user gave, for messages.
+        folder: local folder of the index.
         shards: their entries in the index.
-        places: path or address of each.
+        places: path or URL of each shard.
         rows: [N] their rows in the arrays of the index; None for all rows.
         index: the content of ``index.json``.
     """
@@ -70,29 +69,29 @@ class Part:
 
     @property
     def has_masks(self) -> bool:
-        """Whether there are masks of pixels."""
+        """Whether there are segmentation masks."""
         return "masks" in self.index
 
     def array(self, name: str, *, verified: bool = False) -> NDArray[Any]:
-        """Return an array of the index, memory-mapped if all of its rows are wanted; see ``read_array``."""
+        """Return an array of the index, memory-mapped if the part has all of its rows; see ``read_array``."""
         found = read_array(self.folder, name, self.index, verified=verified)
         return found if self.rows is None else found[self.rows]
 
 
 def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[Part]:
-    """The parts of a data set, in the order in which they are named.
+    """Return the parts of a data set, in the given order.
 
     Args:
-        path: a folder, a shard, a pattern of them, or a list.
-        access: to other machines.
-        cache: gives the folder for their shards; called only where there are some.
+        path: a folder, a shard, a pattern, or a list of these.
+        access: options for remote shards.
+        cache: returns the cache of remote shards; called only if there are some.
 
     Raises:
-        ValueError: nothing is there, an index that is broken or of another version, an address that does not answer.
+        ValueError: nothing is there, an index is damaged or of another version, or a URL does not answer.
     """
     parts: list[Part] = []
     named = expand(path)
-    _check_once(named, path)  # before anything is fetched
+    _check_once(named, path)  # before a download
     for parent, group in groupby(named, key=lambda a: _parent(a) if is_shard(a) else None):
         addresses = list(group)
         if parent is None:
@@ -104,16 +103,16 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
 
 
 def indexed_samples(path: str | Sequence[str]) -> int | None:
-    """Return how many samples shards have by the indices that lie beside them here; opens no data and runs nothing.
+    """Return the number of samples by the local indexes beside the shards, without opening the shards.
 
     Args:
-        path: as for ``open_parts``.
+        path: see ``open_parts``.
 
     Returns:
-        None if an index is missing or on another machine: a data set would have to be opened for it.
+        None if an index is missing or remote.
 
     Raises:
-        ValueError: nothing is there, or an index is broken.
+        ValueError: nothing is there, or an index is damaged.
     """
     total = 0
     for address in expand(path):
@@ -121,10 +120,8 @@ def indexed_samples(path: str | Sequence[str]) -> int | None:
             return None
         if not os.path.exists(address):
             raise ValueError(f"shards (={address!r}) must be a folder of .tar shards or a shard, but nothing is there")
-        index = _own_index(os.path.dirname(address) if is_shard(address) else address)
-        entries = [
-            e for e in (index or {"shards": []})["shards"] if not is_shard(address) or e["file"] == _file(address)
-        ]
+        index = _own_index(os.path.dirname(address) if is_shard(address) else address) or {"shards": []}
+        entries = [e for e in index["shards"] if not is_shard(address) or e["file"] == _file(address)]
         if not entries:
             return None
         total += sum(entry["samples"] for entry in entries)
@@ -132,7 +129,7 @@ def indexed_samples(path: str | Sequence[str]) -> int | None:
 
 
 def _check_once(addresses: Sequence[str], path: str | Sequence[str]) -> None:
-    """Raises ValueError for a folder or a shard that is named twice, by whatever names."""
+    """Raise a ValueError if a folder or a shard occurs twice, also under two names."""
     seen: set[str] = set()
     for address in addresses:
         place = address.rstrip("/") if is_remote(address) else os.path.realpath(address)
@@ -150,7 +147,7 @@ def _open_folder(folder: str, access: Access) -> Part:
         found = _remote_index(folder, access)
         if found is None:
             raise ValueError(
-                f"shards (={folder!r}) must be a folder with an {INDEX}, but there is none at that address; shards "
+                f"shards (={folder!r}) must be a folder with an {INDEX}, but there is none at that URL; shards "
                 f"without one are named one by one, as {folder.rstrip('/')}/train-{{000000..000127}}.tar"
             )
         return _part(folder, found[0], found[1], folder)
@@ -165,7 +162,7 @@ def _open_folder(folder: str, access: Access) -> Part:
             log.warning("%s was added to %s, or changed, since it was indexed: indexed again", changed[0], folder)
             index = None
         elif changed:
-            log.warning("%s in %s is not as its %s says: see make_shards.py --verify", changed[0], folder, INDEX)
+            log.warning("%s in %s differs from its %s: run make_shards.py --verify", changed[0], folder, INDEX)
     if index is None:
         files = shards_in(folder)
         if os.access(folder, os.W_OK):
@@ -177,23 +174,23 @@ def _open_folder(folder: str, access: Access) -> Part:
 
 
 def _own_index(folder: str) -> dict[str, Any] | None:
-    """The index that lies in a folder of this machine, if one does."""
+    """Return the index in a local folder, or None."""
     path = os.path.join(folder, INDEX)
     return read_index(path) if os.path.isfile(path) else None
 
 
 def _outdated(index: dict[str, Any], files: Sequence[str]) -> bool:
-    """Whether an earlier release made the index of foreign shards, all of which are here to be indexed again."""
+    """Return whether an index of foreign shards is from an earlier release, and all of them are here to index again."""
     listed = {entry["file"] for entry in index["shards"]}
     here = {os.path.basename(file) for file in files if os.path.isfile(file)}
     return is_foreign(index) and index["made_by"].get("version") != INDEXER and listed <= here
 
 
 def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[str]:
-    """Names of those shards that are there and are not as the folder's own index says, as far as that costs nothing.
+    """Return the names of shards that differ from the folder's index in size, or, for a foreign index, are newer.
 
-    A foreign index is older than a shard that was replaced; ours has checksums, and may have been copied in any order.
-    A time to come tells nothing: the shard is from a machine whose clock is ahead.
+    The times of our own shards are not compared: copying may change their order, and they have checksums. A time in
+    the future is ignored: the shard comes from a machine whose clock is ahead.
     """
     sizes = {entry["file"]: entry["bytes"] for entry in index["shards"]}
     made = os.path.getmtime(os.path.join(folder, INDEX)) if is_foreign(index) else math.inf
@@ -202,31 +199,22 @@ def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[s
 
 
 def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> Part:
-    """Shards of one folder (or pipes) that are named one by one."""
+    """Return the part of shards of one folder, or of pipes, that are named one by one."""
     shown = addresses[0] if len(addresses) == 1 else f"{addresses[0]} ... {addresses[-1]}"
-    if parent == "pipe:":
-        folder = _streamed_index(addresses, shown, access, cache)
-    elif is_remote(parent + "/"):
+    found: tuple[str, dict[str, Any]] | None = None
+    remote = is_remote(parent + "/")
+    if remote and parent != "pipe:":
         found = _remote_index(parent, access)
-        if found and (part := _subset(shown, *found, addresses)):
-            return part
-        folder = _streamed_index(addresses, shown, access, cache)
-    else:
-        index = _own_index(parent)
-        if (
-            index is not None
-            and is_foreign(index)
-            and (_changed(parent, index, addresses) or _outdated(index, addresses))
-        ):
-            index = None
-        if index is not None and (part := _subset(shown, parent, index, addresses)):
-            return part
-        folder = _local_index(addresses, shown, access)
-    return _subset(shown, folder, read_index(os.path.join(folder, INDEX)), addresses) or _unreachable(folder)
-
-
-def _unreachable(folder: str) -> Part:
-    raise ValueError(f"{folder} is the index of other shards: remove it")
+    elif not remote and (index := _own_index(parent)):
+        stale = is_foreign(index) and (_changed(parent, index, addresses) or _outdated(index, addresses))
+        found = None if stale else (parent, index)
+    if found and (part := _subset(shown, *found, addresses)):
+        return part
+    folder = _streamed_index(addresses, shown, access, cache) if remote else _local_index(addresses, shown, access)
+    part = _subset(shown, folder, read_index(os.path.join(folder, INDEX)), addresses)
+    if part is None:
+        raise ValueError(f"{folder} is the index of other shards: remove it")
+    return part
 
 
 def _part(path: str, folder: str, index: dict[str, Any], base: str) -> Part:
@@ -235,7 +223,7 @@ def _part(path: str, folder: str, index: dict[str, Any], base: str) -> Part:
 
 
 def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[str]) -> Part | None:
-    """The part of an index that is about these shards; None where it does not list all of them."""
+    """Return the part of an index for the given shards, or None if it does not list all of them."""
     numbers = {entry["file"]: k for k, entry in enumerate(index["shards"])}
     chosen = [numbers.get(_file(address), -1) for address in addresses]
     if min(chosen) < 0:
@@ -249,7 +237,7 @@ def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[s
 
 
 def _file(address: str) -> str:
-    """What a shard is called in an index: its file's name; of a pipe, the whole command."""
+    """Return the name of a shard in an index: its file name, or the whole command of a pipe."""
     return address if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[2]
 
 
@@ -258,11 +246,11 @@ def _index_root(access: Access) -> str:
     return os.path.abspath(os.path.expanduser(access.cache or default))
 
 
-def _kept(access: Access, identity: Any, make: Callable[[str], None]) -> str:
-    """The folder of an index that is made once, by one process."""
+def _cached_index(access: Access, identity: Any, make: Callable[[str], None]) -> str:
+    """Return the folder of a cached index; the first process that needs it makes it."""
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     root = _index_root(access)
-    folder = os.path.join(root, KEPT_INDEXES, name)
+    folder = os.path.join(root, CACHED_INDEXES, name)
     os.makedirs(folder, exist_ok=True)
     with lock(root, name):
         if not os.path.isfile(os.path.join(folder, INDEX)):
@@ -271,16 +259,17 @@ def _kept(access: Access, identity: Any, make: Callable[[str], None]) -> str:
 
 
 def _local_index(files: Sequence[str], path: str, access: Access) -> str:
+    """Return the folder of the cached index of local shards; another size or time of change gives another index."""
     facts = [os.stat(file) if os.path.exists(file) else None for file in files]
     versions = [(os.path.abspath(f), s and s.st_size, s and s.st_mtime_ns) for f, s in zip(files, facts, strict=True)]
-    return _kept(access, [INDEXER, versions], lambda folder: index_files(files, folder, path))
+    return _cached_index(access, [INDEXER, versions], lambda folder: index_files(files, folder, path))
 
 
 def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | None:
-    """An index of another machine, copied here with its arrays; None where there is none.
+    """Return a remote index, copied here with its arrays, or None if there is none.
 
     Raises:
-        ValueError: the machine does not answer, or its index is broken.
+        ValueError: the URL does not answer, or its index is damaged.
     """
     base = folder.rstrip("/")
     try:
@@ -292,73 +281,48 @@ def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | N
     index = read_index(f"{base}/{INDEX}", text)
 
     def make(here: str) -> None:
-        for name in [OFFSETS, LABELS, KEYS] + ([MASKS] if "masks" in index else []):
+        for name in [*array_names(index), INDEX]:
             try:
-                content = read(f"{base}/{name}", access)
+                content = text if name == INDEX else read(f"{base}/{name}", access)
             except StreamError as error:
                 raise ValueError(f"{base}/{name} cannot be read, but {INDEX} is there: {error}") from error
-            with atomic_write(os.path.join(here, name), shared=True) as temporary, open(temporary, "wb") as out:
-                out.write(content)
-        with atomic_write(os.path.join(here, INDEX), shared=True) as temporary, open(temporary, "wb") as out:
-            out.write(text)
+            with atomic_write(os.path.join(here, name), shared=True) as temporary:
+                temporary.write_bytes(content)
 
-    return _kept(access, [base, hashlib.sha256(text).hexdigest()], make), index
+    return _cached_index(access, [base, hashlib.sha256(text).hexdigest()], make), index
 
 
 def _is_absent(error: StreamError) -> bool:
-    """Whether an address answered that it holds nothing, or, as object stores do then, that it does not tell."""
+    """Return whether a URL does not exist; object stores may answer 403 for that."""
     return str(error).startswith(("HTTP 403", "HTTP 404", "HTTP 410")) or isinstance(error.__cause__, FileNotFoundError)
 
 
 def _streamed_index(addresses: Sequence[str], path: str, access: Access, cache: Callable[[], ShardCache]) -> str:
-    """The index of shards of other machines, each of which is fetched once for it; goes on where it was stopped."""
+    """Return the folder of the index of remote shards; each is downloaded once, and an interrupted call resumes."""
 
     def make(folder: str) -> None:
-        shelf, progress = cache(), Progress(f"shards of {path} read for their index", len(addresses))
+        shards, progress = cache(), Progress(f"shards of {path} read for their index", len(addresses))
 
-        def one(number: int) -> Scan:
-            kept = os.path.join(folder, f"part-{number:06d}.npz")
-            found = _load_scan(kept)
+        def scan_one(number: int) -> Scan:
+            saved = os.path.join(folder, f"part-{number:06d}.npz")
+            found = Scan.load(saved)
             if found is None:
-                fetched = shelf.get(RemoteShard(addresses[number]))
+                fetched = shards.get(RemoteShard(addresses[number]))
                 if fetched.fault:
                     raise ValueError(
                         f"shards (={path!r}) have no index, and to make it each is read once, but {fetched.fault}. "
-                        "What was read is not read again"
+                        "The next try resumes after the shards that were read"
                     )
                 found = scan(fetched.path, _file(addresses[number]), checksum=True)
-                shelf.summed(RemoteShard(addresses[number]), found.entry)
-                _save_scan(kept, found)
+                shards.summed(RemoteShard(addresses[number]), found.entry)
+                found.save(saved)
             progress.step()
             return found
 
         with ThreadPoolExecutor(FETCHERS) as pool:
-            scans = list(pool.map(one, range(len(addresses))))
+            scans = list(pool.map(scan_one, range(len(addresses))))
         write_foreign_index(folder, scans, path)
-        for name in os.listdir(folder):
-            if name.startswith("part-"):
-                os.remove(os.path.join(folder, name))
+        for saved in glob.glob(os.path.join(glob.escape(folder), "part-*")):
+            os.remove(saved)
 
-    return _kept(access, [INDEXER, *addresses], make)
-
-
-def _save_scan(path: str, found: Scan) -> None:
-    rows, names = found.rows, list(found.rows.labels)
-    entry = [found.entry.file, found.entry.bytes, found.entry.sha256]
-    meta = {"entry": entry, "keys": rows.keys, "names": names, "refused": found.refused}
-    meta |= {"links": rows.links, "outside": found.outside}
-    labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
-    with atomic_write(path, shared=True) as temporary, open(temporary, "wb") as out:
-        np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
-
-
-def _load_scan(path: str) -> Scan | None:
-    try:
-        with np.load(path) as kept:
-            meta = json.loads(str(kept["meta"]))
-            labels = dict(zip(meta["names"], kept["labels"].astype(np.int64), strict=True))
-            rows = Rows(meta["keys"], kept["offsets"], labels, kept["masks"], meta["links"])
-    except (FileNotFoundError, BadZipFile, ValueError, KeyError):
-        return None
-    name, size, sha256 = meta["entry"]
-    return Scan(Shard(name, len(rows.keys), size, sha256), rows, meta["refused"], meta["outside"])
+    return _cached_index(access, [INDEXER, *addresses], make)

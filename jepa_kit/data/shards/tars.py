@@ -1,18 +1,22 @@
-"""What tar files may contain besides plain files: links, sparse files, compression, headers for the whole archive."""
+"""Tar files: compression, links, sparse files, and headers that are for the whole archive."""
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-MOST_LINKS = 40
-"""Links that lead on to links, at most: what Linux allows."""
-TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises on damaged headers: the last three on those of pax, also where thousands follow one another."""
+MAX_LINKS = 40
+"""Links that are followed from one to the next, as in Linux."""
+HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises on damaged headers; the last three come from pax headers, also from thousands in a row."""
+STREAM_ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
+"""What tarfile raises on a damaged archive that may be compressed."""
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)
 """Names of compressed tar files."""
 _MAGIC = {
@@ -24,58 +28,59 @@ _MAGIC = {
 }
 
 
-class Target(Protocol):
-    """A link: ``path`` is the normalised path that it leads to."""
+class Link(NamedTuple):
+    """A link in a tar file: its own name, the normalised path of its target, and the target as written."""
 
-    @property
-    def path(self) -> str: ...
-
-
-def compression(start: bytes) -> str | None:
-    """Return the name of the compression that a file's first 512 bytes are of, or None, as for a tar header."""
-    if start[257:262] == b"ustar":  # whatever its first member is called
-        return None
-    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+    name: str
+    path: str
+    written: str
 
 
-def compressed_shard(path: str, how: str) -> ValueError:
-    """Return the error for a shard that is compressed."""
-    return ValueError(
-        f"shard {path} is compressed ({how}), but samples are read at their offsets: decompress it first, as "
-        "`gunzip FILE.tar.gz` does, or let a command do it: data.shards='pipe:gunzip -c FILE.tar.gz'"
-    )
+def read_link(member: tarfile.TarInfo, name: str) -> Link:
+    """Return a link; the target of a symbolic link is relative to its folder, that of a hard link to the root."""
+    folder = os.path.dirname(member.name) if member.issym() else ""
+    return Link(name, os.path.normpath(os.path.join(folder, member.linkname)), member.linkname)
 
 
-def target_of(link: tarfile.TarInfo) -> str:
-    """Return the normalised path that a link leads to: a symbolic one from its own folder, a hard one from the root."""
-    folder = os.path.dirname(link.name) if link.issym() else ""
-    return os.path.normpath(os.path.join(folder, link.linkname))
-
-
-def follow(path: str, links: Mapping[str, Target]) -> str:
-    """Return where a path leads through links, by normalised paths; of a loop of links, one of them."""
-    for _ in range(MOST_LINKS):
+def follow(path: str, links: Mapping[str, Link]) -> str:
+    """Return the path at the end of a chain of links (normalised path -> link); of a loop, one of its links."""
+    for _ in range(MAX_LINKS):
         if path not in links:
             break
         path = links[path].path
     return path
 
 
+def compression(start: bytes) -> str | None:
+    """Return the compression of a file, given its first 512 bytes; None for a tar header or anything unknown."""
+    if start[257:262] == b"ustar":  # a tar header, even if the name of its first member looks like a magic number
+        return None
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+
+
+def compressed_shard(path: str, how: str) -> ValueError:
+    """Return the error for a compressed shard."""
+    return ValueError(
+        f"shard {path} is compressed ({how}), but samples are read at their offsets: decompress it first with "
+        "`gunzip FILE.tar.gz`, or while reading with data.shards='pipe:gunzip -c FILE.tar.gz'"
+    )
+
+
 def stored_size(member: tarfile.TarInfo) -> int:
-    """Return the bytes of a member's data in the archive: none for links, fewer than its size for a sparse file."""
+    """Return the bytes of a member's data in the archive: 0 for links, less than its size for a sparse file."""
     if member.issparse():
         return sum(count for _, count in pieces(member))
     return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
 
 
 def pieces(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
-    """Return (place, size) of the stretches of a sparse file that are in the archive, one behind another."""
+    """Return (offset, size) of the parts of a sparse file that the archive stores, one after another."""
     found: Any = member.sparse
-    return tuple((int(place), int(count)) for place, count in found or ())
+    return tuple((int(offset), int(count)) for offset, count in found or ())
 
 
 def is_filler(stream: IO[bytes], begin: int, end: int) -> bool:
-    """Return whether a stretch of a tar file has only zeros and pax headers that are for the whole archive."""
+    """Return whether a range of a tar file has only zeros and pax headers for the whole archive."""
     stream.seek(begin)
     while begin < end:
         block = stream.read(min(BLOCK, end - begin))
@@ -93,3 +98,24 @@ def is_filler(stream: IO[bytes], begin: int, end: int) -> bool:
         begin += -(-header.size // BLOCK) * BLOCK
         stream.seek(begin)
     return True
+
+
+def read_files(path: str, mode: str, names: tuple[str, ...] | None = None) -> dict[str, bytes]:
+    """Return base name -> content of the files in a tar archive, of all or of those with the given base names.
+
+    Args:
+        path: of the archive.
+        mode: of `tarfile.open`.
+        names: base names; None for all files.
+
+    Raises:
+        STREAM_ERRORS: the archive is damaged.
+    """
+    found: dict[str, bytes] = {}
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for member in tar:
+            base = os.path.basename(member.name)
+            stream = tar.extractfile(member) if member.isreg() and (names is None or base in names) else None
+            if stream is not None:
+                found[base] = stream.read()
+    return found

@@ -1,27 +1,25 @@
-"""Writing WebDataset tar shards and their index.
+"""Write WebDataset tar shards and their index.
 
-A folder of shards:
+A folder of shards contains:
 
-    shard-000000.tar ...   <key>.jpg or <key>.png; <key>.cls (the label 'class') or <key>.json (others, by name);
-                           <key>.mask.png where there are masks: one 8-bit channel, a class number for each pixel
+    shard-000000.tar ...   <key>.jpg or <key>.png; <key>.cls (the label 'class') or <key>.json (other labels by name);
+                           <key>.mask.png if there are masks: one 8-bit channel, a class number for each pixel
     index.json             format version; samples, bytes and SHA-256 of each shard; SHA-256 of the arrays; labels and
-                           the names of their classes; masks and the names of theirs; what was refused and why; how it
-                           was made; of foreign shards, links to members of other names
-    offsets.npy            [N, 4] int64: byte offset and size of a sample's image, then of its label, inside its shard
-                           (-1 and 0 where it has no label)
-    labels.npy             [N, L] int64: the labels, in the order of index.json; -1 is "none"
-    keys.npy               [N] bytes: the keys, UTF-8
-    masks.npy              [N, 2] int64, only where there are masks: offset and size of a sample's mask, or -1 and 0
+                           the names of their classes; masks and the names of theirs; what was refused and why; the
+                           tool and its options; for foreign shards, links to members of other names
+    offsets.npy            [N, 4] int64: byte offset and size of a sample's image, then of its label, in the shard; -1
+                           and 0 if there is no label
+    labels.npy             [N, L] int64: the labels, in the order of index.json; -1 for no label
+    keys.npy               [N] bytes: the keys, in UTF-8
+    masks.npy              [N, 2] int64, only if there are masks: offset and size of a sample's mask; -1 and 0 for none
 
-Nothing half-written ever has its final name: a shard is written beside it and moved there, and ``index.json``, which
-makes a folder of shards a data set, comes last. A folder that a writer has begun and not finished holds ``UNFINISHED``.
-Readers pass over keys of ``index.json`` and members of a sample that they do not know: masks came after the first
-version 1, and need no other.
+Every file is written under a temporary name and renamed. ``index.json`` comes last: it makes the folder a data set.
+Until then the folder contains ``UNFINISHED``. Readers ignore unknown keys of ``index.json`` and unknown members of a
+sample, so that masks could be added without a new format version.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -33,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_kit.data.errors import Refusal
 from jepa_kit.files import atomic_write, sha256_of, write_text
 from jepa_kit.rng import IntArray
 
@@ -40,23 +39,23 @@ FORMAT_VERSION = 1
 INDEX, OFFSETS, LABELS, KEYS, MASKS = "index.json", "offsets.npy", "labels.npy", "keys.npy", "masks.npy"
 UNFINISHED = "UNFINISHED"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "img")
-"""Members of shards from elsewhere that are taken for the image of their sample."""
+"""Extensions of the image of a sample, the preferred one first; other tools write some of them."""
 MASK_EXTENSION = "mask.png"
 MAX_CLASSES = 65536
-"""Whole numbers in a foreign .json up to here are taken for class numbers."""
+"""Class numbers are below this; larger integers in a foreign .json are no labels."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a shard.
+    """A sample to write.
 
     Args:
-        key: unique; no dot after its last slash (WebDataset's extension begins there).
+        key: unique; no dot after its last slash, since WebDataset's extension begins there.
         extension: ``jpg`` or ``png``.
         image: bytes of the image file.
-        labels: label name -> class number; empty where unlabelled.
-        mask: bytes of a PNG of one 8-bit channel, a class number for each pixel of the image as it is stored; or none.
-        note: what the user should know of how the image was understood; empty for nothing.
+        labels: label name -> class number; empty if unlabelled.
+        mask: bytes of a PNG with one 8-bit channel, a class number for each pixel of the stored image; or None.
+        note: how the image was interpreted, for the user; empty if it needs no comment.
     """
 
     key: str
@@ -69,12 +68,12 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A sample as it lies in a tar file.
+    """A sample as bytes of a tar file.
 
     Args:
         key: of the sample.
         data: its members, headers and padding included.
-        places: [3, 2] offset in ``data`` and size of image, label and mask; -1 and 0 for what the sample lacks.
+        places: [3, 2] offset in ``data`` and size of image, label and mask; -1 and 0 for a missing one.
         labels: label name -> class number.
         note: see ``Sample``.
     """
@@ -88,7 +87,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Shard:
-    """A written shard: its entry in ``index.json``."""
+    """The entry of a shard in ``index.json``."""
 
     file: str
     samples: int
@@ -98,14 +97,14 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A shard's part of the arrays beside the index.
+    """The rows of one shard in the arrays of the index.
 
     Args:
         keys: n keys.
         offsets: [n, 4] int64.
-        labels: label name -> [n] int64, -1 where a sample has none.
-        masks: [n, 2] int64, -1 and 0 where a sample has none.
-        links: key -> names in the headers before its image and mask, if these are links to members of other names.
+        labels: label name -> [n] int64, -1 for no label.
+        masks: [n, 2] int64, -1 and 0 for no mask.
+        links: key -> names in the tar headers of its image and mask, if these are links to members of other names.
     """
 
     keys: list[str]
@@ -115,19 +114,10 @@ class Rows:
     links: dict[str, list[str]] = field(default_factory=dict)
 
 
-def _to_disk(path: str) -> None:
-    # of a file: else a power cut can leave the new name and not the bytes; of a folder: else it can take the name
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def pack(sample: Sample) -> Packed:
-    """The members of a sample, sorted by extension; equal samples give equal bytes, and those of webdataset's writer.
+    """Return the tar members of a sample, sorted by extension, with the same bytes as webdataset's `TarWriter`.
 
-    A sample's only label is written as ``<key>.cls`` if it is called ``class``; others as ``<key>.json``.
+    A single label called ``class`` becomes ``<key>.cls``; other labels become ``<key>.json``.
     """
     label = ""
     members = {sample.extension: sample.image}
@@ -149,17 +139,20 @@ def pack(sample: Sample) -> Packed:
 
 
 def tar_size(members: int) -> int:
-    """Bytes of a tar file whose members, with headers and padding, take so many: two empty blocks, whole records."""
+    """Return the bytes of a tar file, given those of its members with headers and padding.
+
+    A tar file ends with two empty blocks, padded to a multiple of 10240 bytes.
+    """
     return -(-(members + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
-    """Writes one tar file; equal samples give equal bytes."""
+    """Write a shard; equal samples give equal bytes."""
     return write_packed(path, map(pack, samples))
 
 
 def write_packed(path: str, samples: Iterable[Packed]) -> tuple[Shard, Rows]:
-    """Writes one tar file of samples that are packed already."""
+    """Write a shard of packed samples."""
     digest, size, keys, places, found = hashlib.sha256(), 0, [], [], []
     with atomic_write(path, shared=True) as temporary:
         with open(temporary, "wb") as stream:
@@ -174,15 +167,27 @@ def write_packed(path: str, samples: Iterable[Packed]) -> tuple[Shard, Rows]:
             stream.write(end)
             digest.update(end)
         shard = Shard(os.path.basename(path), len(keys), size + len(end), digest.hexdigest())
-    return shard, _rows(keys, np.array(places), found)
+    return shard, make_rows(keys, np.array(places), found)
 
 
-def _rows(keys: list[str], places: IntArray, found: Sequence[Mapping[str, int]]) -> Rows:
-    """Args: places [n, 3, 2] of image, label and mask in the shard; the labels of each sample."""
+def make_rows(
+    keys: list[str],
+    places: IntArray,
+    found: Sequence[Mapping[str, int]],
+    links: dict[str, list[str]] | None = None,
+) -> Rows:
+    """Return the rows of a shard.
+
+    Args:
+        keys: of n samples.
+        places: [n, 3, 2] offset and size of image, label and mask.
+        found: label name -> class number, of each sample.
+        links: see ``Rows``.
+    """
     places = places.astype(np.int64).reshape(-1, 6)
     names = dict.fromkeys(name for row in found for name in row)
     labels = {name: np.array([row.get(name, -1) for row in found]) for name in names}
-    return Rows(keys, places[:, :4], labels, places[:, 4:])
+    return Rows(keys, places[:, :4], labels, places[:, 4:], links or {})
 
 
 def write_index(
@@ -191,22 +196,22 @@ def write_index(
     rows: Sequence[Rows],
     *,
     classes: Mapping[str, Sequence[str]],
-    refused: Sequence[Mapping[str, str]],
+    refused: Sequence[Refusal],
     made_by: Mapping[str, Any],
     mask_classes: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> None:
-    """Writes the arrays, then ``index.json``, and takes the mark of an unfinished folder away.
+    """Write the arrays, then ``index.json``, and delete ``UNFINISHED``.
 
     Args:
         folder: of the shards.
         shards: in their order.
         rows: of each shard.
         classes: label name -> names of its classes.
-        refused: ``name`` and ``reason`` of each sample that was left out.
+        refused: the samples that were left out.
         made_by: the tool and its options.
-        mask_classes: names of the classes of masks, from 0; empty where there are none or they are not known.
-        notes: what a user should know about labels that were found.
+        mask_classes: names of the classes of masks, from 0; empty if there are no masks or their names are unknown.
+        notes: messages about the labels, for the user.
     """
     keys = [key.encode("utf-8") for part in rows for key in part.keys]
     columns = [
@@ -233,7 +238,7 @@ def write_index(
         "shards": [asdict(shard) for shard in shards],
         "arrays": sums,
         "labels": {name: list(names) for name, names in classes.items()},
-        "refused": [dict(entry) for entry in refused],
+        "refused": [entry._asdict() for entry in refused],
         "made_by": dict(made_by),
     }
     links: dict[str, list[str]] = {}
@@ -244,5 +249,4 @@ def write_index(
     if MASKS in arrays:
         index["masks"] = {"samples": int((masks[:, 0] >= 0).sum()), "classes": list(mask_classes)}
     write_text(Path(folder, INDEX), json.dumps(index, indent=1), shared=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, UNFINISHED))
+    Path(folder, UNFINISHED).unlink(missing_ok=True)

@@ -1,13 +1,13 @@
-"""Where shards come from: each kind of source lists samples and makes any of them by number.
+"""Sources of shards: each lists its samples and makes any of them by number.
 
-base.py       what a source is; images made anew, if that is asked for
-opening.py    from what a user names to a source
+base.py       the protocol of a source; encoding images again
+opening.py    open the source that the user names
 files.py      folders of image files, and tables of their paths
 archives.py   .zip, .tar, .tar.gz, tars of tars
 labels.py     labels from folders, tables and ImageNet's lists
 cifar.py      CIFAR-10's and CIFAR-100's python archives
-hub.py        data sets of Hugging Face
-reshard.py    WebDataset shards, to be put into others
+hub.py        Hugging Face data sets
+reshard.py    WebDataset shards, to copy into new ones
 scenes.py     synthetic scenes
 """
 

@@ -1,4 +1,4 @@
-"""What a source is, and what happens to each image on its way into a shard."""
+"""The protocol of a source, and how its images are encoded for shards."""
 
 from __future__ import annotations
 
@@ -19,54 +19,54 @@ from jepa_kit.data.shards.writing import Sample
 from jepa_kit.rng import IntArray
 
 DEFAULT_QUALITY = 95
-"""Of JPEG files that must be made anew because they are made smaller, where no quality is asked for."""
+"""JPEG quality of images that are resized, if no quality is given."""
 
 
 class Refused(Exception):
-    """A sample that cannot go into a shard; the text is the reason."""
+    """A sample cannot be written into a shard; the message is the reason."""
 
 
 class Source(Protocol):
     """Samples by number, and the classes of their labels.
 
-    A source lists its samples in an order that does not depend on the machine, and makes any of them at any time, so
-    that several processes can make different samples at once, and a run that was interrupted can go on.
+    The order of the samples does not depend on the machine, and any sample can be made at any time. So several
+    processes can make samples at once, and an interrupted run can resume.
     """
 
     classes: dict[str, tuple[str, ...]]
     """Label name -> the names of its classes."""
     mask_classes: tuple[str, ...]
-    """Names of the classes of masks; empty where there are none, or nobody named them."""
+    """Names of the classes of masks; empty if there are no masks or their names are unknown."""
     splits: dict[str, IntArray]
-    """Folder under the output -> numbers of its samples. One entry, '', where the source has no splits of its own."""
+    """Subfolder of the output -> numbers of its samples; one entry, '', if the source has no splits."""
     mixed: bool
     """Whether the samples are in random order already."""
     notes: list[str]
-    """What the user should know about what was found, a line each."""
+    """Messages for the user, a line each."""
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What a report calls sample i."""
+        """Return the name of sample i in reports."""
 
     def sample(self, i: int) -> Sample:
-        """Makes sample i.
+        """Make sample i.
 
         Raises:
             Refused: it cannot be made.
         """
 
     def fingerprint(self) -> str:
-        """Another text for other samples, as far as their names, sizes and labels tell."""
+        """Return a digest of the samples' names, sizes and labels."""
 
 
 def whole(n: int) -> dict[str, IntArray]:
-    """The ``splits`` of a source of n samples that has none of its own."""
+    """Return the ``splits`` of a source of n samples without splits."""
     return {"": np.arange(n)}
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """A short digest of the texts of some values."""
+    """Return a short digest of values, by their `str`."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(str(part).encode("utf-8", "surrogateescape") + b"\0")
@@ -75,12 +75,15 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 @dataclass(frozen=True)
 class Recode:
-    """Whether images are made anew on their way into a shard, and how; by default JPEG and PNG files keep their bytes.
+    """How images are encoded for shards; by default JPEG and PNG files keep their bytes, and others become PNG.
 
     Args:
-        shorter_side: images whose shorter side is longer than this are made smaller, so that it is this many pixels
-            (Pillow's bicubic filter). A JPEG becomes a JPEG, anything else a PNG.
-        quality: every image becomes a JPEG of this quality, 1 to 100 (Pillow's scale), colour at half resolution.
+        shorter_side: images with a longer shorter side are resized to it, in pixels (Pillow's bicubic filter). A JPEG
+            becomes a JPEG, any other image a PNG.
+        quality: every image becomes a JPEG of this quality, 1 to 100 (Pillow's scale), with 4:2:0 subsampling.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     shorter_side: int | None = None
@@ -93,13 +96,15 @@ class Recode:
             raise ValueError(f"quality (={self.quality}) must be 1 to 100")
 
     def sample(self, key: str, data: bytes, labels: dict[str, int], mask: bytes | None = None) -> Sample:
-        """The sample of an image file; the image is decoded, so that a bad one is refused now and not in training.
+        """Return the sample of an image file.
+
+        The image is decoded as in training, so that a bad one is refused now.
 
         Args:
             key: of the sample.
-            data: bytes of a file that Pillow reads; what is neither JPEG nor PNG becomes a PNG.
+            data: bytes of the image file.
             labels: of the sample.
-            mask: bytes of its mask, or none.
+            mask: bytes of its mask, or None.
 
         Raises:
             Refused: the image or the mask cannot be decoded, or their sizes differ.
@@ -109,28 +114,27 @@ class Recode:
         try:
             image = open_image(data)
             notes: list[str] = []
-            pixels = to_rgb(
-                image, notes.append
-            )  # what reading the shard will do, so that nothing fails then that did not fail now
+            pixels = to_rgb(image, notes.append)
         except DECODE_ERRORS as error:
             raise Refused(f"not a decodable image: {error or type(error).__name__}") from error
         extension = KEPT_FORMATS.get(image.format or "")
-        small = self._shrunk(pixels)
+        small = self._shrink(pixels)
         if self.quality is not None or (small is not pixels and extension == "jpg"):
             extension, data = "jpg", _encode_jpeg(small, self.quality or DEFAULT_QUALITY)
         elif small is not pixels or extension is None:
             extension, data = "png", encode_png(small)
-        small_mask = None if mask is None else self._mask(mask, pixels, small)
+        small_mask = None if mask is None else self._shrink_mask(mask, pixels, small)
         return Sample(key, extension, data, labels, small_mask, "".join(notes))
 
-    def _shrunk(self, pixels: Image.Image) -> Image.Image:
+    def _shrink(self, pixels: Image.Image) -> Image.Image:
         short = min(pixels.size)
         if self.shorter_side is None or short <= self.shorter_side:
             return pixels
         width, height = (max(1, round(side * self.shorter_side / short)) for side in pixels.size)
         return pixels.resize((width, height), Image.Resampling.BICUBIC)
 
-    def _mask(self, data: bytes, pixels: Image.Image, small: Image.Image) -> bytes:
+    def _shrink_mask(self, data: bytes, pixels: Image.Image, small: Image.Image) -> bytes:
+        """Return the mask of an image in the size of the shrunk image."""
         try:
             mask = Image.fromarray(decode_mask(data))
         except DECODE_ERRORS as error:
@@ -149,7 +153,7 @@ def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """WebDataset keys: paths without extension, with no dot in the last part, each once."""
+    """Return unique WebDataset keys of files: paths without extension and without a dot in the last part."""
     stems = []
     for name in names:
         folder, slash, base = name.encode("utf-8", "replace").decode().rpartition("/")
@@ -158,12 +162,12 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 
 def each_once(keys: Iterable[str]) -> list[str]:
-    """The keys, with a number behind those that were there before; none absolute, or taken for metadata."""
+    """Return keys that are unique, by a number after repeated ones, relative, and not of the form ``__x__``."""
     unique: list[str] = []
     taken: set[str] = set()
-    following: dict[str, int] = {}  # the smaller numbers are taken
+    following: dict[str, int] = {}  # key -> the next number to try
     for text in keys:
-        # a path from the root or upwards is not safe to unpack; WebDataset takes __x__ for metadata
+        # an absolute path, or one with .., is not safe to unpack; WebDataset reserves __x__ for metadata
         key = re.sub(r"^(?:\.{0,2}/+)+", "", text)
         key = re.sub(r"^__", "_", key)
         candidate, k = key, following.get(key, 1)

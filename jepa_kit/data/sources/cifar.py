@@ -1,18 +1,16 @@
-"""CIFAR-10's and CIFAR-100's own python archives (Krizhevsky, 2009): pixels in pickles, stored losslessly as PNG.
+"""CIFAR-10's and CIFAR-100's python archives (Krizhevsky, 2009): pixels in pickles, which become PNG.
 
-A pickle is a program, so these are read by an unpickler that knows three names and runs none of numpy: what it makes of
-an array is the bytes. The batches are the splits: ``train`` and ``test``.
+Loading a pickle can run code, so the unpickler here accepts three names only and returns arrays as bytes. The archive's
+batches are the splits ``train`` and ``test``.
 
 Legend: n images of 32 x 32 pixels, colour planes one after another, row by row.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import pickle
 import tarfile
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.data.images import encode_png
+from jepa_kit.data.shards.tars import STREAM_ERRORS, read_files
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, fingerprint, unique_keys
 from jepa_kit.rng import IntArray
@@ -30,12 +29,12 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Layout:
-    """Where an archive has what.
+    """Names of the files and keys in an archive.
 
     Args:
-        meta: the file of the classes' names.
-        labels: our label name -> (key of the numbers in a batch, key of the names in ``meta``).
-        splits: folder under the output -> its batches.
+        meta: the file of the class names.
+        labels: label name -> (key of the class numbers in a batch, key of the class names in ``meta``).
+        splits: subfolder of the output -> its batches.
     """
 
     meta: str
@@ -55,11 +54,11 @@ LAYOUTS = {
         {"train": ("train",), "test": ("test",)},
     ),
 }
-"""Folder that the archive holds -> its layout."""
+"""Top folder of the archive -> its layout."""
 
 
 class _Array:
-    """An array as its pickle has it."""
+    """The state of a pickled numpy array."""
 
     shape: tuple[int, ...]
     raw: bytes
@@ -75,11 +74,11 @@ class _DType:
         self.code = code.encode() if isinstance(code, str) else code
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like: of no interest for single bytes."""
+        """Ignore byte order and the like, which single bytes do not need."""
 
 
 class _Kind:
-    """Stands for ``numpy.ndarray``, which is named and never called."""
+    """Stands for ``numpy.ndarray``, which the pickle names and never calls."""
 
 
 def _reconstruct(*_: object) -> _Array:
@@ -97,22 +96,22 @@ _KNOWN: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} has no business in a batch of CIFAR")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a batch of CIFAR")
         return _KNOWN[module, name]
 
 
 def unpickle(data: bytes) -> dict[str, Any]:
-    """The content of a batch's file: keys are text, arrays are [n, 3072] uint8.
+    """Return the content of a batch file: keys are str, arrays are [n, 3072] uint8.
 
     Raises:
-        ValueError: no such pickle, or one that names anything else than an array of bytes.
+        ValueError: it is no pickle of a dict, or it names anything else than an array of bytes.
     """
     try:
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"a batch must be a dict, but is a {type(found).__name__}")
         return {_text(key): _pixels(value) if isinstance(value, _Array) else value for key, value in found.items()}
-    except (  # whatever bytes that are no pickle make the machine do
+    except (  # all that pickle raises on arbitrary bytes
         *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, MemoryError),
         *(OverflowError, ImportError),
     ) as error:
@@ -131,16 +130,21 @@ class Cifar:
     """The images of an archive, in the order of its batches.
 
     Args:
-        path: of the .tar.gz, or of a .tar of the same.
-        recode: what happens to the images.
+        path: of the archive, .tar.gz or .tar.
+        recode: whether and how images are encoded again.
 
     Raises:
-        ValueError: the archive is broken, lacks a batch, or has one that is not as it should be.
+        ValueError: the archive is damaged, or a batch is missing or invalid.
     """
 
     def __init__(self, path: str, recode: Recode) -> None:
-        folder, files = _read(path)
+        folder = cifar_folder(path)
+        assert folder is not None, path
         layout = LAYOUTS[folder]
+        try:
+            files = read_files(path, "r|*")
+        except STREAM_ERRORS as error:
+            raise ValueError(f"source (={path!r}) is not a complete tar archive: {error}") from error
         self.recode, self.mixed = recode, False
         self.mask_classes: tuple[str, ...] = ()
         self.notes: list[str] = []
@@ -166,9 +170,9 @@ class Cifar:
                         raise ValueError(f"{len(content['filenames'])} names for {len(pixels)} images")
                 self.splits[split] = np.arange(start, len(names))
         except KeyError as error:
-            raise ValueError(f"{batch} in source (={path!r}) is not as it should be: {error} is missing") from error
+            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error} is missing") from error
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{batch} in source (={path!r}) is not as it should be: {error}") from error
+            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error}") from error
         self._images = np.concatenate(images)  # [n, 3, 32, 32]
         self._labels: dict[str, IntArray] = {name: np.array(numbers) for name, numbers in labels.items()}
         self._names, self._keys = names, unique_keys(names)
@@ -191,6 +195,7 @@ class Cifar:
 
 
 def _numbers(values: object, count: int, classes: int) -> list[int]:
+    """Return the class numbers of a batch, or raise a ValueError if they are invalid."""
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"must have one label for each of {count} images")
     wrong = [v for v in values if type(v) is not int or not 0 <= v < classes]
@@ -200,27 +205,11 @@ def _numbers(values: object, count: int, classes: int) -> list[int]:
 
 
 def cifar_folder(path: str) -> str | None:
-    """The folder of ``LAYOUTS`` that an archive begins with, or None: only its first header is read."""
+    """Return the folder of ``LAYOUTS`` at the start of an archive, or None; reads only the first header."""
     try:
         with tarfile.open(path, "r|*") as tar:
             first = tar.next()
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError):
-        return None  # whoever reads the whole of it says what is wrong
+    except STREAM_ERRORS:
+        return None  # reading the whole archive raises the error
     folder = first.name.removeprefix("./").split("/")[0] if first else ""
     return folder if folder in LAYOUTS else None
-
-
-def _read(path: str) -> tuple[str, dict[str, bytes]]:
-    """The archive's folder, and its files by name."""
-    files: dict[str, bytes] = {}
-    folder = cifar_folder(path)
-    assert folder is not None, path
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                stream = tar.extractfile(member) if member.isreg() else None
-                if stream is not None:
-                    files[member.name.rpartition("/")[2]] = stream.read()
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"source (={path!r}) is not a whole tar archive: {error}") from error
-    return folder, files

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, Refused, fingerprint, unique_keys, whole
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
 
 READ_ERRORS = (OSError, RuntimeError)
-"""Of a file that is gone, locked or damaged; zipfile has RuntimeError for a member with a password."""
+"""Errors of a file that is missing, locked or damaged; zipfile raises RuntimeError for a member with a password."""
 Read = Callable[[int], bytes]
 
 
+class Listing(NamedTuple):
+    """The files of a folder or an archive.
+
+    Attributes:
+        names: paths inside the source, with forward slashes, sorted.
+        sizes: in bytes.
+        read: number -> bytes of the file; can be pickled.
+        num_hidden: hidden files, which are left out.
+        of_tars: whether they are files of tars inside a tar; the first folder of a name is then the name of its tar.
+    """
+
+    names: list[str]
+    sizes: list[int]
+    read: Read
+    num_hidden: int
+    of_tars: bool = False
+
+
 class Files:
-    """Files by name. JPEG and PNG keep their bytes, if nothing else is asked for; what else Pillow reads becomes a PNG.
+    """A source of image files.
 
     Args:
         names: paths inside the source, with forward slashes; sorted by the caller.
         read: number -> bytes of the file.
         labels: of the files.
-        recode: what happens to the images.
-        sizes: of the files in bytes, if they are known: a changed file then makes another source.
-        notes: what the user should know about what was found.
+        recode: whether and how images are encoded again.
+        sizes: of the files in bytes, if known; they are part of the fingerprint.
+        notes: messages for the user.
     """
 
     def __init__(
@@ -48,7 +68,7 @@ class Files:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        return self.names[i].encode("utf-8", "replace").decode()  # a file name need not be text
+        return self.names[i].encode("utf-8", "replace").decode()  # a file name may not be valid UTF-8
 
     def sample(self, i: int) -> Sample:
         labels = self.labels.of(i)
@@ -65,43 +85,39 @@ class Files:
         return fingerprint([*self.names, *self.sizes, *labels])
 
 
-class FolderReader:
-    """Files of a folder."""
-
-    def __init__(self, root: str, names: Sequence[str]) -> None:
-        self.root, self.names = root, names
-
-    def __call__(self, i: int) -> bytes:
-        path = Path(self.root, self.names[i])
-        if path.exists() and not path.is_file():
-            raise OSError("it is a folder, a pipe or a device, not a file")  # a pipe would be waited for without end
-        return path.read_bytes()
+def _read_file(root: str, names: Sequence[str], i: int) -> bytes:
+    """Return the content of a file in a folder."""
+    path = Path(root, names[i])
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder, a pipe or a device, not a file")  # reading a pipe could block forever
+    return path.read_bytes()
 
 
 def hidden(name: str) -> bool:
-    """Whether a path has a part that systems hide, or the folder that one of them adds to every archive."""
+    """Return whether a path has a hidden part, or the folder that macOS adds to archives."""
     return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
 
 
-def folder_files(path: str) -> tuple[list[str], list[int], int]:
-    """Names, sorted, and sizes of the files under a folder, links followed; and how many hidden ones are passed over.
+def folder_files(path: str) -> Listing:
+    """List the files in a folder and below it, links followed.
 
     Raises:
-        ValueError: nothing but tar files, which may be shards, or ImageNet's classes.
+        ValueError: all are tar files: shards, or ImageNet's classes.
     """
-    names = sorted(Path(folder, file).relative_to(path).as_posix() for folder, files in _walk(path) for file in files)
-    found = [(name, _size(os.path.join(path, name))) for name in names if not hidden(name)]
-    if found and all(name.endswith(".tar") for name, _ in found):
+    every = sorted(Path(folder, file).relative_to(path).as_posix() for folder, files in _walk(path) for file in files)
+    names = [name for name in every if not hidden(name)]
+    if names and all(name.endswith(".tar") for name in names):
         raise ValueError(
-            f"source (={path!r}) holds nothing but tar files: if they are WebDataset shards, give wds:{path}; if "
+            f"source (={path!r}) contains only tar files: if they are WebDataset shards, give wds:{path}; if "
             "each is a class, as in ImageNet's train archive, give that archive"
         )
-    return [name for name, _ in found], [size for _, size in found], len(names) - len(found)
+    sizes = [_size(os.path.join(path, name)) for name in names]
+    return Listing(names, sizes, partial(_read_file, path, names), len(every) - len(names))
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files) of a folder and those below, links followed but for those to a folder they lie in."""
-    above = {root: [os.path.realpath(root)]}  # folder -> where it and those on the way to it really are
+    """Yield (folder, its files) of a folder and those below; links are followed, except to a folder above them."""
+    above = {root: [os.path.realpath(root)]}  # folder -> real paths of it and of the folders above it
     for folder, inner, files in os.walk(root, followlinks=True):
         way = above.pop(folder)
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
@@ -111,23 +127,29 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _with_slashes(name: str, root: str) -> str:
-    """A path of a table that may have been written on Windows; a file whose name has a backslash keeps it."""
+    """Return a path of a table with forward slashes, unless a file with backslashes in its name exists."""
     return name if "\\" in name and os.path.exists(os.path.join(root, name)) else name.replace("\\", "/")
 
 
 def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else -1  # a link to nowhere: it is refused when it is read
+    return os.path.getsize(path) if os.path.exists(path) else -1  # a broken link is refused when it is read
 
 
 def open_table(path: str, *, path_column: str, label_columns: Sequence[str], recode: Recode) -> Files:
-    """A table of images: a row for each, in the order of the table. Paths are relative to the table's own folder.
+    """Return a source with an image for each row of a table, in the order of the table.
+
+    Args:
+        path: of the table; paths in it are relative to its folder.
+        path_column: column of the paths.
+        label_columns: see ``table_labels``.
+        recode: see ``Files``.
 
     Raises:
-        ValueError: a table that is not readable, or without these columns.
+        ValueError: the table is not readable, or lacks one of these columns.
     """
     table = read_table(path)
     root = os.path.dirname(path)
     names = [_with_slashes(name, root) for name in table_column(table, path_column, path)]
     labels = table_labels(table, label_columns, path, without=[path_column])
     sizes = [_size(os.path.join(root, name)) for name in names]
-    return Files(names, FolderReader(root, names), labels=labels, recode=recode, sizes=sizes)
+    return Files(names, partial(_read_file, root, names), labels=labels, recode=recode, sizes=sizes)

@@ -1,13 +1,14 @@
-"""``hf:NAME``: a data set of Hugging Face, by its name there, or a folder or .parquet file on this machine.
+"""``hf:NAME``: a Hugging Face data set by its name, or a local folder or .parquet file.
 
-Needs the package ``datasets`` (``pip install 'jepa_kit[hf]'``). Images keep the bytes that the data set holds; its own
-splits become folders under the output.
+Needs the package ``datasets`` (``pip install 'jepa_kit[hf]'``). Images keep their bytes, and the splits of the data set
+become subfolders of the output.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,16 @@ from jepa_kit.rng import IntArray
 
 
 class HubDataset:
-    """Rows of a data set of Hugging Face, split by split.
+    """The rows of a Hugging Face data set, split by split.
 
     Args:
-        name: of the data set, ``NAME`` or ``NAME:CONFIG``; a folder that ``save_to_disk`` made; or a .parquet file.
-        image_column: of the images, their bytes or their paths; needed where not exactly one is of type ``Image``.
-        label_columns: of the labels; by default those of type ``ClassLabel``. A single one is called ``class``.
-        recode: what happens to the images.
+        name: ``NAME`` or ``NAME:CONFIG`` of the data set; a folder written by ``save_to_disk``; or a .parquet file.
+        image_column: column of images, their bytes or their paths; by default the only one of type ``Image``.
+        label_columns: columns of labels; by default those of type ``ClassLabel``. A single one is called ``class``.
+        recode: whether and how images are encoded again.
 
     Raises:
-        ValueError: no package ``datasets``, no such data set, or no such column.
+        ValueError: the package ``datasets`` is not installed, or there is no such data set or column.
     """
 
     def __init__(self, name: str, *, image_column: str | None, label_columns: Sequence[str], recode: Recode) -> None:
@@ -62,7 +63,7 @@ class HubDataset:
         return f"{self._names[part]}/{row:08d}"
 
     def sample(self, i: int) -> Sample:
-        """Makes sample i from the bytes of its row, or from the file that the row names."""
+        """Make sample i from the bytes of its row, or from the file that the row names."""
         part, row = self._place(i)
         cell = self._parts[part][row][self.column]
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -70,8 +71,7 @@ class HubDataset:
             data, path = None, data
         if data is None and path:
             try:
-                with open(path, "rb") as stream:
-                    data = stream.read()
+                data = Path(path).read_bytes()
             except OSError as error:
                 raise Refused(f"cannot be read: {error.strerror}") from error
         if not isinstance(data, bytes):
@@ -84,7 +84,7 @@ class HubDataset:
 
 
 def _load(name: str) -> dict[str, Any]:
-    """Split -> datasets.Dataset."""
+    """Return split -> datasets.Dataset, without empty splits."""
     try:
         import datasets
     except ImportError as error:
@@ -101,7 +101,7 @@ def _load(name: str) -> dict[str, Any]:
         address, _, config = name.partition(":")
         try:
             found = datasets.load_dataset(address, config or None)
-        except (OSError, ValueError) as error:  # of which not found, no network, no such config are some
+        except (OSError, ValueError) as error:  # not found, no network, no such config, ...
             raise ValueError(f"source (='hf:{name}') cannot be loaded: {error}") from error
     parts = dict(found) if isinstance(found, dict) else {"rows": found}
     if not sum(map(len, parts.values())):
@@ -109,14 +109,25 @@ def _load(name: str) -> dict[str, Any]:
     return {split: part for split, part in parts.items() if len(part)}
 
 
-def _image_column(name: str, features: Any, wanted: str | None) -> str:
+def _columns(features: Any, kind: str) -> list[str]:
+    """Return the columns of a type of ``datasets``, such as ``Image``."""
     import datasets
 
+    return [column for column, feature in features.items() if isinstance(feature, getattr(datasets, kind))]
+
+
+def _check_column(name: str, option: str, column: str, features: Any) -> None:
+    """Raise a ValueError if a column that the user names does not exist."""
+    if column not in features:
+        hint = did_you_mean(column, features)
+        raise ValueError(f"{option} (={column}) is no column of hf:{name}{hint} It has: {', '.join(features)}")
+
+
+def _image_column(name: str, features: Any, wanted: str | None) -> str:
     if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"--image-column (={wanted}) {_no_column(name, wanted, features)}")
+        _check_column(name, "--image-column", wanted, features)
         return wanted
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = _columns(features, "Image")
     if len(images) != 1:
         raise ValueError(
             f"hf:{name} has {len(images)} columns of images: name one with --image-column; its columns are: "
@@ -125,45 +136,31 @@ def _image_column(name: str, features: Any, wanted: str | None) -> str:
     return images[0]
 
 
-def _no_column(name: str, wanted: str, features: Any) -> str:
-    return f"is no column of hf:{name}{did_you_mean(wanted, features)} It has: {', '.join(features)}"
-
-
 def _undecoded(part: Any, column: str) -> Any:
-    """The column alone, as bytes: what is not asked for need not be decoded."""
+    """Return a data set with one column only, images as bytes, so that nothing is decoded."""
     import datasets
 
     part = part.select_columns([column])
-    return part.cast_column(column, datasets.Image(decode=False)) if _is_image(part, column) else part
-
-
-def _is_image(part: Any, column: str) -> bool:
-    import datasets
-
-    return isinstance(part.features[column], datasets.Image)
+    return part.cast_column(column, datasets.Image(decode=False)) if _columns(part.features, "Image") else part
 
 
 def _labels(name: str, parts: dict[str, Any], columns: Sequence[str]) -> Labels:
-    """Labels of all rows; -1, which hidden test labels have, is none."""
-    import datasets
-
+    """Return the labels of all rows; -1, which the hidden labels of test splits have, means no label."""
     features = next(iter(parts.values())).features
     for column in columns:
-        if column not in features:
-            raise ValueError(f"--label-column (={column}) {_no_column(name, column, features)}")
-    columns = columns or [c for c, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        _check_column(name, "--label-column", column, features)
+    of_classes = _columns(features, "ClassLabel")
+    columns = columns or of_classes
     classes, values = {}, {}
     for column in columns:
         label = column if len(columns) > 1 else "class"
         cells = [cell for part in parts.values() for cell in part.select_columns([column])[:][column]]
-        feature = features[column]
-        if isinstance(feature, datasets.ClassLabel):
+        if column in of_classes:
             numbers = np.array([-1 if cell is None else cell for cell in cells], dtype=np.int64)
             if numbers.max(initial=0) >= MAX_CLASSES:
-                raise ValueError(
-                    f"label {column!r} of hf:{name} has class number (={numbers.max()}), which is too high"
-                )
-            classes[label], values[label] = tuple(feature.names), np.maximum(numbers, -1)
+                most = f"{numbers.max()}), which must be below {MAX_CLASSES}"
+                raise ValueError(f"label {column!r} of hf:{name} has class number (={most}")
+            classes[label], values[label] = tuple(features[column].names), np.maximum(numbers, -1)
         else:
             texts = ["" if cell is None or cell == -1 else str(cell) for cell in cells]
             found = named_labels({label: texts}, None)

@@ -1,4 +1,4 @@
-"""Labels of image files: from their folders, from a table, or from ImageNet's own lists."""
+"""Labels of image files: from their folders, from a table, or from ImageNet's lists."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import csv
 import io
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from jepa_kit.data.shards.tars import STREAM_ERRORS, read_files
 from jepa_kit.data.shards.writing import MAX_CLASSES
 from jepa_kit.registry import did_you_mean
 from jepa_kit.rng import IntArray
@@ -23,7 +22,7 @@ LABEL_FROM: tuple[LabelFrom, ...] = ("auto", "parent", "top", "none")
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 NO_CLASS_NAME = "ILSVRC2012_ID"
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
-_WHOLE = re.compile(r"-?\d+(\.0*)?")
+_INTEGER = re.compile(r"-?\d+(\.0*)?")
 Table = dict[str, list[str]]
 """Column -> its cells, one for each row."""
 
@@ -34,9 +33,9 @@ class Labels:
 
     Args:
         classes: label name -> names of its classes.
-        values: label name -> [n] class numbers, -1 where a sample has none.
-        missing: why a sample without its label is refused; None keeps such samples.
-        notes: what the user should know about the classes.
+        values: label name -> [n] class numbers, -1 for no label.
+        missing: the reason to refuse samples without a label; None keeps them.
+        notes: messages about the classes, for the user.
     """
 
     classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -45,14 +44,14 @@ class Labels:
     notes: tuple[str, ...] = ()
 
     def of(self, i: int) -> dict[str, int]:
-        """The labels that sample i has."""
+        """Return the labels of sample i, without those that it lacks."""
         return {name: int(numbers[i]) for name, numbers in self.values.items() if numbers[i] >= 0}
 
     def renumbered(self, classes: Mapping[str, Sequence[str]]) -> Labels:
-        """The same labels, with the numbers that these classes have.
+        """Return the same labels with the class numbers of ``classes``.
 
         Raises:
-            ValueError: a label or a class that ``classes`` does not know.
+            ValueError: a label or a class is not in ``classes``.
         """
         values = {}
         for name, own in self.classes.items():
@@ -72,35 +71,35 @@ class Labels:
 
 
 def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> Labels:
-    """Labels from texts.
+    """Return labels that are given as texts.
 
-    Where all are whole numbers (also written 2.0, as pandas does where a cell is empty) they stay those numbers; with
-    one below 0 among them, they are classes in the order of the numbers. Other texts, numbers with a fraction among
-    them, are names of classes, sorted as texts.
+    If all texts are integers (2.0 too, which pandas writes in a column with empty cells), they are the class numbers;
+    but if one is negative, classes are numbered in the order of the integers. Otherwise the texts are class names,
+    sorted as texts.
 
     Args:
-        columns: label name -> texts, empty where a sample has none.
+        columns: label name -> texts; an empty one for no label.
         missing: see ``Labels``.
 
     Raises:
-        ValueError: a number that no class can have.
+        ValueError: a class number is too high.
     """
     classes, values, notes = {}, {}, []
     for name, texts in columns.items():
         found = set(texts) - {""}
-        whole = {text: int(text.partition(".")[0]) for text in found if _WHOLE.fullmatch(text)}
-        if found and len(whole) == len(found):
-            least, most = min(whole.values()), max(whole.values())
+        integers = {text: int(text.partition(".")[0]) for text in found if _INTEGER.fullmatch(text)}
+        if found and len(integers) == len(found):
+            least, most = min(integers.values()), max(integers.values())
             if least >= 0 and most >= MAX_CLASSES:
                 raise ValueError(f"label {name!r} has class number (={most}), which must be below {MAX_CLASSES}")
-            numbers = range(most + 1) if least >= 0 else sorted(set(whole.values()))
+            numbers = range(most + 1) if least >= 0 else sorted(set(integers.values()))
             classes[name] = tuple(str(k) for k in numbers)
             place = {k: place for place, k in enumerate(numbers)}
-            number = {text: place[k] for text, k in whole.items()}
+            number = {text: place[k] for text, k in integers.items()}
             if least < 0:
                 notes.append(
-                    f"label {name!r} has numbers below 0: its classes are numbered in their order, {least} as 0; where "
-                    f"{least} stands for no label, leave those cells empty"
+                    f"label {name!r} has numbers below 0: its classes are numbered in their order, {least} as 0; if "
+                    f"{least} means no label, leave those cells empty"
                 )
         else:
             classes[name] = tuple(sorted(found))
@@ -110,15 +109,15 @@ def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> L
 
 
 def folder_labels(names: Sequence[str], label_from: LabelFrom) -> Labels:
-    """Classes from folders.
+    """Return the labels of files by their folders.
 
     Args:
         names: paths with forward slashes.
-        label_from: ``parent`` takes the folder that holds the file, ``top`` the first folder of its path, ``none``
-            leaves out labels; ``auto`` is ``parent`` where files lie in more than one folder, else ``none``.
+        label_from: ``parent`` for the folder of the file, ``top`` for the first folder of its path, ``none`` for no
+            labels; ``auto`` is ``parent`` if files are in more than one folder, else ``none``.
 
     Raises:
-        ValueError: ``parent`` or ``top`` where every file lies at the top.
+        ValueError: ``parent`` or ``top``, but no file is in a folder.
     """
     folders = [os.path.dirname(name) for name in names]
     if label_from == "auto":
@@ -128,14 +127,14 @@ def folder_labels(names: Sequence[str], label_from: LabelFrom) -> Labels:
     wanted = [folder.split("/")[0 if label_from == "top" else -1] for folder in folders]
     found = sorted(set(wanted) - {""})
     if not found:
-        raise ValueError(f"label_from (={label_from!r}) must be 'none': every file lies at the top of the source")
+        raise ValueError(f"label_from (={label_from!r}) must be 'none': no file of the source is in a folder")
     number = {name: k for k, name in enumerate(found)}
     values = np.array([number.get(name, -1) for name in wanted], dtype=np.int64)
-    return Labels({"class": tuple(found)}, {"class": values}, "lies outside every class folder")
+    return Labels({"class": tuple(found)}, {"class": values}, "is not in a class folder")
 
 
 def split_notes(names: Sequence[str], path: str) -> list[str]:
-    """What the user should know of files that lie in folders named as parts of a data set.
+    """Return a note if files are in folders with the names of splits, such as train and val.
 
     Args:
         names: paths with forward slashes.
@@ -148,13 +147,13 @@ def split_notes(names: Sequence[str], path: str) -> list[str]:
         return []
     inside = f" (unpack {os.path.basename(path)} first)" if os.path.isfile(path) else ""
     return [
-        f"{' and '.join(parts)} in {path} are mixed into one data set: to keep them apart, give each folder by itself"
-        f"{inside}, and those after the first with --classes-from the first one's shards"
+        f"{' and '.join(parts)} in {path} become one data set: to keep them apart, make shards of each folder"
+        f"{inside}, and of those after the first with --classes-from the first one's shards"
     ]
 
 
 def read_lines(path: str, option: str) -> list[str]:
-    """The lines of a text that are not blank, stripped.
+    """Return the stripped lines of a text file that are not blank.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -167,10 +166,10 @@ def read_lines(path: str, option: str) -> list[str]:
 
 
 def read_table(path: str) -> Table:
-    """The columns of a .csv or .tsv file with a line of names at its top.
+    """Return the columns of a .csv or .tsv file, whose first line names them.
 
     Raises:
-        ValueError: no text, no rows, a row of another length, or two columns of one name.
+        ValueError: it is no text, has no rows, a row of another length, or two columns of one name.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
@@ -189,7 +188,7 @@ def read_table(path: str) -> Table:
 
 
 def table_column(table: Table, name: str, path: str) -> list[str]:
-    """A column by name.
+    """Return a column by name.
 
     Raises:
         ValueError: the table has no such column.
@@ -201,11 +200,11 @@ def table_column(table: Table, name: str, path: str) -> list[str]:
 
 
 def table_labels(table: Table, columns: Sequence[str], path: str, *, without: Sequence[str] = ()) -> Labels:
-    """Labels of the rows; a single column's label is called ``class``.
+    """Return the labels of the rows; a single label is called ``class``.
 
     Args:
         table: the columns.
-        columns: those that are labels; none named: ``label`` or ``class``, if the table has one of them.
+        columns: names of the label columns; if empty, ``label`` or ``class``, if the table has one of them.
         path: of the table, for messages.
         without: columns that are no labels.
 
@@ -221,17 +220,17 @@ def table_labels(table: Table, columns: Sequence[str], path: str, *, without: Se
 
 
 def label_file(path: str, names: Sequence[str], columns: Sequence[str], path_column: str) -> tuple[Labels, list[str]]:
-    """Labels of files from a list of them.
+    """Return the labels of files from a list.
 
     Args:
-        path: a .csv or .tsv table; a .txt file with a file's name and its class on each line, or a class alone, for
-            the files in the order of their names; or ImageNet's development kit (.tar.gz), for its validation images.
-        names: the files; a list may name them by path, by the last part of it, or by that without its extension.
-        columns: of a table, those that are labels.
-        path_column: of a table, that of the files.
+        path: a .csv or .tsv table; a .txt file with the name and the class of a file on each line, or with the classes
+            of the files in the order of their names; or ImageNet's development kit (.tar.gz), for validation images.
+        names: the files; the list may name them by path, by file name, or by file name without extension.
+        columns: the label columns of a table.
+        path_column: the column of a table with the files.
 
     Returns:
-        The labels, and what the user should know.
+        The labels, and messages for the user.
 
     Raises:
         ValueError: the list is not readable, or names none of the files.
@@ -261,10 +260,11 @@ def label_file(path: str, names: Sequence[str], columns: Sequence[str], path_col
 
 
 def _in_order(names: Sequence[str], texts: list[str], path: str) -> tuple[list[str], list[str]]:
-    if all(map(_WHOLE.fullmatch, texts)):
+    """Return the sorted files and their classes, for a list of classes only."""
+    if all(map(_INTEGER.fullmatch, texts)):
         raise ValueError(
-            f"--labels (={path!r}) must not be numbers alone: those of {GROUND_TRUTH} are not the usual ones, in the "
-            "order of the classes' names; give the development kit it comes from (ILSVRC2012_devkit_t12.tar.gz)"
+            f"--labels (={path!r}) must not be only numbers: those of {GROUND_TRUTH} differ from the usual ones, which "
+            "follow the class names; give the development kit instead (ILSVRC2012_devkit_t12.tar.gz)"
         )
     if len(texts) != len(names):
         raise ValueError(
@@ -274,7 +274,7 @@ def _in_order(names: Sequence[str], texts: list[str], path: str) -> tuple[list[s
 
 
 def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: str) -> tuple[Labels, list[str]]:
-    """The labels of a list's files, for the files of the source."""
+    """Return the labels of a list for the files of the source, and messages for the user."""
     if not labels.values:
         raise ValueError(f"--labels (={path!r}) must have a column of labels: name it with --label-column")
     known = set(names)
@@ -285,9 +285,9 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
     for short in (str, os.path.basename, _stem):
         place = {short(file): k for k, file in enumerate(files)}
         row = np.array([place.get(short(name), -1) for name in names], dtype=np.int64)
-        # a shorter name may stand for several files, and then tells nothing
-        clear = len(place) == len(files) and len(set(map(short, names))) == len(names)
-        if clear and (row >= 0).any():
+        # a shorter name that several files have cannot be used
+        unique = len(place) == len(files) and len(set(map(short, names))) == len(names)
+        if unique and (row >= 0).any():
             break
     else:
         raise ValueError(f"--labels (={path!r}) names none of the {len(names)} files; its first is {files[0]!r}")
@@ -302,21 +302,16 @@ def _stem(name: str) -> str:
 
 
 def _development_kit(path: str) -> list[str]:
-    """The class of each validation image of ImageNet-1k, by its WordNet name (n01440764), from the development kit."""
+    """Return the WordNet ID (n01440764) of each validation image of ImageNet-1k, from the development kit."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as kit:
-            for member in kit:
-                stream = kit.extractfile(member) if os.path.basename(member.name) in (GROUND_TRUTH, META) else None
-                if stream is not None:
-                    found[os.path.basename(member.name)] = stream.read()
+        found = read_files(path, "r:gz", (GROUND_TRUTH, META))
         synsets = loadmat(io.BytesIO(found[META]), squeeze_me=True)["synsets"]
         wordnet = {int(row[NO_CLASS_NAME]): str(row["WNID"]) for row in synsets}
         return [wordnet[int(number)] for number in found[GROUND_TRUTH].split()]
-    except (tarfile.TarError, EOFError, OSError, zlib.error, KeyError, ValueError, MatReadError) as error:
+    except (*STREAM_ERRORS, OSError, KeyError, ValueError, MatReadError) as error:
         raise ValueError(
             f"--labels (={path!r}) must be ImageNet's development kit, with {GROUND_TRUTH} and {META}: {error!r}"
         ) from error

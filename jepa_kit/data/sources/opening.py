@@ -1,4 +1,4 @@
-"""From what a user names to a source."""
+"""Open the source that the user names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 
 from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
-from jepa_kit.data.sources.archives import ARCHIVES, TarReader, ZipReader, plain_tar, tar_files, zip_files
+from jepa_kit.data.sources.archives import ARCHIVES, tar_files, zip_files
 from jepa_kit.data.sources.base import Recode, Source
 from jepa_kit.data.sources.cifar import Cifar, cifar_folder
-from jepa_kit.data.sources.files import Files, FolderReader, Read, folder_files, open_table
+from jepa_kit.data.sources.files import Files, folder_files, open_table
 from jepa_kit.data.sources.labels import LabelFrom, folder_labels, label_file, read_lines, split_notes
 from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.registry import did_you_mean
@@ -21,20 +21,20 @@ TABLES = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is to be understood; None where nothing is asked for. What its kind has no use for is an error.
+    """Options of a source; None for the default. An option that a kind of source does not use is an error.
 
     Args:
-        label_from: files: which folder of the path is the class; ``auto`` by default.
+        label_from: files: the folder of the path that is the class; ``auto`` by default.
         labels: files: a list of their labels instead.
-        label_column: tables and Hugging Face: the columns that are labels.
-        path_column: tables: the column of the files; ``path`` by default.
+        label_column: tables and Hugging Face: the columns of the labels.
+        path_column: tables: the column of the paths; ``path`` by default.
         image_column: Hugging Face: the column of the images.
-        classes_from: files and tables: shards, or a text with a class on each line, that say which number a class has.
+        classes_from: files and tables: shards, or a text file with a class on each line, that define class numbers.
         shorter_side: images: see ``Recode``.
         quality: images: see ``Recode``.
         num_scenes: scenes: how many; 10000 by default.
         image_size: scenes: a side, or HEIGHTxWIDTH; 64 by default.
-        masks: scenes: whether their masks are stored; they are by default.
+        masks: scenes: whether to store their masks; True by default.
     """
 
     label_from: LabelFrom | None = None
@@ -54,7 +54,7 @@ class SourceOptions:
         return Recode(self.shorter_side, self.quality)
 
 
-_FOR = {
+_USERS = {
     "label_from": "image files",
     "labels": "image files",
     "label_column": "tables and hf:NAME",
@@ -74,22 +74,22 @@ _SCENES = ("num_scenes", "image_size", "masks")
 
 
 def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -> Source:
-    """The source of a name.
+    """Open a source.
 
     Args:
-        name: a folder, an archive, a table, ``wds:``, ``hf:`` or ``synthetic:`` with what comes after.
-        options: how to understand it.
+        name: a folder, an archive, a table, ``wds:SHARDS``, ``hf:NAME`` or ``synthetic:scenes``.
+        options: of the source.
         seed: of scenes.
-        scratch: a folder for what must be unpacked; the caller removes ``.unpacked.*`` from it.
+        scratch: a folder for decompressed archives; the caller removes ``.unpacked.*`` from it.
 
     Raises:
-        ValueError: there is nothing there, nothing that is known, or it is broken or empty; an option is of no use.
+        ValueError: the source does not exist, is unknown, damaged or empty, or does not use an option.
     """
     kind, _, rest = name.partition(":")
     if kind == "synthetic":
         _check_used(options, _SCENES)
         return _open_scenes(name, rest, options, seed)
-    # the next two bring torch along, directly or not, which no other source needs
+    # imported here because they import torch, which no other source needs
     if kind == "hf":
         from jepa_kit.data.sources.hub import HubDataset
 
@@ -104,7 +104,7 @@ def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -
     if not os.path.exists(name):
         raise ValueError(f"source (={name!r}) does not exist")
     if os.path.isdir(name) and os.path.isfile(os.path.join(name, INDEX)):
-        raise ValueError(f"source (={name!r}) holds shards: give wds:{name} to put them into others")
+        raise ValueError(f"source (={name!r}) contains shards: give wds:{name} to copy them into new ones")
     if name.endswith(TABLES):
         _check_used(options, _TABLE)
         column, labels = options.path_column or "path", options.label_column or ()
@@ -117,49 +117,45 @@ def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -
 
 
 def open_files(path: str, options: SourceOptions, *, scratch: str) -> Files:
-    """A folder or an archive of image files. Hidden files and folders are passed over.
+    """Open a folder or an archive of image files, without hidden files and folders.
 
     Raises:
-        ValueError: it is no archive that is known, it is broken or empty, or the labels are.
+        ValueError: an unknown kind of file, or the source or its labels are damaged or empty.
     """
-    inner = False
     if os.path.isdir(path):
-        names, sizes, passed = folder_files(path)
-        read: Read = FolderReader(path, names)
+        found = folder_files(path)
     elif path.endswith(".zip"):
-        names, sizes, places, passed = zip_files(path)
-        read = ZipReader(path, places)
+        found = zip_files(path)
     elif path.endswith(ARCHIVES):
-        plain = plain_tar(path, scratch)
-        members, passed, inner = tar_files(plain, path)
-        names, sizes, read = [m.name for m in members], [m.size for m in members], TarReader(plain, members)
+        found = tar_files(path, scratch)
     else:
         kinds = f"a folder, a {', '.join(ARCHIVES)} archive, a {', '.join(TABLES)} table"
         raise ValueError(f"source (={path!r}) must be {kinds}, wds:SHARDS, hf:NAME or synthetic:scenes")
-    if not names:
-        raise ValueError(f"source (={path!r}) holds no files")
+    if not found.names:
+        raise ValueError(f"source (={path!r}) contains no files")
     listed = options.labels is not None and options.labels.endswith(TABLES)
     _check_used(options, (*_FILES, *(_TABLE if listed else ())))
-    notes = [f"passed over: {passed} hidden files"] if passed else []
-    notes += split_notes(names, path)
+    notes = [f"left out: {found.num_hidden} hidden files"] if found.num_hidden else []
+    notes += split_notes(found.names, path)
     if options.labels is None:
-        labels = folder_labels(names, options.label_from or ("top" if inner else "auto"))
+        labels = folder_labels(found.names, options.label_from or ("top" if found.of_tars else "auto"))
     elif options.label_from is not None:
         raise ValueError(f"--labels (={options.labels}) and --label-from (={options.label_from}) exclude each other")
     else:
         columns, path_column = options.label_column or (), options.path_column or "path"
-        labels, more = label_file(options.labels, names, columns, path_column)
+        labels, more = label_file(options.labels, found.names, columns, path_column)
         notes += more
-    files = Files(names, read, labels=labels, recode=options.recode, sizes=sizes, notes=notes)
+    files = Files(found.names, found.read, labels=labels, recode=options.recode, sizes=found.sizes, notes=notes)
     return _numbered(files, options) if options.classes_from else files
 
 
 def _check_used(options: SourceOptions, used: tuple[str, ...]) -> None:
+    """Raise a ValueError if an option is set that the source does not use."""
     for entry in fields(options):
         value = getattr(options, entry.name)
         if value is not None and entry.name not in used:
             shown = ",".join(value) if isinstance(value, tuple) else value
-            raise ValueError(f"--{entry.name.replace('_', '-')} (={shown}) is for {_FOR[entry.name]} alone")
+            raise ValueError(f"--{entry.name.replace('_', '-')} (={shown}) is only for {_USERS[entry.name]}")
 
 
 def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Scenes:
@@ -176,7 +172,7 @@ def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Sce
 
 
 def _numbered(files: Files, options: SourceOptions) -> Files:
-    """The files with the class numbers of other shards, or of a list."""
+    """Return the files with the class numbers of other shards, or of a list of classes."""
     path = options.classes_from or ""
     index = os.path.join(path, INDEX)
     if not files.classes:

@@ -1,4 +1,4 @@
-"""``wds:PATTERN``: WebDataset shards, ours or anybody's, to be put into other shards. See ``parts.py`` for patterns."""
+"""``wds:PATTERN``: WebDataset shards of any origin, to copy into new shards; see `ShardDataset` for patterns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jepa_kit.data.shards.writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sampl
 from jepa_kit.data.sources.base import Recode, Refused, each_once, fingerprint, whole
 from jepa_kit.errors import SampleError
 
-LOOKED_AT = 1000
-"""Members of the first shard that are looked at for what is left behind."""
+SEARCHED_MEMBERS = 1000
+"""Members of the first shard that are searched for some that are not copied."""
 
 
 class OldShards:
-    """Samples of shards, in their order. Images, masks and labels go over; other members are left behind.
+    """The samples of shards, in their order: images, masks and labels, without other members.
 
-    Shards without an index get theirs first; what could not be read then is refused now.
+    Shards without an index get one first; samples that it leaves out are refused.
 
     Args:
-        pattern: what ``ShardDataset`` takes: a folder, a shard, braces, an address.
-        recode: what happens to the images.
+        pattern: a path of ``ShardDataset``.
+        recode: whether and how images are encoded again.
 
     Raises:
         ValueError: no such shards, or they cannot be used.
@@ -33,14 +33,14 @@ class OldShards:
     def __init__(self, pattern: str, recode: Recode) -> None:
         self.recode, self.dataset = recode, ShardDataset(pattern)
         if conflicts := [*self.dataset.conflicts.values(), *filter(None, [self.dataset.mask_conflict])]:
-            raise ValueError(f"source (='wds:{pattern}') cannot be put into one set of shards: {conflicts[0]}")
+            raise ValueError(f"source (='wds:{pattern}') cannot become one set of shards: {conflicts[0]}")
         n = len(self.dataset)
         self._old = [self.dataset.key(i) for i in range(n)]
         self._keys = each_once(self._old)
         foreign = [part.index for part in self.dataset.parts if is_foreign(part.index)]
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes
-        self.splits, self.mixed, self.notes = whole(n + len(self._bad)), False, _left_behind(self.dataset)
+        self.splits, self.mixed, self.notes = whole(n + len(self._bad)), False, _not_copied(self.dataset)
         self.notes += [note for index in foreign for note in index.get("notes", [])]
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class OldShards:
 
 
 def shard_files(pattern: str) -> set[str]:
-    """The local files that a pattern stands for, as far as they are there; their folders are expanded."""
+    """Return the local files that match a pattern, and the files in local folders that match."""
     found: set[str] = set()
     for path in expand(pattern):
         inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
@@ -73,14 +73,14 @@ def shard_files(pattern: str) -> set[str]:
     return found
 
 
-def _left_behind(dataset: ShardDataset) -> list[str]:
-    """A note on members that are neither image, label nor mask, as the first shard has them."""
+def _not_copied(dataset: ShardDataset) -> list[str]:
+    """Return a note on members of the first shard that are neither image, label nor mask, if there are any."""
     path = dataset.parts[0].places[0]
     if not os.path.isfile(path):
-        return []  # of another machine: looking would mean to fetch it
+        return []  # remote: not worth a download
     with tarfile.open(path, "r:", ignore_zeros=True) as tar:
-        names = [member.name.rpartition("/")[2] for member in islice(tar, LOOKED_AT) if member.isreg()]
+        names = [member.name.rpartition("/")[2] for member in islice(tar, SEARCHED_MEMBERS) if member.isreg()]
     known = {*IMAGE_EXTENSIONS, MASK_EXTENSION, "cls", "json"}
     others = sorted({name.partition(".")[2].lower() for name in names} - known - {""})
     shown = ", ".join(f".{name}" for name in others)
-    return [f"left behind: members {shown} (as in {os.path.basename(path)})"] if others else []
+    return [f"not copied: members {shown} (as in {os.path.basename(path)})"] if others else []

@@ -1,4 +1,4 @@
-"""``synthetic:scenes``: rendered rooms with three labels, and a mask."""
+"""``synthetic:scenes``: rendered rooms with three labels and a mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASK_CLASSES = ("background", *SHAPE_NAMES)
 
 
 def shape_mask(scene: Scene) -> Mask:
-    """[h, w] uint8: 0 where a pixel's middle shows the room, else 1 + the shape of the solid that it shows."""
+    """Return [h, w] uint8: 0 for the room, else 1 + the shape of the solid, at the middle of each pixel."""
     return np.concatenate([[0], scene.shapes + 1]).astype(np.uint8)[scene.mask]
 
 
@@ -23,19 +23,19 @@ class Scenes:
     """Scenes 0 to num_scenes - 1 of a seed, as PNG, with their labels and the mask of their shapes.
 
     Args:
-        num_scenes: how many.
+        num_scenes: number of scenes.
         size: (height, width) in pixels.
         seed: of the series.
-        masks: whether samples carry a mask.
+        masks: whether samples have a mask.
 
     Raises:
-        ValueError: no scenes, or a size or seed that cannot be rendered.
+        ValueError: a number, size or seed out of range.
     """
 
     def __init__(self, *, num_scenes: int, size: tuple[int, int], seed: int, masks: bool = True) -> None:
         if num_scenes < 1:
             raise ValueError(f"num_scenes (={num_scenes}) must be at least 1")
-        render(seed, 0, size)  # so that a wrong size or seed is reported here and not by a worker
+        render(seed, 0, size)  # raises an error for a wrong size or seed here, not in a worker
         self.num_scenes, self.size, self.seed, self.masks = num_scenes, size, seed, masks
         self.classes = CLASSES
         self.mask_classes = MASK_CLASSES if masks else ()

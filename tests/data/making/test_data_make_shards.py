@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from small_shards import encoded, make_samples, picture
 
+from jepa_kit import files
 from jepa_kit.data.making import make_shards, write_log
 from jepa_kit.data.making.make_shards import Limits, TooManyRefused, check_apart, make, orders, split_folder
-from jepa_kit.data.making.write_log import Journal, alone, make_room, unfinished
-from jepa_kit.data.shards import writing
+from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.writing import pack
+from jepa_kit.data.shards.writing import pack, tar_size
 from jepa_kit.data.sources import Scenes
 from jepa_kit.data.sources.base import Refused, whole
 
@@ -55,10 +55,10 @@ def run(source, out, *, shuffle=True, split_val=0.0, seed=0, workers=1, overwrit
     plan = orders(source, seed=seed, shuffle=shuffle, split_val=split_val)
     limits = {"samples": 6, "refused": 1.0} | limits
     made_by = made_by or {"source": "stub", "seed": seed, "split_val": split_val}
-    journals = [Journal(split_folder(str(out), split), made_by) for split in plan]
-    make_room(str(out), journals, overwrite=overwrite)
+    logs = [WriteLog(split_folder(str(out), split), made_by) for split in plan]
+    prepare_folders(str(out), logs, overwrite=overwrite)
     shown = []
-    made = make(source, plan, journals, limits=Limits(**limits), workers=workers, show=shown.append)
+    made = make(source, plan, logs, limits=Limits(**limits), workers=workers, show=shown.append)
     return made, shown
 
 
@@ -113,7 +113,7 @@ def test_shards_of_bytes(tmp_path):
     firsts = np.cumsum([0] + [entry["samples"] for entry in index["shards"]])
     for k in range(len(sizes) - 1):  # no shard had room for the next one's first sample
         held = sum(len(pack(s).data) for s in SAMPLES[firsts[k] : firsts[k + 1] + 1])
-        assert writing.tar_size(held) > limit
+        assert tar_size(held) > limit
 
 
 def test_a_sample_that_is_longer_than_a_shard_may_be_has_its_own(tmp_path):
@@ -129,9 +129,10 @@ def test_both_limits(tmp_path):
 def test_what_is_refused_leaves_no_gap(tmp_path):
     (made,), _ = run(Stub(WITH_BAD), tmp_path / "out", shuffle=False)
     assert ShardDataset(tmp_path / "out").shard_sizes.tolist() == [6] * 6
-    expected = [{"name": f"file {k:03d}", "reason": f"reason {k}"} for k in (3, 4, 17, 39)]
+    expected = [(f"file {k:03d}", f"reason {k}") for k in (3, 4, 17, 39)]
     assert made.refused == expected
-    assert json.loads((tmp_path / "out/index.json").read_text())["refused"] == expected
+    listed = json.loads((tmp_path / "out/index.json").read_text())["refused"]
+    assert listed == [{"name": name, "reason": reason} for name, reason in expected]
 
 
 def test_too_many_refused_stops_and_goes_on_when_more_are_allowed(tmp_path):
@@ -142,7 +143,7 @@ def test_too_many_refused_stops_and_goes_on_when_more_are_allowed(tmp_path):
         "file 017 (reason 17)"
     )
     assert unfinished(str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="were left unfinished"):
+    with pytest.raises(ValueError, match="are unfinished"):
         ShardDataset(tmp_path / "out")
     run(Stub(WITH_BAD), tmp_path / "out", shuffle=False, refused=0.1)
     run(Stub(WITH_BAD), tmp_path / "whole", shuffle=False)
@@ -151,7 +152,7 @@ def test_too_many_refused_stops_and_goes_on_when_more_are_allowed(tmp_path):
 
 @pytest.mark.parametrize("split_val", [0.0, 0.25])
 def test_nothing_but_refusals(tmp_path, split_val):
-    with pytest.raises(ValueError, match=r"source \(='stub'\) holds no image for .*: file 000 \(reason 0\); .*; and "):
+    with pytest.raises(ValueError, match=r"source \(='stub'\) has no image for .*: file 000 \(reason 0\); .*; and "):
         run(Stub([None] * 20), tmp_path / "out", split_val=split_val, shuffle=False)
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -181,10 +182,10 @@ def cut_off(module, name, calls, *, before, certain=True):
 
 
 PLACES = [
-    ("a shard's bytes", writing, "_to_disk", True),
+    ("a shard's bytes", files, "flush", True),
     ("a shard's name", os, "replace", True),
     ("after its name", os, "replace", False),
-    ("the journal", os, "fsync", False),
+    ("the log", os, "fsync", False),
     ("the index", make_shards, "write_index", False),
 ]
 
@@ -202,14 +203,14 @@ def test_a_run_that_is_cut_off_anywhere_ends_in_the_same_bytes(tmp_path, where, 
 
 
 @pytest.mark.parametrize("rest", ['{"shard": {"file": "shard-0', '{"shard": "x"}'])
-def test_a_journal_that_was_cut_in_its_last_line(tmp_path, rest):
+def test_a_log_that_was_cut_in_its_last_line(tmp_path, rest):
     source = Stub(SAMPLES)
     run(source, tmp_path / "whole")
     with cut_off(make_shards, "write_packed", 3, before=False):
         run(source, tmp_path / "cut")
-    journal = tmp_path / "cut/UNFINISHED"
-    assert len(journal.read_text().splitlines()) == 3  # the command, and two shards
-    with journal.open("a") as f:
+    log = tmp_path / "cut/UNFINISHED"
+    assert len(log.read_text().splitlines()) == 3  # the command, and two shards
+    with log.open("a") as f:
         f.write(rest)  # without its end of line
     (tmp_path / "cut/.shard-000003.tar.77.partial").write_text("half a shard")
     run(source, tmp_path / "cut")
@@ -235,7 +236,7 @@ def test_a_shard_of_the_interrupted_run_that_changed(tmp_path, damage):
     shard = tmp_path / "out/shard-000001.tar"
     os.remove(shard) if damage == "gone" else os.truncate(shard, 512)
     with pytest.raises(
-        ValueError, match=r"shard-000001.tar of the interrupted run is gone, or has changed: start anew"
+        ValueError, match=r"shard-000001.tar of the interrupted run is missing or has changed: start again"
     ):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", overwrite=True)
@@ -251,14 +252,14 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_another_command_is_told_what_differs(tmp_path, finished):
+def test_another_command_gets_an_error_that_names_the_difference(tmp_path, finished):
     with contextlib.nullcontext() if finished else cut_off(make_shards, "write_packed", 2, before=False):
         run(Stub(SAMPLES), tmp_path / "out", seed=1)
     before = tree(tmp_path / "out")
-    what = r"already holds shards \(.*\)" if finished else "holds an unfinished run"
+    what = r"already has shards \(.*\)" if finished else "has an unfinished run"
     with pytest.raises(ValueError, match=rf"OUT_DIR \(=.*\) {what} of another command \(seed was 1, is 2\): name an"):
         run(Stub(SAMPLES), tmp_path / "out", seed=2)
-    with pytest.raises(ValueError, match=r"already holds shards in .*out: name another folder, or --overwrite"):
+    with pytest.raises(ValueError, match=r"already has shards in .*out: name another folder, or --overwrite"):
         run(Stub(SAMPLES), tmp_path / "out", seed=1, split_val=0.2)
     assert tree(tmp_path / "out") == before
 
@@ -278,18 +279,16 @@ def test_overwrite_removes_what_a_writer_wrote_and_nothing_else(tmp_path):
 def test_shards_of_unknown_origin_are_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/shard-000000.tar").write_text("theirs")
-    with pytest.raises(
-        ValueError, match=r"already holds shards \(.*shard-000000.tar\) of unknown origin: name another"
-    ):
+    with pytest.raises(ValueError, match=r"already has shards \(.*shard-000000.tar\) of unknown origin: name another"):
         run(Stub(SAMPLES), tmp_path / "out")
 
 
 def test_two_at_once(tmp_path):
-    with alone(str(tmp_path)):
+    with lock_output(str(tmp_path)):
         pid = os.fork()
         if pid == 0:
             try:
-                with alone(str(tmp_path)):
+                with lock_output(str(tmp_path)):
                     os._exit(0)
             except ValueError as error:
                 os._exit(7 if "is being written by another make_shards: wait, or stop it" in str(error) else 1)
@@ -302,7 +301,7 @@ def test_a_folder_that_is_cleared_and_left(tmp_path):
     run(Stub(SAMPLES), tmp_path / "out", seed=1)
     with cut_off(write_log.os, "remove", 3, before=True):
         run(Stub(SAMPLES), tmp_path / "out", seed=2, overwrite=True)
-    with pytest.raises(ValueError, match="were left unfinished"):
+    with pytest.raises(ValueError, match="are unfinished"):
         ShardDataset(tmp_path / "out")
     run(Stub(SAMPLES), tmp_path / "out", seed=3)
     run(Stub(SAMPLES), tmp_path / "whole", seed=3)
@@ -327,8 +326,8 @@ def test_orders_of_a_source_with_splits():
     [
         (None, 0.01, r"--split-val \(=0.01\) must leave samples on both sides, but there are 40"),
         (None, 0.99, r"--split-val \(=0.99\) must leave samples on both sides, but there are 40"),
-        (("train", "val"), 0.5, r"--split-val \(=0.5\) is of no use: the source has a validation split already"),
-        (("train", "validation"), 0.5, "the source has a validation split already"),
+        (("train", "val"), 0.5, r"--split-val \(=0.5\) cannot be used: the source has a validation split"),
+        (("train", "validation"), 0.5, "the source has a validation split"),
         (("one", "two"), 0.5, r"--split-val \(=0.5\) needs a split train, but the source has: one, two"),
     ],
 )
@@ -354,8 +353,8 @@ def test_what_is_read_is_not_written_over(tmp_path):
     check_apart("synthetic:scenes", str(tmp_path / "old"))
     for source, out, message in (
         ("a", "file", "must be a folder, but is a file"),
-        ("a", "a", "must lie outside the source"),
-        ("a", "a/b", "must lie outside the source"),
+        ("a", "a", "must be outside the source"),
+        ("a", "a/b", "must be outside the source"),
         ("wds:old", "old", "must not be a shard in OUT_DIR, which would be replaced"),
         ("wds:old/shard-{000000..000001}.tar", "old", "must not be a shard in OUT_DIR"),
         ("old/shard-000000.tar", "old", "must not be a shard in OUT_DIR"),

@@ -90,7 +90,7 @@ DAMAGES = {
         [f"{SHARD}: its bytes have changed: their SHA-256 is not that of index.json"],
     ),
     "extra": (lambda f: (f / "s.tar").write_bytes(b""), ["s.tar: index.json does not list it"]),
-    "unfinished": (lambda f: (f / "UNFINISHED").touch(), ["UNFINISHED: a run was interrupted: give its command again"]),
+    "unfinished": (lambda f: (f / "UNFINISHED").touch(), ["UNFINISHED: a run was interrupted: run its command again"]),
     "index cut": (
         lambda f: os.truncate(f / "index.json", 99),
         ["index.json is not whole: Unterminated string"],
@@ -114,7 +114,7 @@ DAMAGES = {
     "array cut": (lambda f: os.truncate(f / "labels.npy", 150), ["labels.npy is not a whole array: "]),
     "array of another shape": (
         lambda f: np.save(f / "offsets.npy", np.zeros((3, 4))),
-        ["offsets.npy holds float64 of shape (3, 4), but index.json has 23 samples: it must be int64 of"],
+        ["offsets.npy has float64 of shape (3, 4), but index.json has 23 samples: it must be int64 of"],
     ),
     "offsets": (
         lambda f: edit_array(f, "offsets.npy", lambda a: a.__setitem__((12, 0), a[11, 0])),
@@ -165,6 +165,6 @@ def test_nothing_to_verify(tmp_path, what):
     if what == "images":
         (folder / "train").mkdir()
         (folder / "train/x.jpg").touch()
-    message = "must be a folder of shards, but there is no such" if what == "gone" else "holds no index.json, nor does"
+    message = "must be a folder of shards, but there is no such" if what == "gone" else "has no index.json, nor does"
     with pytest.raises(ValueError, match=rf"--verify \(='{folder}'\) {message}"):
         verify(str(folder), workers=1, show=lambda *_: None)

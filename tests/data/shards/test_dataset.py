@@ -67,14 +67,14 @@ def _read(dataset, numbers):
 def test_files_are_closed_at_exit_too(dataset, monkeypatch):
     """Modules are emptied before what they leave behind is deleted."""
     dataset.image_bytes(0)
-    reader = next(part for part in vars(dataset).values() if isinstance(part, reader.ShardReader))
-    (descriptor,) = reader._files.values()
+    used = next(part for part in vars(dataset).values() if isinstance(part, reader.ShardReader))
+    (descriptor,) = used._files.values()
     with monkeypatch.context() as patch:
         patch.setattr(reader, "os", None)
-        reader.__del__()
+        used.__del__()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
-    reader._files.clear()
+    used._files.clear()
 
 
 @pytest.mark.parametrize("start", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()])
@@ -131,10 +131,10 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_folder_without_shards(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"but it holds none; these folders in it do: shards$"):
+    with pytest.raises(ValueError, match=r"but it contains none; these folders in it do: shards$"):
         ShardDataset(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it holds none$"):
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it contains none$"):
         ShardDataset(tmp_path / "empty")
 
 
@@ -144,7 +144,7 @@ def test_images_that_are_no_shards_yet(tmp_path):
     (tmp_path / "photos/cat/1.JPG").touch()
     command = rf"`python tools/make_shards.py {tmp_path}/photos/? shards/photos` makes shards of it"
     for path in (tmp_path / "photos", f"{tmp_path}/photos/"):
-        with pytest.raises(ValueError, match=rf"but it holds none, and images \(cat/1.JPG\): {command}"):
+        with pytest.raises(ValueError, match=rf"but it contains none, and images \(cat/1.JPG\): {command}"):
             ShardDataset(path)
     (tmp_path / "photos.zip").touch()
     with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it is a file: `python tools/ma"):
@@ -154,7 +154,7 @@ def test_images_that_are_no_shards_yet(tmp_path):
 def test_an_unfinished_folder(folder):
     (folder / "index.json").unlink()
     (folder / "UNFINISHED").touch()
-    with pytest.raises(ValueError, match=r"were left unfinished: give make_shards its command again, or --overwrite"):
+    with pytest.raises(ValueError, match=r"are unfinished: run the same make_shards command again, or with"):
         ShardDataset(folder)
 
 
@@ -195,9 +195,7 @@ def test_a_missing_shard(folder, dataset):
 def test_a_shard_that_was_cut_short(folder, dataset):
     path = folder / "shard-000002.tar"
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(
-        ValueError, match=r"shard-000002.tar of .* holds \d+ bytes, but index.json says \d+: it was cut"
-    ):
+    with pytest.raises(ValueError, match=r"shard-000002.tar of .* has \d+ bytes, but index.json says \d+: it was cut"):
         dataset.image(22)
 
 

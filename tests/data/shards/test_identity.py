@@ -93,6 +93,6 @@ def test_a_checkpoint_of_an_earlier_version():
     assert fault is None
     assert note.startswith("the checkpoint is of an earlier version and has no checksums of its shards: their names, ")
     fault, _ = difference(old, identity([*THREE[:2], entry(2, bytes=20480)]))
-    assert fault == "names, sample counts or sizes of its shards were others"
+    assert fault == "names, sample counts or sizes of its shards differ"
     fault, _ = difference(old, identity(THREE[:2]))
     assert fault == "it had 15 samples, but here are 10"

@@ -65,8 +65,8 @@ DAMAGED_ARRAYS = {
     "without its head": (lambda path: path.write_bytes(b"some text" * 20), "is not a whole array: the magic string is"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a whole array: Is a directory"),
     "objects": (lambda path: np.save(path, np.array([{}] * 23)), "is not a whole array: Array can't be memory-mapped"),
-    "of another shape": (lambda path: np.save(path, np.zeros((23, 9), dtype=np.int64)), "holds int64 of shape (23, 9)"),
-    "of another type": (lambda path: np.save(path, np.zeros(23)), "holds float64 of shape (23,), but index.json has "),
+    "of another shape": (lambda path: np.save(path, np.zeros((23, 9), dtype=np.int64)), "has int64 of shape (23, 9)"),
+    "of another type": (lambda path: np.save(path, np.zeros(23)), "has float64 of shape (23,), but index.json has "),
 }
 
 
@@ -144,7 +144,7 @@ def test_a_shard_that_is_away_stays_in_the_index(foreign):
 def test_our_own_index_is_never_made_again(folder, samples, caplog):
     (folder / "more.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
     assert len(ShardDataset(folder)) == len(samples)
-    assert f"more.tar in {folder} is not as its index.json says: see make_shards.py --verify" in caplog.text
+    assert f"more.tar in {folder} differs from its index.json: run make_shards.py --verify" in caplog.text
 
 
 def edited(folder, name, change, *, old):
@@ -203,7 +203,7 @@ def test_every_changed_byte_of_an_array_is_noticed(folder, name, samples):
     whole = (folder / name).read_bytes()
     for place in range(0, len(whole), 7):
         (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=rf"^{folder / name} (was changed or damaged|is not a whole|holds )"):
+        with pytest.raises(ValueError, match=rf"^{folder / name} (was changed or damaged|is not a whole|has )"):
             ShardDataset(folder)
     (folder / name).write_bytes(whole)
     assert len(ShardDataset(folder)) == len(samples)

@@ -84,11 +84,11 @@ def test_lists_whose_classes_differ(tmp_path, folder, samples):
         assert [dataset.image_bytes(i) for i in range(25)] == [s.image for s in [*samples, *other]]
         assert dataset.classes == {"count": tuple("0123")}
         assert dataset.read(24)["labels"] == {"count": 2}
-        message = r"label \(='class'\) must have the same classes in all parts, but those of .*other are not "
+        message = r"label \(='class'\) must have the same classes in all parts, but those of .*other differ "
         for ask in (dataset.labels, dataset.labelled):
             with pytest.raises(ValueError, match=message):
                 ask("class")
-    with pytest.raises(ValueError, match=r"source \(='wds:.*'\) cannot be put into one set of shards: label"):
+    with pytest.raises(ValueError, match=r"source \(='wds:.*'\) cannot become one set of shards: label"):
         open_source(f"wds:{'::'.join(both)}", SourceOptions(), seed=0, scratch="")
 
 

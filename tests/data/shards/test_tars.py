@@ -211,7 +211,7 @@ def plain(tmp_path):
 def test_a_compressed_shard(plain):
     """By its content, whatever its name is, and by its name, before anything is fetched or read."""
     plain.write_bytes(gzip.compress(plain.read_bytes()))
-    message = r"shard .*a.tar is compressed \(gzip\), but samples are read at their offsets: decompress it first, as"
+    message = r"shard .*a.tar is compressed \(gzip\), but samples are read at their offsets: decompress it first with"
     for address in (plain, plain.parent):
         with pytest.raises(ValueError, match=message):
             ShardDataset(address)
@@ -222,7 +222,7 @@ def test_a_compressed_shard(plain):
     folder = plain.parent / "old.tar.gz"
     os.rename(f"{plain}.gz", plain)
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it holds none"):
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it contains none"):
         ShardDataset(folder)
 
 

@@ -173,5 +173,5 @@ def test_foreign_samples_without_an_image_are_refused_by_name(tmp_path):
 
 def test_foreign_shards_without_any_image(tmp_path):
     foreign_shard(tmp_path / "a.tar", [("1.txt", b"x")])
-    with pytest.raises(ValueError, match=r"must hold images, but no sample of its 1 shards has one"):
+    with pytest.raises(ValueError, match=r"must contain images, but no sample of its 1 shards has one"):
         ShardDataset(tmp_path)

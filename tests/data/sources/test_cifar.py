@@ -115,7 +115,7 @@ def test_our_reading_is_numpys_own():
 def test_a_batch_that_python_3_wrote(protocol):
     data = np.arange(2 * 3072, dtype=np.uint64).astype(np.uint8).reshape(2, 3072)
     if protocol == 2:  # bytes come as a call of _codecs.encode there, which is not needed for CIFAR
-        with pytest.raises(ValueError, match=r"_codecs\.encode has no business in a batch of CIFAR"):
+        with pytest.raises(ValueError, match=r"_codecs\.encode is not allowed in a batch of CIFAR"):
             unpickle(pickle.dumps({"data": data}, protocol=protocol))
     else:
         np.testing.assert_array_equal(unpickle(pickle.dumps({"data": data}, protocol=protocol))["data"], data)
@@ -132,11 +132,11 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (pickle.dumps({"data": Evil(os.system, "touch owned")}), r"\w+.system has no business in a batch of CIFAR"),
-        (pickle.dumps({"data": Evil(eval, "1")}), "builtins.eval has no business"),
-        (pickle.dumps({"data": np.array([os.getcwd], dtype=object)}), r"\w+.getcwd has no business"),
-        (pickle.dumps(np.float64), "numpy.float64 has no business"),
-        (b"cnumpy\nload\n(S'x'\ntR.", "numpy.load has no business"),
+        (pickle.dumps({"data": Evil(os.system, "touch owned")}), r"\w+.system is not allowed in a batch of CIFAR"),
+        (pickle.dumps({"data": Evil(eval, "1")}), "builtins.eval is not allowed"),
+        (pickle.dumps({"data": np.array([os.getcwd], dtype=object)}), r"\w+.getcwd is not allowed"),
+        (pickle.dumps(np.float64), "numpy.float64 is not allowed"),
+        (b"cnumpy\nload\n(S'x'\ntR.", "numpy.load is not allowed"),
         (old_pickle([1]), "a batch must be a dict, but is a list"),
         (old_pickle({"data": np.zeros((1, 2), dtype=np.float32)}), "an array must be of unsigned bytes"),
         (b"", "Ran out of input"),
@@ -154,7 +154,7 @@ def test_what_is_no_batch(tmp_path, monkeypatch, content, reason):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"data_batch_3": None}, "data_batch_3 in source .* is not as it should be: 'data_batch_3' is missing"),
+        ({"data_batch_3": None}, "data_batch_3 in source .* is invalid: 'data_batch_3' is missing"),
         ({"batches.meta": None}, "batches.meta in source .* 'batches.meta' is missing"),
         ({"data_batch_2": batch10(2, labels=None)}, "data_batch_2 in source .* 'labels' is missing"),
         ({"test_batch": batch10(6, labels=[1])}, "test_batch .* must have one label for each of 4 images"),
@@ -162,7 +162,7 @@ def test_what_is_no_batch(tmp_path, monkeypatch, content, reason):
         ({"test_batch": batch10(6, filenames=["x"])}, "test_batch .* 1 names for 4 images"),
         ({"test_batch": batch10(6, data=np.zeros((4, 99), np.uint8))}, "test_batch .* cannot reshape array"),
         ({"test_batch": batch10(6, data=7)}, "test_batch .* has no attribute 'reshape'"),
-        ({"test_batch": b"cos\nsystem\n(S'x'\ntR."}, "test_batch .* not a batch of CIFAR: os.system has no business"),
+        ({"test_batch": b"cos\nsystem\n(S'x'\ntR."}, "test_batch .* not a batch of CIFAR: os.system is not allowed"),
     ],
 )
 def test_archives_that_are_not_as_they_should_be(tmp_path, files, message):
@@ -175,11 +175,11 @@ def test_an_archive_that_was_cut(tmp_path):
     path = write(tmp_path / "c.tar.gz", "cifar-10-batches-py", FILES10)
     with open(path, "r+b") as f:
         f.truncate(os.path.getsize(path) - 2000)
-    with pytest.raises(ValueError, match=r"source \(='.*c.tar.gz'\) is not a whole tar archive"):
+    with pytest.raises(ValueError, match=r"source \(='.*c.tar.gz'\) is not a complete tar archive"):
         opened(path)
 
 
 def test_labels_are_its_own(tmp_path):
     path = write(tmp_path / "c.tar.gz", "cifar-10-batches-py", FILES10)
-    with pytest.raises(ValueError, match=r"--label-from \(=top\) is for image files alone"):
+    with pytest.raises(ValueError, match=r"--label-from \(=top\) is only for image files"):
         opened(path, label_from="top")

@@ -113,7 +113,7 @@ def test_one_folder_is_unlabelled(tmp_path, tree):
 def test_files_beside_class_folders_are_refused(tmp_path):
     source = files(tmp_path, tree=TREE | {"stray.png": TREE["train/cat/1.png"]})
     assert source.name(0) == "stray.png"
-    with pytest.raises(Refused, match="lies outside every class folder"):
+    with pytest.raises(Refused, match="is not in a class folder"):
         source.sample(0)
     assert source.sample(1).labels == {"class": 0}
 
@@ -216,7 +216,7 @@ def test_a_name_that_is_not_text(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_in_it(tmp_path, kind):
     (tmp_path / "source").mkdir()
-    with pytest.raises(ValueError, match=r"source \(='.*'\) holds no files"):
+    with pytest.raises(ValueError, match=r"source \(='.*'\) contains no files"):
         files(tmp_path, kind, {"train/.hidden": b"x"})
 
 
@@ -232,7 +232,7 @@ def test_broken_archives(tmp_path, kind, word, how):
         f.write(
             {"cut": data[:3000], "other": b"no archive" * 100, "changed": data[:2000] + bytes(99) + data[2099:]}[how]
         )
-    with pytest.raises(ValueError, match=rf"source \(='.*'\) is not a whole {word} archive: "):
+    with pytest.raises(ValueError, match=rf"source \(='.*'\) is not a complete {word} archive: "):
         opened(path, tmp_path)
 
 
@@ -262,12 +262,12 @@ def test_a_file_of_another_kind(tmp_path):
 
 @pytest.mark.parametrize("label_from", ["parent", "top"])
 def test_labels_where_there_are_no_folders(tmp_path, label_from):
-    with pytest.raises(ValueError, match=rf"label_from \(='{label_from}'\) must be 'none': every file lies at the top"):
+    with pytest.raises(ValueError, match=rf"label_from \(='{label_from}'\) must be 'none': no file of the source"):
         files(tmp_path, tree={"x.jpg": TREE["train/cat/0.jpg"]}, label_from=label_from)
 
 
 def test_a_compressed_tar_is_unpacked_once(tmp_path):
-    """A run that goes on finds what it unpacked before, and nothing that was cut short."""
+    """A run that resumes finds what it unpacked before, and nothing that was cut short."""
     path = build(tmp_path, ".tar.gz")
     opened(path, tmp_path)
     (unpacked,) = tmp_path.glob(".unpacked.*")
@@ -276,7 +276,7 @@ def test_a_compressed_tar_is_unpacked_once(tmp_path):
     assert unpacked.stat().st_mtime_ns == written
     with open(path, "r+b") as f:
         f.truncate(os.path.getsize(path) - 9)
-    with pytest.raises(ValueError, match="is not a whole tar archive"):
+    with pytest.raises(ValueError, match="is not a complete tar archive"):
         opened(path, tmp_path)
     assert [p.suffix for p in tmp_path.glob(".unpacked.*")] == [".tar"]
 
@@ -342,7 +342,7 @@ def test_a_broken_tar_in_a_tar_is_named(tmp_path, how):
     members["n02.tar"] = b"no tar" * 400 if how == "other" else members["n02.tar"][:cut]
     path = tmp_path / "train.tar"
     path.write_bytes(tar_of(members))
-    with pytest.raises(ValueError, match=r"n02.tar in source \(='.*train.tar'\) is not a whole tar archive: "):
+    with pytest.raises(ValueError, match=r"n02.tar in source \(='.*train.tar'\) is not a complete tar archive: "):
         opened(str(path), tmp_path)
 
 
@@ -352,14 +352,14 @@ def test_what_may_be_shards_is_asked_about(tmp_path, what, samples):
     path = tmp_path / "x.tar"
     path.write_bytes(data)
     if what == "folder of tars":
-        with pytest.raises(ValueError, match=r"holds nothing but tar files: if they are WebDataset shards, give wds:/"):
+        with pytest.raises(ValueError, match=r"contains only tar files: if they are WebDataset shards, give wds:/"):
             opened(str(tmp_path), tmp_path)
     elif what == "shard":
-        with pytest.raises(ValueError, match=r"holds .cls files, as WebDataset shards do: give wds:/.*x.tar"):
+        with pytest.raises(ValueError, match=r"contains .cls files, as WebDataset shards do: give wds:/.*x.tar"):
             opened(str(path), tmp_path)
     else:
         folder = write_shards(tmp_path / "s", samples, 10, {"class": tuple("abcd")})
-        with pytest.raises(ValueError, match=r"holds shards: give wds:.* to put them into others"):
+        with pytest.raises(ValueError, match=r"contains shards: give wds:.* to copy them into new ones"):
             opened(str(folder), tmp_path)
 
 
@@ -370,17 +370,17 @@ def test_keys_are_safe_to_unpack():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("f", {"num_scenes": 5}, r"--num-scenes \(=5\) is for synthetic:scenes alone"),
-        ("f", {"masks": False}, r"--masks \(=False\) is for synthetic:scenes alone"),
-        ("f", {"label_column": ("a", "b")}, r"--label-column \(=a,b\) is for tables and hf:NAME alone"),
-        ("f", {"path_column": "p"}, r"--path-column \(=p\) is for tables alone"),
-        ("f", {"image_column": "p"}, r"--image-column \(=p\) is for hf:NAME alone"),
-        ("wds:f", {"label_from": "top"}, r"--label-from \(=top\) is for image files alone"),
-        ("wds:f", {"classes_from": "x"}, r"--classes-from \(=x\) is for image files and tables alone"),
-        ("synthetic:scenes", {"shorter_side": 9}, r"--shorter-side \(=9\) is for images that exist; --image-size"),
-        ("synthetic:scenes", {"quality": 9}, r"--quality \(=9\) is for images that exist; scenes are lossless"),
-        ("synthetic:scenes", {"labels": "x"}, r"--labels \(=x\) is for image files alone"),
-        ("hf:x", {"labels": "x"}, r"--labels \(=x\) is for image files alone"),
+        ("f", {"num_scenes": 5}, r"--num-scenes \(=5\) is only for synthetic:scenes"),
+        ("f", {"masks": False}, r"--masks \(=False\) is only for synthetic:scenes"),
+        ("f", {"label_column": ("a", "b")}, r"--label-column \(=a,b\) is only for tables and hf:NAME"),
+        ("f", {"path_column": "p"}, r"--path-column \(=p\) is only for tables"),
+        ("f", {"image_column": "p"}, r"--image-column \(=p\) is only for hf:NAME"),
+        ("wds:f", {"label_from": "top"}, r"--label-from \(=top\) is only for image files"),
+        ("wds:f", {"classes_from": "x"}, r"--classes-from \(=x\) is only for image files and tables"),
+        ("synthetic:scenes", {"shorter_side": 9}, r"--shorter-side \(=9\) is only for images that exist; --image-size"),
+        ("synthetic:scenes", {"quality": 9}, r"--quality \(=9\) is only for images that exist; scenes are lossless"),
+        ("synthetic:scenes", {"labels": "x"}, r"--labels \(=x\) is only for image files"),
+        ("hf:x", {"labels": "x"}, r"--labels \(=x\) is only for image files"),
     ],
 )
 def test_options_that_would_do_nothing(tmp_path, name, options, message):

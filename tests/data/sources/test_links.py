@@ -135,7 +135,7 @@ def test_hidden_files_are_counted(tmp_path, kind):
             (path / name).write_bytes(IMAGES[0])
     source = opened(path)
     assert [source.name(i) for i in range(len(source))] == ["a/1.jpg"]
-    assert source.notes == ["passed over: 3 hidden files"]
+    assert source.notes == ["left out: 3 hidden files"]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -164,8 +164,8 @@ def test_the_parts_of_a_data_set_side_by_side(tmp_path, kind, names):
     first, second = sorted(names)
     inside = " (unpack photos.tar first)" if kind else ""
     assert source.notes == [
-        f"{first} and {second} in {path} are mixed into one data set: to keep them apart, give each folder by itself"
-        f"{inside}, and those after the first with --classes-from the first one's shards"
+        f"{first} and {second} in {path} become one data set: to keep them apart, make shards of each folder"
+        f"{inside}, and of those after the first with --classes-from the first one's shards"
     ]
 
 

@@ -57,7 +57,7 @@ def test_shards_from_elsewhere(tmp_path):
     with pytest.raises(Refused, match="no image member, only: cls"):
         source.sample(2)
     assert len(source) == 3
-    assert source.notes == ["left behind: members .txt (as in a.tar)"]
+    assert source.notes == ["not copied: members .txt (as in a.tar)"]
 
 
 def test_a_shard_that_is_gone_is_refused_sample_by_sample(tmp_path, samples):
@@ -75,7 +75,7 @@ def test_a_shard_that_is_gone_is_refused_sample_by_sample(tmp_path, samples):
         ("/gone", r"gone"),
         ("/old/shard-{000000..000009}.tar", "missing"),
         ("/old/shard-{0.tar", "braces match"),
-        ("", r"must be a folder of .tar shards, but it holds none; these folders in it do: old"),
+        ("", r"must be a folder of .tar shards, but it contains none; these folders in it do: old"),
     ],
 )
 def test_nothing_there(tmp_path, samples, pattern, message):

@@ -66,7 +66,7 @@ def test_numbers_below_0_are_classes_in_their_order(root):
     assert source.classes == {"class": ("-1", "2", "10")}
     assert [labels for _, labels in rows(source)] == [{"class": 2}, {"class": 0}, {"class": 1}]
     assert source.notes == [
-        "label 'class' has numbers below 0: its classes are numbered in their order, -1 as 0; where -1 stands for no "
+        "label 'class' has numbers below 0: its classes are numbered in their order, -1 as 0; if -1 means no "
         "label, leave those cells empty"
     ]
 
@@ -182,7 +182,7 @@ def test_a_list_that_has_other_files_too(root):
             "1\n2\n2\n",
             "l.txt",
             {},
-            "must not be numbers alone: those of ILSVRC2012_validation_ground_truth.txt are not",
+            "must not be only numbers: those of ILSVRC2012_validation_ground_truth.txt differ",
         ),
         ("x\ny\n", "l.txt", {}, "has 2 lines, but must have one for each of 3 files"),
         ("a b c\n", "l.txt", {}, "must have a file's name and its class, or a class, on each line"),
@@ -191,7 +191,7 @@ def test_a_list_that_has_other_files_too(root):
         ("a.jpg x\na.jpg y\n", "l.txt", {}, "must name each file once, but names 'a.jpg' twice"),
         ("path,kind\na.jpg,x\n", "l.csv", {}, "must have a column of labels: name it with --label-column"),
         ("x", "l.txt", {"label_from": "top"}, r"--labels \(=.*l.txt\) and --label-from \(=top\) exclude each other"),
-        ("x", "l.txt", {"label_column": ("k",)}, r"--label-column \(=k\) is for tables and hf:NAME alone"),
+        ("x", "l.txt", {"label_column": ("k",)}, r"--label-column \(=k\) is only for tables and hf:NAME"),
     ],
 )
 def test_mistakes_of_a_list(root, text, name, options, message):
