@@ -57,6 +57,14 @@ class Encoder(Protocol):
         ...
 
 
+class Predictor(Protocol):
+    """Interface of a predictor, a module registered in ``PREDICTORS``."""
+
+    def __call__(self, context: Tensor, masks: MaskBatch) -> Tensor:
+        """Predict: [P_c, D] packed as ``masks.context`` -> [P_t, out_dim] packed as ``masks.targets``."""
+        ...
+
+
 class Target(Protocol):
     """Interface of a target, a module registered in ``TARGETS``.
 

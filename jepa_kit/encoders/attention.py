@@ -1,11 +1,11 @@
-"""``attend``: the one operation that looks at set boundaries, and its backends.
+"""``attend``: attention over packed sets, the only operation that depends on set boundaries, and its backends.
 
 Legend of shapes:
 
     P = packed tokens of all sets    S = sets         L = tokens of a set
     h = heads                        d = width of a head
 
-Every backend computes, for each set by itself, softmax(q k^T / sqrt(d)) v.
+Every backend computes softmax(q k^T / sqrt(d)) v within each set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Backend = Literal["auto", "xformers", "sdpa", "reference"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths | Sequence[int], backend: Backend = "auto") -> Tensor:
-    """Attention inside each set, over packed tokens.
+    """Attend within each set of packed tokens.
 
     Equivalent plain code::
 
@@ -35,24 +35,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths | Sequence[int],
     Args:
         q, k, v: [P, h, d].
         lengths: the length of each set; they add up to P.
-        backend: ``auto`` takes xformers if its kernels load, else ``sdpa``: torch's own kernels. Another name takes
+        backend: ``auto`` uses xformers if its kernels load, else ``sdpa``, torch's own kernels. Any other name uses
             that backend or raises.
 
     Returns:
         [P, h, d].
 
     Raises:
-        ValueError: shapes that differ, lengths that do not add up to P, an unknown backend or one that
-            cannot run here (with the reason).
+        ValueError: shapes differ, lengths do not add up to P, or the backend is unknown or cannot run here (with the
+            reason).
     """
     if not isinstance(lengths, SetLengths):
         lengths = SetLengths(lengths, q.device)
     if not q.shape == k.shape == v.shape or q.ndim != 3:
         raise ValueError(
-            f"q, k and v must be [P, heads, head_dim] alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q, k and v must have one shape [P, heads, head_dim], not {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}"
         )
     if lengths.total != q.shape[0]:
-        raise ValueError(f"lengths add up to {lengths.total}, but q holds {q.shape[0]} tokens")
+        raise ValueError(f"lengths add up to {lengths.total}, but q has {q.shape[0]} tokens")
     return BACKENDS[_choose(backend, q)](q, k, v, lengths)
 
 
@@ -64,7 +65,7 @@ def why_not(backend: str, q: Tensor) -> str | None:
 
 
 def _choose(backend: Backend, q: Tensor) -> str:
-    """Return the name of the backend that runs: by what can run and never by timing, so that all ranks agree."""
+    """Return the name of the backend to use; it depends on what can run, never on timing, so that all ranks agree."""
     if backend == "auto":
         return "xformers" if why_not("xformers", q) is None else "sdpa"
     reason = why_not(backend, q)
@@ -74,7 +75,7 @@ def _choose(backend: Backend, q: Tensor) -> str:
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype, backend: Backend = "auto") -> str:
-    """Return the backend that ``attend`` takes on this device in this precision, its kernels, and why not xformers.
+    """Return the backend that ``attend`` uses on this device in this precision, its kernels, and why not xformers.
 
     Raises:
         ValueError: as ``attend`` does.
@@ -95,8 +96,8 @@ def describe_backend(device: torch.device, dtype: torch.dtype, backend: Backend 
 
 def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
     kernel = packed_kernel(q)
-    # Whole images have one shape at every step, for which cuDNN's plan (23 to 37 ms of host time on Hopper) is built
-    # once. All other lengths change from step to step, also those of uniform sets, and each would need another plan.
+    # Whole images have the same shape at every step, so cuDNN builds its plan (23 to 37 ms of host time on Hopper)
+    # once. All other lengths change from step to step, also those of uniform sets, and each would need a new plan.
     if kernel is None or lengths.whole:
         return attend_dense(q, k, v, lengths)
     return attend_packed(kernel, q, k, v, lengths)

@@ -1,6 +1,6 @@
-"""Attention over packed sets by one CUDA kernel: torch's FlashAttention and memory-efficient attention, and xformers.
+"""CUDA kernels for attention over packed sets: torch's FlashAttention and memory-efficient attention, and xformers.
 
-Legend of shapes as in attention.py. xformers is imported, and the driver called, only once tokens are on a CUDA device.
+Legend of shapes as in attention.py. xformers is imported, and the driver called, only for tokens on a CUDA device.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jepa_kit.set_lengths import SetLengths
 
 HALF = (torch.bfloat16, torch.float16)
 STEP = 8
-"""The kernels take widths of a head that are a multiple of this."""
+"""The kernels need a head width that is a multiple of this."""
 
 
 class _Flash(torch.autograd.Function):
-    """FlashAttention-2 as torch contains it.
+    """torch's FlashAttention-2.
 
-    ``torch.nn.attention.varlen`` calls the same two operators and takes ten times their host time, in the wrapper of a
-    custom operator (dev/LOG.md).
+    ``torch.nn.attention.varlen`` calls the same two operators, but its custom-operator wrapper takes ten times their
+    host time (dev/LOG.md).
     """
 
     title = "FlashAttention"
@@ -55,7 +55,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Efficient(torch.autograd.Function):
-    """Memory-efficient attention as torch contains it: float32, and half precision on GPUs before Ampere."""
+    """torch's memory-efficient attention: for float32, and for half precision on GPUs before Ampere."""
 
     title = "memory-efficient attention"
 
@@ -98,7 +98,7 @@ def packed_kernel(q: Tensor) -> type[_Flash | _Efficient] | None:
 
 @lru_cache
 def _is_recent(device: torch.device) -> bool:
-    """Whether the GPU is of Ampere (compute capability 8.0) or newer; also for fake tensors, which need no GPU."""
+    """Whether the GPU is Ampere (compute capability 8.0) or newer; True for fake tensors without a GPU."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -108,11 +108,11 @@ def _has_flash() -> bool:
 
 
 def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """[P, h, d] -> [P, h, d] by one launch for all sets."""
+    """Attend over all sets in one launch: [P, h, d] -> [P, h, d]."""
     width = q.shape[-1]
     missing = -width % STEP
-    scale = None  # d ** -0.5 of the d that the kernel sees
-    if missing:  # zeros change no product of q and k, and give outputs that are taken off again
+    scale = None  # by default d ** -0.5 of the padded d
+    if missing:  # zeros change no product of q and k; their outputs are removed below
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         scale = width**-0.5
     out: Tensor = kernel.apply(q, k, v, lengths.offsets, lengths.longest, scale)
@@ -120,7 +120,7 @@ def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Te
 
 
 def attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """[P, h, d] -> [P, h, d] by xformers' ``memory_efficient_attention``."""
+    """Attend with xformers' ``memory_efficient_attention``: [P, h, d] -> [P, h, d]."""
     ops, _ = _xformers()
     if lengths.uniform:
         shape = (len(lengths), lengths.longest, *q.shape[1:])  # [S, L, h, d]
@@ -150,7 +150,7 @@ def _xformers() -> tuple[Any, str | None]:
     """Return (xformers.ops, None), or (None, why it cannot be used)."""
     log = logging.getLogger("xformers")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of a library that does not load, which is returned here
+    log.setLevel(logging.ERROR)  # it warns if its library does not load; this function returns the reason
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -161,7 +161,7 @@ def _xformers() -> tuple[Any, str | None]:
         log.setLevel(level)
     import xformers._cpp_lib as library
 
-    # Its attention operators are registered even if its library did not load, and then refuse every input.
+    # Its attention operators are registered even if its library did not load; they reject every input then.
     if not library._built_with_cuda:
         return None, (
             "the kernels of this xformers do not load. xformers 0.0.35 loads beside torch 2.10 (CUDA 12.8); beside "
@@ -173,10 +173,10 @@ def _xformers() -> tuple[Any, str | None]:
 
 @lru_cache
 def _refusal(device: torch.device, dtype: torch.dtype, width: int, deterministic: bool) -> str | None:
-    """Return why none of xformers' operators takes such tensors, forward and backward, or None if one does.
+    """Return why none of xformers' operators supports such tensors, forward and backward, or None if one does.
 
     Args:
-        deterministic: whether torch is set to deterministic algorithms; the operators look at it themselves.
+        deterministic: whether torch uses deterministic algorithms; part of the cache key, as operators depend on it.
     """
     fmha = _xformers()[0].fmha
     x = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
@@ -185,5 +185,5 @@ def _refusal(device: torch.device, dtype: torch.dtype, width: int, deterministic
         reasons = {op.NAME: op.not_supported_reasons(inputs) for op in operators}
         if all(reasons.values()):
             each = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
-            return f"none of its operators takes {str(dtype).removeprefix('torch.')} with heads of {width} ({each})"
+            return f"none of its operators supports {str(dtype).removeprefix('torch.')} with heads of {width} ({each})"
     return None

@@ -1,6 +1,6 @@
-"""Attention over packed sets by dense kernels: padded, set by set, or length by length.
+"""Attention over packed sets with dense kernels: padded, set by set, or grouped by length.
 
-For devices and precisions without a kernel that takes packed sets. Legend of shapes as in attention.py.
+For devices and precisions without a kernel for packed sets. Legend of shapes as in attention.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from jepa_kit.set_lengths import SetLengths
 
 STEP = 8
-"""Padded sets have a length that is a multiple of this."""
+"""The padded length is a multiple of this."""
 MOST_PADDING = 2.0
-"""Sets are not padded if that would make their tokens more than so many times as many."""
+"""Sets are not padded if that would multiply the number of tokens by more than this."""
 SHORT = 128
-"""Up to so many tokens two products are faster than torch's fused kernel on a CPU in float32; at 200 slower."""
+"""Up to this length, two products are faster than torch's fused kernel on a CPU in float32; at 200 slower."""
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """[P, h, d] -> [P, h, d], by the fastest of this file's ways for the device, the precision and the lengths."""
+    """Attend by the fastest method of this file for device, precision and lengths: [P, h, d] -> [P, h, d]."""
     if lengths.uniform:
         q, k, v = (x.unflatten(0, (len(lengths), lengths.longest)).transpose(1, 2) for x in (q, k, v))  # [S, h, L, d]
         return _dense(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -41,17 +41,17 @@ def _plain_products(q: Tensor) -> bool:
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over [S, h, L, d]; mask [S, 1, L] is 0 where there is a key and -inf where there is none."""
+    """Attend over [S, h, L, d]; mask [S, 1, L] is 0 for keys and -inf for padding."""
     if _plain_products(q):
-        # torch's fused kernel does not use the CPU's matrix units in its backward pass: with 40 to 200 tokens a set it
-        # takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
+        # The backward pass of torch's fused kernel does not use the CPU's matrix units: with 40 to 200 tokens per set
+        # it takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
         return _products(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view(q.shape)
     assert mask is None
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over [n, L, d] by two products; mask [S, 1, L] as in ``_dense``, where n is S times the heads."""
+    """Attend over [n, L, d] by two products; mask [S, 1, L] as in ``_dense``, with n = S * heads."""
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)  # [n, L, L]
     if mask is not None:
         scores = (scores.view(len(mask), -1, scores.shape[-1]) + mask).view(scores.shape)
@@ -62,9 +62,9 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 class _Padded:
     """All sets padded to one length, a multiple of ``STEP``.
 
-    token: [S * L] the packed token at each place; a padded place repeats the first token of its set.
-    mask: [S, 1, L] 0 where there is a token, -inf where there is none.
-    place: [P] where each packed token stands.
+    token: [S * L] the packed token at each place; padding repeats the first token of its set.
+    mask: [S, 1, L] 0 for tokens, -inf for padding.
+    place: [P] the place of each packed token.
     """
 
     token: Tensor
@@ -77,7 +77,7 @@ def _padded_length(lengths: SetLengths) -> int:
 
 
 def _padded(lengths: SetLengths) -> _Padded:
-    """The layout of these lengths, made once and kept with them."""
+    """Return the padded layout of these lengths, cached in them."""
     layout = lengths.layouts.get("padded")
     if layout is None:
         each = np.array(lengths.on_host)[:, None]
@@ -92,8 +92,11 @@ def _padded(lengths: SetLengths) -> _Padded:
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """One product for all sets. Its sizes are few; those of ``_attend_by_length`` are new at every step:
-    on a CPU in half precision a kernel is compiled for each size, about half a millisecond."""
+    """Attend with one product for all sets.
+
+    Padded lengths take few values, while groups of ``_attend_by_length`` have new sizes at every step; on a CPU in half
+    precision oneDNN compiles a kernel for each size, about half a millisecond.
+    """
     layout = _padded(lengths)
     shape = (len(lengths), layout.mask.shape[-1])
     packed = torch.stack((q, k, v), dim=1).index_select(0, layout.token)  # [S * L, 3, h, d]
@@ -103,8 +106,11 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tens
 
 
 def _attend_in_turn(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """Set after set, without a copy. On one core in float32 this takes 0.5 to 0.9 of the time of
-    ``_attend_by_length``, and 0.8 to 0.9 of the reference's."""
+    """Attend set by set, without a copy.
+
+    On one core in float32 this takes 0.5 to 0.9 of the time of ``_attend_by_length``, and 0.8 to 0.9 of the
+    reference's.
+    """
     out = []
     for one in zip(*(x.split(lengths.on_host) for x in (q, k, v)), strict=True):
         qs, ks, vs = (x.transpose(0, 1) for x in one)  # 3 x [h, L, d]
@@ -118,11 +124,11 @@ def _attend_in_turn(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Ten
 
 @dataclass(frozen=True)
 class _ByLength:
-    """Sets in the order of their length: those of one length stand together and need no padding and no mask.
+    """Sets sorted by length: those of equal length form a group, which needs neither padding nor mask.
 
-    order: [P] the packed token at each place; None if the sets stand in that order already.
-    place: [P] where each packed token stands.
-    groups: (sets, length) of the sets of each length.
+    order: [P] the packed token at each place; None if the sets are sorted already.
+    place: [P] the place of each packed token.
+    groups: (number of sets, length) of each group.
     """
 
     order: Tensor | None
@@ -131,7 +137,7 @@ class _ByLength:
 
 
 def _by_length(lengths: SetLengths) -> _ByLength:
-    """The layout of these lengths, made once and kept with them."""
+    """Return the sorted layout of these lengths, cached in them."""
     layout = lengths.layouts.get("by_length")
     if layout is None:
         each = np.array(lengths.on_host)
@@ -147,7 +153,7 @@ def _by_length(lengths: SetLengths) -> _ByLength:
 
 
 class _Reorder(torch.autograd.Function):
-    """x[order] for a permutation. Its backward is a gather by the inverse; torch's would scatter and add."""
+    """x[order] for a permutation; the backward gathers by the inverse, while torch's would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -162,7 +168,7 @@ class _Reorder(torch.autograd.Function):
 
 def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
     layout = _by_length(lengths)
-    # On a CPU this takes 0.9 (bf16) of the time of padding to buckets of about one length.
+    # On a CPU in bf16 this takes 0.9 of the time of padding to buckets of similar length.
     if layout.order is not None:
         q, k, v = (_Reorder.apply(x, layout.order, layout.place) for x in (q, k, v))
     sizes = [sets * length for sets, length in layout.groups]

@@ -1,4 +1,4 @@
-"""The transformer block that encoder and predictor share, over packed tokens.
+"""The transformer block of encoders and predictors, over packed tokens.
 
 P = packed tokens of all sets    D = width    h = heads    d = D / h    R = P or more rows (``fill_rows``)
 """
@@ -27,19 +27,18 @@ Init = Literal["released", "depth_scaled"]
 Compile = bool | Literal["auto"]
 
 WIDE = 768
-"""Width of an encoder from which compilation pays on CUDA: ViT-B. Smaller ones are bound by launches of their steps."""
-
+"""Width of an encoder from which compilation pays off on CUDA: ViT-B. Smaller ones are bound by kernel launches."""
 
 COUNTS = 32
-"""``fill_rows`` leaves so many numbers of rows between one power of two and the next."""
+"""Number of different row counts that ``fill_rows`` produces between two powers of two."""
 
 
 def fill_rows(x: Tensor) -> Tensor:
-    """[P, D] -> [R, D]: zero rows after the tokens, if they make the matrix products faster.
+    """Append zero rows if that makes the matrix products faster: [P, D] -> [R, D].
 
-    oneDNN compiles a kernel for each size of a product, about 2 ms, and keeps the last 1,024 of them, 0.6 MB each;
-    ragged sets have another number of tokens at every step. There are at most 1 / COUNTS more rows than tokens. The
-    rows are no set's: attention leaves them out, and who made them takes them off again.
+    oneDNN compiles a kernel for each size of a product (about 2 ms) and caches the last 1,024 of them, 0.6 MB each.
+    Ragged sets have a different number of tokens at every step, so rows are rounded up, by at most 1 / COUNTS. The
+    extra rows belong to no set: attention ignores them, and the caller removes them at the end (``take_rows``).
     """
     if not by_onednn(x):
         return x
@@ -48,26 +47,26 @@ def fill_rows(x: Tensor) -> Tensor:
 
 
 def add_rows(x: Tensor, rows: int) -> Tensor:
-    """[P, D] -> [rows, D], the new rows zero."""
+    """Pad with zero rows: [P, D] -> [rows, D]."""
     return x if len(x) == rows else nn.functional.pad(x, (0, 0, 0, rows - len(x)))
 
 
 def take_rows(x: Tensor, rows: int) -> Tensor:
-    """[R, ...] -> [rows, ...], the first ones.
+    """Return the first rows: [R, ...] -> [rows, ...].
 
-    No view if these are all: its backward would fill a tensor with zeros and copy, and FSDP2 warns of views.
+    If these are all rows, return ``x`` itself: the backward of a view fills a tensor with zeros, and FSDP2 warns of it.
     """
     return x if len(x) == rows else x[:rows]
 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Tokens that stand in several sets at a block's input, and tokens that are read at its output.
+    """Which rows of a block's input form its sets, and which tokens the block returns.
 
     Args:
-        source: [P], for each token of the sets the row of the block's input; None if row i is token i.
+        source: [P], the input row of each token of the sets; a row may be in several sets. None if row i is token i.
         kept: [P_k], the tokens that the block returns, in this order; None for all.
-        lengths: of the sets of the kept tokens; as many sets as before.
+        lengths: lengths of the sets of kept tokens; as many sets as before.
     """
 
     source: Tensor | None
@@ -75,7 +74,7 @@ class Route:
     lengths: SetLengths
 
     def rows(self, x: Tensor) -> Tensor:
-        """[R, D], the block's input -> [R_k, D], its rows of the tokens that are kept, and ``fill_rows``."""
+        """Return the input rows of the kept tokens, plus ``fill_rows``: [R, D] -> [R_k, D]."""
         index = self.source if self.kept is None else self.kept
         if self.source is not None and self.kept is not None:
             index = self.source.index_select(0, self.kept)
@@ -83,7 +82,7 @@ class Route:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention inside each set, with one projection for q, k and v."""
+    """Multi-head self-attention within each set, with one projection for q, k and v."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, backend: Backend = "auto") -> None:
         super().__init__()
@@ -95,12 +94,12 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None, rows: int | None = None) -> Tensor:
-        """[R, D] -> [rows, D], the first of which are tokens; see ``Block.forward``. ``rows`` is R by default."""
+        """Map [R, D] -> [rows, D], tokens first; see ``Block.forward``. ``rows`` is R by default."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
         return self.proj(self.attend(qkv, lengths, route, len(x) if rows is None else rows))
 
     def attend(self, qkv: Tensor, lengths: SetLengths, route: Route | None, rows: int) -> Tensor:
-        """[R, 3, h, d] -> [rows, D]: attention between the two products."""
+        """Attend, without the two projections: [R, 3, h, d] -> [rows, D]."""
         source, kept = (None, None) if route is None else (route.source, route.kept)
         qkv = take_rows(qkv, lengths.total) if source is None else qkv.index_select(0, source)
         q, k, v = qkv.unbind(1)  # 3 x [P, h, d]
@@ -121,10 +120,10 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, a residual branch is dropped for a whole set.
+    """Stochastic depth (Huang et al. 2016): in training, drop a residual branch for a whole set.
 
     Args:
-        rate: probability of dropping, 0 to below 1. What is kept is scaled by 1 / (1 - rate).
+        rate: probability of dropping, in [0, 1). Kept branches are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate: float) -> None:
@@ -145,10 +144,10 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-        compiled: run in compiled regions (compiled.py).
-        may_compile: whether ``compile_blocks`` may set that.
-        checkpointed: keep nothing but the input for the backward pass, which computes the rest again, stochastic depth
-            with the same draws (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+        compiled: whether to run in compiled regions (compiled.py).
+        may_compile: whether ``compile_blocks`` may set ``compiled``.
+        checkpointed: whether to save only the input for the backward pass and recompute the rest, with the same draws
+            of stochastic depth (Chen et al. 2016, "Training deep nets with sublinear memory cost").
     """
 
     def __init__(
@@ -170,15 +169,14 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, backend=backend)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        # The ratios of ViT-g and ViT-G are fractions whose product must come out whole.
+        # The ratios of ViT-g and ViT-G are fractions: rounding gives their integer widths.
         self.mlp = MLP(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None) -> Tensor:
-        """[R, D] -> [R, D]; with a ``route`` from its sources to the tokens that it keeps.
+        """Map [R, D] -> [R, D], or with a ``route`` to the tokens that it keeps.
 
-        What a token's own vector decides (norm1, q, k, v) is computed once for each row of ``x``, and what follows
-        attention for kept tokens alone.
+        norm1, q, k and v are computed once per row of ``x``, everything after attention for kept tokens only.
         """
         if self.checkpointed and torch.is_grad_enabled():
             draws = self.training and self.drop_path.rate > 0
@@ -197,17 +195,17 @@ class Block(nn.Module):
 def run_blocks(
     blocks: nn.ModuleList, x: Tensor, lengths: SetLengths, routes: Sequence[Route | None] | None = None
 ) -> Iterator[Tensor]:
-    """Yield the output of each block, each [R, D]; one after another, so that none is stored here.
+    """Yield the output of each block, [R, D], one after another, so that none is stored here.
 
     Args:
-        blocks: ``Block``s, whose weights are used in this order.
+        blocks: ``Block``s, in order.
         x: [R, D].
-        lengths: of the sets.
-        routes: for each block, see ``Block.forward``; None for none.
+        lengths: lengths of the sets.
+        routes: a route or None per block, see ``Block.forward``; None for no routes.
     """
     every: list[Any] = list(blocks)
     routes = [None] * len(every) if routes is None else routes
-    # Hooks of a block (FSDP2 gathers its weights in one) and checkpoints need a call of each block.
+    # Hooks (FSDP2 gathers weights in one) and activation checkpoints need each block to be called.
     apart = any(has_forward_hooks(b) or (b.checkpointed and torch.is_grad_enabled()) for b in every)
     if all(b.compiled for b in every) and not apart:
         yield from run_compiled(every, x, lengths, routes)
@@ -218,10 +216,10 @@ def run_blocks(
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """Makes every ``Block`` in a module ``checkpointed``.
+    """Set ``checkpointed`` in every ``Block`` of a module.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the module has no ``Block``.
     """
     blocks = [m for m in module.modules() if isinstance(m, Block)]
     if not blocks:
@@ -232,12 +230,12 @@ def checkpoint_activations(module: nn.Module) -> None:
 
 
 def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
-    """Compile the blocks whose option is ``auto``, if that pays: on CUDA, with Triton, for a wide encoder.
+    """Compile the blocks whose option is ``auto``, if that pays off: on CUDA, with Triton, for a wide encoder.
 
-    It is for training alone: a compilation takes longer than most evaluations.
+    For training only: a compilation takes longer than most evaluations.
 
     Args:
-        width: of the encoder, which decides for its predictor too.
+        width: width of the encoder, which decides for its predictor too.
     """
     if device.type == "cuda" and width >= WIDE and importlib.util.find_spec("triton") is not None:
         for block in module.modules():
@@ -257,11 +255,11 @@ def make_blocks(
     backend: Backend = "auto",
     compiled: Compile = False,
 ) -> nn.ModuleList:
-    """``depth`` blocks; the drop rate rises linearly from 0 to ``drop_path`` at the last one.
+    """Return ``depth`` blocks, whose drop rate rises linearly from 0 to ``drop_path``.
 
     Raises:
-        ValueError: a depth below 1, heads that do not divide the width, an MLP without a unit, an eps that is not
-            above 0, a drop rate outside [0, 1), an unknown backend.
+        ValueError: depth is below 1, heads do not divide the width, the MLP has no unit, eps is not above 0, the drop
+            rate is outside [0, 1), or the backend is unknown.
     """
     if depth < 1:
         raise ValueError(f"depth (={depth}) must be at least 1")
@@ -269,7 +267,7 @@ def make_blocks(
         raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0 and finite: the MLP needs a unit")
     if not 0 < norm_eps < math.inf:
         raise ValueError(f"norm_eps (={norm_eps}) must be above 0 and finite")
-    DropPath(drop_path)  # refuses what the user gave, and not a block's share of it
+    DropPath(drop_path)  # check the user's value, not a block's fraction of it
     check_choice("attention", backend, Backend)
     rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
     return nn.ModuleList(
@@ -288,14 +286,14 @@ def make_blocks(
 
 
 def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> None:
-    """Sets every Linear to a truncated normal (0.02) with zero bias, and every LayerNorm to one and zero.
+    """Initialise every Linear by a truncated normal (0.02) with zero bias, and every LayerNorm by one and zero.
 
-    ``released`` stops there: so does the released code, in effect (its constructor scales by depth, and
-    a second initialisation undoes it). ``depth_scaled`` also divides what each block adds to the stream
-    (attn.proj, mlp.fc2 of block l = 1, 2, ...) by sqrt(2 l), as BEiT does and the release means to.
+    ``released`` does no more, as the released code in effect: its constructor scales by depth, but a second
+    initialisation undoes that. ``depth_scaled`` also divides attn.proj and mlp.fc2 of block l = 1, 2, ... by sqrt(2 l),
+    as BEiT does and the release intends to.
 
     Raises:
-        ValueError: another ``init``.
+        ValueError: ``init`` is unknown.
     """
     check_choice("init", init, Init)
     for m in module.modules():

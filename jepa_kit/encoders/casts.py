@@ -1,4 +1,4 @@
-"""One cast for all weights of a block; autocast would cast each weight and each bias on its own."""
+"""Cast all weights of a block at once; autocast would cast each weight and bias separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Affine = tuple[Tensor, Tensor | None]
 
 
 class _Cast(torch.autograd.Function):
-    """Casts float32 tensors in one launch or a few, and their gradients back."""
+    """Cast float32 tensors in one or a few launches, and their gradients back."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,15 +43,15 @@ def _enabled(device_type: str) -> bool:
 
 
 def cast_together(linears: Sequence[nn.Linear], device_type: str) -> list[Affine]:
-    """Return weight and bias of each layer as autocast would cast them, bit for bit; gradients too.
+    """Return weight and bias of each layer as autocast casts them, bit for bit, gradients included.
 
-    Without autocast, and for parameters that are not float32, these are the parameters themselves.
+    Without autocast, or if parameters are not float32, return the parameters themselves.
     """
     parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
     if _enabled(device_type) and all(p.dtype == torch.float32 for p in parameters):
         dtype = torch.get_autocast_dtype(device_type)
         if torch.is_grad_enabled() and not all(p.requires_grad for p in parameters):
-            parameters = [p.to(dtype) for p in parameters]  # some are frozen: no gradient for those
+            parameters = [p.to(dtype) for p in parameters]  # some are frozen and get no gradient
         else:
             parameters = list(_Cast.apply(dtype, *parameters))
     given = iter(parameters)
@@ -60,7 +60,7 @@ def cast_together(linears: Sequence[nn.Linear], device_type: str) -> list[Affine
 
 @contextmanager
 def cast_weights(linears: Sequence[nn.Linear], device_type: str) -> Iterator[None]:
-    """Inside it, the layers have the weights of ``cast_together``."""
+    """Replace the layers' weights by those of ``cast_together`` inside the context."""
     if not _enabled(device_type):
         yield
         return

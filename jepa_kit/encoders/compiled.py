@@ -1,12 +1,11 @@
-"""torch.compile for transformer blocks over packed tokens: all but attention, which alone looks at lengths.
+"""torch.compile for transformer blocks over packed tokens: everything except attention, which depends on lengths.
 
-R, R_k = rows of packed tokens before and behind attention    D = width    h = heads    d = D / h
+R, R_k = rows of packed tokens before and after attention    D = width    h = heads    d = D / h
 
-The lengths of ragged sets are another tuple of integers at every step, for each of which a compiler would make a
-program. What is compiled here sees nothing of them but the number of rows, which is marked as one that varies. A region
-reaches from one attention to the next, across the border of two blocks, so that a residual sum and the norm that reads
-it are one kernel. Weights are arguments of a region and not part of it: blocks of one shape share a program, and a
-copied block (of a target encoder) runs with its own weights.
+Lengths of ragged sets are a new tuple of integers at every step, and a compiler would make a program for each. Regions
+depend only on the number of rows, which is marked as dynamic. A region extends from one attention to the next, across
+two blocks, so that a residual sum and the norm that reads it become one kernel. Weights are arguments of a region:
+blocks of the same shape share a program, and a copied block (of a target encoder) runs with its own weights.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from jepa_kit.set_lengths import SetLengths
 COMPILER = "inductor"
 """The backend of torch.compile."""
 MOST_PROGRAMS = 64
-"""Most programs of one region: for each shape of weights, with and without gradients and stochastic depth."""
+"""Maximum number of programs of a region: one per shape of weights, with and without gradients and drop path."""
 
 Affine = tuple[Tensor, Tensor | None]
 """Weight and bias of a norm or a linear layer."""
@@ -39,8 +38,8 @@ class Before(NamedTuple):
     qkv: Affine
 
 
-class Behind(NamedTuple):
-    """Weights of a block behind its attention."""
+class After(NamedTuple):
+    """Weights of a block after its attention."""
 
     proj: Affine
     norm: Affine
@@ -49,7 +48,7 @@ class Behind(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """What a block's attention leaves.
+    """The state after a block's attention.
 
     x: [R_k, D], the residual stream before the block.
     y: [R_k, D], the output of attention.
@@ -77,30 +76,30 @@ class Regions:
         def first(x: Tensor, before: Before) -> Tensor:
             return F.linear(norm(x, before.norm), *before.qkv)
 
-        def last(stream: Stream, behind: Behind) -> Tensor:
+        def last(stream: Stream, after: After) -> Tensor:
             x, y, kept, kept_mlp = stream
-            y = F.linear(y, *behind.proj)
+            y = F.linear(y, *after.proj)
             x = x + (y if kept is None else y * kept)
-            y = F.linear(F.gelu(F.linear(norm(x, behind.norm), *behind.fc1)), *behind.fc2)
+            y = F.linear(F.gelu(F.linear(norm(x, after.norm), *after.fc1)), *after.fc2)
             return x + (y if kept_mlp is None else y * kept_mlp)
 
-        def between(stream: Stream, behind: Behind, before: Before) -> tuple[Tensor, Tensor]:
-            x = last(stream, behind)
+        def between(stream: Stream, after: After, before: Before) -> tuple[Tensor, Tensor]:
+            x = last(stream, after)
             return x, first(x, before)
 
-        # With fullgraph torch raises FailOnRecompileLimitHit at the limit; by default it warns and runs uncompiled.
+        # With fullgraph, torch raises FailOnRecompileLimitHit at the limit; by default it warns and runs uncompiled.
         allow_recompiles(MOST_PROGRAMS)
 
         def compile(function: Callable[..., Any]) -> Callable[..., Any]:
-            # Only rows vary: without dynamic=False the second width would make a program for any width.
+            # Only rows vary: without dynamic=False, the second width would produce a program with a dynamic width.
             return torch.compile(function, backend=compiler, fullgraph=True, dynamic=False)
 
         self.first: Callable[[Tensor, Before], Tensor] = compile(first)
-        """[R, D] -> [R, 3 * D]: norm1, q, k and v of the first block."""
-        self.between: Callable[[Stream, Behind, Before], tuple[Tensor, Tensor]] = compile(between)
-        """-> x [R_k, D] and q, k, v [R_k, 3 * D]: from the attention of one block to that of the next."""
-        self.last: Callable[[Stream, Behind], Tensor] = compile(last)
-        """-> [R_k, D]: what comes behind the last attention."""
+        """norm1, q, k and v of the first block: [R, D] -> [R, 3 * D]."""
+        self.between: Callable[[Stream, After, Before], tuple[Tensor, Tensor]] = compile(between)
+        """From the attention of one block to that of the next: -> x [R_k, D] and q, k, v [R_k, 3 * D]."""
+        self.last: Callable[[Stream, After], Tensor] = compile(last)
+        """Everything after the last attention: -> [R_k, D]."""
 
 
 _regions = lru_cache(maxsize=None)(Regions)
@@ -110,21 +109,21 @@ def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: 
     """Yield what each block of jepa_kit/encoders/blocks.py returns without compilation, to rounding.
 
     Args:
-        blocks: of one eps.
+        blocks: blocks with the same eps.
         x: [R, D].
-        lengths: of the sets.
-        routes: a ``Route`` or None for each block.
+        lengths: lengths of the sets.
+        routes: a ``Route`` or None per block.
     """
     regions = _regions(blocks[0].norm1.eps, COMPILER)
-    before, behind = _weights(blocks[0], x)
+    before, after = _weights(blocks[0], x)
     qkv = regions.first(mark_dynamic(x), before)
     for block, route, following in zip(blocks, routes, (*blocks[1:], None), strict=True):
         stream = _stream(block, x, qkv, lengths, route)
-        of_block = behind
+        of_block = after
         if following is None:
             x = regions.last(stream, of_block)
         else:
-            before, behind = _weights(following, x)
+            before, after = _weights(following, x)
             x, qkv = regions.between(stream, of_block, before)
         yield x
 
@@ -138,8 +137,8 @@ def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any)
     return Stream(mark_dynamic(x), mark_dynamic(y), kept, kept_mlp)
 
 
-def _weights(block: Any, x: Tensor) -> tuple[Before, Behind]:
+def _weights(block: Any, x: Tensor) -> tuple[Before, After]:
     linears: list[nn.Linear] = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
     qkv, proj, fc1, fc2 = cast_together(linears, x.device.type)
     norm1, norm2 = ((norm.weight, norm.bias) for norm in (block.norm1, block.norm2))
-    return Before(norm1, qkv), Behind(proj, norm2, fc1, fc2)
+    return Before(norm1, qkv), After(proj, norm2, fc1, fc2)

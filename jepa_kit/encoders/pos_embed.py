@@ -13,10 +13,10 @@ from jepa_kit.structures import Grid
 
 
 def sincos_2d(embed_dim: int, grid: Grid) -> Tensor:
-    """The position table of a grid.
+    """Return the position table of a grid.
 
-    The first half of the width encodes the column, the second half the row; each half is the sine and
-    then the cosine of position / 10000**(i / (D / 4)). Computed in float64 and stored in float32, as the
+    The first half of the width encodes the column, the second half the row; each half is the sine, then
+    the cosine of position / 10000**(i / (D / 4)). Computed in float64 and stored in float32, as the
     released code does.
 
     Returns:
@@ -37,7 +37,7 @@ def sincos_2d(embed_dim: int, grid: Grid) -> Tensor:
 
 
 def interpolate_pos_embed(table: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
-    """Positions for another grid, by bicubic interpolation of the trained one (as ViT and DINO do).
+    """Return positions for another grid by bicubic interpolation, as ViT and DINO do.
 
     Args:
         table: [N, D] for ``from_grid``.

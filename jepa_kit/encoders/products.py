@@ -1,4 +1,4 @@
-"""Linear layers, whose products are computed by oneDNN on an x86 CPU.
+"""Linear layers whose products use oneDNN on an x86 CPU.
 
 R = rows    K = width in    N = width out
 """
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 @lru_cache(maxsize=2)
 def _available(dtype: torch.dtype) -> bool:
-    # Without MKL torch is built for another kind of processor, for which nothing was measured.
+    # Without MKL, torch is built for another kind of processor, on which this has not been measured.
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -35,7 +35,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 def by_onednn(x: Tensor) -> bool:
     """Return whether ``linear`` of ``x`` [R, K] is computed by oneDNN."""
-    # Compilers and tracers know torch's operator better.
+    # Compilers and tracers handle torch's operator better.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return x.device.type == "cpu" and x.ndim == 2 and not traced and _available(_dtype(x))
 
@@ -54,8 +54,11 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
 
 class _Linear(torch.autograd.Function):
-    """x w^T + b by oneDNN. On an AVX-512 core without AMX that takes 0.87 (float32) and 0.93 (bf16) of the time of
-    ``torch.addmm``, which calls MKL in float32, and in bf16 first writes the bias into every row of the output."""
+    """x w^T + b by oneDNN.
+
+    On an AVX-512 core without AMX this takes 0.87 (float32) and 0.93 (bf16) of the time of ``torch.addmm``, which calls
+    MKL in float32, and in bf16 first writes the bias into every row of the output.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,12 +72,12 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         dx = dw = db = None
         if of_x:
-            # In bf16 torch's product is as fast, and both call oneDNN.
+            # In bf16, torch's product is as fast: both call oneDNN.
             dx = _onednn(grad, weight.t(), None) if grad.dtype == torch.float32 else grad @ weight
         if of_weight:
             dw = grad.t() @ x
         if of_bias:
-            # torch sums columns in float32 at half the speed of this product.
+            # torch's sum over rows in float32 takes twice as long as this product.
             db = grad.t().mv(grad.new_ones(len(grad))) if grad.dtype == torch.float32 else grad.sum(0)
         return dx, dw, db
 
@@ -103,7 +106,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """Return the GELU of ``self(x)``: one kernel if no gradient is needed, which would need what goes into it."""
+        """Return the GELU of ``self(x)``; one kernel if no gradient is needed, as a backward pass needs its input."""
         if torch.is_grad_enabled() or not by_onednn(x):
             return F.gelu(self(x))
         dtype = _dtype(x)

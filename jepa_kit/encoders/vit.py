@@ -55,9 +55,9 @@ SIZES: dict[str, _Shape] = {
 
 
 class PatchEmbed(nn.Module):
-    """A linear map from the pixels of a patch to a token; only the patches asked for are touched.
+    """Map the pixels of each selected patch to a token, linearly.
 
-    The weight has the shape of the convolution that other code bases use, [D, C, p, p].
+    The weight has the shape of the convolution of other code bases, [D, C, p, p].
     """
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, patches: PatchSets | None) -> Tensor:
-        """[B, C, H * p, W * p] -> [R, D]: P patches, or B * N where ``patches`` is None, and ``fill_rows``."""
+        """Embed [B, C, H * p, W * p] -> [R, D]: P patches, or B * N if ``patches`` is None, plus ``fill_rows``."""
         p = self.patch_size
         if patches is None:
             pixels = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
@@ -82,28 +82,28 @@ class ViT(nn.Module):
     """Pre-norm ViT with fixed sine-cosine positions and without a class token (I-JEPA, section 3 and A.1).
 
     Args:
-        image_size: (h, w) pixels of the images to train on; supplied by the recipe.
+        image_size: (h, w) in pixels of training images; supplied by the recipe.
         patch_size: side of a patch in pixels; divides both sides of the image.
-        size: a size of the field (``SIZES`` names its source), or None where the next four are given.
-        embed_dim, depth, num_heads, mlp_ratio: each replaces that value of ``size``. mlp_ratio is 4 by default.
+        size: a standard size (``SIZES`` names its source), or None if the next options are given.
+        embed_dim, depth, num_heads, mlp_ratio: override the values of ``size``. mlp_ratio is 4 by default.
         in_chans: channels of an image.
-        qkv_bias: a bias for q, k and v.
+        qkv_bias: whether q, k and v have a bias.
         norm_eps: eps of every LayerNorm.
-        drop_path: stochastic depth at the last block, in [0, 1); it rises linearly from 0 at the first.
-        input_norm: ``image`` takes each image's own mean from each of its channels and divides by its own deviation
-            (plus 0.1), so that colour and brightness of the whole image are not what is easiest to predict; ``none``
-            takes images as they come, as the release does.
-        init: weights as released, or scaled down by depth (``init_transformer``).
-        patch_init: the patch embedding as released (truncated normal 0.02), or Xavier-uniform over its
-            flattened pixels as MAE has it. With small patches the released one leaves the content of a token
-            far smaller than its position (a fifth, with 4 x 4 pixels), and training stays at positions.
-        compile: torch.compile for all of a block but attention: fewer kernels, and minutes before the first step
-            is done. ``auto`` compiles in training on CUDA, if the encoder is a ViT-B or wider (``compile_blocks``).
+        drop_path: rate of stochastic depth at the last block, in [0, 1); it rises linearly from 0 at the first.
+        input_norm: ``image`` subtracts each image's mean per channel and divides by the image's standard deviation
+            (plus 0.1), so that overall colour and brightness are not the easiest thing to predict; ``none`` does
+            nothing, as the release.
+        init: initial weights as released, or scaled down by depth (``init_transformer``).
+        patch_init: initial patch embedding: ``released`` is a truncated normal (0.02), ``xavier`` is Xavier-uniform
+            over flattened pixels, as in MAE. With small patches, the released one makes a token's content much
+            smaller than its position (a fifth with 4 x 4 pixels), and training learns positions only.
+        compile: torch.compile for everything in a block except attention: fewer kernels, but minutes before the first
+            step. ``auto`` compiles in training on CUDA if the encoder is a ViT-B or wider (``compile_blocks``).
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
-        ValueError: neither a size nor all of width, depth and heads; a patch size that does not divide
-            the image; a width that heads or positions do not divide; any other value outside its range.
+        ValueError: neither a size nor all of width, depth and heads are given; the patch size does not divide the
+            image; heads or positions do not divide the width; or another value is outside its range.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Sets every parameter and buffer anew."""
+        """Initialise all parameters and buffers."""
         self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid))
         init_transformer(self, self.blocks, self.init)
         if self.patch_init == "xavier":
@@ -170,22 +170,22 @@ class ViT(nn.Module):
             nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, images: Tensor, patches: PatchSets | None = None) -> Tensor:
-        """Tokens of the patches asked for; each set attends to itself alone.
+        """Encode the given patches; each set attends only to itself.
 
         Args:
-            images: [B, C, h, w], normalised. Other sizes than ``image_size`` get interpolated positions.
-            patches: the sets to encode; None is every patch of every image.
+            images: [B, C, h, w], normalised; positions are interpolated for sizes other than ``image_size``.
+            patches: the sets to encode; None for all patches of each image.
 
         Returns:
-            [P, D], packed as ``patches``; [B * N, D] where it is None.
+            [P, D], packed as ``patches``; [B * N, D] if it is None.
 
         Raises:
-            ValueError: another number of channels, or sides that the patch size does not divide.
+            ValueError: the number of channels is wrong, or the patch size does not divide the image.
         """
         return self.forward_layers(images, patches, last=1)[0]
 
     def forward_layers(self, images: Tensor, patches: PatchSets | None = None, *, last: int) -> list[Tensor]:
-        """The outputs of the last ``last`` blocks, each through the final norm: ``last`` tensors [P, D]."""
+        """Return the outputs of the last ``last`` blocks after the final norm: ``last`` tensors [P, D]."""
         if not 1 <= last <= self.depth:
             raise ValueError(f"last (={last}) must be from 1 to the encoder's depth (={self.depth})")
         x, lengths = self.embed(images, patches)
@@ -196,13 +196,13 @@ class ViT(nn.Module):
         return outputs
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
-        """Content plus position of each patch: [R, D], of which the first P are tokens, and the lengths of the sets."""
+        """Return content plus position of each patch, [R, D] with the P tokens first, and the lengths of the sets."""
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, h, w], not {tuple(images.shape)}")
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         if self.input_norm == "image":
             centred = images - images.mean((2, 3), keepdim=True)
-            # torch.std gives the same, and takes 30 times as long on a CPU
+            # as torch.std, which takes 30 times as long on a CPU
             deviation = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / (centred[0].numel() - 1) ** 0.5
             images = centred / (deviation + 0.1)
         table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
@@ -217,7 +217,7 @@ class ViT(nn.Module):
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:
-    """(H, W): how many patches an image has.
+    """Return (H, W), the patch grid of an image.
 
     Raises:
         ValueError: the patch size does not divide both sides.

@@ -1,6 +1,6 @@
 """The narrow ViT that predicts one target block at a time.
 
-P_c, P_t = packed context and target patches    S_t = target sets    D = encoder's width    E = own width
+P_c, P_t = packed context and target patches    S_t = target sets    D = encoder's width    E = predictor's width
 P = tokens of all sequences    R = P rows or a few more (``fill_rows``)
 """
 
@@ -28,27 +28,27 @@ from jepa_kit.structures import MaskBatch
 
 @PREDICTORS.register("vit")
 class ViTPredictor(nn.Module):
-    """I-JEPA's predictor (section 3, A.1): for each target block, one pass over context and mask tokens.
+    """I-JEPA's predictor (section 3, A.1): one pass over context and mask tokens per target block.
 
-    The sequence of a target block is the tokens of its context, mapped to the own width and given their
-    positions, then one mask token for each patch of the block, at its position. Blocks do not see each other.
+    The sequence of a target block consists of its context's tokens, projected to the predictor's width, and one mask
+    token per patch of the block, all with their positions. Blocks do not attend to each other.
 
     Args:
         embed_dim: D; supplied by the recipe.
-        out_dim: width of a target; supplied by the recipe.
+        out_dim: width of targets; supplied by the recipe.
         grid: (H, W) patches of an image; supplied by the recipe.
         width: E (384 in the paper for every encoder).
         depth: blocks (6 for ViT-B, 12 for larger ones).
-        num_heads: the release takes as many as the encoder has.
+        num_heads: as many as the encoder's in the release.
         mlp_ratio: hidden width of the MLP over E.
         norm_eps: eps of every LayerNorm.
         drop_path: stochastic depth, see ``ViT``.
-        init: weights as released, or scaled down by depth.
+        init: see ``ViT``.
         compile: see ``ViT``.
         attention: the backend of ``attend``; supplied by the recipe.
 
     Raises:
-        ValueError: a width that heads or positions do not divide, or any other value outside its range.
+        ValueError: heads or positions do not divide the width, or another value is outside its range.
     """
 
     def __init__(
@@ -91,23 +91,23 @@ class ViTPredictor(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Sets every parameter and buffer anew."""
+        """Initialise all parameters and buffers."""
         self.pos_embed.copy_(sincos_2d(self.width, self.grid))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         init_transformer(self, self.blocks, self.init)
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
-        """Predictions for every target patch.
+        """Predict every target patch.
 
         Args:
             context: s_x [P_c, D], packed as ``masks.context``.
-            masks: of the grid that the predictor was made for.
+            masks: masks on the predictor's grid.
 
         Returns:
             s_hat_y [P_t, out_dim], packed as ``masks.targets``.
 
         Raises:
-            ValueError: masks of another grid.
+            ValueError: the masks have another grid.
         """
         if masks.grid != self.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be the predictor's (={self.grid})")
@@ -116,8 +116,8 @@ class ViTPredictor(nn.Module):
         hidden = self.mask_token + self.pos_embed[masks.targets.index]  # [P_t, E]
         order, is_target = sequence_order(masks)
         x = fill_rows(torch.cat([seen, hidden.to(seen.dtype)]))  # [P_c + P_t, E] and rows
-        # A context token stands in the sequence of each of its target blocks, and is the same in all of them up to the
-        # first attention. After the last attention only target tokens are read.
+        # A context token is in the sequence of each of its target blocks. Up to the first attention its value is the
+        # same in all of them, so the first block computes it once. After the last attention only targets are needed.
         routes: list[Route | None] = [None] * len(self.blocks)
         routes[0] = Route(order, None, masks.sequences)
         routes[-1] = Route(order if len(routes) == 1 else None, is_target, masks.targets.lengths)
@@ -127,10 +127,10 @@ class ViTPredictor(nn.Module):
 
 
 def sequence_order(masks: MaskBatch) -> tuple[Tensor, Tensor]:
-    """How the sequences of ``masks.sequences`` are made of context and target tokens: the context first.
+    """Return how ``masks.sequences`` are composed of context and target tokens, context first.
 
     Returns:
-        order [P]: which row of the P_c context and P_t target tokens, one after another, stands at each place.
+        order [P]: for each place, its row in the concatenation of P_c context and P_t target tokens.
         is_target [P_t]: the places of the target tokens, in the order of ``masks.targets``.
     """
     context, targets, lengths = masks.context.lengths, masks.targets.lengths, masks.sequences

@@ -203,7 +203,7 @@ def test_plain_lengths_are_taken_too() -> None:
 def test_refuses_unlike_shapes() -> None:
     q, k, v, _ = draw((4,))
     with pytest.raises(
-        ValueError, match=r"q, k and v must be \[P, heads, head_dim\] alike, not \(4, 3, 8\), \(3, 3, 8\)"
+        ValueError, match=r"q, k and v must have one shape \[P, heads, head_dim\], not \(4, 3, 8\), \(3, 3, 8\)"
     ):
         attend(q, k[:3], v, [4])
     with pytest.raises(ValueError, match=r"alike, not \(4, 24\), \(4, 24\), \(4, 24\)"):
@@ -212,7 +212,7 @@ def test_refuses_unlike_shapes() -> None:
 
 def test_refuses_lengths_that_do_not_add_up() -> None:
     q, k, v, _ = draw((4,))
-    with pytest.raises(ValueError, match=r"lengths add up to 5, but q holds 4 tokens"):
+    with pytest.raises(ValueError, match=r"lengths add up to 5, but q has 4 tokens"):
         attend(q, k, v, [2, 3])
 
 

@@ -86,7 +86,7 @@ def test_xformers_is_taken_if_its_kernels_load(monkeypatch: pytest.MonkeyPatch) 
         (
             True,
             "xFormers wasn't build with CUDA support",
-            r"none of its operators takes bfloat16 with heads of 8 \(fa2F@2.5.7-pt: xFormers wasn't build with CUDA",
+            r"none of its operators supports bfloat16 with heads of 8 \(fa2F@2.5.7-pt: xFormers wasn't build with CUDA",
         ),
     ],
     ids=["library", "operators"],
