@@ -18,6 +18,7 @@ SMALL = {
     "machine": {"commit": "1234567", "torch": "2.0"},
     "training": {
         "fsdp": {
+            "config": {"train.seed": 0},
             "lines": [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25}],
             "state": {"model": {"encoder.norm.bias": f"{BITS} norm 2.0"}},
         }
@@ -74,11 +75,13 @@ def test_a_missing_section_or_protocol_is_a_difference(tmp_path, section):
     assert compared(tmp_path, other, SMALL)[:2] == (1, [f"{section}: only in the second", "1 differences"])
 
 
-def test_rounding_of_protocols_and_another_machine_are_no_difference(tmp_path):
+def test_rounding_of_protocols_another_machine_and_names_of_options_are_no_difference(tmp_path):
     other = copy.deepcopy(SMALL)
     other["protocols"]["knn"]["target shape accuracy"]["accuracy"] += 5e-13
     other["machine"]["torch"] = "2.1"
-    assert compared(tmp_path, SMALL, other) == (0, ["note: torch: '2.0' and '2.1'", "no difference"], "")
+    other["training"]["fsdp"]["config"] = {"train.seed": 1}
+    notes = ["note: machine.torch: '2.0' and '2.1'", "note: training.fsdp.config.train.seed: 0 and 1"]
+    assert compared(tmp_path, SMALL, other) == (0, [*notes, "no difference"], "")
 
 
 @pytest.mark.parametrize(
