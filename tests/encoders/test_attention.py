@@ -206,7 +206,7 @@ def test_refuses_unlike_shapes() -> None:
         ValueError, match=r"q, k and v must have one shape \[P, heads, head_dim\], not \(4, 3, 8\), \(3, 3, 8\)"
     ):
         attend(q, k[:3], v, [4])
-    with pytest.raises(ValueError, match=r"alike, not \(4, 24\), \(4, 24\), \(4, 24\)"):
+    with pytest.raises(ValueError, match=r"head_dim\], not \(4, 24\), \(4, 24\), \(4, 24\)"):
         attend(*(x.flatten(1) for x in (q, k, v)), [4])
 
 
