@@ -12,7 +12,7 @@ from typing import Any
 from fuzz import ROOT, Harmed, damaged, temporary_folder
 
 from jepa_kit.config import Config, config_from_dict, load_config
-from jepa_kit.config.yaml_text import dump_yaml
+from jepa_kit.config.load import dump_yaml
 from jepa_kit.evaluation.tables.compare import compare, to_csv, to_markdown
 from jepa_kit.evaluation.tables.results import FORMAT
 from jepa_kit.evaluation.tables.runs import load

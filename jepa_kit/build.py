@@ -9,10 +9,6 @@ from typing import Any
 
 import torch
 
-# The members of each slot register themselves.
-import jepa_kit.losses
-import jepa_kit.predictors
-import jepa_kit.targets  # noqa: F401
 from jepa_kit.config import Config, Part, located
 from jepa_kit.errors import ConfigError
 from jepa_kit.interfaces import Masker

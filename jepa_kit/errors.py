@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -81,3 +83,30 @@ class StartError(RuntimeError):
 
 class PeerError(RuntimeError):
     """Another process failed; its own log has the error."""
+
+
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Prefix a constructor's error with the path of its entry in the config: ``masker: num_targets (=0) must be ...``.
+
+    Raises:
+        ConfigError: instead of a ValueError, its cause; a ConfigError passes unchanged.
+        TypeError: instead of a TypeError, its cause.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error of torch.load, without its advice to load the file unsafely."""
+    if found := re.search(r"(?:GLOBAL|[Uu]nsupported (?:class|operand|type)) +(\S+)", str(error)):
+        return f"it names {found[1]}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith("Weights only load failed")]
+    return (reasons or [type(error).__name__])[0].partition(" Please ")[0][:200]

@@ -1,4 +1,4 @@
-"""Registries of parts: a name in YAML, a class in Python, and the class's signature as the schema.
+"""Registries of parts: a name in YAML chooses a class, whose signature is the schema of its options.
 
 A part is a class whose constructor takes keyword-only, annotated values:
 
@@ -6,22 +6,26 @@ A part is a class whose constructor takes keyword-only, annotated values:
     class Checkerboard:
         def __init__(self, *, grid: tuple[int, int], phase: int = 0) -> None: ...
 
-What the recipe supplies (``grid`` here) is declared with the registry and may not be given in a config.
+Arguments that the recipe supplies (here ``grid``) are declared with the registry and may not be given in a config.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fvcore.common.registry import Registry
 
 T = TypeVar("T", bound=Callable[..., Any])
+
+Backend = Literal["auto", "xformers", "sdpa", "reference"]
+"""Backends of ``jepa_kit.encoders.attend``; here, so that configs need not import it."""
 
 REQUIRED: Any = inspect.Parameter.empty
 """The default of an option that has none."""
@@ -29,7 +33,7 @@ REQUIRED: Any = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a part: its type, and its default or ``REQUIRED``."""
+    """An option of a part: its type, and its default or ``REQUIRED``."""
 
     name: str
     annotation: Any
@@ -37,23 +41,23 @@ class Option:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' where a known name is close, else '.': the end of a message's first sentence."""
+    """Return the end of a sentence: '; did you mean 'x'?' if a known name is close, else '.'."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raises: ValueError: ``value`` is none of a Literal's words."""
-    words = typing.get_args(choices)
-    if value not in words:
-        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, words))}")
+    """Raise ValueError if ``value`` is not among the values of a Literal."""
+    allowed = typing.get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
 
 
 def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
-    """The keyword-only, annotated arguments of a callable, by name.
+    """Return the arguments of a callable by name.
 
     Raises:
-        TypeError: an argument without an annotation, one that is not keyword-only, ``*args`` or ``**kwargs``.
+        TypeError: an argument has no annotation or is not keyword-only, or there are ``*args`` or ``**kwargs``.
     """
     init = factory.__init__ if inspect.isclass(factory) else factory
     hints = typing.get_type_hints(init)
@@ -81,17 +85,25 @@ def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
 
 
 class PartRegistry(Registry):
-    """fvcore's Registry with names of our choice and the contract of a slot.
+    """fvcore's Registry with names that need not be those of the classes, and with the contract of a slot.
 
     Args:
-        slot: the word that names the slot in YAML, in the folders and in the paper.
-        supplied: what the recipe gives a part of this slot, name -> where it comes from.
+        slot: name of the slot in YAML, in the folders and in the paper.
+        supplied: argument that the recipe supplies -> where its value comes from.
+        package: module of jepa_kit whose import registers its parts; it is imported at the first look-up.
     """
 
-    def __init__(self, slot: str, supplied: Mapping[str, str] | None = None) -> None:
+    def __init__(self, slot: str, supplied: Mapping[str, str] | None = None, *, package: str | None = None) -> None:
         super().__init__(slot)
         self.slot = slot
         self.supplied: dict[str, str] = dict(supplied or {})
+        self._package = package
+
+    def import_members(self) -> None:
+        """Import the parts of jepa_kit, which register themselves; does nothing the second time."""
+        if self._package is not None:
+            package, self._package = self._package, None
+            importlib.import_module(package)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers a class, or a function that returns a part, as ``name``.
@@ -113,33 +125,36 @@ class PartRegistry(Registry):
 
         return add
 
+    def __contains__(self, name: object) -> bool:
+        self.import_members()
+        return name in self._obj_map
+
     def names(self) -> list[str]:
-        return sorted(name for name, _ in self)
+        """Return the registered names, sorted."""
+        self.import_members()
+        return sorted(self._obj_map)
 
     def get(self, name: str) -> Any:
-        """The class registered as ``name``.
+        """Return the class registered as ``name``.
 
         Raises:
-            KeyError: there is none; the message lists the names.
+            KeyError: the name is not registered; the message lists those that are.
         """
         if name not in self:
             raise KeyError(self.unknown(name))
         return super().get(name)
 
     def unknown(self, name: object) -> str:
-        """The message for a name that is not registered."""
+        """Return the message for a name that is not registered."""
         hint = did_you_mean(str(name), self.names())
         return f"{name!r} is not a registered {self.slot}{hint} Registered: {', '.join(self.names()) or 'none'}"
 
     def options(self, name: str) -> dict[str, Option]:
-        """What a config may say about the part: its arguments without the supplied ones."""
+        """Return the options of a part in a config: its arguments without the supplied ones."""
         return {k: o for k, o in signature_options(self.get(name)).items() if k not in self.supplied}
 
     def build(self, name: str, options: Mapping[str, Any], **supplied: Any) -> Any:
-        """Constructs the part from checked options and what the recipe supplies.
-
-        A part takes only those supplied values that its constructor names.
-        """
+        """Construct a part from checked options and those supplied values that its constructor takes."""
         cls = self.get(name)
         wanted = signature_options(cls)
         return cls(**options, **{k: v for k, v in supplied.items() if k in wanted})
@@ -152,7 +167,7 @@ def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supp
         path: of the mapping in the config; every message begins with it.
         raw: as in YAML; values are not converted.
         registry: where the name is registered.
-        supplied: what the recipe gives; the part gets those that its constructor names.
+        supplied: by the recipe; the part gets those that its constructor takes.
 
     Raises:
         ValueError: an unregistered name, an unknown option, or a value that the part rejects.
@@ -174,24 +189,25 @@ def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supp
         raise ValueError(f"{path}: {error}") from error
 
 
-MASKERS = PartRegistry("masker", {"grid": "data.image_size over encoder.patch_size"})
-ENCODERS = PartRegistry("encoder", {"image_size": "data.image_size", "attention": "train.attention"})
+_GRID = "data.image_size over encoder.patch_size"
+MASKERS = PartRegistry("masker", {"grid": _GRID}, package="jepa_kit.maskers")
+ENCODERS = PartRegistry(
+    "encoder", {"image_size": "data.image_size", "attention": "train.attention"}, package="jepa_kit.encoders"
+)
 PREDICTORS = PartRegistry(
     "predictor",
-    {
-        "embed_dim": "the encoder's",
-        "out_dim": "the target's",
-        "grid": "data.image_size over encoder.patch_size",
-        "attention": "train.attention",
-    },
+    {"embed_dim": "the encoder's", "out_dim": "the target's", "grid": _GRID, "attention": "train.attention"},
+    package="jepa_kit.predictors",
 )
 TARGETS = PartRegistry(
-    "target", {"embed_dim": "the encoder's", "depth": "the encoder's", "patch_size": "the encoder's"}
+    "target",
+    {"embed_dim": "the encoder's", "depth": "the encoder's", "patch_size": "the encoder's"},
+    package="jepa_kit.targets",
 )
-LOSSES = PartRegistry("loss")
-TARGET_UPDATES = PartRegistry("target_update")
-TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"})
-"""Of ``data.transforms``; no slot of a recipe."""
+LOSSES = PartRegistry("loss", package="jepa_kit.losses")
+TARGET_UPDATES = PartRegistry("target_update", package="jepa_kit.target_updates")
+TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"}, package="jepa_kit.data.transforms")
+"""For ``data.transforms``, which is not a slot of a recipe."""
 
 SLOTS: dict[str, PartRegistry] = {r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, LOSSES, TARGET_UPDATES)}
-"""The six slots of a recipe, in the order in which the data passes them."""
+"""The six slots of a recipe, in the order in which data passes them."""

@@ -36,7 +36,7 @@ def test_what_the_runner_finds(fuzz, capsys):
     """Of seven cases one is fine, one is refused, and five fail; the worker goes on after a hang and a death."""
 
     def refused():
-        from jepa_kit.config.yaml_text import parse_yaml
+        from jepa_kit.config.load import parse_yaml
 
         parse_yaml("[", "x")
 

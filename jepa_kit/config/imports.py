@@ -1,4 +1,4 @@
-"""``imports:`` of a config: modules that register parts, from anywhere."""
+"""Import the modules that a config lists under ``imports``, which register parts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,17 @@ from typing import Any
 
 from jepa_kit.errors import ConfigError
 
-_PACKAGES = ("maskers", "encoders", "predictors", "targets", "losses", "target_updates", "data.transforms")
 _OURS = ("jepa_kit", "projects")
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def import_members() -> None:
-    """Imports the package's own parts, so that the registries know them."""
-    for name in _PACKAGES:
-        importlib.import_module(f"jepa_kit.{name}")
-
-
 def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
-    """The entries, with the paths of .py files absolute; none, with a line in ``problems``, for what is no list.
+    """Return the entries, with absolute paths of .py files.
 
     Args:
-        raw: what the YAML says.
-        folder: what relative paths start from.
-        problems: gets the line.
+        raw: value of ``imports``.
+        folder: relative paths start here.
+        problems: gets a line if ``raw`` is not a list of names; the result is empty then.
     """
     if not isinstance(raw, list) or not all(isinstance(x, str) and x for x in raw):
         problems.append(f"imports (={raw!r}) must be a list of modules, such as [projects.my_variant.masker]")
@@ -39,7 +32,7 @@ def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
 
 
 def ships_with_project(name: str) -> bool:
-    """Whether an entry is a module of this installation's jepa_kit/ or projects/; nothing is imported to find out.
+    """Return whether an entry is a module in jepa_kit/ or projects/ of this installation, without importing it.
 
     Args:
         name: dotted, or an absolute path of a .py file.
@@ -52,7 +45,7 @@ def ships_with_project(name: str) -> bool:
         return False
     if _REPOSITORY not in sys.path:
         sys.path.append(_REPOSITORY)
-    for folder in sys.path:  # another module of this name must not come first
+    for folder in sys.path:  # a module of this name that comes first would be imported instead
         path = os.path.join(folder or os.getcwd(), *parts)
         if os.path.isfile(f"{path}.py") or os.path.isdir(path):
             return os.path.realpath(path) == os.path.join(os.path.realpath(_REPOSITORY), *parts)
@@ -60,10 +53,10 @@ def ships_with_project(name: str) -> bool:
 
 
 def check_trusted(raw: Any, source: str) -> None:
-    """Raise ConfigError if ``imports`` of a config that others may have written names modules from elsewhere.
+    """Raise ConfigError if ``imports`` of a config that others may have written has modules from elsewhere.
 
     Args:
-        raw: what the config has under ``imports``.
+        raw: value of ``imports``.
         source: the checkpoint or config, for the message.
     """
     names = resolve_imports(raw, os.getcwd(), [])
@@ -79,11 +72,11 @@ def check_trusted(raw: Any, source: str) -> None:
 
 
 def import_parts(name: str, folder: str) -> Exception | None:
-    """Imports a module by its dotted name, or a .py file by its path; returns what made that fail.
+    """Import a module by its dotted name, or a .py file by its path; return the error if that fails.
 
-    A dotted name is looked for on ``sys.path``, then from the current folder, from the folders above the config
-    and from this package's checkout; the place where it is found joins ``sys.path``, so that loader workers find
-    it too. Errors other than those caught here are bugs of the module and come through with their own traceback.
+    A dotted name is searched on ``sys.path``, then in the current folder, in the folders above the config and in the
+    checkout of this package. Its folder is appended to ``sys.path``, so that loader workers find it too. Errors other
+    than those caught here are bugs of the module, and keep their traceback.
 
     Args:
         name: dotted, or an absolute path.
@@ -100,7 +93,7 @@ def import_parts(name: str, folder: str) -> Exception | None:
 
 
 def find_source(name: str) -> Path | None:
-    """The file of an entry of ``imports`` that has been imported; None for one without a source file."""
+    """Return the source file of an imported entry of ``imports``; None if it has none."""
     if name.endswith(".py"):
         return Path(name)
     file = getattr(sys.modules.get(name), "__file__", None)
@@ -112,7 +105,7 @@ def _import_dotted(name: str, folder: str) -> None:
         importlib.import_module(name)
         return
     except ModuleNotFoundError as error:
-        if not _is_itself(name, error):
+        if not _is_missing(name, error):
             raise
     for root in _roots(folder):
         path = os.path.join(root, *name.split("."))
@@ -124,19 +117,20 @@ def _import_dotted(name: str, folder: str) -> None:
             importlib.import_module(name)
             return
         except ModuleNotFoundError as error:
-            if not _is_itself(name, error):
+            if not _is_missing(name, error):
                 raise
     raise ModuleNotFoundError(
         f"no module of this name on sys.path, in {os.getcwd()}, or in a folder above the config", name=name
     )
 
 
-def _is_itself(name: str, error: ModuleNotFoundError) -> bool:
-    """The module that was not found is the one asked for (or a package of it), not one that it imports."""
+def _is_missing(name: str, error: ModuleNotFoundError) -> bool:
+    """Return whether the module itself (or its package) was not found, and not a module that it imports."""
     return error.name is not None and f"{name}.".startswith(f"{error.name}.")
 
 
 def _roots(folder: str) -> Iterator[str]:
+    """Yield the folders that are searched besides ``sys.path``."""
     yield os.getcwd()
     while folder and os.path.dirname(folder) != folder:
         yield folder
@@ -155,7 +149,7 @@ def _import_file(path: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)
     importlib.invalidate_caches()
-    # The plain name can be imported in a loader worker as well; another module may have it already.
+    # Loader workers can import the plain name too, unless another module has it.
     name = os.path.splitext(file)[0]
     found = importlib.util.find_spec(name) if name.isidentifier() and name not in sys.modules else None
     if found is None or found.origin is None or os.path.realpath(found.origin) != real:

@@ -1,21 +1,23 @@
-"""The config after all checks, and the ways to get one."""
+"""``Config``, the checked config of a run, and the functions that return one."""
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from jepa_kit.config.checking import Part, check_config
-from jepa_kit.config.imports import check_trusted, import_members, import_parts, resolve_imports
-from jepa_kit.config.merging import apply_overrides
+import jepa_kit
+from jepa_kit.config.check import Part, check_config, plain
+from jepa_kit.config.imports import check_trusted, import_parts, resolve_imports
+from jepa_kit.config.load import apply_overrides, dump_yaml, read_config
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
-from jepa_kit.config.sources import read_config
-from jepa_kit.config.typed import plain
-from jepa_kit.config.versions import versions
-from jepa_kit.config.yaml_text import dump_yaml
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, SLOTS
 from jepa_kit.run_folder import RUN_CONFIG
@@ -23,14 +25,14 @@ from jepa_kit.run_folder import RUN_CONFIG
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that a run is made of; checked, converted, with every default written out.
+    """The checked config of a run: converted values, with every default written out.
 
     Args:
         slots: slot -> part, for every slot but ``loss``.
         losses: the terms of the loss, each with its weight; at least one.
         data, optim, train, checkpoint, evaluate: the sections.
         imports: modules (dotted) and .py files (absolute) that registered parts.
-        written_by: the versions of whoever wrote the file, where it was a resolved config; not compared.
+        written_by: ``versions`` of the file, if it was a resolved config; not compared.
     """
 
     slots: Mapping[str, Part]
@@ -44,7 +46,7 @@ class Config:
     written_by: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that ``config_from_dict`` turns into an equal Config; with the present ``versions``."""
+        """Return plain values from which ``config_from_dict`` makes an equal Config, with the present ``versions``."""
         resolved: dict[str, Any] = {"imports": list(self.imports)} if self.imports else {}
         for slot in SLOTS:
             if slot == LOSSES.slot:
@@ -57,11 +59,11 @@ class Config:
         return resolved | {"versions": versions()}
 
     def to_yaml(self) -> str:
-        """``to_dict`` as text."""
+        """Return ``to_dict`` as YAML."""
         return dump_yaml(self.to_dict())
 
     def save(self, folder: str | os.PathLike[str]) -> str:
-        """Writes ``config.yaml`` into a run folder, which is made where it is missing; returns the file's path."""
+        """Write ``config.yaml`` into a run folder, created if necessary; return the path of the file."""
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(os.fspath(folder), RUN_CONFIG)
         with open(path, "w", encoding="utf-8") as file:
@@ -74,19 +76,19 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_imports: bool = False) -> Config:
-    """Reads, merges, imports and checks a config.
+    """Read, merge, import and check a config.
 
     Args:
-        file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint; or the address of one, whose
-            handler ``imports`` among the overrides may register.
+        file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint; or the URL of one, whose
+            handler may be registered by ``imports`` among the overrides.
         overrides: ``key.key=value`` with the value in YAML, as in ``masker.num_targets=8`` or
             ``masker={name: random, ratio: 0.6}``.
-        trust_imports: run ``imports`` of a checkpoint, or of a file at an address, that do not ship with jepa_kit.
-            Those of a local YAML file, and of the overrides, are the user's own and always run.
+        trust_imports: run ``imports`` of a checkpoint, or of a file at a URL, that do not ship with jepa_kit. Those of
+            a local YAML file and of the overrides are the user's own and always run.
 
     Raises:
-        ConfigError: with every mistake of the file and the overrides. A file that cannot be read at all, or a base
-            of it, is reported alone.
+        ConfigError: with every mistake of the file and the overrides. A file, or a base, that cannot be read is
+            reported alone.
     """
     path = os.path.expanduser(os.fspath(file))
     folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
@@ -97,25 +99,6 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     return _check(raw, overrides, folder, path, problems)
 
 
-def import_named(overrides: Sequence[str]) -> None:
-    """Imports what ``imports=[...]`` among overrides names, ahead of a file that it may take a handler to read.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    problems: list[str] = []
-    _, cause = _import_all(
-        apply_overrides({}, _own_imports(overrides), problems).get("imports", []), os.getcwd(), problems
-    )
-    if problems:
-        raise ConfigError(problems) from cause
-
-
-def _own_imports(overrides: Sequence[str]) -> list[str]:
-    """Overrides that replace ``imports``."""
-    return [text for text in overrides if text.partition("=")[0].strip() == "imports"]
-
-
 def config_from_dict(
     raw: Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -124,15 +107,15 @@ def config_from_dict(
     source: str = "config",
     trust_imports: bool = True,
 ) -> Config:
-    """Checks a plain mapping, such as ``Config.to_dict`` gives, and what is laid over it.
+    """Check a plain mapping, such as ``Config.to_dict`` returns, with overrides laid over it.
 
     Args:
         raw: without ``_BASE_``.
         overrides: as for ``load_config``.
-        folder: where modules of ``imports`` are looked for besides ``sys.path`` and the current folder.
-        source: names the config in messages.
-        trust_imports: run ``imports`` of the mapping that do not ship with jepa_kit; False for one from a file that
-            others may have written.
+        folder: searched for modules of ``imports`` besides ``sys.path`` and the current folder.
+        source: name of the config in messages.
+        trust_imports: run ``imports`` of the mapping that do not ship with jepa_kit; False for a mapping from a file
+            that others may have written.
 
     Raises:
         ConfigError: with every mistake; imports that are not trusted are reported alone.
@@ -143,8 +126,25 @@ def config_from_dict(
     return _check(modernize(raw, problems=problems), overrides, folder, source, problems)
 
 
+def import_named(overrides: Sequence[str]) -> None:
+    """Import the modules of ``imports=[...]`` among overrides, before a file that may need their URL handler is read.
+
+    Raises:
+        ConfigError: a module cannot be imported.
+    """
+    problems: list[str] = []
+    named = apply_overrides({}, _own_imports(overrides), problems).get("imports", [])
+    _, cause = _import_all(named, os.getcwd(), problems)
+    if problems:
+        raise ConfigError(problems) from cause
+
+
+def _own_imports(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that replace ``imports``."""
+    return [text for text in overrides if text.partition("=")[0].strip() == "imports"]
+
+
 def _check(raw: Mapping[str, Any], overrides: Sequence[str], folder: str, source: str, problems: list[str]) -> Config:
-    import_members()
     merged = apply_overrides(dict(raw), overrides, problems)
     imports, cause = _import_all(merged.get("imports", []), folder, problems)
     checked = check_config(merged, problems)
@@ -155,9 +155,47 @@ def _check(raw: Mapping[str, Any], overrides: Sequence[str], folder: str, source
 
 
 def _import_all(raw: Any, folder: str, problems: list[str]) -> tuple[tuple[str, ...], Exception | None]:
-    """Imports every entry; the entries, and the cause of the first that failed."""
+    """Import every entry; return the entries, and the first error."""
     names = resolve_imports(raw, os.getcwd(), problems)
     results = {name: import_parts(name, folder) for name in names}
     failed = {name: cause for name, cause in results.items() if cause is not None}
     problems.extend(f"imports: cannot import {name!r}: {type(e).__name__}: {e}" for name, e in failed.items())
     return tuple(names), next(iter(failed.values()), None)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of jepa_kit, Python and the installed packages that affect numbers.
+
+    ``git_commit`` is that of the checkout, with ``-dirty`` if tracked files differ from it.
+    """
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = {"jepa_kit": jepa_kit.__version__, "git_commit": _git_commit(), "python": platform.python_version()}
+    found |= {name: _installed(name) for name in ("torch", "numpy", "xformers")}
+    return tuple((k, v) for k, v in found.items() if v is not None)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).parent
+    # If jepa_kit is installed in an environment inside another repository, that repository's commit is not ours.
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

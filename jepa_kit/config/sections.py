@@ -1,6 +1,6 @@
-"""The sections of a config that are not parts: data, optim, train, evaluate.
+"""The sections of a config: options that belong to no part.
 
-Their fields are checked by the same code as the options of a part; ranges are checked when one is made.
+Types are checked by check.py, as those of parts are; ranges are checked at construction.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ from typing import Any, Literal
 
 from jepa_kit.config.renamed import RELEASED_CROP
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import TRANSFORMS, PartRegistry
+from jepa_kit.registry import TRANSFORMS, Backend, PartRegistry
 
 Range = Callable[[Any], bool]
 
 
-def _option(right: str, holds: Range, default: Any = dataclasses.MISSING, *, parts: PartRegistry | None = None) -> Any:
-    """A field whose value must be ``right`` (words), which ``holds`` tells (None is always allowed).
+def _option(
+    allowed: str, is_valid: Range, default: Any = dataclasses.MISSING, *, parts: PartRegistry | None = None
+) -> Any:
+    """Return a field with a range.
 
-    With ``parts`` the value is a list of mappings, each a part of that registry, and is checked as such.
+    Args:
+        allowed: the range in English, for messages.
+        is_valid: returns whether a value is in the range; not called for None, which is always valid.
+        default: of the field; none if it is required.
+        parts: registry of the parts that the value lists, each as a mapping.
     """
-    return field(default=default, metadata={"right": right, "holds": holds, "parts": parts})
+    return field(default=default, metadata={"allowed": allowed, "is_valid": is_valid, "parts": parts})
 
 
 def _finite(low: float, *, strict: bool = False) -> Range:
@@ -35,20 +41,20 @@ def _above_0(default: Any) -> Any:
 
 
 def _at_least(low: int, default: Any) -> Any:
-    words = f"at least {low}" + (" and finite" if isinstance(default, float) else "")
-    return _option(words, _finite(low), default)
+    allowed = f"at least {low}" + (" and finite" if isinstance(default, float) else "")
+    return _option(allowed, _finite(low), default)
 
 
 def range_problem(section: type, name: str, value: Any) -> str | None:
-    """What is wrong with a field's value of the right type: 'lr (=0.0) must be above 0', or None."""
+    """Return a message if a value of the right type is out of range: 'lr (=0.0) must be above 0'."""
     checks = section.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
-    if value is None or not checks or checks["holds"](value):
+    if value is None or not checks or checks["is_valid"](value):
         return None
-    return f"{name} (={value!r}) must be {checks['right']}"
+    return f"{name} (={value!r}) must be {checks['allowed']}"
 
 
 class _Section:
-    """Checks the ranges of a dataclass when one is made; reports all at once."""
+    """Base of the sections: checks all ranges at construction and reports every problem."""
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
@@ -58,44 +64,44 @@ class _Section:
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
-        """What is wrong between fields whose own values are right."""
+        """Return problems between fields whose values are valid alone."""
         return []
 
 
 LARGEST_SIDE = 65_536
-"""Of an image, in pixels."""
+"""Largest side of an image, in pixels."""
 MOST_WORKERS = 1024
-"""Loader processes of a rank: more than any machine has cores for."""
-_SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
+"""Largest number of loader processes of a rank; no machine has more cores."""
+_SCALE = ", as pixel values are in [0, 1]: divide values of the scale from 0 to 255 by 255"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(_Section):
-    """Which images, and what is done to them before the encoder.
+    """The images, and how they are read and transformed.
 
     Args:
         image_size: (height, width) in pixels; in YAML one number means a square.
-        shards: folder of shards, pattern of shards or list of these, here or elsewhere (docs/data.md); needed to train,
-            not to build.
-        cache: folder where shards of other machines are kept; None for a temporary one of each process.
-        cache_gb: bound of that folder in 10**9 bytes; None for none, or 20 for a temporary one.
-        retries: further tries after a stream that broke, stalled or was refused, while they bring nothing more.
-        backoff: seconds before the first of them; each next wait is twice as long, up to a minute.
-        timeout: seconds without a byte after which a stream has stalled.
-        max_skipped: share of an epoch's samples above which samples that cannot be used stop the run (but 8 may always
-            be skipped); 0 stops it at the first.
+        shards: folder of shards, pattern of shards or list of these, local or remote (docs/data.md); needed to train,
+            not to build a recipe.
+        cache: folder of cached remote shards; None for a temporary folder of each process.
+        cache_gb: limit of that folder in 10**9 bytes; None for no limit, or 20 if it is temporary.
+        retries: retries after a stream broke, stalled or was refused; progress resets the count.
+        backoff: seconds before the first retry; each next wait is twice as long, up to a minute.
+        timeout: seconds without a byte after which a stream counts as stalled.
+        max_skipped: fraction of an epoch's samples that may be skipped as unreadable (8 always may) before the run
+            stops; 0 stops it at the first.
         transforms: applied to a training image, in order: the name and the options of each (docs/data.md); in YAML
             null means the release's random resized crop, the default.
-        decoder: "pillow"; or "fast", simplejpeg and torch's resizing, at most one level of 255 away from it.
-        max_pixels: an image of more rows times columns is not decoded.
-        mean, std: of the channels, for pixel values in [0, 1]; ImageNet's.
-        shuffle_window: samples that are shuffled together.
-        num_workers: loader processes of each rank; 0 loads in the training process. "auto": its usable cores on CUDA, a
-            quarter of them on a CPU; 0 if images load in no time (jepa_kit/engine/workers.py).
-        prefetch: batches that are on their way to a CUDA device while a step runs; 0 copies each when it is needed.
+        decoder: "pillow"; or "fast": simplejpeg and torch's resizing, within one level of 255 of "pillow".
+        max_pixels: largest number of pixels (rows times columns) of an image that is decoded.
+        mean, std: of the channels, for pixel values in [0, 1]; by default those of ImageNet.
+        shuffle_window: number of samples that are shuffled together.
+        num_workers: loader processes of each rank; 0 loads in the training process. "auto" is its usable cores on CUDA,
+            a quarter of them on a CPU, and 0 if loading takes a negligible time (jepa_kit/engine/workers.py).
+        prefetch: batches that are copied to a CUDA device ahead of their step; 0 copies each when it is needed.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     image_size: tuple[int, int] = _option(
@@ -140,17 +146,16 @@ class OptimConfig(_Section):
 
     Args:
         lr: learning rate at the end of the warm-up.
-        start_lr: learning rate at its start.
-        final_lr: learning rate at the end of the cosine.
+        start_lr: learning rate at the start of the warm-up.
+        final_lr: learning rate at the end of the cosine decay.
         warmup_epochs: length of the linear warm-up.
-        weight_decay: (first, last) of its cosine.
-        betas: AdamW's.
-        eps: AdamW's.
-        clip_grad: largest norm of all gradients together, or None for no clipping.
-        stretch: the schedules are laid out for so many times the run's length (the release's ``ipe_scale``).
+        weight_decay: (first, last) value of its cosine.
+        betas, eps: of AdamW.
+        clip_grad: largest norm of all gradients; None for no clipping.
+        stretch: length of the schedules over the length of the run (the release's ``ipe_scale``).
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     lr: float = _above_0(1e-3)
@@ -170,7 +175,7 @@ class OptimConfig(_Section):
         lr, problems = values["lr"], []
         for name in ("start_lr", "final_lr"):
             value = values[name]
-            if value > lr and value == getattr(cls, name):  # which the user need not have given
+            if value > lr and value == getattr(cls, name):  # perhaps not given by the user
                 problems.append(
                     f"{name} (={value!r}, its default) must not be above lr (={lr!r}): give {name} too, at most {lr!r}"
                 )
@@ -181,35 +186,36 @@ class OptimConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(_Section):
-    """The run.
+    """The run: its length, seed, precision, devices and log.
 
     Args:
         batch_size: images of one update, over all ranks.
         epochs: length of the run.
-        steps_per_epoch: updates of an epoch; None for as many as the data give.
-        precision: of the matrix products (jepa_kit/precision.py); weights and optimiser stay float32.
-            "auto" is bf16 on CUDA, and on a CPU the faster of bf16 and float32; what it became is stored.
-        seed: of everything random, 0 to 2**63 - 1.
-        output_dir: the run folder, on this machine or a file system that all see.
-        init_from: weights to start from, in any format that ``jepa_kit.interop`` reads; None for fresh ones.
+        steps_per_epoch: updates per epoch; None for one pass over the data.
+        precision: of matrix products (jepa_kit/precision.py); weights and optimiser stay float32. "auto" is bf16 on
+            CUDA, and on a CPU the faster of bf16 and float32; the choice is stored in the resolved config.
+        seed: of all random numbers, 0 to 2**63 - 1.
+        output_dir: the run folder, on this machine or on a shared file system.
+        init_from: initial weights, in any format that ``jepa_kit.interop`` reads; None for random ones.
         log_every: steps between two lines of the log.
         on_nonfinite: what to do if a loss or a gradient is not finite (jepa_kit/engine/nonfinite/policy.py): "stop";
             "skip" leaves the batch out; "rollback" returns to the last checkpoint and leaves the batch out.
         nonfinite_limit: most such steps in a row, or most returns to one checkpoint, before the run stops anyway.
         attention: backend of ``attend``.
-        parallel: how several processes share the work (jepa_kit/engine/parallel.py): "ddp" copies the model to each,
-            "fsdp" shards it over them; "auto" is "ddp" where there are several; "none" is for one.
-        accumulate: parts that each rank's batch goes through the model in, one after another, for less memory.
-        activation_checkpointing: encoder and predictor keep each block's input alone for the backward pass, and compute
-            the rest again: less memory, more time.
-        device: torch's name of the device; "auto" takes CUDA where there is one.
-        deterministic: on CUDA, kernels that give the same bits every time (docs/faults.md), at some cost; an operator
-            without one is an error. On a CPU it changes nothing.
-        tensorboard: whether each line is written for TensorBoard too, in the run folder.
-        wandb: project of wandb (Weights & Biases) that gets each line too; None for no wandb.
+        parallel: parallelism over processes (jepa_kit/engine/parallel.py): "ddp" copies the model to each, "fsdp"
+            shards it; "auto" is "ddp" if there are several; "none" is for one.
+        accumulate: number of parts into which each rank's batch is split; they run one after another, which saves
+            memory.
+        activation_checkpointing: keep only the input of each block of encoder and predictor for the backward pass and
+            recompute the rest: less memory, more time.
+        device: torch's name of the device; "auto" is CUDA if available.
+        deterministic: on CUDA, use kernels with reproducible bits (docs/faults.md), at some cost; an operator without
+            such a kernel is an error. No effect on a CPU.
+        tensorboard: also write each line for TensorBoard, in the run folder.
+        wandb: project of wandb (Weights & Biases) that also gets each line; None for no wandb.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     batch_size: int = _at_least(1, 2048)
@@ -217,12 +223,12 @@ class TrainConfig(_Section):
     steps_per_epoch: int | None = _at_least(1, None)
     precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"
     seed: int = _option("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, 0)
-    output_dir: str = _option("a path, and no address", lambda x: x and "://" not in x, "output")
-    init_from: str | None = _option("a path or an address", bool, None)
+    output_dir: str = _option("a local path, not a URL", lambda x: x and "://" not in x, "output")
+    init_from: str | None = _option("a path or a URL", bool, None)
     log_every: int = _at_least(1, 10)
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     nonfinite_limit: int = _at_least(1, 3)
-    attention: Literal["auto", "xformers", "sdpa", "reference"] = "auto"
+    attention: Backend = "auto"
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     accumulate: int = _at_least(1, 1)
     activation_checkpointing: bool = False
@@ -254,11 +260,11 @@ class CheckpointConfig(_Section):
             for none.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is outside its range.
     """
 
     format: Literal["auto", "file", "sharded"] = "auto"
-    dir: str | None = _option("a path or an address", bool, None)
+    dir: str | None = _option("a path or a URL", bool, None)
     every: int | None = _at_least(1, None)
     keep: int = _at_least(1, 2)
     keep_every: int | None = _at_least(1, None)
@@ -276,15 +282,15 @@ class EvaluateConfig(_Section):
     """Evaluation inside a run (jepa_kit/evaluation/online.py): health, a verdict, and a probe of the target encoder.
 
     Args:
-        every: steps between two evaluations, and one after the last step; None for none.
-        samples: images that health is measured on, the first of those looked at.
-        probe: ``knn``, ``linear`` (ridge regression), or ``none``; each image is asked about with itself left out.
-        probe_samples: labelled images that the probe looks at.
-        label: whose classes the probe tells apart.
-        shards: folder of held-out images; None takes images of ``data.shards``, whose labels no training looks at.
+        every: steps between two evaluations, besides one after the last step; None for no evaluation.
+        samples: number of images for health, the first of the evaluated ones.
+        probe: ``knn``, ``linear`` (ridge regression), or ``none``; accuracy is leave-one-out.
+        probe_samples: number of labelled images for the probe.
+        label: name of the label that the probe predicts.
+        shards: folder of held-out images; None for images of ``data.shards``, whose labels training does not use.
 
     Raises:
-        ConfigError: a value outside its range, a probe without a label, or a value that would do nothing.
+        ConfigError: a value is outside its range or has no effect, or a probe has no label.
     """
 
     every: int | None = _at_least(1, None)
@@ -298,14 +304,14 @@ class EvaluateConfig(_Section):
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
         changed = [f.name for f in dataclasses.fields(cls) if values[f.name] != f.default]
         if values["every"] is None:
-            return [f"{name} (={values[name]!r}) does nothing where every is null" for name in changed]
+            return [f"{name} (={values[name]!r}) has no effect if every is null" for name in changed]
         if values["probe"] == "none":
             of_probe = ("probe_samples", "label")
             return [
-                f"{name} (={values[name]!r}) does nothing where probe is none" for name in changed if name in of_probe
+                f"{name} (={values[name]!r}) has no effect if probe is none" for name in changed if name in of_probe
             ]
         if values["label"] is None:
-            return [f"label (=None) must name a label for probe (={values['probe']!r}) to tell apart"]
+            return [f"label (=None) must name the label that probe (={values['probe']!r}) predicts"]
         return []
 
 
@@ -316,11 +322,11 @@ SECTIONS: dict[str, type[Any]] = {
     "checkpoint": CheckpointConfig,
     "evaluate": EvaluateConfig,
 }
-"""Key in YAML -> its schema. A new section is an entry here and a field of ``Config``."""
+"""Key in YAML -> schema. A new section needs an entry here and a field of ``Config``."""
 
 
 def between_sections(optim: OptimConfig, train: TrainConfig) -> list[str]:
-    """What is wrong between sections that are right alone."""
+    """Return problems between sections that are valid alone."""
     length = optim.stretch * train.epochs
     if optim.warmup_epochs < length:
         return []

@@ -11,16 +11,14 @@ Every backend computes softmax(q k^T / sqrt(d)) v within each set.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from jepa_kit.encoders.attention_cuda import attend_packed, attend_xformers, packed_kernel, why_not_xformers
 from jepa_kit.encoders.attention_dense import attend_dense
+from jepa_kit.registry import Backend
 from jepa_kit.set_lengths import SetLengths
-
-Backend = Literal["auto", "xformers", "sdpa", "reference"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths | Sequence[int], backend: Backend = "auto") -> Tensor:

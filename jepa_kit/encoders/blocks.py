@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jepa_kit.compat import has_forward_hooks
-from jepa_kit.encoders.attention import Backend, attend
+from jepa_kit.encoders.attention import attend
 from jepa_kit.encoders.casts import cast_weights
 from jepa_kit.encoders.compiled import run_compiled
 from jepa_kit.encoders.products import Linear, by_onednn
-from jepa_kit.registry import check_choice
+from jepa_kit.registry import Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
 
 Init = Literal["released", "depth_scaled"]

@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import (
     Compile,
     Init,
@@ -26,7 +25,7 @@ from jepa_kit.encoders.blocks import (
 )
 from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
 from jepa_kit.encoders.products import linear
-from jepa_kit.registry import ENCODERS, check_choice
+from jepa_kit.registry import ENCODERS, Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import Grid, PatchSets
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
-from jepa_kit.config.errors import reason_of
 from jepa_kit.config.imports import check_trusted
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
@@ -32,6 +31,7 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.run import ForeignWeights, Run
 from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import seed_torch, train_on
+from jepa_kit.errors import reason_of
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
 from jepa_kit.run_folder import RUN_CONFIG

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 
-from jepa_kit.config.errors import reason_of
 from jepa_kit.data.remote.fetch import path_manager
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import checkpoints

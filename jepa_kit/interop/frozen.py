@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from jepa_kit.data.transforms import CenterCrop, normalize, stack
 from jepa_kit.encoders.vit import patch_grid
 from jepa_kit.errors import ImageError
 from jepa_kit.interop.formats import read_encoder
-from jepa_kit.interop.weights import EncoderWeights, Positions
+from jepa_kit.interop.weights import EncoderWeights, Positions, TorchBackend
 
 Pictures = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 """What ``preprocess`` takes for one image."""
@@ -61,7 +60,7 @@ class FrozenEncoder(nn.Module):
         weights: EncoderWeights,
         *,
         image_size: tuple[int, int] | None = None,
-        attention: Literal["auto", "sdpa", "reference"] = "auto",
+        attention: TorchBackend = "auto",
     ) -> None:
         super().__init__()
         trained = weights.architecture.image_size
@@ -138,7 +137,7 @@ def load_encoder(
     positions: Positions = "formula",
     prefix: str | None = None,
     allow_unchecked: bool = False,
-    attention: Literal["auto", "sdpa", "reference"] = "auto",
+    attention: TorchBackend = "auto",
 ) -> FrozenEncoder:
     """Load a frozen encoder from any format, recognised by its content; ``about`` describes it.
 

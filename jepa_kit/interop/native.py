@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from jepa_kit.config import Config, Part, config_from_dict, versions
-from jepa_kit.config.checking import check_part, check_section
-from jepa_kit.config.imports import import_members
+from jepa_kit.config import Config, Part, config_from_dict, modernize, versions
+from jepa_kit.config.check import check_part, check_section
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import Checkpoint
@@ -46,8 +45,7 @@ def config_of(checkpoint: Checkpoint, what: str) -> Config:
         CheckpointError: another encoder, for which other formats have no names.
         ConfigError: values that the encoder or the sections do not take.
     """
-    import_members()
-    raw, problems = checkpoint.config, list[str]()
+    raw, problems = modernize(checkpoint.config), list[str]()
     named = {slot: part.get("name") for slot in SLOTS if isinstance(part := raw.get(slot), dict)}
     if named.get("encoder") != "vit":
         raise CheckpointError(

@@ -24,6 +24,9 @@ from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.names import hint
 from jepa_kit.structures import Grid
 
+TorchBackend = Literal["auto", "sdpa", "reference"]
+"""Backends of ``attend`` that need nothing but torch."""
+
 Which = Literal["target", "context"]
 Positions = Literal["formula", "file"]
 
@@ -71,7 +74,7 @@ class Architecture:
     def grid(self) -> Grid:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
-    def build(self, attention: Literal["auto", "sdpa", "reference"] = "auto") -> ViT:
+    def build(self, attention: TorchBackend = "auto") -> ViT:
         """A ViT of this shape, on torch's default device."""
         return ViT(
             image_size=self.image_size,
@@ -211,7 +214,7 @@ class EncoderWeights:
         parts = [f"{which} of {p.source}", self.architecture.words(), ", ".join(when) or f"step {NOT_STATED}"]
         return "; ".join([*parts, f"licence {p.licence or NOT_STATED}", *p.notes])
 
-    def module(self, attention: Literal["auto", "sdpa", "reference"] = "auto") -> ViT:
+    def module(self, attention: TorchBackend = "auto") -> ViT:
         """A ViT with these weights in float32 (float64 where they are), evaluated."""
         with torch.device("meta"):
             vit = self.architecture.build(attention)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders.attention import Backend
 from jepa_kit.encoders.blocks import (
     Compile,
     Init,
@@ -22,7 +21,7 @@ from jepa_kit.encoders.blocks import (
 )
 from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.encoders.products import Linear
-from jepa_kit.registry import PREDICTORS
+from jepa_kit.registry import PREDICTORS, Backend
 from jepa_kit.structures import MaskBatch
 
 

@@ -9,7 +9,6 @@ from typing import Literal
 import pytest
 
 from jepa_kit.config import load_config
-from jepa_kit.config.imports import import_members
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import SLOTS
 
@@ -64,7 +63,6 @@ class Ema:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    import_members()  # so that they do not register in our place later
     ours: dict[str, dict[str, type]] = {
         "masker": {"blocks": Blocks, "scattered": Scattered},
         "encoder": {"net": Net},
@@ -74,6 +72,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
         "target_update": {"ema": Ema, "none": Plain},
     }
     for slot, registry in SLOTS.items():
+        registry.import_members()  # so that they do not register in our place later
         monkeypatch.setattr(registry, "_obj_map", {})
         for name, part in ours[slot].items():
             registry.register(name)(part)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from jepa_kit.config import config_from_dict, load_config
-from jepa_kit.config.imports import import_members, ships_with_project
+from jepa_kit.config.imports import ships_with_project
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import MASKERS
+from jepa_kit.registry import MASKERS, SLOTS
 
 Write = Callable[..., Path]
 
@@ -28,7 +28,8 @@ class Mine:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import_members()  # these stay, also if this file is tested alone
+    for registry in SLOTS.values():
+        registry.import_members()  # these stay, also if this file is tested alone
     before = set(sys.modules)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield

@@ -42,6 +42,7 @@ def lay_over(write: Write, text: str, *overrides: str) -> Any:
     return load_config(write(f"_BASE_: valid.yaml\n{text}", "over.yaml"), overrides)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_old_names_mean_the_new_ones(write: Write) -> None:
     with pytest.warns(FutureWarning, match=r"train\.checkpoint_every is now checkpoint\.every; the next version"):
         old = lay_over(write, OLD)

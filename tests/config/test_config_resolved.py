@@ -10,9 +10,8 @@ import torch
 
 import jepa_kit
 from jepa_kit.config import config_from_dict, load_config, located, versions
-from jepa_kit.config.imports import import_members
-from jepa_kit.config.versions import _git
-from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.config.load import parse_yaml
+from jepa_kit.config.resolved import _git
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import REQUIRED, SLOTS
 
@@ -144,7 +143,6 @@ def settings(slot: str, name: str) -> dict[str, object]:
 
 @pytest.mark.integration
 def test_every_registered_part_is_valid_with_its_defaults() -> None:
-    import_members()
     if not all(registry.names() for registry in SLOTS.values()):
         pytest.skip("a slot has no part yet")
     first = {slot: settings(slot, registry.names()[0]) for slot, registry in SLOTS.items()}
@@ -172,7 +170,7 @@ def test_a_hash_is_no_comment_in_an_override(write: Write, text: str, expected: 
 
 @pytest.mark.parametrize("text", ["'a' #2", "[a, b] # c", "{name: random} #x"])
 def test_nothing_after_an_override_is_dropped(write: Write, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"stands after the value; quote the whole if it belongs to it"):
+    with pytest.raises(ConfigError, match=r"follows the value; quote the whole if it is part of it"):
         load_config(write(), [f"data.shards={text}"])
 
 

@@ -11,7 +11,7 @@ import pytest
 from jepa_kit.config import SECTIONS, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 from jepa_kit.errors import ConfigError
 
-SCALE = ", as pixel values are in [0, 1]: divide those of the scale from 0 to 255 by 255"
+SCALE = ", as pixel values are in [0, 1]: divide values of the scale from 0 to 255 by 255"
 DATA: dict[str, Any] = {"image_size": (32, 32)}
 
 OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
@@ -58,9 +58,9 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("train", "steps_per_epoch", 0, "steps_per_epoch (=0) must be at least 1"),
     ("train", "seed", -1, "seed (=-1) must be from 0 to 2**63 - 1"),
     ("train", "seed", 2**63, f"seed (={2**63}) must be from 0 to 2**63 - 1"),
-    ("train", "output_dir", "", "output_dir (='') must be a path, and no address"),
-    ("checkpoint", "dir", "", "dir (='') must be a path or an address"),
-    ("train", "init_from", "", "init_from (='') must be a path or an address"),
+    ("train", "output_dir", "", "output_dir (='') must be a local path, not a URL"),
+    ("checkpoint", "dir", "", "dir (='') must be a path or a URL"),
+    ("train", "init_from", "", "init_from (='') must be a path or a URL"),
     ("train", "log_every", 0, "log_every (=0) must be at least 1"),
     ("checkpoint", "every", 0, "every (=0) must be at least 1"),
     ("checkpoint", "keep", 0, "keep (=0) must be at least 1"),
@@ -110,15 +110,15 @@ def test_defaults_are_the_release_s() -> None:
 
 def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[str]]) -> None:
     assert problems("evaluate: {samples: 32, probe: knn}") == [
-        "evaluate.samples (=32) does nothing where every is null",
-        "evaluate.probe (='knn') does nothing where every is null",
+        "evaluate.samples (=32) has no effect if every is null",
+        "evaluate.probe (='knn') has no effect if every is null",
     ]
     assert problems("evaluate: {every: 10, label: count, probe_samples: 64}") == [
-        "evaluate.probe_samples (=64) does nothing where probe is none",
-        "evaluate.label (='count') does nothing where probe is none",
+        "evaluate.probe_samples (=64) has no effect if probe is none",
+        "evaluate.label (='count') has no effect if probe is none",
     ]
     assert problems("evaluate: {every: 10, probe: linear}") == [
-        "evaluate.label (=None) must name a label for probe (='linear') to tell apart"
+        "evaluate.label (=None) must name the label that probe (='linear') predicts"
     ]
 
 

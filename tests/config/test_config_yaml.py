@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_kit.config.yaml_text import dump_yaml, parse_yaml
+from jepa_kit.config.load import dump_yaml, parse_yaml
 from jepa_kit.errors import ConfigError
 
 

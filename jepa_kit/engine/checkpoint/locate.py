@@ -6,8 +6,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.renamed import modernize
-from jepa_kit.config.yaml_text import parse_yaml
 from jepa_kit.engine.checkpoint.format import step_of
 from jepa_kit.engine.checkpoint.storage import RemoteStorage, Storage, is_url, open_storage
 from jepa_kit.run_folder import HEADER, RUN_CONFIG

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jepa_kit.config.checking import check_part
-from jepa_kit.config.yaml_text import parse_yaml
+from jepa_kit.config.check import check_part
+from jepa_kit.config.load import parse_yaml
 from jepa_kit.errors import ConfigError
 
 # The members register themselves.

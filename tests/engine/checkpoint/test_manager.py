@@ -247,7 +247,7 @@ def test_a_place_that_takes_nothing(away, handler, tmp_path):
 
 
 def test_an_output_folder_is_no_address(tiny):
-    with pytest.raises(ConfigError, match=r"output_dir \(='bucket://a'\) must be a path, and no address"):
+    with pytest.raises(ConfigError, match=r"output_dir \(='bucket://a'\) must be a local path, not a URL"):
         tiny("train.output_dir=bucket://a")
 
 

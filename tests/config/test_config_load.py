@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from jepa_kit.config import config_from_dict, load_config
-from jepa_kit.config.merging import merge
+from jepa_kit.config.load import merge
 from jepa_kit.errors import ConfigError
 
 Write = Callable[..., Path]
@@ -75,7 +75,7 @@ def test_yaml_errors_name_the_file(write: Write) -> None:
 
 @pytest.mark.parametrize(("text", "kind"), [("", "nothing"), ("- a", "a list"), ("vit", "a str"), ("3", "a int")])
 def test_a_file_without_a_mapping(write: Write, text: str, kind: str) -> None:
-    message = f"the file holds {kind}, but a config is a mapping with keys such as masker"
+    message = f"the file has {kind}, but a config is a mapping with keys such as masker"
     assert refused(write(text)).endswith(message)
 
 
@@ -88,10 +88,10 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_config(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"encoder": {}, "epoch": 3}, path)
-    message = "the checkpoint has no config (it holds entries encoder, epoch); give the YAML file of its run"
+    message = "the checkpoint has no config (it has entries encoder, epoch); give the YAML file of its run"
     assert refused(path).endswith(message)
     torch.save(torch.ones(3), path)
-    assert refused(path).endswith("the checkpoint has no config (it holds a Tensor); give the YAML file of its run")
+    assert refused(path).endswith("the checkpoint has no config (it has a Tensor); give the YAML file of its run")
 
 
 class Unsafe:

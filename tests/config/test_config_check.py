@@ -62,7 +62,7 @@ BLOCKS = "It takes: num_targets, scale, overlap"
         ("encoder: {width: wide}", "encoder.width (='wide') must be an int or null"),
         ("encoder: {layers: [1, a]}", "encoder.layers (=[1, 'a']) must be a list, each an int"),
         ("encoder: {per_layer: {a: b}}", "encoder.per_layer (={'a': 'b'}) must be a mapping of a str to a float"),
-        ("loss: []", "loss (=[]) must hold at least one loss. Registered: huber, l2"),
+        ("loss: []", "loss (=[]) must have at least one loss. Registered: huber, l2"),
         ("loss: [l2]", "loss[0] (='l2') must be a mapping with a name. Registered: huber, l2"),
         ("loss: [{name: l2}, {weight: 2}]", "loss[1].name is missing. Registered: huber, l2"),
         (

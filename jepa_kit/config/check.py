@@ -1,0 +1,350 @@
+"""Check a raw config against the signatures of its parts and against the sections.
+
+Nothing is built; each problem becomes a line with its path, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jepa_kit.config.renamed import RELEASED_CROP
+from jepa_kit.config.sections import SECTIONS, between_sections, range_problem
+from jepa_kit.errors import ConfigError
+from jepa_kit.registry import LOSSES, REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
+
+META = ("imports", "_BASE_", "versions")
+"""Top-level keys that are neither a slot nor a section."""
+
+WEIGHT = Option("weight", float, 1.0)
+"""Option of every term of the loss, besides those of its part."""
+
+LARGEST = {
+    "depth": 1024,
+    "embed_dim": 65_536,
+    "num_contexts": 1024,
+    "num_heads": 4096,
+    "num_masks": 1024,
+    "num_targets": 1024,
+    "patch_size": 4096,
+    "width": 65_536,
+}
+"""Option of any part -> its largest value; a larger one is a typing error that would take forever to build."""
+
+MOST_PATCHES = 2**20
+"""Largest number of patches in an image."""
+
+SHORTHANDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "data.image_size": (lambda value: [value] * 2 if type(value) is int else value, ", or one int for a square"),
+    "data.transforms": (lambda value: [RELEASED_CROP] if value is None else value, ", or null for the released crop"),
+}
+"""Path -> (function that expands a short value, its description for messages)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The checked part of a slot.
+
+    Args:
+        name: as registered.
+        options: every option of the part, converted, with its default if it was not given.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+
+
+def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
+    """Check a whole config and return the arguments of ``Config``: slots, losses and sections."""
+    known = [*SLOTS, *SECTIONS, *META]
+    problems.extend(
+        f"{key} is neither a slot nor a section{did_you_mean(str(key), known)} A config takes: {', '.join(known)}"
+        for key in raw
+        if key not in known
+    )
+    slots: dict[str, Part] = {}
+    losses: list[tuple[Part, float]] = []
+    for slot, registry in SLOTS.items():
+        if slot not in raw:
+            problems.append(f"{slot} is missing: give it a mapping with a name. {_registered(registry)}")
+        elif slot == LOSSES.slot:
+            losses = check_losses(raw[slot], problems)
+        elif (part := check_part(slot, raw[slot], registry, problems)) is not None:
+            slots[slot] = part
+    sections = {name: check_section(name, raw.get(name, {}), problems) for name in SECTIONS}
+    if sections["data"] and "encoder" in slots:
+        problems.extend(_too_many_patches(sections["data"].image_size, slots["encoder"].options.get("patch_size")))
+    if sections["optim"] and sections["train"]:
+        problems.extend(between_sections(sections["optim"], sections["train"]))
+    return {"slots": slots, "losses": losses, **sections}
+
+
+def _too_many_patches(image_size: tuple[int, int], side: Any) -> list[str]:
+    if type(side) is not int or side < 1:
+        return []
+    patches = (image_size[0] // side) * (image_size[1] // side)
+    if patches <= MOST_PATCHES:
+        return []
+    return [
+        f"data.image_size (={list(image_size)}) over encoder.patch_size (={side}) gives {patches:,} patches; "
+        f"they must be at most {MOST_PATCHES:,}"
+    ]
+
+
+def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Part | None:
+    """Return the part of a slot's mapping; None, after adding to ``problems``, if its name is not registered."""
+    if not isinstance(raw, dict):
+        problems.append(f"{path} (={raw!r}) must be a mapping with a name. {_registered(registry)}")
+        return None
+    if "name" not in raw:
+        problems.append(f"{path}.name is missing. {_registered(registry)}")
+        return None
+    name = raw["name"]
+    if not isinstance(name, str) or name not in registry:
+        problems.append(f"{path}.name: {registry.unknown(name)}")
+        return None
+    options = registry.options(name)
+    given = {k: v for k, v in raw.items() if k != "name"}
+    problems.extend(_unknown_key(path, key, name, options, registry) for key in given if key not in options)
+    values = check_options(path, given, options, repr(name), problems)
+    for option, slot in getattr(registry.get(name), "nested", {}).items():
+        values[option] = _check_nested(f"{path}.{option}", values[option], SLOTS[slot], problems)
+    return Part(name, values)
+
+
+def _check_nested(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> list[Any]:
+    """Return a list of parts inside an option (those in the attribute ``nested`` of a class) with all defaults."""
+    parts = [check_part(f"{path}[{i}]", part, registry, problems) for i, part in enumerate(raw or [])]
+    return [{"name": part.name, **part.options} for part in parts if part is not None]
+
+
+def _unknown_key(path: str, key: Any, name: str, options: Mapping[str, Option], registry: PartRegistry) -> str:
+    at = f"{path}.{key}"
+    if key in registry.supplied:
+        return f"{at} is supplied by the recipe ({registry.supplied[key]}); take it out"
+    others = [repr(n) for n in registry.names() if n != name and key in registry.options(n)]
+    hint = f"; it belongs to {', '.join(others)}." if others else did_you_mean(str(key), options)
+    return f"{at} is not an option of {name!r}{hint} {_takes(options)}"
+
+
+def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
+    """Return the terms of the loss with their weights, from one mapping or a list of mappings."""
+    if raw == []:
+        problems.append(f"loss (=[]) must have at least one loss. {_registered(LOSSES)}")
+    terms = raw if isinstance(raw, list) else [raw]
+    losses: list[tuple[Part, float]] = []
+    for i, term in enumerate(terms):
+        path = f"loss[{i}]" if isinstance(raw, list) else "loss"
+        if isinstance(term, dict):
+            weight = check_value(f"{path}.weight", term.get("weight", WEIGHT.default), WEIGHT, problems)
+            if weight is not None and not 0 <= weight < math.inf:
+                problems.append(f"{path}.weight (={weight}) must be at least 0 and finite: the sum is minimised")
+            term = {k: v for k, v in term.items() if k != "weight"}
+        part = check_part(path, term, LOSSES, problems)
+        if part is None:
+            continue
+        if any(part.name == other.name for other, _ in losses):
+            problems.append(f"{path}.name (={part.name!r}) is in the list already; give one term both weights' sum")
+        if "weight" in LOSSES.options(part.name):
+            problems.append(
+                f"{path}: {part.name!r} has an option 'weight', the key of a term's weight: rename the option"
+            )
+        losses.append((part, weight))
+    if losses and all(weight == 0 for _, weight in losses):
+        problems.append("loss: the weight of at least one term must be above 0")
+    return losses
+
+
+def check_section(name: str, raw: Any, problems: list[str]) -> Any:
+    """Return a section's mapping as its dataclass; None, after adding to ``problems``, if it has mistakes."""
+    schema = SECTIONS[name]
+    options = signature_options(schema)
+    if not isinstance(raw, dict):
+        problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {_takes(options)}")
+        return None
+    found = [
+        f"{name}.{key} is not an option{did_you_mean(str(key), options)} {_takes(options)}"
+        for key in raw
+        if key not in options
+    ]
+    values = check_options(name, raw, options, repr(name), found)
+    for field in dataclasses.fields(schema):
+        registry, given = field.metadata.get("parts"), values.get(field.name)
+        if registry and given:
+            parts = _check_nested(f"{name}.{field.name}", given, registry, found)
+            # None if a part has mistakes: they are reported already
+            values[field.name] = tuple(parts) if len(parts) == len(given) else None
+    ranges = (range_problem(schema, k, values[k]) for k in values)
+    found.extend(f"{name}.{p}" for p in ranges if p)
+    section = None
+    if not found:
+        try:
+            section = schema(**values)
+        except ConfigError as error:  # values that are valid alone, but not together
+            found.extend(f"{name}.{p}" for p in error.problems)
+    problems.extend(found)
+    return section
+
+
+def check_options(
+    path: str, raw: Mapping[Any, Any], options: Mapping[str, Option], owner: str, problems: list[str]
+) -> dict[str, Any]:
+    """Return every option with its converted value or its default.
+
+    Args:
+        path: of the mapping.
+        raw: the mapping; unknown keys are ignored.
+        options: the schema.
+        owner: of the options, for messages.
+        problems: gets a line for each option that is missing or has the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for name, option in options.items():
+        at = f"{path}.{name}"
+        if name in raw:
+            values[name] = check_value(at, raw[name], option, problems)
+            if isinstance(values[name], int) and values[name] > LARGEST.get(name, math.inf):
+                problems.append(f"{at} (={values[name]}) must be at most {LARGEST[name]:,}")
+        elif option.default is REQUIRED:
+            right = describe(option.annotation) + SHORTHANDS.get(at, (None, ""))[1]
+            problems.append(f"{at} is missing: {owner} needs it; it must be {right}")
+        else:
+            try:
+                values[name] = convert(option.default, option.annotation)
+            except DoesNotFitError:
+                problems.append(
+                    f"{at}: the default (={option.default!r}) of {owner} is not of the type that its constructor "
+                    f"declares: {describe(option.annotation)}"
+                )
+    return values
+
+
+def check_value(path: str, value: Any, option: Option, problems: list[str]) -> Any:
+    """Return the converted value; None, after adding to ``problems``, if its type is wrong."""
+    full, short = SHORTHANDS.get(path, (lambda x: x, ""))
+    try:
+        return convert(full(value), option.annotation)
+    except DoesNotFitError:
+        right = describe(option.annotation) + short
+        if right == "an int" and type(value) is float and value.is_integer():
+            right += f": write {int(value)}"
+        problems.append(f"{path} (={value!r}) must be {right}")
+        return None
+
+
+def _takes(options: Iterable[str]) -> str:
+    return f"It takes: {', '.join(options) or 'nothing'}"
+
+
+def _registered(registry: PartRegistry) -> str:
+    return f"Registered: {', '.join(registry.names()) or 'none'}"
+
+
+_NAMES: dict[Any, str] = {
+    int: "an int",
+    float: "a float",
+    bool: "true or false",
+    str: "a str",
+    None: "null",
+    type(None): "null",
+    Any: "any value",
+    object: "any value",
+}
+HUGE = 1 << 1000
+"""Larger ints are far from every float."""
+_LISTS = (list, collections.abc.Sequence)
+_MAPPINGS = (dict, collections.abc.Mapping)
+
+
+class DoesNotFitError(Exception):
+    """A value is not of the annotated type."""
+
+
+def describe(annotation: Any) -> str:
+    """Return an annotation in English: 'a list of 2 (a float, a float)'."""
+    if annotation in _NAMES:
+        return _NAMES[annotation]
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(repr(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"a list of {len(args)} ({', '.join(describe(a) for a in args)})"
+    if origin is tuple or origin in _LISTS:
+        return f"a list, each {describe(args[0])}" if args else "a list"
+    if origin in _MAPPINGS:
+        return f"a mapping of {describe(args[0])} to {describe(args[1])}" if args else "a mapping"
+    return f"of the type {getattr(annotation, '__name__', annotation)}, which a config cannot write"
+
+
+def convert(value: Any, annotation: Any) -> Any:
+    """Convert a value to its annotation: an int to a float, a list to a tuple.
+
+    Args:
+        value: plain YAML, or a default, which may be a tuple.
+        annotation: int, float, bool, str, None, Any, Literal, Union, tuple, list, Sequence, dict or Mapping.
+
+    Raises:
+        DoesNotFitError: the value has another type. A bool is not an int, but an int is a float.
+    """
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Any, object):
+        return plain(value)
+    if type(value) is int and abs(value) >= HUGE:
+        raise DoesNotFitError
+    if origin is float and type(value) is int:
+        return float(value)
+    if origin in (int, float, bool, str) and type(value) is origin:
+        return value
+    if origin in (None, type(None)) and value is None:
+        return None
+    if origin is Literal and any(type(a) is type(value) and a == value for a in args):
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args)
+    if isinstance(value, (list, tuple)) and (origin is tuple or origin in _LISTS):
+        return _convert_sequence(value, origin, args)
+    if isinstance(value, dict) and origin in _MAPPINGS:
+        k, v = args or (Any, Any)
+        return {convert(a, k): convert(b, v) for a, b in value.items()}
+    raise DoesNotFitError
+
+
+def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
+    fitting = [x for member in members for x in _fits(value, member)]
+    if not fitting:
+        raise DoesNotFitError
+    # An int stays an int if the union has int, in any order of its members.
+    return next((x for x in fitting if type(x) is type(value)), fitting[0])
+
+
+def _fits(value: Any, annotation: Any) -> list[Any]:
+    """Return the converted value, or nothing."""
+    try:
+        return [convert(value, annotation)]
+    except DoesNotFitError:
+        return []
+
+
+def _convert_sequence(value: list[Any] | tuple[Any, ...], origin: Any, args: tuple[Any, ...]) -> Any:
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        if len(value) != len(args):
+            raise DoesNotFitError
+        return tuple(convert(x, a) for x, a in zip(value, args, strict=True))
+    items = [convert(x, args[0] if args else Any) for x in value]
+    return items if origin is list else tuple(items)
+
+
+def plain(value: Any) -> Any:
+    """Return a copy of a value as YAML has it, with tuples as lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,349 @@
+"""Read raw configs: YAML text, files with their bases, run folders, checkpoints, and overrides.
+
+Configs are YAML 1.2 with the core scalars. PyYAML alone reads YAML 1.1, in which ``1e-3`` is text, ``no`` is false,
+``12:30`` is 750 and ``010`` is 8, and it accepts duplicate keys. ruamel.yaml reads YAML 1.2, but with dates, without
+``=`` as text, and stops at the first duplicate key.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import IO, Any, BinaryIO, cast
+
+import yaml
+from yaml.reader import ReaderError
+
+from jepa_kit.config.imports import check_trusted, resolve_imports
+from jepa_kit.config.renamed import modernize
+from jepa_kit.errors import ConfigError, reason_of
+from jepa_kit.registry import SLOTS
+from jepa_kit.run_folder import HEADER, RUN_CONFIG
+
+_SCALARS = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9_]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"^<<$", ["<"]),
+)
+"""(tag, pattern, first characters) of scalars that are not text, in the order in which they are tried."""
+
+_RESOLVERS: dict[str, Any] = {}
+for _tag, _pattern, _first in _SCALARS:
+    for _character in _first:
+        _RESOLVERS.setdefault(_character, []).append((f"tag:yaml.org,2002:{_tag}", re.compile(_pattern)))
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values; ``duplicates`` gets a line for each duplicate key of a mapping."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.duplicates: list[str] = []
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, column = key.start_mark.line + 1, key.start_mark.column + 1
+            if key.value in first:
+                at = f"line {line}, column {column}"
+                self.duplicates.append(f"{at}: {key.value!r} is already given in line {first[key.value]}")
+            first.setdefault(key.value, line)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that ``_Loader`` reads as the same values; lists of scalars on one line."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_list(dumper: _Dumper, data: list[Any]) -> Any:
+    flat = not any(isinstance(x, (list, dict)) for x in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value of a YAML text.
+
+    Args:
+        text: the text.
+        source: file or override, for messages.
+
+    Raises:
+        ConfigError: the text is not YAML, or has a duplicate key; with lines and columns.
+    """
+    try:
+        loader = _Loader(text)
+        value = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark, start = error.problem_mark or error.context_mark, error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        context = f"{error.context} from line {start.line + 1}" if error.context and start else error.context
+        what = ", ".join(part for part in (context, error.problem) if part)
+        raise ConfigError([f"{at}not YAML: {what}"], source) from error
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError([f"line {line}: not YAML: {str(error).splitlines()[0]}"], source) from error
+    except RecursionError as error:
+        raise ConfigError(["nested too deeply for a config"], source) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ConfigError([f"not a value of a config: {error}"], source) from error
+    if loader.duplicates:
+        raise ConfigError(loader.duplicates, source)
+    return value
+
+
+def dump_yaml(value: Any) -> str:
+    """Return a text that ``parse_yaml`` reads as the same value, with keys in their order."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
+
+
+def merge(base: dict[Any, Any], over: dict[Any, Any], *, top: bool = True) -> dict[Any, Any]:
+    """Return ``over`` laid over ``base``; neither is changed.
+
+    Mappings merge key by key, at any depth; lists and scalars replace. At the top, a slot with another ``name``
+    replaces the base's slot, so that no option of the base's part remains.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = base.get(key)
+        other_part = top and key in SLOTS and _names_differ(old, value)
+        if isinstance(old, dict) and isinstance(value, dict) and not other_part:
+            merged[key] = merge(old, value, top=False)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _names_differ(base: Any, over: Any) -> bool:
+    both = isinstance(base, dict) and isinstance(over, dict) and "name" in base and "name" in over
+    return both and bool(base["name"] != over["name"])
+
+
+def apply_overrides(raw: dict[Any, Any], overrides: Sequence[str], problems: list[str]) -> dict[Any, Any]:
+    """Return ``raw`` with overrides ``key.key=value`` laid over it.
+
+    Overrides merge with each other first, so that ``masker.ratio=0.6 masker.name=random`` means the same in either
+    order; of two values for one key the later applies.
+    """
+    together: dict[Any, Any] = {}
+    for text in overrides:
+        try:
+            keys, value = _parse_override(text)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            continue
+        if (inside := _list_on_path(merge(raw, together), keys)) is not None:
+            problems.append(f"override {text!r}: {inside} is a list here; override it whole, {inside}=[...]")
+            continue
+        for key in reversed(keys):
+            value = {key: value}
+        together = merge(together, value)
+    return merge(raw, modernize(together, below=raw, problems=problems))
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    """Return the keys and the value of an override; raise ConfigError if it is malformed."""
+    path, equals, value = text.partition("=")
+    path = path.strip()
+    keys = path.split(".")
+    if not equals or not all(keys) or any(c.isspace() for c in path):
+        raise ConfigError([f"override {text!r} must be key=value, such as masker.num_targets=8"])
+    if not value.strip():
+        raise ConfigError([f"override {text!r} has no value; write {path}=null for none"])
+    if path == "_BASE_":
+        raise ConfigError([f"override {text!r}: _BASE_ belongs in a file; give that file as --config-file"])
+    try:
+        return keys, _override_value(value.strip(), text)
+    except ConfigError as error:
+        raise ConfigError([f"override {text!r}: {problem}" for problem in error.problems]) from error
+
+
+def _override_value(text: str, override: str) -> Any:
+    """Return the value of an override, in which ``#`` starts no comment; raise ConfigError for text after the value."""
+    if text[0] not in "[{'\"" and re.search(r"(^|\s)#", text):
+        return text
+    value = parse_yaml(text, override)
+    node = _Loader(text).get_single_node() if "#" in text else None
+    if node is not None and (rest := text[node.end_mark.index :].strip()):
+        raise ConfigError([f"{rest!r} follows the value; quote the whole if it is part of it"])
+    return value
+
+
+def _list_on_path(raw: dict[Any, Any], keys: list[str]) -> str | None:
+    """Return the path of the list that ``keys`` would lead into, if any."""
+    value: Any = raw
+    for depth, key in enumerate(keys[:-1], 1):
+        value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            return ".".join(keys[:depth])
+    return None
+
+
+INSIDE = (RUN_CONFIG, HEADER)
+"""Files with the config of a folder: a run folder, a sharded checkpoint."""
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
+"""Raised by zipfile, pickle and torch for damaged checkpoints."""
+_TAKES = "a config is a YAML file, a run folder or a checkpoint"
+_ZIP = b"PK\x03\x04"
+
+
+def read_config(file: str, problems: list[str], *, trust_imports: bool = False) -> dict[Any, Any]:
+    """Return the raw mapping of a file laid over its bases, with the ``imports`` of all, the base's first.
+
+    Args:
+        file: a YAML file, a folder with a ``config.yaml``, or a checkpoint (its entry ``config``); a path, or a URL
+            that a handler of ``jepa_kit.data.remote.fetch.path_manager`` opens.
+        problems: gets lines about mistakes that do not prevent further checks.
+        trust_imports: allow any ``imports`` in checkpoints and in files at URLs; a local YAML file may have any.
+
+    Raises:
+        ConfigError: the file or a base is missing or none of these, the bases form a circle, or there are imports that
+            are not trusted.
+    """
+    return _read_over_bases(file, (), problems, trust_imports)
+
+
+def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], trust: bool) -> dict[Any, Any]:
+    path = _config_file(file, above)
+    if path in above:
+        raise ConfigError([f"_BASE_ goes round in a circle: {' -> '.join([*above[above.index(path) :], path])}"], path)
+    raw, is_checkpoint = _read_mapping(path)
+    if "imports" in raw and not trust and (is_checkpoint or "://" in path):
+        check_trusted(raw["imports"], path)
+    if "imports" in raw:
+        raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
+    if "_BASE_" not in raw:
+        return modernize(raw, problems=problems)
+    base = raw.pop("_BASE_")
+    if not isinstance(base, str) or not base:
+        raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file"], path)
+    below = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+    lower = _read_over_bases(below, (*above, path), problems, trust)
+    lower.pop("versions", None)
+    merged = merge(lower, modernize(raw, below=lower, problems=problems))
+    if "imports" in lower and "imports" in raw:
+        merged["imports"] = list(dict.fromkeys([*lower["imports"], *raw["imports"]]))
+    return merged
+
+
+def _config_file(file: str, above: tuple[str, ...]) -> str:
+    """Return the file, or the config in a folder; absolute if it is local."""
+    path = file.rstrip("/") if "://" in file else os.path.abspath(os.path.expanduser(file))
+    if _is_file(path):
+        return path
+    inside = next((name for name in INSIDE if _is_file(os.path.join(path, name))), None)
+    if inside is not None:
+        return os.path.join(path, inside)
+    if os.path.isdir(path):
+        raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
+    base = f", the _BASE_ of {above[-1]!r}," if above else ""
+    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}"])
+
+
+def _is_file(path: str) -> bool:
+    if "://" not in path:
+        return os.path.isfile(path)
+    from jepa_kit.data.remote.fetch import path_manager  # not at the top, as URLs alone need it
+
+    try:
+        return path_manager.isfile(path)
+    except NotImplementedError:  # a handler without a listing (http): try to open the file
+        try:
+            path_manager.open(path, "rb").close()
+        except OSError:
+            return False
+        return True
+
+
+def _open(path: str) -> IO[Any]:
+    if "://" not in path:
+        return open(path, "rb")
+    from jepa_kit.data.remote.fetch import path_manager
+
+    return path_manager.open(path, "rb")
+
+
+def _read_mapping(path: str) -> tuple[dict[Any, Any], bool]:
+    """Return the mapping of a file, and whether the file is a checkpoint."""
+    with _open(path) as file:
+        start = file.read(len(_ZIP))
+        data = b"" if start == _ZIP else start + file.read()
+    if start == _ZIP:
+        return _read_checkpoint(path), True
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"neither text nor a checkpoint that torch.save wrote; {_TAKES}"], path) from error
+    raw = parse_yaml(text, path)
+    if not isinstance(raw, dict):
+        raise ConfigError([f"the file has {_kind(raw)}, but a config is a mapping with keys such as masker"], path)
+    return raw, False
+
+
+def _read_checkpoint(path: str) -> dict[Any, Any]:
+    """Return the config of a checkpoint, which is copied here first if it is at a URL."""
+    if "://" not in path:
+        return _config_of_checkpoint(path, path)
+    from jepa_kit.data.remote.fetch import Access, copy
+
+    with tempfile.NamedTemporaryFile() as local:
+        copy(path, cast(BinaryIO, local), Access())
+        return _config_of_checkpoint(local.name, path)
+
+
+def _config_of_checkpoint(file: str, source: str) -> dict[Any, Any]:
+    import torch  # not at the top, as YAML files do not need it
+
+    try:
+        with zipfile.ZipFile(file) as archive:  # reading compares the CRC of the values; weights are not read
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    archive.read(name)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UNREADABLE as error:
+        raise ConfigError([f"the checkpoint cannot be read: {reason_of(error)}"], source) from error
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict):
+        entries = f"entries {', '.join(map(str, content))}" if isinstance(content, dict) else _kind(content)
+        raise ConfigError([f"the checkpoint has no config (it has {entries}); give the YAML file of its run"], source)
+    return config
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
