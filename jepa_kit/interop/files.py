@@ -16,7 +16,7 @@ from jepa_kit.data.remote.fetch import path_manager
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.locate import to_read
-from jepa_kit.errors import CheckpointError
+from jepa_kit.errors import CheckpointError, reason_of
 from jepa_kit.files import sha256_of
 from jepa_kit.interop.digest import HOW
 from jepa_kit.interop.safetensors import FORMAT_NAME, read_header

@@ -75,3 +75,13 @@ def test_a_run_with_weights_that_are_not_finite(tiny, tmp_path):
             ValueError, match=r"checkpoint_00000003.pt has weights that are NaN or infinite: encoder.norm"
         ):
             load(file)
+
+
+def test_a_checkpoint_with_old_names_of_options_is_converted(tiny, tmp_path):
+    config = tiny()
+    raw = config.to_dict()
+    raw["train"] |= {"keep_checkpoints": raw["checkpoint"].pop("keep"), "bad_numbers": raw["train"].pop("on_nonfinite")}
+    raw["data"] |= {"transforms": None, "crop_scale": [0.5, 1.0], "crop_ratio": [1.0, 1.0], "flip": 0.5}
+    file = save_checkpoint(tmp_path, Checkpoint(3, build_recipe(config).state_dict(), {}, raw, {}, {}), None)
+    convert(file, tmp_path / "official", to="official")
+    assert load_encoder(tmp_path / "official", num_heads=2).provenance.step == 3
