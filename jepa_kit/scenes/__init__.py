@@ -1,1 +1,1 @@
-"""Synthetic scenes: images whose contents are known exactly."""
+"""Synthetic scenes: rendered images with exact labels."""

@@ -1,8 +1,8 @@
-"""Drawing the synthetic scenes: the room, the looks of solids, and the canvas that puts them together.
+"""Draw synthetic scenes: the room, the appearance of solids, and the canvas that combines them.
 
-Legend: h, w the image's sides; n solids of a scene, the nearest first; P samples of a solid that are seen. Lengths on
-the screen are in halves of the image's shorter side, y up, from the middle; the floor point at distance z lies
-DROP / z below the horizon.
+Legend: h, w the image's sides; n solids of a scene, the nearest first; P visible samples of a solid. Screen coordinates
+are in halves of the image's shorter side, y up, from the middle. A floor point at distance z is DROP / z below the
+horizon.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jepa_kit.rng import FloatArray
 from jepa_kit.scenes.shapes import PATTERNS, SOLIDS
 
 DROP, WALL = 1.85, 4.0
-"""The camera's height over the floor, on the screen at distance 1; and the distance of the wall."""
+"""Height of the camera above the floor, on the screen at distance 1; and the distance of the wall."""
 MIN_VISIBLE = 0.4
-"""Each solid shows at least this share of its silhouette."""
+"""Smallest visible fraction of the silhouette of each solid."""
 SHADOW = 0.6
-NIGHT, GLOW, SHED = 0.42, 0.42, 0.65
-"""By night: the room's brightness, a solid's own light, and what it sheds on the floor. Chosen so that solids and
-surroundings are brighter than an empty room by as much as they are darker by day (tests/scenes/test_scenes.py)."""
+NIGHT, GLOW, FLOOR_GLOW = 0.42, 0.42, 0.65
+"""At night: the room's brightness, the light of a solid itself, and its light on the floor. Solids and the floor around
+them are then as much brighter than an empty room as they are darker by day (tests/scenes/test_scenes.py)."""
 
 Image = NDArray[np.uint8]
 
@@ -58,33 +58,35 @@ class Room:
         self.grain = rng.random((2, 3, 24, 24)) - 0.5  # floor and wall, three octaves
 
     def paint(self, height: int, width: int) -> FloatArray:
-        """[h, w, 3] the empty room."""
+        """Return [h, w, 3] the empty room."""
         unit = 2.0 / min(height, width)
         y = ((height - 1) / 2 - np.arange(height))[:, None] * unit  # [h, 1]
         x = (np.arange(width) - (width - 1) / 2)[None, :] * unit  # [1, w]
         foot = self.horizon - DROP / WALL
         # the wall
         c, s = np.cos(self.wall_turn), np.sin(self.wall_turn)
-        mix = _panel(self.wall_kind, self.wall_scale * (x * c + y * s), self.wall_scale * (y * c - x * s) + self.offset)
-        mix = 0.55 * mix + 1.3 * _grain(self.grain[1], height, width)
+        mix = _pattern(
+            self.wall_kind, self.wall_scale * (x * c + y * s), self.wall_scale * (y * c - x * s) + self.offset
+        )
+        mix = 0.55 * mix + 1.3 * _noise(self.grain[1], height, width)
         wall = self.wall + (self.wall2 - self.wall) * np.clip(mix, 0, 1)[..., None]
         wall = wall * (0.86 + 0.22 * np.clip(y - foot, 0, 1.2) - 0.1 * x * -self.light[0])[..., None]
-        # the floor, in the room's own coordinates
+        # the floor, in coordinates of the room
         away = DROP / np.maximum(self.horizon - y, DROP / (WALL * 1.05))  # [h, 1] distance
         across = x * away * 1.2
         c, s = np.cos(self.floor_turn), np.sin(self.floor_turn)
         p, q = self.floor_scale * (across * c + away * s), self.floor_scale * (away * c - across * s)
-        mix = _panel(self.floor_kind, p, q + self.offset)
-        mix = 0.5 + (mix - 0.5) / (1.0 + (away * self.floor_scale / 7.0) ** 4)  # what no pixel can show
-        mix = mix + 0.8 * _grain(self.grain[0], height, width)
+        mix = _pattern(self.floor_kind, p, q + self.offset)
+        mix = 0.5 + (mix - 0.5) / (1.0 + (away * self.floor_scale / 7.0) ** 4)  # fade what is finer than a pixel
+        mix = mix + 0.8 * _noise(self.grain[0], height, width)
         floor = self.floor + (self.floor2 - self.floor) * np.clip(mix, 0, 1)[..., None]
         floor = self.hazed(floor * 0.95, away[..., None])
-        floor *= (1.0 - 0.35 * np.exp(-np.maximum(foot - y, 0.0) / 0.05))[..., None]  # the corner's shade
+        floor *= (1.0 - 0.35 * np.exp(-np.maximum(foot - y, 0.0) / 0.05))[..., None]  # shade in the corner
         edge = np.clip((y - foot) / unit + 0.5, 0.0, 1.0)[..., None]
         return floor + (self.hazed(wall, WALL) - floor) * edge
 
     def hazed(self, colour: FloatArray, distance: FloatArray | float) -> FloatArray:
-        """Blends into the air's colour with distance: 0 at 1, 37 % at 3."""
+        """Return a colour blended with that of the haze: 0 % of it at distance 1, 37 % at 3."""
         clear = np.exp(-0.23 * np.maximum(np.asarray(distance) - 1.0, 0.0))
         return self.haze + (colour - self.haze) * clear
 
@@ -93,15 +95,15 @@ def _colour(hue: float, saturation: float, value: float) -> FloatArray:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, value))
 
 
-def _panel(kind: int, u: FloatArray, v: FloatArray) -> FloatArray:
-    """A pattern for the floor or the wall: kinds 0 and 5 are plain, the grain does the rest."""
+def _pattern(kind: int, u: FloatArray, v: FloatArray) -> FloatArray:
+    """Return a pattern for the floor or the wall, 0 to 1; kinds 0 and 5 are plain and show only the grain."""
     name = ("plain", "stripes", "checks", "dots", "waves", "plain")[kind]
     return PATTERNS[name](u, v) if name != "plain" else np.full(np.broadcast_shapes(u.shape, v.shape), 0.5)
 
 
 @lru_cache(maxsize=32)
-def _spread(length: int, cells: int) -> FloatArray:
-    """[length, cells + 1] weights of a smooth (cosine) interpolation between cells + 1 knots."""
+def _weights(length: int, cells: int) -> FloatArray:
+    """Return [length, cells + 1] weights of a cosine interpolation between cells + 1 knots."""
     at = np.linspace(0.0, cells, length, endpoint=False)
     left = np.floor(at).astype(np.int64)
     weight = 0.5 - 0.5 * np.cos(np.pi * (at - left))
@@ -111,18 +113,18 @@ def _spread(length: int, cells: int) -> FloatArray:
     return rows
 
 
-def _grain(knots: FloatArray, height: int, width: int) -> FloatArray:
-    """[h, w] smooth noise of three octaves, about -0.5 to 0.5."""
+def _noise(knots: FloatArray, height: int, width: int) -> FloatArray:
+    """Return [h, w] smooth noise of three octaves, about -0.5 to 0.5."""
     total = np.zeros((height, width))
     for octave, cells in enumerate((4, 9, 22)):
         total += (
-            _spread(height, cells) @ knots[octave, : cells + 1, : cells + 1] @ _spread(width, cells).T / (1 + octave)
+            _weights(height, cells) @ knots[octave, : cells + 1, : cells + 1] @ _weights(width, cells).T / (1 + octave)
         )
     return total * 0.6
 
 
-HUE, OF_ITSELF = 2, [6, 7, 10, 11]
-"""Columns of the numbers that a ``Look`` is made of: its hue; its pose and phase, which no kind shares."""
+HUE, INDIVIDUAL = 2, [6, 7, 10, 11]
+"""Columns of the numbers of a ``Look``: its hue; its pose and phase, which solids of one kind do not share."""
 
 
 class Look:
@@ -149,11 +151,11 @@ class Look:
         self.gloss = 0.55 * max(0.0, 2.0 * u[12] - 1.0)
 
     def shade(self, normal: FloatArray, uv: FloatArray, room: Room) -> FloatArray:
-        """[3, P] colours of surface points: pattern, diffuse light, highlight."""
+        """Return [3, P] the colours of surface points: pattern, diffuse light, highlight."""
         c, s = np.cos(self.turn), np.sin(self.turn)
         u, v = self.frequency * uv + self.phase[:, None]
         mix = self.pattern(u * c + v * s, v * c - u * s)
-        sky = 0.825 + 0.275 * normal[1]  # more comes from above than from the floor
+        sky = 0.825 + 0.275 * normal[1]  # more light comes from above than from the floor
         light = room.ambient * sky + 0.72 * np.maximum(room.light @ normal, 0.0)
         if room.night:
             light = 0.6 * light + GLOW
@@ -161,13 +163,13 @@ class Look:
         shine = np.maximum((half / np.linalg.norm(half)) @ normal, 0.0)
         shine *= shine
         shine *= shine
-        shine *= shine  # to the power of 8 and then 24
+        shine *= shine  # power 8; `shine**3` below makes it 24
         colour = np.outer(self.colour, light) + np.outer(self.colour2 - self.colour, light * mix)
         return colour + self.gloss * shine**3
 
 
 class Canvas:
-    """The picture, with ``fine`` samples a pixel on each side. Solids come nearest first: the first takes a sample."""
+    """An image with ``fine`` x ``fine`` samples per pixel; nearer solids are placed first and own their samples."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -177,10 +179,17 @@ class Canvas:
         self.parts: list[tuple[tuple[NDArray[np.int64], ...], FloatArray, FloatArray]] = []
 
     def place(self, looks: list[Look], layouts: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Puts the solids where the first layout has them in which all show, and says which and how much of each.
+        """Place the solids in the first layout in which all are visible enough.
 
-        The layouts come best first, so it is nearly always the first. Where none will do, the solids shrink on the
-        spot: a last resort that ends, not met in 2,500 crowded scenes.
+        Layouts are sorted, so it is nearly always the first one. If none is good, the solids are shrunk; 2,500 crowded
+        scenes never needed it.
+
+        Args:
+            looks: of n solids, the nearest first.
+            layouts: [K, n, 4] x, y, radius and distance.
+
+        Returns:
+            [n, 4] the layout, and [n] the visible fraction of each silhouette.
         """
         for shrink in (1.0, 0.7, 0.4):
             for layout in layouts:
@@ -193,7 +202,7 @@ class Canvas:
         raise AssertionError("no layout shows every solid, not even with solids of 0.4 their size")
 
     def _cover(self, look: Look, x: float, y: float, radius: float) -> float:
-        """Gives a solid the samples that are still free, and says which share of its silhouette they are."""
+        """Give a solid the free samples of its silhouette, and return which fraction of the silhouette they are."""
         rows, columns = self.owner.shape
         top, left = (rows / 2 - (y + radius) / self.unit), (columns / 2 + (x - radius) / self.unit)
         span = 2 * radius / self.unit
@@ -206,18 +215,18 @@ class Canvas:
         row, column = row + i[0], column + j[0]
         seen = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         seen[seen] = self.owner[row[seen], column[seen]] == 0
-        where = row[seen], column[seen]
-        self.parts.append((where, normal[:, seen], uv[:, seen]))
-        self.owner[where] = len(self.parts)
+        samples = row[seen], column[seen]
+        self.parts.append((samples, normal[:, seen], uv[:, seen]))
+        self.owner[samples] = len(self.parts)
         return float(seen.mean())
 
     def mask(self) -> Image:
-        """[h, w]: the owner of each pixel's middle sample."""
+        """Return [h, w] the owner of the middle sample of each pixel: 0 for the room, 1 for the nearest solid."""
         middle = self.fine // 2
         return np.ascontiguousarray(self.owner[middle :: self.fine, middle :: self.fine])
 
     def finish(self, room: Room, looks: list[Look], layout: FloatArray) -> Image:
-        """[h, w, 3] uint8: room, shadows, then the solids' samples averaged over each pixel."""
+        """Return [h, w, 3] uint8 the image: room, shadows, then the solids' samples averaged over each pixel."""
         picture = room.paint(self.height, self.width)
         for look, place in zip(looks, layout, strict=True):
             self._shade_floor(picture, room, look, *place[:3])
@@ -227,14 +236,14 @@ class Canvas:
         ]
         rows, columns = (np.concatenate([part[0][axis] for part in self.parts]) // self.fine for axis in (0, 1))
         pixel, samples = rows * self.width + columns, np.concatenate(colours)
-        num_pixels, share = self.height * self.width, 1.0 / self.fine**2
-        empty = 1.0 - share * np.bincount(pixel, minlength=num_pixels)
-        solid = np.stack([np.bincount(pixel, samples[:, c], num_pixels) for c in range(3)], axis=1) * share
+        num_pixels, weight = self.height * self.width, 1.0 / self.fine**2
+        empty = 1.0 - weight * np.bincount(pixel, minlength=num_pixels)
+        solid = np.stack([np.bincount(pixel, samples[:, c], num_pixels) for c in range(3)], axis=1) * weight
         picture = picture * empty.reshape(self.height, self.width, 1) + solid.reshape(picture.shape)
         return np.round(np.clip(picture * room.tint, 0.0, 1.0) * 255.0).astype(np.uint8)
 
     def _shade_floor(self, picture: FloatArray, room: Room, look: Look, x: float, y: float, radius: float) -> None:
-        """By day a solid's shadow, on the side away from the light; by night the light that it sheds."""
+        """Draw the shadow of a solid, on the side away from the light, or at night its light on the floor."""
         unit = 2.0 / min(self.height, self.width)
         x = x - 0.75 * radius * room.light[0] * (not room.night)
         wide, deep = 1.15 * radius, 0.36 * radius
@@ -249,6 +258,6 @@ class Canvas:
         shade = np.clip((1.35 - far) / 0.9, 0.0, 1.0)
         shade = (shade * shade * (3 - 2 * shade))[..., None]
         if room.night:
-            picture[rows, columns] += SHED * shade * 0.5 * (look.colour + look.colour2)
+            picture[rows, columns] += FLOOR_GLOW * shade * 0.5 * (look.colour + look.colour2)
         else:
             picture[rows, columns] *= 1.0 - SHADOW * shade

@@ -1,11 +1,9 @@
 """Solids and surface patterns of the synthetic scenes, by ray casting in closed form.
 
-Legend of shapes:
+Legend: h, w the samples of a box; P the samples inside the silhouette; F the faces of a solid.
 
-    P  samples of a box that the solid's silhouette fills        F  faces of a solid
-
-A solid is seen by parallel rays from slightly above. Its box spans x and y in [-1, 1] (x to the right, y up),
-its silhouette touches y = -1, and a pose is two numbers in [0, 1). Normals are in camera space (z to the viewer).
+Parallel rays come from slightly above. The box of a solid spans x and y in [-1, 1] (x to the right, y up), the
+silhouette touches y = -1, and a pose is two numbers in [0, 1). Normals are in camera space (z towards the viewer).
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ import numpy as np
 from jepa_kit.rng import FloatArray
 
 PITCH = np.deg2rad(28.0)
-"""How far the camera looks down."""
+"""Angle by which the camera looks down, in radians."""
 
 
 class Surface(NamedTuple):
-    """What the rays of a box hit.
+    """The surface that the rays of a box hit.
 
-    Args:
+    Attributes:
         mask: [h, w] bool, the silhouette.
         normal: [3, P] unit normals.
         uv: [2, P] coordinates on the surface, about -1 to 1.
@@ -39,37 +37,42 @@ Solid = Callable[[FloatArray, FloatArray, FloatArray], Surface]
 
 
 def _rotation(yaw: float, pitch: float) -> FloatArray:
-    """[3, 3]: object -> camera; a turn about the vertical, then the camera's look down."""
+    """Return [3, 3] from object to camera coordinates: a rotation about the vertical, then the camera's pitch."""
     c, s, cp, sp = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
     turn = np.array([[c, 0.0, s], [0.0, 1.0, 0.0], [-s, 0.0, c]])
     tilt = np.array([[1.0, 0.0, 0.0], [0.0, cp, -sp], [0.0, sp, cp]])
     return tilt @ turn
 
 
-def _turned(x: FloatArray, y: FloatArray, angle: float) -> tuple[FloatArray, FloatArray]:
+def _rotate(x: FloatArray, y: FloatArray, angle: float) -> tuple[FloatArray, FloatArray]:
+    """Return x and y rotated clockwise by an angle."""
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
 def sphere(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """A ball whose globe leans to one side."""
+    """Return a ball, with a pattern that leans to one side."""
     mask = x * x + y * y < 1.0
     x, y = x[mask], y[mask]
     z = np.sqrt(1.0 - x * x - y * y)
     # longitude and latitude of a globe that leans to one side
-    across, up = _turned(x, y, (pose[0] - 0.5) * 1.6)
+    across, up = _rotate(x, y, (pose[0] - 0.5) * 1.6)
     uv = np.stack([np.arctan2(across, z) * (2 / np.pi), np.arcsin(np.clip(up, -1, 1)) * (2 / np.pi)])
     return Surface(mask, np.stack([x, y, z]), uv * 1.3)
 
 
 def _convex(x: FloatArray, y: FloatArray, faces: FloatArray, reach: FloatArray, turn: FloatArray) -> Surface:
-    """A convex solid: the points p with faces @ p <= reach, turned and scaled to stand in the box.
+    """Return a convex solid: the points p with faces @ p <= reach, rotated.
 
     Args:
-        faces: [F, 3] unit normals; reach: [F]; turn: [3, 3].
+        x: [h, w] of the rays.
+        y: [h, w] of the rays.
+        faces: [F, 3] unit normals.
+        reach: [F] distance of each face from the origin.
+        turn: [3, 3] the rotation to camera coordinates.
     """
     normals = faces @ turn.T  # [F, 3] in camera space
     front, back = normals[:, 2] > 1e-9, normals[:, 2] < -1e-9
-    # a ray is (x, y, t) with t falling from the viewer: it enters at the smallest bound of the front faces
+    # a ray is (x, y, t), t decreasing from the viewer: it enters at the smallest bound of the front faces
     slope = np.einsum("fk,k...->f...", normals[:, :2], np.stack([x, y]))
     t = (reach[:, None, None] - slope) / np.where(np.abs(normals[:, 2]) < 1e-9, 1e-9, normals[:, 2])[:, None, None]
     entry = t[front].min(axis=0)
@@ -77,7 +80,7 @@ def _convex(x: FloatArray, y: FloatArray, faces: FloatArray, reach: FloatArray, 
     face = np.flatnonzero(front)[t[front].argmin(axis=0)[mask]]
     hit = np.stack([x[mask], y[mask], entry[mask]])  # [3, P]
     normal = normals[face].T
-    # two axes inside each face: across, and up along it
+    # two axes in each face: horizontal and upward
     across = np.cross([0.0, 1.0, 0.0], normals)
     across /= np.maximum(np.linalg.norm(across, axis=1, keepdims=True), 1e-9)
     upward = np.cross(normals, across)
@@ -86,7 +89,7 @@ def _convex(x: FloatArray, y: FloatArray, faces: FloatArray, reach: FloatArray, 
 
 
 def cube(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """A cube that stands on a face, a vertical edge more or less to the front."""
+    """Return a cube that stands on a face, with a vertical edge roughly in front."""
     yaw = np.pi / 4 + (pose[0] - 0.5) * np.deg2rad(56)
     half = 1.0 / (np.cos(PITCH) + np.sin(PITCH) * (abs(np.cos(yaw)) + abs(np.sin(yaw))))
     faces = np.concatenate([np.eye(3), -np.eye(3)])
@@ -94,7 +97,7 @@ def cube(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def diamond(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """An octahedron on one corner, taller than wide."""
+    """Return an octahedron that stands on one corner, taller than wide."""
     yaw = pose[0] * np.pi / 2
     signs = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=np.float64)
     width, height = 0.74, 1.0 / np.cos(PITCH)
@@ -104,11 +107,11 @@ def diamond(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def cylinder(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """An upright cylinder, its lid in view."""
+    """Return an upright cylinder with a visible lid."""
     radius = 0.6 + 0.12 * pose[0]
     c, s = np.cos(PITCH), np.sin(PITCH)
     half = (1.0 - radius * s) / c
-    depth = np.sqrt(np.maximum(radius**2 - x * x, 0.0))  # towards the viewer, before the look down
+    depth = np.sqrt(np.maximum(radius**2 - x * x, 0.0))  # towards the viewer, before the pitch
     height = (y + s * depth) / c  # on the side; camera y = c * height - s * depth
     side = (np.abs(x) < radius) & (np.abs(height) <= half)
     lid_depth = (c * half - y) / s
@@ -124,12 +127,12 @@ def cylinder(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def cone(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """An upright cone on its foot."""
+    """Return an upright cone."""
     radius = 0.74 + 0.1 * pose[0]
     c, s = np.cos(PITCH), np.sin(PITCH)
     tall = (2.0 - radius * s) / c  # apex at camera y = 1, the foot's front edge at y = -1
     k2 = (radius / tall) ** 2
-    # height h and depth d of a point of the ray that is t along: h = h0 + s t, d = d0 + c t
+    # height h and depth d of the point at t on a ray: h = h0 + s t, d = d0 + c t
     foot = -1.0 + radius * s  # camera y of the middle of the foot
     h0, d0 = c * (y - foot), -s * (y - foot)
     a = c * c - k2 * s * s
@@ -149,7 +152,7 @@ def cone(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def ring(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """A torus that stands on its edge, turned a little."""
+    """Return a torus that stands on its edge, turned a little."""
     turn = np.cos((pose[0] - 0.5) * np.deg2rad(70))
     tube = 0.27 + 0.05 * pose[1]
     x = x / turn
@@ -162,11 +165,11 @@ def ring(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
 
 
 def star(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """Five points, ten facets."""
+    """Return a star with five points and ten facets."""
     lean = (pose[0] - 0.5) * 0.5
     tips = np.cos(0.4 * np.pi * np.arange(5) - lean)
     y = tips.min() + (y + 1.0) / 2.0 * (tips.max() - tips.min())  # from foot to top
-    x, y = _turned(x, y, lean)
+    x, y = _rotate(x, y, lean)
     rho, angle = np.sqrt(x * x + y * y), np.arctan2(x, y)
     sector = np.round(angle / (0.4 * np.pi)) * (0.4 * np.pi)
     inside = angle - sector
@@ -182,13 +185,13 @@ def star(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     along, away = facet[0], facet[1] * side
     nx = along * np.sin(sector) + away * np.cos(sector)
     ny = along * np.cos(sector) - away * np.sin(sector)
-    return Surface(mask, np.stack([*_turned(nx, ny, -lean), np.full_like(x, facet[2])]), np.stack([x, y]))
+    return Surface(mask, np.stack([*_rotate(nx, ny, -lean), np.full_like(x, facet[2])]), np.stack([x, y]))
 
 
 def cross(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
-    """A plus sign with a bevelled edge."""
+    """Return a plus sign with bevelled edges."""
     lean = (pose[0] - 0.5) * 0.3
-    x, y = _turned(x, y, lean)
+    x, y = _rotate(x, y, lean)
     arm = 0.34 + 0.05 * pose[1]
     ax, ay = np.abs(x), np.abs(y)
     end = 0.95
@@ -203,7 +206,7 @@ def cross(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     nx = np.where(lying, tilt_far, tilt_near) * np.sign(x)
     ny = np.where(lying, tilt_near, tilt_far) * np.sign(y)
     nz = np.sqrt(1.0 - nx * nx - ny * ny)
-    return Surface(mask, np.stack([*_turned(nx, ny, -lean), nz]), np.stack([x, y]))
+    return Surface(mask, np.stack([*_rotate(nx, ny, -lean), nz]), np.stack([x, y]))
 
 
 SOLIDS: dict[str, Solid] = {
@@ -216,43 +219,43 @@ SOLIDS: dict[str, Solid] = {
     "cross": cross,
     "diamond": diamond,
 }
-"""The shapes; a label is the place in this order."""
+"""The shapes; the label is the index in this order."""
 
 
 def _soft_step(x: FloatArray, width: float = 0.25) -> FloatArray:
-    """0 below -width, 1 above it, linear between."""
+    """Return 0 below -width, 1 above width, and linear values between."""
     return np.clip(x / (2 * width) + 0.5, 0.0, 1.0)
 
 
 def plain(u: FloatArray, v: FloatArray) -> FloatArray:
-    """One colour."""
+    """Return one colour."""
     return np.zeros_like(u)
 
 
 def stripes(u: FloatArray, v: FloatArray) -> FloatArray:
-    """Upright stripes."""
+    """Return vertical stripes."""
     return _soft_step(np.sin(np.pi * u))
 
 
 def checks(u: FloatArray, v: FloatArray) -> FloatArray:
-    """A chessboard."""
+    """Return a chessboard."""
     return _soft_step(np.sin(np.pi * u) * np.sin(np.pi * v), 0.12)
 
 
 def dots(u: FloatArray, v: FloatArray) -> FloatArray:
-    """Dots in rows, every other row shifted by half."""
+    """Return dots in rows, every other row shifted by half a period."""
     row = np.floor(v)
     du, dv = (u + 0.5 * (row % 2)) % 1.0 - 0.5, v - row - 0.5
     return _soft_step(0.3 - np.sqrt(du * du + dv * dv), 0.06)
 
 
 def gradient(u: FloatArray, v: FloatArray) -> FloatArray:
-    """From one colour to the other, upwards."""
+    """Return a gradient from one colour to the other, upwards."""
     return np.clip(0.5 + 0.3 * v, 0.0, 1.0)
 
 
 def waves(u: FloatArray, v: FloatArray) -> FloatArray:
-    """Stripes that wave."""
+    """Return wavy stripes."""
     return _soft_step(np.sin(np.pi * (u + 0.35 * np.sin(np.pi * v))))
 
 
@@ -264,4 +267,4 @@ PATTERNS: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
     "gradient": gradient,
     "waves": waves,
 }
-"""How much of the second colour each surface point has, 0 to 1; a period is 2 (dots: 1)."""
+"""Functions of surface coordinates that return the weight of the second colour, 0 to 1, with period 2 (dots: 1)."""

@@ -8,7 +8,7 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from jepa_kit.scenes.drawing import MIN_VISIBLE, Canvas
-from jepa_kit.scenes.scenes import CLASSES, COMBINATIONS, DISTANCE_EDGES, KIN, SHAPE_NAMES, render, scene_labels
+from jepa_kit.scenes.scenes import CLASSES, COMBINATIONS, DISTANCE_EDGES, SAME_KIND, SHAPE_NAMES, render, scene_labels
 
 LABELS = [(1, 0, 6), (3, 3, 2), (4, 5, 4), (4, 5, 1)]
 MEANS = [61.55, 63.74, 55.88, 71.79]
@@ -69,7 +69,7 @@ def test_labels_say_what_is_in_the_scene(scenes):
 
 def test_most_solids_are_of_the_nearest_ones_kind(scenes):
     alike = np.concatenate([scene.shapes[1:] == scene.shapes[0] for scene in scenes])
-    share = KIN + (1 - KIN) / len(SHAPE_NAMES)  # a shape of its own may be the same one
+    share = SAME_KIND + (1 - SAME_KIND) / len(SHAPE_NAMES)  # a shape of its own may be the same one
     assert abs(alike.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(alike))
     assert len({scene.shapes[0] for scene in scenes}) == len(SHAPE_NAMES)
 
