@@ -82,6 +82,6 @@ def test_a_checkpoint_with_old_names_of_options_is_converted(tiny, tmp_path):
     raw = config.to_dict()
     raw["train"] |= {"keep_checkpoints": raw["checkpoint"].pop("keep"), "bad_numbers": raw["train"].pop("on_nonfinite")}
     raw["data"] |= {"transforms": None, "crop_scale": [0.5, 1.0], "crop_ratio": [1.0, 1.0], "flip": 0.5}
-    file = save_checkpoint(tmp_path, Checkpoint(3, build_recipe(config).state_dict(), {}, raw, {}, {}), None)
+    file = save_checkpoint(tmp_path, Checkpoint(3, build_recipe(config).state_dict(), {}, raw, {}, {}))
     convert(file, tmp_path / "official", to="official")
     assert load_encoder(tmp_path / "official", num_heads=2).provenance.step == 3
