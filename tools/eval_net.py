@@ -1,31 +1,31 @@
 #!/usr/bin/env python
-"""Evaluates features of a checkpoint by any number of protocols, with baselines beside them.
+"""Evaluates features of a checkpoint, and of baselines, by any number of protocols.
 
 examples:
   # a run of tools/train_net.py: its target encoder, the same network untrained, and raw pixels; every label of the
   # shards; training shards as in its config, test shards from the folder `val` (or `test`) beside them
   python tools/eval_net.py --checkpoint output/quickstart/run --protocol logistic,knn
 
-  # what protocols there are: their options with defaults, and an example of each
+  # list the protocols: their options with defaults, and an example of each
   python tools/eval_net.py --list
 
-  # other shards, both encoders, results as JSON; features are kept for the next call
+  # other shards, both encoders, results as JSON; features are cached for the next call
   python tools/eval_net.py --checkpoint runs/first/checkpoint_00001250.pt --protocol linear,attentive --encoder both \\
       --train-shards shards/cifar10-train --test-shards shards/cifar10-test --features features --output results.json
 
-  # a protocol with options of its own; without baselines, on the CPU, in float32
+  # a protocol with options; without baselines, on the CPU, in float32
   python tools/eval_net.py --checkpoint runs/first --protocol '{name: logistic, subsets: [1%, 10/class]}' \\
       --baselines none train.device=cpu train.precision=float32
 
-  # the encoder itself trained on with a tenth of the labels; segmentation, of shards that carry masks
+  # fine-tuning of the encoder with a tenth of the labels; segmentation of shards with masks
   python tools/eval_net.py --checkpoint runs/first --protocol '{name: finetune, epochs: 20, subset: 10%}' --label class
   python tools/eval_net.py --checkpoint runs/first --protocol dense --train-shards shards/masked/train
 
-  # shards of another machine, kept in a folder (docs/data.md); a faster decoder
+  # remote shards, cached in a folder (docs/data.md); a faster decoder
   python tools/eval_net.py --checkpoint runs/first --protocol linear --train-shards https://host/in1k-train \\
       --test-shards https://host/in1k-val data.cache=/scratch/shards data.decoder=fast
 
-  # a network that was never trained, and raw pixels
+  # an untrained network, and raw pixels
   python tools/eval_net.py --config-file projects/ijepa/configs/quickstart.yaml --protocol knn \\
       --train-shards output/quickstart/shards/train
 
@@ -33,11 +33,11 @@ examples:
   torchrun --nproc-per-node 8 tools/eval_net.py --checkpoint runs/first --protocol linear --features /shared/features
 
 Settings of a protocol are chosen inside the training shards, never on the test shards. The paper evaluates the target
-encoder, mean over patch tokens, the better of the last layer and the last four (what `linear` chooses from).
+encoder, mean over patch tokens, the better of the last layer and the last four (`linear` chooses between these).
 Images are read as the run's config says (data.image_size, decoder, max_pixels, cache, ...), as centre crops.
 Results go into the folder `evaluation` beside the checkpoint, or to --output; tools/compare.py reads them.
-Exit status: 0; 2 for a mistake in the command, the checkpoint or the shards; 1 where several processes could not join
-one another, or another one failed; 130 after an interruption from the keyboard.
+Exit status: 0 on success; 2 for an error in the command, the checkpoint or the shards; 1 if several processes could not
+connect, or another one failed; 130 after an interruption from the keyboard.
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ if TYPE_CHECKING:
     from jepa_kit.evaluation.protocols import Built
 
 NAMES = "knn, logistic, linear, paper_linear, paper_transfer, count, distance, attentive, dense, finetune"
-"""The protocols of jepa_kit, for --help, which does not wait for their import."""
+"""The protocols of jepa_kit for --help, which does not import them."""
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the slowest: a question may take hours on one while the others have none left."""
+"""Timeout of collectives: one process may need hours for its last job after the others have finished."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = tool_parser("eval_net.py", __doc__)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, or a run folder (its latest)")
-    what.add_argument("--config-file", metavar="FILE", help="a config, whose baselines alone are evaluated")
-    what.add_argument("--list", action="store_true", help="prints the protocols with their options and examples")
+    what.add_argument("--config-file", metavar="FILE", help="a config, to evaluate its baselines only")
+    what.add_argument("--list", action="store_true", help="print the protocols with their options and examples")
     p.add_argument(
         "--protocol",
         action="append",
         metavar="NAME",
-        help=f"one of {NAMES} (see --list); several with commas, or the option again; with options of its own as "
+        help=f"one of {NAMES} (see --list); several with commas, or the option again; with options as "
         "'{name: knn, neighbours: [5]}'",
     )
     p.add_argument(
@@ -95,11 +95,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layers",
         metavar="LAYERS",
-        help="of protocols that do not choose them: last (default), last4 (the last 4 concatenated), or blocks as 2+4",
+        help="for protocols that do not choose them: last (default), last4 (the last 4 concatenated), or blocks as 2+4",
     )
-    p.add_argument("--train-shards", metavar="DIR", help="what protocols learn from (default: data.shards of the run)")
     p.add_argument(
-        "--test-shards", metavar="DIR", help="what they are asked about (default: test, else val, beside the former)"
+        "--train-shards", metavar="DIR", help="training shards of protocols (default: data.shards of the run)"
+    )
+    p.add_argument(
+        "--test-shards", metavar="DIR", help="test shards (default: test, else val, beside the training shards)"
     )
     p.add_argument(
         "--label",
@@ -110,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--baselines", default="untrained,pixels", metavar="NAMES", help="untrained, pixels, both (default), or none"
     )
-    p.add_argument("--features", metavar="DIR", help="keeps features there, and takes what is there already")
+    p.add_argument("--features", metavar="DIR", help="cache features in this folder")
     p.add_argument("--seed", type=int, default=0, help="of the protocols (default: 0)")
     p.add_argument("--untrained-seed", type=int, metavar="SEED", help="of the untrained network (default: the run's)")
     p.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
@@ -118,14 +120,12 @@ def parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", help="the results as JSON (default: a file in `evaluation` beside the checkpoint)"
     )
     add_trust(p)
-    p.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="what to change in the run's config, as train.device=cpu"
-    )
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the run's config, as train.device=cpu")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool; returns the exit status, see the end of the module's text."""
+    """Run the tool; return the exit status, see the end of the module's docstring."""
     p = parser()
     arguments = p.parse_intermixed_args(argv)
     if not arguments.list and (not arguments.protocol or not (arguments.checkpoint or arguments.config_file)):
@@ -150,20 +150,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates; of several processes the first prints the table and writes the file."""
+    """Evaluate; rank 0 prints the table and writes the file."""
     # here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.config import import_named, load_config
     from jepa_kit.distributed.collectives import choose_device, process_group, read_environment
     from jepa_kit.engine.build import open_together
     from jepa_kit.evaluation.features import latest_checkpoint, load_run
     from jepa_kit.evaluation.protocols import build_protocols, parse_specs
-    from jepa_kit.evaluation.shard_choice import asked_shards, training_shards
+    from jepa_kit.evaluation.shard_choice import evaluation_shards, training_shards
     from jepa_kit.precision import resolve_precision
 
     specs = parse_specs(arguments.protocol)
     built = build_protocols(specs)
     check_choices(arguments, built)
-    # once: a run that goes on may have a later one in a moment
+    # resolved once: a running training may save a later one at any time
     import_named(arguments.overrides)
     file = latest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
     loaded = load_run(file, arguments.overrides, trust_imports=arguments.trust_imports) if file else None
@@ -172,35 +172,35 @@ def run(arguments: argparse.Namespace) -> None:
         if loaded
         else load_config(arguments.config_file, arguments.overrides, trust_imports=arguments.trust_imports)
     )
-    learned_from = training_shards(arguments.train_shards, config.data.shards)
-    asked = asked_shards(arguments.test_shards, learned_from)
+    training = training_shards(arguments.train_shards, config.data.shards)
+    held_out = evaluation_shards(arguments.test_shards, training)
     world = read_environment()
     device = choose_device(config.train.device, world)
     with process_group(world, device, patience=PATIENCE):
         config = resolve_precision(config, device)
         loaded = loaded._replace(config=config) if loaded else None
-        train, test = open_together(config, learned_from), open_together(config, asked)
+        train, test = open_together(config, training), open_together(config, held_out)
         if world.is_main:
             note_shared(train, test)
-        rows, checkpoint = evaluated(arguments, specs, file, loaded, config, train, test, world, device)
+        rows, checkpoint = evaluate_run(arguments, specs, file, loaded, config, train, test, world, device)
         if world.is_main:
-            tell(arguments, rows, config, checkpoint, train, test, built)
+            report(arguments, rows, config, checkpoint, train, test, built)
 
 
 def note_shared(train: ShardDataset, test: ShardDataset) -> None:
-    """Says on stderr where the test samples are training samples, which a sanity check may want and a score not."""
+    """Print a note to stderr if test samples are training samples: right for a sanity check, wrong for a score."""
     from jepa_kit.evaluation.feature_cache import shared_samples
 
     shared = shared_samples(train, test)
     if shared:
         print(
             f"note: {shared:,} of {len(test):,} test samples ({test.path}) lie in the training shards ({train.path}) "
-            "too: scores tell what is remembered of them",
+            "too: scores measure memorisation",
             file=sys.stderr,
         )
 
 
-def evaluated(
+def evaluate_run(
     arguments: argparse.Namespace,
     specs: list[Any],
     file: Path | None,
@@ -211,7 +211,7 @@ def evaluated(
     world: World,
     device: torch.device,
 ) -> tuple[list[Row], dict[str, Any] | None]:
-    """The rows, and what the file of results says of the checkpoint."""
+    """Return the rows, and the checkpoint's entry of the file of results."""
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.distributed.collectives import broadcast_from_rank0
     from jepa_kit.engine.workers import choose_workers
@@ -232,7 +232,7 @@ def evaluated(
         networks = config_networks(config, **about)
     else:
         digest = broadcast_from_rank0(lambda: sha256_of(file))
-        checkpoint = about_checkpoint(called(arguments.checkpoint, file), digest, loaded)
+        checkpoint = about_checkpoint(checkpoint_name(arguments.checkpoint, file), digest, loaded)
         chosen = arguments.encoder or encoder_named(loaded.jepa)
         encoders = [which for which in ENCODER_NAMES if chosen in (which, "both")]
         networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
@@ -257,7 +257,7 @@ def evaluated(
     return rows, checkpoint
 
 
-def tell(
+def report(
     arguments: argparse.Namespace,
     rows: list[Row],
     config: Config,
@@ -282,7 +282,7 @@ def tell(
 
 
 def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None:
-    """Raises ValueError for an option that would do nothing, that lacks another, or a file that cannot be written."""
+    """Raise ValueError for an option without effect or that needs another, or a file that cannot be written."""
     from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.tables.results import check_output
 
@@ -290,10 +290,10 @@ def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None
         check_output("--output", arguments.output)
     if arguments.layers and not any(probe.takes_layers for _, _, probe in built):
         names = ", ".join(name for name, _, _ in built)
-        raise ValueError(f"--layers (={arguments.layers!r}) would do nothing: {names} choose their layers themselves")
+        raise ValueError(f"--layers (={arguments.layers!r}) would do nothing: {names} have an option for their layers")
     if arguments.label and all(probe.takes == "masks" or probe.label is not None for _, _, probe in built):
         names = ", ".join(name for name, _, _ in built)
-        raise ValueError(f"--label (={','.join(arguments.label)!r}) would do nothing: of {names} none asks for labels")
+        raise ValueError(f"--label (={','.join(arguments.label)!r}) would do nothing: none of {names} uses it")
     if arguments.untrained_seed is not None and "untrained" not in split([arguments.baselines]):
         raise ValueError(
             f"--untrained-seed (={arguments.untrained_seed}) would do nothing: --baselines (={arguments.baselines!r}) "
@@ -307,8 +307,8 @@ def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None
         raise ValueError("--baselines (='none') leaves nothing to evaluate: --config-file has baselines alone")
 
 
-def called(given: str, file: Path) -> str:
-    """What results call the checkpoint: its path, or its address where it was fetched from elsewhere."""
+def checkpoint_name(given: str, file: Path) -> str:
+    """Return the name of the checkpoint in results: its path, or its URL if it was downloaded."""
     source = Path(given).expanduser()
     if file == source or source in file.parents:
         return str(file)
@@ -316,22 +316,24 @@ def called(given: str, file: Path) -> str:
 
 
 def default_output(given: str, content: dict[str, Any]) -> Path:
-    """A file in the run folder, of one name for one question: step, and a digest of what was asked.
+    """Return a file in the run folder, named by the step and a digest of data, seeds, protocols and networks.
 
     Args:
-        given: the checkpoint, or the run folder, that the user names; in a folder of this machine.
+        given: the local checkpoint or run folder that the user names.
     """
-    asked = {k: content[k] for k in ("data", "seeds", "precision", "protocols")}
-    asked["networks"] = sorted({(r["network"], r["layers"], r["seed"], r["label"]) for r in content["rows"]}, key=str)
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    identity = {k: content[k] for k in ("data", "seeds", "precision", "protocols")}
+    identity["networks"] = sorted(
+        {(r["network"], r["layers"], r["seed"], r["label"]) for r in content["rows"]}, key=str
+    )
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     source = Path(given).expanduser()
-    is_run = source.is_dir() and content["checkpoint"]["file"] != str(source)  # and no checkpoint in shards
+    is_run = source.is_dir() and content["checkpoint"]["file"] != str(source)  # not a sharded checkpoint
     folder = source if is_run else source.parent
     return folder / "evaluation" / f"step_{content['checkpoint']['step']:08d}_{digest}.json"
 
 
 def list_protocols() -> str:
-    """Of every protocol: the first line of its card, what --protocol may say, its options with defaults, in words."""
+    """Return the title, an example and the options with defaults of every protocol."""
     from jepa_kit.evaluation.protocols import PROTOCOLS
     from jepa_kit.evaluation.protocols.cards import card_of
     from jepa_kit.registry import REQUIRED
@@ -349,12 +351,12 @@ def list_protocols() -> str:
 
 
 def plain(value: Any) -> str:
-    """A default as a user writes it in YAML: ``[10, 20]``, ``null``."""
+    """Return a default as in YAML: ``[10, 20]``, ``null``."""
     return json.dumps(value).replace('"', "")
 
 
 def split(names: Sequence[str]) -> list[str]:
-    """["a,b", "c"] -> ["a", "b", "c"]."""
+    """Split at commas: ["a,b", "c"] -> ["a", "b", "c"]."""
     return [name.strip() for entry in names for name in entry.split(",")]
 
 

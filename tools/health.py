@@ -135,12 +135,12 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.evaluation.feature_sources import encoder_named
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.health.measure import measure_health
-    from jepa_kit.evaluation.shard_choice import images_to_look_at
+    from jepa_kit.evaluation.shard_choice import shown_shards
     from jepa_kit.rng import Stream, generator
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data
-    dataset = open_shards(config, images_to_look_at(arguments.shards, data.shards))
+    dataset = open_shards(config, shown_shards(arguments.shards, data.shards))
     order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
     batches = eval_batches(dataset, ImageOptions.from_config(data), samples=order[: arguments.images])
     device = choose_device(config.train.device, World())

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> str:
     from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.pictures.run_page import draw_run, gather
-    from jepa_kit.evaluation.shard_choice import images_to_look_at
+    from jepa_kit.evaluation.shard_choice import shown_shards
     from jepa_kit.evaluation.tables.results import check_output
 
     for name in ("images", "decoder_images", "decoder_steps"):
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> str:
     if is_url(arguments.checkpoint) and not arguments.output:
         raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
     loaded = load_run(arguments.checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
-    dataset = open_shards(loaded.config, images_to_look_at(arguments.shards, loaded.config.data.shards))
+    dataset = open_shards(loaded.config, shown_shards(arguments.shards, loaded.config.data.shards))
     source = Path(arguments.checkpoint)
     folder = source if source.is_dir() else source.parent
     output = Path(arguments.output) if arguments.output else folder / "pictures"

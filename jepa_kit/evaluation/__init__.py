@@ -1,16 +1,16 @@
 """Evaluation of what an encoder has learned.
 
-    features   tokens to one feature for each image; runs read back
-    networks   the encoders of a run, the same untrained, raw pixels
-    store      features of all of them in one pass over the images, kept for later calls
-    protocols  what is asked of them: one small registered part each
-    report     any number of networks, protocols and labels in one table
-    results    the same for programs; compare: any number of runs in one table and one figure
-    health     what a representation and its predictions are like; verdict: in a word; online: inside a run
-    visual     pictures of a run on a page; pictures: masks over images, principal components of patch features
-    mask_page  what a masker draws
+    features         tokens to one feature per image; loading of runs
+    feature_sources  the encoders of a run, the same untrained, raw pixels
+    feature_cache    features of all of them in one pass over the images, cached for later calls
+    protocols/       measurements of features: one small registered part each
+    evaluate         any number of networks, protocols and labels
+    tables/          rows as a table, as a file of results, and of several runs in one table and figure
+    health/          properties of a representation and its predictions, and a verdict; online: during a run
+    pictures/        pictures of a run: masks over images, principal components of patch features
+    masks/           figures and pictures of a masker's masks
+    shard_choice     default shards of the tools
+    neighbours       classification by nearest neighbours, for a protocol and a probe during a run
 
-    shard_choice  which shards are looked at        neighbours  the vote of the nearest, of a protocol and of a probe
-
-Nothing is imported here: each of scikit-learn and matplotlib takes a second.
+Nothing is imported here, because scikit-learn and matplotlib each take a second.
 """

@@ -75,7 +75,7 @@ def evaluate(
         seed: of the protocols.
         store: keeps features, and names the processes that share the work: each takes some of the jobs, and all get
             all rows. None keeps features for this call, in one process.
-        device: where protocols compute.
+        device: of the protocols' computation.
         progress: print progress to stderr.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Features of all networks in one pass over the images, shared by all protocols, and kept for later calls.
+"""Features of all networks, extracted in one pass over the images and cached on disk.
 
 N  images of a data set    n  patches of an image    D  width of a feature
 """
@@ -28,30 +28,29 @@ from jepa_kit.files import write_text
 
 FORMAT = "jepa_kit features/1"
 Arrays = dict[tuple[str, View], NDArray[Any]]
-"""(name of a network, view) -> [N, D] float32; [N, n, D] float16 where patches are not averaged."""
+"""(name of a network, view) -> [N, D] float32; [N, n, D] float16 if patches are not averaged."""
 
 
-class _Array(NamedTuple):
-    """An array that is wanted: its file, None where it stays in memory, and what it depends on in words."""
+class _Entry(NamedTuple):
+    """An array of features: its file, None if it stays in memory, and what it depends on."""
 
     network: Network
     view: View
     file: Path | None
-    words: dict[str, Any]
+    origin: dict[str, Any]
 
 
 class FeatureStore:
-    """Extracts what is wanted and not there yet.
+    """A cache of features, which extracts those that it does not have.
 
-    Each array is one file, ``<key>.npy``, which is mapped and not read whole; beside it ``<key>.json`` says in words
-    what it depends on: the checkpoint's hash (or what an untrained network is made of), the encoder, the block, the
-    pooling, the data's identity, the size of the images, the decoder where it is not Pillow's. The key is a digest of
-    that, so that a change of any of them is another file, and nothing stale is ever taken. The .json is written last:
-    without it an array is not complete.
+    Each array is one memory-mapped file, ``<key>.npy``. ``<key>.json`` beside it has what the array depends on: the
+    checkpoint's digest (or the config and seed of an untrained network), the encoder, the block, the pooling, the
+    identity of the data, the image size, and the decoder if it is not Pillow's. The key is a digest of these, so that
+    no file can be out of date. The .json is written last: an array without it is incomplete.
 
     Args:
-        folder: where arrays are kept; None keeps them in memory for this call.
-        world: of several processes, each extracts a consecutive part of the images; they need a folder that all see.
+        folder: of the files; None keeps arrays in memory.
+        world: each process extracts a consecutive part of the images. Several processes need a shared folder.
 
     Raises:
         ValueError: several processes without a folder.
@@ -73,37 +72,35 @@ class FeatureStore:
         *,
         progress: bool = False,
     ) -> Arrays:
-        """Every array that is wanted; each image is read and decoded once for all that are not there yet.
+        """Return arrays of features; images are read and decoded once for all arrays that are not cached.
 
         Args:
-            wanted: arrays, each of a network.
-            dataset: the images.
-            options: how they are read.
-            progress: says on stderr what is being done.
+            wanted: (network, view) of each array.
+            dataset: of the images.
+            options: how images are read.
+            progress: print progress to stderr.
 
         Raises:
-            ValueError: a value outside its range, an image that cannot be read, or a kept array that is damaged; on
-                all processes.
+            ValueError: an image that cannot be read, or a damaged cached array; on all processes.
         """
-        arrays: Arrays = {}
-        asked = [self._array(network, view, dataset, options) for network, view in wanted]
-        # one process looks: all must agree on what is missing
-        there = broadcast_from_rank0(lambda: [one.file is not None and _is_kept(one.file) for one in asked])
-        missing: list[_Array] = []
-        for one, kept in zip(asked, there, strict=True):
-            if kept:
-                arrays[one.network.name, one.view] = _mapped(cast(Path, one.file))
-            else:
-                missing.append(one)
+        entries = [self._entry(network, view, dataset, options) for network, view in wanted]
+        # rank 0 looks, so that all ranks agree on what is missing
+        cached = broadcast_from_rank0(lambda: [one.file is not None and _is_complete(one.file) for one in entries])
+        missing = [one for one, there in zip(entries, cached, strict=True) if not there]
+        arrays = {
+            (one.network.name, one.view): _load_mapped(cast(Path, one.file))
+            for one, there in zip(entries, cached, strict=True)
+            if there
+        }
         if not missing:
-            say(f"features of {len(dataset):,} images in {dataset.path}: all kept in {self.folder}", progress)
+            say(f"features of {len(dataset):,} images in {dataset.path}: all cached in {self.folder}", progress)
             return arrays
         start = time.perf_counter()
         fresh = self._allocate(missing, len(dataset), options.image_size)
-        mine = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
-        batches = eval_batches(dataset, options, samples=mine)
-        run_on_all_ranks(lambda: self._fill(fresh, missing, batches, dataset, len(mine), progress))
-        arrays |= self._keep(fresh, missing)
+        own = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
+        batches = eval_batches(dataset, options, samples=own)
+        run_on_all_ranks(lambda: self._fill(fresh, missing, batches, dataset, len(own), progress))
+        arrays |= self._finish(fresh, missing)
         seconds = time.perf_counter() - start
         say(f"features of {len(dataset):,} images in {dataset.path}: {seconds:.1f} s", progress)
         return arrays
@@ -111,13 +108,13 @@ class FeatureStore:
     def _fill(
         self,
         fresh: Arrays,
-        missing: Sequence[_Array],
+        missing: Sequence[_Entry],
         batches: Iterable[Batch],
         dataset: ShardDataset,
         count: int,
         progress: bool,
     ) -> None:
-        """One pass over this rank's images, ``count`` of them."""
+        """Fill arrays in one pass over the ``count`` images of this rank."""
         by_network: dict[Network, list[View]] = {}
         for one in missing:
             by_network.setdefault(one.network, []).append(one.view)
@@ -130,10 +127,10 @@ class FeatureStore:
                         fresh[network.name, view][rows] = found.numpy()
                 done += len(rows)
                 shown.update(len(rows))
-        assert done == count, (done, count)  # what cannot be read raises
+        assert done == count, (done, count)  # unreadable images raise
 
-    def _allocate(self, missing: Sequence[_Array], samples: int, image_size: tuple[int, int]) -> Arrays:
-        """Empty arrays; with a folder, files that are named as unfinished."""
+    def _allocate(self, missing: Sequence[_Entry], samples: int, image_size: tuple[int, int]) -> Arrays:
+        """Return empty arrays; with a folder, in files with a name for unfinished ones."""
         fresh: Arrays = {}
         probe = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
         for network, view, file, _ in missing:
@@ -150,34 +147,32 @@ class FeatureStore:
             fresh[network.name, view] = np.lib.format.open_memmap(part, mode="r+")
         return fresh
 
-    def _keep(self, fresh: Arrays, missing: Sequence[_Array]) -> Arrays:
-        """Names the files as finished."""
-        kept_arrays: Arrays = {}
-        for network, view, file, words in missing:
+    def _finish(self, fresh: Arrays, missing: Sequence[_Entry]) -> Arrays:
+        """Rename complete files to their final names; return the arrays."""
+        finished = dict(fresh)
+        for network, view, file, origin in missing:
             key = (network.name, view)
             if file is None:
-                kept_arrays[key] = fresh[key]
                 continue
             fresh[key].flush()  # type: ignore[attr-defined]
             self._wait()
             if self.world.is_main:
                 self._unfinished(file).replace(file)
-                write_text(file.with_suffix(".json"), json.dumps(words, indent=1) + "\n", shared=True)
+                write_text(file.with_suffix(".json"), json.dumps(origin, indent=1) + "\n", shared=True)
             self._wait()
-            kept_arrays[key] = _mapped(file)
-        return kept_arrays
+            finished[key] = _load_mapped(file)
+        return finished
 
-    def _unfinished(self, kept: Path) -> Path:
-        """The name of a file until it is complete; calls that run at the same time have names of their own."""
-        return kept.with_suffix(".part" if self.world.size > 1 else f".{os.getpid()}.part")
+    def _unfinished(self, file: Path) -> Path:
+        """Return the name of a file until it is complete; simultaneous calls have different ones."""
+        return file.with_suffix(".part" if self.world.size > 1 else f".{os.getpid()}.part")
 
     def _wait(self) -> None:
         if self.world.size > 1:
             barrier()
 
-    def _array(self, network: Network, view: View, dataset: ShardDataset, options: ImageOptions) -> _Array:
-        """What is kept of an array, and where."""
-        words = {
+    def _entry(self, network: Network, view: View, dataset: ShardDataset, options: ImageOptions) -> _Entry:
+        origin = {
             "format": FORMAT,
             "network": network.identity,
             "block": view.block,
@@ -187,18 +182,17 @@ class FeatureStore:
             "view": "centre crop" if options.decoder == "pillow" else f"centre crop, {options.decoder} decoder",
         }
         if self.folder is None or (network.identity is None and self.world.size == 1):
-            return _Array(network, view, None, words)
+            return _Entry(network, view, None, origin)
         assert network.identity is not None, network.name
-        key = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:24]
-        return _Array(network, view, self.folder / f"{key}.npy", words)
+        key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:24]
+        return _Entry(network, view, self.folder / f"{key}.npy", origin)
 
 
-def _is_kept(file: Path) -> bool:
-    """Whether an array and its words are there."""
+def _is_complete(file: Path) -> bool:
     return file.with_suffix(".json").exists() and file.exists()
 
 
-def _mapped(file: Path) -> NDArray[Any]:
+def _load_mapped(file: Path) -> NDArray[Any]:
     try:
         return np.load(file, mmap_mode="r")
     except (ValueError, EOFError) as error:
@@ -206,7 +200,7 @@ def _mapped(file: Path) -> NDArray[Any]:
 
 
 def identity(dataset: ShardDataset) -> dict[str, Any]:
-    """What tells data sets apart, wherever they lie: their length, and a digest of what their index says of shards."""
+    """Return the identity of a data set: its length, and a digest of the shards in its index; and its path."""
     entries = json.dumps([[shard[key] for key in ("file", "samples", "bytes", "sha256")] for shard in dataset.shards])
     return {
         "shards": dataset.path,
@@ -216,22 +210,22 @@ def identity(dataset: ShardDataset) -> dict[str, Any]:
 
 
 def shared_samples(train: ShardDataset, test: ShardDataset) -> int:
-    """How many test samples lie in shards that the training set has too, by digest (else by name and size)."""
+    """Count test samples in shards that the training set has too, by digest (or name and size without a digest)."""
 
     def content(shard: Mapping[str, Any]) -> tuple[Any, ...]:
         return (shard["sha256"],) if shard["sha256"] else (shard["file"], shard["samples"], shard["bytes"])
 
-    learned = {content(shard) for shard in train.shards}
-    return sum(shard["samples"] for shard in test.shards if content(shard) in learned)
+    known = {content(shard) for shard in train.shards}
+    return sum(shard["samples"] for shard in test.shards if content(shard) in known)
 
 
 def bar(what: str, total: int, unit: str, progress: bool) -> tqdm[Any]:
-    """A progress bar, on a terminal."""
+    """Return a progress bar, which is shown on a terminal."""
     show = progress and sys.stderr.isatty()
     return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False, disable=not show)
 
 
 def say(text: str, progress: bool) -> None:
-    """A plain line in place of the bar."""
+    """Print a line to stderr if it is no terminal, and so has no progress bar."""
     if progress and not sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What features come from: the encoders of a run, the same network untrained, and raw pixels.
+"""Sources of features: the encoders of a run, the same network untrained, and raw pixels.
 
 B  images of a batch    n  patches of an image    D  width of a feature
 """
@@ -31,14 +31,14 @@ from jepa_kit.registry import did_you_mean
 BASELINES = ("untrained", "pixels")
 ENCODER_NAMES: tuple[Literal["target"], Literal["context"]] = ("target", "context")
 NO_BLOCK = 0
-"""The block of features that come from no layer."""
+"""Block number of features that come from no layer."""
 
 
 def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "context"]:
-    """The encoder that is evaluated: as asked, else the target encoder if the recipe has one.
+    """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one.
 
     Raises:
-        ValueError: the target encoder of a recipe that has none.
+        ValueError: another name, or the target encoder of a recipe that has none.
     """
     if which is None:
         return "context" if jepa.target_network is None else "target"
@@ -51,7 +51,7 @@ def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "co
 
 
 class View(NamedTuple):
-    """One array of features: the output of a block (from 1; 0 for raw pixels), averaged over patches or not."""
+    """One array of features: the output of a block (from 1; 0 for raw pixels), and whether patches are averaged."""
 
     block: int
     pooling: Pooling
@@ -59,13 +59,13 @@ class View(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What features come from.
+    """A source of features.
 
     Args:
-        name: ``target``, ``context``, ``untrained``, ``pixels``, or any other; one of its own in a table.
-        source: images to the features of each view that is asked for.
-        depth: its blocks; 0 where it has no layers, so that every layer set is the same.
-        identity: what its features depend on, beside images, as plain values; None where they are not to be kept.
+        name: ``target``, ``context``, ``untrained``, ``pixels``, or any other; unique in a table.
+        source: function from images to the features of several views.
+        depth: number of blocks; 0 if it has no layers, so that every layer set is the same.
+        identity: what its features depend on except images, as plain values; None for features that are not cached.
         seed: of the weights of an untrained network.
         encoder: the module, for protocols that train a copy of it.
     """
@@ -78,10 +78,10 @@ class Network:
     encoder: nn.Module | None = None
 
     def views(self, layers: str, pooling: Pooling) -> tuple[View, ...]:
-        """The arrays that are concatenated to a layer set.
+        """Return the arrays that are concatenated to a layer set.
 
         Raises:
-            ValueError: a layer set that it has not.
+            ValueError: a layer set that the network does not have.
         """
         blocks = layer_numbers(layers, self.depth) if self.depth else (NO_BLOCK,)
         return tuple(View(block, pooling) for block in blocks)
@@ -96,17 +96,17 @@ def run_networks(
     device: torch.device | str = "cpu",
     checkpoint_sha256: str | None = None,
 ) -> list[Network]:
-    """The networks of a run, and the baselines beside them.
+    """Return the networks of a run, and its baselines.
 
     Args:
-        run: images are normalised as its config says, matrix products have its precision.
-        encoders: of ``target`` (the paper's choice) and ``context``; None for the target encoder if there is one.
+        run: its config gives the normalisation of images and the precision of matrix products.
+        encoders: of ``target`` (as in the paper) and ``context``; None for the target encoder if there is one.
         baselines: of ``untrained`` (the same network with fresh weights) and ``pixels`` (averaged down to 16 x 16; for
             protocols of patches, all pixels of a patch).
-        untrained_seed: of the fresh weights; None takes the run's, so that they are those that a run
-            without ``train.init_from`` began with.
-        device: where encoders run.
-        checkpoint_sha256: of the file that the run was read from; None keeps no features of its encoders.
+        untrained_seed: of the fresh weights; None for the run's seed, which gives the initial weights of a run without
+            ``train.init_from``.
+        device: of the encoders.
+        checkpoint_sha256: of the run's checkpoint; with None, features of its encoders are not cached.
 
     Raises:
         ValueError: an unknown or repeated name, or an encoder that the recipe does not have.
@@ -116,7 +116,7 @@ def run_networks(
     check_names("baselines", baselines, BASELINES)
     config = resolve_precision(run.config, torch.device(device))
     networks = [
-        _of_encoder(
+        _encoder_network(
             which,
             run.jepa.encoder_for(encoder_named(run.jepa, which)),
             config,
@@ -135,26 +135,26 @@ def config_networks(
     untrained_seed: int | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Network]:
-    """The baselines of a config: its encoder with fresh weights, and raw pixels; see ``run_networks``."""
+    """Return the baselines of a config: its encoder with fresh weights, and raw pixels; see ``run_networks``."""
     check_names("baselines", baselines, BASELINES)
     config = resolve_precision(config, torch.device(device))
     networks = []
     seed = config.train.seed if untrained_seed is None else untrained_seed
     encoder = untrained_encoder(config, seed)
     if "untrained" in baselines:
-        # fresh weights are a function of the seed for one release of torch
+        # the same seed gives other weights in another release of torch
         identity = {"untrained": config.to_dict()["encoder"], "seed": seed, "torch": torch.__version__}
-        networks.append(_of_encoder("untrained", encoder, config, device, identity=identity, seed=seed))
+        networks.append(_encoder_network("untrained", encoder, config, device, identity=identity, seed=seed))
     if "pixels" in baselines:
         networks.append(pixel_network(cast(Encoder, encoder).patch_size))
     return networks
 
 
 def pixel_network(patch_size: int | None = None) -> Network:
-    """Raw pixels.
+    """Return the baseline of raw pixels.
 
     Args:
-        patch_size: side of a patch, for protocols of patches; None has none.
+        patch_size: side of a patch, for protocols of patches; None excludes these.
     """
 
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
@@ -168,7 +168,7 @@ def pixel_network(patch_size: int | None = None) -> Network:
     return Network("pixels", source, identity={"pixels": patch_size})
 
 
-def _of_encoder(
+def _encoder_network(
     name: str,
     encoder: nn.Module,
     config: Config,
@@ -187,7 +187,7 @@ def _of_encoder(
 
 
 def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises ValueError for a name that is unknown or given twice."""
+    """Raise ValueError for a name that is unknown or given twice."""
     for name in names:
         if name not in known:
             raise ValueError(f"{kind} (={name!r}) must be of {', '.join(known)}{did_you_mean(name, known)}")

@@ -1,4 +1,4 @@
-"""One feature for each image: from an encoder, from a run read back, and the baselines beside it.
+"""Features of images from an encoder or from raw pixels, and loading of runs.
 
 B  images of a batch    n  patches of an image    D  width of a feature
 N  images of all        h, w  sides in pixels
@@ -36,21 +36,21 @@ Pooling = Literal["mean", "none"]
 Source = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
-"""The same, of several (block, pooling) at once: [B, D] where it is pooled, [B, n, D] where not."""
+"""The same for several (block, pooling): [B, D] each if pooled, else [B, n, D]."""
 
 PIXEL_SIDE = 16
-"""Images are averaged down to this side for the baseline of raw pixels."""
+"""Side in pixels of the averaged images of the baseline of raw pixels."""
 
 
 def layer_numbers(layers: str, depth: int) -> tuple[int, ...]:
-    """The blocks, from 1 to ``depth``, whose outputs are concatenated, each through the final norm.
+    """Return the blocks, from 1 to ``depth``, whose outputs are concatenated, each after the final norm.
 
     Args:
-        layers: ``last``; ``last4`` (any number) for the last 4; or numbers of blocks as ``4+8+12``, ascending.
+        layers: ``last``; ``last4`` (or any number) for the last 4; or block numbers as ``4+8+12``, ascending.
         depth: of the encoder.
 
     Raises:
-        ValueError: another form, or blocks that the encoder has not.
+        ValueError: another form, or blocks that the encoder does not have.
     """
     if re.fullmatch(r"[1-9]\d*(\+[1-9]\d*)*", layers):
         blocks = tuple(int(number) for number in layers.split("+"))
@@ -81,27 +81,26 @@ def extract_features(
     std: Sequence[float] = DataConfig.std,
     batch_size: int = 256,
 ) -> Float32:
-    """Frozen features of images (I-JEPA, A.2: the target encoder's patch tokens, averaged over the image).
+    """Return frozen features of images (I-JEPA, A.2: the target encoder's patch tokens, averaged over the image).
 
-    The encoder is moved to the device, runs as it is evaluated (no stochastic depth) and without gradients, and gets
-    back its mode.
+    The encoder is moved to the device, runs in evaluation mode and without gradients, and gets its mode back.
 
     Args:
-        encoder: which one counts: the paper evaluates the target encoder.
+        encoder: the paper evaluates the target encoder.
         images: uint8 [N, 3, h, w], or batches of them.
         pooling: ``mean`` over the patch tokens, or ``none``.
-        layers: ``last``; ``last4`` for the last four layers, each through the final norm, concatenated, the last
-            layer last (the paper reports the better of the two); or any blocks, see ``layer_numbers``.
-        device: where the encoder runs.
+        layers: ``last``; ``last4`` for the last four layers, each after the final norm, concatenated in order (the
+            paper reports the better of the two); or any blocks, see ``layer_numbers``.
+        device: of the encoder.
         precision: of the matrix products; the mean is float32.
         mean, std: of the channels, as in training; ImageNet's by default.
-        batch_size: images at a time, where ``images`` is one tensor.
+        batch_size: images at a time if ``images`` is one tensor.
 
     Returns:
         [N, D], or [N, n, D] without pooling; D is the encoder's width times the number of layers.
 
     Raises:
-        ValueError: no image, images that are not uint8, or an option outside its values.
+        ValueError: no image, images that are not uint8, or an option outside its range.
     """
     if pooling not in ("mean", "none"):
         raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
@@ -119,7 +118,7 @@ def block_source(
     mean: Sequence[float] = DataConfig.mean,
     std: Sequence[float] = DataConfig.std,
 ) -> BlockSource:
-    """The function from images to the outputs of any blocks, averaged over patches or not, in one pass.
+    """Return a function from images to the outputs of several blocks, averaged over patches or not, in one pass.
 
     Raises:
         ValueError: another precision.
@@ -129,7 +128,7 @@ def block_source(
     assert isinstance(encoder, nn.Module)
     network = encoder.to(device)
 
-    @torch.no_grad()  # not inference_mode: tensors that are kept for later would be no use in training
+    @torch.no_grad()  # not inference_mode: its tensors cannot be used in training later
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
         first = min(block for block, _ in wanted)
         x = normalize(images.to(device, non_blocking=True), mean, std)
@@ -146,7 +145,7 @@ def block_source(
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network as it is evaluated; each of its modules gets back the mode that it had."""
+    """Put a network into evaluation mode; restore the mode of each module at the end."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -157,12 +156,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def pixel_features(images: Tensor, side: int | None = PIXEL_SIDE) -> Tensor:
-    """The baseline of raw pixels: uint8 images [B, 3, h, w] -> float32 [B, 3 * side * side] in [0, 1].
+    """Return the baseline of raw pixels: uint8 images [B, 3, h, w] -> float32 [B, 3 * side * side] in [0, 1].
 
     Args:
         images: uint8.
-        side: images are averaged down to this side, if theirs are longer; None keeps every pixel. A linear probe does
-            as well or better with fewer pixels than with all, and is much faster.
+        side: larger images are averaged down to this side; None keeps every pixel. A linear probe is as good or better
+            with fewer pixels than with all, and much faster.
     """
     x = images.float() / 255
     if side is not None and min(x.shape[2:]) > side:
@@ -171,12 +170,12 @@ def pixel_features(images: Tensor, side: int | None = PIXEL_SIDE) -> Tensor:
 
 
 def pixel_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Raw pixels for protocols of patches: uint8 [B, 3, h, w] -> float32 [B, n, 3 * p * p] in [0, 1]."""
+    """Return raw pixels for protocols of patches: uint8 [B, 3, h, w] -> float32 [B, n, 3 * p * p] in [0, 1]."""
     return rearrange(images.float() / 255, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dict[str, Float32]:
-    """Features of every source in one pass over the images, so that each image is read and decoded once.
+    """Return features of every source in one pass over the images, so that each image is decoded once.
 
     Args:
         batches: uint8 [B, 3, h, w] each, on the host.
@@ -200,9 +199,9 @@ def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dic
 
 
 class LoadedRun(NamedTuple):
-    """A run read back: its config, its networks, how many updates they have had, and on which data.
+    """A loaded run: its config, its networks, the number of their updates, and its data.
 
-    ``data`` is the checkpoint's: samples and a digest; None where it is not known.
+    ``data`` are the number of samples and a digest, from the checkpoint; None if unknown.
     """
 
     config: Config
@@ -212,46 +211,46 @@ class LoadedRun(NamedTuple):
 
 
 def latest_checkpoint(checkpoint: str | Path) -> Path:
-    """The file itself, or the latest of a run folder; as it is where there is none (``load_run`` says so).
+    """Return the file itself, or the latest checkpoint of a run folder; the path as given if there is none.
 
-    What lies at an address is fetched (``jepa_kit.engine.checkpoint.locate.to_read``).
+    Remote checkpoints are downloaded (``jepa_kit.engine.checkpoint.locate.to_read``).
     """
     return to_read(checkpoint)
 
 
 def load_run(checkpoint: str | Path, overrides: Sequence[str] = (), *, trust_imports: bool = False) -> LoadedRun:
-    """The recipe of a checkpoint with its weights, on the CPU, as it is evaluated.
+    """Load the recipe of a checkpoint with its weights, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: a file, or a run folder, whose latest checkpoint is taken.
+        checkpoint: a file, or a run folder, for its latest checkpoint.
         overrides: of the config, as on the command line: ``train.attention=reference``.
-        trust_imports: run ``imports`` of its config that do not ship with jepa_kit.
+        trust_imports: run ``imports`` of its config that are not part of jepa_kit.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not a checkpoint, has weights that are not finite, or (after an override of a part)
-            does not fit its config.
-        ConfigError: an override that the config does not take, or imports that are not trusted.
+        CheckpointError: it is not a checkpoint, has weights that are not finite, or does not fit its config (after an
+            override of a part).
+        ConfigError: an override that the config does not have, or imports that are not trusted.
     """
     import_named(overrides)
-    held = load_checkpoint(latest_checkpoint(checkpoint))
+    loaded = load_checkpoint(latest_checkpoint(checkpoint))
     config = config_from_dict(
-        held.config,
+        loaded.config,
         overrides,
         folder=str(Path(checkpoint).parent),
         source=str(checkpoint),
         trust_imports=trust_imports,
     )
-    check_finite(held.model, str(checkpoint))
+    check_finite(loaded.model, str(checkpoint))
     jepa = build_recipe(config)
-    restore(held, jepa)
-    return LoadedRun(config, jepa.eval(), held.step, held.data)
+    restore(loaded, jepa)
+    return LoadedRun(config, jepa.eval(), loaded.step, loaded.data)
 
 
 def untrained_encoder(config: Config, seed: int) -> nn.Module:
-    """The encoder of a config with fresh weights, a function of the seed alone; torch's random state stays as it is.
+    """Return the encoder of a config with fresh weights, a function of the seed; torch's random state is unchanged.
 
-    With the seed of a run, these are the weights that the run began with, unless it took others (``train.init_from``).
+    With the seed of a run, these are its initial weights, unless it has ``train.init_from``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which shards an evaluation looks at: what the user names, else those of the run, and held-out ones beside them."""
+"""Default shards of the evaluation tools: those of the run, and held-out ones beside them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from jepa_kit.data.remote.fetch import is_remote, is_shard
 
 Shards = str | Sequence[str]
-"""What ``data.shards`` takes: a folder, a shard, a pattern, or a list of these."""
+"""Value of ``data.shards``: a folder, a shard, a pattern, or a list of these."""
 BESIDE = ("test", "val")
-"""Folders that hold held-out shards, looked for beside the training shards in this order."""
+"""Names of folders of held-out shards beside the training shards, in order of preference."""
 
 
 def held_out(shards: Shards) -> str | None:
-    """The folder ``test``, else ``val``, beside that of the training shards; None where there is neither.
+    """Return the folder ``test``, else ``val``, beside that of the training shards; None if there is neither.
 
-    Shards of other machines, and those of several places, have none.
+    Remote shards and lists of several places have none.
     """
     names = [shards] if isinstance(shards, str) else list(shards)
     if len(names) != 1 or is_remote(names[0]):
@@ -28,10 +28,10 @@ def held_out(shards: Shards) -> str | None:
 
 
 def training_shards(given: str | None, of_run: Shards | None) -> Shards:
-    """What protocols learn from: ``given``, else ``data.shards`` of the run.
+    """Return the training shards of protocols: ``given``, else ``data.shards`` of the run.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: both are None.
     """
     if given is not None:
         return given
@@ -40,11 +40,11 @@ def training_shards(given: str | None, of_run: Shards | None) -> Shards:
     return of_run
 
 
-def asked_shards(given: str | None, train: Shards) -> str:
-    """What protocols are asked about: ``given``, else what is held out beside the training shards.
+def evaluation_shards(given: str | None, train: Shards) -> str:
+    """Return the test shards of protocols: ``given``, else held-out shards beside the training shards.
 
     Raises:
-        ValueError: none is given, and none lies there.
+        ValueError: there are none.
     """
     found = given or held_out(train)
     if found is None:
@@ -55,8 +55,8 @@ def asked_shards(given: str | None, train: Shards) -> str:
     return found
 
 
-def images_to_look_at(given: str | None, of_run: Shards | None) -> Shards:
-    """Images for health and pictures: ``given``, else what is held out beside the run's shards, else those themselves.
+def shown_shards(given: str | None, of_run: Shards | None) -> Shards:
+    """Return shards for health and pictures: ``given``, else held-out shards beside the run's, else the run's.
 
     Raises:
         ValueError: there are none.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jepa_kit.evaluation.shard_choice import asked_shards, held_out, images_to_look_at, training_shards
+from jepa_kit.evaluation.shard_choice import evaluation_shards, held_out, shown_shards, training_shards
 
 
 @pytest.fixture
@@ -27,18 +27,18 @@ def test_held_out_shards_lie_beside_the_training_shards(folder):
 def test_shards_of_other_machines_and_of_several_places_have_none_beside_them(shards, folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert held_out(shards) is None
-    assert images_to_look_at(None, shards) == shards
+    assert shown_shards(None, shards) == shards
 
 
 def test_what_the_user_names_comes_first(folder):
     train = str(folder / "train")
     assert training_shards("given", train) == "given"
     assert training_shards(None, (train, "other")) == (train, "other")
-    assert asked_shards("given", train) == "given"
-    assert asked_shards(None, train) == str(folder / "val")
-    assert images_to_look_at("given", train) == "given"
-    assert images_to_look_at(None, train) == str(folder / "val")
-    assert images_to_look_at(None, str(folder / "val")) == str(folder / "val")
+    assert evaluation_shards("given", train) == "given"
+    assert evaluation_shards(None, train) == str(folder / "val")
+    assert shown_shards("given", train) == "given"
+    assert shown_shards(None, train) == str(folder / "val")
+    assert shown_shards(None, str(folder / "val")) == str(folder / "val")
 
 
 def test_shards_that_nobody_named():
@@ -46,8 +46,8 @@ def test_shards_that_nobody_named():
         training_shards(None, None)
     assert str(error.value).startswith("--train-shards must name a folder of shards: the run's config has none")
     with pytest.raises(ValueError) as error:
-        asked_shards(None, ("a", "b"))
+        evaluation_shards(None, ("a", "b"))
     assert str(error.value) == "--test-shards must name a folder of shards: there is no test or val beside a, b"
     with pytest.raises(ValueError) as error:
-        images_to_look_at(None, None)
+        shown_shards(None, None)
     assert str(error.value).startswith("--shards must name a folder of shards: the run's config has none")

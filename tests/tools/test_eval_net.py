@@ -191,8 +191,8 @@ def test_no_baselines(tool, run, capsys):
     ("options", "message"),
     [
         (["--protocol", "liner"], "protocol.name: 'liner' is not a registered protocol; did you mean 'linear'?"),
-        (["--protocol", "linear", "--layers", "last"], "--layers (='last') would do nothing: linear choose their"),
-        (["--protocol", "count", "--label", "shape"], "--label (='shape') would do nothing: of count none asks for"),
+        (["--protocol", "linear", "--layers", "last"], "--layers (='last') would do nothing: linear have an option"),
+        (["--protocol", "count", "--label", "shape"], "--label (='shape') would do nothing: none of count uses"),
         (
             ["--protocol", "knn", "--untrained-seed", "3", "--baselines", "pixels"],
             "--untrained-seed (=3) would do nothing: --baselines (='pixels') has no untrained network",
@@ -340,20 +340,20 @@ def test_features_are_kept(tool, run, tmp_path, capsys):
         assert tool.main(command) == 0
         tables.append(capsys.readouterr())
     assert tables[0].out == tables[1].out
-    assert "all kept in" in tables[1].err
-    assert "all kept in" not in tables[0].err
+    assert "all cached in" in tables[1].err
+    assert "all cached in" not in tables[0].err
 
 
 def test_the_list_of_protocols(tool, capsys):
     assert tool.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index("knn: Weighted nearest neighbours by cosine; knn_probe says how")
+    at = lines.index("knn: Weighted nearest neighbours by cosine")
     assert lines[at + 1 : at + 4] == [
         "    --protocol '{name: knn, neighbours: [5, 20]}'",
-        "    neighbours = [10, 20, 100, 200]: values of k to choose from; those above N - 1 are left out.",
+        "    neighbours = [10, 20, 100, 200]: values of k to choose from; those above N - 1 are ignored.",
         "    temperature = 0.07: of the weights exp(cosine / temperature), above 0.",
     ]
-    assert any(line.startswith("    dataset (needed): whose schedule: cifar10") for line in lines)
+    assert any(line.startswith("    dataset (needed): that gives the schedule: cifar10") for line in lines)
     assert max(map(len, lines)) <= 120
 
 

@@ -31,7 +31,7 @@ NEIGHBOURS = (10, 20, 100, 200)
 @PROTOCOLS.register("knn")
 @dataclass(kw_only=True)
 class KNN(Probe):
-    """Weighted nearest neighbours by cosine; see ``knn_probe``.
+    """Weighted nearest neighbours by cosine.
 
     Source: Wu et al. 2018 (arXiv 1805.01978, section 3.4), and DINO. Departure: k is chosen inside the training set.
 
@@ -94,7 +94,7 @@ def knn_probe(
         neighbours: values of k; those above N - 1 are ignored.
         temperature: above 0; 0.07 is Wu et al.'s and DINO's.
         queries: the most training samples that are classified to choose k.
-        device: where similarities are computed.
+        device: of similarities.
 
     Raises:
         ValueError: see ``check_samples``; no k from 1 to N - 1; a temperature that is not above 0.

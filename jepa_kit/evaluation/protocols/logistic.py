@@ -50,7 +50,7 @@ HOLDOUT = 0.2
 @PROTOCOLS.register("logistic")
 @dataclass(kw_only=True)
 class Logistic(Probe):
-    """Logistic regression on frozen features, with all labels or a few; see ``logistic_probe``.
+    """Logistic regression on frozen features, with all labels or a few.
 
     Source: the low-shot protocols of I-JEPA's table 2 and of MSN (arXiv 2204.07141) use 1 % of the labels; MSN fits a
     logistic regression on frozen features. Departures: whitening, unless ``whiten`` is false; the penalty and the
