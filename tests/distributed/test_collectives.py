@@ -49,7 +49,7 @@ def test_torchrun_says_who_this_is():
     ("changes", "message"),
     [
         ({"MASTER_PORT": None}, "the environment has some of torchrun's variables, but not MASTER_PORT"),
-        ({"WORLD_SIZE": None, "LOCAL_RANK": None}, "a part of torchrun's variables, but not LOCAL_RANK, WORLD_SIZE"),
+        ({"WORLD_SIZE": None, "LOCAL_RANK": None}, "some of torchrun's variables, but not LOCAL_RANK, WORLD_SIZE"),
         ({"RANK": "x"}, r"RANK \(='x'\) must be a whole number"),
         ({"RANK": "4"}, r"RANK \(=4\) must be from 0 to 3, as WORLD_SIZE is 4"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE \(=0\) must be at least 1"),
