@@ -1,7 +1,7 @@
-"""Samples that a run could not use: listed in ``skipped.jsonl``, counted, and a reason to stop where they are many.
+"""Record the samples that a run could not use in ``skipped.jsonl``, and stop the run if there are too many.
 
-One line for each: ``step``, ``epoch`` (of the data), ``sample`` (its number), ``key`` and ``reason``. A step that is
-done again after a resume has its lines once.
+One line for each: ``step``, ``epoch`` (of the data), ``sample`` (its number), ``key`` and ``reason``. A resumed run
+drops the lines of the steps that it repeats.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.run_folder import SKIPPED
 
 SHOWN = 3
-"""Of so many samples at a time people are told the reason; the file has all."""
+"""So many reasons are printed at a time; the file has all."""
 
 Line = dict[str, Any]
 
 
 class SkippedSamples:
-    """What was skipped, over all processes.
+    """The skipped samples of all processes.
 
     Args:
         folder: of the run.
         first_step: lines at or after it are dropped.
         steps_per_epoch: of the data.
         allowance: how many samples of an epoch may be skipped.
-        device: where the processes' numbers are summed.
+        device: of the all-reduce.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class SkippedSamples:
             write_json_lines(self.path, lines)
 
     def add(self, step: int, skipped: Sequence[Skipped]) -> None:
-        """Notes what this process's batch of a step lacks."""
+        """Note the samples that are missing in this process's batch of a step."""
         epoch = step // self.steps_per_epoch
         self._new += [{"step": step, "epoch": epoch, **entry._asdict()} for entry in skipped]
 
     def collect(self, info: Callable[[str], None]) -> int:
-        """Joins what the processes noted, and writes it down; every process must call it.
+        """Write the lines that the processes have noted; every process must call it.
 
         Args:
             info: prints a message, on the main process.
@@ -84,9 +84,9 @@ class SkippedSamples:
         return self.total
 
     def _joined(self) -> list[Line]:
-        """The new lines of all processes, in the order of their steps."""
+        """Return the new lines of all processes, in the order of their steps."""
         own, self._new = self._new, []
-        # a mean is above 0 where any of them is: no lists are sent as long as all is well
+        # one mean over ranks is cheap, and lists are sent only if it is above 0
         if not float(mean_over_ranks(torch.tensor(float(len(own)), dtype=torch.float64, device=self.device))):
             return []
         return sorted((line for lines in all_gather_object(own) for line in lines), key=lambda line: line["step"])
@@ -102,9 +102,9 @@ class SkippedSamples:
 
 
 def read_skipped(folder: Path) -> list[Line]:
-    """The lines of a run, without a last one that a kill cut short.
+    """Return the lines of a run, without a last one that is cut short.
 
     Raises:
-        ValueError: another line that is not JSON.
+        ValueError: another line is not JSON.
     """
     return read_json_lines(folder / SKIPPED)

@@ -36,7 +36,7 @@ from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.hooks import HookFactory, build_hooks, check_hooks
 from jepa_kit.engine.logging.announce import announce
 from jepa_kit.engine.logging.curves import Panel, drawn, plot_curves
-from jepa_kit.engine.logging.loggers import check_boards, open_boards
+from jepa_kit.engine.logging.loggers import check_loggers, open_loggers
 from jepa_kit.engine.logging.telemetry import Journal, Meter
 from jepa_kit.engine.logging.topology import find_places
 from jepa_kit.engine.loop import End, Session, run_steps
@@ -85,7 +85,7 @@ def train(
         KeyboardInterrupt: SIGINT before the first step, or a second one.
     """
     limit_threads()
-    check_boards(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
+    check_loggers(tensorboard=config.train.tensorboard, wandb=config.train.wandb)
     check_hooks(config, hooks)
     world = read_environment()
     device = choose_device(config.train.device, world)
@@ -167,14 +167,14 @@ def build_session(
 def open_journal(run: Run, folder: Path, first_step: int) -> Journal:
     """Open ``metrics.jsonl`` and the loggers of the run for lines from ``first_step`` on."""
     settings = run.config.train
-    boards = open_boards(
+    loggers = open_loggers(
         folder,
         first_step=first_step,
         tensorboard=settings.tensorboard,
         wandb=settings.wandb,
         config=run.config.to_dict(),
     )
-    return Journal(folder, first_step=first_step, steps=run.schedule.steps, boards=boards)
+    return Journal(folder, first_step=first_step, steps=run.schedule.steps, loggers=loggers)
 
 
 def build_skipped(run: Run, folder: Path, first_step: int) -> SkippedSamples:

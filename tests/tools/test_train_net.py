@@ -217,7 +217,7 @@ def test_what_fails_under_way_is_told_with_its_place(command, tool, monkeypatch,
     message = capsys.readouterr().err
     assert message.startswith("Traceback")
     assert message.endswith(
-        'in full\n    raise CacheError("the cache takes no more")\njepa_kit.data.cache.CacheError: '
+        'in full\n    raise CacheError("the cache takes no more")\njepa_kit.errors.CacheError: '
         "the cache takes no more\ntrain_net.py: the cache takes no more\n"
     )
     monkeypatch.setattr(training, "build_run", full)

@@ -1,4 +1,4 @@
-"""What runs where: printed at the start of a run, and saved in its folder."""
+"""Print and save what a run consists of, at its start."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jepa_kit.run_folder import FACTS, RUN_CONFIG
 def announce(
     run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
 ) -> None:
-    """Print what runs where, and save it: ``config.yaml`` and ``run.json``.
+    """Print versions, devices, data and sizes of a run, and write ``config.yaml`` and ``run.json``.
 
     Raises:
-        ValueError: the run folder, or the place of its checkpoints, cannot be written to; or ``train.attention`` cannot
-            run here.
+        ValueError: the folder of the run or of its checkpoints cannot be written to; or ``train.attention`` is not
+            available on this machine.
     """
     folder = store.run
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None

@@ -1,8 +1,4 @@
-"""``curves.png``: the lines of a run as a picture.
-
-First how the run went: loss and its terms, what the steps ran with, speed. Then what hooks measured, figures of one
-unit in one panel.
-"""
+"""Draw ``curves.png`` from the lines of a run: loss and its terms, schedules, speed; below them the values of hooks."""
 
 from __future__ import annotations
 
@@ -17,15 +13,15 @@ T = TypeVar("T")
 
 
 class Panel(NamedTuple):
-    """A small picture: its title, the values that it draws, and by what they are multiplied."""
+    """A small plot: its title, the values that it draws, and a factor that they are multiplied by."""
 
     title: str
     keys: tuple[str, ...]
     factor: float = 1.0
     from_zero: bool = False
-    """How much it is matters, and not only how it moves."""
+    """Whether the axis begins at 0."""
     names: tuple[str, ...] = ()
-    """Of the values 0, 1, ..., if they are no quantity."""
+    """Labels of the values 0, 1, ..., if they are categories."""
 
 
 TRAINING = (
@@ -40,12 +36,12 @@ TRAINING = (
 )
 
 OWN = ("loss", "data")
-"""First words of names that are no hook's."""
+"""Groups of values that are not from hooks."""
 COLUMNS = 4
 
 
 def drawn(what: str, draw: Callable[[], T]) -> T | None:
-    """Return what ``draw`` gives, or None with a warning on stderr: results must not be lost to their picture."""
+    """Return the result of ``draw``; if it fails, warn on stderr and return None, so that other results are kept."""
     try:
         return draw()
     except (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -92,13 +88,13 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
 
 
 def _present(panels: Sequence[Panel], given: set[str]) -> list[Panel]:
-    """The panels with the values that the lines have; none without any."""
+    """Return the panels restricted to the values that the lines have, without empty panels."""
     held = [panel._replace(keys=tuple(key for key in panel.keys if key in given)) for panel in panels]
     return [panel for panel in held if panel.keys]
 
 
 def _points(records: Sequence[Record], key: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
-    """(updates, values) of the lines that have a value."""
+    """Return (updates, values) of the lines that have a value."""
     having = [record for record in records if key in record]
     return [record["step"] + 1 for record in having], [factor * record[key] for record in having]
 

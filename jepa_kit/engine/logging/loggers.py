@@ -1,7 +1,6 @@
-"""Copies of a run's lines where people look at many runs: TensorBoard, and wandb where it is asked for.
+"""Copy the lines of ``metrics.jsonl`` to TensorBoard and wandb.
 
-``metrics.jsonl`` is the record of a run; a board gets each line as it is written there. A run that goes on from a
-checkpoint tells its boards from which step: no line stands there twice.
+A resumed run passes its first step to its loggers, so that no step appears twice.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's files in a run folder."""
 WANDB_RUN = "wandb_run.txt"
-"""File in a run folder that names its run of wandb."""
+"""File in a run folder with the id of its wandb run."""
 
 GROUPS = {
     "loss": "loss",
@@ -31,23 +30,23 @@ GROUPS = {
     "data_wait": "speed",
     "peak_memory_gib": "speed",
 }
-"""Where a value stands on a board; those with a slash in their name stand where it says, all others under ``run``."""
+"""Group of a value in a logger. A name with a slash has its group in itself; all others are in ``run``."""
 
 
-class Board(Protocol):
-    """Somewhere to copy lines to."""
+class Logger(Protocol):
+    """Receives a copy of each line."""
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Copies a line; it is there when this returns, or as soon as the board can."""
+        """Log a line, now or in the background."""
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Finish, after the last line."""
         ...
 
 
-def check_boards(*, tensorboard: bool, wandb: str | None) -> None:
-    """Raises: ValueError: a board is asked for and its package is not installed."""
+def check_loggers(*, tensorboard: bool, wandb: str | None) -> None:
+    """Raise ValueError if the package of a requested logger is not installed."""
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError(
             "train.tensorboard (=True) needs the package tensorboard: pip install tensorboard, or give "
@@ -57,35 +56,35 @@ def check_boards(*, tensorboard: bool, wandb: str | None) -> None:
         raise ValueError(f"train.wandb (={wandb!r}) needs the package wandb: pip install 'jepa_kit[wandb]'")
 
 
-def open_boards(
+def open_loggers(
     folder: Path, *, first_step: int, tensorboard: bool, wandb: str | None, config: Mapping[str, Any]
-) -> list[Board]:
-    """The boards of a run; only the main process has any.
+) -> list[Logger]:
+    """Return the loggers of a run; only the main process has any.
 
     Args:
         folder: of the run.
-        first_step: of this start; what boards hold from it on is dropped, or will be written again.
-        tensorboard: whether to write for TensorBoard.
+        first_step: of this start; TensorBoard drops what it has from there on, and wandb what it gets again.
+        tensorboard: whether to log to TensorBoard.
         wandb: project of wandb, or None for no wandb.
         config: resolved, for wandb.
 
     Raises:
-        ValueError: as ``check_boards``.
+        ValueError: as ``check_loggers``.
     """
-    check_boards(tensorboard=tensorboard, wandb=wandb)
-    boards: list[Board] = [TensorBoard(folder / TENSORBOARD, first_step)] if tensorboard else []
-    return [*boards, Wandb(folder, wandb, config)] if wandb is not None else boards
+    check_loggers(tensorboard=tensorboard, wandb=wandb)
+    loggers: list[Logger] = [TensorBoard(folder / TENSORBOARD, first_step)] if tensorboard else []
+    return [*loggers, Wandb(folder, wandb, config)] if wandb is not None else loggers
 
 
 def tag(name: str) -> str:
-    """The name of a value on a board: 'lr' -> 'optim/lr'."""
+    """Return the name of a value in a logger: 'lr' -> 'optim/lr'."""
     if name == "loss":
         return "loss/total"
     return name if "/" in name else f"{GROUPS.get(name, 'run')}/{name}"
 
 
 class TensorBoard:
-    """Event files, flushed after each line; a reader drops what earlier files hold from ``first_step`` on."""
+    """Event files, flushed after each line; readers drop what earlier files have from ``first_step`` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +92,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """One scalar for each value."""
+        """Write one scalar for each value."""
         for name, value in record.items():
             if name != "step":
                 self.writer.add_scalar(tag(name), value, int(record["step"]))
@@ -104,7 +103,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb, which goes on where this run folder does; a step that it has already is not taken twice."""
+    """A wandb run, resumed together with the run folder; wandb ignores steps that it has already."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any]) -> None:
         import wandb
@@ -117,7 +116,7 @@ class Wandb:
         name.write_text(f"{self.run.id}\n")
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Logs the values under their step. (wandb refuses a step below its last one: those are there already.)"""
+        """Log the values under their step."""
         self.run.log({tag(name): value for name, value in record.items() if name != "step"}, step=int(record["step"]))
 
     def close(self) -> None:

@@ -1,25 +1,25 @@
-"""What a run tells: ``metrics.jsonl``, a progress bar or plain lines.
+"""Metrics of a run: ``metrics.jsonl``, and a progress bar or printed lines.
 
 One line of ``metrics.jsonl`` for each logged step:
 
-    step, epoch, samples          update counted from 0, its epoch, images asked for with it
+    step, epoch, samples          update counted from 0, its epoch, images up to and including it
     loss, loss/<term>             of this step, mean over processes
     grad_norm                     of this step, all gradients together, before any clipping
-    lr, weight_decay, momentum    what the step ran with
-    images_per_second             over all processes, since the line before; checkpoints and hooks are not counted
+    lr, weight_decay, momentum    of this step
+    images_per_second             over all processes, since the previous line, without the time of checkpoints and hooks
     tokens_per_second             the same for patches seen by the context encoder and patches predicted
     gflop_per_image               model GFLOP of an image (flops.py): forward, and backward as twice that
-    tflops                        model TFLOP a second of one process, mean over processes
-    mfu                           ``tflops`` over what the device does in a large matrix product of the run's precision,
-                                  measured at the start (speed.py; ``mfu_peak`` in run.json), 0 to 1
-    data_wait                     share of the time in which the step waited for images
-    peak_memory_gib               most memory of a process since it began: tensors on CUDA, resident memory on the CPU
-    reserved_memory_gib           CUDA: the most that torch's allocator held for them
+    tflops                        model TFLOP/s of one process, mean over processes
+    mfu                           ``tflops`` over those of a large matrix product in the run's precision, measured at
+                                  the start (planning/peak_flops.py; ``mfu_peak`` in run.json), 0 to 1
+    data_wait                     fraction of the time in which the step waited for images
+    peak_memory_gib               peak memory of a process since its start: tensors on CUDA, resident memory on the CPU
+    reserved_memory_gib           CUDA: the most that torch's allocator reserved
     context_length, target_length mean patches of a context set and of a target set in this step
-    data/skipped                  images that could not be used and were left out, since the run began (skipped.py)
-    <hook>/<name>                 what hooks gave after this step (hooks.py)
+    data/skipped                  unusable images that were left out since the run began (skipped_samples.py)
+    <hook>/<name>                 numbers that hooks returned after this step (hooks.py)
 
-The figures of FLOP are left out where a network has no formula.
+Figures of FLOP are left out if a network has no formula and was not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_kit.distributed.collectives import all_gather
-from jepa_kit.engine.logging.loggers import Board
+from jepa_kit.engine.logging.loggers import Logger
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.peak_flops import peak_memory
@@ -65,15 +65,15 @@ MEASURED = frozenset(
         "eval/seconds",
     )
 )
-"""What was measured since the line before. Everything else of a line is the same in a run that goes on."""
+"""Values measured on the machine. All others of a line are the same in a resumed run."""
 
 
 class Meter:
-    """Measures one process between two lines, on the host; the device is asked in ``record`` alone.
+    """Measures one process between two lines, on the host; only ``record`` waits for the device.
 
     Args:
         flops: FLOP of a training step by the masks and the number of images; None leaves the figures of FLOP out.
-        peak: FLOP/s that this process's device can do; None leaves the share of it out.
+        peak: FLOP/s that this process's device can do; None leaves ``mfu`` out.
         clock: seconds.
     """
 
@@ -90,7 +90,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new stretch of time."""
+        """Start a new interval."""
         self.start = self.clock()
         self.images = 0
         self.tokens = 0
@@ -99,29 +99,29 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for images."""
+        """Measure the wait for images inside the ``with``."""
         start = self.clock()
         yield
         self.waited += self.clock() - start
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Around what is no part of training, such as a checkpoint."""
+        """Exclude the time inside the ``with``, such as that of a checkpoint."""
         start = self.clock()
         yield
         self.start += self.clock() - start
 
     def count(self, masks: MaskBatch, images: int) -> None:
-        """Counts a step of this process, by the masks and the number of images of its batch."""
+        """Count a step of this process with these masks and so many images."""
         self.images += images
         self.tokens += masks.context.num_patches + masks.targets.num_patches
         flop = None if self.flops is None else self.flops(masks, images)
         self.flop = None if flop is None or self.flop is None else self.flop + flop
 
     def record(self, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
-        """What a step's line tells from its loss on; every process must call it.
+        """Return a step's line from its loss on; every process must call it.
 
-        Waits for the device, then starts a new stretch of time.
+        Waits for the device, then starts a new interval.
         """
         terms = {f"loss/{name}": term for name, term in out.terms.items()}
         measured = {"loss": out.loss, **terms, "grad_norm": out.grad_norm}
@@ -154,7 +154,7 @@ class Meter:
         return record
 
     def _speed(self, table: Tensor) -> Record:
-        """From the host's values of each rank: [ranks, 9]."""
+        """Return the values on speed and memory from those of each rank [ranks, 9]."""
         ranks = len(table)
         images, tokens, wait, context, target, _, _, flop, peak = table.mean(0).tolist()
         record = {
@@ -175,11 +175,10 @@ class Meter:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The lines of a run.
+    """Return the lines of a run, without a last one that is cut short.
 
     Raises:
-        ValueError: a line that is not JSON, unless it is the last, which a killed run may leave cut short; or one that
-            is no line of a step.
+        ValueError: another line is not JSON, or has no step.
     """
     path = folder / METRICS
     records: list[Record] = read_json_lines(path)
@@ -192,14 +191,14 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 class Journal:
-    """Writes the lines of a run and shows its progress; only the main process has one.
+    """Writes the lines of a run and shows its progress, on the main process.
 
     Args:
         folder: of the run.
-        first_step: lines at or after it are dropped, so that a resumed run has none twice.
+        first_step: lines from it on are dropped, so that a resumed run has none twice.
         steps: of the whole run.
         bar: a progress bar in place of plain lines; None for a bar on a terminal.
-        boards: what gets a copy of each line; closed at the end.
+        loggers: get a copy of each line; closed at the end.
     """
 
     def __init__(
@@ -209,11 +208,11 @@ class Journal:
         first_step: int,
         steps: int,
         bar: bool | None = None,
-        boards: Sequence[Board] = (),
+        loggers: Sequence[Logger] = (),
     ) -> None:
         self.folder = folder
         self.steps = steps
-        self.boards = boards
+        self.loggers = loggers
         kept = [record for record in read_metrics(folder) if record["step"] < first_step]
         write_json_lines(folder / METRICS, kept)
         self.file = (folder / METRICS).open("a")
@@ -229,8 +228,8 @@ class Journal:
         self.file.close()
         if self.bar is not None:
             self.bar.close()
-        for board in self.boards:
-            board.close()
+        for logger in self.loggers:
+            logger.close()
 
     def info(self, text: str) -> None:
         """Print a message."""
@@ -240,17 +239,17 @@ class Journal:
             print(text, flush=True)
 
     def advance(self) -> None:
-        """A step is done (as far as the host can tell)."""
+        """Move the progress bar by a step."""
         if self.bar is not None:
             self.bar.update()
 
     def write(self, record: Record) -> None:
-        """A line for programs, and its short form for people."""
+        """Write a line to ``metrics.jsonl`` and the loggers, and print a short form."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        for board in self.boards:
-            board.write(record)
-        if "loss" not in record:  # a step whose batch was left out, with what hooks gave
+        for logger in self.loggers:
+            logger.write(record)
+        if "loss" not in record:  # a step without its batch, with what hooks returned
             return
         if self.bar is not None:
             self.bar.set_description_str(_short(record, bar=True))
@@ -262,12 +261,12 @@ class Journal:
         print(f"step {record['step'] + 1:{width}}/{self.steps}  {_short(record)}  {left} left", flush=True)
 
     def flush(self) -> None:
-        """Has all lines on the disk: a checkpoint must not outlive the lines before it."""
+        """Flush all lines to the disk."""
         os.fsync(self.file.fileno())
 
 
 def _short(record: Record, bar: bool = False) -> str:
-    """Format a line; that of a progress bar leaves it 25 of 120 columns."""
+    """Format a line; the form for a progress bar leaves the bar 25 of 120 columns."""
     mfu = f"  mfu {record['mfu']:.0%}" if "mfu" in record else ""
     skipped = f"  {record['data/skipped']:.0f} images skipped" if record.get("data/skipped") else ""
     if bar:

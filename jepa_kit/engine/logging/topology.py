@@ -1,4 +1,4 @@
-"""Which process runs where, on what, and how fast that is: told at the start of a run."""
+"""Find and describe the host, device and speed of each process at the start of a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jepa_kit.structures import Precision
 
 @dataclass(frozen=True)
 class Place:
-    """One process.
+    """Host, device and speed of a process.
 
     Args:
         rank, local_rank: see ``World``.
         host: name of its machine.
         device: torch's name: cpu, cuda:3.
-        model: what the device calls itself.
-        matrix_tflops: what it can do in matrix products of the run's precision, measured with all others at once.
+        model: name of the device.
+        matrix_tflops: TFLOP/s of matrix products in the run's precision, measured on all processes at once.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Place:
 
 
 def find_places(world: World, device: torch.device, precision: Precision) -> list[Place]:
-    """The place of every process, by rank; all processes must call it."""
+    """Return the places of all processes by rank; all must call it."""
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     own = Place(
         world.rank,
@@ -51,7 +51,7 @@ def find_places(world: World, device: torch.device, precision: Precision) -> lis
 
 
 def to_dict(places: Sequence[Place], precision: Precision) -> dict[str, Any]:
-    """Return what ``run.json`` holds: places, what ``mfu`` is measured against, and the number of a job of Slurm."""
+    """Return the topology for ``run.json``: places, the peak that ``mfu`` is relative to, and the id of a Slurm job."""
     job = os.environ.get("SLURM_JOB_ID")
     return {
         "nodes": len({place.host for place in places}),
@@ -67,7 +67,7 @@ def to_dict(places: Sequence[Place], precision: Precision) -> dict[str, Any]:
 
 
 SLOW = 0.8
-"""A device with less than this share of the fastest one's speed is named: all wait for it in every step."""
+"""A device below this fraction of the fastest one's speed is reported: all others wait for it in every step."""
 
 
 def describe(places: Sequence[Place], precision: Precision) -> list[str]:
@@ -75,13 +75,13 @@ def describe(places: Sequence[Place], precision: Precision) -> list[str]:
     count = len(places)
     models = " and ".join(sorted({place.model for place in places}))
     hosts = Counter(place.host for place in places)
-    where = ", ".join(f"{host} ({n})" for host, n in hosts.items())
+    counts = ", ".join(f"{host} ({n})" for host, n in hosts.items())
     nodes = f"{len(hosts)} node{'s' if len(hosts) > 1 else ''}"
     least, most = (f(place.matrix_tflops for place in places) for f in (min, max))
     speed = f"{most:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
     lines = [
         f"device: {models}, {count} process{'es' if count > 1 else ''}",
-        f"topology: {nodes}: {where}",
+        f"topology: {nodes}: {counts}",
         f"mfu: relative to {speed} TFLOP/s a process: a large matrix product in {precision} on {models}, measured now",
     ]
     lines += [

@@ -1,17 +1,18 @@
-"""Losses and gradients that are not finite: seen by all ranks together, and never taken into weights or buffers.
+"""Detect losses and gradients that are not finite, on all ranks, and keep them out of weights and buffers.
 
-How they are seen without waiting for the device and without a message of their own:
+This needs neither a wait for the device nor an all-reduce of its own:
 
 1. ``propagate_nonfinite`` makes every gradient of a rank NaN if its loss is not finite. The average of gradients over
    ranks, which DDP and FSDP take anyway, carries that to all ranks, so that one number shows it: the norm of all
    gradients.
-2. ``step_if_finite``: AdamW reads that number on the device and leaves parameters and moments alone where it is bad.
-3. ``Buffers`` (buffers.py): the same number, on the device, takes back what the forward pass made of buffers (batch
-   norm's statistics, a centre of targets).
-4. ``Watch``: the host reads it ``LAG`` steps later, when the device is long past it. All ranks read the number of the
-   same step at the same step, so they decide alike.
+2. ``step_if_finite``: AdamW reads that number on the device, and changes neither parameters nor moments if it is not
+   finite.
+3. ``Buffers`` (distributed/buffers.py) then restores what the forward pass changed in buffers (batch norm's statistics,
+   a centre of targets), also on the device.
+4. ``Watch``: the host reads the number ``LAG`` steps later, when the device has finished that step. All ranks read the
+   number of the same step at the same step, so they decide alike.
 
-What a run does about it is in bad_steps.py.
+policy.py is what a run does about it.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from jepa_kit.engine.schedules import Hyper
 from jepa_kit.structures import Update
 
 LAG = 2
-"""Steps between a step and the host's look at its numbers: the device has that much work before it."""
+"""Steps after which the host reads a step's numbers; the device has as many steps queued meanwhile."""
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """The loss []; its gradient is NaN everywhere where it is not finite, and unchanged where it is."""
+    """Return the loss []; if it is not finite, all its gradients are NaN."""
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
-    """``optimizer.step()``, which changes nothing where ``grad_norm`` [] is not finite; waits for no device.
+    """Call ``optimizer.step()``, which changes nothing if ``grad_norm`` [] is not finite; never waits for the device.
 
-    Torch's fused AdamW reads ``found_inf`` on the device, as ``torch.amp.GradScaler`` has it do.
+    Torch's fused AdamW reads ``found_inf`` on the device; ``torch.amp.GradScaler`` sets it in the same way.
     """
     assert all(group["fused"] for group in optimizer.param_groups), "only the fused AdamW reads found_inf"
     optimizer.found_inf = torch.isfinite(grad_norm).logical_not().float()  # type: ignore[attr-defined]
@@ -49,15 +50,15 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Suspect:
-    """A step whose numbers are on their way to the host.
+    """A step whose numbers are being copied to the host.
 
     Args:
         step: counted from 0.
-        hyper: what it ran with.
-        batch: of this rank, as the step had it.
+        hyper: its learning rate, weight decay and momentum.
+        batch: of this rank.
         terms: names of the loss's terms.
         numbers: loss, norm of the gradient, and terms of this rank, on the host once ``ready``.
-        ready: when they are; None for at once.
+        ready: recorded after the copy; None if the numbers are on the host already.
     """
 
     step: int
@@ -68,17 +69,17 @@ class Suspect:
     ready: torch.cuda.Event | None
 
     def finite(self) -> bool:
-        """Whether the update was taken: the same on every rank."""
+        """Return whether the update was applied; the same on every rank."""
         if self.ready is not None:
             self.ready.synchronize()
         return math.isfinite(self.numbers[1])
 
 
 class Watch:
-    """Looks at each step's numbers, later.
+    """Reads each step's numbers some steps later.
 
     Args:
-        lag: steps until then, 0 and up; the batches of so many steps are kept.
+        lag: how many, 0 and up; the batches of so many steps stay in memory.
     """
 
     def __init__(self, lag: int = LAG) -> None:
@@ -86,7 +87,7 @@ class Watch:
         self.waiting: deque[Suspect] = deque()
 
     def add(self, step: int, hyper: Hyper, batch: Batch, out: Update) -> None:
-        """Sends a step's numbers to the host; waits for nothing."""
+        """Begin to copy a step's numbers to the host."""
         on_device = torch.stack([v.detach().float() for v in (out.loss, out.grad_norm, *out.terms.values())])
         numbers, ready = on_device, None
         if on_device.is_cuda:
@@ -97,7 +98,7 @@ class Watch:
         self.waiting.append(Suspect(step, hyper, batch, tuple(out.terms), numbers, ready))
 
     def found(self, *, flush: bool = False) -> Iterator[Suspect]:
-        """The bad ones of the steps that are ``lag`` steps old; with ``flush`` of all, which waits for the device."""
+        """Yield steps that are not finite, of those at least ``lag`` steps old, or of all with ``flush`` (it waits)."""
         while self.waiting and (flush or len(self.waiting) > self.lag):
             suspect = self.waiting.popleft()
             if not suspect.finite():

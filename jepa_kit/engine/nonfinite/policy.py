@@ -1,19 +1,19 @@
-"""A step whose loss or gradient is not finite: what becomes of it, its record, and its batch.
+"""Handle a step whose loss or gradient is not finite: record it, keep its batch, and stop, skip or roll back.
 
-``train.on_nonfinite`` says what a run does about it:
+``train.on_nonfinite`` chooses:
 
-    stop      FloatingPointError; the last checkpoint is from before it
-    skip      goes on without the batch; more than ``train.nonfinite_limit`` bad steps in a row stop the run
-    rollback  goes back to the last checkpoint and does the steps since again, without the batch; more than
-              ``train.nonfinite_limit`` times to the same checkpoint stop the run
+    stop      raise FloatingPointError; the last checkpoint is from before the step
+    skip      continue without the batch; more than ``train.nonfinite_limit`` such steps in a row stop the run
+    rollback  resume from the last checkpoint without the batch; more than ``train.nonfinite_limit`` roll-backs to the
+              same checkpoint stop the run
 
-A step without its batch moves the target encoder, as every step does, and nothing else: so ``skip`` and ``rollback``
-give the same weights where the batch is to blame. ``rollback`` is for a state that was damaged before the gradient
-told.
+A step without its batch updates only the target encoder. So ``skip`` and ``rollback`` give the same weights if the
+batch is the cause. ``rollback`` is for weights that were damaged before a gradient showed it.
 
-The step is recorded in ``bad_steps.jsonl`` of the run folder, and a resumed run leaves its batch out as well. The
-batch is kept in ``bad_step_<step>/rank_<rank>.pt``, of the ranks whose loss is bad, or of all where only the gradient
-is; ``tools/replay_step.py`` runs it again."""
+The step is recorded in ``bad_steps.jsonl`` of the run folder, and a resumed run leaves its batch out as well. The batch
+is saved in ``bad_step_<step>/rank_<rank>.pt``, by the ranks whose loss is not finite, or by all if only the gradient is
+not; ``tools/replay_step.py`` runs it again.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class BadStep:
 
     Args:
         step: counted from 0.
-        policy: what was done about it.
-        losses: of every rank, as text, for JSON knows no nan.
+        policy: how it was handled.
+        losses: of every rank, as text, because JSON has no nan.
         grad_norm: over all ranks, as text.
-        checkpoint: updates in the last checkpoint before it, or None where there was none.
+        checkpoint: updates in the last checkpoint before it, or None if there was none.
     """
 
     step: int
@@ -54,22 +54,22 @@ class BadStep:
 
     @property
     def ranks(self) -> list[int]:
-        """Those whose loss was bad; none where only the gradient was."""
+        """Ranks whose loss was not finite; none if only the gradient was not."""
         return [rank for rank, loss in enumerate(self.losses) if not math.isfinite(float(loss))]
 
     def __str__(self) -> str:
-        """What was seen, for people."""
+        """Return a message: which number is not finite, and at which step."""
         at = f" of rank {', '.join(map(str, self.ranks))} of {len(self.losses)}" if len(self.losses) > 1 else ""
         if self.ranks:
             return f"the loss{at} is {self.losses[self.ranks[0]]} at step {self.step}"
-        return f"the gradient's norm is {self.grad_norm} at step {self.step}, where the loss is finite"
+        return f"the gradient's norm is {self.grad_norm} at step {self.step}, but the loss is finite"
 
 
 def read_record(folder: Path) -> list[BadStep]:
-    """The bad steps of a run folder, in the order in which they were met.
+    """Return the bad steps of a run folder, in the order in which they occurred.
 
     Raises:
-        ValueError: a line that is no record, unless it is the last, which a killed run may leave cut short.
+        ValueError: a line is no record; a last line that is cut short, by a killed run, is dropped.
     """
     path = folder / RECORD
     record = []
@@ -82,20 +82,20 @@ def read_record(folder: Path) -> list[BadStep]:
 
 
 def append_record(folder: Path, bad: BadStep) -> None:
-    """Adds a line, on the disk when this returns; a half line that a killed run left is dropped."""
+    """Append a line, flushed to the disk; drop a last line that a killed run left incomplete."""
     path = folder / RECORD
     write_json_lines(path, [*read_json_lines(path), vars(bad)])
 
 
 def left_out(record: Sequence[BadStep]) -> frozenset[int]:
-    """The steps that a run does without their batch."""
+    """Return the steps whose batch is left out."""
     return frozenset(bad.step for bad in record if bad.policy != "stop")
 
 
 def over_limit(record: Sequence[BadStep], bad: BadStep, limit: int) -> str | None:
-    """Why a bad step, the newest of the record, ends the run though its policy is to go on; None where it does not.
+    """Return why a bad step exceeds ``train.nonfinite_limit`` and stops the run, or None if it does not.
 
-    A function of the record, so that it counts over resumes too.
+    A function of the record of earlier steps, so that resumes count too.
     """
     if bad.policy == "skip":
         steps = left_out(record) | {bad.step}
@@ -113,23 +113,23 @@ DUMP_FORMAT = "jepa_kit/bad_step/1"
 
 
 def dump_path(folder: Path, step: int, rank: int) -> Path:
-    """Where a rank's batch of a bad step is kept."""
+    """Return the path of a rank's batch of a bad step."""
     return folder / f"bad_step_{step:08d}" / f"rank_{rank:04d}.pt"
 
 
 def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]) -> None:
-    """Keeps a bad batch: images, masks, sample numbers, and what the step ran with.
+    """Save the batch of a bad step: images, masks, sample numbers, learning rate, weight decay and momentum.
 
     Args:
         path: of the file, ``dump_path``.
         suspect: the step, of this rank.
         bad: the same, as recorded.
         facts: ``rank``, ``world_size``, ``keys`` of the samples, ``folder`` of the run, ``config``, ``data``,
-            ``versions``; where the weights came from: ``origin``, as in a checkpoint, and ``resume_from``, the released
-            checkpoint that the run was told to go on from, or None.
+            ``versions``; ``origin`` of the weights, as in a checkpoint; and ``resume_from``, the released checkpoint
+            that the run started from, or None.
 
     Raises:
-        OSError: it could not be written; nothing is left of it then.
+        OSError: it could not be written; no part of it is left then.
     """
     batch = suspect.batch
     assert batch.masks is not None
@@ -158,17 +158,17 @@ def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]
 
 
 class BadSteps:
-    """The bad steps of a run, and what it does about a new one.
+    """The bad steps of a run, and the policy for new ones.
 
     Args:
         policy, limit: ``train.on_nonfinite`` and ``train.nonfinite_limit``.
         folder: of the run.
         rank, device: of this process.
-        checkpoint: gives the updates in the checkpoint that a rollback goes to, or None; called on rank 0.
-        facts: what a dump says besides the step, for a batch.
+        checkpoint: returns the updates in the checkpoint that a roll-back resumes from, or None; called on rank 0.
+        facts: returns what is saved of a batch besides the step (``write_dump``).
 
     Attributes:
-        left_out: the steps that the run does without their batch.
+        left_out: steps whose batch is left out.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class BadSteps:
         self.left_out = left_out(self.record)
 
     def handle(self, suspect: Suspect) -> str:
-        """Keeps the batch, records the step, and says what was done; all ranks must call it for the same step.
+        """Save the batch, record the step and return a message; all ranks must call it for the same step.
 
         Raises:
             FloatingPointError: the run must stop.
@@ -207,19 +207,19 @@ class BadSteps:
         broadcast_from_rank0(lambda: append_record(self.folder, bad))
         dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
         replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"
-        told = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"
+        message = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"
         if self.policy == "stop":
             raise FloatingPointError(
-                f"{told}: weights were not updated with it, and no checkpoint was written after it. {replay}. "
+                f"{message}: weights were not updated with it, and no checkpoint was written after it. {replay}. "
                 "A run that has diverged may want a smaller optim.lr, a longer warm-up or optim.clip_grad; "
-                "train.on_nonfinite=skip goes on without such batches"
+                "train.on_nonfinite=skip continues without such batches"
             )
         why = over_limit(self.record, bad, self.limit)
         self.record.append(bad)
         self.left_out = left_out(self.record)
         if why is not None:
-            raise FloatingPointError(f"{told}, and {why}. {replay}")
+            raise FloatingPointError(f"{message}, and {why}. {replay}")
         done = "its batch is skipped"
         if self.policy == "rollback":
-            done = f"back to step {bad.checkpoint or 0}, to go on without its batch"
-        return f"{told}: {done}; {dump.parent.name} holds it"
+            done = f"back to step {bad.checkpoint or 0}, to continue without its batch"
+        return f"{message}: {done}; {dump.parent.name} contains it"

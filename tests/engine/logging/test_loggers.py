@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jepa_kit.engine.logging import loggers
-from jepa_kit.engine.logging.loggers import check_boards, open_boards, tag
+from jepa_kit.engine.logging.loggers import check_loggers, open_loggers, tag
 from jepa_kit.engine.logging.telemetry import Journal
 
 
@@ -27,8 +27,8 @@ def line(step, loss):
 
 def write(folder, steps, loss, **options):
     options = {"tensorboard": False, "wandb": None, "config": {"a": 1}} | options
-    opened = open_boards(folder, first_step=steps[0], **options)
-    with Journal(folder, first_step=steps[0], steps=20, bar=False, boards=opened) as journal:
+    opened = open_loggers(folder, first_step=steps[0], **options)
+    with Journal(folder, first_step=steps[0], steps=20, bar=False, loggers=opened) as journal:
         for step in steps:
             journal.write(line(step, loss))
 
@@ -57,13 +57,13 @@ def test_tensorboard_reads_no_step_twice(tmp_path):
 
 def test_a_line_is_on_the_disk_before_the_next(tmp_path):
     """A process that is killed has lost none."""
-    (board,) = open_boards(tmp_path, first_step=0, tensorboard=True, wandb=None, config={})
+    (logger,) = open_loggers(tmp_path, first_step=0, tensorboard=True, wandb=None, config={})
     for step in range(3):
-        board.write(line(step, 1.0))
+        logger.write(line(step, 1.0))
         read = EventAccumulator(str(tmp_path / loggers.TENSORBOARD))
         read.Reload()
         assert len(read.Scalars("loss/total")) == step + 1
-    board.close()
+    logger.close()
 
 
 class Wandb:
@@ -88,7 +88,7 @@ class Wandb:
 def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     package = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", package)
-    monkeypatch.setattr(loggers, "check_boards", lambda **options: None)
+    monkeypatch.setattr(loggers, "check_loggers", lambda **options: None)
     write(tmp_path, range(3), loss=1.0, wandb="ijepa")
     write(tmp_path, range(2, 5), loss=1.0, wandb="ijepa")
     assert [call[0] for call in package.calls] == [None, "abc"]
@@ -97,12 +97,12 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     assert package.runs["abc"].steps == [0, 1, 2, 3, 4]
 
 
-def test_a_board_without_its_package(monkeypatch):
+def test_a_logger_without_its_package(monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    check_boards(tensorboard=False, wandb=None)
+    check_loggers(tensorboard=False, wandb=None)
     with pytest.raises(ValueError, match=r"train.tensorboard \(=True\) needs the package tensorboard: pip install"):
-        check_boards(tensorboard=True, wandb=None)
+        check_loggers(tensorboard=True, wandb=None)
     with pytest.raises(
         ValueError, match=r"train.wandb \(='x'\) needs the package wandb: pip install 'jepa_kit\[wandb\]'"
     ):
-        check_boards(tensorboard=False, wandb="x")
+        check_loggers(tensorboard=False, wandb="x")

@@ -179,8 +179,8 @@ def test_a_line_that_is_not_of_a_step(tmp_path, line):
     assert str(caught.value) == f"{tmp_path / 'metrics.jsonl'}, line 2 ({line}) must be a mapping with a 'step'"
 
 
-def test_boards_get_each_line(tmp_path):
-    class Board:
+def test_loggers_get_each_line(tmp_path):
+    class Logger:
         def __init__(self):
             self.got = []
 
@@ -191,11 +191,11 @@ def test_boards_get_each_line(tmp_path):
         def close(self):
             self.got.append("closed")
 
-    board = Board()
-    with Journal(tmp_path, first_step=0, steps=9, bar=False, boards=[board]) as journal:
+    logger = Logger()
+    with Journal(tmp_path, first_step=0, steps=9, bar=False, loggers=[logger]) as journal:
         journal.write(record(0))
         journal.write(record(4))
-    assert board.got == [0, 4, "closed"]
+    assert logger.got == [0, 4, "closed"]
 
 
 def test_a_step_that_was_left_out_has_a_line_for_programs_alone(tmp_path, capsys):

@@ -95,7 +95,7 @@ def test_skip_goes_on_and_a_resumed_run_skips_too(tiny, bad_at, tmp_path, capsys
     folder = train(tiny(*overrides))
     printed = capsys.readouterr().out
     assert "the loss is nan at step 3 (lr" in printed
-    assert "): its batch is skipped; bad_step_00000003 holds it" in printed
+    assert "): its batch is skipped; bad_step_00000003 contains it" in printed
     assert sorted(losses(folder)) == [0, 2, 4, 5]
     assert [bad.step for bad in read_record(folder)] == [1, 3]
 
@@ -118,7 +118,7 @@ def test_rollback_gives_the_weights_of_skip(tiny, bad_at, tmp_path, capsys):
     back = f"train.output_dir={tmp_path / 'back'}"
     folder = train(tiny("train.on_nonfinite=rollback", "checkpoint.every=2", back))
     printed = capsys.readouterr().out
-    assert "): back to step 4, to go on without its batch; bad_step_00000004 holds it" in printed
+    assert "): back to step 4, to continue without its batch; bad_step_00000004 contains it" in printed
     assert "resumed at step 4\n" in printed
     assert losses(folder) == losses(skipped)
     assert_same(folder, skipped)
@@ -185,9 +185,7 @@ def test_the_record_outlives_a_kill(tmp_path):
 
 def test_what_is_said():
     assert str(BadStep(3, "skip", ("1.0", "nan", "inf"), "nan")) == "the loss of rank 1, 2 of 3 is nan at step 3"
-    assert str(BadStep(3, "skip", ("1.0",), "inf")) == (
-        "the gradient's norm is inf at step 3, where the loss is finite"
-    )
+    assert str(BadStep(3, "skip", ("1.0",), "inf")) == ("the gradient's norm is inf at step 3, but the loss is finite")
 
 
 def test_a_dump_holds_the_batch(tiny, bad_at):
