@@ -19,13 +19,9 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World, all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import Network, View
-from jepa_kit.evaluation.feature_sources import run_networks as run_networks
 from jepa_kit.evaluation.protocols import Built, Features, Part, ProbeResult, Spec, Task, build_protocols
-from jepa_kit.evaluation.tables.results import Row as Row
-from jepa_kit.evaluation.tables.results import results as results
-from jepa_kit.evaluation.tables.results import write_results as write_results
+from jepa_kit.evaluation.tables.results import Row
 from jepa_kit.evaluation.tables.table import differing_options
-from jepa_kit.evaluation.tables.table import format_table as format_table
 from jepa_kit.rng import IntArray
 
 DEFAULT: tuple[Spec, ...] = ({"name": "logistic", "subsets": ["all"]}, "knn")

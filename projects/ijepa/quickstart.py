@@ -43,10 +43,12 @@ from jepa_kit.distributed.collectives import choose_device, read_environment
 from jepa_kit.distributed.signals import Preempted
 from jepa_kit.engine.build import open_shards, training_view
 from jepa_kit.engine.logging.curves import drawn
-from jepa_kit.evaluation.evaluate import Row, evaluate, format_table, results, run_networks, write_results
-from jepa_kit.evaluation.feature_sources import encoder_named
+from jepa_kit.evaluation.evaluate import evaluate
+from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
+from jepa_kit.evaluation.tables.results import Row, results, write_results
+from jepa_kit.evaluation.tables.table import format_table
 from jepa_kit.interfaces import Encoder
 from jepa_kit.training import train
 from tools import make_shards

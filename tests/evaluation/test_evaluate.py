@@ -1,4 +1,4 @@
-"""Evaluations of several networks: what is shared, what a table and a file say, and what is refused."""
+"""Evaluation of several networks: shared features, tables, files of results, and errors."""
 
 import copy
 import hashlib
@@ -13,12 +13,14 @@ from conftest import scene_shards
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.evaluation.evaluate import Row, evaluate, format_table, results, run_networks, write_results
+from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_cache import FeatureStore, shared_samples
-from jepa_kit.evaluation.feature_sources import Network, encoder_named, pixel_network
+from jepa_kit.evaluation.feature_sources import Network, encoder_named, pixel_network, run_networks
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
 from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
+from jepa_kit.evaluation.tables.results import Row, results, write_results
+from jepa_kit.evaluation.tables.table import format_table
 
 PIXELS = pixel_network()
 IMAGES = ImageOptions(image_size=(16, 16))
@@ -30,7 +32,7 @@ def loaded(tiny_run):
     return load_run(tiny_run[0])
 
 
-def test_rows_are_what_the_probes_give_on_the_features(loaded, scenes):
+def test_rows_equal_the_probes_on_the_same_features(loaded, scenes):
     train, test = scenes
     labels = ["distance", "count"]
     networks = run_networks(loaded, encoders=["target", "context"])
@@ -71,7 +73,7 @@ EVERYTHING = [
 
 @pytest.fixture
 def reads(monkeypatch):
-    """The (folder, sample) of each image that is read."""
+    """Record the (folder, sample) of each image that is read."""
     found = []
     read = ShardDataset.image_bytes
 
@@ -95,7 +97,7 @@ def test_images_are_read_once_for_everything(loaded, masked_scenes, reads, tmp_p
     assert [r.accuracy for r in again] == [r.accuracy for r in rows]
 
 
-def test_protocols_that_are_about_one_label_or_masks(loaded, masked_scenes):
+def test_protocols_of_one_label_or_masks(loaded, masked_scenes):
     networks = run_networks(loaded, baselines=["pixels"])
     specs = ["count", {"name": "dense", "epochs": 1}, "knn"]
     rows = evaluate(networks, *masked_scenes, IMAGES, protocols=specs, labels=["shape"])
@@ -131,7 +133,7 @@ def test_one_protocol_with_several_options_has_a_row_of_each(scenes):
     assert [line.split("|")[1].strip() for line in format_table(rows).splitlines()[2:5]] == titles
 
 
-def test_fine_tuning_is_told_how_images_are_read(loaded, scenes, monkeypatch):
+def test_fine_tuning_gets_the_image_options(loaded, scenes, monkeypatch):
     found = []
     monkeypatch.setattr(Finetune, "__call__", lambda self, task: found.append(task.images) or [])
     networks = run_networks(loaded, baselines=[])
@@ -274,7 +276,7 @@ def test_progress_is_plain_lines_without_a_terminal(scenes, capsys):
         ({"seed": -1}, "seed (=-1) must be at least 0"),
     ],
 )
-def test_what_evaluate_refuses(scenes, options, message):
+def test_evaluate_rejects_bad_arguments(scenes, options, message):
     options = {"networks": [PIXELS]} | options
     with pytest.raises(ValueError) as error:
         evaluate(options.pop("networks"), *scenes, IMAGES, **options)
@@ -289,7 +291,7 @@ def test_what_evaluate_refuses(scenes, options, message):
         ({"name": "finetune", "subset": "90/class"}, "subsets (='90/class') needs 90 images, but class 0 has "),
     ],
 )
-def test_what_a_protocol_cannot_answer_is_told_before_anything_is_read(loaded, scenes, reads, spec, message):
+def test_unusable_labels_are_rejected_before_images_are_read(loaded, scenes, reads, spec, message):
     with pytest.raises(ValueError) as error:
         evaluate(run_networks(loaded), *scenes, IMAGES, protocols=[LOGISTIC, spec], labels=["count"])
     assert str(error.value).startswith(f"protocol {spec['name']!r}, label 'count', target: {message}")
@@ -297,7 +299,7 @@ def test_what_a_protocol_cannot_answer_is_told_before_anything_is_read(loaded, s
 
 
 @pytest.mark.parametrize("name", ["linear", "count", "paper_linear", {"name": "attentive", "lrs": [1e-3, 1e-2]}])
-def test_a_class_too_rare_is_told_before_anything_is_read(loaded, scenes, reads, monkeypatch, name):
+def test_too_rare_a_class_is_rejected_before_images_are_read(loaded, scenes, reads, monkeypatch, name):
     rare = np.where(np.arange(96) == 7, 7, np.arange(96) % 6)
     monkeypatch.setattr(scenes[0], "labels", lambda label: rare)
     with pytest.raises(ValueError, match=r"label 'count', target: the training set .*; class 7 has 1"):
@@ -305,7 +307,7 @@ def test_a_class_too_rare_is_told_before_anything_is_read(loaded, scenes, reads,
     assert not reads
 
 
-def test_what_a_protocol_refuses_names_its_question(loaded, scenes):
+def test_errors_of_a_protocol_name_label_and_network(loaded, scenes):
     specs = [{"name": "attentive", "num_heads": 5}]
     with pytest.raises(ValueError) as error:
         evaluate(run_networks(loaded), *scenes, IMAGES, protocols=specs, labels=["shape"])
@@ -313,7 +315,7 @@ def test_what_a_protocol_refuses_names_its_question(loaded, scenes):
     assert str(error.value) == expected
 
 
-def test_the_defaults_of_logistic_do_for_few_images(scenes):
+def test_defaults_of_logistic_work_for_few_images(scenes):
     """1 % of 96 scenes is one image of each class."""
     rows = evaluate([PIXELS], *scenes, IMAGES, protocols=["logistic"], labels=["count"])
     assert [(row.title, row.validation is None) for row in rows] == [
@@ -324,7 +326,7 @@ def test_the_defaults_of_logistic_do_for_few_images(scenes):
 
 
 def test_shared_samples_are_counted(scenes):
-    """By the shards' digests, whatever they are called."""
+    """Shards are compared by digest, not by name."""
     train, test = scenes
     assert (shared_samples(train, train), shared_samples(train, test)) == (96, 0)
     shards = [dict(part.shards[0], file=f"shard-00000{k}.tar") for k, part in enumerate(scenes)]
@@ -344,7 +346,7 @@ def test_shards_whose_classes_differ(scenes, tmp_path):
 
 
 def test_test_shards_may_lack_the_last_classes(scenes):
-    """As foreign ones do, whose classes are the numbers that they hold; the other way round there is an error."""
+    """Classes of foreign shards are the numbers that occur. Training shards may not lack classes."""
     train, test = (copy.copy(part) for part in scenes)
     most = min(int(test.labels("shape").max()), len(train.classes["shape"]) - 2)
     test.classes = {"shape": tuple(map(str, range(most + 1)))}
@@ -365,21 +367,21 @@ def test_test_shards_may_lack_the_last_classes(scenes):
         ({"baselines": ["random"]}, "baselines (='random') must be of untrained, pixels."),
     ],
 )
-def test_what_run_networks_refuses(loaded, options, message):
+def test_run_networks_rejects_bad_names(loaded, options, message):
     with pytest.raises(ValueError) as error:
         run_networks(loaded, **options)
     assert str(error.value) == message
 
 
 def test_labels_follow_their_images(scenes, tmp_path):
-    """A network that knows the answer by the image alone gets everything right: order is kept from shard to probe."""
+    """A network that knows the label of each image is always right: labels stay with their images."""
     train, _ = scenes
     images = torch.cat([b.images for b in eval_batches(train, ImageOptions(image_size=(16, 16)))])
     code = {images[i].numpy().tobytes(): label for i, label in enumerate(train.labels("count"))}
     assert len(code) == len(train)
 
     def oracle(batch, wanted):
-        # the images of nothing but zeros, by which shapes are found, are not among them
+        # the image of zeros that gives the shape of features has no label
         return [torch.eye(8)[[code.get(image.numpy().tobytes(), 0) for image in batch]] for _ in wanted]
 
     rows = evaluate([Network("oracle", oracle)], train, train, replace(IMAGES, batch_size=11), labels=["count"])
@@ -387,7 +389,7 @@ def test_labels_follow_their_images(scenes, tmp_path):
     assert np.isclose(rows[0].standard_error, 0.0)
 
 
-def test_layers_that_the_encoder_has_not(loaded, scenes):
+def test_layers_that_the_encoder_does_not_have(loaded, scenes):
     with pytest.raises(ValueError) as error:
         evaluate(run_networks(loaded), *scenes, IMAGES, layers="last5")
     assert str(error.value) == (
@@ -410,14 +412,14 @@ def test_a_protocol_of_its_own_layers_on_a_shallow_encoder(tiny_config, scenes):
 
 
 class Counted(FeatureStore):
-    """A store of features that nothing may ask."""
+    """A store that fails the test if features are extracted."""
 
     def extract(self, *args, **kwargs):
         raise AssertionError("features were computed")
 
 
 @pytest.mark.parametrize("protocol", ["knn", "logistic", "linear", "attentive", "finetune"])
-def test_a_label_of_one_class_is_found_before_any_work(loaded, scenes, monkeypatch, protocol):
+def test_a_label_of_one_class_is_rejected_before_features_are_extracted(loaded, scenes, monkeypatch, protocol):
     train, test = scenes
     networks = run_networks(loaded)
     one = {"count": np.zeros(len(train), dtype=np.int64)}

@@ -1,4 +1,4 @@
-"""Features that are kept: what is extracted again, what is not, and by how many processes."""
+"""The cache of features: which are extracted again, and by several processes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def run(tiny_run):
     return load_run(tiny_run[0])
 
 
-def test_what_is_kept_is_what_is_extracted(run, scenes, tmp_path):
+def test_cached_features_equal_fresh_ones(run, scenes, tmp_path):
     asked = [*wanted(run), (pixel_network(4), View(0, "mean"))]
     fresh = FeatureStore().extract(asked, scenes[0], IMAGES)
     kept = FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
@@ -56,7 +56,7 @@ def reads(monkeypatch):
     return found
 
 
-def test_what_a_feature_depends_on_makes_another_one(run, tiny_run, scenes, tmp_path, reads):
+def test_each_dependency_of_a_feature_changes_its_key(run, tiny_run, scenes, tmp_path, reads):
     train, val = scenes
     FeatureStore(tmp_path).extract(wanted(run), train, IMAGES)
     assert len(reads) == 96
@@ -86,7 +86,7 @@ def test_images_of_too_many_pixels(run, scenes):
         FeatureStore().extract(wanted(run), scenes[0], ImageOptions(image_size=SIZE, max_pixels=300))
 
 
-def test_only_what_is_missing_is_extracted(run, scenes, tmp_path):
+def test_only_missing_features_are_extracted(run, scenes, tmp_path):
     first, second = wanted(run)
     FeatureStore(tmp_path).extract([first], scenes[0], IMAGES)
     (file,) = tmp_path.glob("*.npy")
@@ -96,7 +96,7 @@ def test_only_what_is_missing_is_extracted(run, scenes, tmp_path):
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
-def test_what_was_broken_off_is_extracted_again(run, scenes, tmp_path, reads):
+def test_unfinished_features_are_extracted_again(run, scenes, tmp_path, reads):
     asked = wanted(run)[:1]
     FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     (words,) = tmp_path.glob("*.json")
@@ -105,7 +105,7 @@ def test_what_was_broken_off_is_extracted_again(run, scenes, tmp_path, reads):
     assert len(reads) == 2 * 96
 
 
-def test_what_was_damaged_is_named(run, scenes, tmp_path, reads):
+def test_damaged_features_are_named(run, scenes, tmp_path, reads):
     asked = wanted(run)[:1]
     FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     (file,) = tmp_path.glob("*.npy")
@@ -120,7 +120,7 @@ def test_what_was_damaged_is_named(run, scenes, tmp_path, reads):
     assert len(reads) == 2 * 96
 
 
-def test_a_network_without_an_identity_is_not_kept(run, scenes, tmp_path):
+def test_a_network_without_an_identity_is_not_cached(run, scenes, tmp_path):
     networks = run_networks(run, baselines=[])
     FeatureStore(tmp_path / "features").extract([(networks[0], View(4, "mean"))], scenes[0], IMAGES)
     assert not list((tmp_path / "features").iterdir())
@@ -142,7 +142,7 @@ def extract_in_part(rank, run_folder, shards, folder, port):
 
 
 @pytest.mark.integration
-def test_two_processes_extract_what_one_does(run, tiny_run, scenes, tmp_path):
+def test_two_processes_extract_the_same_as_one(run, tiny_run, scenes, tmp_path):
     import socket
 
     with socket.socket() as listener:

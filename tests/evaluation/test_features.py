@@ -1,4 +1,4 @@
-"""Features against the encoder's own tokens, put together by hand; runs read back."""
+"""Features against the encoder's tokens, assembled by hand; loading of runs."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def encoder():
 
 
 def normalized(images):
-    """In float64, by the definition."""
+    """Compute it in float64 by its definition."""
     x = images.numpy().astype(np.float64) / 255
     return torch.from_numpy((x - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1)))
 
@@ -59,7 +59,7 @@ def test_without_pooling_every_patch_has_its_feature(encoder):
     np.testing.assert_allclose(patches.mean(axis=1), extract_features(encoder, IMAGES, layers="last2"), atol=1e-6)
 
 
-def test_batches_move_nothing(encoder):
+def test_batch_size_does_not_change_features(encoder):
     whole = extract_features(encoder, IMAGES)
     np.testing.assert_allclose(extract_features(encoder, IMAGES, batch_size=3), whole, atol=1e-6)
     np.testing.assert_allclose(extract_features(encoder, iter(IMAGES.split(2))), whole, atol=1e-6)
@@ -114,7 +114,7 @@ def test_layer_names(layers, blocks):
 
 
 @pytest.mark.parametrize("layers", ["first", "last0", "+4", "last-1", "", "0+1"])
-def test_layer_names_that_are_none(layers):
+def test_malformed_layer_names(layers):
     with pytest.raises(ValueError) as error:
         layer_numbers(layers, 12)
     assert str(error.value) == (
@@ -124,7 +124,7 @@ def test_layer_names_that_are_none(layers):
 
 
 @pytest.mark.parametrize("layers", ["13", "4+3", "2+2"])
-def test_blocks_that_are_not_there(layers):
+def test_missing_blocks(layers):
     with pytest.raises(ValueError) as error:
         layer_numbers(layers, 12)
     assert str(error.value) == f"layers (={layers!r}) must be ascending numbers of blocks from 1 to the depth (=12)"
@@ -178,7 +178,7 @@ def test_images_of_another_kind(encoder):
     assert str(error.value) == "images must hold at least one batch"
 
 
-def test_a_run_is_read_back(tiny_run, tiny_config):
+def test_a_run_is_loaded(tiny_run, tiny_config):
     folder, saved = tiny_run
     config, jepa, step, data = load_run(folder)
     assert (step, data) == (5, {"samples": 8, "digest": ""})
@@ -189,14 +189,14 @@ def test_a_run_is_read_back(tiny_run, tiny_config):
     assert load_run(folder, ["train.seed=3"]).config.train.seed == 3
 
 
-def test_target_and_context_encoder_are_told_apart(tiny_run):
+def test_target_and_context_encoder_differ(tiny_run):
     jepa = load_run(tiny_run[0]).jepa
     images = IMAGES[..., :16]
     target, context = (extract_features(jepa.encoder_for(which), images) for which in ("target", "context"))
     assert not np.allclose(target, context)
 
 
-def test_an_untrained_encoder_has_the_weights_that_a_run_began_with(tiny_config):
+def test_an_untrained_encoder_has_the_initial_weights_of_the_run(tiny_config):
     torch.manual_seed(tiny_config.train.seed)
     start = build_recipe(tiny_config).encoder.state_dict()
     torch.manual_seed(99)
@@ -208,7 +208,7 @@ def test_an_untrained_encoder_has_the_weights_that_a_run_began_with(tiny_config)
     assert not torch.equal(other["patch_embed.proj.weight"], fresh["patch_embed.proj.weight"])
 
 
-def test_runs_that_cannot_be_read(tiny_run, tmp_path):
+def test_runs_that_cannot_be_loaded(tiny_run, tmp_path):
     folder, _ = tiny_run
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*absent\.pt"):
         load_run(folder / "absent.pt")

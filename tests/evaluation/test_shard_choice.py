@@ -1,4 +1,4 @@
-"""Which shards an evaluation looks at: one rule for held-out ones, and what is said where there are none."""
+"""Default shards of the evaluation tools, and errors if there are none."""
 
 import pytest
 
@@ -7,30 +7,30 @@ from jepa_kit.evaluation.shard_choice import evaluation_shards, held_out, shown_
 
 @pytest.fixture
 def folder(tmp_path):
-    """Training and validation shards beside one another."""
+    """Make training and validation shards in one folder."""
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
     return tmp_path
 
 
-def test_held_out_shards_lie_beside_the_training_shards(folder):
+def test_held_out_shards_are_beside_the_training_shards(folder):
     train, val = str(folder / "train"), str(folder / "val")
     for shards in (train, f"{train}/", (train,), f"{train}/shard-000000.tar", f"{train}/shard-{{000000..000007}}.tar"):
         assert held_out(shards) == val
-    assert held_out(val) is None  # what is learned from is not held out
+    assert held_out(val) is None  # training shards are not held out
     (folder / "test").mkdir()
     assert held_out(train) == str(folder / "test")
     assert held_out(val) == str(folder / "test")
 
 
 @pytest.mark.parametrize("shards", ["https://host/train", "pipe:cat train.tar", ("a", "b")])
-def test_shards_of_other_machines_and_of_several_places_have_none_beside_them(shards, folder, monkeypatch):
+def test_remote_shards_and_lists_have_no_held_out_shards(shards, folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert held_out(shards) is None
     assert shown_shards(None, shards) == shards
 
 
-def test_what_the_user_names_comes_first(folder):
+def test_given_shards_have_priority(folder):
     train = str(folder / "train")
     assert training_shards("given", train) == "given"
     assert training_shards(None, (train, "other")) == (train, "other")

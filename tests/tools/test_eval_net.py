@@ -211,13 +211,13 @@ def test_no_baselines(tool, run, capsys):
         (["--protocol", "finetune", "--label", "count", "data.max_pixels=9"], "are more than max_pixels (=9)"),
     ],
 )
-def test_mistakes_are_one_line(refused, run, options, message):
+def test_errors_are_one_line(refused, run, options, message):
     found = refused("--checkpoint", run, *options)
     assert message in found
     assert len(found.splitlines()) == 1
 
 
-def test_outputs_that_cannot_be_written_are_told_first(refused, run, tmp_path):
+def test_unwritable_outputs_are_rejected_first(refused, run, tmp_path):
     """Before the checkpoint is read: there is none."""
     command = ["--checkpoint", tmp_path / "absent.pt", "--protocol", "knn", "--output"]
     assert refused(*command, tmp_path) == f"--output (='{tmp_path}') must name a file, but is a folder"
@@ -226,7 +226,7 @@ def test_outputs_that_cannot_be_written_are_told_first(refused, run, tmp_path):
     assert refused(*command, file / "a.json") == expected
 
 
-def test_test_samples_that_were_trained_on_are_told(tool, run, tmp_path, capsys):
+def test_test_samples_in_the_training_set_are_reported(tool, run, tmp_path, capsys):
     shards, elsewhere = (str(run.parent / name) for name in ("scenes/train", "elsewhere"))
     command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]
     command += ["--output", str(tmp_path / "a.json"), "--train-shards", shards, "--test-shards"]
@@ -291,7 +291,7 @@ def test_a_checkpoint_in_shards(tool, run, tmp_path):
     assert found == {"file": str(checkpoint), "sha256": digest, "step": 2}
 
 
-def test_a_checkpoint_that_is_fetched_from_elsewhere(tool, run, tmp_path, monkeypatch):
+def test_a_remote_checkpoint(tool, run, tmp_path, monkeypatch):
     """Results lie in the run folder, and not beside a copy that goes when the tool ends."""
     folder, copy = tmp_path / "run", tmp_path / "fetched" / "checkpoint_00000002.pt"
     folder.mkdir()
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_is_fetched_from_elsewhere(tool, run, tmp_path, monkey
     assert json.loads((tmp_path / "a.json").read_text())["checkpoint"]["file"] == address
 
 
-def test_results_about_an_address_need_a_place(refused):
+def test_results_of_a_remote_checkpoint_need_an_output(refused):
     assert refused("--checkpoint", "s3://runs/first", "--protocol", "knn") == (
         "--output must name a file: --checkpoint (='s3://runs/first') is in no folder here"
     )
@@ -333,7 +333,7 @@ def test_a_config_alone(tool, run, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_features_are_kept(tool, run, tmp_path, capsys):
+def test_features_are_cached(tool, run, tmp_path, capsys):
     command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--features", str(tmp_path / "f")]
     tables = []
     for _ in range(2):
@@ -367,7 +367,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_shards_of_another_machine_are_read_as_the_config_says(tool, run, tmp_path, capsys):
+def test_remote_shards_are_read_by_the_config(tool, run, tmp_path, capsys):
     folder = run.parent / "scenes"
     command = ["--checkpoint", str(run), "--protocol", "knn", "--label", "count", "--baselines", "none"]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
@@ -382,7 +382,7 @@ def test_shards_of_another_machine_are_read_as_the_config_says(tool, run, tmp_pa
     assert capsys.readouterr().out == far
 
 
-def test_one_process_waits_long_for_another(tool, run, monkeypatch, capsys):
+def test_collectives_have_a_long_timeout(tool, run, monkeypatch, capsys):
     """A question may take hours on one of them: collectives must not end the others after torch's 10 minutes."""
     given = []
 
@@ -429,7 +429,7 @@ def test_two_processes_give_the_table_of_one(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_a_fault_that_one_process_meets_ends_all(run, tmp_path):
+def test_an_error_of_one_process_ends_all(run, tmp_path):
     """The last image is in the second one's half: the first must not wait for it for days."""
     shards = tmp_path / "train"
     shutil.copytree(run.parent / "scenes" / "train", shards)

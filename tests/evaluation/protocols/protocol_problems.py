@@ -1,4 +1,4 @@
-"""Problems whose answers are known, as arrays and as a task."""
+"""Classification problems with known answers, as arrays and as a task."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from jepa_kit.evaluation.protocols import Features, LayerSet, Part, Task
 
 
 def clusters(samples, *, classes=4, width=12, apart=1.0, seed=0):
-    """Features around one centre for each class, with columns of very different scale; [N, D] float32 and [N]."""
+    """Return features around one centre per class, with columns of different scale [N, D] float32, and labels [N]."""
     centres = np.random.default_rng(7).normal(size=(classes, width))
     random = np.random.default_rng(seed)
     labels = random.integers(classes, size=samples)

@@ -42,7 +42,7 @@ def test_tokens_are_standardised_over_the_training_set():
     np.testing.assert_allclose(out[..., 1], 0, atol=1e-3)
 
 
-def test_of_many_images_some_give_the_statistics(monkeypatch):
+def test_statistics_are_of_a_subset_of_many_images(monkeypatch):
     monkeypatch.setattr(attentive, "FOR_STATISTICS", 10)
     x = np.random.default_rng(0).normal(size=(50, 6, 2))
     index = np.arange(5, 40)  # 35 of them: every third
@@ -52,8 +52,8 @@ def test_of_many_images_some_give_the_statistics(monkeypatch):
     np.testing.assert_allclose(found.scale, 1 / some.std(0, ddof=1), rtol=1e-5)
 
 
-def test_it_finds_the_patch_that_tells():
-    """The class is in one of nine patches, another one in each image: their mean tells little."""
+def test_it_finds_the_informative_patch():
+    """The class is visible in one of nine patches, at random: the mean over patches has little information."""
     random = np.random.default_rng(0)
     parts = []
     for samples in (600, 200):
@@ -69,7 +69,7 @@ def test_it_finds_the_patch_that_tells():
     assert found.accuracy > 0.9
 
 
-def test_the_better_learning_rate_is_taken():
+def test_the_better_learning_rate_is_chosen():
     one = task(*clusters(400, apart=3, seed=3), *clusters(100, apart=3, seed=4))
     (found,) = Attentive(epochs=5, batch_size=64, lrs=(1e-6, 1e-2))(one)
     assert found.settings["lr"] == 1e-2
@@ -82,7 +82,7 @@ def test_the_better_learning_rate_is_taken():
 
 
 def test_with_one_learning_rate_nothing_is_held_out():
-    """So a class of which there is one sample can be learned."""
+    """A class of one sample can then be learned."""
     x, labels = clusters(120, apart=6, seed=3)
     rare = np.where(np.arange(120) == 7, 9, labels)
     (found,) = Attentive(epochs=2)(task(x, rare, x, rare))
@@ -91,7 +91,7 @@ def test_with_one_learning_rate_nothing_is_held_out():
         Attentive(epochs=2, lrs=(1e-3, 1e-2))(task(x, rare, x, rare))
 
 
-def test_a_rate_that_diverges_is_not_taken():
+def test_a_diverging_learning_rate_is_not_chosen():
     (found,) = Attentive(epochs=3, lrs=(1e30, 1e-3))(task(*PROBLEM))
     assert found.settings["lr"] == 1e-3
     assert found.settings["tried"][0]["validation"] == 0.0

@@ -17,7 +17,7 @@ KEY = LayerSet("last", "none")
 
 
 class Masked:
-    """A data set of masks alone."""
+    """A data set of masks only."""
 
     path = "shards"
 
@@ -33,7 +33,7 @@ class Masked:
 
 
 def squares(samples, seed, classes=4):
-    """Masks of 16 x 24 pixels in patches of 4 that are mostly one class each, and features that tell the class."""
+    """Masks of 16 x 24 pixels in patches of 4 that are mostly one class each, and features that show the class."""
     random = np.random.default_rng(seed)
     of_patch = random.integers(classes, size=(samples, 4, 6))
     masks = of_patch.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
@@ -48,7 +48,7 @@ def task(train, test, **options):
     return Task(train=parts[0], test=parts[1], images=images, **options)
 
 
-def test_shares_of_a_patch_are_counted():
+def test_fractions_of_a_patch():
     random = np.random.default_rng(0)
     masks = random.integers(0, 3, size=(2, 8, 12), dtype=np.uint8)
     masks[0, 0, 0] = 255
@@ -61,8 +61,8 @@ def test_shares_of_a_patch_are_counted():
                 np.testing.assert_allclose(shares[i, row * 3 + column], expected)
 
 
-def test_the_loss_on_shares_is_the_mean_loss_over_pixels():
-    """One step of a head on shares moves as a step on the pixels does, each with its patch's logits."""
+def test_the_loss_on_fractions_is_the_mean_loss_over_pixels():
+    """A step of a head on fractions equals a step on the pixels, each with the logits of its patch."""
     masks, features = squares(3, seed=0)
     shares = patch_fractions(masks.masks, 24, 4).flatten(0, 1)
     x = torch.from_numpy(features.array).flatten(0, 1)
@@ -93,7 +93,7 @@ def test_figures_are_scikit_learns():
     assert accuracy.accuracy > 0.75
 
 
-def test_answers_are_logits_upsampled_to_the_image():
+def test_predictions_are_logits_upsampled_to_the_image():
     masks, features = squares(5, seed=3)
     head = HeadGrid([Setting(KEY, False, 0.1, 0.0)], {KEY: features}, 4)
     counts = confusion(head, KEY, features, masks.masks, 4)
@@ -101,7 +101,7 @@ def test_answers_are_logits_upsampled_to_the_image():
     expected = np.zeros((4, 4), dtype=int)
     for i in range(5):
         logits = (torch.from_numpy(features.array[i]) @ weight + bias).view(4, 6, 4).permute(2, 0, 1)
-        # Pillow's bilinear filter is torch's where an image grows
+        # Pillow's bilinear filter equals torch's for enlarging
         grown = [np.asarray(Image.fromarray(one.numpy()).resize((24, 16), Image.Resampling.BILINEAR)) for one in logits]
         known = masks.masks[i] != 255
         expected += confusion_matrix(masks.masks[i][known], np.argmax(grown, axis=0)[known], labels=range(4))
@@ -116,7 +116,7 @@ def test_heads_that_diverge(lrs):
 
 
 def test_with_one_head_nothing_is_held_out():
-    """It is what the head gives that is trained on all patches."""
+    """The figure is that of a head trained on all patches."""
     train, test = squares(40, seed=1), squares(10, seed=2)
     accuracy, _ = Dense(epochs=2, batch_size=64, lrs=(1e-2,))(task(train, test))
     several, _ = Dense(epochs=2, batch_size=64, lrs=(1e-12, 1e-2))(task(train, test))
@@ -125,7 +125,7 @@ def test_with_one_head_nothing_is_held_out():
     assert several.validation > 0.5
 
 
-def test_values_above_the_most_are_one_class():
+def test_values_above_most_are_one_class():
     train, test = squares(60, seed=1), squares(20, seed=2)
     accuracy, _ = Dense(most=1, epochs=2, batch_size=256)(task(train, test))
     assert accuracy.classes == 2

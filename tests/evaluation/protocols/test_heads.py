@@ -38,7 +38,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_each_head_gets_what_it_gets_alone(name):
+def test_each_head_is_trained_as_if_alone(name):
     together = HeadGrid(settings(), INPUTS, 4).fit(INPUTS, TARGETS, RECIPES[name], seed=5)
     for k, setting in enumerate(settings()):
         alone = HeadGrid([setting], INPUTS, 4).fit(INPUTS, TARGETS, RECIPES[name], seed=5)
@@ -46,7 +46,7 @@ def test_each_head_gets_what_it_gets_alone(name):
 
 
 class PlainLARS(torch.optim.Optimizer):
-    """By the paper's formula (arXiv 1708.03888, algorithm 1), for weights; SGD with momentum for biases."""
+    """Compute LARS by algorithm 1 of arXiv 1708.03888 for weights, and SGD with momentum for biases."""
 
     def __init__(self, parameters, lr, weight_decay):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -65,7 +65,7 @@ class PlainLARS(torch.optim.Optimizer):
 
 
 def torchs_own(setting, recipe, x, targets, seed):
-    """The same training by nn.Linear, nn.BatchNorm1d, autograd and an optimiser."""
+    """Train with nn.Linear, nn.BatchNorm1d, autograd and an optimiser."""
     linear = nn.Linear(x.shape[1], 4).double()
     start = generator(Stream.EVALUATION, seed=0, lane=3).normal(scale=INIT, size=(x.shape[1], 1, 4))
     with torch.no_grad():
@@ -149,7 +149,7 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_with_one_head_nothing_is_held_out(name, monkeypatch):
-    """It is trained once, on all samples, also where a class has one; a holdout would do nothing."""
+    """A single head is trained once, on all samples, even if a class has one; a holdout is rejected."""
     trained = []
     fit = HeadGrid.fit
     monkeypatch.setattr(HeadGrid, "fit", lambda self, *a, **k: trained.append(k.get("index")) or fit(self, *a, **k))
@@ -199,7 +199,7 @@ def test_paper_linear_scales_its_rates_by_the_batch():
         ({"weight_decays": [-1.0]}, "weight_decays (=(-1.0,)) must be at least 0"),
     ],
 )
-def test_grids_that_are_wrong(options, message):
+def test_invalid_grids(options, message):
     right = {"layers": ["last"], "heads": ["plain"], "lrs": [0.1], "weight_decays": [0.0]}
     with pytest.raises(ValueError) as error:
         grid(**(right | options))
@@ -207,7 +207,7 @@ def test_grids_that_are_wrong(options, message):
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size"])
-def test_recipes_that_are_wrong(name):
+def test_invalid_recipes(name):
     with pytest.raises(ValueError) as error:
         Recipe(**({"optimizer": "sgd", "epochs": 1, "batch_size": 1} | {name: 0}))
     assert str(error.value) == f"{name} (=0) must be at least 1"

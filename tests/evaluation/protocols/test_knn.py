@@ -23,7 +23,7 @@ def test_knn_is_scikit_learns_for_every_k(dtype):
             assert found.accuracy == accuracy
 
 
-def test_knn_chooses_k_by_asking_each_training_sample_without_itself():
+def test_knn_chooses_k_by_leave_one_out():
     ks = [1, 3, 10]
     found = knn_probe(*PROBLEM, neighbours=ks)
     unit = TRAIN.astype(np.float64)
@@ -41,7 +41,7 @@ def test_knn_chooses_k_by_asking_each_training_sample_without_itself():
     assert found.validation == max(found.settings["validation"])
 
 
-def test_votes_do_not_hang_on_how_many_are_asked_at_a_time(monkeypatch):
+def test_votes_do_not_depend_on_the_batch(monkeypatch):
     bank = neighbours.Bank(TRAIN.astype(np.float64), TRAIN_LABELS, 4)
     answers = [bank.classify(TRAIN.astype(np.float64), [3, 20], np.arange(len(TRAIN)))]
     monkeypatch.setattr(neighbours, "SIMILARITIES", 7 * len(TRAIN))
@@ -50,13 +50,13 @@ def test_votes_do_not_hang_on_how_many_are_asked_at_a_time(monkeypatch):
     assert np.array_equal(*answers)
 
 
-def test_knn_asks_no_more_training_samples_than_it_may():
+def test_knn_queries_bounds_the_training_samples():
     few = knn_probe(*PROBLEM, neighbours=[5], queries=40)
     assert (few.validation * 40) == pytest.approx(round(few.validation * 40))
     assert few.accuracy == knn_probe(*PROBLEM, neighbours=[5]).accuracy
 
 
-def test_knn_leaves_out_a_k_that_the_training_set_cannot_give():
+def test_knn_ignores_a_k_above_the_training_set():
     assert knn_probe(*PROBLEM, neighbours=[200, 10, 400]).settings["neighbours"] == [10, 200]
 
 

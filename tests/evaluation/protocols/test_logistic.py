@@ -50,14 +50,14 @@ def test_whitening_is_scikit_learns():
 
 
 def test_few_samples_are_standardised_as_by_scikit_learn():
-    """With 3 samples N and N - 1 are far apart."""
+    """With 3 samples, N and N - 1 differ much."""
     features = np.random.default_rng(5).normal(size=(3, 4))
     expected = StandardScaler().fit_transform(features)
     np.testing.assert_allclose(Standardising(features)(features), expected, rtol=1e-6)
 
 
 def test_components_are_counted_against_the_largest():
-    """16 columns that nearly agree: one variance near 16, whose share of a hundredth is above every other."""
+    """16 nearly equal columns: one variance near 16, and all others below a hundredth of it."""
     rng = np.random.default_rng(6)
     features = rng.normal(size=(200, 1)) + rng.normal(size=(200, 16)) * np.geomspace(0.01, 0.5, 16)
     variances = np.linalg.eigvalsh(np.corrcoef(features.T))[::-1]
@@ -66,7 +66,7 @@ def test_components_are_counted_against_the_largest():
     assert int((variances > cut).sum()) > 5  # an absolute cut would count others
 
 
-def test_whitening_counts_components_and_passes_over_constants():
+def test_whitening_counts_components_and_ignores_constants():
     features = np.random.default_rng(0).normal(size=(20000, 4)).astype(np.float32)
     features = np.concatenate([features, features[:, :1] + features[:, 1:2], np.full((20000, 1), 0.1, np.float32)], 1)
     whitening = Whitening(features)
@@ -75,7 +75,7 @@ def test_whitening_counts_components_and_passes_over_constants():
     assert np.isfinite(Whitening(np.ones((3, 2)))(np.ones((3, 2)), 1)).all()
 
 
-def test_does_not_hang_on_scales_and_axes():
+def test_is_invariant_to_scales_and_axes():
     mixed = np.random.default_rng(0).normal(size=(12, 12)) * np.geomspace(1, 1000, 12)
     plain = logistic_probe(*(x.astype(np.float64) for x in (TRAIN,)), TRAIN_LABELS, TEST, TEST_LABELS, cuts=[1e-12])
     other = logistic_probe(TRAIN @ mixed + 7, TRAIN_LABELS, TEST @ mixed + 7, TEST_LABELS, cuts=[1e-12])
@@ -83,7 +83,7 @@ def test_does_not_hang_on_scales_and_axes():
     assert plain.settings["penalty"] == other.settings["penalty"]
 
 
-def test_chooses_the_least_cross_entropy():
+def test_chooses_the_lowest_cross_entropy():
     found = logistic_probe(*PROBLEM)
     best = min(found.settings["tried"], key=lambda trial: trial["cross_entropy"])
     assert (found.settings["components"], found.settings["penalty"]) == (best["components"], best["penalty"])
@@ -92,7 +92,7 @@ def test_chooses_the_least_cross_entropy():
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_cross_entropy_is_scikit_learns_and_finite(classes):
-    """Also where a wrong label lies so far off that its chance rounds to 0."""
+    """Also if the probability of a label rounds to 0."""
     rng = np.random.default_rng(0)
     labels = np.arange(120) % classes
     features = rng.normal(size=(120, 4)) + 3 * np.eye(4)[labels]
@@ -106,7 +106,7 @@ def test_the_cross_entropy_is_scikit_learns_and_finite(classes):
         assert 100 < _score(features, labels, pair, 1e-2, 100)[0] < np.inf
 
 
-def test_stops_two_penalties_after_the_least_cross_entropy():
+def test_stops_two_penalties_after_the_lowest_cross_entropy():
     found = logistic_probe(*PROBLEM, cuts=[1e-9])
     entropies = [trial["cross_entropy"] for trial in found.settings["tried"]]
     assert len(entropies) in (int(np.argmin(entropies)) + 3, len(PENALTIES))
@@ -115,7 +115,7 @@ def test_stops_two_penalties_after_the_least_cross_entropy():
     assert logistic_probe(noise, labels, noise, labels).settings["penalty"] == PENALTIES[0]
 
 
-def test_finds_what_lies_in_small_directions():
+def test_uses_directions_of_small_variance():
     """The classes differ only along the last axis of a strongly correlated cloud."""
     random = np.random.default_rng(0)
     labels = np.arange(1000) % 2
@@ -124,10 +124,10 @@ def test_finds_what_lies_in_small_directions():
     features = (features @ np.linalg.qr(random.normal(size=(8, 8)))[0]).astype(np.float32)
     found = logistic_probe(features[:800], labels[:800], features[800:], labels[800:])
     assert found.settings["components"] == 8
-    assert found.accuracy > 0.8  # the best that can be is 0.841
+    assert found.accuracy > 0.8  # the optimum is 0.841
 
 
-def test_passes_over_penalties_that_leave_one_answer_for_everything():
+def test_ignores_penalties_that_give_a_constant_answer():
     labels = np.repeat(np.arange(8), [20, 12, 11, 10, 10, 10, 10, 10])
     known = np.eye(8)[labels]
     found = logistic_probe(known, labels, known, labels)
@@ -158,7 +158,7 @@ def test_options(options, message):
 
 
 def test_a_class_of_one_sample_leaves_nothing_to_choose():
-    """The middle setting is taken, as if it were the only one."""
+    """The middle setting is used, as if it were the only one."""
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[: 1 + k] for k in range(4)])
     found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
     only = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[1e-2], cuts=[1e-6])
@@ -173,11 +173,11 @@ def test_as_many_samples_are_held_out_as_there_are_classes():
     assert logistic_probe(x, labels, x, labels, penalties=[1.0, 0.1]).settings["tried"]
 
 
-def test_says_when_it_stopped_early():
+def test_reports_missing_convergence():
     assert not logistic_probe(*PROBLEM, max_iter=1).settings["converged"]
 
 
-def test_one_setting_needs_no_sample_held_out():
+def test_one_setting_needs_no_held_out_samples():
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:1] for k in range(4)])
     found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[0.1], cuts=[1e-6])
     assert found.validation is None
@@ -185,7 +185,7 @@ def test_one_setting_needs_no_sample_held_out():
     assert found.n_train == 4
 
 
-def test_few_samples_are_held_out_several_times():
+def test_few_samples_are_split_several_times():
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:2] for k in range(4)])
     found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
     # five times four samples: accuracies are twentieths

@@ -1,4 +1,4 @@
-"""What holds for every registered protocol of labels, and what is refused of their samples and specs."""
+"""Properties of every registered protocol of labels, and errors in samples and specs."""
 
 import numpy as np
 import pytest
@@ -21,11 +21,11 @@ SPECS = {
     "attentive": {"epochs": 20, "batch_size": 64, "lrs": [1e-3, 1e-2]},
 }
 OTHERS = {"dense", "finetune"}
-"""They take masks and images: tests of their own."""
+"""They take masks and images, and have tests of their own."""
 
 
 def ask(name, *problem, **options):
-    """The protocol's figure."""
+    """Return the protocol's figure."""
     ((_, _, probe),) = build_protocols([{"name": name} | SPECS[name]])
     (found,) = probe(task(*problem, **options))
     return found
@@ -36,7 +36,7 @@ def test_every_protocol_is_tested():
 
 
 @pytest.mark.parametrize("name", PROTOCOLS.names())
-def test_every_card_says_where_it_comes_from(name):
+def test_every_card_has_a_source(name):
     card = PROTOCOLS.get(name).__doc__
     assert "Source: " in card or "source" in card
     assert "arXiv" in card or name == "distance"
@@ -44,8 +44,8 @@ def test_every_card_says_where_it_comes_from(name):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS.names())
-def test_every_card_tells_a_user_what_to_write(name):
-    """Its example can be built, and each option has its words."""
+def test_every_card_has_an_example_and_options(name):
+    """The example can be built, and each option has a text."""
     card = card_of(PROTOCOLS.get(name))
     (spec,) = parse_specs([card.example])
     assert spec["name"] == name
@@ -91,7 +91,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", PROTOCOLS.names())
 def test_defaults_are_part_of_a_protocol(name):
-    """Figures made with others cannot be compared."""
+    """Figures with other defaults are not comparable."""
     if name == "paper_transfer":
         ((_, options, probe),) = build_protocols([{"name": name, "dataset": "inat18"}])
         assert options == {"dataset": "inat18", **HEADS}
@@ -143,7 +143,7 @@ def test_a_card_as_it_is_read():
 
 @pytest.mark.parametrize("name", SPECS)
 class TestEveryProtocol:
-    def test_solves_what_can_be_solved(self, name):
+    def test_solves_an_easy_problem(self, name):
         found = ask(name, *clusters(400, apart=6, seed=3), *clusters(100, apart=6, seed=4))
         assert found.protocol == name
         assert found.accuracy >= 0.9
@@ -155,7 +155,7 @@ class TestEveryProtocol:
         assert found.chance == 0.25
         assert abs(found.accuracy - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 600)
 
-    def test_test_labels_move_no_setting_and_all_is_the_same_again(self, name):
+    def test_test_labels_change_no_setting_and_results_repeat(self, name):
         honest = ask(name, *PROBLEM, seed=3)
         other = ask(name, TRAIN, TRAIN_LABELS, TEST, np.roll(TEST_LABELS, 7), seed=3)
         assert np.array_equal(honest.predictions, other.predictions)
@@ -166,7 +166,7 @@ class TestEveryProtocol:
         }
         assert honest.accuracy > other.accuracy
 
-    def test_says_what_it_saw(self, name):
+    def test_reports_sizes_and_classes(self, name):
         names = np.array([7, 3, 1000, 12])
         before = [x.copy() for x in PROBLEM]
         found = ask(name, TRAIN, names[TRAIN_LABELS], TEST, names[TEST_LABELS])
@@ -227,7 +227,7 @@ def test_samples_that_do_not_fit(arguments, message):
         ([{"name": "paper_transfer", "dataset": "mnist"}], "dataset (='mnist') must be one of cifar10, cifar100,"),
     ],
 )
-def test_specs_that_are_wrong(specs, message):
+def test_invalid_specs(specs, message):
     with pytest.raises(ValueError) as error:
         build_protocols(specs)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Few labels: shares, images a class, and lists of names."""
+"""Few labels: fractions, images per class, and lists of names."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ def test_so_many_of_each_class(text, counts):
     assert np.all(np.diff(chosen) > 0)
 
 
-def test_draws_differ_and_come_again():
+def test_draws_differ_and_repeat():
     first, second = (Subset("10%").draw(LABELS, seed=0, draw=draw) for draw in (0, 1))
     assert not np.array_equal(first, second)
     assert np.array_equal(first, Subset("10%").draw(LABELS, seed=0, draw=0))
     assert not np.array_equal(first, Subset("10%").draw(LABELS, seed=1, draw=0))
 
 
-def test_smaller_sets_lie_in_larger_ones():
+def test_smaller_subsets_are_in_larger_ones():
     small, large = (set(Subset(text).draw(LABELS, seed=3, draw=2)) for text in ("1%", "10%"))
     assert small < large
 
@@ -33,7 +33,7 @@ def test_all():
 
 
 @pytest.mark.parametrize("text", ["", "1", "0%", "100%", "0/class", "ten/class", "-1%", "1 %"])
-def test_forms_that_are_none(text):
+def test_malformed_subsets(text):
     with pytest.raises(ValueError) as error:
         Subset(text)
     assert str(error.value) == f"subsets (={text!r}) must be 'all', a fraction as '1%', or images as '10/class'"

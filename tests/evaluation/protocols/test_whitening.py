@@ -1,4 +1,4 @@
-"""Standardised and whitened features of few samples, where a divisor of N - 1 would show, against scikit-learn."""
+"""Standardised and whitened features against scikit-learn, for few samples, which show the divisor N or N - 1."""
 
 import numpy as np
 import pytest

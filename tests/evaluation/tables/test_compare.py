@@ -8,9 +8,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from jepa_kit.evaluation.evaluate import Row
 from jepa_kit.evaluation.tables.compare import Cell, Key, compare, figure, to_csv, to_markdown
-from jepa_kit.evaluation.tables.results import FORMAT, write_results
+from jepa_kit.evaluation.tables.results import FORMAT, Row, write_results
 from jepa_kit.evaluation.tables.runs import load
 
 
