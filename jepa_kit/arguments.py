@@ -1,4 +1,4 @@
-"""What the command lines of tools share: the environment, help out of the tool's own text, a config and overrides."""
+"""Command lines of the tools: environment, help from the tool's docstring, config and overrides, exit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TextIO
 
 from jepa_kit.machine import prepare
 
-prepare()  # here, because tools import this module first, and torch reads the environment when it is imported
+prepare()  # tools import this module first, and torch reads the environment when it is imported
 
 PATHS = ("FILE", "DIR", "PATH", "RUN", "OTHER", "OUT_DIR", "DUMP")
-"""Placeholders of options that are paths."""
+"""Placeholders (metavar) of options that are paths."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Expands ``~`` in paths, which a shell does not in ``--output=~/x``."""
+    """Expands ``~`` in paths; a shell does not expand it in ``--output=~/x``."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         for action in self._actions:
@@ -33,11 +33,11 @@ def _path(text: str) -> Path:
 
 
 def in_order(overrides: Sequence[str], argv: Sequence[str] | None) -> list[str]:
-    """Overrides in the order of the command line, wherever argparse put them, so that the last of a key counts.
+    """Return overrides in the order of the command line, so that the last one of a key applies.
 
     Args:
-        overrides: in any order.
-        argv: the command line; None for the program's own.
+        overrides: in any order, as argparse collects them.
+        argv: the command line; None for ``sys.argv``.
     """
     words = sys.argv[1:] if argv is None else argv
     texts = [word.partition("=")[2] if re.match(r"--[\w-]+=", word) else word for word in words]
@@ -45,11 +45,11 @@ def in_order(overrides: Sequence[str], argv: Sequence[str] | None) -> list[str]:
 
 
 def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the tool's text as it is written.
+    """Return a parser whose help is the docstring of a tool, with its line breaks.
 
     Args:
         name: of the tool.
-        text: its ``__doc__``: a description, then ``examples:`` on a line of its own and the rest.
+        text: ``__doc__`` of the tool: a description, a line ``examples:``, and the rest.
     """
     description, _, examples = (text or "").partition("\n\nexamples:")
     return _Parser(
@@ -61,13 +61,13 @@ def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config-file`` and ``overrides``: what ``load_config`` takes. Read with ``parse_intermixed_args``."""
+    """Add ``--config-file`` and ``overrides`` for ``load_config``; parse them with ``parse_intermixed_args``."""
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint"
     )
     add_trust(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="what to change in the config; values in YAML"
+        "overrides", nargs="*", metavar="key=value", help="options of the config to change; values in YAML"
     )
 
 
@@ -76,12 +76,12 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-imports",
         action="store_true",
-        help="run `imports` of a checkpoint's config, or of one at an address, that do not ship with jepa_kit",
+        help="run `imports` of a checkpoint's config, or of a config at a URL, that do not ship with jepa_kit",
     )
 
 
 class _Unbreakable:
-    """A standard stream whose reader may close it early, as ``| head`` does: the rest is discarded."""
+    """A standard stream that discards its text after the reader has closed it, as ``| head`` does."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -90,9 +90,9 @@ class _Unbreakable:
         try:
             return call() or 0
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._stream.fileno())
+            os.close(devnull)
             return 0
 
     def write(self, text: str) -> int:
@@ -106,10 +106,10 @@ class _Unbreakable:
 
 
 def run_tool(main: Callable[[], int]) -> int:
-    """Run a tool's ``main`` so that no terminal or pipe stops it; returns its exit status.
+    """Run a tool's ``main`` and return its exit status; no terminal or pipe stops it.
 
-    Characters that the terminal does not have are printed as ``?``. A reader that closes the pipe ends the printing,
-    not the work, and Python has nothing left to flush at its exit.
+    Characters that the terminal lacks are printed as ``?``. If the reader closes the pipe, the work continues without
+    printing. Both streams are flushed here, because Python's flush at exit would fail.
     """
     streams = (sys.stdout, sys.stderr)
     for stream in streams:

@@ -1,6 +1,6 @@
-"""Cores that this process may use, and environment variables that must be set before torch is imported.
+"""Count usable CPU cores, and set environment variables that torch reads when it is imported.
 
-Nothing here imports torch. The tools import ``jepa_kit.arguments``, which calls ``prepare``, ahead of all else.
+This module does not import torch. The tools import ``jepa_kit.arguments``, which calls ``prepare``, before all else.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 SPINS = "3000"
-"""How often a waiting thread of GNU's OpenMP looks before it sleeps. Its default, 300,000, outlasts a time slice.
-
-Measured by benchmarks/bench_threads.py (dev/LOG.md)."""
+"""Spins of a waiting thread of GNU's OpenMP before it sleeps. Its default, 300,000, outlasts a time slice; measured by
+benchmarks/bench_threads.py (dev/LOG.md)."""
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Return how many cores this process may keep busy: of its affinity and its cgroups' limits the least, at least 1.
+    """Return the number of cores that this process may use: by its affinity and the limits of its cgroups, at least 1.
 
     Args:
-        root: where proc and sys are.
+        root: folder with proc and sys.
     """
     limit = cgroup_limit(root)
     return affinity() if math.isinf(limit) else max(1, min(affinity(), math.ceil(limit)))
@@ -39,7 +38,7 @@ def cgroup_limit(root: Path = Path("/")) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        inner = base / path.strip("/")  # in a container the path may be that outside of it: then only the base exists
+        inner = base / path.strip("/")  # in a container this may be the host's path; then only the base exists
         for folder in (inner, *inner.parents):
             if controllers:
                 quota = [_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
@@ -60,9 +59,10 @@ def _text(file: Path) -> str:
 
 
 def cores_of_rank(environ: MutableMapping[str, str] = os.environ) -> int:
-    """Return the usable cores for this one of the processes that torchrun or Slurm started here, at least 1.
+    """Return the usable cores of this rank, at least 1.
 
-    torchrun leaves all cores to each process; Slurm binds each to its own, or names their number.
+    torchrun gives all cores to each of its processes, so they are divided; Slurm binds each process to its own cores,
+    or sets their number.
     """
     ranks, own = (environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"))
     cores = usable_cores() // max(1, int(ranks)) if ranks.isdigit() else usable_cores()
@@ -70,12 +70,12 @@ def cores_of_rank(environ: MutableMapping[str, str] = os.environ) -> int:
 
 
 def prepare(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set what torch reads when it is imported, unless the user has set it (or one that means the same).
+    """Set environment variables that torch reads, unless the user has set them (or a synonym).
 
-    OMP_NUM_THREADS  to the usable cores of a rank if they are fewer than OpenMP takes (it sees the affinity alone)
-    GOMP_SPINCOUNT, KMP_BLOCKTIME  waiting threads sleep soon: those that spin hold up the thread that they wait for
-        wherever another process has a core (GNU's OpenMP, which torch's wheels bring, and Intel's)
-    PYTORCH_ALLOC_CONF  on CUDA, segments that grow: every step of ragged masks has activations of other sizes
+    OMP_NUM_THREADS  the usable cores of a rank, if OpenMP would use more (it considers the affinity alone)
+    GOMP_SPINCOUNT, KMP_BLOCKTIME  let waiting threads sleep soon: on a shared core, a spinning thread delays the thread
+        that it waits for (GNU's OpenMP, in torch's wheels, and Intel's)
+    PYTORCH_ALLOC_CONF  growing segments on CUDA, because ragged masks give activations of another size in every step
     """
     if cores_of_rank(environ) < affinity():
         environ.setdefault("OMP_NUM_THREADS", str(cores_of_rank(environ)))

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, epoch, sample): no state, so every draw is reproducible.
 
-``uniforms`` is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
-vectorised over samples in numpy; numpy's own Philox makes one stream at a time, which costs more than the
-masks themselves. ``generator`` is numpy's, for draws that belong to an epoch and not to a sample.
+``uniforms`` is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), vectorised over
+samples in numpy; numpy's own Philox makes one stream at a time, which costs more than the masks themselves.
+``generator`` is numpy's, for draws that belong to an epoch and not to a sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float64]
 
 
 class Stream(IntEnum):
-    """What a draw is for: two purposes never share numbers."""
+    """Purpose of a draw; two purposes never use the same numbers."""
 
     MASK = 1
     MASK_SIZE = 2
@@ -33,16 +33,16 @@ class Stream(IntEnum):
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)
-"""Of words 2 and 0 of the counter."""
+"""Multipliers of words 2 and 0 of the counter."""
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
-"""What the two words of the key grow by in each round."""
+"""Increments of the two words of the key per round."""
 _ROUND = np.arange(10, dtype=np.uint64)[:, None]
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
 
 def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    """Philox4x32-10.
+    """Return the output of Philox4x32-10 for each counter.
 
     Args:
         counter: [4, ...] words below 2**32.
@@ -54,7 +54,7 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     ones = (1,) * (counter.ndim - 1)
     multipliers = _MULTIPLIERS.reshape(2, *ones)
     keys = _round_keys(key).reshape(10, 2, *ones)
-    # Two words at a time: the even ones as (2, 0), the odd ones as (1, 3), which is how a round pairs them.
+    # Two words at a time, paired as in a round: the even ones as (2, 0), the odd ones as (1, 3).
     even, odd = counter[2::-2], counter[1::2]
     for k in keys:
         product = even * multipliers
@@ -70,19 +70,19 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def _round_keys(key: int) -> NDArray[np.uint64]:
-    """[10, 2]: the two words of the key in each round."""
+    """Return [10, 2], the two words of the key in each round."""
     words = np.array([key & 0xFFFFFFFF, key >> 32], dtype=np.uint64)
     keys: NDArray[np.uint64] = (words + _ROUND * _WEYL) & _LOW
     return keys
 
 
 def uniforms(stream: Stream, samples: IntArray, count: int, *, seed: int, epoch: int, attempt: int = 0) -> FloatArray:
-    """Independent uniform numbers for each sample.
+    """Return independent uniform numbers for each sample.
 
     Args:
-        stream: what they are for.
+        stream: purpose of the numbers.
         samples: [B] index of each sample in its data set, 0 to 2**40 - 1.
-        count: how many numbers a sample gets, 1 to 2**18.
+        count: numbers per sample, 1 to 2**18.
         seed: of the run, 0 to 2**63 - 1.
         epoch: 0 to 2**32 - 1.
         attempt: counts redraws, 0 to 2**16 - 1.
@@ -92,7 +92,7 @@ def uniforms(stream: Stream, samples: IntArray, count: int, *, seed: int, epoch:
         and its first numbers do not depend on ``count``.
 
     Raises:
-        ValueError: a number outside its range: it would share its draws with another.
+        ValueError: an argument is outside its range, so that its draws would repeat those of another.
     """
     samples = np.asarray(samples, dtype=np.int64)
     _check_range("count", count, 1, 18)
@@ -121,5 +121,5 @@ def _check_range(name: str, value: int, least: int, bits: int) -> None:
 
 
 def generator(stream: Stream, *, seed: int, epoch: int = 0, lane: int = 0) -> np.random.Generator:
-    """numpy's Philox generator for draws that belong to (seed, epoch), such as the order of an epoch."""
+    """Return numpy's Philox generator for draws that belong to (seed, epoch), such as the order of an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, lane, epoch, 0]))

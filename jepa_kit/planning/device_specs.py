@@ -1,4 +1,4 @@
-"""What makers state of their devices: dense matrix products with float32 sums, and memory; or this machine's CPU."""
+"""Published peaks (dense matrix products with float32 sums) and memory of devices; those of this CPU, measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from jepa_kit.planning.peak_flops import matrix_peak
 
 @dataclass(frozen=True)
 class Device:
-    """A device as its data sheet has it; peaks are dense (without sparsity), in TFLOP/s, None if it has no such units.
+    """Peaks and memory of a device from its data sheet.
 
     Args:
-        name: as people call it.
-        bf16_tflops, tf32_tflops, float32_tflops: of matrix products, float32 outside of matrix units.
+        name: usual name.
+        bf16_tflops, tf32_tflops, float32_tflops: dense peak (without sparsity) of matrix products in TFLOP/s, float32
+            without matrix units; None if the device has no such units.
         memory_gb: in 10^9 bytes.
-        source: the maker's document.
+        source: the manufacturer's document.
     """
 
     name: str
@@ -29,20 +30,22 @@ class Device:
     source: str
 
     def peak(self, precision: str) -> float:
-        """TFLOP/s of matrix products in a precision.
+        """Return the peak of matrix products in a precision, in TFLOP/s.
 
         Raises:
-            ValueError: the device has no units for it, or its peak is not known.
+            ValueError: the device has no units for it.
         """
         peaks = {"bf16": self.bf16_tflops, "tf32": self.tf32_tflops, "float32": self.float32_tflops}
         found = peaks[precision]
         if found is None:
             others = " or ".join(f"train.precision={name}" for name, value in peaks.items() if value is not None)
-            raise ValueError(f"train.precision (={precision!r}) is none of {self.name}'s; {others} plans that run")
+            raise ValueError(
+                f"train.precision (={precision!r}) is not available on {self.name}; {others} can be planned"
+            )
         return found
 
     def given(self, peak: float | None, memory: float | None) -> Device:
-        """The device with another peak (of every precision, TFLOP/s) or memory (10^9 bytes), as a user states them."""
+        """Return the device with a user's peak (for every precision, TFLOP/s) or memory (10^9 bytes)."""
         changed = self
         if peak is not None:
             changed = replace(changed, bf16_tflops=peak, tf32_tflops=peak, float32_tflops=peak, source="as given")
@@ -50,14 +53,14 @@ class Device:
 
 
 def this_cpu() -> Device:
-    """This machine's CPU: peaks measured now, in a few seconds, and its memory."""
+    """Return this machine's CPU, with its memory and peaks measured in a few seconds."""
     cpu = torch.device("cpu")
     bf16, float32 = (matrix_peak(cpu, precision) / 1e12 for precision in ("bf16", "float32"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return Device("this CPU", bf16, None, float32, memory, "measured: a large product, torch's threads")
 
 
-# (dense bf16, dense TF32, float32), GB. Sheets that state rates with sparsity are halved.
+# (dense bf16, dense TF32, float32), GB. Rates with sparsity are halved.
 DEVICES: dict[str, Device] = {
     "a100-40": Device("NVIDIA A100 SXM 40 GB", 312, 156, 19.5, 40, "NVIDIA A100 Tensor Core GPU data sheet, 2021"),
     "a100": Device("NVIDIA A100 SXM 80 GB", 312, 156, 19.5, 80, "NVIDIA A100 Tensor Core GPU data sheet, 2021"),
@@ -73,7 +76,7 @@ DEVICES: dict[str, Device] = {
         "NVIDIA V100 SXM2 32 GB", None, None, 15.7, 32, "NVIDIA V100 data sheet; its matrix units are fp16's"
     ),
     "t4": Device("NVIDIA T4", None, None, 8.1, 16, "NVIDIA T4 data sheet; its matrix units are fp16's"),
-    # GeForce cards halve the rate of matrix units if sums are float32, as training needs
+    # the rate of GeForce cards with float32 sums, which training needs, is half of that with float16 sums
     "3090": Device("NVIDIA GeForce RTX 3090", 71, 35.6, 35.6, 24, "NVIDIA Ampere GA102 whitepaper, appendix A"),
     "4090": Device(
         "NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6, 24, "NVIDIA Ada GPU architecture whitepaper, appendix A"

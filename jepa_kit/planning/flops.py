@@ -1,14 +1,14 @@
-"""Floating-point operations of encoder, target encoder and predictor: by formula, or counted if there is none.
+"""Floating-point operations of encoder, target encoder and predictor: by a formula, or counted if there is none.
 
 n  tokens of a set    D  width    F  hidden width of the MLP    p  patch size    C  channels
 D_e, D_p, D_o  widths of encoder, predictor and targets
 
-The formula is what the equations need, whoever computes them: padding, activations that are computed a second time
-to save memory, and the update of weights and target encoder are no part of it. The predictor needs q, k and v of its
-first block once for each context token, and what follows its last attention for target tokens alone.
+The formula counts the operations of the equations, independent of the implementation: not padding, recomputed
+activations, or the updates of weights and target encoder. The predictor needs q, k and v of its first block once for
+each context token, and everything after its last attention for target tokens alone.
 
-It holds for the classes of jepa_kit. A subclass may see other patches, so it has the formula only if its own body
-declares ``inherits_flops = True``. For any other network, torch's counter counts a training step on one batch.
+The formula is valid for the classes of jepa_kit. A subclass may process other patches, so it has a formula only if its
+own body declares ``inherits_flops = True``. For any other network, torch counts a training step on one batch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMULA = (
     "q, k, v of the first once for each context and target token and what follows attention in the last for target "
     "tokens alone, + context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
     "A training step: target encoder + 3 * (encoder + predictor), backward as twice forward; "
-    "targets that carry a gradient count three times too. Optimiser and target update are left out."
+    "targets that carry a gradient count three times too. Optimiser and target update are not counted."
 )
 
 
@@ -49,11 +49,11 @@ class Lengths:
     """Lengths of all sets of some images.
 
     Args:
-        context: [S_c] of the context sets.
-        targets: [S_t] of the target sets.
-        sequences: [S_t], of each target set together with its context.
-        images: how many images.
-        patches: N, of an image.
+        context: [S_c] lengths of the context sets.
+        targets: [S_t] lengths of the target sets.
+        sequences: [S_t] lengths of the target sets with their contexts.
+        images: number of images.
+        patches: N, patches of an image.
     """
 
     context: IntArray
@@ -64,7 +64,7 @@ class Lengths:
 
     @classmethod
     def of(cls, masks: MaskBatch, images: int) -> Lengths:
-        """Of the masks of so many images; looks at the host alone."""
+        """Return the lengths of the masks of so many images; reads host memory only."""
         sets = (masks.context.lengths, masks.targets.lengths, masks.sequences)
         context, targets, sequences = (np.array(lengths.on_host, dtype=np.int64) for lengths in sets)
         return cls(context, targets, sequences, images, masks.grid[0] * masks.grid[1])
@@ -82,23 +82,23 @@ class SetFlops:
 
 
 def has_formula(part: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the formula of ``base`` holds for a part: it is one, or each subclass on the way declares so."""
+    """Return whether the formula of ``base`` is valid for a part of this class, or of subclasses that declare so."""
     if not isinstance(part, base):
         return False
     below = type(part).__mro__[: type(part).__mro__.index(base)]
-    # FSDP puts a class of torch's above the part's own; mixins declare for themselves
+    # FSDP adds a class of torch; mixins need their own declaration
     own = [cls for cls in below if cls.__module__.partition(".")[0] != "torch"]
     return all(cls.__dict__.get("inherits_flops", False) for cls in own)
 
 
 def block_flops(blocks: nn.ModuleList) -> SetFlops:
-    """Of a forward pass of transformer blocks."""
+    """Return the FLOP of a forward pass of transformer blocks."""
     linear = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
     return SetFlops(2.0 * sum(m.weight.numel() for m in linear), 4.0 * len(blocks) * linear[0].in_features)
 
 
 def encoder_flops(encoder: nn.Module) -> SetFlops | None:
-    """Of a forward pass of an encoder; None for one without a formula."""
+    """Return the FLOP of a forward pass of an encoder; None if it has no formula."""
     if not has_formula(encoder, ViT):
         return None
     assert isinstance(encoder, ViT)
@@ -108,13 +108,13 @@ def encoder_flops(encoder: nn.Module) -> SetFlops | None:
 
 @dataclass(frozen=True)
 class PredictorFlops:
-    """Of a forward pass of a predictor: its blocks over sequences, a map in and a map out.
+    """FLOP of a forward pass of a predictor: blocks over sequences, and linear maps before and after.
 
     Args:
         blocks: of all blocks, if each computed everything for every token of the sequences.
         per_context_token, per_target_token: of the maps.
-        before_attention: for each token, of q, k and v in the first block.
-        after_attention: for each token, of what follows attention in the last block.
+        before_attention: per token, of q, k and v in the first block.
+        after_attention: per token, of the layers after attention in the last block.
     """
 
     blocks: SetFlops
@@ -131,7 +131,7 @@ class PredictorFlops:
 
 
 def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
-    """Of a forward pass of a predictor; None for one without a formula."""
+    """Return the FLOP of a forward pass of a predictor; None if it has no formula."""
     if not has_formula(predictor, ViTPredictor):
         return None
     assert isinstance(predictor, ViTPredictor)
@@ -153,12 +153,12 @@ class ModelFlops:
     """FLOP of a recipe as a function of the lengths of its sets; see ``FORMULA``.
 
     Args:
-        encoder, predictor: of a forward pass; None for a network without a formula here.
-        targets_see: what the target encoder is shown: whole images, each target set by itself, or nothing; None for a
-            target without a formula, as one that has a network of its own.
-        targets_trained: targets carry a gradient.
-        losses_known: no loss has a network of its own.
-        counted: FLOP of a training step for each image, for a recipe without a formula.
+        encoder, predictor: of a forward pass; None for a network without a formula.
+        targets_see: input of the target encoder: whole images, each target set separately, or nothing; None for a
+            target without a formula, such as one with its own network.
+        targets_trained: targets have a gradient.
+        losses_known: no loss has its own network.
+        counted: FLOP of a training step per image, for a recipe without a formula.
     """
 
     encoder: SetFlops | None
@@ -170,18 +170,18 @@ class ModelFlops:
 
     @property
     def has_formula(self) -> bool:
-        """Whether every network has one."""
+        """Whether every network has a formula."""
         known = None not in (self.encoder, self.predictor, self.targets_see)
         return known and self.losses_known
 
     def seen(self, lengths: Lengths) -> IntArray:
-        """Lengths of the sets that the target encoder is shown."""
+        """Return the lengths of the sets that the target encoder processes."""
         if self.targets_see == "images":
             return np.full(lengths.images, lengths.patches)
         return lengths.targets if self.targets_see == "targets" else lengths.context[:0]
 
     def forward(self, lengths: Lengths) -> tuple[float | None, float | None, float | None]:
-        """FLOP of a forward pass of (encoder, target encoder, predictor) over all the images."""
+        """Return the FLOP of a forward pass of (encoder, target encoder, predictor) over all images."""
         encoder, predictor = self.encoder, self.predictor
         return (
             None if encoder is None else encoder(lengths.context),
@@ -190,7 +190,7 @@ class ModelFlops:
         )
 
     def training(self, lengths: Lengths) -> float | None:
-        """FLOP of a training step over all the images; None if a network has no formula and nothing was counted."""
+        """Return the FLOP of a training step over all images; None if there is neither a formula nor a count."""
         if not self.has_formula:
             return None if self.counted is None else self.counted * lengths.images
         encoder, target, predictor = self.forward(lengths)
@@ -200,12 +200,12 @@ class ModelFlops:
         return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
 
     def of_batch(self, masks: MaskBatch, images: int) -> float | None:
-        """As ``training``, for a batch of so many images with these masks."""
+        """Return ``training`` for a batch of so many images with these masks."""
         return self.training(Lengths.of(masks, images))
 
 
 def model_flops(jepa: JEPA) -> ModelFlops:
-    """The formula of a recipe's networks, which may be without memory for their weights."""
+    """Return the formula of a recipe's networks, which may be on the meta device."""
     see: Literal["images", "targets", "nothing"] | None = "images"
     if has_formula(jepa.target, PixelTarget):
         see = "nothing"
@@ -223,12 +223,12 @@ def model_flops(jepa: JEPA) -> ModelFlops:
 
 
 def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
-    """The formula of a recipe; if it has none, what a training step of the same recipe takes on one small batch.
+    """Return the formula of a recipe; if it has none, the count of a training step on one small batch.
 
     Args:
         config: of the recipe.
         jepa: the recipe, sharded or not.
-        device: where another one is built for the count, if need be.
+        device: of the recipe that is built for the count, if needed.
     """
     flops = model_flops(jepa)
     if flops.has_formula:
@@ -237,10 +237,10 @@ def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
 
 
 def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
-    """Count a training step of a config's recipe with torch's FlopCounterMode: FLOP for each image.
+    """Count the FLOP per image of a training step of a config's recipe, with torch's FlopCounterMode.
 
     It counts matrix products and convolutions of encoder, target encoder, predictor, target and losses, forward and
-    backward. The run's random states stay as they are.
+    backward. The random states of the run do not change.
     """
     jepa = trial_recipe(config, device)
     masks = build_masker(config)(trial_samples(images), seed=config.train.seed, epoch=0, step=0).to(device)

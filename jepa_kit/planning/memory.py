@@ -1,4 +1,4 @@
-"""Memory of a training step on one device, by part and by formula: what a plan needs to know before there is a device.
+"""Compute the memory of a training step on one device by a formula, for each part.
 
 n  tokens of all sets    D  width    F  hidden width of the MLP    h  heads
 w  bytes of a number in matrix products: 2 in bf16, 4 in float32; weights, their state and the residual stream have 4
@@ -10,11 +10,11 @@ What a block keeps for its backward pass, for each token (attention by a fused k
     q, k, v; output of attention           4 * w D        and a sum for each head, 4 h
     before and after the GELU              2 * w F
 
-The predictor's first block keeps what stands before q, k and v for each context and target token once; its last keeps
-what follows attention for target tokens, and attention's output a second time for these.
+The predictor's first block keeps the values before q, k and v once for each context and target token; its last keeps
+the values after attention for target tokens, and attention's output a second time for these.
 
-tests/engine/test_memory_of_runs.py holds this against what torch saves. It is not all: kernels' workspaces, NCCL's
-buffers, the CUDA context and what the allocator cannot use come on top, some GB.
+tests/engine/test_memory_of_runs.py compares this with the tensors that torch saves. Workspaces of kernels, buffers of
+NCCL, the CUDA context and fragmentation of the allocator need some GB more.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Memory:
     """Bytes on one device.
 
     Args:
-        weights: of encoder, predictor and whatever else is trained, float32.
+        weights: of encoder, predictor and all other trained parameters, float32.
         gradients: of the same.
         optimizer: AdamW's two moments.
         target_encoder: its weights.
-        gathered: whole blocks that FSDP holds for a moment; 0 without it.
-        casts: copies of weights in bf16, which autocast keeps to the end of the forward pass, and blocks that are not
-            checkpointed to their backward pass.
-        activations: what forward keeps for backward.
-        working: what a pass holds besides, at most, for a moment; the roughest of these figures.
+        gathered: whole blocks that FSDP gathers for their computation; 0 without FSDP.
+        casts: copies of weights in bf16: autocast keeps them to the end of the forward pass, blocks without
+            checkpointing to their backward pass.
+        activations: values that the forward pass keeps for the backward pass.
+        working: peak of the temporary values of a pass; the roughest of these estimates.
     """
 
     weights: float
@@ -73,22 +73,22 @@ def training_memory(
     accumulate: int = 1,
     checkpointing: bool = False,
 ) -> Memory:
-    """Of one device with the images of ``lengths`` at once (a part of the batch, where it is accumulated).
+    """Return the memory of one device that processes the images of ``lengths`` at once.
 
     Args:
-        jepa: the recipe; its networks may be without memory for their weights.
-        lengths: of the sets of those images.
+        jepa: the recipe; its networks may be on the meta device.
+        lengths: of the sets of those images, which are a part of the batch if it is accumulated.
         precision: of the matrix products.
-        shards: devices that FSDP shares weights and their state over; 1 for a whole copy on each.
-        accumulate: parts of a step's batch; with several, FSDP adds up whole gradients and shares them out at the end.
+        shards: number of devices over which FSDP shards weights and their state; 1 for a whole copy on each.
+        accumulate: parts of a step's batch; with several, FSDP sums whole gradients and scatters them at the end.
         checkpointing: blocks of encoder and predictor keep their input alone.
 
     Raises:
-        ValueError: a network without a formula here.
+        ValueError: there is no formula for a network.
     """
     encoder, predictor = jepa.encoder, jepa.predictor
     if not isinstance(encoder, ViT) or not isinstance(predictor, ViTPredictor):
-        raise ValueError("there is a formula for the memory of encoder 'vit' with predictor 'vit' alone")
+        raise ValueError("the formula for memory is for encoder 'vit' with predictor 'vit' only")
     trained = [p for p in jepa.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
@@ -110,7 +110,7 @@ def training_memory(
         gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
         optimizer=2 * FLOAT32 * count / shards,
         target_encoder=FLOAT32 * target / shards,
-        # A block's weights in use, the next one's on their way, and a gradient that waits to be shared out.
+        # The weights of a block, those of the next one in transfer, and a gradient that waits for its scatter.
         gathered=0 if shards == 1 else 3 * FLOAT32 * block,
         casts=number * (3 * block if shards > 1 else matrices) if number < FLOAT32 else 0,
         activations=kept,
@@ -123,24 +123,24 @@ def training_memory(
 
 
 def _sizes(blocks: nn.ModuleList) -> Iterator[tuple[int, int, int]]:
-    """(D, F, h) of each block."""
+    """Yield (D, F, h) of each block."""
     for block in blocks:
         assert isinstance(block, Block)
         yield block.norm1.normalized_shape[0], block.mlp.fc1.out_features, block.attn.num_heads
 
 
 def _before(d: int, number: int) -> float:
-    """Bytes that a block keeps for each token of what stands before q, k and v."""
+    """Return the bytes that a block keeps per token of the values before q, k and v."""
     return FLOAT32 * d + 8 + number * d
 
 
 def _after(d: int, f: int, number: int) -> float:
-    """Bytes that a block keeps for each token of what follows attention."""
+    """Return the bytes that a block keeps per token of the values after attention."""
     return FLOAT32 * d + 8 + number * d + 2 * number * f
 
 
 def _block(d: int, f: int, h: int, number: int) -> float:
-    """Bytes that a block keeps for each token."""
+    """Return the bytes that a block keeps per token."""
     return _before(d, number) + 4 * number * d + FLOAT32 * h + _after(d, f, number)
 
 
@@ -152,10 +152,10 @@ def _network(
     first: int | None = None,
     last: int | None = None,
 ) -> float:
-    """Bytes that blocks keep.
+    """Return the bytes that blocks keep for their backward pass.
 
     Args:
-        first: tokens at the first block's input, if some stand in several sets.
+        first: tokens at the first block's input, if some are in several sets.
         last: tokens that the last block returns, if not all.
     """
     sizes = list(_sizes(blocks))
@@ -172,16 +172,16 @@ def _network(
 
 
 def _working(blocks: nn.ModuleList, tokens: int, number: int, checkpointing: bool) -> float:
-    """Gradients and outputs of one block that are there at once: two of the stream and two of the MLP's hidden width.
+    """Return the bytes of gradients and outputs of one block at once: two of width D and two of the MLP's hidden width.
 
-    A checkpointed block is computed again, and keeps for that time what it did not keep before.
+    A checkpointed block is recomputed, and keeps all its values meanwhile.
     """
     again = max(tokens * _block(*size, number) for size in _sizes(blocks)) if checkpointing else 0.0
     return again + max(tokens * (2 * FLOAT32 * d + 2 * number * f) for d, f, _ in _sizes(blocks))
 
 
 def _ends(encoder: ViT, predictor: ViTPredictor, lengths: Lengths, number: int) -> float:
-    """What is kept before the first block, after the last and in the loss."""
+    """Return the bytes kept before the first block, after the last and in the loss."""
     context, targets = int(lengths.context.sum()), int(lengths.targets.sum())
     d, e, out = encoder.embed_dim, predictor.width, predictor.proj.out_features
     predicted = FLOAT32 * e + 8 + number * e  # the predictor's norm, and its last map's input
@@ -190,5 +190,5 @@ def _ends(encoder: ViT, predictor: ViTPredictor, lengths: Lengths, number: int) 
 
 
 def _ends_of(encoder: ViT, number: int) -> float:
-    """Of each token: its pixels, and the input of the last norm."""
+    """Return the bytes kept per token of its pixels and the input of the last norm."""
     return number * encoder.patch_embed.proj.weight[0].numel() + FLOAT32 * encoder.embed_dim + 8

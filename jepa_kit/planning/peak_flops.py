@@ -1,4 +1,4 @@
-"""What a device can do at most, and what a process has used: the measures that a run's own figures are held against."""
+"""Measure the peak FLOP/s of a device, and the memory that this process has used."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch
 from jepa_kit.structures import Precision
 
 LONG_ENOUGH = 5e-3
-"""Seconds from which a product's time says something."""
+"""Seconds; shorter products cannot be timed well."""
 LARGEST = 8192
 REPEATS = 6
 PRODUCTS = 5
-"""That are timed together on CUDA, back to back, so that the launch of each is hidden behind the one before."""
+"""Products timed together on CUDA, back to back, which hides the launch of all but the first."""
 
 
 @lru_cache(maxsize=8)
 def matrix_peak(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of a large square matrix product, the best of a few; measured once in a process, in under a second.
+    """Return the FLOP/s of a large square matrix product, the best of a few; measured once per process, in < 1 s.
 
-    That is what this device gives here and now, with its clocks and its other users, and not what its maker promises.
-    The best of short repeats is above what a hot device holds for hours. It uses no random number of the run's.
+    This is the present peak, with the device's clocks and its other users, and not the published one. A hot device is
+    slower over hours than in the best of these short repeats. The random numbers of the run are not used.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    generator = torch.Generator(device).manual_seed(0)  # random, for zeros are faster than numbers
+    generator = torch.Generator(device).manual_seed(0)  # random values, because products of zeros are faster
     side = 256
     while True:
         a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-        _seconds(a, b)  # chooses a kernel
+        _seconds(a, b)  # warm-up, which chooses a kernel
         seconds = _seconds(a, b)
         if seconds >= LONG_ENOUGH or side >= LARGEST:
             return 2.0 * side**3 / min(seconds, *(_seconds(a, b) for _ in range(REPEATS)))
@@ -55,11 +55,11 @@ def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had so far: tensors on CUDA, all resident memory on the CPU."""
+    """Return the peak memory of this process in bytes: of tensors on CUDA, of all resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux; getrusage would give a process that was spawned the peak of its parent
+    if status.exists():  # Linux; getrusage would return the parent's peak in a spawned process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

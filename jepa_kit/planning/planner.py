@@ -1,8 +1,8 @@
-"""What a run will need: operations, memory, time, data and network, before there is a device to run it on.
+"""Plan a run from its config: operations, memory, time, data and network, without the device.
 
-Everything follows from the config: networks made without memory for their weights, and masks that its masker draws for
-the images that one process gets (for the released masker, how many those are matters). Time is operations over a stated
-share of the device's published peak; what share is reached is for a measurement to say.
+The networks are built on the meta device, and the masker draws masks for the images of one process (the released masker
+depends on their number). Time is the operations over an assumed fraction of the device's published peak; the fraction
+that a run reaches must be measured.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from jepa_kit.recipe import JEPA
 from jepa_kit.trials.contract import check_parts
 
 DRAWN = 512
-"""Images whose masks are drawn, at least; in whole parts of the batch."""
+"""Least number of images whose masks are drawn, in whole parts of the batch."""
 
 SHARD_BYTES = 256e6
-"""Of a shard: many fit on a node, and one is read in seconds."""
+"""Size of a shard: many fit on a node, and one is read in seconds."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What does not depend on the device.
+    """The part of a plan that does not depend on the device.
 
     Args:
-        parameters: of each network.
-        gflop_per_image: forward of (encoder, target encoder, predictor) if they have a formula, and of a training step.
-        context, targets, sequences: mean patches of a set.
+        parameters: number of parameters of each network.
+        gflop_per_image: of a forward pass of encoder, target encoder and predictor if they have a formula, and of a
+            training step.
+        context, targets, sequences: mean number of patches of a set.
         samples: images of the data set.
         steps: of the run.
-        images: that the run sees.
+        images: processed in the run.
         flop: of the run.
     """
 
@@ -58,20 +59,20 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on so many devices.
+    """Needs of a run on a number of devices.
 
     Args:
-        gpus: devices, one process each.
-        precision: of matrix products; ``train.precision``, or what ``auto`` means on the device.
-        images_per_gpu: of a step.
-        memory: the names of (parallel, checkpointing) -> bytes by part; ``fits`` the same -> whether a device holds it.
-            Both are empty for networks without a formula.
-        step_seconds, images_per_second: at the stated share of the peak.
+        gpus: number of devices, one process each.
+        precision: of matrix products; ``train.precision``, or the precision that ``auto`` means on the device.
+        images_per_gpu: per step.
+        memory: name of (parallelism, checkpointing) -> part -> bytes; empty for networks without a formula.
+        fits: the same names -> whether a device has that memory.
+        step_seconds, images_per_second: at the assumed fraction of the peak.
         hours: of the run.
-        gpu_hours: of all devices together.
-        read_mb_per_second: of encoded images, over all nodes.
-        decode_cores: CPU cores that decoding and cropping keeps busy, over all nodes; None where no time is given.
-        network_gb_per_second: out of each device, were all of it spread evenly over the step: DDP, FSDP.
+        gpu_hours: sum over all devices.
+        read_mb_per_second: encoded images, over all nodes.
+        decode_cores: CPU cores for decoding and cropping, over all nodes; None if no time per image is given.
+        network_gb_per_second: out of each device, averaged over the step, with DDP and FSDP.
     """
 
     gpus: int
@@ -89,23 +90,23 @@ class Plan:
     network_gb_per_second: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What a plan takes for granted.
+    """Assumptions of a plan.
 
     Args:
         device: of each process.
-        peak_share: of its published peak that the run reaches, in (0, 1].
+        peak_share: fraction of its published peak that the run reaches, in (0, 1].
         samples: images of the data set.
-        bytes_per_image: of an encoded image; 110 kB is ImageNet-1k's mean (138 GB, 1.28 M images).
-        decode_ms: milliseconds of one core for an image, or None.
+        bytes_per_image: size of an encoded image; 110 kB is ImageNet-1k's mean (138 GB, 1.28 M images).
+        decode_ms: milliseconds of one core per image, or None.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     device: Device
@@ -124,13 +125,13 @@ class Assumptions:
 
 
 def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> list[Plan]:
-    """One plan for each number of devices.
+    """Return one plan for each number of devices.
 
     Raises:
-        ValueError: a number below 1, a batch that the devices and their parts cannot share or that the data set does
-            not fill, a precision that the device does not have, or a network without a formula.
+        ValueError: a number is below 1, the batch is not divisible by devices and parts or is larger than the data set,
+            or the device does not have the precision.
     """
-    # What ``auto`` becomes on such a device (precision.py).
+    # As precision.py resolves ``auto`` on such a device.
     if config.train.precision == "auto":
         config = with_precision(config, "float32" if assumptions.device.bf16_tflops is None else "bf16")
     with torch.device("meta"):
@@ -179,7 +180,7 @@ def _plan(config: Config, jepa: JEPA, flops: ModelFlops, gpus: int, given: Assum
 
 
 def draw_lengths(config: Config, part: int) -> Lengths:
-    """Lengths of the masks of at least ``DRAWN`` images, drawn as a process with ``part`` images a step draws them."""
+    """Return lengths of the masks of at least ``DRAWN`` images, drawn by a process with ``part`` images per step."""
     masker = build_masker(config)
     steps = max(1, -(-DRAWN // part))
     drawn = [
@@ -197,7 +198,7 @@ def draw_lengths(config: Config, part: int) -> Lengths:
 
 def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
     training = flops.training(lengths)
-    assert training is not None  # counted, if it has no formula
+    assert training is not None  # counted if there is no formula
     parts = dict(zip(("encoder", "target encoder", "predictor"), flops.forward(lengths), strict=True))
     per_image = {name: value / lengths.images / 1e9 for name, value in parts.items() if value is not None}
     batch = config.train.batch_size
@@ -223,17 +224,17 @@ def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) 
     at_once = -(-part // config.train.accumulate)
     share = at_once / lengths.images
 
-    def scaled(values: np.ndarray) -> np.ndarray:  # sums are all that memory asks for
+    def scaled(values: np.ndarray) -> np.ndarray:  # memory depends on the sums alone
         return np.array([round(share * values.sum())])
 
-    there = Lengths(
+    scaled_lengths = Lengths(
         scaled(lengths.context), scaled(lengths.targets), scaled(lengths.sequences), at_once, lengths.patches
     )
     shards = {"DDP" if gpus > 1 else "one process": 1, **({"FSDP": gpus} if gpus > 1 else {})}
     return {
         name + (", checkpointed" if again else ""): training_memory(
             jepa,
-            there,
+            scaled_lengths,
             precision=precision_of(config),
             shards=n,
             accumulate=config.train.accumulate,
@@ -245,19 +246,19 @@ def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) 
 
 
 def _network(jepa: JEPA, gpus: int, seconds: float) -> dict[str, float]:
-    """GB/s that leave each device: a ring's, (N - 1) / N of each tensor for a gather or a scatter, in float32."""
+    """Return GB/s out of each device: in a ring, (N - 1) / N of each tensor per gather or scatter, in float32."""
     if gpus == 1:
         return {}
     trained = sum(p.numel() for p in jepa.parameters() if p.requires_grad)
     target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
     once = FLOAT32 * (gpus - 1) / gpus / seconds / 1e9
-    # DDP: gradients are scattered and gathered. FSDP: weights are gathered forward and backward, the target encoder's
-    # forward, gradients scattered.
+    # DDP scatters and gathers gradients. FSDP gathers weights in both passes and those of the target encoder in the
+    # forward pass, and scatters gradients.
     return {"DDP": 2 * trained * once, "FSDP": (3 * trained + target) * once}
 
 
 def describe(plan: Plan, given: Assumptions) -> str:
-    """A plan for people."""
+    """Return a plan as text."""
     work = plan.workload
     counts = ", ".join(f"{name.replace('_', ' ')} {count / 1e6:.1f} M" for name, count in work.parameters.items())
     flop = ", ".join(f"{name} {value:.1f}" for name, value in work.gflop_per_image.items() if name != "training step")
@@ -293,12 +294,12 @@ HEADS = {
     "working": "working",
     "total": "total",
 }
-"""Parts of ``Memory`` as columns."""
+"""Parts of ``Memory`` -> headings of the columns."""
 
 
 def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
     if not plan.memory:
-        return ["memory       not known: it has a formula for the networks of jepa_kit alone, so measure a step"]
+        return ["memory       not known: the formula is for the networks of jepa_kit only, so measure a step"]
     width = max(len(name) for name in plan.memory)
     rows = [f"memory, GB   {'':{width}} " + " ".join(f"{name:>9}" for name in HEADS.values())]
     for name, values in plan.memory.items():
@@ -309,7 +310,7 @@ def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """Several numbers of devices, one line each."""
+    """Return a table of plans, one line each."""
     head = ("GPUs", "images each", "s/step", "images/s", "hours", "GPU hours", "MB/s", "GB/s DDP", "GB/s FSDP", "fits")
     rows = [
         (

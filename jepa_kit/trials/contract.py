@@ -1,10 +1,10 @@
-"""The contract of user-defined parts, checked before the first step of a run.
+"""Check the contract of user-defined parts before the first step of a run.
 
-Each part that does not ship with jepa_kit is called twice on a small batch: on a recipe of its own, with random states
-and buffers restored between the calls and afterwards, so that the run is the same with and without the check. Types,
-shapes and values are checked, and that both calls agree. Between the calls of networks, losses and updates, torch's
-random state is the same and numpy's and Python's are not, because a run sets torch's alone; maskers and transforms must
-depend on no random state at all, as their numbers are functions of (seed, epoch, sample).
+Each part that does not ship with jepa_kit is called twice on a small batch. The calls use a separate recipe, and random
+states and buffers are restored, so that the run is the same with and without the check. The results must have the right
+types, shapes and values, and be equal. For networks, losses and updates, both calls have the same random state of torch
+and different ones of numpy and Python, because a run sets torch's alone. Maskers and transforms must not depend on any
+random state, because their numbers are functions of (seed, epoch, sample).
 
 Legend: B images; P_c, P_t patches of all contexts and targets; D widths.
 """
@@ -37,16 +37,16 @@ from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, tria
 
 
 def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None = None, every: bool = False) -> None:
-    """Check the user-defined parts of a config; does nothing, and builds nothing, where there are none.
+    """Check the user-defined parts of a config; if there are none, build nothing.
 
     Args:
-        config: checked.
-        device: of the trial.
-        weights_of: the run's recipe with its first weights, which a second build must repeat.
+        config: a checked config.
+        device: of the trial calls.
+        weights_of: the run's recipe with its first weights, which a second build must reproduce.
         every: check the parts of jepa_kit too.
 
     Raises:
-        ContractError: the first part that does not keep to the contract of its slot.
+        ContractError: a part violates the contract of its slot; the first one is reported.
     """
     view = build_view(config.data.transforms, image_size=config.data.image_size)
     masker = build_masker(config)
@@ -94,7 +94,7 @@ def _check_networks(config: Config, device: torch.device, masker: Masker, weight
 
 
 def _check_first_weights(jepa: JEPA, run: JEPA, named: str) -> None:
-    """A second build with the same state of torch, and another one of numpy and Python, gives the same weights."""
+    """Raise ContractError unless a build with other random states of numpy and Python has the same weights."""
     again = jepa.state_dict()
     for name, value in run.state_dict().items():
         if name not in again or not torch.equal(value, again[name].to(value.device)):
@@ -105,7 +105,7 @@ def _check_first_weights(jepa: JEPA, run: JEPA, named: str) -> None:
 
 
 def check_transform(trial: Trial, transform: Any) -> None:
-    """``num_draws``, the kind of the result, and purity, for an image of noise."""
+    """Check ``num_draws``, the type of the result, and purity, on an image of noise."""
     count = getattr(transform, "num_draws", None)
     trial.need(type(count) is int and count >= 0, f"has num_draws (={count!r}), not a number of at least 0")
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -122,7 +122,7 @@ def check_transform(trial: Trial, transform: Any) -> None:
 
 
 def check_masker(trial: Trial, masker: Any, config: Config) -> None:
-    """Signature, kind, grid, sets for every image, and purity."""
+    """Check the signature, type, grid, sets of every image, and purity."""
     samples, seed = trial_samples(), config.train.seed
     try:
         inspect.signature(masker).bind(samples, seed=seed, epoch=0, step=0)
@@ -145,7 +145,7 @@ def check_masker(trial: Trial, masker: Any, config: Config) -> None:
 
 
 def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Attributes, and tokens of contexts, of whole images and of layers."""
+    """Check the attributes, and the tokens of contexts, whole images and layers."""
     encoder: Any = jepa.encoder
     for name in ("patch_size", "embed_dim", "depth"):
         value = getattr(encoder, name, None)
@@ -170,7 +170,7 @@ def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) ->
 
 
 def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Attributes, and targets of all target patches."""
+    """Check the attributes, and the targets of all target patches."""
     target: Any = jepa.target
     width = getattr(target, "out_dim", None)
     trial.need(type(width) is int and width >= 1, f"has out_dim (={width!r}), not a whole number of at least 1")
@@ -187,7 +187,7 @@ def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> 
 
 
 def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Predictions for all target patches."""
+    """Check the predictions for all target patches."""
     with seeded(0), unchanged_buffers(jepa):
         context = jepa.encoder(images, masks.context)
     _check_tables(trial, jepa.predictor, lambda: jepa.predictor(context, masks))
@@ -197,7 +197,7 @@ def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) 
 
 
 def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """A finite scalar; one that counts as a distance draws no numbers and is least where predictions are right."""
+    """Check for a finite scalar; a distance must draw no random numbers, and be smallest for exact predictions."""
     loss = jepa.losses[trial.name]
     width = int(jepa.target.out_dim)  # type: ignore[arg-type]
     noise = torch.Generator().manual_seed(0)
@@ -217,13 +217,13 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
     right = trial.call(lambda: loss(Prediction(truth, truth, context, masks)))
     trial.need(
         float(right) <= float(first) * (1 + 1e-6) + 1e-6,
-        f"{advice} is {float(right):.4g} where predictions equal targets, and {float(first):.4g} where they do not: "
-        "a loss that is no distance declares is_distance = False",
+        f"{advice} is {float(right):.4g} if predictions equal targets, and {float(first):.4g} if they do not: "
+        "a loss that is not a distance declares is_distance = False",
     )
 
 
 def check_target_update(trial: Trial, jepa: JEPA) -> None:
-    """Attributes, momenta, and an update that leaves the encoder alone and the target encoder finite."""
+    """Check the attributes, the momenta, and that an update changes the target encoder alone and keeps it finite."""
     update = jepa.target_update
     for name in ("tied", "stop_gradient"):
         trial.need(isinstance(getattr(update, name, None), bool), f"has no {name} (true or false)")
@@ -241,7 +241,7 @@ def check_target_update(trial: Trial, jepa: JEPA) -> None:
             for name, value in jepa.named_parameters():
                 value.copy_(before[name])
                 if name.startswith("encoder."):
-                    value.mul_(1.5)  # as if it had been trained
+                    value.mul_(1.5)  # stands for training
         update.update(made, jepa.encoder, float(momenta[0]))
         return [value.detach().clone() for value in jepa.parameters()]
 
@@ -257,7 +257,7 @@ def check_target_update(trial: Trial, jepa: JEPA) -> None:
 
 
 def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> None:
-    """A buffer that training changes is in the state dict, or a resumed run would not have it."""
+    """Check that buffers that a call changes are in the state dict, because a resumed run needs them."""
     kept = {id(owner.get_buffer(name)) for owner, name, _ in persistent_buffers(module)}
     tables = {name: value.clone() for name, value in module.named_buffers() if id(value) not in kept}
     with seeded(0), unchanged_buffers(module):
@@ -269,10 +269,10 @@ def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> Non
 
 
 def check_gradients(jepa: JEPA, loss: Tensor, named: str) -> None:
-    """The loss's gradients reach every parameter that is not frozen, and are finite.
+    """Check that finite gradients of the loss reach every parameter that is not frozen.
 
     Raises:
-        ContractError: they do not; names the first parameter, and the user-defined parts.
+        ContractError: they do not; the message names the first parameter and the user-defined parts.
     """
     trained = {name: p for name, p in jepa.named_parameters() if p.requires_grad}
     if not loss.requires_grad:

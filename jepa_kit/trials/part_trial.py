@@ -1,4 +1,4 @@
-"""One part under trial: calls whose random states are set, and errors that name the part and its correct form."""
+"""Trial calls of one part, with fixed random states and errors that name the part and its correct form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMS = {
 """Slot -> the correct form of its parts, for messages."""
 
 CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a part that does not fit raises when it is called, and what becomes a message."""
+"""Errors of a trial call that become a ContractError."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Trial:
 
     Args:
         slot, name: as in the config.
-        jepa: whose buffers are restored after each call; None for parts without any.
+        jepa: its buffers are restored after each call; None for parts without buffers.
     """
 
     slot: str
@@ -52,24 +52,24 @@ class Trial:
         """Raise ContractError."""
         raise ContractError(f"{self.slot} {self.name!r} {why}. It must have the form {FORMS[self.slot]}") from cause
 
-    def need(self, holds: bool, why: str) -> None:
-        """Raise ContractError unless ``holds``."""
-        if not holds:
+    def need(self, condition: bool, why: str) -> None:
+        """Raise ContractError unless ``condition`` is true."""
+        if not condition:
             self.fail(why)
 
     def call(self, do: Callable[[], Any]) -> Any:
-        """Return what the part gives; its errors become ContractError."""
+        """Return the result of a call of the part; its errors become ContractError."""
         try:
             return do()
         except CALL_ERRORS as error:
             self.fail(f"failed in a trial call: {type(error).__name__}: {error}".rstrip(". \n"), error)
 
     def twice(self, do: Callable[[], Any], *, pure: bool = False) -> tuple[Any, Any]:
-        """Return what two calls give.
+        """Return the results of two calls.
 
         Args:
             do: the call.
-            pure: torch's random state differs between the calls too.
+            pure: torch's random state differs between the calls, too.
         """
         results = []
         for k in (1, 2):
@@ -99,7 +99,7 @@ class Trial:
 
 
 def agree(first: Any, second: Any) -> bool:
-    """Whether two results are the same, on a GPU to rounding of sums in another order."""
+    """Return whether two results are equal; on a GPU up to the rounding of sums in another order."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         rtol = 1e-3 if first.is_cuda else 1e-6
         scale = float(first.detach().abs().max()) if first.numel() else 0.0

@@ -1,4 +1,4 @@
-"""A recipe of its own on a few made images: what checks and counters may run, as nothing of it reaches the run."""
+"""A separate recipe and random images on which parts are checked and FLOP are counted, without effect on the run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ IMAGES = 4
 
 
 def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -> JEPA:
-    """Build the recipe of a config as a run does, in training mode, with its first weights; nothing is compiled.
+    """Build the recipe of a config as a run does, with its first weights, in training mode, uncompiled.
 
-    Attention has the plain backend, whose operations every counter knows.
+    Attention uses the plain backend, whose operations torch's counter knows.
 
     Args:
-        config: checked.
-        device: where its parameters go.
+        config: a checked config.
+        device: of the parameters.
         other_seed: of numpy's and Python's random states, on which first weights must not depend.
     """
     slots = {slot: _uncompiled(part) for slot, part in config.slots.items()}
@@ -40,17 +40,17 @@ def _uncompiled(part: Part) -> Part:
 
 
 def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> Tensor:
-    """[count, 3, h, w] noise of the scale of normalised images."""
+    """Return [count, 3, h, w] noise with the scale of normalised images."""
     noise = torch.randn(count, 3, *config.data.image_size, generator=torch.Generator().manual_seed(0))
     return noise.to(device)
 
 
 def trial_samples(count: int = IMAGES) -> IntArray:
-    """[count] the numbers of the images in a data set."""
+    """Return [count] indices of images in a data set."""
     return np.arange(count)
 
 
 def of_jepa_kit(part: object) -> bool:
-    """Whether a part (an object or its class) ships with jepa_kit, and is not a user's."""
+    """Return whether a part (an object or its class) ships with jepa_kit."""
     cls = part if isinstance(part, type) else type(part)
     return cls.__module__.partition(".")[0] == "jepa_kit"

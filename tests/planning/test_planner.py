@@ -192,7 +192,7 @@ def test_networks_without_a_formula(config, monkeypatch):
     assert "encoder" not in plan.workload.gflop_per_image
     assert (plan.memory, plan.fits) == ({}, {})
     assert describe(plan, given()).splitlines()[-1] == (
-        "memory       not known: it has a formula for the networks of jepa_kit alone, so measure a step"
+        "memory       not known: the formula is for the networks of jepa_kit only, so measure a step"
     )
     assert table([plan]).splitlines()[-1].endswith("  not known")
 

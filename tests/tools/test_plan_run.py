@@ -76,7 +76,7 @@ def test_every_device_of_the_list(tool, capsys):
     [
         (
             ["--device", "v100", "train.precision=bf16"],
-            "(='bf16') is none of NVIDIA V100 SXM2 32 GB's; train.precision=fl",
+            "(='bf16') is not available on NVIDIA V100 SXM2 32 GB; train.precision=fl",
         ),
         ([], "--device must name a device, or --peak and --memory give its figures"),
         (["--peak", "3"], "--device must name a device, or --peak and --memory give its figures"),

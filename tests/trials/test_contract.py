@@ -336,7 +336,7 @@ BREACHES = [
         RandomLoss,
         "counts as a distance .* but draws random numbers: a regulariser declares is_distance = False",
     ),
-    ("loss", Variance, "counts as a distance .* but is -?0 where predictions equal targets, and -"),
+    ("loss", Variance, "counts as a distance .* but is -?0 if predictions equal targets, and -"),
     ("loss", FloatLoss, r"gave a float for the loss \[\], not a tensor"),
     ("target_update", OwnEMA, "gave the momentum nan, not a finite number"),
     ("target_update", Meddling, "changed encoder.norm.weight, which the optimiser alone may change"),
