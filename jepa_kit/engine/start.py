@@ -37,7 +37,7 @@ def resume_run(run: Run, store: Store, latest: Location) -> Start:
     notes = check_resumable(checkpoint, config.to_dict(), run.data_identity)
     if checkpoint.step != step_of(path) or checkpoint.step > run.schedule.steps:
         raise CheckpointError(
-            f"{latest} holds step {checkpoint.step}, which is not that of its name, or is after the run's last "
+            f"{latest} contains step {checkpoint.step}, which is not that of its name, or is after the run's last "
             f"(={run.schedule.steps}); {broadcast_from_rank0(lambda: advice(store, latest))}"
         )
     if path.is_dir():

@@ -161,7 +161,7 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
         held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{what} holds other things than tensors and plain values, which could run code, and is refused: "
+            f"{what} contains more than tensors and plain values, which could run code, and is refused: "
             f"{reason_of(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -186,4 +186,4 @@ def _check_records(path: Path, what: str) -> None:
             f"not show; {HOW}"
         )
     if broken is not None:
-        raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} is another")
+        raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} differs")

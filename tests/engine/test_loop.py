@@ -125,7 +125,7 @@ def test_nothing_to_resume_is_said(tiny, capsys):
 
 def test_a_second_run_in_the_same_folder(tiny):
     train_until(tiny(), 1)
-    with pytest.raises(ValueError, match=r"run already holds a run \(metrics.jsonl\): give --resume"):
+    with pytest.raises(ValueError, match=r"run already contains a run \(metrics.jsonl\): give --resume"):
         train(tiny())
 
 

@@ -82,7 +82,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, kind, released_content):
         message = "is a bare pickle, which can run code"
     else:
         torch.save({**released_content, "loss": hostile} if kind == "inside" else hostile, tmp_path / "x")
-        message = r"holds other things than tensors and plain values, which could run code, and is refused: .*system"
+        message = r"contains more than tensors and plain values, which could run code, and is refused: .*system"
     with pytest.raises(CheckpointError, match=message):
         load_encoder(tmp_path / "x")
     assert not trace.exists()

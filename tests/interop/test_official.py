@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from jepa_kit.build import build_recipe
-from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint, optimizer_state
+from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint
+from jepa_kit.engine.checkpoint.state_dict import optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step

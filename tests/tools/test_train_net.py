@@ -165,7 +165,7 @@ def test_no_data(refused, command):
 
 def test_a_folder_that_holds_a_run(tool, refused, command):
     assert tool.main([*command, "train.epochs=1"]) == 0
-    assert "already holds a run (checkpoint_00000002.pt): give --resume" in refused(2, *command)
+    assert "already contains a run (checkpoint_00000002.pt): give --resume" in refused(2, *command)
     assert "has another config, so it cannot be resumed:\n  train.epochs: 1 in" in refused(2, *command, "--resume")
 
 

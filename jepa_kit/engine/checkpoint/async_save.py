@@ -58,7 +58,7 @@ class Saver:
     and leave it.
 
     Args:
-        store: where checkpoints are written.
+        store: the checkpoints of the run.
         keep: how many of the latest stay, at least 1.
         keep_every: those whose step is a multiple of it stay as well; None for none.
         sharded: write shards, not a file.

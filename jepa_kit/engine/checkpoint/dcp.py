@@ -1,7 +1,7 @@
-"""The state of a run in a folder, written and read shard by shard: torch.distributed.checkpoint (DCP).
+"""Write and read the state of a run shard by shard, with torch.distributed.checkpoint (DCP).
 
-Every process writes its own part: ``__<rank>_<n>.distcp`` files, and ``.metadata``, which is written last. Any number
-of processes reads the folder, whatever number wrote it; ``read_full`` makes of it what ``sharded.full_state`` gives.
+Every process writes its part to ``__<rank>_<n>.distcp`` files; ``.metadata`` is written last. Any number of processes
+can read the folder, whatever number wrote it; ``read_full`` returns the same as ``state_dict.full_state``.
 
 DCP's reader unpickles ``.metadata`` and whatever is no tensor, which could run code. ``_Reader`` reads nothing but
 tensors and the dataclasses that describe them. DCP writes to local and shared file systems.
@@ -25,7 +25,7 @@ from jepa_kit.engine.checkpoint.state_dict import ModelState, OptimizerState, pa
 from jepa_kit.errors import ShardError
 
 METADATA = ".metadata"
-"""The file that tells what the others hold; a folder without it was not written to its end."""
+"""Describes the tensors in the other files; a folder without it was not written to its end."""
 
 
 def save_sharded(
@@ -34,18 +34,18 @@ def save_sharded(
     optimizer_state: Mapping[str, Mapping[str, Tensor]],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Writes the state into a folder, each process its own part; what all hold alike is written once, shared out.
+    """Write the state to a folder, each process its part; a tensor that all have is written once, by one of them.
 
-    All ranks must call it, with a folder that all of them see. Files are flushed to the disk, ``.metadata`` after all
-    others. To be safe from a crash, give a temporary folder and rename it on rank 0 afterwards.
+    All ranks must call it, with a folder that all can access. Files are flushed to the disk, ``.metadata`` after all
+    others. To survive a crash, give a temporary folder, and rename it on rank 0 afterwards.
 
     Args:
-        folder: is made where it is missing.
-        model, optimizer_state: of ``sharded.state_of``, or copies.
-        group: the processes speak in, None for the usual one; a thread beside the steps needs one of its own.
+        folder: is created if it is missing.
+        model, optimizer_state: from ``state_dict.state_of``, or copies.
+        group: of processes, None for the default one; a thread beside the steps needs a group of its own.
 
     Raises:
-        OSError: a process could not write; the same on every rank.
+        OSError: a process could not write; raised on every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _flat(model, optimizer_state)
@@ -56,12 +56,12 @@ def save_sharded(
 
 
 def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Gives a model and its optimiser, sharded in any way or not at all, the state in a folder of ``save_sharded``.
+    """Load a folder of ``save_sharded`` into a model and its optimiser, sharded in any way or not at all.
 
-    All ranks must call it; each reads the parts that it holds. Names and shapes fit: check ``layout`` before.
+    All ranks must call it; each reads its own parts. Names and shapes must fit: check ``layout`` before.
 
     Raises:
-        ShardError: a damaged or foreign folder. The model may be half loaded then.
+        ShardError: the folder is damaged, or not of jepa_kit. The model may be half loaded then.
         OSError: a file cannot be read.
     """
     model = dict(jepa.state_dict())  # shares memory with the parameters
@@ -82,22 +82,22 @@ def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def layout(folder: Path) -> tuple[ModelState, OptimizerState]:
-    """(model, optimizer) of a folder as tensors on ``meta``: names, shapes and types; reads ``.metadata`` alone.
+    """Return (model, optimizer) of a folder as tensors on ``meta``: names, shapes and types, from ``.metadata`` alone.
 
     Raises:
-        ShardError: there is no ``.metadata``, it is damaged, or it holds other things than tensors.
+        ShardError: ``.metadata`` is missing, damaged, or describes more than tensors.
         OSError: it cannot be read.
     """
-    held: dict[str, Any] = dict(_Reader(folder).read_metadata().state_dict_metadata)
-    tensors = {key: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for key, e in held.items()}
+    entries: dict[str, Any] = dict(_Reader(folder).read_metadata().state_dict_metadata)
+    tensors = {key: torch.empty(e.size, dtype=e.properties.dtype, device="meta") for key, e in entries.items()}
     return _nested(tensors, folder)
 
 
 def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
-    """(model, optimizer) of a folder, whole, in this process's memory; needs no other process.
+    """Return (model, optimizer) of a folder as whole tensors on the host; needs no other process.
 
     Raises:
-        ShardError: a damaged or foreign folder.
+        ShardError: the folder is damaged, or not of jepa_kit.
         OSError: a file cannot be read.
     """
     model, optimizer_state = layout(folder)
@@ -110,7 +110,7 @@ def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
 
 
 def _flat(model: Mapping[str, Tensor], optimizer_state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One mapping: ``model/NAME`` and ``optimizer/NAME/KEY``."""
+    """Return one mapping, with keys ``model/NAME`` and ``optimizer/NAME/KEY``."""
     flat = {f"model/{name}": value for name, value in model.items()}
     for name, state in optimizer_state.items():
         flat.update({f"optimizer/{name}/{key}": value for key, value in state.items()})
@@ -127,7 +127,7 @@ def _nested(flat: Mapping[str, Tensor], folder: Path) -> tuple[ModelState, Optim
             case ["optimizer", name, key]:
                 optimizer_state.setdefault(name, {})[key] = value
             case _:
-                raise ShardError(f"{folder} holds {path!r}, which is no part of a run of jepa_kit")
+                raise ShardError(f"{folder} contains {path!r}, which is not part of a run of jepa_kit")
     return model, optimizer_state
 
 
@@ -150,11 +150,11 @@ _PLAIN = {
         )
     ),
 }
-"""What ``.metadata`` may name. ``BytesStorageMetadata`` is left out: DCP unpickles the bytes that it stands for."""
+"""Classes that ``.metadata`` may contain. Not ``BytesStorageMetadata``: DCP unpickles the bytes that it describes."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Dataclasses of DCP, sizes and types; refuses every other name."""
+    """Unpickles dataclasses of DCP, sizes and types, and refuses every other class."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib":  # the folder that was written to
@@ -167,36 +167,36 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads tensors alone, and runs no code of the files."""
+    """Reads only tensors, and runs no code from the files."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         path = Path(self.path) / METADATA
         if not path.exists():
-            raise ShardError(f"{path.parent} is no sharded checkpoint, or was not written to its end: no {METADATA}")
+            raise ShardError(f"{path.parent} is not a sharded checkpoint, or was not written to its end: no {METADATA}")
         try:
             with path.open("rb") as file:
                 held = _Unpickler(file).load()
         except _MALFORMED as error:
-            raise ShardError(f"{path} is damaged, or no metadata of tensors alone: {error}") from error
+            raise ShardError(f"{path} is damaged, or contains more than metadata of tensors: {error}") from error
         if not isinstance(held, metadata.Metadata):
-            raise ShardError(f"{path} holds a {type(held).__name__}, and no metadata of tensors")
+            raise ShardError(f"{path} contains a {type(held).__name__}, not metadata of tensors")
         held.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return held
 
 
 _MALFORMED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-"""What a pickle that is cut short or altered raises."""
+"""Errors of a pickle that is cut short or altered."""
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fills the tensors in place."""
+    """Read a folder into tensors, in place."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         _named_errors(folder, lambda: dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone))
 
 
 def _named_errors(folder: Path, do: Callable[[], object]) -> None:
-    """Turns DCP's exception (a BaseException with the tracebacks of all ranks) into one that names the folder."""
+    """Turn DCP's exception (a BaseException with the tracebacks of all ranks) into one that names the folder."""
     try:
         do()
     except dcp.CheckpointException as error:

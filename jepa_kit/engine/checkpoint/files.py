@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint: checksums, and one error for whatever is wrong with them (see checkpoint.py)."""
+"""Read and verify the files of a checkpoint; one error for whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MALFORMED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What zipfile, pickle and torch raise for a file that is cut short or altered."""
+"""Errors of zipfile, pickle and torch for a file that is cut short or altered."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever a damaged or unreadable file raises into one error that names it.
 
     Raises:
-        CheckpointError: in place of any of ``_MALFORMED``.
+        CheckpointError: for any of ``_MALFORMED``.
         FileNotFoundError: as it is.
     """
     try:
@@ -55,7 +55,7 @@ def reading(path: Path) -> Iterator[None]:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"{path}{size} is damaged, or no checkpoint: {why}") from error
+        raise CheckpointError(f"{path}{size} is damaged, or not a checkpoint: {why}") from error
 
 
 def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
@@ -63,10 +63,10 @@ def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
 
     Args:
         path: a file or a folder of shards.
-        rank, size: of shards, only every ``size``-th is read, from ``rank`` on.
+        rank, size: read only every ``size``-th shard, starting with number ``rank``.
 
     Raises:
-        CheckpointError: it is not as it was written, or cannot be read; the message names the file.
+        CheckpointError: a file differs from what was written, or cannot be read; the message names it.
     """
     with reading(path):
         if path.is_dir():
@@ -84,25 +84,25 @@ def _verify_shard(folder: Path, name: str, length: int, crc: int) -> None:
         if file.stat().st_size != length:
             raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is cut short: it had {length} bytes")
         if checksum(file) != crc:
-            raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum is another")
+            raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum differs")
 
 
 def _verify_archive(path: Path) -> None:
     with path.open("rb") as opened:
         start = opened.read(len(_ZIP))
-    told = f"{path} ({path.stat().st_size} bytes)"
+    what = f"{path} ({path.stat().st_size} bytes)"
     if start != _ZIP:  # torch.save writes a zip archive
-        raise CheckpointError(f"{told} is not a checkpoint: it does not start like one")
+        raise CheckpointError(f"{what} is not a checkpoint: it does not start like one")
     if not zipfile.is_zipfile(path):  # the archive's directory is at its end
-        raise CheckpointError(f"{told} is cut short: its end is missing")
+        raise CheckpointError(f"{what} is cut short: its end is missing")
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:
-        raise CheckpointError(f"{told} is damaged: the checksum of its record {broken} is another")
+        raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} differs")
 
 
 def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     crc = 0
     with file.open("rb") as opened:
         while block := opened.read(1 << 22):
@@ -111,14 +111,14 @@ def checksum(file: Path) -> int:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a sharded checkpoint holds besides the state.
+    """Return the header of a sharded checkpoint: all but the state.
 
     Raises:
-        CheckpointError: it has no header, or a damaged one.
+        CheckpointError: the header is missing or damaged.
     """
     header = path / HEADER
     if not header.exists():
-        raise CheckpointError(f"{path} is not a checkpoint: it holds no {HEADER}")
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {HEADER}")
     verify(header)
     with reading(header):
         content = read_archive(header, "cpu")
@@ -129,23 +129,23 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _is_entry(name: object, entry: object) -> bool:
-    """Whether an item of ``files`` is the name of a file of the folder with its size and CRC-32."""
+    """Return whether an item of ``files`` is the name of a file of the folder with its size and CRC-32."""
     if not isinstance(name, str) or Path(name).name != name or not isinstance(entry, list | tuple):
         return False
     return len(entry) == 2 and all(type(number) is int for number in entry)
 
 
 def read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]:
-    """Return the mapping in a file of ours.
+    """Return the mapping in a checkpoint file or header.
 
     Raises:
-        CheckpointError: it is another thing; errors of torch come through, for ``reading``.
+        CheckpointError: the file contains something else. Errors of torch are left to ``reading``.
     """
     try:
         content = torch.load(str(path), map_location=map_location, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a checkpoint of jepa_kit: it holds other things than tensors and plain values, "
+            f"{path} is not a checkpoint of jepa_kit: it contains more than tensors and plain values, "
             "which could run code and are not read"
         ) from error
     found_format = content.get("format") if isinstance(content, dict) else None
@@ -153,6 +153,6 @@ def read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
-            f"(it holds: {keys}); tools/convert_checkpoint.py reads those of other code"
+            f"(it contains: {keys}); tools/convert_checkpoint.py reads those of other code"
         )
     return content

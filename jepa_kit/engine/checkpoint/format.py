@@ -1,26 +1,25 @@
-"""Checkpoints: what a run needs to go on, or to be looked at, in one file or in shards.
+"""Checkpoints, as one file or as a folder of shards.
 
-A file ``checkpoint_<step>.pt`` holds a mapping of plain values and tensors, read with ``weights_only=True``:
+A file ``checkpoint_<step>.pt`` is a mapping of plain values and tensors, read with ``weights_only=True``:
 
     format     ``jepa_kit/1``
-    step       updates done; the next update is number ``step``, counted from 0
+    step       number of updates; the next update is number ``step``, counted from 0
     model      name -> tensor, all of ``JEPA.state_dict()``: encoder.*, predictor.*, target_encoder.*, ...
     optimizer  name of the parameter -> AdamW's state for it
     config     the resolved config as a mapping
     versions   jepa_kit, torch, python, git commit, ... that wrote the file
-    data       what tells the data set apart: ``samples`` and a digest
-    position   where in the data the run is: ``epoch``, ``step_in_epoch``, ``samples`` asked for so far
-    origin     for weights that did not begin here: ``source``, ``licence`` (jepa_kit.interop); else empty
+    data       identity of the data set: ``samples`` and a digest
+    position   in the data: ``epoch``, ``step_in_epoch``, ``samples`` read so far
+    origin     of weights from another run: ``source``, ``licence`` (jepa_kit.interop); else empty
 
-A folder ``checkpoint_<step>`` is the same in shards: ``run.pt`` with all of this but ``model`` and ``optimizer``, and
-with ``files`` (name -> size and CRC-32), beside what shard_files.py writes.
+A folder ``checkpoint_<step>`` is the same in shards: ``run.pt`` with all but ``model`` and ``optimizer``, and with
+``files`` (name -> size and CRC-32), beside the shards that dcp.py writes.
 
-The state of a run is weights, optimiser and step: schedules, masks, crops, order and random numbers follow from
-those.
+Weights, optimiser and step are the whole state of a run: schedules, masks, crops, order and random numbers are
+functions of the step.
 
-Both forms appear under their name in one piece, or not at all, and are verified when they are read: a file is a zip
-archive with a CRC-32 of every record. Which one a run goes on from is in resume.py, when they are written in
-saving.py."""
+Both forms get their name by one rename, and are verified when they are read: a file is a zip archive with a CRC-32 of
+every record. resume.py chooses the checkpoint to resume from, async_save.py writes them."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 from jepa_kit.engine.checkpoint.dcp import read_full
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, read_archive, read_header, reading, verify
-from jepa_kit.engine.checkpoint.state_dict import load_full_state
+from jepa_kit.engine.checkpoint.state_dict import load_full_state, parameters_of
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, write_archive
 
@@ -44,7 +43,7 @@ _NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a file holds; see the text of the module."""
+    """The content of a checkpoint; the module lists the fields."""
 
     step: int
     model: dict[str, Tensor]
@@ -56,10 +55,10 @@ class Checkpoint:
     position: dict[str, int] = field(default_factory=dict)
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """State of a child of the model, such as ``target_encoder``, under the child's own names.
+        """Return the state of a child of the model, such as ``target_encoder``, by the child's own names.
 
         Raises:
-            CheckpointError: there is no such part; the message lists those that there are.
+            CheckpointError: there is no such part; the message lists the parts.
         """
         state = {key[len(name) + 1 :]: value for key, value in self.model.items() if key.startswith(name + ".")}
         if not state:
@@ -69,29 +68,20 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
-    """The checkpoint after ``step`` updates: a file, or a folder of shards."""
+    """Return the path of the checkpoint after ``step`` updates."""
     return folder / (f"checkpoint_{step:08d}" + ("" if sharded else ".pt"))
 
 
 def step_of(path: Path | str) -> int | None:
-    """The step in the name of a checkpoint (a path, an address, or the name), or None for another name."""
+    """Return the step in the name of a checkpoint (a path, a URL, or the name), or None for another name."""
     match = _NAME.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
     return int(match[1]) if match else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, files and shards, by step."""
+    """Return the checkpoints in a local folder, files and shards, by step."""
     found = [(step, path) for path in folder.glob("checkpoint_*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by the name of the parameter, so that it does not hang on the order of parameters."""
-    state: dict[str, dict[str, Tensor]] = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            state[name] = dict(optimizer.state.get(parameter, {}))
-    return state
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -114,28 +104,28 @@ def load_checkpoint(
     verified: bool = False,
     with_state: bool = True,
 ) -> Checkpoint:
-    """Reads a checkpoint, file or shards, or the latest of a run folder.
+    """Read a checkpoint, a file or shards, or the latest of a run folder.
 
     Args:
         path: of the checkpoint, or a run folder.
-        map_location: where its tensors go.
-        verified: ``verify`` has been called for it; otherwise every byte of it is read here once more.
-        with_state: of shards, also ``model`` and ``optimizer``, whole; otherwise they are empty.
+        map_location: device of its tensors.
+        verified: ``verify`` has been called already; otherwise it is called here, which reads every byte once more.
+        with_state: read ``model`` and ``optimizer`` of shards, as whole tensors; otherwise they are empty.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        CheckpointError: a folder without a checkpoint, a file that is cut short or altered, or one that is not a
-            checkpoint of jepa_kit.
+        CheckpointError: the folder has no checkpoint, a file is cut short or altered, or it is not a checkpoint of
+            jepa_kit.
     """
     path = Path(path)
     if path.is_dir() and not (path / HEADER).exists():
         found = checkpoints(path)
         if not found:
-            raise CheckpointError(f"{path} holds no checkpoint (checkpoint_<step>.pt)")
+            raise CheckpointError(f"{path} has no checkpoint (checkpoint_<step>.pt)")
         path = found[-1]
     if not path.exists():
         beside = [p.name for p in checkpoints(path.parent)]
-        raise FileNotFoundError(f"there is no checkpoint {path}; its folder holds: {', '.join(beside) or 'none'}")
+        raise FileNotFoundError(f"there is no checkpoint {path}; its folder has: {', '.join(beside) or 'none'}")
     if not verified:
         verify(path)
     with reading(path):
@@ -147,17 +137,17 @@ def load_checkpoint(
 
 
 def _checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
-    """From what is in a file; ``origin`` and ``position`` came later than the format."""
-    held = {"origin": {}, "position": {}, **content}
-    wrong = [name for name in Checkpoint.__dataclass_fields__ if not _fits(name, held.get(name))]
+    """Return the checkpoint of a mapping; ``origin`` and ``position`` are newer than the format, and may be missing."""
+    content = {"origin": {}, "position": {}, **content}
+    wrong = [name for name in Checkpoint.__dataclass_fields__ if not _fits(name, content.get(name))]
     if wrong:
-        what = ", ".join(f"{name!r} ({held[name]!r:.40})" if name in held else f"no {name!r}" for name in wrong)
+        what = ", ".join(f"{name!r} ({content[name]!r:.40})" if name in content else f"no {name!r}" for name in wrong)
         raise CheckpointError(f"{path} is not a checkpoint of jepa_kit: it has {what}")
-    return Checkpoint(**{name: held[name] for name in Checkpoint.__dataclass_fields__})
+    return Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__})
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Whether a field of a checkpoint is of its kind."""
+    """Return whether a field of a checkpoint has the right type."""
     if name == "step":
         return isinstance(value, int) and value >= 0
     if not isinstance(value, dict):
@@ -173,7 +163,7 @@ def _names(names: Iterable[str], most: int = 10) -> str:
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
-    """Raises CheckpointError with every name that is missing, unexpected or misshapen."""
+    """Raise CheckpointError with every name that is missing, unexpected or of another shape."""
     complaints = []
     if missing := [name for name in expected if name not in found]:
         complaints.append(f"missing: {_names(missing)}")
@@ -191,25 +181,21 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wha
 
 
 def check_finite(state: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError with the names of tensors that hold a NaN or an infinite number."""
+    """Raise CheckpointError with the names of tensors that contain NaN or an infinity."""
     bad = [name for name, x in state.items() if x.is_floating_point() and not bool(torch.isfinite(x).all())]
     if bad:
         raise CheckpointError(f"{what} has weights that are NaN or infinite: {_names(bad, 5)}")
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Gives model and optimiser the checkpoint's state.
+    """Load the checkpoint's state into the model and the optimiser.
 
     Raises:
-        CheckpointError: names or shapes do not fit; nothing has been changed then.
+        CheckpointError: names or shapes do not fit; nothing is changed then.
     """
     check_state(model.state_dict(), checkpoint.model, "the model")
     if optimizer is not None:
-        parameters = {
-            name: parameter
-            for group in optimizer.param_groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
+        parameters = parameters_of(optimizer)
         unused = {name: parameters.get(name, torch.empty(0)) for name in checkpoint.optimizer}  # never had a gradient
         moments = {name: state.get("exp_avg", unused[name]) for name, state in checkpoint.optimizer.items()}
         check_state(parameters, moments, "the optimiser")

@@ -1,12 +1,16 @@
-"""The state of a run, sharded over processes (FSDP) or not, in the form of one file: whole tensors by name.
+"""The state of a run, sharded over processes (FSDP) or not, as whole tensors by name.
 
 A state is two mappings, the same for one process, DDP and FSDP:
 
     model      name -> tensor, all of ``JEPA.state_dict()``
     optimizer  name of the parameter -> AdamW's state for it: exp_avg, exp_avg_sq, step
 
-One file holds it whole: the form to take while one process's memory holds it (ViT-H/14 with its target encoder and
-AdamW's moments: 10 GB). shard_files.py writes it shard by shard.
+A checkpoint file contains it whole, which fits one process's memory (ViT-H/14 with its target encoder and AdamW's
+moments: 10 GB); dcp.py writes it shard by shard.
+
+``torch.distributed.checkpoint.state_dict`` returns and loads the same bits if every parameter has had a gradient. It is
+not used: before the first step, ``get_state_dict`` makes a step of the optimiser, which then counts one more, and
+``set_state_dict`` fails for a state in which a parameter never had a gradient.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 
 def is_sharded(value: Tensor) -> TypeGuard[Any]:
-    """Whether a tensor is a DTensor, told without an import that takes half a second."""
+    """Return whether a tensor is a DTensor, without an import that takes half a second."""
     return hasattr(value, "full_tensor")
 
 
 def local_part(value: Tensor) -> Tensor:
-    """What this process holds of a tensor; the tensor itself where it is not sharded."""
+    """Return this process's part of a tensor; the tensor itself if it is not sharded."""
     return value.to_local() if is_sharded(value) else value
 
 
@@ -40,36 +44,41 @@ def with_local(value: Tensor, local: Tensor) -> Tensor:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's parameters by name, in its own order."""
+    """Return the optimiser's parameters by name, in its order."""
     groups = optimizer.param_groups
     return {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """Return AdamW's state by the name of the parameter, so that the order of parameters does not matter. No copy."""
+    return {name: dict(optimizer.state.get(p, {})) for name, p in parameters_of(optimizer).items()}
+
+
 def state_of(jepa: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[ModelState, OptimizerState]:
-    """(model, optimizer) as this process holds them: no copy, no communication; DTensors where they are sharded."""
-    return jepa.state_dict(), {name: dict(optimizer.state.get(p, {})) for name, p in parameters_of(optimizer).items()}
+    """Return (model, optimizer) of this process: no copy, no communication; DTensors if they are sharded."""
+    return jepa.state_dict(), optimizer_state(optimizer)
 
 
 def full_state(jepa: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[ModelState, OptimizerState]:
-    """(model, optimizer) as one file holds them, on rank 0; two empty mappings on the other ranks.
+    """Return (model, optimizer) as whole tensors on rank 0, and two empty mappings on the other ranks.
 
-    All ranks must call it. What is not sharded is not copied; shards are gathered tensor by tensor into rank 0's host
-    memory, so that no device holds more than one whole tensor beside its own part.
+    All ranks must call it. Tensors that are not sharded are not copied. Shards are gathered tensor by tensor into rank
+    0's host memory, so that a device has at most one whole tensor beside its own part.
     """
-    model, optimizer_state = state_of(jepa, optimizer)
+    model, moments = state_of(jepa, optimizer)
     main = not dist.is_initialized() or dist.get_rank() == 0
 
-    def gathered(value: Tensor) -> Tensor:
-        if not is_sharded(value):
-            return value
-        whole = value.full_tensor()
-        return whole.cpu() if main else whole.new_empty(0)
+    def gather(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, value in state.items():
+            if is_sharded(value):
+                value = value.full_tensor()
+                value = value.cpu() if main else value.new_empty(0)
+            whole[name] = value
+        return whole
 
-    whole_model = {name: gathered(value) for name, value in model.items()}
-    whole_optimizer = {
-        name: {key: gathered(value) for key, value in state.items()} for name, state in optimizer_state.items()
-    }
-    return (whole_model, whole_optimizer) if main else ({}, {})
+    whole = gather(model), {name: gather(state) for name, state in moments.items()}
+    return whole if main else ({}, {})
 
 
 def load_full_state(
@@ -78,11 +87,11 @@ def load_full_state(
     optimizer: torch.optim.Optimizer | None = None,
     optimizer_state: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Gives a model and its optimiser, sharded or not, a state as one file holds it; no communication.
+    """Load whole tensors into a model and its optimiser, sharded or not; no communication.
 
     Args:
-        jepa: what gets ``model``.
-        model: name -> whole tensor, on every rank. Names and shapes fit: checked before (``checkpoint.check_state``).
+        jepa: gets ``model``.
+        model: name -> whole tensor, on every rank; names and shapes must fit (``format.check_state``).
         optimizer, optimizer_state: the same for AdamW; both or neither.
     """
     if optimizer is not None:
@@ -92,7 +101,7 @@ def load_full_state(
 
 
 def _like(own: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` on the device of ``own``, sharded as it is."""
+    """Return ``whole`` on the device of ``own``, sharded alike."""
     whole = whole.to(own.device)
     if not is_sharded(own):
         return whole
@@ -102,7 +111,7 @@ def _like(own: Tensor, whole: Tensor) -> Tensor:
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Gives the optimiser copies of its state by name: whole tensors, or sharded as its parameters are."""
+    """Load copies of a state by name into the optimiser: whole tensors, or sharded as its parameters."""
 
     def own(parameter: Tensor, value: Tensor) -> Tensor:
         if is_sharded(value) or value.shape != parameter.shape:

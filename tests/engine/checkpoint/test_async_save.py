@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tiny, capsys):
     latest.write_bytes(latest.read_bytes()[:-200])
     message = (
         r"checkpoint_00000006.pt \(\d+ bytes\) is cut short: its end is missing; the last good one is "
-        rf"checkpoint_00000004.pt; `--resume {re.escape(str(good))}` goes on from it"
+        rf"checkpoint_00000004.pt; `--resume {re.escape(str(good))}` resumes from it"
     )
     with pytest.raises(CheckpointError, match=message):
         train(config, resume=True)
@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tiny, capsys):
     for path in checkpoints(folder):
         path.write_bytes(b"PK")
     with pytest.raises(
-        CheckpointError, match=r"no earlier checkpoint of the run is good; another --output-dir starts anew"
+        CheckpointError, match=r"no earlier checkpoint of the run is good; give another --output-dir to start a new run"
     ):
         train(config, resume=True)
 
@@ -260,9 +260,7 @@ def test_a_foreign_file_is_named(tiny):
 def test_a_named_checkpoint_that_is_not_there(tiny):
     folder = train(tiny())
     named = folder / "checkpoint_00000005.pt"
-    message = (
-        r"there is no checkpoint .*checkpoint_00000005.pt; its folder holds: checkpoint_00000003.pt, checkpoint_000"
-    )
+    message = r"there is no checkpoint .*checkpoint_00000005.pt; its folder has: checkpoint_00000003.pt, checkpoint_000"
     with pytest.raises(FileNotFoundError, match=message):
         train(tiny(), resume=True, resume_from=str(named))
 
@@ -313,13 +311,13 @@ def test_damaged_shards(in_shards):
 
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    fails(rf"checkpoint_00000006/{shard.name} \(\d+ bytes\) is damaged: its checksum is another")
+    fails(rf"checkpoint_00000006/{shard.name} \(\d+ bytes\) is damaged: its checksum differs")
     shard.write_bytes(content[:-1])
     fails(rf"checkpoint_00000006/{shard.name} \(\d+ bytes\) is cut short: it had \d+ bytes")
     shard.unlink()
     fails(rf"checkpoint_00000006 is damaged: {shard.name} is missing")
     (latest / "run.pt").unlink()
-    fails(r"checkpoint_00000006 is not a checkpoint: it holds no run.pt")
+    fails(r"checkpoint_00000006 is not a checkpoint: it has no run.pt")
 
 
 def test_shards_that_cannot_be_written(in_shards, small_disk):

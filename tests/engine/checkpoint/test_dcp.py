@@ -112,7 +112,7 @@ def write_metadata(folder, content):
 def test_metadata_that_would_run_code(folder, tmp_path):
     write_metadata(folder, Metadata({}, planner_data=Touch(tmp_path / "ran")))
     with pytest.raises(
-        ShardError, match=r"\.metadata is damaged, or no metadata of tensors alone: it names posix.mkdir"
+        ShardError, match=r"\.metadata is damaged, or contains more than metadata of tensors: it names posix.mkdir"
     ):
         read_full(folder)
     assert not (tmp_path / "ran").exists()
@@ -138,14 +138,14 @@ def test_a_shard_that_would_run_code(run, folder, tmp_path):
     [
         (
             lambda f: (f / METADATA).unlink(),
-            r"shards is no sharded checkpoint, or was not written to its end: no .metadata",
+            r"shards is not a sharded checkpoint, or was not written to its end: no .metadata",
         ),
         (
             lambda f: (f / METADATA).write_bytes((f / METADATA).read_bytes()[:-40]),
-            r".metadata is damaged, or no metadata",
+            r".metadata is damaged, or contains more",
         ),
-        (lambda f: (f / METADATA).write_bytes(b""), r".metadata is damaged, or no metadata"),
-        (lambda f: write_metadata(f, {"a": 1}), r".metadata holds a dict, and no metadata of tensors"),
+        (lambda f: (f / METADATA).write_bytes(b""), r".metadata is damaged, or contains more"),
+        (lambda f: write_metadata(f, {"a": 1}), r".metadata contains a dict, not metadata of tensors"),
         (lambda f: os.truncate(next(f.glob("*.distcp")), 1000), r"shards: rank 0: "),
     ],
     ids=["no metadata", "cut metadata", "empty metadata", "other metadata", "cut shard"],
@@ -165,7 +165,7 @@ def test_a_shard_that_is_missing(folder):
 
 def test_a_folder_of_something_else(tmp_path):
     dcp.save({"weights": torch.zeros(2)}, checkpoint_id=tmp_path)
-    with pytest.raises(ShardError, match=r"holds 'weights', which is no part of a run of jepa_kit"):
+    with pytest.raises(ShardError, match=r"contains 'weights', which is not part of a run of jepa_kit"):
         layout(tmp_path)
 
 

@@ -18,12 +18,12 @@ from jepa_kit.engine.checkpoint.format import (
     check_state,
     checkpoints,
     load_checkpoint,
-    optimizer_state,
     restore,
     save_checkpoint,
 )
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.resume import FREE, check_folders, check_resumable, plan_resume
+from jepa_kit.engine.checkpoint.state_dict import optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.errors import CheckpointError
@@ -130,7 +130,7 @@ def test_an_altered_byte(tmp_path, trained, record):
     name, extra = (int.from_bytes(content[start + k : start + k + 2], "little") for k in (26, 28))
     content[start + 30 + name + extra] ^= 1
     path.write_bytes(content)
-    message = rf"checkpoint_00000003.pt \(\d+ bytes\) is damaged: the checksum of its record \S+{record} is another"
+    message = rf"checkpoint_00000003.pt \(\d+ bytes\) is damaged: the checksum of its record \S+{record} differs"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
 
@@ -162,15 +162,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, trained, monkeypatch):
 
 def test_missing(tmp_path, trained):
     save_checkpoint(tmp_path, take(*trained))
-    message = r"there is no checkpoint .*checkpoint_7.pt; its folder holds: checkpoint_00000003.pt"
+    message = r"there is no checkpoint .*checkpoint_7.pt; its folder has: checkpoint_00000003.pt"
     with pytest.raises(FileNotFoundError, match=message):
         load_checkpoint(tmp_path / "checkpoint_7.pt")
-    with pytest.raises(FileNotFoundError, match="its folder holds: none"):
+    with pytest.raises(FileNotFoundError, match="its folder has: none"):
         load_checkpoint(tmp_path / "none" / "x.pt")
 
 
 def test_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} holds no checkpoint (checkpoint_<step>.pt)")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} has no checkpoint (checkpoint_<step>.pt)")):
         load_checkpoint(tmp_path)
 
 
@@ -194,16 +194,14 @@ def test_another_archive(tmp_path):
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "x")
-    with pytest.raises(CheckpointError, match=r"images.zip \(\d+ bytes\) is damaged, or no checkpoint: "):
+    with pytest.raises(CheckpointError, match=r"images.zip \(\d+ bytes\) is damaged, or not a checkpoint: "):
         load_checkpoint(path)
 
 
 def test_objects_are_not_read(tmp_path):
     path = tmp_path / "x.pt"
     torch.save({"model": re.compile("x")}, path)
-    message = (
-        "is not a checkpoint of jepa_kit: it holds other things than tensors and plain values, which could run code"
-    )
+    message = "is not a checkpoint of jepa_kit: it contains more than tensors and plain values, which could run code"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
 
@@ -213,10 +211,10 @@ def test_objects_are_not_read(tmp_path):
     [
         (
             {"encoder": {}, "epoch": 3},
-            r"its format is None, not 'jepa_kit/1' \(it holds: encoder, epoch\); tools/convert_",
+            r"its format is None, not 'jepa_kit/1' \(it contains: encoder, epoch\); tools/convert_",
         ),
-        ({"format": "jepa_kit/9"}, r"its format is 'jepa_kit/9', not 'jepa_kit/1' \(it holds: format\)"),
-        ([1, 2], r"its format is None, not 'jepa_kit/1' \(it holds: list\)"),
+        ({"format": "jepa_kit/9"}, r"its format is 'jepa_kit/9', not 'jepa_kit/1' \(it contains: format\)"),
+        ([1, 2], r"its format is None, not 'jepa_kit/1' \(it contains: list\)"),
     ],
 )
 def test_checkpoints_of_other_code(tmp_path, content, message):
@@ -291,7 +289,7 @@ def test_resume_policy(tmp_path, trained):
     assert plan_resume(Store(tmp_path), resume=True) is None
     path = save_checkpoint(tmp_path, take(*trained))
     assert str(plan_resume(Store(tmp_path), resume=True)) == str(path)
-    message = r"already holds a run \(checkpoint_00000003.pt\): give --resume to go on with it, or another --output-dir"
+    message = r"already contains a run \(checkpoint_00000003.pt\): give --resume to resume it, or another --output-dir"
     with pytest.raises(ValueError, match=message):
         plan_resume(Store(tmp_path), resume=False)
 
@@ -305,7 +303,7 @@ def test_an_output_folder_that_is_a_file(tmp_path):
 def test_a_run_without_a_checkpoint_is_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert plan_resume(Store(tmp_path), resume=True) is None
-    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\)"):
+    with pytest.raises(ValueError, match=r"already contains a run \(metrics.jsonl\)"):
         plan_resume(Store(tmp_path), resume=False)
 
 

@@ -183,7 +183,7 @@ def test_damaged_ones_elsewhere(away, handler, tmp_path, capsys):
     latest.write_bytes(latest.read_bytes()[:-200])  # a copy that was cut short
     message = (
         rf"^{address}6.pt \(\d+ bytes\) is cut short: its end is missing; the last good one is checkpoint_00000004.pt; "
-        rf"`--resume {address}4.pt` goes on from it"
+        rf"`--resume {address}4.pt` resumes from it"
     )
     with pytest.raises(CheckpointError, match=message):
         train(config, resume=True)
@@ -193,7 +193,7 @@ def test_damaged_ones_elsewhere(away, handler, tmp_path, capsys):
     names = [f"checkpoint_0000000{n}.pt" for n in (2, 4, 6)]
     assert there(handler) == sorted([*names, "checkpoint_00000006.pt.set_aside", "config.yaml"])
     assert load_checkpoint(latest).step == 6
-    with pytest.raises(FileNotFoundError, match=rf"there is no checkpoint {address}5.pt; its folder holds: chec"):
+    with pytest.raises(FileNotFoundError, match=rf"there is no checkpoint {address}5.pt; its folder has: chec"):
         train(config, resume=True, resume_from=f"{address}5.pt")
     for name in names:
         torch.save({"state_dict": {}}, latest.with_name(name))
@@ -254,7 +254,7 @@ def test_an_output_folder_is_no_address(tiny):
 def test_a_place_that_holds_another_run(away, handler, tmp_path):
     train(away())
     message = (
-        rf"{handler.PREFIX}a already holds a run \({{}}\): give --resume to go on with it, or another --output-dir and "
+        rf"{handler.PREFIX}a already contains a run \({{}}\): give --resume to resume it, or another --output-dir and "
         "checkpoint.dir"
     )
     with pytest.raises(ValueError, match=message.format("checkpoint_00000006.pt")):
@@ -278,7 +278,7 @@ def test_a_run_whose_folder_is_lost_goes_on(away, handler, tmp_path, capsys):
 def test_a_place_that_is_not_where_the_run_left_off(away, tiny, handler, tmp_path):
     train(away())
     message = (
-        rf"checkpoint.dir leads to .*run, which holds no checkpoint, but the run in .*run has {handler.PREFIX}a/"
+        rf"checkpoint.dir leads to .*run, which has no checkpoint, but the run in .*run has {handler.PREFIX}a/"
         "checkpoint_00000006.pt: bring its checkpoints there first, or leave the option as it was"
     )
     with pytest.raises(ValueError, match=message):
@@ -303,7 +303,7 @@ def test_another_folder(tiny, tmp_path, capsys):
     capsys.readouterr()
     train(config, resume=True)
     assert "resumed at step 4\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"kept already holds a run \(checkpoint_00000006.pt\)"):
+    with pytest.raises(ValueError, match=r"kept already contains a run \(checkpoint_00000006.pt\)"):
         train(tiny(f"checkpoint.dir={tmp_path / 'kept'}", f"train.output_dir={tmp_path / 'other'}"))
     (tmp_path / "a file").write_text("")
     with pytest.raises(ValueError, match=r"checkpoint.dir \(='.*a file'\) must be a folder, but it is a file"):

@@ -57,7 +57,9 @@ def test_the_same_command_started_again_goes_on(config, run, dies_at, monkeypatc
     dies_at(9)
     train(config, resume=True, resume_from=back)
     printed = capsys.readouterr().out
-    assert "note: the run went back to checkpoint_00000002.pt before; this start goes on from the latest\n" in printed
+    assert (
+        "note: the run was resumed from checkpoint_00000002.pt before; this start resumes from the latest\n" in printed
+    )
     assert "resumed at step 4\n" in printed
     assert "set aside" not in printed
     assert [line["step"] for line in read_metrics(run)] == list(range(6))
@@ -88,8 +90,9 @@ def test_a_file_that_is_not_of_the_run(config, run, tmp_path, named, monkeypatch
     named = named.format("checkpoint_00000005.pt")
     before = names(run)
     message = (
-        rf"--resume \(='{named}'\) is no checkpoint of the run in .*run, which holds: checkpoint_00000001.pt, .*06.pt. "
-        "--resume alone goes on from the latest"
+        rf"--resume \(='{named}'\) is not a checkpoint of the run in .*run, which has: checkpoint_00000001.pt, .*06.pt"
+        r". "
+        "--resume alone resumes from the latest"
     )
     with pytest.raises(ValueError, match=message):
         train(config, resume=True, resume_from=named)
@@ -106,10 +109,10 @@ def test_the_file_that_the_run_began_from(config, run, tiny, tmp_path, capsys):
     for _ in range(2):  # the second from a checkpoint of the first
         capsys.readouterr()
         train(other, resume=True, resume_from=str(released))
-        assert f"note: {released} is where the run began; it goes on from its latest checkpoint\n" in (
+        assert f"note: {released} is where the run began; it resumes from its latest checkpoint\n" in (
             capsys.readouterr().out
         )
-    message = r"is no checkpoint of the run .*; nor is it what the run began from \(epoch1.pth.tar\)"
+    message = r"is not a checkpoint of the run .*; nor is it what the run began from \(epoch1.pth.tar\)"
     with pytest.raises(ValueError, match=message):
         train(other, resume=True, resume_from="epoch2.pth.tar")
 
@@ -121,7 +124,8 @@ def test_a_checkpoint_of_another_step_than_its_name(config, run, name, step):
     path.unlink()
     write_archive(content | {"step": step}, checkpoint_path(run, name))
     message = (
-        rf"checkpoint_0*{name}.pt holds step {step}, which is not that of its name, or is after the run's last \(=6\); "
+        rf"checkpoint_0*{name}.pt contains step {step}, which is not that of its name, or is after the run's last "
+        r"\(=6\); "
         "the last good one is checkpoint_00000005.pt"
     )
     with pytest.raises(CheckpointError, match=message):
