@@ -6,8 +6,6 @@ import torch
 from PIL import Image
 
 import jepa_kit
-from jepa_kit.build import build_recipe
-from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.formats import write
 from jepa_kit.interop.frozen import FrozenEncoder
@@ -157,12 +155,3 @@ def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
 def test_nothing_else_is_offered():
     with pytest.raises(AttributeError, match="module 'jepa_kit' has no attribute 'load_encoders'"):
         _ = jepa_kit.load_encoders
-
-
-def test_a_checkpoint_with_earlier_names_of_options(tiny, tmp_path):
-    config = tiny()
-    raw = config.to_dict()
-    del raw["checkpoint"]
-    raw["train"] |= {"checkpoint_every": 3, "keep_checkpoints": 2}
-    path = save_checkpoint(tmp_path, Checkpoint(3, build_recipe(config).state_dict(), {}, raw, {}, {}))
-    assert load_encoder(path).embed(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
