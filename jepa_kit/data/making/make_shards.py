@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa_kit.data.errors import Refusal
 from jepa_kit.data.making.sample_workers import Workers
-from jepa_kit.data.making.write_log import FolderState, WriteLog, clear, existing, folders_with_shards
+from jepa_kit.data.making.write_log import WriteLog, clear, existing, folders_with_shards
 from jepa_kit.data.order import permutation
 from jepa_kit.data.shards.writing import INDEX, Packed, tar_size, write_index, write_packed
 from jepa_kit.data.sources.base import Source
@@ -143,18 +143,18 @@ def make(
         ValueError: all samples of a split were refused.
         BrokenProcessPool: a worker died.
     """
-    states = [log.open(len(numbers)) for log, numbers in zip(logs, plan.values(), strict=True)]
-    show(sum(state.end for state in states))
+    for log, numbers in zip(logs, plan.values(), strict=True):
+        log.open(len(numbers))
+    show(sum(log.end for log in logs))
     made: list[Made] = []
     with Workers(source, workers) as pool:
-        for log, state, numbers in zip(logs, states, plan.values(), strict=True):
-            if state.whole:
+        for log, numbers in zip(logs, plan.values(), strict=True):
+            if log.complete:
                 continue
-            feed = _Feed(pool.samples(numbers[state.end :]), states, state, limits, show)
+            feed = _Feed(pool.samples(numbers[log.end :]), logs, log, limits, show)
             while feed.left():
-                path = os.path.join(log.folder, f"shard-{len(state.shards):06d}.tar")
-                log.add(state, *write_packed(path, feed.shard()))
-            made.append(_finish(log, state, source))
+                log.add(*write_packed(os.path.join(log.folder, f"shard-{len(log.shards):06d}.tar"), feed.shard()))
+            made.append(_finish(log, source))
     return made
 
 
@@ -173,12 +173,12 @@ class TooManyRefused(ValueError):
 
 
 class _Feed:
-    """The samples of one split, shard by shard; refused ones are recorded in the state of the split.
+    """The samples of one split, shard by shard; refused ones are recorded in its log.
 
     Args:
         samples: those that are left.
-        states: of all splits, which share the limit of refused samples.
-        state: of this split; its ``end`` follows the samples.
+        logs: of all splits, which share the limit of refused samples.
+        log: of this split; its ``end`` follows the samples.
         limits: of shards and of refused samples.
         show: called with the number of samples done.
     """
@@ -186,15 +186,14 @@ class _Feed:
     def __init__(
         self,
         samples: Iterator[Packed | Refusal],
-        states: Sequence[FolderState],
-        state: FolderState,
+        logs: Sequence[WriteLog],
+        log: WriteLog,
         limits: Limits,
         show: Callable[[int], None],
     ) -> None:
-        self._samples, self._all, self._state = samples, states, state
-        self._limits, self._show = limits, show
+        self._samples, self._logs, self._log, self._limits, self._show = samples, logs, log, limits, show
         self._next: Packed | None = None
-        self._total = sum(s.total for s in states)
+        self._total = sum(log.total for log in logs)
 
     def left(self) -> bool:
         """Return whether a sample is left that is not refused.
@@ -208,12 +207,12 @@ class _Feed:
                 return False
             if isinstance(found, Packed):
                 self._next = found
-                self._state.notes.update(filter(None, [found.note]))
+                self._log.notes.update(filter(None, [found.note]))
             else:
-                self._state.refused.append(found)
+                self._log.refused.append(found)
                 self._advance()
-                if sum(len(s.refused) for s in self._all) > self._limits.refused * self._total:
-                    refused = [entry for state in self._all for entry in state.refused]
+                if sum(len(log.refused) for log in self._logs) > self._limits.refused * self._total:
+                    refused = [entry for log in self._logs for entry in log.refused]
                     raise TooManyRefused(refused, self._total, self._limits.refused)
         return True
 
@@ -230,28 +229,29 @@ class _Feed:
             yield sample
 
     def _advance(self) -> None:
-        self._state.end += 1
-        self._show(sum(state.end for state in self._all))
+        self._log.end += 1
+        self._show(sum(log.end for log in self._logs))
 
 
-def _finish(log: WriteLog, state: FolderState, source: Source) -> Made:
+def _finish(log: WriteLog, source: Source) -> Made:
     """Write the index of a split."""
-    folder = log.folder
-    state.refused.sort(key=lambda entry: entry.name)
-    if not state.shards:
-        clear([folder])
-        raise ValueError(f"source (={log.made_by.get('source')!r}) has no image for {folder}: {listed(state.refused)}")
+    log.refused.sort(key=lambda entry: entry.name)
+    if not log.shards:
+        clear([log.folder])
+        raise ValueError(
+            f"source (={log.made_by.get('source')!r}) has no image for {log.folder}: {listed(log.refused)}"
+        )
     write_index(
-        folder,
-        state.shards,
-        state.rows,
+        log.folder,
+        log.shards,
+        log.rows,
         classes=source.classes,
-        refused=state.refused,
+        refused=log.refused,
         made_by=log.made_by,
         mask_classes=source.mask_classes,
     )
-    samples, size = sum(s.samples for s in state.shards), sum(s.bytes for s in state.shards)
-    return Made(folder, samples, len(state.shards), size, state.refused, dict(state.notes))
+    samples, size = sum(s.samples for s in log.shards), sum(s.bytes for s in log.shards)
+    return Made(log.folder, samples, len(log.shards), size, log.refused, dict(log.notes))
 
 
 def listed(refused: Sequence[Refusal]) -> str:

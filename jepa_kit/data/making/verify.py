@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,22 +49,21 @@ def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Repor
     if not folders:
         raise ValueError(f"--verify (={out!r}) has no {INDEX}, nor does a folder in it: there is nothing to compare")
     problems: list[str] = []
-    tasks: list[tuple[str, dict[str, Any], dict[str, NDArray[Any]], bool]] = []
+    tasks: list[_Task] = []
     for folder in folders:
         try:
-            entries, foreign = _entries(folder)
+            found = _read_tasks(folder)
         except ValueError as error:
             problems.append(str(error))
             continue
-        tasks += [(folder, entry, part, foreign) for entry, part in entries]
-        listed = {entry["file"] for entry, _ in entries}
-        extra = {os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.tar"))} - listed
-        problems += [f"{os.path.join(folder, name)}: {INDEX} does not list it" for name in sorted(extra)]
-    total, done = sum(entry["bytes"] for _, entry, *_ in tasks), 0
+        tasks += found
+        extra = set(glob.glob(os.path.join(glob.escape(folder), "*.tar"))) - {task.path for task in found}
+        problems += [f"{path}: {INDEX} does not list it" for path in sorted(extra)]
+    total, done = sum(task.entry["bytes"] for task in tasks), 0
     with ThreadPoolExecutor(workers) as pool:
-        for (folder, entry, *_), found in zip(tasks, pool.map(lambda task: _check(*task), tasks), strict=True):
-            problems += [f"{os.path.join(folder, entry['file'])}: {text}" for text in found]
-            done += entry["bytes"]
+        for task, differences in zip(tasks, pool.map(_compare, tasks), strict=True):
+            problems += [f"{task.path}: {text}" for text in differences]
+            done += task.entry["bytes"]
             show(done, total)
     return Report(len(tasks), problems)
 
@@ -73,8 +72,26 @@ def _has(folder: str, name: str) -> bool:
     return os.path.exists(os.path.join(folder, name))
 
 
-def _entries(folder: str) -> tuple[list[tuple[dict[str, Any], dict[str, NDArray[Any]]]], bool]:
-    """Return each shard of the index with its rows of the arrays, and whether the shards are foreign.
+class _Task(NamedTuple):
+    """A shard to compare with its index.
+
+    Attributes:
+        path: of the shard.
+        entry: of the index.
+        labels: names of the columns of its labels.
+        arrays: file name of an array -> the rows of the shard.
+        foreign: whether another tool wrote the shard.
+    """
+
+    path: str
+    entry: dict[str, Any]
+    labels: list[str]
+    arrays: dict[str, NDArray[Any]]
+    foreign: bool
+
+
+def _read_tasks(folder: str) -> list[_Task]:
+    """Return the shards of an index.
 
     Raises:
         ValueError: the index or an array cannot be used; the message begins with its path.
@@ -83,18 +100,18 @@ def _entries(folder: str) -> tuple[list[tuple[dict[str, Any], dict[str, NDArray[
         raise ValueError(f"{os.path.join(folder, UNFINISHED)}: a run was interrupted: run its command again")
     index = read_index(os.path.join(folder, INDEX))
     arrays = {name: read_array(folder, name, index) for name in array_names(index)}
-    entries, start = [], 0
+    tasks, start = [], 0
     for entry in index["shards"]:
-        part = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}
-        part |= {f"label {name}": part[LABELS][:, k] for k, name in enumerate(index["labels"])}
-        entries.append((entry, part))
+        rows = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}
+        path = os.path.join(folder, entry["file"])
+        tasks.append(_Task(path, entry, [*index["labels"]], rows, is_foreign(index)))
         start += entry["samples"]
-    return entries, is_foreign(index)
+    return tasks
 
 
-def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]], foreign: bool) -> list[str]:
+def _compare(task: _Task) -> list[str]:
     """Return the differences of a shard from its index."""
-    path = os.path.join(folder, entry["file"])
+    path, entry = task.path, task.entry
     if not os.path.isfile(path):
         return ["it is missing"]
     size = os.path.getsize(path)
@@ -104,16 +121,17 @@ def _check(folder: str, entry: dict[str, Any], part: dict[str, NDArray[Any]], fo
         return [f"its bytes have changed: their SHA-256 is not that of {INDEX}"]
     seen = scan(path, entry["file"])
     rows = seen.rows
-    found = [f"{name}: {reason}" for name, reason in seen.refused if not foreign]
+    found = [f"{name}: {reason}" for name, reason in seen.refused if not task.foreign]
     if len(rows.keys) != entry["samples"]:
         return [*found, f"it has {len(rows.keys)} samples, but {INDEX} says {entry['samples']}"]
-    if [key.encode("utf-8") for key in rows.keys] != part[KEYS].tolist():
+    if [key.encode("utf-8") for key in rows.keys] != task.arrays[KEYS].tolist():
         found.append(f"its keys are not those of {KEYS}")
-    if not np.array_equal(rows.offsets, part[OFFSETS]):
-        found.append(f"its members are not where {OFFSETS} says")
-    if MASKS in part and not np.array_equal(rows.masks, part[MASKS]):
-        found.append(f"its masks are not where {MASKS} says")
-    labels = {key.removeprefix("label "): numbers for key, numbers in part.items() if key.startswith("label ")}
+    if not np.array_equal(rows.offsets, task.arrays[OFFSETS]):
+        found.append(f"its members are not at the offsets of {OFFSETS}")
+    if MASKS in task.arrays and not np.array_equal(rows.masks, task.arrays[MASKS]):
+        found.append(f"its masks are not at the offsets of {MASKS}")
     none = np.full(len(rows.keys), -1)
-    wrong = [name for name, numbers in labels.items() if not np.array_equal(rows.labels.get(name, none), numbers)]
-    return found + [f"its labels {name!r} are not those of {LABELS}" for name in wrong]
+    for name, numbers in zip(task.labels, task.arrays[LABELS].T, strict=True):
+        if not np.array_equal(rows.labels.get(name, none), numbers):
+            found.append(f"its labels {name!r} are not those of {LABELS}")
+    return found

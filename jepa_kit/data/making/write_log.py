@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,46 +28,36 @@ WRITTEN = ("shard-*.tar", ".*.part*", INDEX, OFFSETS, LABELS, KEYS, MASKS, UNFIN
 """Names of all files that a writer creates in a folder of shards."""
 
 
-@dataclass
-class FolderState:
-    """The state of a folder of shards.
+class WriteLog:
+    """The file ``UNFINISHED`` of one folder, and the state of the folder that it records.
+
+    Args:
+        folder: of the shards.
+        made_by: the options that determine the bytes.
 
     Attributes:
-        total: its samples, including refused ones.
+        total: samples of the folder, including refused ones.
         end: the number of samples that are in shards or refused.
-        whole: whether its index is written.
+        complete: whether the index is written.
         shards, rows: of the complete shards.
         refused: samples that were left out.
         notes: note on an image -> number of images of this run.
     """
 
-    total: int
-    end: int = 0
-    whole: bool = False
-    shards: list[Shard] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    logged: int = 0
-    """Number of refusals that are in the log."""
-
-
-class WriteLog:
-    """The file ``UNFINISHED`` of one folder.
-
-    Args:
-        folder: of the shards.
-        made_by: the options that determine the bytes.
-    """
-
     def __init__(self, folder: str, made_by: Mapping[str, Any]) -> None:
         self.folder, self.made_by = folder, json.loads(json.dumps(made_by))
-        self.path = os.path.join(folder, UNFINISHED)
+        self.path, self.index = os.path.join(folder, UNFINISHED), os.path.join(folder, INDEX)
+        self.total, self.end, self.complete = 0, 0, False
+        self.shards: list[Shard] = []
+        self.rows: list[Rows] = []
+        self.refused: list[Refusal] = []
+        self.notes: Counter[str] = Counter()
+        self._logged = 0  # refused samples that are in the log
 
     def begin(self) -> None:
         """Create the folder and ``UNFINISHED``, unless they exist or the folder is finished."""
         os.makedirs(self.folder, exist_ok=True)
-        if not os.path.exists(self.path) and not os.path.exists(os.path.join(self.folder, INDEX)):
+        if not os.path.exists(self.path) and not os.path.exists(self.index):
             self._append({"made_by": self.made_by})
 
     def differs(self) -> str | None:
@@ -79,9 +69,8 @@ class WriteLog:
             lines = self._lines()
             before = lines[0].get("made_by") if lines else self.made_by  # killed before its first line was complete
             verb = "has an unfinished run of another command"
-        elif os.path.exists(os.path.join(self.folder, INDEX)):
-            with open(os.path.join(self.folder, INDEX), encoding="utf-8") as stream:
-                before = json.load(stream).get("made_by")
+        elif os.path.exists(self.index):
+            before = json.loads(Path(self.index).read_text(encoding="utf-8")).get("made_by")
             verb = f"already has shards ({found[0]}) of another command"
         else:
             return f"already has shards ({found[0]}) of unknown origin"
@@ -89,18 +78,21 @@ class WriteLog:
             return None
         return f"{verb} ({difference(before or {}, self.made_by)})"
 
-    def open(self, total: int) -> FolderState:
-        """Return the state of the folder, and delete incomplete files.
+    def open(self, total: int) -> None:
+        """Read the state of the folder, and delete incomplete files.
+
+        Args:
+            total: samples of the folder.
 
         Raises:
             ValueError: a shard in the log is missing or has changed.
         """
-        state = FolderState(total)
+        self.total = total
         if not os.path.exists(self.path):
-            with open(os.path.join(self.folder, INDEX), encoding="utf-8") as stream:
-                state.refused = [Refusal(**entry) for entry in json.load(stream)["refused"]]
-            state.end, state.whole = total, True
-            return state
+            index = json.loads(Path(self.index).read_text(encoding="utf-8"))
+            self.refused = [Refusal(**entry) for entry in index["refused"]]
+            self.end, self.complete = total, True
+            return
         lines = self._lines()
         for line in lines[1:]:
             shard = Shard(**line["shard"])
@@ -109,25 +101,24 @@ class WriteLog:
                 raise ValueError(
                     f"{path} of the interrupted run is missing or has changed: start again with --overwrite"
                 )
-            state.shards.append(shard)
-            state.rows.append(scan(path, shard.file).rows)
-            state.refused += [Refusal(**entry) for entry in line["refused"]]
-            state.end = line["end"]
-        state.logged = len(state.refused)
-        keep = {UNFINISHED, *(shard.file for shard in state.shards)}
+            self.shards.append(shard)
+            self.rows.append(scan(path, shard.file).rows)
+            self.refused += [Refusal(**entry) for entry in line["refused"]]
+            self.end = line["end"]
+        self._logged = len(self.refused)
+        keep = {UNFINISHED, *(shard.file for shard in self.shards)}
         for path in existing(self.folder):
             if os.path.basename(path) not in keep:
                 os.remove(path)
         write_json_lines(Path(self.path), lines or [{"made_by": self.made_by}])  # without an incomplete last line
-        return state
 
-    def add(self, state: FolderState, shard: Shard, rows: Rows) -> None:
+    def add(self, shard: Shard, rows: Rows) -> None:
         """Add a complete shard to the log and to the state."""
-        refused = [entry._asdict() for entry in state.refused[state.logged :]]
-        self._append({"shard": asdict(shard), "end": state.end, "refused": refused})
-        state.logged = len(state.refused)
-        state.shards.append(shard)
-        state.rows.append(rows)
+        refused = [entry._asdict() for entry in self.refused[self._logged :]]
+        self._append({"shard": asdict(shard), "end": self.end, "refused": refused})
+        self._logged = len(self.refused)
+        self.shards.append(shard)
+        self.rows.append(rows)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as stream:

@@ -35,13 +35,13 @@ class Source(Protocol):
 
     classes: dict[str, tuple[str, ...]]
     """Label name -> the names of its classes."""
-    mask_classes: tuple[str, ...]
+    mask_classes: tuple[str, ...] = ()
     """Names of the classes of masks; empty if there are no masks or their names are unknown."""
     splits: dict[str, IntArray]
     """Subfolder of the output -> numbers of its samples; one entry, '', if the source has no splits."""
-    mixed: bool
+    mixed: bool = False
     """Whether the samples are in random order already."""
-    notes: list[str]
+    notes: Sequence[str] = ()
     """Messages for the user, a line each."""
 
     def __len__(self) -> int: ...

@@ -21,7 +21,7 @@ from PIL import Image
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.shards.tars import STREAM_ERRORS, read_files
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Recode, fingerprint, unique_keys
+from jepa_kit.data.sources.base import Recode, Source, fingerprint, unique_keys
 from jepa_kit.rng import IntArray
 
 SIDE = 32
@@ -126,7 +126,7 @@ def _pixels(array: _Array) -> NDArray[np.uint8]:
     return np.frombuffer(array.raw, dtype=np.uint8).reshape(array.shape)
 
 
-class Cifar:
+class Cifar(Source):
     """The images of an archive, in the order of its batches.
 
     Args:
@@ -145,9 +145,7 @@ class Cifar:
             files = read_files(path, "r|*")
         except STREAM_ERRORS as error:
             raise ValueError(f"source (={path!r}) is not a complete tar archive: {error}") from error
-        self.recode, self.mixed = recode, False
-        self.mask_classes: tuple[str, ...] = ()
-        self.notes: list[str] = []
+        self.recode = recode
         images: list[NDArray[np.uint8]] = []
         names: list[str] = []
         self.splits: dict[str, IntArray] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Recode, Refused, fingerprint, unique_keys, whole
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, unique_keys, whole
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
 
 READ_ERRORS = (OSError, RuntimeError)
@@ -18,11 +18,11 @@ Read = Callable[[int], bytes]
 
 
 class Listing(NamedTuple):
-    """The files of a folder or an archive.
+    """The files of a folder, an archive or a table.
 
     Attributes:
-        names: paths inside the source, with forward slashes, sorted.
-        sizes: in bytes.
+        names: paths inside the source, with forward slashes; sorted, except those of a table.
+        sizes: in bytes; -1 for a missing file.
         read: number -> bytes of the file; can be pickled.
         num_hidden: hidden files, which are left out.
         of_tars: whether they are files of tars inside a tar; the first folder of a name is then the name of its tar.
@@ -35,34 +35,21 @@ class Listing(NamedTuple):
     of_tars: bool = False
 
 
-class Files:
+class Files(Source):
     """A source of image files.
 
     Args:
-        names: paths inside the source, with forward slashes; sorted by the caller.
-        read: number -> bytes of the file.
+        listing: the files.
         labels: of the files.
         recode: whether and how images are encoded again.
-        sizes: of the files in bytes, if known; they are part of the fingerprint.
         notes: messages for the user.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        read: Read,
-        *,
-        labels: Labels,
-        recode: Recode,
-        sizes: Sequence[int] = (),
-        notes: Sequence[str] = (),
-    ) -> None:
-        self.names, self.labels, self.recode, self.sizes = names, labels, recode, sizes
-        self.read = read
-        self._keys = unique_keys(names)
-        self.classes = labels.classes
-        self.mask_classes: tuple[str, ...] = ()
-        self.splits, self.mixed, self.notes = whole(len(names)), False, [*notes, *labels.notes]
+    def __init__(self, listing: Listing, labels: Labels, recode: Recode, notes: Sequence[str] = ()) -> None:
+        self.names, self.sizes, self.read = listing.names, listing.sizes, listing.read
+        self.labels, self.classes, self.recode = labels, labels.classes, recode
+        self._keys = unique_keys(self.names)
+        self.splits, self.notes = whole(len(self.names)), [*notes, *labels.notes]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -135,14 +122,13 @@ def _size(path: str) -> int:
     return os.path.getsize(path) if os.path.exists(path) else -1  # a broken link is refused when it is read
 
 
-def open_table(path: str, *, path_column: str, label_columns: Sequence[str], recode: Recode) -> Files:
-    """Return a source with an image for each row of a table, in the order of the table.
+def table_files(path: str, path_column: str, label_columns: Sequence[str]) -> tuple[Listing, Labels]:
+    """List the images of a table, one for each row, in the order of the table.
 
     Args:
         path: of the table; paths in it are relative to its folder.
         path_column: column of the paths.
         label_columns: see ``table_labels``.
-        recode: see ``Files``.
 
     Raises:
         ValueError: the table is not readable, or lacks one of these columns.
@@ -152,4 +138,4 @@ def open_table(path: str, *, path_column: str, label_columns: Sequence[str], rec
     names = [_with_slashes(name, root) for name in table_column(table, path_column, path)]
     labels = table_labels(table, label_columns, path, without=[path_column])
     sizes = [_size(os.path.join(root, name)) for name in names]
-    return Files(names, partial(_read_file, root, names), labels=labels, recode=recode, sizes=sizes)
+    return Listing(names, sizes, partial(_read_file, root, names), 0), labels

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from jepa_kit.data.shards.writing import MAX_CLASSES, Sample
-from jepa_kit.data.sources.base import Recode, Refused, fingerprint
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint
 from jepa_kit.data.sources.labels import Labels, named_labels
 from jepa_kit.registry import did_you_mean
 from jepa_kit.rng import IntArray
 
 
-class HubDataset:
+class HubDataset(Source):
     """The rows of a Hugging Face data set, split by split.
 
     Args:
@@ -39,9 +39,7 @@ class HubDataset:
         features = next(iter(parts.values())).features
         self.column = _image_column(name, features, image_column)
         self.labels = _labels(name, parts, label_columns)
-        self.classes, self.mixed = self.labels.classes, False
-        self.mask_classes: tuple[str, ...] = ()
-        self.notes: list[str] = []
+        self.classes = self.labels.classes
         self.splits: dict[str, IntArray] = {}
         self._parts, self._starts, start = [], [], 0
         for split, part in parts.items():

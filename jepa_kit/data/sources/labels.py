@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -57,17 +57,22 @@ class Labels:
         for name, own in self.classes.items():
             if name not in classes:
                 raise ValueError(f"label (={name!r}) is not among the labels of --classes-from: {', '.join(classes)}")
-            number = {text: k for k, text in enumerate(classes[name])}
-            used = [own[k] for k in np.unique(self.values[name]) if k >= 0]
-            unknown = [text for text in used if text not in number]
+            known = set(classes[name])
+            unknown = [own[k] for k in np.unique(self.values[name]) if k >= 0 and own[k] not in known]
             if unknown:
                 raise ValueError(
                     f"class (={unknown[0]!r}) of label {name!r} is not among the classes of --classes-from"
-                    f"{did_you_mean(unknown[0], number)} Unknown are: {', '.join(unknown[:10])}"
+                    f"{did_you_mean(unknown[0], classes[name])} Unknown are: {', '.join(unknown[:10])}"
                 )
-            table = np.array([number.get(text, -1) for text in own] + [-1], dtype=np.int64)
+            table = np.append(_encode(own, classes[name]), -1)  # the last one for -1, no label
             values[name] = table[self.values[name]]
-        return Labels({name: tuple(classes[name]) for name in self.classes}, values, self.missing)
+        return Labels({name: tuple(classes[name]) for name in self.classes}, values, self.missing, self.notes)
+
+
+def _encode(texts: Iterable[str], classes: Iterable[str]) -> IntArray:
+    """Return [n] the class numbers of texts, -1 for other texts."""
+    number = {text: k for k, text in enumerate(classes)}
+    return np.array([number.get(text, -1) for text in texts], dtype=np.int64)
 
 
 def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> Labels:
@@ -94,8 +99,7 @@ def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> L
                 raise ValueError(f"label {name!r} has class number (={most}), which must be below {MAX_CLASSES}")
             numbers = range(most + 1) if least >= 0 else sorted(set(integers.values()))
             classes[name] = tuple(str(k) for k in numbers)
-            place = {k: place for place, k in enumerate(numbers)}
-            number = {text: place[k] for text, k in integers.items()}
+            values[name] = _encode((str(integers[text]) if text else "" for text in texts), classes[name])
             if least < 0:
                 notes.append(
                     f"label {name!r} has numbers below 0: its classes are numbered in their order, {least} as 0; if "
@@ -103,8 +107,7 @@ def named_labels(columns: Mapping[str, Sequence[str]], missing: str | None) -> L
                 )
         else:
             classes[name] = tuple(sorted(found))
-            number = {text: k for k, text in enumerate(classes[name])}
-        values[name] = np.array([number.get(text, -1) for text in texts], dtype=np.int64)
+            values[name] = _encode(texts, classes[name])
     return Labels(classes, values, missing, tuple(notes))
 
 
@@ -128,9 +131,7 @@ def folder_labels(names: Sequence[str], label_from: LabelFrom) -> Labels:
     found = sorted(set(wanted) - {""})
     if not found:
         raise ValueError(f"label_from (={label_from!r}) must be 'none': no file of the source is in a folder")
-    number = {name: k for k, name in enumerate(found)}
-    values = np.array([number.get(name, -1) for name in wanted], dtype=np.int64)
-    return Labels({"class": tuple(found)}, {"class": values}, "is not in a class folder")
+    return Labels({"class": tuple(found)}, {"class": _encode(wanted, found)}, "is not in a class folder")
 
 
 def split_notes(names: Sequence[str], path: str) -> list[str]:
@@ -283,10 +284,9 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
         twice = next(file for k, file in enumerate(files) if file in files[:k])
         raise ValueError(f"--labels (={path!r}) must name each file once, but names {twice!r} twice")
     for short in (str, os.path.basename, _stem):
-        place = {short(file): k for k, file in enumerate(files)}
-        row = np.array([place.get(short(name), -1) for name in names], dtype=np.int64)
+        row = _encode(map(short, names), map(short, files))
         # a shorter name that several files have cannot be used
-        unique = len(place) == len(files) and len(set(map(short, names))) == len(names)
+        unique = len(set(map(short, files))) == len(files) and len(set(map(short, names))) == len(names)
         if unique and (row >= 0).any():
             break
     else:

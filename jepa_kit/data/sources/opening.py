@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from jepa_kit.data.shards.index import read_index
@@ -10,8 +11,8 @@ from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.data.sources.archives import ARCHIVES, tar_files, zip_files
 from jepa_kit.data.sources.base import Recode, Source
 from jepa_kit.data.sources.cifar import Cifar, cifar_folder
-from jepa_kit.data.sources.files import Files, folder_files, open_table
-from jepa_kit.data.sources.labels import LabelFrom, folder_labels, label_file, read_lines, split_notes
+from jepa_kit.data.sources.files import Files, Listing, folder_files, table_files
+from jepa_kit.data.sources.labels import LabelFrom, Labels, folder_labels, label_file, read_lines, split_notes
 from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.registry import did_you_mean
 
@@ -107,9 +108,8 @@ def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -
         raise ValueError(f"source (={name!r}) contains shards: give wds:{name} to copy them into new ones")
     if name.endswith(TABLES):
         _check_used(options, _TABLE)
-        column, labels = options.path_column or "path", options.label_column or ()
-        files = open_table(name, path_column=column, label_columns=labels, recode=options.recode)
-        return _numbered(files, options) if options.classes_from else files
+        listing, labels = table_files(name, options.path_column or "path", options.label_column or ())
+        return _files(listing, labels, options)
     if name.endswith((".tar", ".tar.gz", ".tgz")) and cifar_folder(name):
         _check_used(options, _IMAGES)
         return Cifar(name, options.recode)
@@ -145,8 +145,14 @@ def open_files(path: str, options: SourceOptions, *, scratch: str) -> Files:
         columns, path_column = options.label_column or (), options.path_column or "path"
         labels, more = label_file(options.labels, found.names, columns, path_column)
         notes += more
-    files = Files(found.names, found.read, labels=labels, recode=options.recode, sizes=found.sizes, notes=notes)
-    return _numbered(files, options) if options.classes_from else files
+    return _files(found, labels, options, notes)
+
+
+def _files(listing: Listing, labels: Labels, options: SourceOptions, notes: Sequence[str] = ()) -> Files:
+    """Return a source of files, with the class numbers of ``classes_from`` if it is given."""
+    if options.classes_from:
+        labels = labels.renumbered(_read_classes(options.classes_from, labels))
+    return Files(listing, labels, options.recode, notes)
 
 
 def _check_used(options: SourceOptions, used: tuple[str, ...]) -> None:
@@ -171,20 +177,16 @@ def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Sce
     return Scenes(num_scenes=count, size=(int(sides[0]), int(sides[-1])), seed=seed, masks=options.masks is not False)
 
 
-def _numbered(files: Files, options: SourceOptions) -> Files:
-    """Return the files with the class numbers of other shards, or of a list of classes."""
-    path = options.classes_from or ""
+def _read_classes(path: str, labels: Labels) -> dict[str, tuple[str, ...]]:
+    """Return label name -> the names of its classes, from shards or from a list of classes."""
     index = os.path.join(path, INDEX)
-    if not files.classes:
+    if not labels.classes:
         raise ValueError(f"--classes-from (={path}) numbers classes, but the source is unlabelled")
     if os.path.isfile(index):
-        classes: dict[str, tuple[str, ...]] = {k: tuple(v) for k, v in read_index(index)["labels"].items()}
-    elif os.path.isfile(path):
-        lines = read_lines(path, "--classes-from")
-        if len(set(lines)) < len(lines):
-            raise ValueError(f"--classes-from (={path}) must name each class once")
-        classes = {name: tuple(lines) for name in files.classes}
-    else:
+        return {k: tuple(v) for k, v in read_index(index)["labels"].items()}
+    if not os.path.isfile(path):
         raise ValueError(f"--classes-from (={path}) must be a folder of shards with an {INDEX}, or a list of classes")
-    labels = files.labels.renumbered(classes)
-    return Files(files.names, files.read, labels=labels, recode=files.recode, sizes=files.sizes, notes=files.notes)
+    lines = read_lines(path, "--classes-from")
+    if len(set(lines)) < len(lines):
+        raise ValueError(f"--classes-from (={path}) must name each class once")
+    return dict.fromkeys(labels.classes, tuple(lines))

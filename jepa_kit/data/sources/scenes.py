@@ -8,7 +8,7 @@ from PIL import Image
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.segmentation import Mask, encode_mask
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import fingerprint, whole
+from jepa_kit.data.sources.base import Source, fingerprint, whole
 from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, Scene, render
 
 MASK_CLASSES = ("background", *SHAPE_NAMES)
@@ -19,7 +19,7 @@ def shape_mask(scene: Scene) -> Mask:
     return np.concatenate([[0], scene.shapes + 1]).astype(np.uint8)[scene.mask]
 
 
-class Scenes:
+class Scenes(Source):
     """Scenes 0 to num_scenes - 1 of a seed, as PNG, with their labels and the mask of their shapes.
 
     Args:
@@ -40,7 +40,6 @@ class Scenes:
         self.classes = CLASSES
         self.mask_classes = MASK_CLASSES if masks else ()
         self.splits, self.mixed = whole(num_scenes), True
-        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return self.num_scenes

@@ -118,7 +118,7 @@ DAMAGES = {
     ),
     "offsets": (
         lambda f: edit_array(f, "offsets.npy", lambda a: a.__setitem__((12, 0), a[11, 0])),
-        [f"{SHARD}: its members are not where offsets.npy says"],
+        [f"{SHARD}: its members are not at the offsets of offsets.npy"],
     ),
     "labels": (
         lambda f: edit_array(f, "labels.npy", lambda a: a.__setitem__((12, 0), 3 - a[12, 0])),
@@ -130,13 +130,13 @@ DAMAGES = {
     ),
     "masks": (
         lambda f: edit_array(f, "masks.npy", lambda a: a.__setitem__((13, 1), 7)),
-        [f"{SHARD}: its masks are not where masks.npy says"],
+        [f"{SHARD}: its masks are not at the offsets of masks.npy"],
     ),
     "a header, without checksums": (  # of the first sample's label
         broken_header,
         [
             f"{SHARD}: before ",
-            f"{SHARD}: its members are not where offsets.npy says",
+            f"{SHARD}: its members are not at the offsets of offsets.npy",
             f"{SHARD}: its labels 'class' are not those of labels.npy",
         ],
     ),
