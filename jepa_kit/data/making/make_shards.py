@@ -151,9 +151,9 @@ def make(
         for log, numbers in zip(logs, plan.values(), strict=True):
             if log.complete:
                 continue
-            feed = _Feed(pool.samples(numbers[log.end :]), logs, log, limits, show)
-            while feed.left():
-                log.add(*write_packed(os.path.join(log.folder, f"shard-{len(log.shards):06d}.tar"), feed.shard()))
+            accepted = _accept(pool.samples(numbers[log.end :]), logs, log, limits.refused, show)
+            for shard in _split(accepted, limits):
+                log.add(*write_packed(os.path.join(log.folder, f"shard-{len(log.shards):06d}.tar"), shard))
             made.append(_finish(log, source))
     return made
 
@@ -172,65 +172,49 @@ class TooManyRefused(ValueError):
         super().__init__(f"{len(refused)} of {total} samples were refused, above --max-refused (={allowed}): {names}")
 
 
-class _Feed:
-    """The samples of one split, shard by shard; refused ones are recorded in its log.
+def _accept(
+    samples: Iterator[Packed | Refusal],
+    logs: Sequence[WriteLog],
+    log: WriteLog,
+    allowed: float,
+    show: Callable[[int], None],
+) -> Iterator[Packed]:
+    """Yield samples that are not refused, and record the others in the log of their split.
 
-    Args:
-        samples: those that are left.
-        logs: of all splits, which share the limit of refused samples.
-        log: of this split; its ``end`` follows the samples.
-        limits: of shards and of refused samples.
-        show: called with the number of samples done.
+    ``log.end`` counts a sample once the next one is requested, so that it excludes one that did not fit into a shard.
+
+    Raises:
+        TooManyRefused: more than the fraction ``allowed`` of the samples of all splits.
     """
-
-    def __init__(
-        self,
-        samples: Iterator[Packed | Refusal],
-        logs: Sequence[WriteLog],
-        log: WriteLog,
-        limits: Limits,
-        show: Callable[[int], None],
-    ) -> None:
-        self._samples, self._logs, self._log, self._limits, self._show = samples, logs, log, limits, show
-        self._next: Packed | None = None
-        self._total = sum(log.total for log in logs)
-
-    def left(self) -> bool:
-        """Return whether a sample is left that is not refused.
-
-        Raises:
-            TooManyRefused: more than the limits allow.
-        """
-        while self._next is None:
-            found = next(self._samples, None)
-            if found is None:
-                return False
-            if isinstance(found, Packed):
-                self._next = found
-                self._log.notes.update(filter(None, [found.note]))
-            else:
-                self._log.refused.append(found)
-                self._advance()
-                if sum(len(log.refused) for log in self._logs) > self._limits.refused * self._total:
-                    refused = [entry for log in self._logs for entry in log.refused]
-                    raise TooManyRefused(refused, self._total, self._limits.refused)
-        return True
-
-    def shard(self) -> Iterator[Packed]:
-        """Yield samples until the shard is full, or none are left."""
-        count = size = 0
-        while self.left():
-            assert self._next is not None
-            count, size = count + 1, size + len(self._next.data)
-            if count > 1 and not self._limits.allow(count, tar_size(size)):
-                return
-            sample, self._next = self._next, None
-            self._advance()
+    total = sum(log.total for log in logs)
+    for sample in samples:
+        if isinstance(sample, Packed):
+            log.notes.update(filter(None, [sample.note]))
             yield sample
+        else:
+            log.refused.append(sample)
+        log.end += 1
+        show(sum(log.end for log in logs))
+        if isinstance(sample, Refusal) and sum(len(log.refused) for log in logs) > allowed * total:
+            raise TooManyRefused([entry for log in logs for entry in log.refused], total, allowed)
 
-    def _advance(self) -> None:
-        self._log.end += 1
-        self._show(sum(log.end for log in self._logs))
+
+def _split(samples: Iterator[Packed], limits: Limits) -> Iterator[Iterator[Packed]]:
+    """Yield the samples of each shard; each iterator must be exhausted before the next one."""
+    sample = next(samples, None)
+
+    def shard() -> Iterator[Packed]:
+        nonlocal sample
+        count = size = 0
+        while sample is not None:
+            count, size = count + 1, size + len(sample.data)
+            if count > 1 and not limits.allow(count, tar_size(size)):
+                return
+            yield sample
+            sample = next(samples, None)
+
+    while sample is not None:
+        yield shard()
 
 
 def _finish(log: WriteLog, source: Source) -> Made:
@@ -238,9 +222,8 @@ def _finish(log: WriteLog, source: Source) -> Made:
     log.refused.sort(key=lambda entry: entry.name)
     if not log.shards:
         clear([log.folder])
-        raise ValueError(
-            f"source (={log.made_by.get('source')!r}) has no image for {log.folder}: {listed(log.refused)}"
-        )
+        name = log.made_by.get("source")
+        raise ValueError(f"source (={name!r}) has no image for {log.folder}: {listed(log.refused)}")
     write_index(
         log.folder,
         log.shards,
