@@ -51,6 +51,16 @@ def test_old_names_mean_the_new_ones(write: Write) -> None:
         assert old == lay_over(write, NEW)
 
 
+SHIPPED = sorted(Path(__file__).parents[2].glob("projects/*/configs/*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
+def test_shipped_configs_have_new_names(file: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_config(file)
+
+
 def test_every_new_name_exists() -> None:
     for new in filter(None, OPTIONS.values()):
         section, key = new.split(".")
