@@ -1,8 +1,9 @@
-"""A bad step once more: where its first number that is not finite arises.
+"""Replay a step that was not finite, to find the first value that is not.
 
-A dump (bad_steps.py) holds the batch of one rank. The weights come from the last checkpoint before the step, or from
-what the run began with, and from the steps since, which are functions of the config: they are done again. On one
-process that gives the weights of the step bit for bit; where the run had more, within rounding."""
+A dump (nonfinite/policy.py) has the batch of one rank. The weights come from the last checkpoint before the step, or
+from the start of the run; the steps since then are functions of the config and are run again. With one process that
+gives the weights of the step bit for bit, with several within rounding.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +41,12 @@ from jepa_kit.structures import MaskBatch, PatchSets
 
 @dataclass(frozen=True)
 class Finding:
-    """A place where numbers are not finite.
+    """A tensor with values that are not finite.
 
     Args:
         phase: ``images``, ``weights``, ``forward``, ``loss`` or ``backward``.
-        where: name of the module, weight or term; the module itself in brackets.
-        bad, total: values that are not finite, and all.
+        where: name of the module, weight or term; the class of the module in brackets.
+        bad, total: number of values that are not finite, and of all.
         first: the first of them, as text.
     """
 
@@ -56,23 +57,23 @@ class Finding:
     first: str
 
     def __str__(self) -> str:
-        """For people."""
+        """Return a message."""
         return (
             f"{self.phase}: {self.where}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
         )
 
 
 DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
-"""What a dump must have to be replayed."""
+"""Keys that the replay of a dump needs."""
 
 
 def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
-    """What a dump holds; see ``bad_steps.write_dump``.
+    """Return the content of a dump (``nonfinite.policy.write_dump``).
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a dump.
-        ConfigError: its config has imports that do not ship with jepa_kit, and ``trust_imports`` is not given.
+        ConfigError: its config imports files that do not ship with jepa_kit, and ``trust_imports`` is not set.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; bad_step_<step>/rank_<rank>.pt in a run folder is one")
@@ -92,7 +93,7 @@ def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
 
 
 def masks_of(dump: dict[str, Any]) -> MaskBatch:
-    """The masks of a dump."""
+    """Return the masks of a dump."""
     held = dump["masks"]
     context, targets = (
         PatchSets(held[name]["index"], held[name]["image"], held[name]["lengths"]) for name in ("context", "targets")
@@ -101,7 +102,7 @@ def masks_of(dump: dict[str, Any]) -> MaskBatch:
 
 
 def config_of(dump: dict[str, Any]) -> Config:
-    """The config of a dump's run for one process, which takes the parts that the ranks had one after another."""
+    """Return the config of a dump's run for one process, which accumulates what the ranks did in parallel."""
     config = config_from_dict(dump["config"])
     parts = config.train.accumulate * dump["world_size"]
     return replace(config, train=replace(config.train, parallel="auto", accumulate=parts))
@@ -117,22 +118,22 @@ def weights_before(
     foreign: ForeignWeights,
     start_file: str | None = None,
 ) -> JEPA:
-    """The model as it was before the step, in training mode.
+    """Return the model as it was before the step, in training mode.
 
     Args:
         dump: of the step.
         folder: of the run, with its checkpoints.
-        device: where it goes.
-        again: do the steps since the last checkpoint again; otherwise the checkpoint's weights are taken as they are.
+        device: of the model.
+        again: run the steps since the last checkpoint again; otherwise the weights are those of the checkpoint.
         say: prints a message.
         foreign: reads the file that the run began from.
-        start_file: what the run began from, in place of the file that the dump names; read where no checkpoint of the
-            run is left from before the step.
+        start_file: replaces the file that the run began from; read if no checkpoint from before the step is left.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another run.
-        FileNotFoundError: there is no run in the folder, or what it began from is not there.
-        ValueError: the steps cannot be done again: no data; or it is not known what the run began from.
+        CheckpointError: a checkpoint is damaged or of another run.
+        FileNotFoundError: there is no run in the folder, or the file that it began from is missing.
+        ValueError: the steps cannot be run again without data; or the dump does not name the file that the run began
+            from.
     """
     if not (folder / RUN_CONFIG).exists():
         raise FileNotFoundError(f"there is no run in {folder} (no {RUN_CONFIG}): name the run's folder with --run")
@@ -175,11 +176,11 @@ def _begin(
     foreign: ForeignWeights,
     start_file: str | None,
 ) -> tuple[int, str]:
-    """Gives the model the weights that the run began with, as ``build.start_from`` did; (their step, their source)."""
+    """Load the weights that the run began with, as ``start_from`` did, and return (their step, their source)."""
     step, source = int(dump["step"]), dump.get("origin", {}).get("source")
     init, released = dump["config"]["train"]["init_from"], dump.get("resume_from")
     if released is not None and step_of(Path(released)) is not None:
-        released = None  # a checkpoint of the run itself, which is no more
+        released = None  # a checkpoint of the run itself, which is deleted
     if released is None and init is not None:
         foreign.init_from(jepa, start_file or init)
         return 0, f"those of {start_file or init}"
@@ -191,7 +192,7 @@ def _begin(
     if released is None:
         raise ValueError(
             f"the run began with the weights of {source}, no checkpoint of it is left from before step {step}, and the "
-            "dump does not say where that file lies: name it with --start"
+            "dump does not name that file: name it with --start"
         )
     first = foreign.resume_official(jepa, optimizer, released, steps_per_epoch).step
     if first > step:
@@ -204,7 +205,7 @@ def _rounding(dump: dict[str, Any]) -> str:
 
 
 def _steps_again(run: Run, first: int, last: int, without: frozenset[int]) -> None:
-    """The updates from ``first`` to the one before ``last``; those ``without`` their batch, as the run did them."""
+    """Run the updates from ``first`` to the one before ``last`` again; those in ``without`` leave out their batch."""
     for step, batch in run.loader.batches(first):
         if step == last:
             return
@@ -215,10 +216,10 @@ def _steps_again(run: Run, first: int, last: int, without: frozenset[int]) -> No
 
 
 def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:
-    """Runs the batch forward and, where the loss is finite, backward.
+    """Run the batch forward and, if the loss is finite, backward.
 
     Returns:
-        the first place in each phase where numbers are not finite, in the order in which they arise.
+        the first tensor in each phase that is not finite, in the order in which they arise.
     """
     config = config_from_dict(dump["config"])
     masks = masks_of(dump).to(device)
@@ -268,7 +269,7 @@ def _note(where: str, found: list[Finding], gradient: Tensor) -> None:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in an output: alone, in tuples, lists or dataclasses."""
+    """Yield the floating-point tensors of an output: a tensor, or tensors in tuples, lists or dataclasses."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -281,7 +282,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def look(phase: str, where: str, value: Tensor) -> Finding | None:
-    """What is not finite in a tensor, or None."""
+    """Return the finding for a tensor that is not finite, else None."""
     finite = torch.isfinite(value.detach())
     if bool(finite.all()):
         return None

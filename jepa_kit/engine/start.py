@@ -25,13 +25,13 @@ def resume_run(run: Run, store: Store, latest: Location) -> Start:
     """
     path = broadcast_from_rank0(lambda: store.fetch(latest))
     try:
-        alone = (0, 1) if run.world.is_main else None
-        share = (run.world.rank, run.world.size) if path.is_dir() else alone  # shards: each reads some of them
-        run_on_all_ranks(lambda: None if share is None else verify(path, rank=share[0], size=share[1]))
+        # A file is verified by rank 0. Of a folder of shards, each rank verifies some.
+        rank, size = (run.world.rank, run.world.size) if path.is_dir() else (0, 1)
+        run_on_all_ranks(lambda: verify(path, rank=rank, size=size) if run.world.is_main or size > 1 else None)
         checkpoint = load_checkpoint(path, verified=True, with_state=not path.is_dir())
     except CheckpointError as error:
-        told = str(error).replace(str(path), str(latest))  # where it lies, and not where it was fetched to
-        raise CheckpointError(f"{told}; {broadcast_from_rank0(lambda: advice(store, latest))}") from error
+        message = str(error).replace(str(path), str(latest))  # its URL, and not the local copy
+        raise CheckpointError(f"{message}; {broadcast_from_rank0(lambda: advice(store, latest))}") from error
     precision = checkpoint.config["train"]["precision"]
     config = resolve_precision(run.config, run.device, precision)
     notes = check_resumable(checkpoint, config.to_dict(), run.data_identity)
@@ -46,14 +46,14 @@ def resume_run(run: Run, store: Store, latest: Location) -> Start:
             load_sharded(path, run.jepa, run.optimizer)
     else:
         restore(checkpoint, run.jepa, run.optimizer)
-    run_on_all_ranks(lambda: _check_finite(run, str(latest)))  # and all have read it
-    broadcast_from_rank0(store.clear_cache)
+    run_on_all_ranks(lambda: _check_finite(run, str(latest)))
+    broadcast_from_rank0(store.clear_cache)  # all ranks have read it
     origin: dict[str, Any] = {key: checkpoint.origin[key] for key in ORIGIN if key in checkpoint.origin}
     return Start(checkpoint.step, origin, [*notes, f"resumed at step {checkpoint.step:,}"], precision)
 
 
 def _check_finite(run: Run, what: str) -> None:
-    """Raise CheckpointError if weights or moments, as far as this process has them, are NaN or infinite."""
+    """Raise CheckpointError if weights or moments of this process are NaN or infinite."""
     model, optimizer = state_of(run.jepa, run.optimizer)
     check_finite({name: local_part(x) for name, x in model.items()}, what)
     for name, state in optimizer.items():

@@ -32,20 +32,20 @@ def train_step(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip_grad: float | None = None,
 ) -> Update:
-    """Run one update and return what the forward pass gave, with the gradient's norm; waits for the device nowhere.
+    """Run one update and return the output of the forward pass with the gradient's norm; never waits for the device.
 
-    If the loss of any rank or a gradient is not finite, parameters, optimiser and buffers stay as they are
-    (bad_numbers.py); only the target encoder moves.
+    If the loss of any rank or a gradient is not finite, parameters, optimiser and buffers do not change
+    (nonfinite/detect.py); only the target encoder moves.
 
     Args:
         jepa: the recipe, in training mode.
         optimizer: over the parameters of ``jepa``, with no gradients left from before.
-        hyper: what this update runs with.
+        hyper: learning rate, weight decay and momentum of this update.
         images: [B, 3, h, w] float, normalised.
         masks: of the B images.
-        forward: what is called in place of ``jepa``: several processes, or parts of the batch (parallel.py).
+        forward: called in place of ``jepa``: for several processes, or parts of the batch (parallel.py).
         autocast: makes the context of the forward pass.
-        clip_grad: largest norm of all gradients together, or None.
+        clip_grad: largest joint norm of all gradients, or None.
     """
     set_hyper(optimizer, hyper)
     buffers = Buffers(jepa)

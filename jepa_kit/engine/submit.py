@@ -1,10 +1,10 @@
-"""A run as a job of Slurm: handed in through submitit, or written as a script for sbatch.
+"""Submit a run as a Slurm job through submitit, or write a script for sbatch.
 
-One task of Slurm is one process of the run, one for each GPU. The tasks find one another through Slurm's variables
-(slurm.py), with no agent between, so that a signal of Slurm's reaches the processes that train. A job is sent SIGUSR1
-ahead of its time limit and may be requeued; its command resumes, so that it goes on where it was (signals.py).
+One Slurm task is one process of the run, one for each GPU. The tasks read Slurm's variables (distributed/slurm.py)
+without an agent in between, so that Slurm's signals reach the processes that train. A job gets SIGUSR1 before its time
+limit and may be requeued; its command has --resume, so that it continues (distributed/signals.py).
 
-What was handed in is what runs: the config is resolved, and kept beside the job's script.
+The config is resolved at submission and saved beside the job's script.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from jepa_kit.engine.checkpoint.manager import store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 
 JOB_FOLDER = "slurm"
-"""In the run folder: the job's config, its script, and what it prints."""
+"""Folder in the run folder with the job's config, script and output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a run asks of Slurm.
+    """Resources of a Slurm job.
 
     Args:
-        time: limit of one stretch, as Slurm writes it: minutes, H:MM:SS, D-HH:MM.
+        time: limit of one job, in Slurm's format: minutes, H:MM:SS, D-HH:MM.
         nodes: machines.
-        gpus_per_node: of each; 0 asks for none.
-        tasks_per_node: processes on each; None is one for each GPU, or one.
-        cpus_per_task: cores of each process, its loader workers' among them; None leaves it to Slurm.
-        mem: memory of each node, as Slurm writes it (64G); None leaves it to Slurm.
+        gpus_per_node: 0 for none.
+        tasks_per_node: processes on each node; None is one for each GPU, or one.
+        cpus_per_task: cores of each process, including its loader workers; None leaves it to Slurm.
+        mem: memory of each node, in Slurm's format (64G); None leaves it to Slurm.
         partition, account, qos, constraint: as for sbatch; None leaves them out.
-        signal_seconds: SIGUSR1 comes so long before the limit: time to finish a step and save.
+        signal_seconds: seconds between SIGUSR1 and the limit, to finish a step and save.
         options: any other option of sbatch, by its long name.
 
     Raises:
-        ValueError: a value out of range, or one that is given twice.
+        ValueError: a value is out of range, or set twice.
     """
 
     time: str
@@ -80,11 +80,11 @@ class Job:
 
     @property
     def processes(self) -> int:
-        """Of the run, over all nodes."""
+        """Processes of the run on all nodes."""
         return self.nodes * (self.tasks_per_node or max(1, self.gpus_per_node))
 
     def sbatch_options(self) -> dict[str, str]:
-        """Long names of sbatch -> values ('' for an option without one)."""
+        """Return the long names of sbatch's options -> values ('' for an option without one)."""
         return {**self._own(), **self.options}
 
     def _own(self) -> dict[str, str]:
@@ -105,15 +105,15 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """A run that is ready to be handed in; made by ``prepare``.
+    """A run that is ready to be submitted; ``prepare`` makes it.
 
     Args:
-        name: of the job: the run folder's.
+        name: of the job: that of the run folder.
         folder: JOB_FOLDER of the run.
         command: the tool and its arguments, without the interpreter.
-        directory: where the command runs.
+        directory: the working directory.
         python_path: folders that the command's imports need.
-        job: what it asks for.
+        job: its resources.
     """
 
     name: str
@@ -133,18 +133,19 @@ def prepare(
     resume_from: str | None = None,
     python_path: Sequence[str] = (),
 ) -> Submission:
-    """Checks a run before it waits in a queue, and writes its config into the job's folder.
+    """Check a run before it waits in a queue, and write its config into the job's folder.
 
     Args:
-        config: of the run; its paths are looked up from the present folder, when the job starts.
-        job: what it asks for.
+        config: of the run; relative paths in it are resolved from the present folder, when the job starts.
+        job: its resources.
         tool: tools/train_net.py.
-        resume: the run folder may hold a run, which goes on.
-        resume_from: as for ``train``. A checkpoint of the run is gone back to here; the job goes on from the latest.
-        python_path: folders besides the clone that the config's ``imports`` were found in.
+        resume: whether the run folder may contain a run, which the job resumes.
+        resume_from: as for ``train``. If it is a checkpoint of the run, later ones are set aside here, and the job
+            resumes from the latest.
+        python_path: folders besides the clone in which the config's ``imports`` were found.
 
     Raises:
-        ValueError: no data, a batch that the processes cannot share, or a run folder that holds a run.
+        ValueError: no data, a batch that the processes do not divide, or a run folder that contains a run.
     """
     store = store_of(config)
     check_folders(store)
@@ -158,7 +159,7 @@ def prepare(
             f"train.parallel (={parallel!r}) does not fit the job's processes (={job.processes}); 'auto' does"
         )
     if latest is not None and resume_from is not None and store.owns(resume_from):
-        # Once, and here: the job's command is run again whenever the job is requeued.
+        # Once, here: the job's command runs again whenever the job is requeued.
         with only_run_in(store.run):
             for name in store.set_aside(latest):
                 print(f"set aside: {name}")
@@ -166,7 +167,7 @@ def prepare(
     run = store.run.absolute()
     folder = run / JOB_FOLDER
     file = config.save(folder)
-    # A requeued job goes on where it was: always with --resume. Its folder was looked at above.
+    # Always with --resume, for when the job is requeued; its folder was checked above.
     command = [str(tool), "--config-file", file, "--output-dir", str(run), "--resume"]
     clone = str(Path(jepa_kit.__file__).parents[1])
     return Submission(
@@ -180,7 +181,7 @@ def prepare(
 
 
 def sbatch_script(submission: Submission) -> str:
-    """The text of a script for sbatch."""
+    """Return the text of a script for sbatch."""
     options = {
         "job-name": submission.name,
         "output": str(submission.folder / "%j.out"),
@@ -194,7 +195,7 @@ def sbatch_script(submission: Submission) -> str:
             "#!/bin/bash",
             *lines,
             "",
-            "# One task is one process of the run. Where one ends with an error, the others end too.",
+            "# One task is one process of the run. If one fails, Slurm ends the others.",
             *_environment(submission),
             f"srun --kill-on-bad-exit=1 {command}",
             "",
@@ -203,7 +204,7 @@ def sbatch_script(submission: Submission) -> str:
 
 
 def _environment(submission: Submission) -> list[str]:
-    """Lines of a script ahead of srun: where imports are found, and threads, of which each task would else take all."""
+    """Return the lines before srun that set PYTHONPATH and the threads of a task, which would else use all cores."""
     paths = shlex.quote(os.pathsep.join(submission.python_path))
     return [
         f"export PYTHONPATH={paths}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -212,7 +213,7 @@ def _environment(submission: Submission) -> list[str]:
 
 
 def write_script(submission: Submission) -> Path:
-    """Writes ``train.sbatch`` into the job's folder."""
+    """Write ``train.sbatch`` into the job's folder and return its path."""
     path = submission.folder / "train.sbatch"
     path.write_text(sbatch_script(submission))
     return path
@@ -220,22 +221,22 @@ def write_script(submission: Submission) -> Path:
 
 @dataclass(frozen=True)
 class RunTool:
-    """What a task of submitit calls: a program with its arguments, in the task's own process.
+    """A callable for submitit that runs a program with its arguments in the task's own process.
 
-    In its own process, so that Slurm's signals meet the handlers of the run and not those of a parent.
+    Slurm's signals then reach the handlers of the run, and not those of a parent process.
     """
 
     command: tuple[str, ...]
     python_path: tuple[str, ...]
 
     def __call__(self) -> None:
-        """Raises: SystemExit: the program ended with another status than 0."""
+        """Run the program; raise SystemExit if its status is not 0."""
         sys.path[:0] = [path for path in self.python_path if path not in sys.path]
         sys.argv = list(self.command)
         try:
             runpy.run_path(self.command[0], run_name="__main__")
         except SystemExit as stopped:
-            if stopped.code:  # 0 or None is the end of a run, which submitit wants to hear as a return
+            if stopped.code:  # submitit takes any SystemExit for a failure, also that of status 0
                 raise
 
 
@@ -244,13 +245,13 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
 
     Args:
         submission: of ``prepare``.
-        cluster: ``slurm``, or another executor of submitit's (``local``, ``debug``) to try it on.
+        cluster: ``slurm``, or another executor of submitit (``local``, ``debug``) for a trial.
 
     Returns:
         submitit's job, with ``job_id``.
 
     Raises:
-        ValueError: there is no submitit, or no Slurm, or sbatch refuses the job.
+        ValueError: submitit or Slurm is not installed, or sbatch refuses the job.
     """
     if find_spec("submitit") is None:
         raise ValueError(
@@ -258,7 +259,7 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
             "--submit sbatch-script writes a script for sbatch without it"
         )
     if cluster == "slurm" and shutil.which("sbatch") is None:
-        raise ValueError("--submit slurm must be run where Slurm is: there is no sbatch on the path")
+        raise ValueError("--submit slurm needs Slurm on this machine: there is no sbatch on the path")
     import submitit
 
     task = RunTool(submission.command, submission.python_path)

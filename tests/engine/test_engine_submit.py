@@ -140,7 +140,7 @@ def test_without_submitit(submission, monkeypatch):
 def test_without_slurm(submission, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: object())
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="--submit slurm must be run where Slurm is: there is no sbatch on the path"):
+    with pytest.raises(ValueError, match="--submit slurm needs Slurm on this machine: there is no sbatch on the path"):
         submit(submission())
 
 

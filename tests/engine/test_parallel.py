@@ -106,7 +106,7 @@ def test_what_one_process_cannot_do(mode, accumulate, message):
 def test_several_processes_cannot_train_apart(monkeypatch):
     monkeypatch.setattr("jepa_kit.engine.parallel.joined", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match=r"train.parallel \(='none'\) would train 3 copies apart from one another"):
+    with pytest.raises(ValueError, match=r"train.parallel \(='none'\) would train 3 independent copies; choose"):
         parallelize(make(), CPU, "none")
 
 

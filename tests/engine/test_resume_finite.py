@@ -20,7 +20,7 @@ FORMS = ["file", "sharded"]
 @pytest.mark.parametrize(("name", "value"), [("encoder.norm.weight", math.nan), ("exp_avg_sq", math.inf)])
 def test_what_is_not_finite_is_not_resumed(tiny, monkeypatch, form, name, value):
     config = tiny(f"checkpoint.format={form}", "train.epochs=1", "optim.warmup_epochs=0")
-    plain = Saver._held
+    plain = Saver._copy_to_host
 
     def spoiled(self, model, optimizer):
         model, optimizer = plain(self, model, optimizer)
@@ -29,7 +29,7 @@ def test_what_is_not_finite_is_not_resumed(tiny, monkeypatch, form, name, value)
         return model, optimizer
 
     with monkeypatch.context() as patch:
-        patch.setattr(Saver, "_held", spoiled)
+        patch.setattr(Saver, "_copy_to_host", spoiled)
         run = train(config)
     held = load_checkpoint(run)
     assert not (held.model | held.optimizer["encoder.norm.weight"])[name].isfinite().all()

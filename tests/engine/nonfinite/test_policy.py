@@ -277,7 +277,7 @@ def test_replay_of_a_run_that_went_on_from_a_released_checkpoint(tiny, bad_at, t
     assert replay_tool.main([str(path)]) == 2
     assert capsys.readouterr().err == (
         "replay_step.py: the run began with the weights of epoch1.pth.tar, no checkpoint of it is left from before "
-        "step 5, and the dump does not say where that file lies: name it with --start\n"
+        "step 5, and the dump does not name that file: name it with --start\n"
     )
     for options in ([], ["--at-once"]):
         assert replay_tool.main([str(path), "--start", str(released), *options]) == 3  # only the run put a NaN there
