@@ -92,7 +92,7 @@ class Logistic(Probe):
             raise ValueError(f"subsets (={subsets}) must name at least one, and each once")
         if draws is not None and draws < 1:
             raise ValueError(f"draws (={draws}) must be at least 1")
-        _check(self.penalties, cuts, self.held_out, self.max_iter, self.whiten)
+        _check(self.penalties, cuts, self.holdout, self.max_iter, self.whiten)
         one_cut = not self.whiten or (cuts is not None and len(cuts) == 1)
         if self.holdout is not None and len(self.penalties) == 1 and one_cut:
             raise ValueError(
@@ -108,11 +108,6 @@ class Logistic(Probe):
             raise ValueError(f"names (={names!r}) must be a file with a name of a sample on each line; there is none")
         for text in subsets or ():
             Subset(text)
-
-    @property
-    def held_out(self) -> float:
-        """``holdout``, or its default."""
-        return HOLDOUT if self.holdout is None else self.holdout
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (LayerSet(layers),)
@@ -142,31 +137,24 @@ class Logistic(Probe):
         """Return the mean over draws; its error is their deviation."""
         train, test = task.both(LayerSet(task.layers))
         train_labels, test_labels = task.labels()
+        names = ("penalties", "whiten", "cuts", "holdout", "max_iter")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         found = [
             logistic_probe(
-                train.array[chosen],
-                train_labels[chosen],
-                test.array,
-                test_labels,
-                seed=task.seed + d,
-                penalties=self.penalties,
-                whiten=self.whiten,
-                cuts=self.cuts,
-                holdout=self.held_out,
-                max_iter=self.max_iter,
+                train.array[chosen], train_labels[chosen], test.array, test_labels, seed=task.seed + d, **options
             )
             for d, chosen in enumerate(draws)
         ]
         if len(found) == 1:
             return replace(found[0], variant=variant)
         accuracies = [one.accuracy for one in found]
-        chosen_by: list[Any] = [one.validation for one in found]
+        validations: list[Any] = [one.validation for one in found]
         return replace(
             found[0],
             variant=variant,
             accuracy=float(np.mean(accuracies)),
             # with one setting no draw has a validation figure
-            validation=None if None in chosen_by else float(np.mean(chosen_by)),
+            validation=None if None in validations else float(np.mean(validations)),
             standard_error=float(np.std(accuracies, ddof=1)),
             settings={"accuracies": accuracies, "draws": [one.settings for one in found]},
             predictions=np.empty(0, np.int64),
@@ -184,7 +172,7 @@ def logistic_probe(
     penalties: Sequence[float] = PENALTIES,
     whiten: bool = True,
     cuts: Sequence[float] | None = None,
-    holdout: float = HOLDOUT,
+    holdout: float | None = None,
     max_iter: int = 1000,
 ) -> ProbeResult:
     """Fit a multinomial logistic regression on frozen features (scikit-learn's, L2 penalty, L-BFGS).
@@ -212,7 +200,7 @@ def logistic_probe(
             1 / (penalty * samples).
         whiten: as above.
         cuts: components are kept whose variance is above this fraction of the largest, in (0, 1); None for ``CUTS``.
-        holdout: fraction of the training set, and of each class, that chooses, in (0, 0.5].
+        holdout: fraction of the training set, and of each class, that chooses, in (0, 0.5]; None for 0.2.
         max_iter: iterations of each fit; ``settings["converged"]`` is whether the last one needed fewer.
 
     Raises:
@@ -220,7 +208,7 @@ def logistic_probe(
     """
     train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
     _check(penalties, cuts, holdout, max_iter, whiten)
-    cuts = CUTS if cuts is None else cuts
+    cuts, holdout = CUTS if cuts is None else cuts, HOLDOUT if holdout is None else holdout
     if np.unique(train_labels, return_counts=True)[1].min() == 1:  # no split is possible
         penalties, cuts = [_middle(penalties)], [_middle(cuts)]
     prepared = _whitenings(train, cuts) if whiten else {train.shape[1]: Standardising(train)}
@@ -319,13 +307,14 @@ def _check_descending(name: str, values: Sequence[float], below: float) -> None:
 
 
 def _check(
-    penalties: Sequence[float], cuts: Sequence[float] | None, holdout: float, max_iter: int, whiten: bool
+    penalties: Sequence[float], cuts: Sequence[float] | None, holdout: float | None, max_iter: int, whiten: bool
 ) -> None:
     _check_descending("penalties", penalties, np.inf)
     if cuts is not None:
         if not whiten:
             raise ValueError(f"cuts (={tuple(cuts)}) would do nothing: whiten is False, so there are no components")
         _check_descending("cuts", cuts, 1.0)
-    check_holdout(holdout)
+    if holdout is not None:
+        check_holdout(holdout)
     if max_iter < 1:
         raise ValueError(f"max_iter (={max_iter}) must be at least 1")
