@@ -1,4 +1,4 @@
-"""Rate and time left, of this run alone; lines without a terminal, a bar on one."""
+"""Rate and time left of this run; a bar on a terminal, else lines."""
 
 import sys
 
@@ -28,7 +28,7 @@ def test_a_line_for_each_tenth(now, capsys):
     assert lines[-1] == "1000 of 1000 samples, 40/s, 0:25 in all"
 
 
-def test_slow_work_says_a_line_a_minute(now, capsys):
+def test_slow_work_prints_a_line_a_minute(now, capsys):
     progress = Progress(10**6, "samples")
     for minute in range(4):
         now[0] = minute * 61.0
@@ -40,7 +40,7 @@ def test_slow_work_says_a_line_a_minute(now, capsys):
     ]
 
 
-def test_the_rate_of_a_run_that_goes_on_is_its_own(now, capsys):
+def test_the_rate_excludes_an_earlier_run(now, capsys):
     progress = Progress(1000, "samples")
     progress.show(790)
     now[0] = 10.0

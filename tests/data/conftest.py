@@ -10,7 +10,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Indexes that are made go into the test's own folder."""
+    """Put the cache of indexes into the folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
 
 
@@ -32,7 +32,7 @@ def dataset(folder):
 
 @pytest.fixture
 def edit_index(folder):
-    """Changes index.json by a function of its content."""
+    """Change index.json by a function of its content."""
 
     def edit(change):
         path = folder / "index.json"

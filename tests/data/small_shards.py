@@ -20,7 +20,7 @@ def encoded(image, file_format="JPEG", **options):
 
 
 def make_samples(count, labels=("class",)):
-    """JPEG and PNG in turn, of different sizes."""
+    """Return samples with JPEG and PNG in turn, of different sizes."""
     samples = []
     for k in range(count):
         image = picture(k, 16 + k % 5, 18 + k % 7)

@@ -1,4 +1,4 @@
-"""Scenes: pure functions of (seed, index), balanced, readable, and not to be had from pixels alone."""
+"""Scenes are pure functions of (seed, index), balanced and readable, and pixels do not predict their labels."""
 
 from itertools import pairwise
 
@@ -36,7 +36,7 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
 
 
 def test_scenes_stay_what_they_were():
-    """Numbers of the first scenes of seed 0: a change here is a change of the data set."""
+    """Numbers of the first scenes of seed 0: if they change, the data set changes."""
     scenes = [render(0, index) for index in range(4)]
     assert [tuple(s.labels.values()) for s in scenes] == LABELS
     np.testing.assert_allclose([s.image.mean() for s in scenes], MEANS, atol=0.01)
@@ -69,15 +69,15 @@ def test_labels_say_what_is_in_the_scene(scenes):
 
 def test_most_solids_are_of_the_nearest_ones_kind(scenes):
     alike = np.concatenate([scene.shapes[1:] == scene.shapes[0] for scene in scenes])
-    share = SAME_KIND + (1 - SAME_KIND) / len(SHAPE_NAMES)  # a shape of its own may be the same one
-    assert abs(alike.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(alike))
+    p = SAME_KIND + (1 - SAME_KIND) / len(SHAPE_NAMES)  # a solid of another kind may have the same shape
+    assert abs(alike.mean() - p) < 4 * np.sqrt(p * (1 - p) / len(alike))
     assert len({scene.shapes[0] for scene in scenes}) == len(SHAPE_NAMES)
 
 
 def test_each_solid_shows(scenes):
     assert min(scene.visible.min() for scene in scenes) >= MIN_VISIBLE
     hidden = [scene for scene in scenes if scene.visible.min() < 0.95]
-    assert len(hidden) > 0.4 * len(scenes)  # and yet they hide parts of one another
+    assert len(hidden) > 0.4 * len(scenes)  # and yet they occlude each other
 
 
 def test_the_mask_holds_each_solid_and_nothing_else():
@@ -91,11 +91,11 @@ def test_the_mask_holds_each_solid_and_nothing_else():
 
 def test_the_nearest_solid_is_whole():
     for index in range(60):
-        assert render(2, index).visible[0] > 0.85  # the image's edge may cut it, no solid may
+        assert render(2, index).visible[0] > 0.85  # the edge of the image may cut it, solids may not
 
 
 def test_solids_that_cannot_show_shrink():
-    """The last resort: two solids on one spot, of which the layouts offer nothing else."""
+    """Solids shrink if all layouts put both at one place."""
     canvas = Canvas(32, 32)
     canvas.fine = 2
     looks = [type("Look", (), {"solid": staticmethod(square), "pose": None})] * 2
@@ -103,7 +103,7 @@ def test_solids_that_cannot_show_shrink():
     layout, visible = canvas.place(looks, spot)
     assert visible.min() >= MIN_VISIBLE
     assert layout[0, 2] < 0.5
-    np.testing.assert_allclose(layout[:, 1] - layout[:, 2], spot[0, :, 1] - spot[0, :, 2])  # feet where they were
+    np.testing.assert_allclose(layout[:, 1] - layout[:, 2], spot[0, :, 1] - spot[0, :, 2])  # the feet stay
     with pytest.raises(AssertionError, match="no layout shows every solid"):
         canvas.place(looks, np.array([[[0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.5, 2.0]]]))
 
@@ -130,7 +130,7 @@ def test_any_size(size):
 
 
 def test_day_and_night_balance(scenes):
-    """Solids are as much brighter than the rest by night as they are darker by day."""
+    """Solids are as much brighter than the rest at night as they are darker by day."""
     contrasts = []
     for scene in scenes:
         solid = scene.mask > 0

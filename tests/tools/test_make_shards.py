@@ -1,4 +1,4 @@
-"""make_shards as a user calls it: folders, archives and scenes to shards; and every mistake's message."""
+"""Run make_shards as a user does: folders, archives and scenes become shards; each mistake has a message."""
 
 import io
 import json
@@ -384,7 +384,7 @@ def test_help_has_examples(capsys):
 
 
 def started(out, *options):
-    """A run of its own, and its process group."""
+    """Start a run in its own process group."""
     command = [sys.executable, TOOL, "synthetic:scenes", out, *options]
     return subprocess.Popen(
         [str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
@@ -400,7 +400,7 @@ def wait_for(found, process):
 
 @pytest.mark.integration
 def test_stopped_by_hand(tmp_path):
-    """Ctrl-C: a line, status 130, and a folder that says that it is unfinished."""
+    """Ctrl-C: a line, status 130, and a folder that counts as unfinished."""
     process = started(tmp_path / "out", "--num-scenes", 50000, "--workers", 2)
     wait_for(lambda: list(tmp_path.glob("out/.shard-*.part")), process)
     os.killpg(process.pid, signal.SIGINT)
@@ -418,7 +418,7 @@ SMALL = ("--num-scenes", 400, "--image-size", 16, "--samples-per-shard", 20, "--
 
 @pytest.mark.integration
 def test_killed_twice_and_continued(tmp_path, capsys):
-    """SIGKILL to the tool alone: its workers end by themselves, and the same command ends in the same bytes."""
+    """SIGKILL to the tool only: its workers end by themselves, and the same command resumes to the same bytes."""
     for shards in (1, 7):
         process = started(tmp_path / "out", *SMALL, "--workers", 2)
         wait_for(lambda count=shards: len(list(tmp_path.glob("out/*/*.tar"))) >= count, process)
@@ -492,13 +492,13 @@ def test_cifar10_to_shards_and_back(tmp_path):
 
 
 def processor_seconds():
-    """Of this process and of those that it has waited for."""
+    """Return the CPU seconds of this process and of its finished children."""
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in parts)
 
 
 def test_images_of_fewer_bits_than_are_stored_are_noted(tmp_path, capsys):
-    """12-bit values in 16-bit files, PNG (kept) and TIFF (made anew): as bright as they are meant; one line for all."""
+    """12-bit values in 16-bit files, PNG (kept) and TIFF (encoded again), keep their brightness; one line for all."""
     (tmp_path / "in").mkdir()
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
     for name in ("a.png", "b.tif", "c.tif"):

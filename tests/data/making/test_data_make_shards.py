@@ -1,4 +1,4 @@
-"""From a source to shards: limits, splits, refusals; and wherever a run is cut off, it ends in the same bytes."""
+"""Write shards: limits, splits, refused samples; a run that is interrupted anywhere resumes to the same bytes."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from jepa_kit.data.sources.base import Refused, whole
 
 
 class Stub:
-    """Samples from a list; None is refused."""
+    """A source of samples from a list; None is a refused one."""
 
     mask_classes = ()
     mixed = False
@@ -63,7 +63,7 @@ def run(source, out, *, shuffle=True, split_val=0.0, seed=0, workers=1, overwrit
 
 
 def tree(folder):
-    """Every file's path and digest."""
+    """Return path -> digest of every file."""
     return {
         os.path.relpath(os.path.join(where, name), folder): hashlib.sha256(Path(where, name).read_bytes()).hexdigest()
         for where, _, names in os.walk(folder)
@@ -95,7 +95,7 @@ def test_the_number_of_workers_and_the_chunks_change_nothing(tmp_path, monkeypat
 
 @pytest.mark.integration
 def test_processes_that_start_from_nothing(tmp_path, monkeypatch):
-    """Where processes are not forked, as on macOS, sources travel by pickle."""
+    """Processes that are not forked, as on macOS, receive sources by pickle."""
     source = Scenes(num_scenes=20, size=(16, 16), seed=0)
     run(source, tmp_path / "forked", workers=1)
     monkeypatch.setattr("jepa_kit.data.making.sample_workers.sys.platform", "darwin")
@@ -112,8 +112,8 @@ def test_shards_of_bytes(tmp_path):
     assert max(sizes) <= limit
     firsts = np.cumsum([0] + [entry["samples"] for entry in index["shards"]])
     for k in range(len(sizes) - 1):  # no shard had room for the next one's first sample
-        held = sum(len(pack(s).data) for s in SAMPLES[firsts[k] : firsts[k + 1] + 1])
-        assert tar_size(held) > limit
+        needed = sum(len(pack(s).data) for s in SAMPLES[firsts[k] : firsts[k + 1] + 1])
+        assert tar_size(needed) > limit
 
 
 def test_a_sample_that_is_longer_than_a_shard_may_be_has_its_own(tmp_path):
@@ -135,7 +135,7 @@ def test_what_is_refused_leaves_no_gap(tmp_path):
     assert listed == [{"name": name, "reason": reason} for name, reason in expected]
 
 
-def test_too_many_refused_stops_and_goes_on_when_more_are_allowed(tmp_path):
+def test_too_many_refused_stops_and_resumes_when_more_are_allowed(tmp_path):
     with pytest.raises(TooManyRefused) as stopped:
         run(Stub(WITH_BAD), tmp_path / "out", shuffle=False, refused=0.05)
     assert str(stopped.value) == (
@@ -158,12 +158,12 @@ def test_nothing_but_refusals(tmp_path, split_val):
 
 
 class Cut(Exception):
-    """The run ends here."""
+    """Ends a run."""
 
 
 @contextlib.contextmanager
 def cut_off(module, name, calls, *, before, certain=True):
-    """The call of that number raises, before or after it did its work, and that ends the block."""
+    """Make one call of a function raise, before or after its work, which ends the block."""
     real, count = getattr(module, name), [0]
 
     def counted(*args, **kwargs):
@@ -193,10 +193,10 @@ PLACES = [
 @pytest.mark.parametrize("calls", [1, 5])
 @pytest.mark.parametrize(("where", "module", "name", "before"), PLACES, ids=[p[0] for p in PLACES])
 def test_a_run_that_is_cut_off_anywhere_ends_in_the_same_bytes(tmp_path, where, module, name, before, calls):
-    """What a kill leaves is what was on disk: nothing is tidied up here after the cut, but for the parts of a shard."""
+    """A kill leaves what is on disk; here only the temporary file of a shard is deleted after the cut."""
     source = Stub(WITH_BAD)
     run(source, tmp_path / "whole", split_val=0.3)
-    with cut_off(module, name, calls, before=before, certain=False):
+    with cut_off(module, name, calls, before=before, certain=calls == 1):
         run(source, tmp_path / "cut", split_val=0.3)
     run(source, tmp_path / "cut", split_val=0.3)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -211,7 +211,7 @@ def test_a_log_that_was_cut_in_its_last_line(tmp_path, rest):
     log = tmp_path / "cut/UNFINISHED"
     assert len(log.read_text().splitlines()) == 3  # the command, and two shards
     with log.open("a") as f:
-        f.write(rest)  # without its end of line
+        f.write(rest)  # without a line break
     (tmp_path / "cut/.shard-000003.tar.77.partial").write_text("half a shard")
     run(source, tmp_path / "cut")
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
@@ -297,7 +297,7 @@ def test_two_at_once(tmp_path):
 
 
 def test_a_folder_that_is_cleared_and_left(tmp_path):
-    """Killed while it removes old shards: what is left is no data set, and any command may go on from there."""
+    """Killed while it deletes old shards: the rest is no data set, and any command may replace it."""
     run(Stub(SAMPLES), tmp_path / "out", seed=1)
     with cut_off(write_log.os, "remove", 3, before=True):
         run(Stub(SAMPLES), tmp_path / "out", seed=2, overwrite=True)
@@ -338,7 +338,7 @@ def test_splits_that_cannot_be(splits, share, message):
 
 
 def test_the_order_of_a_folder_is_that_of_earlier_releases():
-    """The first ten of a permutation that was drawn when the order was chosen."""
+    """The first ten of a permutation, recorded when the order was chosen."""
     plan = orders(Stub(SAMPLES), seed=0, shuffle=True, split_val=0.0)
     assert plan[""][:10].tolist() == [20, 27, 19, 5, 6, 22, 21, 10, 26, 14]
 

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with a folder of shards is named; whole ones are found whole."""
+"""Each damage of a folder of shards is named, and intact folders have none."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def problems(folder):
     return [text.replace(f"{folder}/", "") for text in report.problems]
 
 
-def test_whole_shards_are_whole(masked_folder):
+def test_intact_shards_have_no_problems(masked_folder):
     assert verify(str(masked_folder), workers=2, show=lambda *_: None) == Report(3, [])
     assert problems(masked_folder) == []
 
@@ -44,7 +44,7 @@ def test_folders_in_the_folder(tmp_path, samples):
     assert problem.startswith(f"{tmp_path}/val/shard-000002.tar: it has 100 bytes, but index.json says ")
 
 
-def test_shards_from_elsewhere_get_checksums(folder):
+def test_foreign_shards_get_checksums(folder):
     for name in ("index.json", "offsets.npy", "labels.npy", "keys.npy"):
         (folder / name).unlink()
     ShardDataset(folder)

@@ -1,4 +1,4 @@
-"""Reading shards: any sample in any order and any process, and every way in which a folder can be wrong."""
+"""Read shards: samples in any order and in any process, and an error for each kind of invalid folder."""
 
 import http.server
 import io
@@ -65,7 +65,7 @@ def _read(dataset, numbers):
 
 
 def test_files_are_closed_at_exit_too(dataset, monkeypatch):
-    """Modules are emptied before what they leave behind is deleted."""
+    """Python clears modules before it deletes the objects that remain."""
     dataset.image_bytes(0)
     used = next(part for part in vars(dataset).values() if isinstance(part, reader.ShardReader))
     (descriptor,) = used._files.values()
@@ -139,7 +139,7 @@ def test_a_folder_without_shards(tmp_path, folder):
 
 
 def test_images_that_are_no_shards_yet(tmp_path):
-    """A folder of photographs, or an archive, in place of shards: the message has the command that makes them."""
+    """A folder of photos or an archive instead of shards: the message has the command that makes shards."""
     (tmp_path / "photos/cat").mkdir(parents=True)
     (tmp_path / "photos/cat/1.JPG").touch()
     command = rf"`python tools/make_shards.py {tmp_path}/photos/? shards/photos` makes shards of it"
@@ -201,7 +201,7 @@ def test_a_shard_that_was_cut_short(folder, dataset):
 
 @pytest.mark.parametrize("size", [299, 301, 10**9])
 def test_a_header_of_another_size_is_refused(size):
-    """Python's own tar header, of more bytes and of fewer than the index lists; and of the same."""
+    """A tar header of Python with more bytes, fewer bytes and as many bytes as the index lists."""
     header = tarfile.TarInfo("folder/0001.jpg")
     header.size = size
     fault = reader.header_fault(header.tobuf(tarfile.USTAR_FORMAT), 300, "folder/0001")

@@ -1,4 +1,4 @@
-"""What tells data sets apart: contents, not names; and what checkpoints of earlier versions can be compared by."""
+"""The identity of a data set depends on contents, not on names; checkpoints of earlier versions can be compared."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ THREE = [entry(k) for k in range(3)]
 
 
 def test_the_same_shards_elsewhere_are_the_same(folder, dataset, tmp_path):
-    """Copied, renamed, without an index, and of each file's own checksum."""
+    """Copied, renamed, and without an index."""
     (tmp_path / "copy").mkdir()
     for k, path in enumerate(sorted(folder.glob("*.tar"))):
         shutil.copy(path, tmp_path / f"copy/other-{k}.tar")
@@ -33,7 +33,7 @@ def test_the_same_shards_elsewhere_are_the_same(folder, dataset, tmp_path):
 
 
 def test_shards_of_other_pixels_and_the_same_size_differ(tmp_path):
-    """Two sets whose names, counts and sizes are equal; with an index of ours, and indexed here."""
+    """Two data sets with equal names, counts and sizes, with our index and without an index."""
     found = []
     for name, first in (("a", 0), ("b", 35)):  # sizes of images repeat after 35, and tar rounds
         samples = make_samples(first + 4)[first:]
@@ -44,7 +44,7 @@ def test_shards_of_other_pixels_and_the_same_size_differ(tmp_path):
         assert [shard[:3] for shard in one["shards"]] == [shard[:3] for shard in two["shards"]]
         fault, _ = difference(one, two)
         assert fault.startswith("shard 0 differs: shard-000000.tar had SHA-256 ")
-        for path in found:  # foreign ones now
+        for path in found:  # now they are foreign shards
             (path / "index.json").unlink(missing_ok=True)
 
 
@@ -86,7 +86,7 @@ def test_a_shard_without_a_checksum_is_compared_by_name_and_size():
 
 
 def test_a_checkpoint_of_an_earlier_version():
-    """Its digest is that of names, counts and sizes, as the earlier version computed it."""
+    """The digest of an earlier version covers names, counts and sizes."""
     text = json.dumps([[shard["file"], shard["samples"], shard["bytes"]] for shard in THREE])
     old = {"samples": 15, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
     fault, note = difference(old, identity(THREE))

@@ -1,4 +1,4 @@
-"""An index that is damaged says what of it is; one of shards from elsewhere is made again when they change."""
+"""A damaged index gives an error that names the damage; the index of foreign shards is made again if they change."""
 
 import json
 import os
@@ -38,11 +38,11 @@ def test_what_an_index_lacks_is_named(tmp_path, folder, edit_index, damage, read
 
     edit_index(edit)
     expected = f"{folder}/index.json is not whole: {message}; make the shards again"
-    assert told(folder, read, tmp_path) == expected
+    assert error_of(folder, read, tmp_path) == expected
 
 
-def told(folder, read, tmp_path):
-    """What is said of a damaged folder of shards."""
+def error_of(folder, read, tmp_path):
+    """Return the error of a damaged folder of shards."""
     if read == "verify":
         (problem,) = verify(str(folder), workers=1, show=lambda *_: None).problems
         return problem
@@ -76,14 +76,14 @@ def test_a_damaged_array_is_named(tmp_path, folder, name, damage):
     apply, message = DAMAGED_ARRAYS[damage]
     apply(folder / name)
     for read in ("dataset", "verify"):
-        text = told(folder, read, tmp_path)
+        text = error_of(folder, read, tmp_path)
         assert text.startswith(f"{folder / name} {message}"), text
         assert text.endswith("make the shards again")
 
 
 @pytest.fixture
 def foreign(tmp_path):
-    """Two folders of 6 and 4 samples in a shard each, without an index."""
+    """Two shards of 6 and 4 samples, without an index."""
     for name, samples in (("one", make_samples(6)), ("two", make_samples(10)[6:])):
         write_shards(tmp_path / name, samples, 10, {"class": tuple("abcd")})
         (tmp_path / name / "shard-000000.tar").rename(tmp_path / name / f"{name}.tar")
@@ -111,7 +111,7 @@ def test_a_shard_that_was_added(foreign, caplog):
 
 @pytest.mark.parametrize("named", ["", "/one.tar"])
 def test_a_shard_that_was_replaced(foreign, named):
-    """By another one, of the same size too."""
+    """Another shard replaces it, also one of the same size."""
     keys(foreign)
     time.sleep(0.02)  # a file's time is that of the last tick
     shutil.copy(foreign.parent / "two/two.tar", foreign / "one.tar")
@@ -148,7 +148,7 @@ def test_our_own_index_is_never_made_again(folder, samples, caplog):
 
 
 def edited(folder, name, change, *, old):
-    """Changes an array; ``old`` takes its checksum away, as data sets of earlier releases have none."""
+    """Change an array; ``old`` deletes its checksum, since data sets of earlier releases have none."""
     array = np.load(folder / name)
     change(array)
     np.save(folder / name, array)
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_without_checksums(folder, damage):
 
 
 def test_the_last_byte_of_a_shard_is_its_last(folder):
-    """A member may end with its shard, and not a byte later."""
+    """A member may end at the end of its shard, and not one byte later."""
     offset = int(np.load(folder / "offsets.npy")[12, 0])
     size = (folder / "shard-000001.tar").stat().st_size
     edited(folder, "offsets.npy", lambda array: array.__setitem__((12, 1), size - offset), old=True)
@@ -199,7 +199,7 @@ def test_the_last_byte_of_a_shard_is_its_last(folder):
 
 @pytest.mark.parametrize("name", ["labels.npy", "offsets.npy", "keys.npy"])
 def test_every_changed_byte_of_an_array_is_noticed(folder, name, samples):
-    """Each byte in turn, header and numbers; unchanged it opens, and without checksums too."""
+    """Change each byte in turn, of header and numbers; unchanged files open, also without checksums."""
     whole = (folder / name).read_bytes()
     for place in range(0, len(whole), 7):
         (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])

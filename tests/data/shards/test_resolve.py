@@ -1,4 +1,4 @@
-"""Folders, patterns, lists and addresses: the same samples by every way, and indexes that are made once."""
+"""Folders, patterns, lists and URLs give the same samples, and an index is made once."""
 
 import dataclasses
 import io
@@ -41,7 +41,7 @@ def without_index(folder):
         (folder / name).unlink()
 
 
-def assert_holds(dataset, samples):
+def assert_samples(dataset, samples):
     assert len(dataset) == len(samples)
     assert [dataset.key(i) for i in range(len(samples))] == [s.key for s in samples]
     assert [dataset.image_bytes(i) for i in range(len(samples))] == [s.image for s in samples]
@@ -51,7 +51,7 @@ def assert_holds(dataset, samples):
 
 def test_a_pattern_of_all_shards_of_a_folder(folder, samples):
     dataset = ShardDataset(f"{folder}/shard-{{000000..000002}}.tar")
-    assert_holds(dataset, samples)
+    assert_samples(dataset, samples)
     assert dataset.classes == {"class": ("a", "b", "c", "d")}
     assert dataset.shards == ShardDataset(folder).shards
     assert not dataset.remote
@@ -59,8 +59,8 @@ def test_a_pattern_of_all_shards_of_a_folder(folder, samples):
 
 def test_some_shards_of_a_folder_in_another_order(folder, samples):
     dataset = ShardDataset([f"{folder}/shard-000002.tar", f"{folder}/shard-000000.tar"])
-    assert_holds(dataset, samples[20:] + samples[:10])
-    assert_holds(pickle.loads(pickle.dumps(dataset)), samples[20:] + samples[:10])
+    assert_samples(dataset, samples[20:] + samples[:10])
+    assert_samples(pickle.loads(pickle.dumps(dataset)), samples[20:] + samples[:10])
     assert dataset.shard_sizes.tolist() == [3, 10]
 
 
@@ -68,7 +68,7 @@ def test_a_list_of_folders_is_one_data_set(tmp_path, folder, samples):
     more = [Sample(f"more/{k}", s.extension, s.image, {"class": 3, "count": k}) for k, s in enumerate(samples[:4])]
     write_shards(tmp_path / "more", more, 3, {"class": tuple("abcd"), "count": tuple("0123")})
     dataset = ShardDataset([str(tmp_path / "more"), str(folder)])
-    assert_holds(dataset, more + samples)
+    assert_samples(dataset, more + samples)
     assert dataset.path == f"{tmp_path / 'more'}, {folder}"
     assert dataset.labelled("count").tolist() == [0, 1, 2, 3]
     assert dataset.read(2)["labels"] == {"class": 3, "count": 2}
@@ -76,7 +76,7 @@ def test_a_list_of_folders_is_one_data_set(tmp_path, folder, samples):
 
 
 def test_lists_whose_classes_differ(tmp_path, folder, samples):
-    """Training looks at no labels: images can be used, and a label is an error when it is asked for."""
+    """Images can be used, since training reads no labels; reading the label is an error."""
     other = [Sample(f"o/{k}", s.extension, s.image, {"class": 1, "count": 2}) for k, s in enumerate(samples[:2])]
     write_shards(tmp_path / "other", other, 2, {"class": tuple("abXd"), "count": tuple("0123")})
     both = [str(folder), str(tmp_path / "other")]
@@ -125,17 +125,17 @@ def test_foreign_shards_of_two_folders_that_saw_other_classes(tmp_path, samples)
         without_index(tmp_path / name)
     dataset = ShardDataset([str(tmp_path / "a"), str(tmp_path / "b")])
     assert dataset.classes == {"class": ("0", "1", "2", "3")}
-    assert_holds(dataset, samples[:2] + samples[:8])
+    assert_samples(dataset, samples[:2] + samples[:8])
 
 
 def test_foreign_shards_by_pattern_are_indexed_once_in_the_users_cache(tmp_path, folder, samples):
     without_index(folder)
     pattern = f"{folder}/shard-{{000000..000002}}.tar"
-    assert_holds(ShardDataset(pattern), samples)
+    assert_samples(ShardDataset(pattern), samples)
     assert not (folder / "index.json").exists()
     (index,) = (tmp_path / "user_cache/jepa_kit/indexes").glob("*/index.json")
     written = index.stat().st_mtime_ns
-    assert_holds(ShardDataset(pattern), samples)
+    assert_samples(ShardDataset(pattern), samples)
     assert index.stat().st_mtime_ns == written
     (folder / "shard-000002.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
     with pytest.raises(ValueError, match="shard-000002"):  # another file has another index; its keys are there twice
@@ -144,16 +144,16 @@ def test_foreign_shards_by_pattern_are_indexed_once_in_the_users_cache(tmp_path,
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_foreign_folder_where_nothing_can_be_written(folder, samples):
+def test_a_foreign_folder_that_is_not_writable(folder, samples):
     without_index(folder)
     folder.chmod(0o500)
-    assert_holds(ShardDataset(folder), samples)
+    assert_samples(ShardDataset(folder), samples)
 
 
 def test_the_index_of_a_folder_that_cannot_be_written(tmp_path, folder, samples, monkeypatch):
     without_index(folder)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert_holds(ShardDataset(folder), samples)
+    assert_samples(ShardDataset(folder), samples)
     assert not (folder / "index.json").exists()
 
 
@@ -177,7 +177,7 @@ def test_a_pattern_that_names_missing_files(folder):
     ],
 )
 def test_a_shard_that_is_named_twice(server, access, tmp_path, monkeypatch, folder, samples, names, twice):
-    """One by one, by its folder, or by another name of it."""
+    """By its name, by its folder, or by another path."""
     monkeypatch.chdir(tmp_path)
     os.symlink(folder, "link")
     other = write_shards(tmp_path / "other", samples[:3], 3, {"class": tuple("abcd")})
@@ -193,15 +193,15 @@ def test_a_folder_of_another_machine(server, folder, samples, access):
     dataset = ShardDataset(f"{server.address}/shards/", access=access)
     assert dataset.remote
     assert server.count("shard-000000.tar") == 0, "shards are fetched when they are read"
-    assert_holds(dataset, samples)
-    assert_holds(ShardDataset(f"{server.address}/shards", access=access), samples)
+    assert_samples(dataset, samples)
+    assert_samples(ShardDataset(f"{server.address}/shards", access=access), samples)
     assert [server.count(f"shard-00000{k}.tar") for k in range(3)] == [1, 1, 1]
     assert server.count("offsets.npy") == 1
 
 
 def test_without_a_cache_folder_shards_go_when_the_data_set_does(server, folder, samples):
     dataset = ShardDataset(f"{server.address}/shards", access=Access(**QUICK))
-    assert_holds(dataset, samples)
+    assert_samples(dataset, samples)
     place = dataset._cache.folder
     assert len(os.listdir(f"{place}/shards")) == 3
     del dataset
@@ -211,19 +211,19 @@ def test_without_a_cache_folder_shards_go_when_the_data_set_does(server, folder,
 def test_shards_of_another_machine_by_pattern_use_the_index_beside_them(server, folder, samples, access):
     dataset = ShardDataset(f"{server.address}/shards/shard-{{000001..000002}}.tar", access=access)
     assert server.count("shard-000001.tar") == 0
-    assert_holds(dataset, samples[10:])
+    assert_samples(dataset, samples[10:])
 
 
 def test_foreign_shards_of_another_machine_are_read_once_for_their_index(server, folder, samples, access):
     without_index(folder)
     pattern = f"{server.address}/shards/shard-{{000000..000002}}.tar"
-    assert_holds(ShardDataset(pattern, access=access), samples)
+    assert_samples(ShardDataset(pattern, access=access), samples)
     assert [server.count(f"shard-00000{k}.tar") for k in range(3)] == [1, 1, 1], "and kept in the cache"
-    assert_holds(ShardDataset(pattern, access=access), samples)
+    assert_samples(ShardDataset(pattern, access=access), samples)
     assert server.count("shard-000000.tar") == 1
 
 
-def test_an_index_that_was_stopped_goes_on(server, folder, samples, access):
+def test_an_interrupted_index_resumes(server, folder, samples, access):
     without_index(folder)
     pattern = f"{server.address}/shards/shard-{{000000..000002}}.tar"
     server.plans["shard-000002.tar"] = [("status", 404)]
@@ -235,7 +235,7 @@ def test_an_index_that_was_stopped_goes_on(server, folder, samples, access):
     later = Access(cache=access.cache, **QUICK)
     for name in (f for f in os.listdir(f"{access.cache}/shards") if f.endswith((".cut", ".why"))):
         os.remove(f"{access.cache}/shards/{name}")
-    assert_holds(ShardDataset(pattern, access=later), samples)
+    assert_samples(ShardDataset(pattern, access=later), samples)
     assert [server.count(f"shard-00000{k}.tar") for k in range(3)] == [1, 1, 2]
 
 
@@ -243,14 +243,14 @@ def test_pipes(folder, samples, access):
     without_index(folder)
     dataset = ShardDataset(f"pipe:cat '{folder}'/shard-{{000000..000002}}.tar", access=access)
     assert dataset.remote
-    assert_holds(dataset, samples)
-    assert_holds(pickle.loads(pickle.dumps(dataset)), samples)
+    assert_samples(dataset, samples)
+    assert_samples(pickle.loads(pickle.dumps(dataset)), samples)
 
 
-def test_here_and_elsewhere_together(server, folder, samples, tmp_path, access):
+def test_local_and_remote_shards_together(server, folder, samples, tmp_path, access):
     write_shards(tmp_path / "near", samples[:3], 2, {"class": tuple("abcd")})
     dataset = ShardDataset([str(tmp_path / "near"), f"{server.address}/shards"], access=access)
-    assert_holds(dataset, samples[:3] + samples)
+    assert_samples(dataset, samples[:3] + samples)
     assert dataset.shard_of(np.array([0, 2, 3, 13])).tolist() == [0, 1, 2, 3]
     dataset.fetch(0)
     assert server.count("shard-000000.tar") == 1
@@ -324,7 +324,7 @@ def test_a_foreign_file_that_is_no_tar_costs_itself_alone(tmp_path):
 
 
 def test_a_key_that_comes_twice_is_two_samples(tmp_path):
-    """Shards that were joined, or a writer that counts anew; the second of them may have no label."""
+    """Concatenated shards, or a writer that restarts its numbers; the second sample may have no label."""
     images = jpegs(5)
     labelled = [m for k in range(3) for m in ((f"{k}.jpg", images[k]), (f"{k}.cls", b"%d" % k))]
     again = [("1.jpg", images[3]), ("0.jpg", images[4]), ("0.cls", b"4")]
@@ -357,13 +357,13 @@ def test_labels_that_are_none_are_listed_and_their_samples_used(tmp_path):
     assert refused[6]["reason"] == "'[1]' is no mapping of labels: used without that label"
 
 
-def test_shards_elsewhere_are_fetched_once_and_must_stay_as_they_were(folder, samples, tmp_path):
-    """Their checksum is that of the bytes from which the index was made; nothing is fetched to compare data sets."""
+def test_remote_shards_are_downloaded_once_and_must_not_change(folder, samples, tmp_path):
+    """Their checksum is that of the bytes that were indexed; comparing data sets downloads nothing."""
     places = [f"pipe:echo x >> {tmp_path}/count; cat {path}" for path in sorted(folder.glob("*.tar"))]
     kept = Access(cache=str(tmp_path / "cache"), **QUICK)
     dataset = ShardDataset(places, access=kept)
-    assert_holds(dataset, samples)
-    assert_holds(ShardDataset(places, access=kept), samples)
+    assert_samples(dataset, samples)
+    assert_samples(ShardDataset(places, access=kept), samples)
     assert (tmp_path / "count").read_text() == "x\n" * 3
     assert difference(identity(dataset.shards), identity(ShardDataset(folder).shards)) == (None, None)
     for path in (tmp_path / "cache/shards").iterdir():

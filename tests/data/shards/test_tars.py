@@ -1,4 +1,4 @@
-"""Tars from elsewhere, of GNU tar and of Python: sparse files, links, headers for all, compression, devices."""
+"""Tars of GNU tar and of Python: sparse files, links, global headers, compression, devices."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def images(count):
 
 
 def refused(path):
-    """The index's list, of shards that are in a folder of their own."""
+    """Return what the index of a folder of shards refuses."""
     return json.loads((path / "index.json").read_text())["refused"]
 
 
@@ -43,7 +43,7 @@ def read(path):
 
 
 def made(path):
-    """What make_shards reads of an archive: name -> image bytes, or why not."""
+    """Return what make_shards reads from an archive: name -> image bytes, or the reason of a refusal."""
     source = open_source(str(path), SourceOptions(), seed=0, scratch=str(path.parent))
     found = {}
     for i in range(len(source)):
@@ -55,7 +55,7 @@ def made(path):
 
 
 def sparse_tar(folder, kind):
-    """GNU tar's own archive of a BMP with a hole of 200 kB in its pixels, between two plain files; None without tar."""
+    """Return an archive by GNU tar of a BMP with a hole of 200 kB, between two plain files; None without tar."""
     folder.mkdir()
     image = np.zeros((300, 300, 3), dtype=np.uint8)
     image[:20], image[-20:] = 99, 200
@@ -90,7 +90,7 @@ KINDS = {
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_files(tmp_path, kind):
-    """make_shards reads their pixels; of a foreign shard they are refused, and what comes after them is read."""
+    """make_shards reads their pixels; in a foreign shard they are refused, and later members are read."""
     found = sparse_tar(tmp_path / "in", KINDS[kind])
     if found is None:
         pytest.skip("this tar, or this file system, makes no sparse members")
@@ -109,7 +109,7 @@ def test_sparse_files(tmp_path, kind):
 
 @pytest.fixture
 def linked(tmp_path):
-    """Samples a and b, then links to them of each kind, and two that lead nowhere."""
+    """Samples a and b, then links to them of each kind, and two broken links."""
     (tmp_path / "shards").mkdir()
     first, second = images(2)
     with tarfile.open(tmp_path / "shards/x.tar", "w") as tar:
@@ -145,8 +145,8 @@ def test_links_in_shards(linked):
     }
 
 
-def test_a_header_of_another_sample_passes_for_links_alone(linked):
-    """b's bytes swapped for those of a sample that it is no link to."""
+def test_a_header_of_another_sample_is_accepted_only_for_links(linked):
+    """The bytes of b are replaced by those of a sample that b is no link to."""
     read(linked)
     index = json.loads((linked / "index.json").read_text())
     assert index["links"] == {
@@ -175,7 +175,7 @@ def test_devices_and_links_in_archives(linked):
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_pax_header_for_the_whole_archive(tmp_path, joined):
-    """As `git archive` writes one; in joined archives it comes again in the middle. Nothing is refused."""
+    """`git archive` writes one; concatenated archives have another in the middle. Nothing is refused."""
     (tmp_path / "shards").mkdir()
     pictures = images(4)
     parts = []
@@ -209,7 +209,7 @@ def plain(tmp_path):
 
 
 def test_a_compressed_shard(plain):
-    """By its content, whatever its name is, and by its name, before anything is fetched or read."""
+    """Recognised by its content, and by its name before a download."""
     plain.write_bytes(gzip.compress(plain.read_bytes()))
     message = r"shard .*a.tar is compressed \(gzip\), but samples are read at their offsets: decompress it first with"
     for address in (plain, plain.parent):
@@ -234,7 +234,7 @@ def test_a_pipe_decompresses(plain):
 
 
 def test_an_archive_is_what_its_content_is(tmp_path, plain):
-    """A .tar that is gzip, a .tar.gz that is none, and one of another compression."""
+    """A .tar that is gzip, a .tar.gz that is not, and another compression."""
     data = plain.read_bytes()
     for name, content in (("a.tar", gzip.compress(data)), ("b.tar.gz", data), ("c.tgz", gzip.compress(data))):
         (tmp_path / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Shards are plain WebDataset, equal for equal samples, and never half-written; foreign ones get their index."""
+"""Shards are plain WebDataset, equal for equal samples, and never incomplete; foreign ones get an index."""
 
 import hashlib
 import io
@@ -81,7 +81,7 @@ def test_equal_samples_give_equal_bytes(tmp_path, samples):
     ],
 )
 def test_bytes_are_those_of_webdatasets_own_writer(tmp_path, sample):
-    """Members, headers, padding and end; and the places that are written down are where the bytes are."""
+    """Compare members, headers, padding, end and offsets with those of webdataset."""
     out = io.BytesIO()
     with webdataset.TarWriter(out, mtime=0) as tar:
         members = {"__key__": sample.key, sample.extension: sample.image}

@@ -1,4 +1,4 @@
-"""Writes pickles as Python 2 and numpy of 2009 did, opcode by opcode: CIFAR's archives hold such."""
+"""Write pickles like those of Python 2 and numpy in 2009, opcode by opcode, as in CIFAR's archives."""
 
 import struct
 
@@ -8,7 +8,7 @@ NONE_AND_MARKS = b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
 
 
 def old_pickle(value):
-    """Protocol 2, with byte strings for text."""
+    """Return a pickle of protocol 2, with byte strings for text."""
     return b"\x80\x02" + _value(value) + b"."
 
 

@@ -1,4 +1,4 @@
-"""CIFAR's python archives, small ones made for the purpose: pixels, labels, splits; and no program in a pickle runs."""
+"""Small archives like CIFAR's: pixels, labels, splits; and no pickle runs code."""
 
 import io
 import os
@@ -93,7 +93,7 @@ def test_cifar100_has_two_labels(tmp_path):
         assert source.sample(i).labels == labels
 
 
-def test_images_can_be_made_anew(tmp_path):
+def test_images_can_be_encoded_again(tmp_path):
     path = write(tmp_path / "c.tar.gz", "cifar-10-batches-py", FILES10)
     sample = opened(path, shorter_side=16).sample(3)
     assert Image.open(io.BytesIO(sample.image)).size == (16, 16)
@@ -102,7 +102,7 @@ def test_images_can_be_made_anew(tmp_path):
 
 
 def test_our_reading_is_numpys_own():
-    """pickle and numpy read the same from bytes written opcode by opcode."""
+    """pickle and numpy read the same values from bytes written opcode by opcode."""
     data = old_pickle(BATCHES10["data_batch_2"])
     theirs = pickle.loads(data, encoding="bytes")
     ours = unpickle(data)

@@ -1,4 +1,4 @@
-"""Sources list their samples in one order, keep bytes, and say why they refuse."""
+"""Sources list their samples in one order, keep bytes, and give the reason of a refusal."""
 
 import io
 import multiprocessing
@@ -28,7 +28,7 @@ NAMES = ["train/cat/0.jpg", "train/cat/1.png", "train/dog/0.jpg"]
 
 
 def build(tmp_path, kind, tree=TREE):
-    """The tree as a folder or an archive."""
+    """Return a source of the tree, as a folder or an archive."""
     path = tmp_path / f"source{kind}"
     if kind == "":
         for name, data in tree.items():
@@ -96,7 +96,7 @@ def test_forked_processes_read_one_zip(tmp_path):
         ("none", None, None),
     ],
 )
-def test_where_labels_come_from(tmp_path, label_from, classes, labels):
+def test_labels_by_folder(tmp_path, label_from, classes, labels):
     source = files(tmp_path, label_from=label_from)
     assert source.classes == ({"class": classes} if classes else {})
     found = [source.sample(i).labels for i in range(3)]
@@ -150,7 +150,7 @@ def test_extension_is_that_of_the_content(tmp_path):
 
 
 def test_paths_of_windows(tmp_path):
-    """Backslashes in a zip (as .NET wrote them), in a table and in a list are slashes; a real name keeps its own."""
+    """Backslashes in a zip (of old .NET), a table and a list become slashes, except in the name of an existing file."""
     images = {r"cat\1.png": TREE["train/cat/1.png"], r"dog\sub\2.jpg": TREE["train/cat/0.jpg"]}
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         archive.writestr("cat\\", b"")
@@ -178,7 +178,7 @@ def test_paths_of_windows(tmp_path):
 
 @pytest.mark.parametrize("kind", [".tar", ".tar.gz"])
 def test_a_tar_with_backslashes(tmp_path, kind):
-    """They separate folders, unless the tar has slashes for that."""
+    """Backslashes in a tar separate folders, unless it has slashes."""
     names = ["cat\\0.jpg", "cat\\.hidden.jpg", "dog\\1.jpg"]
     for added, expected in ((), ["cat/0.jpg", "dog/1.jpg"]), (("cat/2.jpg",), ["cat/2.jpg", *sorted(names)]):
         tree = {name: encoded(picture(0)) for name in (*names, *added)}
@@ -192,7 +192,7 @@ def test_keys_are_unique_and_webdatasets():
 
 
 def test_keys_that_repeat_often_take_no_longer():
-    """Shards that each count from 0 are common; 10 s if every number were tried again."""
+    """Shards that each count from 0 are common; trying every number again would take 10 s."""
     begin = time.process_time()
     keys = each_once(["a", "b"] * 10_000)
     assert time.process_time() - begin < 1
@@ -261,13 +261,13 @@ def test_a_file_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize("label_from", ["parent", "top"])
-def test_labels_where_there_are_no_folders(tmp_path, label_from):
+def test_labels_by_folder_without_folders(tmp_path, label_from):
     with pytest.raises(ValueError, match=rf"label_from \(='{label_from}'\) must be 'none': no file of the source"):
         files(tmp_path, tree={"x.jpg": TREE["train/cat/0.jpg"]}, label_from=label_from)
 
 
 def test_a_compressed_tar_is_unpacked_once(tmp_path):
-    """A run that resumes finds what it unpacked before, and nothing that was cut short."""
+    """A run that resumes uses a complete decompressed tar, and no incomplete one."""
     path = build(tmp_path, ".tar.gz")
     opened(path, tmp_path)
     (unpacked,) = tmp_path.glob(".unpacked.*")
@@ -281,7 +281,7 @@ def test_a_compressed_tar_is_unpacked_once(tmp_path):
     assert [p.suffix for p in tmp_path.glob(".unpacked.*")] == [".tar"]
 
 
-def test_a_link_to_nowhere_is_refused_by_name(tmp_path):
+def test_a_broken_link_is_refused_by_name(tmp_path):
     path = build(tmp_path, "")
     os.symlink(tmp_path / "gone", os.path.join(path, "train/dog/9.jpg"))
     source = opened(path, tmp_path)
@@ -320,7 +320,7 @@ CLASSES = {
 
 
 def test_a_tar_of_tars_is_read_in_place(tmp_path):
-    """ImageNet-1k's train archive: a tar for each class."""
+    """An archive like ImageNet-1k's train archive: a tar for each class."""
     path = tmp_path / "train.tar"
     path.write_bytes(tar_of({name: tar_of(members) for name, members in CLASSES.items()}))
     source = opened(str(path), tmp_path)
@@ -347,7 +347,7 @@ def test_a_broken_tar_in_a_tar_is_named(tmp_path, how):
 
 
 @pytest.mark.parametrize("what", ["folder of tars", "shard", "made shards"])
-def test_what_may_be_shards_is_asked_about(tmp_path, what, samples):
+def test_possible_shards_give_an_error_that_names_the_prefix(tmp_path, what, samples):
     data = tar_of({"0.jpg": encoded(picture(0)), "0.cls": b"1"})
     path = tmp_path / "x.tar"
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face, made here with their own library: bytes, labels, splits, and what is missing."""
+"""Hugging Face data sets, made here with their library: bytes, labels, splits, and errors."""
 
 import builtins
 
@@ -133,7 +133,7 @@ def test_names_of_nothing(name, message):
         opened(name)
 
 
-def test_what_the_library_says_is_passed_on(monkeypatch):
+def test_errors_of_the_library_are_in_the_message(monkeypatch):
     called = []
 
     def load(*arguments):

@@ -1,4 +1,4 @@
-"""Links in folders and archives are followed, and nothing vanishes without a word: hidden files, pipes, equal names."""
+"""Links in folders and archives are followed; hidden files, pipes and equal names are reported."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def put(folder, **images):
 
 
 def content(source):
-    """Name -> (bytes, name of its class)."""
+    """Return name -> (bytes, name of its class)."""
     samples = [source.sample(i) for i in range(len(source))]
     names = source.classes.get("class", ("",))
     return {source.name(i): (s.image, names[s.labels.get("class", 0)]) for i, s in enumerate(samples)}
@@ -55,7 +55,7 @@ def test_links_that_lead_back_have_an_end(tmp_path):
 
 
 def tar(path, entries):
-    """(name, bytes), or (name, kind of link, where it leads)."""
+    """Write a tar of entries (name, bytes) or (name, kind of link, target)."""
     with tarfile.open(path, "w") as archive:
         for name, *rest in entries:
             info = tarfile.TarInfo(name)

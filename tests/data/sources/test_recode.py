@@ -1,4 +1,4 @@
-"""Images made anew: as Pillow alone would make them, and only where that was asked for."""
+"""Images that are encoded again equal those of Pillow; others keep their bytes."""
 
 import io
 
@@ -19,7 +19,7 @@ def opened(sample):
 
 @pytest.mark.parametrize("data", [JPEG, PNG])
 @pytest.mark.parametrize("recode", [Recode(), Recode(shorter_side=60), Recode(shorter_side=100)])
-def test_bytes_stay_where_nothing_must_change(data, recode):
+def test_bytes_stay_if_nothing_must_change(data, recode):
     assert recode.sample("k", data, {"class": 3}).image == data
 
 
@@ -46,7 +46,7 @@ def test_quality_makes_every_image_a_jpeg():
     assert len(small.image) < len(Recode(quality=40).sample("k", JPEG, {}).image) < len(JPEG)
 
 
-def test_a_turned_photo_is_upright_when_it_is_made_anew():
+def test_a_rotated_photo_is_upright_when_it_is_encoded_again():
     image = picture(2, 40, 80)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees

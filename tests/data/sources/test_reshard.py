@@ -1,4 +1,4 @@
-"""Shards into other shards: images, masks, labels and names of classes go over."""
+"""Copy shards into new shards: images, masks, labels and class names are kept."""
 
 import dataclasses
 import io
@@ -44,7 +44,7 @@ def foreign(path, members):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_shards_from_elsewhere(tmp_path):
+def test_foreign_shards(tmp_path):
     jpg, png = encoded(picture(0)), encoded(picture(1), "PNG")
     foreign(tmp_path / "a.tar", [("0.jpg", jpg), ("0.cls", b"3"), ("0.txt", b"a cat"), ("1.cls", b"1")])
     foreign(tmp_path / "b.tar", [("0.png", png), ("0.cls", b"0"), ("0.depth.npy", b"x")])
@@ -60,7 +60,7 @@ def test_shards_from_elsewhere(tmp_path):
     assert source.notes == ["not copied: members .txt (as in a.tar)"]
 
 
-def test_a_shard_that_is_gone_is_refused_sample_by_sample(tmp_path, samples):
+def test_a_missing_shard_is_refused_sample_by_sample(tmp_path, samples):
     folder = write_shards(tmp_path / "old", samples, 10, {"class": tuple("abcd")})
     source = opened(folder)
     os.remove(folder / "shard-000001.tar")

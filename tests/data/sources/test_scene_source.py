@@ -1,4 +1,4 @@
-"""Scenes as samples: the pictures, labels and masks that the renderer has."""
+"""Scenes as samples: the images, labels and masks of the renderer."""
 
 import io
 

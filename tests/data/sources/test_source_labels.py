@@ -1,4 +1,4 @@
-"""Labels from tables and lists: the right class for the right file, and a clear word where that cannot be."""
+"""Labels from tables and lists: the right class for each file, or an error that names the problem."""
 
 import io
 import tarfile
@@ -28,7 +28,7 @@ def table(root, text, name="images.csv", **options):
 
 
 def listed(root, text, name="labels.csv", **options):
-    """The folder of images with a list of labels."""
+    """Return a source: the folder of images with a list of labels."""
     (root / name).write_text(text)
     options = SourceOptions(labels=str(root / name), **options)
     return open_source(str(root / "img"), options, seed=0, scratch=str(root))
@@ -72,7 +72,7 @@ def test_numbers_below_0_are_classes_in_their_order(root):
 
 
 @pytest.mark.parametrize("texts", [("10.5", "2.5", "3"), ("10", "2", "x")])
-def test_what_is_no_whole_number_is_a_name(root, texts):
+def test_texts_that_are_not_all_integers_are_names(root, texts):
     lines = [f"img/{name}.jpg,{text}\n" for name, text in zip("abc", texts, strict=True)]
     source = table(root, "path,label\n" + "".join(lines))
     assert source.classes == {"class": tuple(sorted(texts))}
@@ -205,7 +205,7 @@ def test_a_list_that_is_not_there(root):
 
 
 def development_kit(path, leave_out=()):
-    """ImageNet's, with four classes whose numbers are not in the order of their names."""
+    """Write a development kit like ImageNet's, with four classes whose numbers are not in the order of their names."""
     wordnet = ["n04", "n02", "n03", "n01", "n00"]
     synsets = np.array(
         [(k + 1, name, f"word {k}") for k, name in enumerate(wordnet)],
@@ -255,7 +255,7 @@ def test_a_development_kit_that_is_none(tmp_path, leave_out):
 
 @pytest.mark.parametrize("kind", ["shards", "text"])
 def test_class_numbers_of_other_shards(root, samples, kind):
-    """A test set in which a class is missing has the numbers of the training set all the same."""
+    """A test set without one of the classes has the class numbers of the training set."""
     if kind == "shards":
         given = write_shards(root / "train", samples, 10, {"class": ("w", "x", "y", "z")})
     else:
