@@ -123,7 +123,8 @@ def find_function(root: Path, name: str) -> tuple[str, str]:
 
     Args:
         root: the checkout.
-        name: ``FUNCTION``, or ``MODULE:FUNCTION`` if several modules have one of that name.
+        name: ``FUNCTION``, or ``MODULE:FUNCTION`` if several modules have one of that name; without a module,
+            jepa_kit.training comes first.
 
     Raises:
         ValueError: no module has it, or several have.
@@ -135,6 +136,7 @@ def find_function(root: Path, name: str) -> tuple[str, str]:
         if module in {"", other}
         and any(isinstance(n, ast.FunctionDef) and n.name == function for n in ast.parse(file.read_text()).body)
     ]
+    found = [other for other in found if other == f"{PACKAGE}.training"] or found
     if len(found) != 1:
         raise ValueError(
             f"--train (={name}) must be a function of one module of {PACKAGE}, or MODULE:FUNCTION; "

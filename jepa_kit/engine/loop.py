@@ -153,7 +153,7 @@ def header(run: Run, step: int, origin: dict[str, Any]) -> Checkpoint:
     Args:
         run: to be saved.
         step: updates so far.
-        origin: where the run's first weights came from.
+        origin: of the run's first weights.
     """
     epoch, in_epoch = divmod(step, run.loader.steps_per_epoch)  # of the data: train.steps_per_epoch changes no order
     return Checkpoint(

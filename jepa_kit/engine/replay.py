@@ -45,22 +45,20 @@ class Finding:
 
     Args:
         phase: ``images``, ``weights``, ``forward``, ``loss`` or ``backward``.
-        where: name of the module, weight or term; the class of the module in brackets.
+        name: of the module, weight or term; the class of the module in brackets.
         bad, total: number of values that are not finite, and of all.
         first: the first of them, as text.
     """
 
     phase: str
-    where: str
+    name: str
     bad: int
     total: int
     first: str
 
     def __str__(self) -> str:
         """Return a message."""
-        return (
-            f"{self.phase}: {self.where}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
-        )
+        return f"{self.phase}: {self.name}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
 
 
 DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
@@ -94,11 +92,11 @@ def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
 
 def masks_of(dump: dict[str, Any]) -> MaskBatch:
     """Return the masks of a dump."""
-    held = dump["masks"]
+    masks = dump["masks"]
     context, targets = (
-        PatchSets(held[name]["index"], held[name]["image"], held[name]["lengths"]) for name in ("context", "targets")
+        PatchSets(masks[name]["index"], masks[name]["image"], masks[name]["lengths"]) for name in ("context", "targets")
     )
-    return MaskBatch(context, targets, tuple(held["grid"]), held["context_of"])
+    return MaskBatch(context, targets, tuple(masks["grid"]), masks["context_of"])
 
 
 def config_of(dump: dict[str, Any]) -> Config:
@@ -263,8 +261,8 @@ def _hook(name: str, forward: list[Finding], backward: list[Finding]) -> Any:
     return hook
 
 
-def _note(where: str, found: list[Finding], gradient: Tensor) -> None:
-    if finding := look("backward", where, gradient):
+def _note(name: str, found: list[Finding], gradient: Tensor) -> None:
+    if finding := look("backward", name, gradient):
         found.append(finding)
 
 
@@ -281,10 +279,10 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(value, field.name))
 
 
-def look(phase: str, where: str, value: Tensor) -> Finding | None:
+def look(phase: str, name: str, value: Tensor) -> Finding | None:
     """Return the finding for a tensor that is not finite, else None."""
     finite = torch.isfinite(value.detach())
     if bool(finite.all()):
         return None
     first = value.detach()[~finite].flatten()[0].item()
-    return Finding(phase, where, int((~finite).sum()), value.numel(), str(first))
+    return Finding(phase, name, int((~finite).sum()), value.numel(), str(first))

@@ -61,7 +61,7 @@ class Start(NamedTuple):
 
     Args:
         step: its next step.
-        origin: where its weights came from, as its checkpoints record it.
+        origin: of its weights, as its checkpoints record it.
         lines: messages to print.
         precision: of the run whose checkpoint was read; None for a new run.
     """

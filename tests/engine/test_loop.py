@@ -119,7 +119,7 @@ def test_compiling_is_announced(tiny, monkeypatch, capsys):
 def test_nothing_to_resume_is_said(tiny, capsys):
     train_until(tiny(), 2)
     folder = train(tiny(), resume=True)
-    assert f"nothing to resume: {folder} holds no checkpoint; starting at step 0\n" in capsys.readouterr().out
+    assert f"nothing to resume: {folder} has no checkpoint; starting at step 0\n" in capsys.readouterr().out
     assert [line["step"] for line in numbers(folder)] == list(range(6))
 
 

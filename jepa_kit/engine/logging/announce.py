@@ -79,5 +79,5 @@ def announce(
     if store.apart:
         print(f"checkpoints: {store}")
     if resume and not start.step:
-        print(f"nothing to resume: {store} holds no checkpoint; starting at step 0")
+        print(f"nothing to resume: {store} has no checkpoint; starting at step 0")
     print(f"run folder: {folder}", flush=True)

@@ -89,8 +89,8 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
 
 def _present(panels: Sequence[Panel], given: set[str]) -> list[Panel]:
     """Return the panels restricted to the values that the lines have, without empty panels."""
-    held = [panel._replace(keys=tuple(key for key in panel.keys if key in given)) for panel in panels]
-    return [panel for panel in held if panel.keys]
+    present = [panel._replace(keys=tuple(key for key in panel.keys if key in given)) for panel in panels]
+    return [panel for panel in present if panel.keys]
 
 
 def _points(records: Sequence[Record], key: str, factor: float = 1.0) -> tuple[list[float], list[float]]:
