@@ -1,4 +1,4 @@
-"""Checksums of weights: what our writers store, and what readers verify."""
+"""Checksums of weights, stored by our writers and verified by readers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from jepa_kit.errors import CheckpointError
 
 DIGEST = "jepa_kit.sha256"
-"""The metadata key of the digest. The note (``ABOUT``) repeats that there is one, so that damage to this key shows."""
+"""Metadata key of the digest. The note (``ABOUT``) also states that there is one, so damage to this key is detected."""
 
-HOW = "allow_unchecked=True (--allow-unchecked) loads it as it is"
+HOW = "allow_unchecked=True (--allow-unchecked) loads it anyway"
 
 
 def raw(value: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major, without a copy if it is contiguous."""
+    """Return the bytes of a tensor, row-major, without a copy if it is contiguous."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256, in hex, of names, types, shapes and bytes of all tensors, and of all metadata but the digest itself."""
+    """Return the SHA-256 in hex of all tensors (name, type, shape, bytes) and all metadata except the digest itself."""
     found = hashlib.sha256(json.dumps({k: v for k, v in metadata.items() if k != DIGEST}, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]
@@ -36,11 +36,11 @@ def check_digest(stored: str | None, found: str, what: str, *, needed: bool, all
     """Compare a stored digest with the content's.
 
     Args:
-        stored: in the file; None if it has none.
-        found: of the content.
-        what: names the file in messages.
-        needed: the file states that it has a digest.
-        allow_unchecked: accept a file that fails.
+        stored: digest in the file; None if it has none.
+        found: digest of the contents.
+        what: name of the file in messages.
+        needed: whether the file states that it has a digest.
+        allow_unchecked: whether to accept a file that fails.
 
     Raises:
         CheckpointError: the digests differ, or a needed one is missing.

@@ -1,4 +1,4 @@
-"""Files of weights: where they come from, what they are by their content, and opening them without running code."""
+"""Fetch files of weights, detect their format by content, and open them without running code."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 FORMATS = "official, jepa_kit, hf (a folder), timm, safetensors, onnx"
 
 DOWNLOADED = ("http://", "https://", "ftp://")
-"""Addresses whose files iopath keeps in its cache."""
+"""URLs whose files iopath caches."""
 
 
 def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Path:
-    """The file or folder on this machine; what lies at an address is brought here.
+    """Return the local path of a file or folder; download it if it is remote.
 
     Args:
-        path_or_url: a path; an http address of one file, which iopath keeps in its cache; or another address, see
+        path_or_url: a path; an http URL of one file, which iopath caches; or another URL, see
             ``jepa_kit.engine.checkpoint.locate.to_read``.
-        sha256: what the file's SHA-256 must be, in hex; None where it is not known.
+        sha256: expected SHA-256 of the file in hex; None for no check.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: another checksum (a download is deleted then), or an address that gave nothing.
+        CheckpointError: the checksum differs (a download is deleted then), or the download failed.
     """
     text = os.fspath(path_or_url)
     remote = "://" in text
@@ -48,7 +48,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
         path = Path(text).expanduser()
         if text.startswith(DOWNLOADED):
             path = Path(path_manager.get_local_path(text))
-        elif not checkpoints(path):  # a run folder may have them elsewhere
+        elif not checkpoints(path):  # the checkpoints of a run folder may be elsewhere
             path = to_read(text)
     except FileNotFoundError:
         raise
@@ -59,24 +59,24 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
     if sha256 is None:
         return path
     if path.is_dir():
-        raise CheckpointError(f"{text} is a folder, and sha256 is of one file")
+        raise CheckpointError(f"{text} is a folder, but sha256 is the checksum of one file")
     found = sha256_of(path)
     if found != sha256.lower():
         if remote:
-            path.unlink()  # the cache would give the same file again
+            path.unlink()  # else the cache returns the same file again
         raise CheckpointError(f"{text} has SHA-256 {found}, not {sha256.lower()}: it is damaged, or another file")
     return path
 
 
 def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
-    """The format of a file or folder, by its content.
+    """Return the format of a file or folder, by its contents.
 
     Args:
-        path: of it.
+        path: file or folder.
         allow_unchecked: see ``open_archive``.
 
     Raises:
-        CheckpointError: none of the formats; the message says what it looks like instead.
+        CheckpointError: the format is unknown; the message says what the file looks like.
     """
     if path.is_dir():
         return _recognise_folder(path)
@@ -87,26 +87,26 @@ def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
         return _recognise_archive(path, allow_unchecked)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
         return "safetensors" if read_header(path)["__metadata__"].get("format_name") == FORMAT_NAME else "timm"
-    if start[:1] == b"\x08":  # the field ir_version of a protobuf
+    if start[:1] == b"\x08":  # field ir_version of a protobuf
         return "onnx"
     if not start:
         raise CheckpointError(f"{what} is empty")
     if start.lstrip()[:1] == b"<":
         raise CheckpointError(
-            f"{what} is a web page, not weights: the address leads to a page (a login, an error, a file browser)"
+            f"{what} is a web page, not weights: the URL is that of a page (a login, an error, a file browser)"
         )
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{what} is a pointer of git-lfs, not the weights: `git lfs pull` fetches them")
+        raise CheckpointError(f"{what} is a git-lfs pointer, not the weights: run `git lfs pull`")
     if start[:1] == b"\x80":
         raise CheckpointError(
-            f"{what} is a bare pickle, which can run code as it is read, and is refused. A checkpoint of torch before "
-            "1.6 is one: load it where you trust it, and save it anew"
+            f"{what} is a bare pickle, which can run code when it is read, and is rejected. Checkpoints of torch "
+            "before 1.6 are pickles: if you trust this one, load it with torch and save it again"
         )
-    raise CheckpointError(f"{what} is none of the formats {FORMATS}: it begins with {start[:8]!r}")
+    raise CheckpointError(f"{what} has none of the formats {FORMATS}: it begins with {start[:8]!r}")
 
 
 def _recognise_folder(path: Path) -> Format:
-    if checkpoints(path) or (path / HEADER).exists():  # a run folder, or a checkpoint in shards
+    if checkpoints(path) or (path / HEADER).exists():  # a run folder, or a sharded checkpoint
         return "jepa_kit"
     config = path / "config.json"
     if config.is_file():
@@ -118,17 +118,17 @@ def _recognise_folder(path: Path) -> Format:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping.
+    """Return the mapping in a JSON file.
 
     Raises:
-        CheckpointError: it is another thing.
+        CheckpointError: it is not JSON, or not a mapping.
     """
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(held, dict):
-        raise CheckpointError(f"{path} must hold a mapping, not a {type(held).__name__}")
+        raise CheckpointError(f"{path} must contain a mapping, not a {type(held).__name__}")
     return held
 
 
@@ -142,15 +142,15 @@ def _recognise_archive(path: Path, allow_unchecked: bool) -> Format:
 
 
 def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]:
-    """What ``torch.save`` wrote, its tensors mapped from the file; every byte verified, nothing executed.
+    """Load what ``torch.save`` wrote: tensors are memory-mapped, all bytes are verified, no code is run.
 
     Args:
-        path: of the file.
-        allow_unchecked: read a file whose records have no CRC-32, or a wrong one.
+        path: the file.
+        allow_unchecked: whether to read a file whose records have no CRC-32, or a wrong one.
 
     Raises:
-        CheckpointError: a file cut short, damaged, written without CRCs, with objects that could run code, or
-            without a mapping.
+        CheckpointError: the file is truncated, damaged, written without CRCs, has objects that could run code, or is
+            not a mapping.
     """
     what = f"{path} ({path.stat().st_size} bytes)"
     if not zipfile.is_zipfile(path):  # the archive's directory is at its end
@@ -161,18 +161,18 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
         held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{what} contains more than tensors and plain values, which could run code, and is refused: "
+            f"{what} contains more than tensors and plain values, which could run code, and is rejected: "
             f"{reason_of(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{what} is damaged, or not a checkpoint: {reason_of(error)}") from error
     if not isinstance(held, dict):
-        raise CheckpointError(f"{what} must hold a mapping of names to tensors, not a {type(held).__name__}")
+        raise CheckpointError(f"{what} must contain a mapping of names to tensors, not a {type(held).__name__}")
     return {str(key): value for key, value in held.items()}
 
 
 def _check_records(path: Path, what: str) -> None:
-    """Compare the CRC-32 of every record of an archive."""
+    """Verify the CRC-32 of every record of an archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             records = [record for record in archive.infolist() if record.file_size]
@@ -182,8 +182,8 @@ def _check_records(path: Path, what: str) -> None:
         raise CheckpointError(f"{what} is damaged: {error}") from error
     if without:
         raise CheckpointError(
-            f"{what} was written without checksums (torch.serialization.set_crc32_options(False)), so damage would "
-            f"not show; {HOW}"
+            f"{what} was written without checksums (torch.serialization.set_crc32_options(False)), so damage "
+            f"cannot be detected; {HOW}"
         )
     if broken is not None:
         raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} differs")

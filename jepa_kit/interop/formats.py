@@ -1,4 +1,4 @@
-"""Any format in, any format out: ``read``, ``read_encoder``, ``write``, and ``convert`` from file to file."""
+"""Read, write and convert any format."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jepa_kit.interop.files import Format, fetch, recognise
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Positions, Reading, choose
 
 WHOLE = ("official", "jepa_kit")
-"""Formats of a whole run; the others hold one encoder."""
+"""Formats of a whole run; the others contain one encoder."""
 OUR_OWN = ("jepa_kit", "safetensors")
-"""Formats with a note of ours that every reader of theirs needs; what only jepa_kit does may go into these."""
+"""Formats with jepa_kit's own metadata, which can store features that only jepa_kit has."""
 
 
 def read(path: Path, format: Format | None = None, reading: Reading = AS_IT_IS) -> Checkpoint | EncoderWeights:
-    """What a file or folder holds. Nothing in it is executed or imported.
+    """Read a file or folder without running or importing code from it.
 
     Args:
-        path: of it.
-        format: what it must be; None for whatever its content says.
+        path: file or folder.
+        format: the required format; None for the detected one.
         reading: options.
 
     Returns:
-        a Checkpoint from official and jepa_kit, EncoderWeights from the others.
+        a Checkpoint for official and jepa_kit, EncoderWeights for the others.
 
     Raises:
-        CheckpointError: it is another format, or cannot be read.
+        CheckpointError: it has another format, or cannot be read.
     """
     found = recognise(path, allow_unchecked=reading.allow_unchecked)
     if format is not None and found != format:
@@ -47,9 +47,9 @@ def read(path: Path, format: Format | None = None, reading: Reading = AS_IT_IS) 
     except CheckpointError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
-        # a value of another type than the format has there
+        # e.g. a value of an unexpected type
         kind = type(error).__name__
-        raise CheckpointError(f"{path} is damaged, or not as {found!r} files are: {kind}: {error}") from error
+        raise CheckpointError(f"{path} is damaged, or not a valid {found!r} file: {kind}: {error}") from error
 
 
 def read_encoder(
@@ -63,18 +63,18 @@ def read_encoder(
     prefix: str | None = None,
     allow_unchecked: bool = False,
 ) -> EncoderWeights:
-    """The weights of one encoder, from any format.
+    """Read the weights of one encoder from any format.
 
     Args:
         path_or_url: see ``fetch``.
-        encoder: ``target``, ``context``, or None for what the file holds (the target encoder where it has both).
-        sha256: of the file.
+        encoder: ``target``, ``context``, or None for any (the target encoder if the file has both).
+        sha256: expected checksum of the file.
         (others): see ``Reading``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read, or does not hold this encoder.
-        ValueError: another word for ``encoder``.
+        CheckpointError: it cannot be read, or does not contain this encoder.
+        ValueError: ``encoder`` is none of these.
     """
     reading = Reading(
         num_heads=num_heads,
@@ -89,14 +89,14 @@ def read_encoder(
 
 
 def check_checkpoint(held: Checkpoint, what: str) -> None:
-    """Raise CheckpointError for weights or moments that are not finite."""
+    """Raise CheckpointError if weights or moments are not finite."""
     check_finite(held.model, what)
     moments = {f"{key} of {name}": x for name, state in held.optimizer.items() for key, x in state.items()}
     check_finite(moments, f"the optimiser of {what}")
 
 
 def encoder_from(held: Checkpoint | EncoderWeights, encoder: str | None, source: str) -> EncoderWeights:
-    """One encoder of what ``read`` gave."""
+    """Return one encoder of what ``read`` returned."""
     if isinstance(held, Checkpoint):
         return native.encoder_of(held, encoder, f"{source} (jepa_kit)")
     return choose(held, encoder)
@@ -110,26 +110,26 @@ def write(
     encoder: str | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> str:
-    """Writes it in a format; says in words what was written.
+    """Write a checkpoint or an encoder, and return a summary of it.
 
     Args:
-        held: what ``read`` gave. An encoder alone becomes a checkpoint with that encoder alone.
-        path: of a file, for hf of a folder; nothing may be there.
-        format: to write.
-        encoder: which, for formats of one encoder; None for the target encoder, or what there is.
-        image_size: for onnx, (h, w) that the graph takes.
+        held: what ``read`` returned. A single encoder becomes a checkpoint with that encoder only.
+        path: a file, or a folder for hf; must not exist.
+        format: format to write.
+        encoder: for formats of one encoder, which one; None for the target encoder, or the only one.
+        image_size: for onnx, the graph's (h, w).
 
     Raises:
-        FileExistsError: something is there.
-        CheckpointError: what the format has no place for.
-        ValueError: options that the format does not take.
+        FileExistsError: ``path`` exists.
+        CheckpointError: the format cannot represent the weights.
+        ValueError: the format does not support an option.
     """
     if image_size is not None and format != "onnx":
         raise ValueError(
-            f"image_size (={image_size}) is for onnx, whose graphs have one size; {format} keeps the trained"
+            f"image_size (={image_size}) is for onnx, whose graphs have a fixed size; {format} has that of training"
         )
     if path.exists():
-        raise FileExistsError(f"{path} is there already")
+        raise FileExistsError(f"{path} already exists")
     if format not in OUR_OWN:
         _check_input_norm(held, format)
     if format in WHOLE:
@@ -156,24 +156,24 @@ def write(
 
 
 def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
-    """Raises CheckpointError for an encoder that prepares its images, which other code would not do."""
+    """Raise CheckpointError if the encoder normalises its images, which other code does not do."""
     if isinstance(held, Checkpoint):
         shape = native.architecture_of(native.config_of(held, "the checkpoint"))
     else:
         shape = held.architecture
     if shape.input_norm != "none":
         raise CheckpointError(
-            f"encoder.input_norm (={shape.input_norm!r}) has no place in {format}: who loads it would give the encoder "
-            f"images as they are; {' and '.join(OUR_OWN)} keep it"
+            f"encoder.input_norm (={shape.input_norm!r}) cannot be stored in {format}: its readers would not normalise "
+            f"images; {' and '.join(OUR_OWN)} store it"
         )
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
-    return OSError(error.errno, f"{path} could not be written, and nothing is left of it: {error.strerror}")
+    return OSError(error.errno, f"{path} could not be written, and has been removed: {error.strerror}")
 
 
 def _in_one_piece(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside, then rename: a crash or a full disk leaves nothing under the name."""
+    """Write to a temporary name, then rename: a crash or a full disk leaves nothing under the final name."""
     try:
         with atomic_write(path) as part:
             write(part)
@@ -203,10 +203,10 @@ def convert(
     prefix: str | None = None,
     allow_unchecked: bool = False,
 ) -> str:
-    """From one file or folder to another; see ``read``, ``Reading`` and ``write``.
+    """Convert a file or folder to another format; see ``read``, ``Reading`` and ``write``.
 
     Returns:
-        what was written, in words.
+        a summary of what was written.
     """
     for name, value in (("from", from_), ("to", to)):
         if value is not None and value not in get_args(Format):

@@ -1,4 +1,4 @@
-"""``load_encoder``: a frozen encoder in one line, from any format, with its own preprocessing.
+"""Load a frozen encoder with its preprocessing from any format.
 
 B = images    N = H * W patches of an image    D = width
 """
@@ -23,11 +23,11 @@ from jepa_kit.interop.formats import read_encoder
 from jepa_kit.interop.weights import EncoderWeights, Positions, TorchBackend
 
 Pictures = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
-"""What ``preprocess`` takes for one image."""
+"""One image as ``preprocess`` accepts it."""
 
 
 def _opened(image: Pictures) -> Image.Image:
-    """An image in RGB."""
+    """Return an image in RGB."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, np.ndarray):
@@ -44,15 +44,15 @@ def _opened(image: Pictures) -> Image.Image:
 
 
 class FrozenEncoder(nn.Module):
-    """An encoder that nothing trains: images in, tokens or one feature of each image out.
+    """A frozen encoder: maps images to patch tokens or to one feature per image.
 
     Args:
-        weights: what it is made of.
-        image_size: (h, w) that ``preprocess`` gives; None for that of the training.
+        weights: its weights.
+        image_size: (h, w) of ``preprocess``; None for the size in training.
         attention: the backend of ``attend``.
 
     Raises:
-        ValueError: an image size that the patches do not divide.
+        ValueError: the patch size does not divide the image size.
     """
 
     def __init__(
@@ -77,19 +77,19 @@ class FrozenEncoder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Stays as it is evaluated, whatever ``mode`` is."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def preprocess(self, images: Pictures | Sequence[Pictures] | Tensor) -> Tensor:
-        """What the encoder was trained to see: [B, 3, h, w] float, normalised.
+        """Return images as in training: [B, 3, h, w] float, normalised.
 
         Args:
-            images: one image or several, resized (bilinear) and cropped to ``image_size``: Pillow's, paths of image
-                files, or numpy arrays, uint8 [h, w, 3] or grey [h, w] (several also as one array [B, h, w, 3]); or a
-                tensor, uint8 [B, 3, h, w], of a size that the patches divide, which is kept.
+            images: one or several Pillow images, paths of image files, or numpy arrays, uint8 [h, w, 3] or grey [h, w]
+                (several also as one array [B, h, w, 3]); they are resized (bilinear) and cropped to ``image_size``. Or
+                a tensor, uint8 [B, 3, h, w], whose size the patch size divides; it is not resized.
 
         Raises:
-            ValueError: a tensor or an array of another kind, a file that is no image, or no image.
+            ValueError: there is no image, a file is not an image, or a tensor or array has another type or shape.
             FileNotFoundError: there is no such file.
         """
         if isinstance(images, Tensor):
@@ -103,27 +103,27 @@ class FrozenEncoder(nn.Module):
         )
         several = [images] if one else list(images)  # type: ignore[arg-type]
         if not several:
-            raise ValueError("images must hold at least one image")
+            raise ValueError("there must be at least one image")
         crop = CenterCrop(image_size=self.image_size)
         batch = stack([crop(_opened(image)) for image in several])  # type: ignore[arg-type]
         return normalize(batch.to(self.vit.pos_embed.device), self.provenance.mean, self.provenance.std)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens [B, N, D] of images that ``preprocess`` made; other sizes get interpolated positions.
+        """Return tokens [B, N, D] of images from ``preprocess``; positions are interpolated for other sizes.
 
         Raises:
-            ValueError: images that are not float (``preprocess`` normalises), or of another shape.
+            ValueError: images are not float (``preprocess`` normalises), or have another shape.
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be float and normalised, not {images.dtype}: encoder.preprocess(images) is")
         return self.vit(images).unflatten(0, (len(images), -1))
 
     def embed(self, images: Tensor) -> Tensor:
-        """Features [B, D]: the mean over the patch tokens (I-JEPA, A.2)."""
+        """Return features [B, D], the mean over the patch tokens (I-JEPA, A.2)."""
         return self.forward_features(images).mean(dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """As ``forward_features``."""
+        """Return ``forward_features(images)``."""
         return self.forward_features(images)
 
 
@@ -139,26 +139,26 @@ def load_encoder(
     allow_unchecked: bool = False,
     attention: TorchBackend = "auto",
 ) -> FrozenEncoder:
-    """Load a frozen encoder from any format, recognised by its content; ``about`` describes it.
+    """Load a frozen encoder from any format, detected by content; ``about`` describes it.
 
-    Nothing in the file is executed, and nothing that its config names is imported.
+    No code in the file is run, and no module named in its config is imported.
 
     Args:
-        path_or_url: a file, a folder (a run's, or one of transformers), or an http address of a file.
-        encoder: ``target`` (which the paper evaluates), ``context``, or None for what the file holds.
-        image_size: of the images to come, where it is not that of the training: pixels, or (h, w).
-        sha256: of the file, in hex, where it is known.
-        num_heads: where neither the file nor the size of the encoder tells it.
-        positions: ``file`` keeps a position table that is not the formula's, as a fine-tuned model has.
-        prefix: takes the names of weights that begin with it, without it, as ``teacher.``; what torch.compile, FSDP,
-            DDP and probes put before names (``_orig_mod.``, ``module.``, ``backbone.``, ...) comes off without it.
-        allow_unchecked: loads a file whose checksum is missing or wrong.
+        path_or_url: a file, a folder (a run folder, or one of transformers), or an http URL of a file.
+        encoder: ``target`` (evaluated in the paper), ``context``, or None for what the file contains.
+        image_size: size of images, if it is not that of training: pixels, or (h, w).
+        sha256: expected checksum of the file in hex.
+        num_heads: needed if neither the file nor the encoder's size determines it.
+        positions: ``file`` keeps a position table that differs from the formula, as in a fine-tuned model.
+        prefix: use the weights whose names begin with it, such as ``teacher.``. Prefixes of torch.compile, FSDP, DDP
+            and probes (``_orig_mod.``, ``module.``, ``backbone.``, ...) are always removed.
+        allow_unchecked: load a file whose checksum is missing or wrong.
         attention: the backend of ``attend``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read, is none of the formats, or does not hold this encoder.
-        ValueError: an option outside its values.
+        CheckpointError: it cannot be read, has no known format, or does not contain this encoder.
+        ValueError: an option has an invalid value.
     """
     weights = read_encoder(
         path_or_url,

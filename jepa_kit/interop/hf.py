@@ -1,9 +1,9 @@
-"""Hugging Face: a folder that ``transformers.IJepaModel.from_pretrained`` loads, with config and preprocessor.
+"""Hugging Face: folders that ``transformers.IJepaModel.from_pretrained`` loads, with config and preprocessor.
 
-transformers keeps q, k and v apart, and stores a position table [1, N, D]. Its file names of the weights have been
-the same since its first I-JEPA (``encoder.layer.0...``); version 5 has others in memory (``layers.0...``), and both
-are read. What it offers of the release (``facebook/ijepa_*``) is the context encoder, with a preprocessor
-that normalises with 0.5, not with ImageNet's mean and standard deviation as the release did in training.
+transformers stores q, k and v separately, and a position table [1, N, D]. Names of weights in files have not changed
+since its first I-JEPA (``encoder.layer.0...``); version 5 has other names in memory (``layers.0...``); both are read.
+Its models of the release (``facebook/ijepa_*``) are the context encoder, with a preprocessor that normalises with 0.5,
+while the release trained with ImageNet's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ENDS = {
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "layernorm": "norm",
 }
-"""Theirs -> ours, outside of the blocks."""
+"""Their names -> ours, outside of the blocks."""
 
 BLOCK = {
     "layernorm_before": "norm1",
@@ -50,7 +50,7 @@ BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-"""Theirs (in files) -> ours, in a block; beside q, k and v."""
+"""Their names in files -> ours, in a block, except for q, k and v."""
 
 IN_MEMORY = {
     "attention.q_proj": "attention.attention.query",
@@ -60,18 +60,18 @@ IN_MEMORY = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-"""Theirs in memory since transformers 5 -> theirs in files."""
+"""Their names in memory since transformers 5 -> their names in files."""
 
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 HEADS = ("classifier.", "pooler.", "embeddings.mask_token")
 FILES = "jepa_kit.files"
-"""In the metadata of the weights: SHA-256 of the files beside them, by name."""
+"""Metadata key of the weights: SHA-256 of the other files of the folder, by name."""
 
 
 def write(weights: EncoderWeights, folder: Path) -> None:
-    """Writes config, weights, preprocessor and a card that says what they are."""
+    """Write config, weights, preprocessor and a model card."""
     folder.mkdir(parents=True, exist_ok=True)
-    # transformers copies the note into what it saves, without a digest: it does not state that there is one
+    # transformers copies the note into files that it saves without a digest, so it does not state that there is one
     about = json.loads(weights.about(sealed=False))
     beside = {"config.json": {**to_config(weights.architecture), ABOUT: about}}
     beside["preprocessor_config.json"] = _preprocessor(weights)
@@ -97,7 +97,7 @@ def _write_json(path: Path, held: dict[str, Any]) -> None:
 
 
 def to_config(shape: Architecture) -> dict[str, Any]:
-    """The mapping that ``IJepaConfig`` takes."""
+    """Return the arguments of ``IJepaConfig``."""
     h, w = shape.image_size
     return {
         "architectures": ["IJepaModel"],
@@ -133,7 +133,7 @@ def _preprocessor(weights: EncoderWeights) -> dict[str, Any]:
 
 
 def to_names(weights: EncoderWeights) -> dict[str, Tensor]:
-    """The weights under the names of transformers' files; q, k and v are views."""
+    """Return the weights under transformers' names in files; q, k and v are views."""
     out = {TABLE: weights.table[None]}
     ends, inside = ({ours: theirs for theirs, ours in names.items()} for names in (ENDS, BLOCK))
     for name, value in weights.state.items():
@@ -151,7 +151,7 @@ def to_names(weights: EncoderWeights) -> dict[str, Tensor]:
 
 
 def from_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names; a name that is not transformers' stays as it is."""
+    """Return the weights under our names; unknown names are unchanged."""
     ends, out = ENDS, {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -176,7 +176,7 @@ def read(folder: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     """Read a folder of transformers.
 
     Raises:
-        CheckpointError: another architecture, missing files, weights that do not fit the config.
+        CheckpointError: the architecture is another, files are missing, or weights do not fit the config.
     """
     config = read_json(folder / "config.json")
     architecture = _architecture(config, folder)
@@ -206,7 +206,7 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
     patch, image = config.get("patch_size", 16), config.get("image_size", 224)
     if isinstance(patch, list) and len(set(patch)) == 1:
         patch = patch[0]
-    try:  # the defaults are those of IJepaConfig, which leaves out what is a default in older files
+    try:  # the defaults of IJepaConfig, which older files omit
         return Architecture(
             image_size=(image, image) if isinstance(image, int) else (int(image[0]), int(image[1])),
             patch_size=int(patch),
@@ -223,7 +223,7 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
 
 
 def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
-    """All weights of a folder: one file, several with an index, or an old ``pytorch_model.bin``."""
+    """Return all weights of a folder: one file, several with an index, or an old ``pytorch_model.bin``."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -249,7 +249,7 @@ def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
 
 
 def _provenance(config: dict[str, Any], folder: Path) -> Provenance:
-    """What our note says, or else the card's licence and the preprocessor's mean and standard deviation."""
+    """Return the provenance in our note, or else the card's licence and the preprocessor's mean and deviation."""
     about = read_about(json.dumps(config[ABOUT]) if ABOUT in config else None)
     if about is not None:
         return about[1]

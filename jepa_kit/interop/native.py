@@ -1,4 +1,4 @@
-"""jepa_kit's own checkpoints: the encoder of one, and one that holds an encoder alone."""
+"""jepa_kit's own checkpoints: read the encoder of one, and make one with an encoder only."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ PARTS = {"target": "target_encoder", "context": "encoder"}
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Writes a checkpoint under any name."""
+    """Write a checkpoint to any file name."""
     content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
     write_archive(content, path)
 
 
 def config_of(checkpoint: Checkpoint, what: str) -> Config:
-    """What formats need of the config of a checkpoint whose encoder is a ViT: encoder, names of parts, sections.
+    """Return the config of a checkpoint whose encoder is a ViT: encoder, names of parts, sections.
 
-    Nothing that the config names is imported: options of parts other than the encoder are not looked at.
+    Modules named in the config are not imported, and options of parts other than the encoder are ignored.
 
     Raises:
-        CheckpointError: another encoder, for which other formats have no names.
-        ConfigError: values that the encoder or the sections do not take.
+        CheckpointError: the encoder is another one, for which other formats have no names.
+        ConfigError: the encoder or a section rejects a value.
     """
     raw, problems = modernize(checkpoint.config), list[str]()
     named = {slot: part.get("name") for slot in SLOTS if isinstance(part := raw.get(slot), dict)}
@@ -53,7 +53,7 @@ def config_of(checkpoint: Checkpoint, what: str) -> Config:
         )
     slots = {slot: Part(str(name), {}) for slot, name in named.items()}
     sections = {name: dict(raw.get(name) or {}) for name in ("data", "optim", "train")}
-    sections["data"].pop("transforms", None)  # which may be of the user's
+    sections["data"].pop("transforms", None)  # may be user-defined
     part = check_part("encoder", raw["encoder"], ENCODERS, problems)
     checked = {name: check_section(name, section, problems) for name, section in sections.items()}
     if problems or part is None:
@@ -62,7 +62,7 @@ def config_of(checkpoint: Checkpoint, what: str) -> Config:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The architecture of a config's encoder, a ViT."""
+    """Return the architecture of a config's encoder, a ViT."""
     with torch.device("meta"):
         vit = ENCODERS.build(
             "vit", config.slots["encoder"].options, image_size=config.data.image_size, attention="auto"
@@ -72,26 +72,26 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def steps_per_epoch(config: Config, data: Mapping[str, Any]) -> int | None:
-    """Updates of an epoch, as far as config and data say it."""
+    """Return the number of updates of an epoch, if config and data determine it."""
     if config.train.steps_per_epoch is not None:
         return config.train.steps_per_epoch
     return data["samples"] // config.train.batch_size if "samples" in data else None
 
 
 def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> EncoderWeights:
-    """One of the encoders of a checkpoint.
+    """Return one of the encoders of a checkpoint.
 
     Args:
-        checkpoint: whole, or with one encoder alone.
-        encoder: ``target``, ``context``, or None for the target encoder where there is one.
-        source: names the file.
+        checkpoint: a whole run, or one encoder only.
+        encoder: ``target``, ``context``, or None for the target encoder if there is one.
+        source: name of the file in messages.
 
     Raises:
         CheckpointError: the checkpoint does not have it, or its weights do not fit its config.
-        ValueError: another word.
+        ValueError: ``encoder`` is none of these.
     """
     if encoder not in (None, *PARTS):
-        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for what the file holds")
+        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for any")
     config = config_of(checkpoint, source)
     held = {which: any(k.startswith(f"{part}.") for k in checkpoint.model) for which, part in PARTS.items()}
     tied = _is_tied(config)
@@ -99,7 +99,7 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
     part = PARTS["context"] if which == "target" and tied else PARTS[which]
     if not any(k.startswith(f"{part}.") for k in checkpoint.model):
         others = ", ".join(repr(which) for which, there in held.items() if there) or "no encoder"
-        raise CheckpointError(f"{source} has no {which} encoder; it holds {others}")
+        raise CheckpointError(f"{source} has no {which} encoder; it contains {others}")
     state = checkpoint.part(part)
     architecture = architecture_of(config)
     check_shapes(architecture, state, source)
@@ -117,17 +117,17 @@ def _is_tied(config: Config) -> bool:
 
 def _provenance(checkpoint: Checkpoint, config: Config, which: Which, source: str) -> Provenance:
     origin = checkpoint.origin
-    if "encoder_alone" in origin:  # checkpoint_of kept it
+    if "encoder_alone" in origin:  # written by checkpoint_of
         return Provenance(**origin["encoder_alone"])
     per_epoch = steps_per_epoch(config, checkpoint.data)
     released = origin.get("released")
     return Provenance(
         encoder=which,
         source=origin["source"] if released else source,
-        step=None if released and not checkpoint.optimizer else checkpoint.step,  # AdamW's count tells it
+        step=None if released and not checkpoint.optimizer else checkpoint.step,  # else AdamW's count gives it
         epoch=released["values"].get("epoch") if released else checkpoint.step // per_epoch if per_epoch else None,
         licence=origin.get("licence"),
-        config=None if released else checkpoint.config,  # that of the release is assumed, not known
+        config=None if released else checkpoint.config,  # the release's config is an assumption
         mean=config.data.mean,
         std=config.data.std,
         notes=() if released or "source" not in origin else (f"its run began from {origin['source']}",),
@@ -135,7 +135,7 @@ def _provenance(checkpoint: Checkpoint, config: Config, which: Which, source: st
 
 
 def origin_words(checkpoint: Checkpoint) -> str:
-    """What a checkpoint is of, for people."""
+    """Return a readable name of the origin of a checkpoint."""
     origin = checkpoint.origin
     if "released" in origin or "encoder_alone" in origin:
         return str(origin["source"])
@@ -143,16 +143,16 @@ def origin_words(checkpoint: Checkpoint) -> str:
 
 
 def checkpoint_of(weights: EncoderWeights) -> Checkpoint:
-    """A checkpoint that holds one encoder and nothing else: no predictor, no optimiser.
+    """Return a checkpoint with one encoder, and without predictor and optimizer.
 
     Raises:
-        CheckpointError: weights that do not say which encoder they are, or with a position table of their own,
-            which such a checkpoint has no place for.
+        CheckpointError: the weights do not state which encoder they are, or have a custom position table, which such a
+            checkpoint cannot store.
     """
     held = weights.provenance
     if held.encoder is None:
         raise CheckpointError(
-            f"{held.source} does not say which encoder it holds, and this format has a place for each: "
+            f"{held.source} does not state which encoder it contains, and this format has both: "
             "encoder='context' puts it there"
         )
     if weights.positions is not None:
@@ -181,7 +181,7 @@ def released_config(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> dict[str, Any]:
-    """The released recipe around an encoder, resolved: what is assumed of weights whose file has no config."""
+    """Return the resolved released recipe around an encoder, assumed for weights whose file has no config."""
     raw: dict[str, Any] = {
         "masker": {"name": "multiblock", **RELEASED},
         "encoder": {

@@ -1,14 +1,14 @@
-"""The released I-JEPA checkpoints (``.pth.tar``): names, layout, optimiser; read whole, and written back as they were.
+"""Released I-JEPA checkpoints (``.pth.tar``): read names, layout and optimizer, and write them back unchanged.
 
-A file holds ``encoder``, ``predictor``, ``target_encoder`` (names with ``module.`` where DDP wrote them), ``opt``,
-``scaler``, ``epoch`` (those done), ``loss``, ``batch_size`` (of one process), ``world_size`` and ``lr``.
+A file contains ``encoder``, ``predictor``, ``target_encoder`` (``module.`` in names if DDP wrote them), ``opt``,
+``scaler``, ``epoch`` (completed), ``loss``, ``batch_size`` (per process), ``world_size`` and ``lr``.
 
-Encoders have the same names in both, but for the position table, which the release stores and we compute.
-The release's predictor puts ``predictor_`` before most of its names, and its mask token has one more axis.
+Names of encoders are the same as ours, except for the position table, which the release stores and we compute. Most
+names of the release's predictor begin with ``predictor_``, and its mask token has an additional axis.
 
 The released AdamW numbers its parameters group by group: encoder weights, predictor weights, encoder biases and 1-D,
-predictor biases and 1-D, each in the order of the state dict. The position tables are among the first two, and never
-get a state.
+predictor biases and 1-D, each in the order of the state dict. The position tables are in the first two groups, and
+never have a state.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ RELEASED_FILES = frozenset(
         "IN22K-vit.g.16-600e.pth.tar",
     }
 )
-"""The files at dl.fbaipublicfiles.com/ijepa, whose repository states the licence."""
+"""Files at dl.fbaipublicfiles.com/ijepa, whose repository states the licence."""
 
 
 def encoder_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released encoder weights under our names; position tables are left out."""
+    """Return released encoder weights under our names, without position tables."""
     return {name: value for name, value in state.items() if name not in POSITIONS}
 
 
 def predictor_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released predictor weights under our names; position tables are left out."""
+    """Return released predictor weights under our names, without position tables."""
     return {
         name.removeprefix(PREFIX): value.reshape(1, -1) if name == "mask_token" else value
         for name, value in state.items()
@@ -75,33 +75,33 @@ def predictor_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def predictor_name_to_official(name: str) -> str:
-    """Our name of a predictor's parameter as the release has it."""
+    """Return the release's name of a predictor's parameter."""
     return name if name == "mask_token" else PREFIX + name
 
 
 def licence_of(path: Path) -> str:
-    """What is known of the licence of a file in the released layout, which does not state one itself."""
+    """Return the licence of a file in the released layout, which does not state it itself, or None."""
     return LICENCE if path.name in RELEASED_FILES else f"not stated ({LICENCE} if these are weights released by Meta)"
 
 
 def read(path: Path, reading: Reading = AS_IT_IS) -> Checkpoint:
     """Read a file in the released layout, with the parts that it has.
 
-    A file that ``write`` made of a run of ours carries config, step and origin. For another one they are: the released
-    recipe with the sizes of the weights; ``epoch`` times the fewest updates an epoch that AdamW's count allows
-    (the release skips an update whose gradients overflow, so its count may lag); and the file itself.
+    Files that ``write`` made from our runs contain config, step and origin. For others, config is the released recipe
+    with the sizes of the weights, step is ``epoch`` times the fewest updates per epoch that AdamW's count allows (the
+    release skips updates whose gradients overflow, so its count may lag), and origin is the file.
 
     Args:
-        path: of the file.
-        reading: ``num_heads`` is of encoder and predictor.
+        path: the file.
+        reading: ``num_heads`` applies to encoder and predictor.
 
     Raises:
-        CheckpointError: it cannot be read, or parts of it do not belong together.
+        CheckpointError: it cannot be read, or its parts do not fit together.
     """
     held = open_archive(path, allow_unchecked=reading.allow_unchecked)
     named = {part: held[part] for part in PARTS if isinstance(held.get(part), dict)}
     if not named.keys() & {"encoder", "target_encoder"}:
-        raise CheckpointError(f"{path} has no encoder and no target_encoder; it holds {', '.join(held)}")
+        raise CheckpointError(f"{path} has no encoder and no target_encoder; it contains {', '.join(held)}")
     prefix = {part: MODULE if all(n.startswith(MODULE) for n in state) else "" for part, state in named.items()}
     parts = {part: strip_names(state, f"{part} of {path}", reading.prefix)[0] for part, state in named.items()}
     note = held.get(ABOUT)
@@ -153,7 +153,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> Checkpoint:
 
 
 def _encoders(parts: Mapping[str, Any], path: Path, note: Any, num_heads: int | None) -> Architecture:
-    """The architecture of the encoders, which must be one."""
+    """Return the architecture of the encoders, which must agree."""
     if note is not None:
         bare = Checkpoint(0, {}, {}, note["config"], {}, {})
         shape = architecture_of(config_of(bare, str(path)))
@@ -172,7 +172,7 @@ def _encoders(parts: Mapping[str, Any], path: Path, note: Any, num_heads: int | 
 
 
 def _positions(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dict[str, Tensor]:
-    """The position tables [N, D] that are not bit for bit the formula's; each part must have one."""
+    """Return the position tables [N, D] that differ from the formula; each part must have one."""
     found = {}
     for part, state in parts.items():
         table = state.get(TABLE[part])
@@ -185,14 +185,14 @@ def _positions(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dic
 
 
 def _predictor_options(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dict[str, Any]:
-    """Sizes of the predictor; the release gives it as many heads as the encoder has."""
+    """Return the sizes of the predictor; in the release it has as many heads as the encoder."""
     if "predictor" not in parts:
         return {}
     state = predictor_from_official(parts["predictor"])
     if "embed.weight" not in state or "blocks.0.mlp.fc1.weight" not in state:
         some = ", ".join(list(parts["predictor"])[:6])
         raise CheckpointError(
-            f"predictor of {path} is not the released one: no predictor_embed.weight; it holds {some}"
+            f"predictor of {path} is not the released one: no predictor_embed.weight; it contains {some}"
         )
     width = state["embed.weight"].shape[0]
     return {
@@ -211,7 +211,7 @@ def _optim_options(lr: Any) -> dict[str, Any]:
 
 
 def _groups(parts: Mapping[str, Mapping[str, Tensor]]) -> list[list[tuple[str, str]]]:
-    """(part, released name) of each parameter, in the released optimiser's four groups."""
+    """Return (part, released name) of each parameter, in the released optimizer's four groups."""
 
     def decayed(name: str, value: Tensor) -> bool:
         return "bias" not in name and value.ndim != 1
@@ -228,7 +228,7 @@ def _our_name(part: str, name: str) -> str:
 
 
 def _optimizer(opt: Any, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state by our names; empty where the file has no optimiser."""
+    """Return AdamW's state by our names; empty if the file has no optimizer."""
     if opt is None:
         return {}
     missing = [part for part in ("encoder", "predictor") if part not in parts]
@@ -261,15 +261,15 @@ def _optimizer(opt: Any, parts: Mapping[str, Mapping[str, Tensor]], path: Path) 
 
 def _moment(key: str, name: str, value: Any) -> Tensor:
     if key == "step":
-        return torch.as_tensor(value, dtype=torch.float32)  # a number before torch 1.12
+        return torch.as_tensor(value, dtype=torch.float32)  # torch before 1.12 stored a number
     return value.reshape(1, -1) if name == "mask_token" else value
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Writes the released layout. What came from such a file and had no update since is written as it was.
+    """Write the released layout; values read from such a file are written unchanged if there was no update since.
 
     Raises:
-        CheckpointError: parts or weights that the released layout has no place for.
+        CheckpointError: the released layout cannot store a part or weights.
     """
     what = f"the checkpoint of step {checkpoint.step}"
     config = config_of(checkpoint, what)
@@ -277,7 +277,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if config.slots["predictor"].name != "vit" or strange:
         name = config.slots["predictor"].name
         raise CheckpointError(
-            f"{what} has no place in the released layout: predictor.name (={name!r}) must be 'vit', and weights beside "
+            f"{what} does not fit the released layout: predictor.name (={name!r}) must be 'vit', and weights beside "
             f"{', '.join(PARTS)} cannot be kept: {', '.join(strange) or 'none'}"
         )
     kept = checkpoint.origin.get("released")
@@ -298,7 +298,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str, Tensor]]:
-    """Each part under the released names and in the released order, with its position table."""
+    """Return each part under the released names, in the released order, with its position table."""
     tables = checkpoint.origin.get("positions", {})
     parts: dict[str, dict[str, Tensor]] = {}
     for part in PARTS:
@@ -317,7 +317,7 @@ def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str
 
 
 def _stored(weight: Tensor) -> torch.dtype:
-    # The release makes its tables in float32 whatever the model's precision is.
+    # The release computes its tables in float32, whatever the model's precision.
     return torch.float32 if weight.dtype == torch.float64 else weight.dtype
 
 
@@ -343,7 +343,7 @@ def _to_opt(checkpoint: Checkpoint, config: Config, parts: Mapping[str, Any], ke
 
 
 def _last_hyper(checkpoint: Checkpoint, config: Config) -> tuple[float, float]:
-    """Learning rate and weight decay of the last update, as far as the length of an epoch is known."""
+    """Return learning rate and weight decay of the last update, if the length of an epoch is known."""
     per_epoch, optim = steps_per_epoch(config, checkpoint.data), config.optim
     if not per_epoch:
         return optim.lr, optim.weight_decay[0]
@@ -362,7 +362,7 @@ def _last_hyper(checkpoint: Checkpoint, config: Config) -> tuple[float, float]:
 
 
 def _values(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
-    """The numbers beside the weights, and our note, which the released code does not look at."""
+    """Return the numbers stored with the weights, and our note, which the released code ignores."""
     per_epoch = steps_per_epoch(config, checkpoint.data)
     origin = {key: value for key, value in checkpoint.origin.items() if key not in ("positions", "released")}
     return {

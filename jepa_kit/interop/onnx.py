@@ -1,8 +1,8 @@
-"""ONNX: an encoder as a graph that onnxruntime runs, for any number of images of one size.
+"""ONNX: write an encoder as a graph for onnxruntime, for any number of images of one size.
 
 Input ``images`` [B, C, h, w] float, normalised. Outputs ``tokens`` [B, N, D] and ``features`` [B, D], their mean over
-the patches. The graph is written node by node: it needs the package onnx alone, takes milliseconds, and keeps each
-weight as it is under our name, so that the file can be read back.
+the patches. The graph is written node by node: this needs only the package onnx, takes milliseconds, and stores each
+weight unchanged under our name, so that the file can be read back.
 
 B = images    N = H * W patches    D = width    h = heads    d = D / h
 """
@@ -36,7 +36,7 @@ from jepa_kit.interop.weights import (
 )
 
 OPSET = 20
-"""The first with Gelu; onnxruntime 1.17 and later run it."""
+"""The first opset with Gelu; onnxruntime 1.17 and later support it."""
 
 IR_VERSION = 9
 LARGE = 1 << 29
@@ -53,7 +53,7 @@ def _onnx() -> Any:
 
 
 class _Graph:
-    """Nodes and weights as they are added; a node is named by its output."""
+    """A graph under construction; nodes are named by their outputs."""
 
     def __init__(self, onnx: Any) -> None:
         self.onnx = onnx
@@ -76,16 +76,16 @@ class _Graph:
 
 
 def write(weights: EncoderWeights, path: Path, *, image_size: tuple[int, int] | None = None) -> None:
-    """Writes the graph; with many weights, those go into ``<name>.data`` beside it.
+    """Write the graph; large weights go into ``<name>.data`` beside it.
 
     Args:
         weights: float32.
-        path: of the .onnx file.
-        image_size: (h, w) that the graph takes; another one than in training gets interpolated positions.
+        path: the .onnx file.
+        image_size: (h, w) of the graph's images; positions are interpolated if it differs from training.
 
     Raises:
-        CheckpointError: the package onnx is missing, or weights that are not float32.
-        ValueError: an image size that the patches do not divide.
+        CheckpointError: the package onnx is missing, or weights are not float32.
+        ValueError: the patch size does not divide the image size.
     """
     onnx = _onnx()
     kinds = {value.dtype for value in weights.state.values()}
@@ -113,7 +113,7 @@ def write(weights: EncoderWeights, path: Path, *, image_size: tuple[int, int] | 
 
 
 def _encoder(graph: _Graph, weights: EncoderWeights, image_size: tuple[int, int]) -> int:
-    """Adds the nodes of the whole encoder; the number of patches."""
+    """Add the nodes of the whole encoder, and return the number of patches."""
     shape = weights.architecture
     grid = patch_grid(image_size, shape.patch_size)
     table = interpolate_pos_embed(weights.table, shape.grid, grid)
@@ -149,7 +149,7 @@ def _norm(graph: _Graph, x: str, name: str, eps: float, output: str = "") -> str
 
 
 def _linear(graph: _Graph, x: str, name: str) -> str:
-    """x W^T + b; W is kept as torch has it, [out, in]."""
+    """Add x W^T + b, with W in torch's layout [out, in]."""
     turned = graph.add("Transpose", [f"{name}.weight"], f"{name}.turned", perm=[1, 0])
     y = graph.add("MatMul", [x, turned], f"{name}.product")
     return graph.add("Add", [y, f"{name}.bias"], f"{name}.out") if f"{name}.bias" in graph.weights else y
@@ -174,20 +174,20 @@ def _block(graph: _Graph, x: str, name: str, weights: EncoderWeights) -> str:
 
 
 def _store(onnx: Any, model: Any, weights: dict[str, Tensor], path: Path) -> None:
-    """Write beside, then rename, the data first: without the graph they are no model."""
+    """Write to temporary names, then rename, the data first: a graph without data would look complete."""
     total = sum(value.numel() * 4 for value in weights.values())
     data = path.with_name(path.name + ".data") if total >= LARGE else None
     if data is not None and data.exists():
-        raise FileExistsError(f"{data}, for the weights of {path.name}, is there already")
+        raise FileExistsError(f"{data}, for the weights of {path.name}, already exists")
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(path))
-        data_part = None if data is None else stack.enter_context(atomic_write(data))  # the last entered ends first
+        data_part = None if data is None else stack.enter_context(atomic_write(data))  # contexts exit in reverse order
         if data is None or data_part is None:
             _add(onnx, model, weights, None, "")
         else:
             with data_part.open("wb") as file:
                 _add(onnx, model, weights, file, data.name)
-        found = _digest(model, data_part)  # of the model without its digest
+        found = _digest(model, data_part)  # the digest is not part of the hashed model
         pair = model.metadata_props.add()
         pair.key, pair.value = DIGEST, found
         part.write_bytes(model.SerializeToString())
@@ -212,7 +212,7 @@ def _add(onnx: Any, model: Any, weights: dict[str, Tensor], file: IO[bytes] | No
 
 
 def _digest(model: Any, data: Path | None) -> str:
-    """SHA-256 of the whole model, its digest left out, and of the file of its weights."""
+    """Return the SHA-256 of the model without its digest, and of the file of its weights."""
     found = hashlib.sha256()
     bare = type(model)()
     bare.CopyFrom(model)
@@ -231,7 +231,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     """Read the weights of a file that ``write`` wrote.
 
     Raises:
-        CheckpointError: the package onnx is missing, or a file that is damaged or not of jepa_kit.
+        CheckpointError: the package onnx is missing, or the file is damaged or was not written by jepa_kit.
     """
     onnx = _onnx()
     from google.protobuf.message import DecodeError

@@ -1,6 +1,6 @@
-"""safetensors: an encoder alone under our names, with all that is known of it in the metadata; and the writer itself.
+"""safetensors: one encoder under our names, with its description in the metadata, and our own writer.
 
-The file has ``pos_embed`` [N, D] beside the parameters, for readers who do not want to compute it.
+The file also contains ``pos_embed`` [N, D], for readers that do not compute it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 def write(weights: EncoderWeights, path: Path) -> None:
-    """Writes the encoder with its metadata."""
+    """Write the encoder with its metadata."""
     write_file(
         path, {**weights.state, "pos_embed": weights.table}, {"format_name": FORMAT_NAME, ABOUT: weights.about()}
     )
@@ -50,7 +50,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     """Read what ``write`` wrote.
 
     Raises:
-        CheckpointError: damaged, without our metadata, or weights that do not fit them.
+        CheckpointError: the file is damaged or lacks our metadata, or weights do not fit them.
     """
     state, metadata = read_file(path, allow_unchecked=reading.allow_unchecked)
     about = read_about(metadata.get(ABOUT))
@@ -69,16 +69,16 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: names, shapes, and ``__metadata__``.
+    """Return the header of a safetensors file: names, shapes, and ``__metadata__``.
 
     Raises:
-        CheckpointError: it is not one, or cut short.
+        CheckpointError: it is not a safetensors file, or truncated.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
-            raise CheckpointError(f"{path} is cut short: it has {size} bytes, and its header alone {length}")
+            raise CheckpointError(f"{path} is cut short: it has {size} bytes, but its header has {length}")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -95,10 +95,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_file(path: Path, *, allow_unchecked: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, mapped from it, and its metadata; verified if it carries a digest.
+    """Return all tensors of a safetensors file, memory-mapped, and its metadata; verify its digest if it has one.
 
     Raises:
-        CheckpointError: cut short or damaged.
+        CheckpointError: it is truncated or damaged.
     """
     read_header(path)
     try:
@@ -117,8 +117,7 @@ def read_file(path: Path, *, allow_unchecked: bool = False) -> tuple[dict[str, T
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file one tensor at a time, with a digest of all in its metadata.
 
-    The library's own writer copies every tensor before it writes the first, so that a file mapped into memory is
-    there twice.
+    The library's own writer copies all tensors before it writes the first, which doubles the memory of mapped files.
     """
     header: dict[str, Any] = {"__metadata__": {**metadata, DIGEST: digest(tensors, metadata)}}
     end = 0
@@ -126,7 +125,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         begin, end = end, end + value.numel() * value.element_size()
         header[name] = {"dtype": _DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():

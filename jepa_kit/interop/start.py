@@ -1,4 +1,4 @@
-"""Where a run begins: weights of any format (``train.init_from``), or a released checkpoint (``--resume FILE``)."""
+"""Start a run from weights of any format (``train.init_from``) or a released checkpoint (``--resume FILE``)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from jepa_kit.recipe import JEPA
 
 
 def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
-    """Gives a new run the weights of a file; the optimiser is fresh, and the first step is 0.
+    """Load the weights of a file into a new run, which starts at step 0 with a new optimizer.
 
-    A whole checkpoint gives each part that the run has. An encoder alone becomes the context encoder and the
-    target encoder, and the predictor stays as it is.
+    A whole checkpoint initialises each part that the run has. A single encoder initialises the context and the target
+    encoder; the predictor keeps its weights.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it cannot be read, or does not fit; nothing has been changed then.
+        CheckpointError: it cannot be read, or does not fit; the run is unchanged then.
     """
     path = fetch(path_or_url)
     held = read(path, None, Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
@@ -52,7 +52,7 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
         if part in parts:
             load_full_state(module, parts[part])
     fresh = [part for part in modules if part not in parts]
-    lines += [f"not in the file, so fresh: {', '.join(fresh)}"] if fresh else []
+    lines += [f"not in the file, newly initialised: {', '.join(fresh)}"] if fresh else []
     return Start(
         0, _origin(held.origin if isinstance(held, Checkpoint) else {}, path.name, weights.provenance.licence), lines
     )
@@ -61,11 +61,11 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
 def resume_official(
     jepa: JEPA, optimizer: torch.optim.Optimizer, path_or_url: str | os.PathLike[str], steps_per_epoch: int
 ) -> Start:
-    """Goes on with a run in the released layout: weights, moments of the optimiser, and the epoch.
+    """Resume a run in the released layout: weights, moments of the optimizer, and the epoch.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: another format, a part that is missing, or a run of other sizes; nothing has been changed then.
+        CheckpointError: the format is another, a part is missing, or sizes differ; the run is unchanged then.
     """
     path = fetch(path_or_url)
     held = read(path, "official", Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
@@ -74,14 +74,14 @@ def resume_official(
     missing = [part for part in official.PARTS if part not in parts] + ([] if held.optimizer else ["opt"])
     if missing:
         raise CheckpointError(
-            f"{path} has no {', no '.join(missing)}, so its run cannot go on; train.init_from starts a new run from "
-            "its weights"
+            f"{path} has no {', no '.join(missing)}, so its run cannot be resumed; train.init_from starts a new run "
+            "from its weights"
         )
     weights = encoder_from(held, "context", path.name)
     lines = _check_architecture(jepa, weights.architecture, str(path))
     restore(held, jepa, optimizer)
     released = held.origin.get("released")
-    if released is None:  # written by jepa_kit, which noted the step
+    if released is None:  # written by jepa_kit, which stores the step
         step, epoch = held.step, held.step // steps_per_epoch
     else:
         epoch = int(released["values"].get("epoch") or 0)
@@ -102,13 +102,13 @@ def _origin(held: dict[str, Any], name: str, licence: str | None) -> dict[str, A
 def _vit(jepa: JEPA) -> ViT:
     if not isinstance(jepa.encoder, ViT):
         raise CheckpointError(
-            f"the run's encoder is a {type(jepa.encoder).__name__}, and weights of other formats are those of a 'vit'"
+            f"the run's encoder is a {type(jepa.encoder).__name__}, but weights of other formats need a 'vit'"
         )
     return jepa.encoder
 
 
 def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]:
-    """Notes on what may differ; raises CheckpointError for what may not and no shape would tell."""
+    """Return notes on harmless differences; raise CheckpointError for others that shapes do not reveal."""
     run, lines = architecture_of_vit(_vit(jepa)), []
     for name, here, there in (
         ("num_heads", run.num_heads, found.num_heads),
@@ -116,9 +116,9 @@ def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]
         ("input_norm", run.input_norm, found.input_norm),
     ):
         if here != there:
-            raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as the weights of {what} have it")
+            raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as in the weights of {what}")
     usual = {s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (run.embed_dim, run.depth)}
-    if usual and run.num_heads not in usual:  # the run's own number is all that is known of a released file's
+    if usual and run.num_heads not in usual:  # released files do not state theirs
         lines.append(f"note: encoders of this width and depth have {usual.pop()} heads; this run has {run.num_heads}")
     if run.grid != found.grid:
         (h, w), (a, b) = run.grid, found.grid

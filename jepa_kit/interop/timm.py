@@ -1,7 +1,7 @@
-"""timm's key names for I-JEPA's ViTs: ours, with the position table as ``pos_embed`` [1, N, D].
+"""timm's names of I-JEPA's ViTs: the same as ours, plus the position table as ``pos_embed`` [1, N, D].
 
-timm has them as ``vit_huge_patch14_gap_224``, ``vit_huge_patch16_gap_448`` and ``vit_giant_patch16_gap_224``, which are
-its VisionTransformer with ``class_token=False, global_pool="avg", fc_norm=False``: the final norm comes before
+timm's models are ``vit_huge_patch14_gap_224``, ``vit_huge_patch16_gap_448`` and ``vit_giant_patch16_gap_224``, its
+VisionTransformer with ``class_token=False, global_pool="avg", fc_norm=False``: the final norm comes before
 the mean and is called ``norm``. Their weights are the ``encoder`` of the released files: the context encoder.
 """
 
@@ -35,7 +35,7 @@ HEADS = ("head.",)
 
 
 def write(weights: EncoderWeights, path: Path) -> None:
-    """Writes a safetensors file that ``timm.create_model(..., checkpoint_path=path)`` is to read."""
+    """Write a safetensors file for ``timm.create_model(..., checkpoint_path=path)``."""
     tensors = {"pos_embed": weights.table[None], **weights.state}
     write_file(path, tensors, {"format": "pt", ABOUT: weights.about()})
 
@@ -44,7 +44,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     """Read a state dict with timm's names: safetensors, a torch archive, or timm's folder of the Hub.
 
     Raises:
-        CheckpointError: it cannot be read, or is not a ViT of I-JEPA's kind.
+        CheckpointError: it cannot be read, or is not a ViT like I-JEPA's.
     """
     known: dict[str, Any] = {}
     file = path
@@ -79,7 +79,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
 
 
 def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, list[str]]:
-    """The state dict of a file under bare names, its note of jepa_kit, and the names left out."""
+    """Return the state dict of a file without wrappers in names, jepa_kit's note in it, and the omitted names."""
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     if not is_archive:
@@ -92,11 +92,11 @@ def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, 
         if isinstance(held.get(key), dict):
             held = held[key]
     first, _, rest = (prefix or "").partition(".")
-    if isinstance(held.get(first), dict):  # as DINO's {"teacher": {...}, "student": {...}}
+    if isinstance(held.get(first), dict):  # such as DINO's {"teacher": {...}, "student": {...}}
         held, prefix = held[first], rest or None
     others = [name for name, value in held.items() if not isinstance(value, Tensor)]
     if others or not held:
         some = ", ".join(map(str, list(held)[:8])) or "nothing"
-        raise CheckpointError(f"{path} is not a checkpoint of any known layout: it holds {some}")
+        raise CheckpointError(f"{path} is not a checkpoint of any known layout: it contains {some}")
     state, left_out = strip_names(held, str(path), prefix)
     return state, None, left_out

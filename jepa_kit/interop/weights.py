@@ -1,4 +1,4 @@
-"""One encoder's weights between two formats: names as ours, sizes read from them, and a note of where they come from.
+"""Common representation of an encoder's weights: our names, sizes read from shapes, and provenance.
 
 N = H * W patches of an image    D = width    C = channels    p = patch size in pixels
 """
@@ -31,22 +31,22 @@ Which = Literal["target", "context"]
 Positions = Literal["formula", "file"]
 
 ABOUT = "jepa_kit"
-"""The key under which every format keeps ``EncoderWeights.about``."""
+"""Metadata key of ``EncoderWeights.about`` in every format."""
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SEALED = "sealed"
-"""The key in the note of a file that carries a digest (digest.py)."""
+"""Key of the note that is set if the file has a digest (digest.py)."""
 
 NOT_STATED = "not stated"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a ViT is, beside its weights.
+    """Architecture of a ViT.
 
     Args:
-        image_size: (h, w) pixels of the images that it was trained on.
-        mlp_hidden: width of the MLP's inner layer.
+        image_size: (h, w) in pixels of training images.
+        mlp_hidden: hidden width of the MLP.
         (others): as for ``ViT``.
     """
 
@@ -75,7 +75,7 @@ class Architecture:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     def build(self, attention: TorchBackend = "auto") -> ViT:
-        """A ViT of this shape, on torch's default device."""
+        """Return a ViT of this architecture, on torch's default device."""
         return ViT(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -91,7 +91,7 @@ class Architecture:
         )
 
     def words(self) -> str:
-        """In one phrase, for people."""
+        """Return a one-line summary."""
         (h, w), p = self.image_size, self.patch_size
         return (
             f"ViT of width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads, "
@@ -100,7 +100,7 @@ class Architecture:
 
 
 def architecture_of_vit(vit: ViT) -> Architecture:
-    """The architecture of a module (which may be on the ``meta`` device)."""
+    """Return the architecture of a module, which may be on the meta device."""
     (h, w), p, block = vit.grid, vit.patch_size, vit.blocks[0]
     assert isinstance(block, Block)
     return Architecture(
@@ -119,17 +119,17 @@ def architecture_of_vit(vit: ViT) -> Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where weights come from, as far as their file says.
+    """Origin of weights, as stated in their file.
 
     Args:
-        encoder: which one they are, or None where the file does not say.
+        encoder: ``target`` or ``context``; None if not stated.
         source: the file and its format.
-        step: updates done.
-        epoch: epochs done.
-        licence: as the source states it.
-        config: of the run, as a mapping.
-        mean, std: of the channels, that images are normalised with.
-        notes: what a reader should know besides.
+        step: number of updates.
+        epoch: number of epochs.
+        licence: licence as stated by the source.
+        config: config of the run, as a mapping.
+        mean, std: per channel, for normalising images.
+        notes: further remarks.
     """
 
     encoder: Which | None
@@ -152,13 +152,13 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How a file is read, beside what its content says.
+    """Options for reading a file.
 
     Args:
-        num_heads: if neither the file nor the size of the encoder determines it.
-        image_size: (h, w), for timm, if the position table does not determine it.
+        num_heads: needed if neither the file nor the encoder's size determines it.
+        image_size: (h, w), for timm, needed if the position table does not determine it.
         positions: see ``check_positions``.
-        prefix: names of weights that begin with it are taken, without it; for official, timm and hf.
+        prefix: use the weights whose names begin with it; for official, timm and hf.
         allow_unchecked: accept files whose checksum is missing (torch files written without CRCs) or wrong.
     """
 
@@ -174,18 +174,18 @@ class Reading:
 
 
 AS_IT_IS = Reading()
-"""No option."""
+"""Default options."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncoderWeights:
-    """An encoder on its way from one format to another.
+    """Weights of an encoder.
 
     Args:
-        state: its parameters under our names, in the file's precision.
-        architecture: what they are the weights of.
-        positions: [N, D] the file's own position table, where it is not bit for bit the formula's.
-        provenance: where they come from.
+        state: parameters under our names, in the file's precision.
+        architecture: architecture of the encoder.
+        positions: [N, D] position table of the file, if it differs from the formula; else None.
+        provenance: origin.
     """
 
     state: dict[str, Tensor]
@@ -195,14 +195,14 @@ class EncoderWeights:
 
     @property
     def table(self) -> Tensor:
-        """[N, D] the position table, in the precision of the weights."""
+        """Return the position table [N, D] in the precision of the weights."""
         if self.positions is not None:
             return self.positions
         shape = self.architecture
         return sincos_2d(shape.embed_dim, shape.grid).to(self.state["patch_embed.proj.weight"].dtype)
 
     def about(self, *, sealed: bool = True) -> str:
-        """Provenance and architecture as JSON, for the file's metadata; ``sealed``: the file has a digest."""
+        """Return provenance and architecture as JSON for the file's metadata; ``sealed`` states a digest."""
         held = {**asdict(self.provenance), "architecture": asdict(self.architecture)}
         return json.dumps({**held, SEALED: True} if sealed else held, sort_keys=True)
 
@@ -215,7 +215,7 @@ class EncoderWeights:
         return "; ".join([*parts, f"licence {p.licence or NOT_STATED}", *p.notes])
 
     def module(self, attention: TorchBackend = "auto") -> ViT:
-        """A ViT with these weights in float32 (float64 where they are), evaluated."""
+        """Return a ViT with these weights in eval mode, in float32, or float64 if they are."""
         with torch.device("meta"):
             vit = self.architecture.build(attention)
         wide = any(value.dtype == torch.float64 for value in self.state.values())
@@ -226,10 +226,10 @@ class EncoderWeights:
 
 
 def read_about(text: str | None) -> tuple[Architecture, Provenance] | None:
-    """What ``EncoderWeights.about`` wrote, or None where the file has no such note.
+    """Return what ``EncoderWeights.about`` wrote, or None if the file has no such note.
 
     Raises:
-        CheckpointError: a note that is damaged.
+        CheckpointError: the note is damaged.
     """
     if text is None:
         return None
@@ -245,7 +245,7 @@ def read_about(text: str | None) -> tuple[Architecture, Provenance] | None:
 
 
 def is_sealed(text: str | None) -> bool:
-    """Whether a note states that its file has a digest; a note that is damaged does not."""
+    """Whether a note states that its file has a digest; False for a damaged note."""
     try:
         held = json.loads(text or "null")
     except (ValueError, RecursionError):
@@ -262,26 +262,26 @@ def shapes_to_architecture(
     norm_eps: float = 1e-6,
     image_size: tuple[int, int] | None = None,
 ) -> Architecture:
-    """The architecture that weights under our names have.
+    """Return the architecture of weights under our names.
 
     Args:
         state: the parameters.
-        what: names the file in messages.
-        table: [N, D] the file's position table, which tells the grid; with ``image_size`` it may be None.
-        num_heads: which no shape tells; None for that of the size of this width and depth (``SIZES``).
-        norm_eps: which the weights do not tell either; the release has 1e-6.
-        image_size: of the training images, where the file says it.
+        what: name of the file in messages.
+        table: [N, D] position table of the file, which determines the grid; may be None with ``image_size``.
+        num_heads: not visible in shapes; None for that of the size with this width and depth (``SIZES``).
+        norm_eps: not visible in the weights; 1e-6 in the release.
+        image_size: size of training images, if the file states it.
 
     Raises:
-        CheckpointError: another architecture; names or shapes that do not belong together; a position table
-            of another length; heads or grid that cannot be told.
+        CheckpointError: the architecture is another; names or shapes do not fit together; the position table has
+            another length; or heads or grid cannot be determined.
     """
     patch, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
     if patch is None or fc1 is None or patch.ndim != 4 or patch.shape[2] != patch.shape[3] or fc1.ndim != 2:
         some = ", ".join(list(state)[:6]) or "nothing"
         raise CheckpointError(
             f"{what} is not a ViT as I-JEPA has it: patch_embed.proj.weight [D, C, p, p] and "
-            f"blocks.0.mlp.fc1.weight [hidden, D] must be there; it holds {some}"
+            f"blocks.0.mlp.fc1.weight [hidden, D] must exist; it contains {some}"
             + hint(state, "patch_embed.proj.weight")
         )
     embed_dim, in_chans, p, _ = patch.shape
@@ -307,14 +307,14 @@ def shapes_to_architecture(
 
 
 def depth_of(state: Mapping[str, Any]) -> int:
-    """Number of blocks that names as ``blocks.7.norm1.bias`` show: those numbered without a gap from 0."""
+    """Return the number of blocks in names such as ``blocks.7.norm1.bias``, counted from 0 without a gap."""
     numbers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     return next(n for n in range(len(numbers) + 1) if str(n) not in numbers)
 
 
 def check_shapes(architecture: Architecture, state: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError with every name that is missing, unexpected or misshapen, and for bad numbers."""
-    if architecture.depth > len(state):  # before so many blocks are made
+    """Raise CheckpointError for missing, unexpected or misshapen weights, and for values that are not finite."""
+    if architecture.depth > len(state):  # before creating that many blocks
         raise CheckpointError(f"{what} has {len(state)} weights, too few for {architecture.depth} blocks")
     try:
         expected = _parameters(architecture)
@@ -329,7 +329,7 @@ def check_shapes(architecture: Architecture, state: Mapping[str, Tensor], what: 
 
 @lru_cache(maxsize=8)
 def _parameters(architecture: Architecture) -> dict[str, Tensor]:
-    """Names and shapes of an architecture, without memory for the numbers."""
+    """Return names and shapes of an architecture, on the meta device."""
     with torch.device("meta"):
         return architecture.build().state_dict()
 
@@ -346,7 +346,7 @@ def _heads(embed_dim: int, depth: int, what: str) -> int:
 
 
 def _image_size(table: Tensor | None, p: int, what: str) -> tuple[int, int]:
-    """The image size from the position table: the grid whose formula it is, or else the square one."""
+    """Return the image size from the position table: the grid whose formula it matches, or else a square one."""
     if table is None:
         raise CheckpointError(f"{what} has no position table, so it does not say its image size; give image_size")
     n, width = table.shape
@@ -365,7 +365,7 @@ def _image_size(table: Tensor | None, p: int, what: str) -> tuple[int, int]:
 
 
 def tolerance(table: Tensor) -> float:
-    """How far a table may be from the formula and still be it: rounding in its precision."""
+    """Return the largest difference from the formula that is rounding in the table's precision."""
     return 1e-2 if table.dtype in (torch.bfloat16, torch.float16) else 1e-6
 
 
@@ -374,16 +374,16 @@ def _gap(table: Tensor, grid: Grid) -> float:
 
 
 def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Positions = "formula") -> Tensor | None:
-    """Checks a position table [N, D] against the formula; the table where it is not bit for bit the formula's.
+    """Check a position table [N, D] against the formula, and return it if it differs in any bit, else None.
 
     Args:
-        table: of the file; None passes.
-        grid: that the table is for.
-        what: names the table in messages.
-        positions: ``formula`` refuses a table that is another one; ``file`` keeps it (a fine-tuned model's).
+        table: table of the file; None passes.
+        grid: grid of the table.
+        what: name of the table in messages.
+        positions: ``formula`` rejects a table that differs by more than rounding; ``file`` keeps it (fine-tuning).
 
     Raises:
-        CheckpointError: another length, numbers that are not finite or, with ``formula``, other numbers.
+        CheckpointError: the length is wrong, values are not finite or, with ``formula``, the table differs.
     """
     if table is None:
         return None
@@ -392,7 +392,7 @@ def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Posi
     check_finite({"the table": table}, what)
     n, width = grid[0] * grid[1], table.shape[1]
     if len(table) != n:
-        raise CheckpointError(f"{what} holds {len(table)} positions, but a grid of {grid[0]} x {grid[1]} has {n}")
+        raise CheckpointError(f"{what} has {len(table)} positions, but a grid of {grid[0]} x {grid[1]} has {n}")
     if torch.equal(table, sincos_2d(width, grid).to(table.dtype)):
         return None
     gap = _gap(table, grid)
@@ -405,31 +405,31 @@ def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Posi
 
 
 def choose(weights: EncoderWeights, encoder: str | None) -> EncoderWeights:
-    """The weights, if they are those of the encoder that is asked for.
+    """Return the weights if they are those of the requested encoder.
 
     Args:
-        weights: the one encoder that a file holds.
-        encoder: ``target``, ``context``, or None for whichever it is.
+        weights: the encoder of a file.
+        encoder: ``target``, ``context``, or None for any.
 
     Raises:
-        CheckpointError: the file holds the other one, or does not say that it holds the target encoder.
-        ValueError: another word.
+        CheckpointError: the file contains the other one, or does not state that it is the target encoder.
+        ValueError: ``encoder`` is none of these.
     """
     if encoder not in (None, *get_args(Which)):
-        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for what the file holds")
+        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for any")
     held = weights.provenance
     if encoder is None or encoder == held.encoder:
         return weights
     if held.encoder is not None:
         raise CheckpointError(
-            f"{held.source} holds the {held.encoder} encoder alone, not the {encoder} encoder; "
+            f"{held.source} contains only the {held.encoder} encoder, not the {encoder} encoder; "
             f"encoder={held.encoder!r} takes it"
         )
     if encoder == "target":
         raise CheckpointError(
-            f"{held.source} does not say which encoder it holds. What Hugging Face and timm offer of the release is "
-            "the context encoder; the paper evaluates the target encoder, which the released .pth.tar files hold. "
-            "encoder=None takes what is there, encoder='context' if you know that it is that"
+            f"{held.source} does not state which encoder it contains. Hugging Face and timm distribute the release's "
+            "context encoder; the paper evaluates the target encoder, which is in the released .pth.tar files. Use "
+            "encoder=None for any, or encoder='context' if you know that it is the context encoder"
         )
     note = "that it is the context encoder is what its reader said"
     return replace(weights, provenance=replace(held, encoder="context", notes=(*held.notes, note)))

@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_nothing(released, tmp_path, monkeypatch, short_of_sp
     if format == "onnx with data":
         monkeypatch.setattr(ours, "LARGE", 1000)
         format = "onnx"
-    with pytest.raises(OSError, match="a could not be written, and nothing is left of it: File too large") as failed:
+    with pytest.raises(OSError, match="a could not be written, and has been removed: File too large") as failed:
         convert(released, tmp_path / "a", to=format, num_heads=HEADS)
     assert failed.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
@@ -262,6 +262,6 @@ def test_weights_of_another_graph_are_not_overwritten(make_weights, tmp_path, mo
     pytest.importorskip("onnx")
     monkeypatch.setattr(ours, "LARGE", 1000)
     (tmp_path / "a.onnx.data").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"a.onnx.data, for the weights of a.onnx, is there already"):
+    with pytest.raises(FileExistsError, match=r"a.onnx.data, for the weights of a.onnx, already exists"):
         write(make_weights(), tmp_path / "a.onnx", "onnx")
     assert (tmp_path / "a.onnx.data").read_text() == "mine"

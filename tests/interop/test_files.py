@@ -45,15 +45,15 @@ def test_names_count_for_nothing(converted, tmp_path):
     ("content", "message"),
     [
         (b"", r"x \(0 bytes\) is empty"),
-        (b"\n <!DOCTYPE html><html>", r"x \(\d+ bytes\) is a web page, not weights: the address leads to a page"),
+        (b"\n <!DOCTYPE html><html>", r"x \(\d+ bytes\) is a web page, not weights: the URL is that of a page"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
-            "is a pointer of git-lfs, not the weights: `git lfs pull`",
+            "is a git-lfs pointer, not the weights: run `git lfs pull`",
         ),
-        (pickle.dumps({"encoder": 1}), "is a bare pickle, which can run code as it is read, and is refused"),
-        (b"GGUF....", r"is none of the formats official, jepa_kit, .*: it begins with b'GGUF....'"),
+        (pickle.dumps({"encoder": 1}), "is a bare pickle, which can run code when it is read, and is rejected"),
+        (b"GGUF....", r"has none of the formats official, jepa_kit, .*: it begins with b'GGUF....'"),
         (b"PK\x03\x04 and no more", "is cut short: its end is missing"),
-        ((50).to_bytes(8, "little") + b"{not json", "is cut short: it has 17 bytes, and its header alone 50"),
+        ((50).to_bytes(8, "little") + b"{not json", "is cut short: it has 17 bytes, but its header has 50"),
         ((9).to_bytes(8, "little") + b"{not json", "begins like a safetensors file, but its header is damaged"),
         ((12).to_bytes(8, "little") + b'{"a": [1,2]}', "begins like a safetensors file, but its header is damaged"),
     ],
@@ -82,7 +82,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, kind, released_content):
         message = "is a bare pickle, which can run code"
     else:
         torch.save({**released_content, "loss": hostile} if kind == "inside" else hostile, tmp_path / "x")
-        message = r"contains more than tensors and plain values, which could run code, and is refused: .*system"
+        message = r"contains more than tensors and plain values, which could run code, and is rejected: .*system"
     with pytest.raises(CheckpointError, match=message):
         load_encoder(tmp_path / "x")
     assert not trace.exists()
@@ -90,7 +90,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, kind, released_content):
 
 def test_archives_of_other_things(tmp_path):
     torch.save([1, 2], tmp_path / "x")
-    with pytest.raises(CheckpointError, match="must hold a mapping of names to tensors, not a list"):
+    with pytest.raises(CheckpointError, match="must contain a mapping of names to tensors, not a list"):
         open_archive(tmp_path / "x")
 
 
@@ -170,5 +170,5 @@ def test_what_lies_elsewhere_is_brought_here(converted, tmp_path, monkeypatch):
 
 
 def test_a_checksum_of_a_folder(converted):
-    with pytest.raises(CheckpointError, match="is a folder, and sha256 is of one file"):
+    with pytest.raises(CheckpointError, match="is a folder, but sha256 is the checksum of one file"):
         load_encoder(converted["hf"], sha256="0" * 64)

@@ -108,7 +108,7 @@ def test_images_of_the_wrong_kind(make_weights, tmp_path):
         encoder.embed(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"images must be uint8 \[B, 3, h, w\], not torch.float32 of shape \(1, 3, 32"):
         encoder.preprocess(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="images must hold at least one image"):
+    with pytest.raises(ValueError, match="there must be at least one image"):
         encoder.preprocess([])
 
 

@@ -87,9 +87,7 @@ def test_a_model_of_transformers_has_a_table_of_its_own(tmp_path):
 
 def test_a_folder_of_another_maker_does_not_say_which_encoder_it_holds(tmp_path):
     made_by_transformers(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"does not say which encoder it holds. .* encoder=None takes what is there"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not state which encoder it contains. .* Use encoder=None for any"):
         load_encoder(tmp_path, positions="file")
     held = load_encoder(tmp_path, encoder="context", positions="file")
     assert held.provenance.encoder == "context"
@@ -170,7 +168,7 @@ def test_an_old_file_of_torch(tmp_path):
         ({"num_hidden_layers": 3}, "missing: blocks.2.norm1.weight"),
         ({"num_attention_heads": 3}, r"sizes that no encoder has: num_heads \(=3\) must divide the width \(=16\)"),
         ({"patch_size": 16}, r"misshapen: patch_embed.proj.weight \(\(16, 3, 8, 8\), not \(16, 3, 16, 16\)\)"),
-        ({"image_size": 64}, "holds 16 positions, but a grid of 8 x 8 has 64"),
+        ({"image_size": 64}, "has 16 positions, but a grid of 8 x 8 has 64"),
     ],
 )
 def test_a_config_that_does_not_fit(make_weights, tmp_path, config, message):
@@ -194,7 +192,10 @@ def test_files_that_are_missing_or_damaged(make_weights, tmp_path):
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has a config.json, but no model.safetensors"):
         read_encoder(tmp_path / "a")
-    for text, message in (("[1]", r"config.json must hold a mapping, not a list"), ("{", r"config.json is not JSON: ")):
+    for text, message in (
+        ("[1]", r"config.json must contain a mapping, not a list"),
+        ("{", r"config.json is not JSON: "),
+    ):
         (tmp_path / "a" / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             read_encoder(tmp_path / "a")

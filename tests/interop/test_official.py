@@ -218,15 +218,17 @@ def test_a_run_of_ours_comes_back_whole(released, tmp_path):
 
 def test_no_part_is_missing(released_content, saved):
     del released_content["encoder"], released_content["target_encoder"]
-    with pytest.raises(CheckpointError, match=r"is none of the formats|not a checkpoint of any known layout"):
+    with pytest.raises(CheckpointError, match=r"has none of the formats|not a checkpoint of any known layout"):
         read_encoder(saved(released_content))
-    with pytest.raises(CheckpointError, match="has no encoder and no target_encoder; it holds predictor, opt, scaler"):
+    with pytest.raises(
+        CheckpointError, match="has no encoder and no target_encoder; it contains predictor, opt, scaler"
+    ):
         official.read(saved(released_content))
 
 
 def test_the_encoder_that_is_not_there(released_content, saved):
     del released_content["target_encoder"]
-    with pytest.raises(CheckpointError, match=r"has no target encoder; it holds 'context'"):
+    with pytest.raises(CheckpointError, match=r"has no target encoder; it contains 'context'"):
         read_encoder(saved(released_content), num_heads=HEADS)
 
 
@@ -265,12 +267,12 @@ def changed(part, name, value):
         ),
         (
             changed("encoder", "module.pos_embed", lambda x: x[:, :49]),
-            r"pos_embed in encoder of .* holds 49 positions, but a grid of 8 x 8 has 64",
+            r"pos_embed in encoder of .* has 49 positions, but a grid of 8 x 8 has 64",
         ),
         (changed("encoder", "module.pos_embed", None), r"encoder of .* has no pos_embed \[1, N, D\]"),
         (
             changed("target_encoder", "module.patch_embed.proj.weight", None),
-            r"is not a ViT as I-JEPA has it: patch_embed.proj.weight .* must be there; it holds patch_embed.proj.bias",
+            r"is not a ViT as I-JEPA has it: patch_embed.proj.weight .* must exist; it contains patch_embed.proj.bias",
         ),
         (
             changed("predictor", "module.predictor_embed.weight", None),

@@ -96,10 +96,10 @@ def test_an_encoder_alone_becomes_a_checkpoint_with_it_alone(make_weights, tmp_p
     words = write(make_weights(encoder="context"), tmp_path / "a", format)
     assert words.startswith("encoder of a test; step 3; no optimiser")
     assert read_encoder(tmp_path / "a", "context", num_heads=2).provenance.step == 3
-    with pytest.raises(CheckpointError, match=r"a \(jepa_kit\) has no target encoder; it holds 'context'"):
+    with pytest.raises(CheckpointError, match=r"a \(jepa_kit\) has no target encoder; it contains 'context'"):
         read_encoder(tmp_path / "a", "target", num_heads=2)
     with pytest.raises(
-        CheckpointError, match="a test does not say which encoder it holds, and this format has a place"
+        CheckpointError, match="a test does not state which encoder it contains, and this format has both"
     ):
         write(make_weights(encoder=None), tmp_path / "b", format)
 
@@ -120,7 +120,7 @@ def test_which_encoder(make_weights, tmp_path, format):
     write(make_weights(encoder="context"), tmp_path / "a", format)
     assert read_encoder(tmp_path / "a", None).provenance.encoder == "context"
     with pytest.raises(
-        CheckpointError, match="a test holds the context encoder alone, not the target encoder; encoder="
+        CheckpointError, match="a test contains only the context encoder, not the target encoder; encoder="
     ):
         read_encoder(tmp_path / "a", "target")
     with pytest.raises(ValueError, match=r"encoder \(='teacher'\) must be 'target' or 'context', or None"):
@@ -149,7 +149,7 @@ def test_both_encoders_are_told_apart(released, released_content, tmp_path):
 
 
 def test_what_cannot_be_converted(released, converted, tmp_path):
-    with pytest.raises(FileExistsError, match=r"a.pt is there already"):
+    with pytest.raises(FileExistsError, match=r"a.pt already exists"):
         convert(released, converted["jepa_kit"], to="jepa_kit", num_heads=HEADS)
     with pytest.raises(CheckpointError, match="is not in the format 'hf': by its content it is 'official'"):
         convert(released, tmp_path / "x", to="timm", from_="hf")
@@ -160,7 +160,7 @@ def test_what_cannot_be_converted(released, converted, tmp_path):
     with pytest.raises(ValueError, match=r"encoder \(='target'\) is for formats of one encoder; jepa_kit keeps all"):
         convert(released, tmp_path / "x", to="jepa_kit", encoder="target", num_heads=HEADS)
     with pytest.raises(
-        ValueError, match=r"image_size \(=\(32, 32\)\) is for onnx, whose graphs have one size; hf keeps"
+        ValueError, match=r"image_size \(=\(32, 32\)\) is for onnx, whose graphs have a fixed size; hf has"
     ):
         convert(released, tmp_path / "x", to="hf", image_size=(32, 32), num_heads=HEADS)
     with pytest.raises(CheckpointError, match="gone"):
@@ -185,7 +185,7 @@ class _Unwritable:
 def test_an_encoder_that_prepares_its_images_stays_at_home(make_weights, tmp_path, format):
     weights = make_weights()
     weights = replace(weights, architecture=replace(weights.architecture, input_norm="image"))
-    with pytest.raises(CheckpointError, match=rf"input_norm \(='image'\) has no place in {format}: who loads it"):
+    with pytest.raises(CheckpointError, match=rf"input_norm \(='image'\) cannot be stored in {format}: its readers"):
         write(weights, tmp_path / "out", format)
     write(weights, tmp_path / "kept", "safetensors")
     kept = jepa_kit.load_encoder(tmp_path / "kept")

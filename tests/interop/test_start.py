@@ -95,7 +95,7 @@ def test_a_part_is_missing(tiny, as_released, part):
     config = tiny()
     jepa = build_recipe(config)
     with pytest.raises(
-        CheckpointError, match=rf"has no {part}.*, so its run cannot go on; train.init_from starts a new"
+        CheckpointError, match=rf"has no {part}.*, so its run cannot be resumed; train.init_from starts a new"
     ):
         resume_official(jepa, build_optimizer(jepa), as_released, 3)
 
@@ -130,7 +130,7 @@ def test_a_new_run_from_an_encoder(tiny, tmp_path, whole, format):
     assert_same_weights(jepa.encoder.state_dict(), expected)
     assert_same_weights(jepa.target_encoder.state_dict(), expected)
     assert_same_weights(jepa.predictor.state_dict(), before)
-    assert start.lines[-1] == "not in the file, so fresh: predictor"
+    assert start.lines[-1] == "not in the file, newly initialised: predictor"
 
 
 def test_a_resumed_run_does_not_read_the_first_weights_again(tiny, tmp_path, whole, capsys):
@@ -147,8 +147,8 @@ def test_a_resumed_run_does_not_read_the_first_weights_again(tiny, tmp_path, who
     [
         (["encoder.embed_dim=32"], r"the run's encoder \(train.init_from: .*misshapen: patch_embed.proj.weight"),
         (["encoder.depth=3"], "missing: blocks.2.norm1.weight"),
-        (["encoder.num_heads=4"], r"encoder.num_heads \(=4\) must be 2, as the weights of .* have it"),
-        (["encoder.norm_eps=1e-5"], r"encoder.norm_eps \(=1e-05\) must be 1e-06, as the weights of .* have it"),
+        (["encoder.num_heads=4"], r"encoder.num_heads \(=4\) must be 2, as in the weights of .*"),
+        (["encoder.norm_eps=1e-5"], r"encoder.norm_eps \(=1e-05\) must be 1e-06, as in the weights of .*"),
         (["predictor.width=16"], r"the run's predictor \(train.init_from: .*misshapen: mask_token"),
     ],
 )
@@ -179,7 +179,5 @@ def test_another_number_of_heads_than_usual_is_said(tiny, as_released):
 def test_another_encoder(tiny, whole):
     jepa = build_recipe(tiny())
     jepa.encoder = torch.nn.Linear(1, 1)
-    with pytest.raises(
-        CheckpointError, match="the run's encoder is a Linear, and weights of other formats are those of"
-    ):
+    with pytest.raises(CheckpointError, match="the run's encoder is a Linear, but weights of other formats need"):
         init_from(jepa, whole)

@@ -133,8 +133,8 @@ def test_another_architecture(plain, tmp_path, change, message):
 
 def test_a_file_of_other_things(tmp_path):
     torch.save({"epoch": 3, "history": [1.0]}, tmp_path / "a")
-    with pytest.raises(CheckpointError, match="a is not a checkpoint of any known layout: it holds epoch, history"):
+    with pytest.raises(CheckpointError, match="a is not a checkpoint of any known layout: it contains epoch, history"):
         read_encoder(tmp_path / "a")
     torch.save({"resnet.conv1.weight": torch.zeros(3)}, tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"b is not a ViT as I-JEPA has it: .* it holds resnet.conv1.weight"):
+    with pytest.raises(CheckpointError, match=r"b is not a ViT as I-JEPA has it: .* it contains resnet.conv1.weight"):
         read_encoder(tmp_path / "b")
