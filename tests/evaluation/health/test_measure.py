@@ -1,4 +1,4 @@
-"""What is measured on a JEPA, against plain numpy; and the verdict on networks whose state is known by construction."""
+"""Health figures against plain numpy, and the verdict on networks whose state is known by construction."""
 
 import dataclasses
 import math
@@ -19,6 +19,7 @@ from jepa_kit.engine.step import train_step
 from jepa_kit.evaluation.health import measure as health_module
 from jepa_kit.evaluation.health.measure import EPOCH, measure_health, several_masks
 from jepa_kit.evaluation.health.measures import lidar, rankme
+from jepa_kit.evaluation.health.statistics import TokenStatistics
 from jepa_kit.evaluation.health.verdict import judge
 from jepa_kit.losses import is_distance
 from jepa_kit.maskers import MultiBlock, Random
@@ -41,7 +42,7 @@ RAW = {
 
 @pytest.fixture(scope="module")
 def images():
-    """[224, 3, 32, 32] scenes; the first 96 are looked at, the others are trained on."""
+    """[224, 3, 32, 32] scenes; the first 96 are measured, the others are for training."""
     return torch.from_numpy(np.stack([render(0, i, (32, 32)).image for i in range(224)])).permute(0, 3, 1, 2)
 
 
@@ -56,7 +57,7 @@ def measured(jepa, masker, images, **options):
 
 
 def train_few(jepa, masker, images, steps, lr=2e-3):
-    """Updates on the images from 96 on, with a momentum of 0.99; yields after each the updates done."""
+    """Train on the images from number 96, with momentum 0.99; yield the number of updates after each."""
     optimizer = build_optimizer(jepa, betas=(0.9, 0.999), eps=1e-8)
     for step in range(steps):
         chosen = 96 + np.random.default_rng(step).permutation(128)[:32]
@@ -142,7 +143,7 @@ def test_every_image_counts_the_same_whatever_its_batch(images, monkeypatch):
 
 @pytest.mark.parametrize(("varying", "found"), [(1.5e-12, 1.5e-12), (0.7e-12, 0.0)])
 def test_what_varies_by_less_than_rounding_is_constant(varying, found):
-    tokens = health_module._Tokens()
+    tokens = TokenStatistics()
     tokens.add(1.0 + math.sqrt(varying) * torch.tensor([[[1.0]], [[-1.0]]], dtype=torch.float64))
     assert tokens.figures()["varying"] == pytest.approx(found, rel=1e-2)
 
@@ -184,13 +185,13 @@ def test_a_regulariser_is_no_part_of_the_loss(images):
     with pytest.raises(ValueError) as error:
         measured(jepa, masker, images)
     assert str(error.value) == (
-        "losses (=spread) must hold a distance: a term that looks at the target, and does not declare "
+        "losses (=spread) must include a distance: a term that depends on the target and does not declare "
         "is_distance = False"
     )
 
 
 class Directions(nn.Module):
-    """Looks at predictions and targets along random directions, as SIGReg does; ``is_distance`` as given."""
+    """Compares predictions and targets along random directions, as SIGReg does; ``is_distance`` as given."""
 
     def __init__(self, is_distance=None):
         super().__init__()
@@ -206,7 +207,7 @@ class Directions(nn.Module):
 
 
 def test_a_term_that_declares_to_be_no_distance_is_no_part_of_the_loss(images):
-    """One that draws random numbers and looks at the target."""
+    """A term that draws random numbers and depends on the target."""
     jepa, masker = recipe()
     plain = measured(jepa, masker, images).to_dict()
     jepa.losses["sketch"], jepa.weights["sketch"] = Directions(is_distance=False), 5.0
@@ -214,8 +215,8 @@ def test_a_term_that_declares_to_be_no_distance_is_no_part_of_the_loss(images):
     assert jepa.losses["sketch"].calls == 0
 
 
-def test_every_call_of_a_term_has_one_random_state(images):
-    """A regulariser that says nothing, of the context alone: equal to itself, so it looks at no target."""
+def test_every_call_of_a_term_has_the_same_random_state(images):
+    """A regulariser of the context that declares nothing: it repeats itself, so it does not depend on the target."""
 
     class Sketch(nn.Module):
         def forward(self, prediction):
@@ -243,10 +244,10 @@ def test_which_losses_are_distances():
     assert is_distance(nn.Identity())
 
 
-def test_what_cannot_be_measured(images):
+def test_rejected_input(images):
     jepa, masker = recipe()
     for options, shown, message in (
-        ({}, images[:15], "images (=15) must be at least 16 to say anything about a network"),
+        ({}, images[:15], "images (=15) must be at least 16 for meaningful figures"),
         ({"masks": 0}, images[:16], "masks (=0) must be at least 1"),
         ({}, images[:16].float(), "images must be uint8 [N, 3, h, w], not torch.float32 of shape (16, 3, 32, 32)"),
     ):
@@ -288,7 +289,7 @@ class Turned(nn.Module):
 
 @pytest.fixture(scope="module")
 def trained(images):
-    """A JEPA after 50 updates on scenes, its colours left in, which is what it learns first."""
+    """A JEPA after 50 updates on scenes with their colours, which it learns first."""
     jepa, masker = recipe()
     for _ in train_few(jepa, masker, images, 50):
         pass
@@ -299,7 +300,7 @@ def test_an_untrained_network_has_not_learned(images):
     verdict = judge(measured(*recipe(), images))
     assert verdict.state == "not learned"
     assert not verdict.collapsed
-    assert "normal in the first steps, a failure where it lasts" in str(verdict)
+    assert "normal in the first steps, a failure if it persists" in str(verdict)
 
 
 def test_a_trained_network_is_healthy(images, trained):
@@ -324,7 +325,7 @@ def test_a_constant_network(images, trained):
 
 
 def test_a_nearly_constant_network(images, trained):
-    """What varies is a tenth of what does not."""
+    """The varying part is a tenth of the constant part."""
     jepa, masker = recipe()
     jepa.load_state_dict(trained[0].state_dict())
     for encoder in (jepa.encoder, jepa.target_encoder):
@@ -343,7 +344,7 @@ def test_a_network_of_low_rank(images, trained, rank):
     assert health.token_rank <= rank + 1e-2
     verdict = judge(health)
     assert (verdict.state, verdict.collapsed) == ("dimensional collapse", True)
-    assert f"of 64 directions (at least {0.15 * 64:.1f} are wanted)" in verdict.reason
+    assert f"of 64 directions (minimum {0.15 * 64:.1f})" in verdict.reason
 
 
 def test_a_network_that_knows_positions_alone(images, trained):
@@ -383,7 +384,7 @@ def test_a_predictor_that_knows_positions_alone_has_not_learned(images, trained)
     "update", ["{name: tied, stop_gradient: false}", "{name: ema, momentum: [0.0, 0.0]}"], ids=["no_stop", "momentum_0"]
 )
 def test_a_collapse_is_called_when_it_happens(images, update):
-    """Held against the deviation of features: a twentieth of what it was is a collapse, a fifth is none yet."""
+    """By the deviation of features: a twentieth of the initial one is a collapse, a fifth is not."""
     jepa, masker = recipe(f"target_update={update}", "encoder.input_norm=image")
     first = measured(jepa, masker, images)
     assert judge(first).state == "not learned"
@@ -444,7 +445,7 @@ def test_targets_that_shrink_are_not_called_sound(images):
 
 
 def test_gap_of_a_squared_loss():
-    """The line for the gap in terms of R^2: predictions E[t | x] of unit variance R^2, targets of variance 1."""
+    """The threshold of the gap in terms of R^2: predictions E[t | x] of unit variance R^2, targets of variance 1."""
     random = np.random.default_rng(0)
     for share in (0.1, 0.5, 0.9):
         known = math.sqrt(share) * random.normal(size=200_000)
