@@ -47,10 +47,10 @@ def config(masker="multiblock", target=None, update="ema"):
     )
 
 
-def make(held):
+def make(tiny):
     torch.manual_seed(0)
-    masks = build_masker(held)(np.arange(IMAGES), seed=0, epoch=0)
-    return build_recipe(held), torch.randn(IMAGES, 3, 32, 32), masks, Lengths.of(masks, IMAGES)
+    masks = build_masker(tiny)(np.arange(IMAGES), seed=0, epoch=0)
+    return build_recipe(tiny), torch.randn(IMAGES, 3, 32, 32), masks, Lengths.of(masks, IMAGES)
 
 
 class Encode(nn.Module):
@@ -118,10 +118,10 @@ def test_a_training_step_against_torch(target, update):
 
 def test_sums_over_images():
     """An image's FLOP depends on its own sets alone."""
-    held = config()
-    jepa, _, masks, lengths = make(held)
+    tiny = config()
+    jepa, _, masks, lengths = make(tiny)
     flops = model_flops(jepa)
-    alone = [build_masker(held)(np.array([i]), seed=0, epoch=0) for i in range(IMAGES)]
+    alone = [build_masker(tiny)(np.array([i]), seed=0, epoch=0) for i in range(IMAGES)]
     assert flops.training(lengths) == pytest.approx(sum(flops.training(Lengths.of(m, 1)) for m in alone), rel=1e-12)
     assert masks.context.num_patches == lengths.context.sum()
 
@@ -162,7 +162,7 @@ class Head(nn.Module):
         return (self.head(prediction.prediction) - prediction.target).square().mean()
 
 
-def with_parts(monkeypatch, held, **parts):
+def with_parts(monkeypatch, tiny, **parts):
     """The recipe of a config in which some parts are replaced, also where it is built for the count."""
 
     def replaced(of, *_, **__):
@@ -172,7 +172,7 @@ def with_parts(monkeypatch, held, **parts):
         return jepa
 
     monkeypatch.setattr(flops_module, "trial_recipe", replaced)
-    return replaced(held)
+    return replaced(tiny)
 
 
 def as_class(cls):
@@ -194,32 +194,32 @@ def as_class(cls):
 )
 def test_parts_without_a_formula_are_counted(monkeypatch, parts):
     """Against torch's counter on the batch that is counted, and not the formula of another network."""
-    held = config()
-    jepa = with_parts(monkeypatch, held, **parts)
+    tiny = config()
+    jepa = with_parts(monkeypatch, tiny, **parts)
     assert not model_flops(jepa).has_formula
-    found = flops_of(held, jepa, torch.device("cpu"))
-    masks = build_masker(held)(np.arange(8), seed=0, epoch=0)
+    found = flops_of(tiny, jepa, torch.device("cpu"))
+    masks = build_masker(tiny)(np.arange(8), seed=0, epoch=0)
     with FlopCounterMode(display=False) as counter:
         jepa(torch.randn(8, 3, 32, 32), masks).loss.backward()
     assert found.training(Lengths.of(masks, 8)) == pytest.approx(counter.get_total_flops())
-    assert found.training(Lengths.of(build_masker(held)(np.arange(3), seed=0, epoch=0), 3)) == pytest.approx(
+    assert found.training(Lengths.of(build_masker(tiny)(np.arange(3), seed=0, epoch=0), 3)) == pytest.approx(
         3 / 8 * counter.get_total_flops()
     )
 
 
 def test_a_subclass_that_sees_all_patches_is_not_taken_for_one_that_sees_the_context(monkeypatch):
-    held = config()
-    plain, _, masks, lengths = make(held)
-    found = flops_of(held, with_parts(monkeypatch, held, change=as_class(SeesAll)), torch.device("cpu"))
+    tiny = config()
+    plain, _, masks, lengths = make(tiny)
+    found = flops_of(tiny, with_parts(monkeypatch, tiny, change=as_class(SeesAll)), torch.device("cpu"))
     assert found.training(lengths) > 1.2 * model_flops(plain).training(lengths)
     assert masks.context.num_patches < 0.7 * IMAGES * 64
 
 
 def test_a_target_with_a_network_of_its_own_counts(monkeypatch):
-    held = config()
-    plain = count_flops(held, torch.device("cpu"))
-    more = flops_of(held, with_parts(monkeypatch, held, target=TargetWithNetwork(WIDTH)), torch.device("cpu")).counted
-    targets = build_masker(held)(np.arange(8), seed=0, epoch=0).targets.num_patches
+    tiny = config()
+    plain = count_flops(tiny, torch.device("cpu"))
+    more = flops_of(tiny, with_parts(monkeypatch, tiny, target=TargetWithNetwork(WIDTH)), torch.device("cpu")).counted
+    targets = build_masker(tiny)(np.arange(8), seed=0, epoch=0).targets.num_patches
     assert more - plain == pytest.approx(2 * WIDTH**2 * targets / 8)
 
 
