@@ -22,7 +22,7 @@ from jepa_kit.data.remote.cache import ShardCache
 from jepa_kit.data.remote.fetch import Access, is_remote
 from jepa_kit.data.segmentation import decode_mask
 from jepa_kit.data.shards.reader import ShardReader
-from jepa_kit.data.shards.resolve import Part, open_parts
+from jepa_kit.data.shards.resolve import ShardPart, open_parts
 from jepa_kit.data.shards.writing import KEYS, LABELS, MASKS, OFFSETS
 from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import did_you_mean
@@ -51,14 +51,14 @@ class ShardDataset:
         self.path = given if isinstance(given, str) else ", ".join(given)
         self._access = access or Access()
         self._cache: ShardCache | None = None
-        self.parts: list[Part] = open_parts(given, self._access, self._shelf)
+        self.parts: list[ShardPart] = open_parts(given, self._access, self._open_cache)
         places = [place for part in self.parts for place in part.places]
         self.remote = any(map(is_remote, places))
         """Whether any shard is remote."""
         if self.remote:
-            self._shelf()
+            self._open_cache()
         self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
-        self.classes, self.conflicts = _merged(self.parts)
+        self.classes, self.conflicts = _merge_classes(self.parts)
         """Label name -> the names of its classes; and unusable label -> the reason."""
         self.mask_conflict: str | None = None
         """Why masks cannot be used, or None."""
@@ -76,7 +76,7 @@ class ShardDataset:
         self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
         self._open(verified=False)
 
-    def _shelf(self) -> ShardCache:
+    def _open_cache(self) -> ShardCache:
         if self._cache is None:
             self._cache = ShardCache(self._access)
         return self._cache
@@ -85,14 +85,14 @@ class ShardDataset:
         def arrays(name: str) -> list[NDArray[Any]]:
             return [part.array(name, verified=verified) for part in self.parts if name != MASKS or part.has_masks]
 
-        self._offsets: IntArray = _joined(arrays(OFFSETS))
-        self._keys: NDArray[np.bytes_] = _joined(arrays(KEYS))
+        self._offsets: IntArray = _concatenate(arrays(OFFSETS))
+        self._keys: NDArray[np.bytes_] = _concatenate(arrays(KEYS))
         labels = zip(self.parts, arrays(LABELS), strict=True)
-        self._labels: IntArray = _joined([_columns(part, found, [*self.classes]) for part, found in labels])
+        self._labels: IntArray = _concatenate([_label_columns(part, found, [*self.classes]) for part, found in labels])
         self._masks: IntArray | None = None
         masks = iter(arrays(MASKS))
         if self.has_masks:
-            self._masks = _joined([next(masks) if part.has_masks else _no_masks(part) for part in self.parts])
+            self._masks = _concatenate([next(masks) if part.has_masks else _no_masks(part) for part in self.parts])
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _ARRAYS}
@@ -247,15 +247,15 @@ class ShardDataset:
         return int(i)
 
 
-def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _concatenate(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _no_masks(part: Part) -> IntArray:
+def _no_masks(part: ShardPart) -> IntArray:
     return np.tile(np.array([-1, 0], dtype=np.int64), (sum(entry["samples"] for entry in part.shards), 1))
 
 
-def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
+def _label_columns(part: ShardPart, found: IntArray, names: Sequence[str]) -> IntArray:
     """Return [n, L] the labels of a part in the order of ``names``; -1 for a label that the part lacks."""
     own = list(part.classes)
     if own == list(names):
@@ -267,7 +267,7 @@ def _columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
     return columns
 
 
-def _merged(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def _merge_classes(parts: Sequence[ShardPart]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Return the classes of all parts, and the labels whose classes differ between parts, with the reason.
 
     A list of classes may be the beginning of a longer one: a foreign part lists classes up to its largest number.

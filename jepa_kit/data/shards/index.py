@@ -11,7 +11,8 @@ import os
 import re
 import tokenize
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Any
 
@@ -46,59 +47,53 @@ def read_index(path: str, text: bytes | None = None) -> dict[str, Any]:
         ValueError: it is incomplete or of another version; the message begins with its path.
     """
     if text is None:
-        with open(path, "rb") as stream:
-            text = stream.read()
+        text = Path(path).read_bytes()
     try:
         index = json.loads(text)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are two
-        raise ValueError(f"{path} is not whole: {error}; make the shards again") from error
+        raise ValueError(f"{path} is incomplete: {error}; make the shards again") from error
     version = index.get("version") if isinstance(index, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has version (={version!r}), but this release reads version {FORMAT_VERSION}: "
             "make the shards again, or use the release that made them"
         )
-    if fault := _fault(index):
-        raise ValueError(f"{path} is not whole: {fault}; make the shards again")
+    if fault := next(_find_faults(index), None):
+        raise ValueError(f"{path} is incomplete: {fault}; make the shards again")
     listed = sum(entry["samples"] for entry in index["shards"])
     if listed != index["samples"]:
         raise ValueError(f"{path} has {index['samples']} samples, but its shards have {listed}: make the shards again")
     return index
 
 
-def _fault(index: Mapping[str, Any]) -> str | None:
-    """Return the first thing that is missing, mistyped or out of range in an index of this version."""
-    faults = [_mistyped(index, _INDEX, "it")]
-    if faults == [None]:
-        faults += [_mistyped(entry, _SHARD, f"shards[{k}]") for k, entry in enumerate(index["shards"])]
-        for name, kind in (("labels", list), ("arrays", str), ("links", list), ("made_by", object)):
-            values = index.get(name, {})  # earlier releases wrote no arrays and links
-            faults.append(_mistyped(values, dict.fromkeys(values, kind) if isinstance(values, dict) else {}, name))
-        faults.append(_mistyped(index["masks"], _MASKS, "masks") if "masks" in index else None)
-    if not any(faults):
-        named = [*index["labels"].items(), ("masks", index.get("masks", {}).get("classes", []))]
-        faults = [
-            f"{name!r} (={names!r:.80}) must be a list of texts"
-            for name, names in named
-            if not all(isinstance(text, str) for text in names)
-        ]
-    return next(filter(None, faults), None)
+def _find_faults(index: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is missing, mistyped or out of range in an index; what follows the first fault may be unusable."""
+    yield from _check_values(index, _INDEX, "it")
+    for k, entry in enumerate(index["shards"]):
+        yield from _check_values(entry, _SHARD, f"shards[{k}]")
+    for name, kind in (("labels", list), ("arrays", str), ("links", list), ("made_by", object)):
+        yield from _check_values(index.get(name, {}), kind, name)  # earlier releases wrote no arrays and links
+    yield from _check_values(index.get("masks", {"classes": []}), _MASKS, "masks")
+    for name, names in [*index["labels"].items(), ("masks", index.get("masks", {}).get("classes", []))]:
+        if not all(isinstance(text, str) for text in names):
+            yield f"{name!r} (={names!r:.80}) must be a list of texts"
 
 
-def _mistyped(found: Any, kinds: Mapping[str, Any], what: str) -> str | None:
-    """Return the first key of a mapping that is missing or whose value has the wrong type or range."""
+def _check_values(found: Any, kinds: Mapping[str, Any] | type, what: str) -> Iterator[str]:
+    """Yield the faults of a mapping, given the type of each key's value, or one type for all values."""
     if not isinstance(found, dict):
-        return f"{what} (={found!r:.80}) must be a mapping"
-    for key, kind in kinds.items():
+        yield f"{what} (={found!r:.80}) must be a mapping"
+        return
+    for key, kind in (dict.fromkeys(found, kinds) if isinstance(kinds, type) else kinds).items():
+        shown = f"{key!r} of {what} (={found.get(key)!r:.80})"
         if key not in found:
-            return f"{what} has no {key!r}"
-        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is int):
-            return f"{key!r} of {what} (={found[key]!r:.80}) must be of type {getattr(kind, '__name__', kind)}"
-        if kind is int and not 0 <= found[key] <= MOST:
-            return f"{key!r} of {what} (={found[key]!r:.80}) must be 0 to {MOST}"
-        if key == "sha256" and found[key] is not None and not _SHA256.fullmatch(found[key]):
-            return f"{key!r} of {what} (={found[key]!r:.80}) must be 64 hexadecimal digits"
-    return None
+            yield f"{what} has no {key!r}"
+        elif not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is int):
+            yield f"{shown} must be of type {getattr(kind, '__name__', kind)}"
+        elif kind is int and not 0 <= found[key] <= MOST:
+            yield f"{shown} must be 0 to {MOST}"
+        elif key == "sha256" and found[key] is not None and not _SHA256.fullmatch(found[key]):
+            yield f"{shown} must be 64 hexadecimal digits"
 
 
 def is_foreign(index: Mapping[str, Any]) -> bool:
@@ -137,7 +132,7 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
         raise ValueError(f"{path} is missing, but {INDEX} is there: {again}") from error
     except HEADER_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(f"{path} is not a whole array: {reason}; {again}") from error
+        raise ValueError(f"{path} is not a complete array: {reason}; {again}") from error
     if found.shape != shape or found.dtype.kind != kind:
         raise ValueError(
             f"{path} has {found.dtype} of shape {found.shape}, but {INDEX} has {index['samples']} samples: it must "

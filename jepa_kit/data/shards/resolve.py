@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ShardPart:
     """Shards that share an index.
 
     Args:
@@ -78,7 +78,7 @@ class Part:
         return found if self.rows is None else found[self.rows]
 
 
-def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[Part]:
+def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[ShardPart]:
     """Return the parts of a data set, in the given order.
 
     Args:
@@ -89,7 +89,7 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
     Raises:
         ValueError: nothing is there, an index is damaged or of another version, or a URL does not answer.
     """
-    parts: list[Part] = []
+    parts: list[ShardPart] = []
     named = expand(path)
     _check_once(named, path)  # before a download
     for parent, group in groupby(named, key=lambda a: _parent(a) if is_shard(a) else None):
@@ -142,7 +142,7 @@ def _parent(address: str) -> str:
     return "pipe:" if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[0]
 
 
-def _open_folder(folder: str, access: Access) -> Part:
+def _open_folder(folder: str, access: Access) -> ShardPart:
     if is_remote(folder):
         found = _remote_index(folder, access)
         if found is None:
@@ -198,7 +198,7 @@ def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[s
     return [name for name, facts in there if sizes.get(name) != facts.st_size or made < facts.st_mtime <= time.time()]
 
 
-def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> Part:
+def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> ShardPart:
     """Return the part of shards of one folder, or of pipes, that are named one by one."""
     shown = addresses[0] if len(addresses) == 1 else f"{addresses[0]} ... {addresses[-1]}"
     found: tuple[str, dict[str, Any]] | None = None
@@ -217,12 +217,12 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
     return part
 
 
-def _part(path: str, folder: str, index: dict[str, Any], base: str) -> Part:
+def _part(path: str, folder: str, index: dict[str, Any], base: str) -> ShardPart:
     places = [f"{base.rstrip('/')}/{entry['file']}" for entry in index["shards"]]
-    return Part(path, folder, index["shards"], places, None, index)
+    return ShardPart(path, folder, index["shards"], places, None, index)
 
 
-def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[str]) -> Part | None:
+def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[str]) -> ShardPart | None:
     """Return the part of an index for the given shards, or None if it does not list all of them."""
     numbers = {entry["file"]: k for k, entry in enumerate(index["shards"])}
     chosen = [numbers.get(_file(address), -1) for address in addresses]
@@ -233,7 +233,7 @@ def _subset(path: str, folder: str, index: dict[str, Any], addresses: Sequence[s
     if chosen != list(range(len(numbers))):
         ends = np.cumsum([entry["samples"] for entry in index["shards"]])
         rows = np.concatenate([np.arange(ends[k] - index["shards"][k]["samples"], ends[k]) for k in chosen])
-    return Part(path, folder, entries, list(addresses), rows, index)
+    return ShardPart(path, folder, entries, list(addresses), rows, index)
 
 
 def _file(address: str) -> str:

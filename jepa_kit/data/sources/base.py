@@ -60,7 +60,7 @@ class Source(Protocol):
         """Return a digest of the samples' names, sizes and labels."""
 
 
-def whole(n: int) -> dict[str, IntArray]:
+def single_split(n: int) -> dict[str, IntArray]:
     """Return the ``splits`` of a source of n samples without splits."""
     return {"": np.arange(n)}
 

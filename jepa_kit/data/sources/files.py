@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, unique_keys, whole
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, single_split, unique_keys
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
 
 READ_ERRORS = (OSError, RuntimeError)
@@ -49,7 +49,7 @@ class Files(Source):
         self.names, self.sizes, self.read = listing.names, listing.sizes, listing.read
         self.labels, self.classes, self.recode = labels, labels.classes, recode
         self._keys = unique_keys(self.names)
-        self.splits, self.notes = whole(len(self.names)), [*notes, *labels.notes]
+        self.splits, self.notes = single_split(len(self.names)), [*notes, *labels.notes]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -98,10 +98,10 @@ def open_source(name: str, options: SourceOptions, *, seed: int, scratch: str) -
         wanted = options.label_column or ()
         return HubDataset(rest, image_column=options.image_column, label_columns=wanted, recode=options.recode)
     if kind == "wds":
-        from jepa_kit.data.sources.reshard import OldShards
+        from jepa_kit.data.sources.reshard import ShardSource
 
         _check_used(options, _IMAGES)
-        return OldShards(rest, options.recode)
+        return ShardSource(rest, options.recode)
     if not os.path.exists(name):
         raise ValueError(f"source (={name!r}) does not exist")
     if os.path.isdir(name) and os.path.isfile(os.path.join(name, INDEX)):

@@ -10,14 +10,14 @@ from jepa_kit.data.remote.fetch import expand
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import is_foreign
 from jepa_kit.data.shards.writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
-from jepa_kit.data.sources.base import Recode, Refused, Source, each_once, fingerprint, whole
+from jepa_kit.data.sources.base import Recode, Refused, Source, each_once, fingerprint, single_split
 from jepa_kit.errors import SampleError
 
 SEARCHED_MEMBERS = 1000
 """Members of the first shard that are searched for some that are not copied."""
 
 
-class OldShards(Source):
+class ShardSource(Source):
     """The samples of shards, in their order: images, masks and labels, without other members.
 
     Shards without an index get one first; samples that it leaves out are refused.
@@ -40,7 +40,7 @@ class OldShards(Source):
         foreign = [part.index for part in self.dataset.parts if is_foreign(part.index)]
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes
-        self.splits = whole(n + len(self._bad))
+        self.splits = single_split(n + len(self._bad))
         self.notes = _not_copied(self.dataset) + [note for index in foreign for note in index.get("notes", [])]
 
     def __len__(self) -> int:

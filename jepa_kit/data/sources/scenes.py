@@ -8,7 +8,7 @@ from PIL import Image
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.segmentation import Mask, encode_mask
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Source, fingerprint, whole
+from jepa_kit.data.sources.base import Source, fingerprint, single_split
 from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, Scene, render
 
 MASK_CLASSES = ("background", *SHAPE_NAMES)
@@ -39,7 +39,7 @@ class Scenes(Source):
         self.num_scenes, self.size, self.seed, self.masks = num_scenes, size, seed, masks
         self.classes = CLASSES
         self.mask_classes = MASK_CLASSES if masks else ()
-        self.splits, self.mixed = whole(num_scenes), True
+        self.splits, self.mixed = single_split(num_scenes), True
 
     def __len__(self) -> int:
         return self.num_scenes

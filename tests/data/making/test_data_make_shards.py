@@ -17,7 +17,7 @@ from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folder
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import pack, tar_size
 from jepa_kit.data.sources import Scenes
-from jepa_kit.data.sources.base import Refused, whole
+from jepa_kit.data.sources.base import Refused, single_split
 
 
 class Stub:
@@ -29,7 +29,7 @@ class Stub:
 
     def __init__(self, samples, splits=None):
         self.classes = {"class": tuple("abcd")}
-        self.samples, self.splits = samples, splits or whole(len(samples))
+        self.samples, self.splits = samples, splits or single_split(len(samples))
 
     def __len__(self):
         return len(self.samples)

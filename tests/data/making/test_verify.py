@@ -93,11 +93,11 @@ DAMAGES = {
     "unfinished": (lambda f: (f / "UNFINISHED").touch(), ["UNFINISHED: a run was interrupted: run its command again"]),
     "index cut": (
         lambda f: os.truncate(f / "index.json", 99),
-        ["index.json is not whole: Unterminated string"],
+        ["index.json is incomplete: Unterminated string"],
     ),
     "index of another kind": (
         lambda f: (f / "index.json").write_text('{"version": 1}'),
-        ["index.json is not whole: it has no 'samples'; make the shards again"],
+        ["index.json is incomplete: it has no 'samples'; make the shards again"],
     ),
     "version": (
         lambda f: edit(f, lambda i: i.update(version=9)),
@@ -111,7 +111,7 @@ DAMAGES = {
         lambda f: os.remove(f / "keys.npy"),
         ["keys.npy is missing, but index.json is there"],
     ),
-    "array cut": (lambda f: os.truncate(f / "labels.npy", 150), ["labels.npy is not a whole array: "]),
+    "array cut": (lambda f: os.truncate(f / "labels.npy", 150), ["labels.npy is not a complete array: "]),
     "array of another shape": (
         lambda f: np.save(f / "offsets.npy", np.zeros((3, 4))),
         ["offsets.npy has float64 of shape (3, 4), but index.json has 23 samples: it must be int64 of"],

@@ -168,7 +168,7 @@ def test_an_index_of_another_version(folder, edit_index, version):
 def test_a_cut_index(folder):
     text = (folder / "index.json").read_text()
     (folder / "index.json").write_text(text[: len(text) // 2])
-    with pytest.raises(ValueError, match=r"index.json is not whole: .*; make the shards again"):
+    with pytest.raises(ValueError, match=r"index.json is incomplete: .*; make the shards again"):
         ShardDataset(folder)
 
 

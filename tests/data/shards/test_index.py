@@ -37,7 +37,7 @@ def test_what_an_index_lacks_is_named(tmp_path, folder, edit_index, damage, read
             del index[key]
 
     edit_index(edit)
-    expected = f"{folder}/index.json is not whole: {message}; make the shards again"
+    expected = f"{folder}/index.json is incomplete: {message}; make the shards again"
     assert error_of(folder, read, tmp_path) == expected
 
 
@@ -60,11 +60,17 @@ def cut(path):
 
 
 DAMAGED_ARRAYS = {
-    "empty": (lambda path: os.truncate(path, 0), "is not a whole array: "),
-    "without its end": (cut, "is not a whole array: mmap length is greater than file size"),
-    "without its head": (lambda path: path.write_bytes(b"some text" * 20), "is not a whole array: the magic string is"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a whole array: Is a directory"),
-    "objects": (lambda path: np.save(path, np.array([{}] * 23)), "is not a whole array: Array can't be memory-mapped"),
+    "empty": (lambda path: os.truncate(path, 0), "is not a complete array: "),
+    "without its end": (cut, "is not a complete array: mmap length is greater than file size"),
+    "without its head": (
+        lambda path: path.write_bytes(b"some text" * 20),
+        "is not a complete array: the magic",
+    ),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is not a complete array: Is a directory"),
+    "objects": (
+        lambda path: np.save(path, np.array([{}] * 23)),
+        "is not a complete array: Array can't be",
+    ),
     "of another shape": (lambda path: np.save(path, np.zeros((23, 9), dtype=np.int64)), "has int64 of shape (23, 9)"),
     "of another type": (lambda path: np.save(path, np.zeros(23)), "has float64 of shape (23,), but index.json has "),
 }
@@ -203,7 +209,7 @@ def test_every_changed_byte_of_an_array_is_noticed(folder, name, samples):
     whole = (folder / name).read_bytes()
     for place in range(0, len(whole), 7):
         (folder / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ValueError, match=rf"^{folder / name} (was changed or damaged|is not a whole|has )"):
+        with pytest.raises(ValueError, match=rf"^{folder / name} (was changed or damaged|is not a complete|has )"):
             ShardDataset(folder)
     (folder / name).write_bytes(whole)
     assert len(ShardDataset(folder)) == len(samples)
@@ -240,7 +246,7 @@ def test_an_index_with_impossible_values(folder, edit_index, damage):
     edit_index(lambda index: index.update(change))
     with pytest.raises(ValueError, match="make the shards again") as caught:
         ShardDataset(folder)
-    assert str(caught.value).startswith(f"{folder}/index.json is not whole: {message}")
+    assert str(caught.value).startswith(f"{folder}/index.json is incomplete: {message}")
 
 
 def test_options_of_the_maker_have_any_type(folder, edit_index, samples):
@@ -251,7 +257,7 @@ def test_options_of_the_maker_have_any_type(folder, edit_index, samples):
 
 def test_a_deeply_nested_index(folder):
     (folder / "index.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"index.json is not whole: .*; make the shards again"):
+    with pytest.raises(ValueError, match=r"index.json is incomplete: .*; make the shards again"):
         ShardDataset(folder)
 
 
@@ -261,7 +267,7 @@ def test_a_deeply_nested_index(folder):
 def test_a_broken_header_of_an_array(folder, header):
     text = header.encode() + b"\n"
     (folder / "labels.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(200))
-    with pytest.raises(ValueError, match=r"labels.npy is not a whole array: .*; make the shards again"):
+    with pytest.raises(ValueError, match=r"labels.npy is not a complete array: .*; make the shards again"):
         ShardDataset(folder)
 
 

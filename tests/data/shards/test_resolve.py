@@ -259,7 +259,7 @@ def test_local_and_remote_shards_together(server, folder, samples, tmp_path, acc
 def test_an_index_of_another_machine_that_is_broken(server, folder, access):
     text = (folder / "index.json").read_text()
     (folder / "index.json").write_text(text[:50])
-    with pytest.raises(ValueError, match=r"http.*/index.json is not whole: "):
+    with pytest.raises(ValueError, match=r"http.*/index.json is incomplete: "):
         ShardDataset(f"{server.address}/shards", access=access)
     (folder / "index.json").write_text(text)
     (folder / "keys.npy").unlink()
