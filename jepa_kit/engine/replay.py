@@ -45,20 +45,20 @@ class Finding:
 
     Args:
         phase: ``images``, ``weights``, ``forward``, ``loss`` or ``backward``.
-        name: of the module, weight or term; the class of the module in brackets.
+        where: name of the module, weight or term; the class of the module in brackets.
         bad, total: number of values that are not finite, and of all.
         first: the first of them, as text.
     """
 
     phase: str
-    name: str
+    where: str
     bad: int
     total: int
     first: str
 
     def __str__(self) -> str:
         """Return a message."""
-        return f"{self.phase}: {self.name}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
+        return f"{self.phase}: {self.where}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
 
 
 DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
