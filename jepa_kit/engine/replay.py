@@ -58,7 +58,8 @@ class Finding:
 
     def __str__(self) -> str:
         """Return a message."""
-        return f"{self.phase}: {self.where}: {self.bad} of {self.total} values are not finite, the first is {self.first}"
+        values = f"{self.bad} of {self.total} values are not finite, the first is {self.first}"
+        return f"{self.phase}: {self.where}: {values}"
 
 
 DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
