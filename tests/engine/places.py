@@ -1,4 +1,4 @@
-"""Places for checkpoints: a bucket that cannot rename, as of an object store, and a disk that can; both in a folder."""
+"""Handlers of remote storage in a local folder: a bucket that cannot rename, like an object store, and a disk."""
 
 import os
 import shutil
@@ -8,11 +8,11 @@ from iopath.common.file_io import PathHandler
 
 
 class BucketError(Exception):
-    """Of a handler's own kind, as botocore's are."""
+    """An error that is not an OSError, like those of botocore."""
 
 
 class Bucket(PathHandler):
-    """``bucket://``: files by whole keys; no folders of their own, no renaming.
+    """``bucket://``: files by whole keys; no folders, no rename.
 
     Attributes:
         refuse: gets the address of what is about to be written; True breaks the copy in its middle.
@@ -42,7 +42,7 @@ class Bucket(PathHandler):
         return self.path(path).is_file()
 
     def _ls(self, path, **kwargs):
-        """As iopath's S3PathHandler: whole keys, and the folder's own."""
+        """List like iopath's S3PathHandler: whole keys, and the folder itself."""
         held = sorted(self.path(path).iterdir()) if self.path(path).is_dir() else []
         key = path.removeprefix(self.PREFIX)
         return [key, *(f"{key}{inner.name}{'/' if inner.is_dir() else ''}" for inner in held)]
@@ -60,12 +60,12 @@ class Bucket(PathHandler):
         return True
 
     def break_off(self, source, target):
-        """A store shows nothing of what did not come whole."""
+        """Fail like an object store, which shows nothing of an incomplete upload."""
         raise BucketError("the bucket is full")
 
 
 class Disk(Bucket):
-    """``disk://``: a file system, with folders and names that can change; what breaks off is there in half."""
+    """``disk://``: a file system with folders and renames; a broken copy leaves half a file."""
 
     PREFIX = "disk://"
 

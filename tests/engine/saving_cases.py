@@ -1,4 +1,4 @@
-"""What the processes of test_saving.py run: checkpoints in shards, written by threads of both beside the steps.
+"""Cases that test_async_save.py runs in two processes: threads of both write shards while the steps continue.
 
 saving_cases.py FOLDER CASE ..., with names of ``CASES``: each in a folder of its own, by two processes over gloo.
 """
@@ -36,7 +36,7 @@ def names(folder):
 
 
 def beside(world, folder):
-    """Each holds the state at its call, whatever the steps do meanwhile; older ones go, but for every second."""
+    """Each checkpoint has the state of its call, whatever the steps do meanwhile; of the older, every second stays."""
     run, plain, held = Training(world, "fsdp"), async_save._checksums, {}
     done = [threading.Event() for _ in range(7)]
 
@@ -62,7 +62,7 @@ def beside(world, folder):
 
 
 def again(world, folder):
-    """A checkpoint of a step that has one takes its place."""
+    """A checkpoint replaces an earlier one of the same step."""
     run = Training(world, "fsdp")
     with Saver(Store(folder), keep=1, sharded=True) as saver:
         save(saver, run, 1)
@@ -76,7 +76,7 @@ def again(world, folder):
 
 
 def fails(world, folder):
-    """What goes wrong on one process ends both with the same error, and loses nothing; also where it is the last."""
+    """An error of one process ends both with the same message and loses nothing, also in the last checkpoint."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -113,7 +113,7 @@ def fails(world, folder):
 
 
 def file_fails(world, folder):
-    """The same of a file, which rank 0 alone writes."""
+    """The same for a file, which rank 0 writes alone."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -125,7 +125,7 @@ def file_fails(world, folder):
 
 
 def elsewhere(world, folder):
-    """Shards of both go to a place, and both go on from what rank 0 fetches."""
+    """Shards of both are uploaded, and both resume from what rank 0 downloads."""
     path_manager.register_handler(Bucket(folder / "bucket"))
     store, run = Store(folder / "run", f"{Bucket.PREFIX}a"), Training(world, "fsdp")
     broadcast_from_rank0(lambda: store.begin(""))
@@ -144,7 +144,7 @@ def elsewhere(world, folder):
 
 
 def killed(world, folder, both=True):
-    """They die when all files of the second are written, and it has not got its name."""
+    """Both die after all files of the second checkpoint are written, before its rename."""
     run = Training(world, "fsdp")
     with Saver(Store(folder), keep=1, sharded=True) as saver:
         save(saver, run, 1)
@@ -156,7 +156,7 @@ def killed(world, folder, both=True):
 
 
 def one_killed(world, folder):
-    """The same of rank 1 alone."""
+    """Rank 1 alone dies."""
     killed(world, folder, both=False)
 
 

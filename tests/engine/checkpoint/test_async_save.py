@@ -1,4 +1,4 @@
-"""Checkpoints beside the steps: what is in them, what a failure says, and what a full disk leaves."""
+"""Checkpoints written while the steps continue: their content, errors, and full disks."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def save(saver, model, step):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a file system of some bytes, or one that nobody can write to."""
+    """Mount a file system with the given options, such as a size."""
     mounted = []
 
     def make(name, options):
@@ -363,7 +363,7 @@ def test_two_processes_killed_while_shards_are_written(tmp_path, case):
     assert run_cases(tmp_path, case).returncode == 1
     folder = tmp_path / case
     assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000001"]
-    if case == "killed":  # where one is left, it clears up
+    if case == "killed":  # a rank that survives cleans up
         assert len(list((folder / ".checkpoint_00000002.part").glob("*.distcp"))) == 2
     Store(folder).begin("")
     assert [path.name for path in folder.iterdir()] == ["checkpoint_00000001"]

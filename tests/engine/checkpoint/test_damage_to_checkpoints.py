@@ -1,4 +1,4 @@
-"""Seeded damage to checkpoints, files and shards: our error with the name of the file, or the state as written."""
+"""Seeded damage to checkpoints, files and shards, gives an error that names the file, or the state as written."""
 
 import os
 import random
@@ -48,7 +48,7 @@ def in_shards(folder):
 
 
 def damaged(content, chance):
-    """A copy that is cut short, has bits or a byte of its end flipped, or a stretch of it overwritten or left out."""
+    """Return a copy that is cut short, has bits or a byte near its end changed, or a part overwritten or removed."""
     content = bytearray(content)
     at = chance.randrange(len(content))
     match chance.randrange(5):
@@ -67,7 +67,7 @@ def damaged(content, chance):
 
 
 def same(first, second):
-    """Tensors bit by bit, and everything else."""
+    """Compare tensors bit by bit, and everything else."""
     names = set(Checkpoint.__dataclass_fields__) - {"model", "optimizer"}
     torch.testing.assert_close(first.model, second.model, rtol=0, atol=0)
     torch.testing.assert_close(first.optimizer, second.optimizer, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Folders of shards in one process: what is written is read, no code runs, and every mistake names its file.
+"""Folders of shards in one process: what is written is read, no code runs, and every error names its file.
 
 Several processes: test_parallel.py.
 """
@@ -125,7 +125,7 @@ def test_bytes_that_would_be_unpickled(folder):
 
 
 def test_a_shard_that_would_run_code(run, folder, tmp_path):
-    """DCP reads tensors with weights_only; this would tell if that changed."""
+    """DCP reads tensors with weights_only; this test fails if that changes."""
     (shard,) = folder.glob("*.distcp")
     torch.save(Touch(tmp_path / "ran"), shard)
     with pytest.raises((ShardError, OSError), match=re.escape(str(folder))):

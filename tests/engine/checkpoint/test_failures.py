@@ -1,4 +1,4 @@
-"""What fails under way is told apart from mistakes in a config, with its words and its cause."""
+"""Errors after the first step differ in type from mistakes in a config, and keep their message and cause."""
 
 import errno
 

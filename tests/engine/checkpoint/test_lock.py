@@ -1,4 +1,4 @@
-"""One run at a time in a run folder: who is kept out, and who is not."""
+"""One run at a time in a run folder: which processes are refused."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ with only_run_in(Path(sys.argv[1])):
 
 @pytest.fixture
 def hold():
-    """Starts another process that holds a folder for so many seconds; the process."""
+    """Start another process that locks a folder for some seconds, and return it."""
     started = []
 
     def start(folder, seconds):
@@ -93,7 +93,7 @@ def test_one_that_is_on_its_way_out_is_waited_for(tmp_path, hold, capsys):
 
 
 def test_a_lock_whose_machine_is_gone(tmp_path, hold):
-    """As on a file server that keeps it: the file is deleted by hand, and the next one has it until it ends."""
+    """A file server may keep the lock: the file is deleted by hand, and the next run locks a new one."""
     hold(tmp_path, 1)
     (tmp_path / ".lock").unlink()
     with only_run_in(tmp_path):

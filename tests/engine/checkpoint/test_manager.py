@@ -1,4 +1,4 @@
-"""Checkpoints that go elsewhere: what is there, what stays here, what a run goes on from, and every way it can fail."""
+"""Checkpoints outside the run folder: uploads, retention, resume, and every way they can fail."""
 
 import shutil
 import threading
@@ -26,7 +26,7 @@ from jepa_kit.training import train
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Makes a handler of a kind, with a folder behind it."""
+    """Register a handler of a class, with a local folder behind it."""
     monkeypatch.setattr(path_manager, "_path_handlers", dict(path_manager._path_handlers))
 
     def make(kind):
@@ -47,14 +47,14 @@ BOTH = pytest.mark.parametrize("handler", [Bucket, Disk], indirect=True)
 
 @pytest.fixture
 def away(tiny, handler):
-    """Makes the config of a run whose checkpoints go to ``.../a``."""
+    """Return the config of a run whose checkpoints are uploaded to ``.../a``."""
     return lambda *overrides: tiny(
         f"checkpoint.dir={handler.PREFIX}a", "checkpoint.every=2", "train.tensorboard=false", *overrides
     )
 
 
 def there(handler):
-    """Names of what lies in the place, but for empty folders."""
+    """Return the names in the remote folder, without empty folders."""
     folder = handler.folder / "a"
     return sorted(p.name for p in folder.iterdir() if p.is_file() or any(p.iterdir()))
 
@@ -76,7 +76,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def whole(tiny, kept):
-    """The run folder of a run that was not stopped and has its checkpoints with it."""
+    """Return the folder of an uninterrupted run with local checkpoints."""
     return kept if checkpoints(kept) else train(tiny(f"train.output_dir={kept}"))
 
 
@@ -266,7 +266,7 @@ def test_a_place_that_holds_another_run(away, handler, tmp_path):
 
 
 def test_a_run_whose_folder_is_lost_goes_on(away, handler, tmp_path, capsys):
-    """A machine of its own for each stretch, with nothing on its disk."""
+    """Each start may be on another machine, with an empty disk."""
     train(away())
     (handler.folder / "a" / "checkpoint_00000006.pt").unlink()
     capsys.readouterr()

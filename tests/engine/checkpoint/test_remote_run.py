@@ -1,4 +1,4 @@
-"""A run on shards of another machine is the run on the same shards here, bit for bit."""
+"""A run on remote shards equals the run on the same local shards, bit for bit."""
 
 import http.server
 import threading
@@ -13,7 +13,7 @@ from jepa_kit.training import train
 
 
 class Breaking(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; of the first answer that holds a shard, half comes."""
+    """Serves a folder, but only half of the first shard."""
 
     broke = False
 
@@ -49,7 +49,7 @@ def test_a_run_over_http_through_a_broken_stream(tiny, shards, address, tmp_path
 
 
 def test_rank_0_is_the_first_to_open_shards(tiny, shards, monkeypatch):
-    """So one process makes an index that is missing, and the others find it."""
+    """One process creates a missing index, and the others find it."""
     opened = []
     monkeypatch.setattr(build, "joined", lambda: True)
     monkeypatch.setattr(build, "broadcast_from_rank0", lambda decide: opened.append(("rank 0", decide())))

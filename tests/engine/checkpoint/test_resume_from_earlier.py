@@ -1,4 +1,4 @@
-"""``--resume FILE``: a run goes back once, however often its command is started; and no FILE is ignored silently."""
+"""``--resume FILE`` goes back once, however often the command is started, and no FILE is ignored silently."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def run(config):
 
 @pytest.fixture
 def dies_at(monkeypatch):
-    """Ends the next start of a run after so many of its steps."""
+    """Interrupt the next start of a run after some steps."""
     plain = update.train_step
 
     def make(count):
@@ -100,7 +100,7 @@ def test_a_file_that_is_not_of_the_run(config, run, tmp_path, named, monkeypatch
 
 
 def test_the_file_that_the_run_began_from(config, run, tiny, tmp_path, capsys):
-    """The command of a job, which names it at every start."""
+    """The command of a job names the file at every start."""
     released = tmp_path / "epoch1.pth.tar"
     convert(run / "checkpoint_00000003.pt", released, to="official")
     other = tiny(f"train.output_dir={tmp_path / 'other'}", "checkpoint.every=1", "train.tensorboard=false")
