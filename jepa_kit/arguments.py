@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jepa_kit.errors import PeerError, StartError
 from jepa_kit.machine import prepare
 
 prepare()  # tools import this module first, and torch reads the environment when it is imported
@@ -105,11 +106,19 @@ class _Unbreakable:
         return getattr(self._stream, name)
 
 
-def run_tool(main: Callable[[], int]) -> int:
-    """Run a tool's ``main`` and return its exit status; no terminal or pipe stops it.
+def run_tool(name: str, run: Callable[[], int | None]) -> int:
+    """Run a tool and return its exit status; print errors that the user can fix as one message on stderr.
 
-    Characters that the terminal lacks are printed as ``?``. If the reader closes the pipe, the work continues without
-    printing. Both streams are flushed here, because Python's flush at exit would fail.
+    Characters that the terminal does not have are printed as ``?``. If the reader of a pipe closes it, the rest of the
+    output is discarded, the tool still completes, and Python has nothing left to flush at its exit.
+
+    Args:
+        name: of the tool, for messages.
+        run: parses the command line and does the work; returns the status, or None for 0.
+
+    Returns:
+        the status of ``run``; 1 if processes could not form a group or another process failed; 2 for a ValueError or
+        OSError; 130 for Ctrl-C.
     """
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
@@ -117,8 +126,22 @@ def run_tool(main: Callable[[], int]) -> int:
             stream.reconfigure(errors="replace")
     sys.stdout, sys.stderr = (_Unbreakable(stream) for stream in streams)
     try:
-        return main()
+        return run() or 0
+    except (StartError, PeerError) as error:
+        return fail(name, str(error), status=1)
+    except (ValueError, OSError) as error:
+        return fail(name, str(error), status=2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the terminal's ^C
+        return fail(name, "interrupted", status=130)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = streams
+
+
+def fail(name: str, message: str, *, status: int) -> int:
+    """Print an error with the name of the tool, and the rank if there are several processes; return ``status``."""
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
+    print(f"{name}{rank}: {message}", file=sys.stderr)
+    return status

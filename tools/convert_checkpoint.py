@@ -1,107 +1,14 @@
 #!/usr/bin/env python
-"""Turns weights from one format into another, and says what was written.
+"""Run jepa_kit.tools.convert_checkpoint in a clone, installed or not."""
 
-formats:
-  official      the released I-JEPA .pth.tar: encoder, predictor, target encoder, optimiser
-  jepa_kit      a checkpoint of a run: the same, and its config
-  hf            a folder that transformers.IJepaModel.from_pretrained loads: one encoder
-  timm          timm's key names: one encoder
-  safetensors   one encoder under our names
-  onnx          one encoder as a graph: tokens, and their mean
-
-examples:
-  # the target encoder of released weights, for transformers
-  python tools/convert_checkpoint.py --from official --to hf IN1K-vit.h.14-300e.pth.tar ijepa_vith14_target
-
-  # the context encoder of a run, for timm
-  python tools/convert_checkpoint.py --from jepa_kit --to timm --encoder context runs/first first_context.safetensors
-
-  # a graph for onnxruntime
-  python tools/convert_checkpoint.py --to onnx runs/first encoder.onnx
-
-  # a whole run in the released layout, and back, with config, predictor and optimiser
-  python tools/convert_checkpoint.py --to official runs/first first.pth.tar
-  python tools/convert_checkpoint.py --to jepa_kit first.pth.tar first.pt
-
-Without --from, the format is recognised by the content. Exit status: 0, or 2 for a file or command that cannot be used.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import run_tool  # first: it sets what torch reads when it is imported
-from jepa_kit.interop.files import Format
-from jepa_kit.interop.formats import convert
-from jepa_kit.interop.weights import Positions, Which
-
-
-def parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\nformats:")
-    p = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
-        description=description,
-        epilog="formats:" + epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--from", dest="from_", choices=get_args(Format), help="what IN must be (default: what it is)")
-    p.add_argument("--to", required=True, choices=get_args(Format), help="what OUT is to be")
-    p.add_argument(
-        "--encoder",
-        choices=get_args(Which),
-        help="which encoder, for formats of one (default: target where IN holds both, else the one it holds)",
-    )
-    p.add_argument("--image-size", type=int, metavar="PIXELS", help="for onnx: another size than in training")
-    p.add_argument("--num-heads", type=int, metavar="N", help="where neither IN nor the encoder's size tells it")
-    p.add_argument(
-        "--positions",
-        choices=get_args(Positions),
-        default="formula",
-        help="keep the file's position table where it is not the sine-cosine formula's (default: refuse it)",
-    )
-    p.add_argument(
-        "--prefix",
-        metavar="NAME.",
-        help="take the names of weights that begin with it, without it, as teacher. (what torch.compile, DDP, FSDP and "
-        "probes add, as module. and backbone., comes off anyway)",
-    )
-    p.add_argument("--sha256", metavar="HEX", help="what IN must have")
-    p.add_argument("--allow-unchecked", action="store_true", help="read IN even if its checksum is missing or wrong")
-    p.add_argument("source", metavar="IN", help="a file, a folder, or an http address of a file")
-    p.add_argument("target", metavar="OUT", help="a file, for hf a folder; must not be there yet")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    a = parser().parse_args(argv)
-    try:
-        written = convert(
-            a.source,
-            a.target,
-            from_=a.from_,
-            to=a.to,
-            encoder=a.encoder,
-            sha256=a.sha256,
-            num_heads=a.num_heads,
-            image_size=None if a.image_size is None else (a.image_size, a.image_size),
-            positions=a.positions,
-            prefix=a.prefix,
-            allow_unchecked=a.allow_unchecked,
-        )
-    except (ValueError, OSError) as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{a.target} ({a.to}): {written}")
-    return 0
-
+from jepa_kit.tools.convert_checkpoint import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main())

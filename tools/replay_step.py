@@ -1,85 +1,14 @@
 #!/usr/bin/env python
-"""Replays a step whose loss or gradient was not finite, and shows where the first bad number arises.
+"""Run jepa_kit.tools.replay_step in a clone, installed or not."""
 
-examples:
-  # the dump that the run's message named; the weights come from the run's last checkpoint before the step
-  python tools/replay_step.py runs/first/bad_step_00001234/rank_0000.pt
-
-  # without doing the steps since that checkpoint again
-  python tools/replay_step.py runs/first/bad_step_00001234/rank_0000.pt --at-once
-
-  # where the run folder is in another place than the dump, and on a GPU
-  python tools/replay_step.py rank_0000.pt --run runs/first --device cuda
-
-  # where no checkpoint is left from before it, and the weights that the run began from lie in another place now
-  python tools/replay_step.py runs/first/bad_step_00000012/rank_0000.pt --start weights/IN1K-vit.h.14-300e.pth.tar
-
-What is found is printed, and written beside the dump as <dump>.replay.json. Exit status: 0 where a bad number was
-found, 3 where all numbers are finite this time, 2 for a mistake in the command or in its files.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 if find_spec("jepa_kit") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jepa_kit.arguments import add_trust, run_tool, tool_parser
-from jepa_kit.distributed.collectives import World, choose_device
-from jepa_kit.engine.replay import read_dump, replay, weights_before
-from jepa_kit.interop import start
-
-
-def parser() -> argparse.ArgumentParser:
-    p = tool_parser("replay_step.py", __doc__)
-    p.add_argument("dump", type=Path, metavar="DUMP", help="bad_step_<step>/rank_<rank>.pt of a run folder")
-    p.add_argument("--run", type=Path, metavar="DIR", help="the run folder (the one that the dump lies in)")
-    p.add_argument(
-        "--start",
-        metavar="FILE",
-        help="the file of weights that the run began from, where it lies in another place; read where no checkpoint of "
-        "the run is left from before the step",
-    )
-    add_trust(p)
-    p.add_argument("--at-once", action="store_true", help="take the last checkpoint's weights as they are")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        dump = read_dump(arguments.dump, trust_imports=arguments.trust_imports)
-        device = choose_device(arguments.device, World())
-        bad, step = dump["bad"], dump["step"]
-        numbers = ", ".join(f"{name} {value:g}" for name, value in dump["numbers"].items())
-        print(f"step {step}, rank {dump['rank']} of {dump['world_size']}, as it was: {numbers}")
-        print(f"losses of all ranks: {', '.join(bad['losses'])}")
-        print(f"{len(dump['keys'])} images: {', '.join(map(str, dump['keys'][:8]))}{', ...' * (len(dump['keys']) > 8)}")
-        folder = arguments.run or arguments.dump.resolve().parent.parent
-        jepa = weights_before(
-            dump, folder, device, again=not arguments.at_once, say=print, foreign=start, start_file=arguments.start
-        )
-        found = replay(dump, jepa, device)
-    except (ValueError, OSError) as error:
-        print(f"replay_step.py: {error}", file=sys.stderr)
-        return 2
-    for finding in found:
-        print(finding)
-    if not found:
-        print("all numbers are finite this time: other weights, another device, or a fault of the machine then")
-    facts = {"dump": arguments.dump.name, "step": step, "device": str(device), "at_once": arguments.at_once}
-    result = arguments.dump.with_name(arguments.dump.name + ".replay.json")
-    result.write_text(json.dumps({**facts, "found": [asdict(finding) for finding in found]}, indent=1) + "\n")
-    return 0 if found else 3
-
+from jepa_kit.tools.replay_step import main
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main())

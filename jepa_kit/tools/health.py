@@ -1,0 +1,169 @@
+"""Tells whether the representation of a checkpoint is healthy: a verdict in words, and the figures that it rests on.
+
+examples:
+  # the latest checkpoint of a run, on the shards beside its training shards (`test` or `val`), else on those themselves
+  python tools/health.py --checkpoint output/quickstart/run
+
+  # its first checkpoint and its last, the context encoder, more images, figures as JSON
+  python tools/health.py --checkpoint runs/first/checkpoint_00000500.pt runs/first --encoder context \\
+      --images 512 --shards shards/photos/val --output health.json
+
+  # a run of another machine, whose config asks for a GPU
+  python tools/health.py --checkpoint runs/first train.device=cpu
+
+How to read each figure: docs/evaluation.md, "Health". The same is measured inside a run with evaluate.every=N.
+Exit status: 0 whatever the verdict, 2 for a mistake in the command, a checkpoint or the shards, 130 after an
+interruption from the keyboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
+
+if TYPE_CHECKING:
+    from jepa_kit.evaluation.health.measure import Health
+
+OVERRIDE = re.compile(r"[\w.]+=")
+ROWS = (
+    ("images", "images"),
+    ("width", "width of a token"),
+    ("varying", "share of tokens' mean square that varies"),
+    ("of_images", "share of that which position does not explain"),
+    ("within_images", "share of that between patches of one image"),
+    ("token_rank", "directions that tokens fill, less position"),
+    ("loss", "loss"),
+    ("relative_to_mean", "loss / that of the mean target"),
+    ("relative_to_position", "loss / that of each position's mean target"),
+    ("cross_sample_gap", "1 - loss / that against another image's target"),
+    ("std", "deviation of features over images"),
+    ("unit_std", "the same of unit features, times sqrt(width)"),
+    ("cosine", "mean cosine between two images' features"),
+    ("uniformity", "uniformity of features"),
+    ("rankme", "RankMe of features"),
+    ("effective_rank", "effective rank of features' covariance"),
+    ("alpha", "alpha-ReQ of features"),
+    ("lidar", "LiDAR of context features"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = tool_parser("health.py", __doc__)
+    p.add_argument(
+        "--checkpoint", required=True, nargs="+", metavar="FILE", help="checkpoints, or run folders (their latest)"
+    )
+    p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
+    p.add_argument(
+        "--encoder", choices=("target", "context"), help="default: target, the paper's; context if there is none"
+    )
+    p.add_argument("--images", type=int, default=256, metavar="N", help="default: 256")
+    p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
+    p.add_argument("--output", metavar="FILE", help="writes the figures as JSON")
+    add_trust(p)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the runs' configs")
+    return p
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line, in which ``--checkpoint A B train.device=cpu`` has two checkpoints and an override."""
+    arguments = parser().parse_intermixed_args(argv)
+    given = [name for name in arguments.checkpoint if OVERRIDE.match(name) and not Path(name).exists()]
+    arguments.checkpoint = [name for name in arguments.checkpoint if name not in given]
+    arguments.overrides = in_order([*arguments.overrides, *given], argv)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return its exit status, as at the end of ``--help``."""
+    return run_tool("health.py", lambda: run(parse(argv)))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table and the verdicts, and write the file."""
+    # here, so that --help does not wait for torch
+    from jepa_kit.config import versions
+    from jepa_kit.evaluation.health.verdict import judge
+    from jepa_kit.evaluation.tables.results import check_output, write_results
+
+    if not arguments.checkpoint:
+        raise ValueError(f"--checkpoint must name one beside {', '.join(arguments.overrides)}")
+    if arguments.images < 16:
+        raise ValueError(f"--images (={arguments.images}) must be at least 16 to say anything about a network")
+    if arguments.output:
+        check_output("--output", arguments.output)
+    names = arguments.checkpoint
+    found = [measure(name, arguments) for name in names]
+    verdicts = [judge(health) for _, health in found]
+    lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
+    lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
+    if arguments.output:
+        entries = [
+            {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
+            for name, (step, health), v in zip(names, found, verdicts, strict=True)
+        ]
+        content = {"seed": arguments.seed, "health": entries, "versions": versions()}
+        write_results(content, arguments.output)
+    print("\n\n".join(lines))
+
+
+def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
+    """(updates done, health) of a checkpoint."""
+    import torch
+
+    from jepa_kit.build import build_masker
+    from jepa_kit.data.image_options import ImageOptions
+    from jepa_kit.data.loader import eval_batches
+    from jepa_kit.data.order import permutation
+    from jepa_kit.distributed.collectives import World, choose_device
+    from jepa_kit.engine.build import open_shards
+    from jepa_kit.evaluation.feature_sources import encoder_named
+    from jepa_kit.evaluation.features import load_run
+    from jepa_kit.evaluation.health.measure import measure_health
+    from jepa_kit.evaluation.shard_choice import shown_shards
+    from jepa_kit.rng import Stream, generator
+
+    loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
+    config, data = loaded.config, loaded.config.data
+    dataset = open_shards(config, shown_shards(arguments.shards, data.shards))
+    order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
+    batches = eval_batches(dataset, ImageOptions.from_config(data), samples=order[: arguments.images])
+    device = choose_device(config.train.device, World())
+    health = measure_health(
+        loaded.jepa.to(device),
+        torch.cat([batch.images for batch in batches]),
+        build_masker(config),
+        encoder=encoder_named(loaded.jepa, arguments.encoder),
+        masks=arguments.masks,
+        seed=arguments.seed,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+    )
+    return loaded.step, health
+
+
+def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
+    """A row for each figure, a column for each checkpoint."""
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    first = found[0]
+    about = f"images under {first.masks} masks, {first.encoder} encoder"
+    label = max(len(text) for _, text in ROWS)
+    width = max(12, *(len(title) for title in titles))
+    lines = [about, " " * label + "".join(f"  {title:>{width}}" for title in titles)]
+    columns = [health.to_dict() for health in found]
+    lines += [f"{text:{label}}" + "".join(f"  {cell(c[name]):>{width}}" for c in columns) for name, text in ROWS]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Pretrains an encoder: from a config to a run folder with checkpoints, metrics and curves.
+
+examples:
+  # shards first (tools/make_shards.py), then a config of projects/ijepa with the shards given on the command line
+  python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --output-dir runs/first \\
+      data.shards=shards/photos/train
+
+  # on 8 GPUs of this machine: the same global batch, the same masks and crops
+  torchrun --nproc-per-node 8 tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml
+
+  # go on after a stop, exactly
+  python tools/train_net.py --config-file runs/first --resume
+
+  # go back to an earlier checkpoint of the run, once: where the last one is damaged, say
+  python tools/train_net.py --config-file runs/first --resume runs/first/checkpoint_00001000.pt
+
+  # go on with a run of the released code: its weights, the moments of its optimiser and its epoch
+  python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --resume jepa-ep100.pth.tar
+
+  # a new run from weights of any format (docs/checkpoints.md)
+  python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
+
+  # checkpoints to an object store; the file registers its handler (docs/faults.md)
+  python tools/train_net.py --config-file ... imports='[my_handler.py]' checkpoint.dir=s3://bucket/first
+
+  # as a job of Slurm: 2 nodes of 8 GPUs, requeued and resumed until it is done (docs/clusters.md)
+  python tools/train_net.py --config-file ... --submit slurm --nodes 2 --gpus-per-node 8 --partition gpu --time 1-0
+
+  # the same as a script for sbatch, to read and to change
+  python tools/train_net.py --config-file ... --submit sbatch-script --nodes 2 --gpus-per-node 8 --time 1-0
+
+  # another masker, other values: YAML after key=
+  python tools/train_net.py --config-file ... masker='{name: random, ratio: 0.6}' optim.lr=5e-4 train.epochs=100
+
+A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
+the config, the data or the command that is found before the first step, 1 where the run failed (from its first step on
+whatever the cause), 75 after SIGTERM, SIGHUP or SIGUSR1 (a checkpoint is written: a scheduler may start the same
+command, with --resume alone, again), 130 after Ctrl-C: the first one writes a checkpoint too, a second one aborts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_kit.arguments import add_config, fail, in_order, run_tool, tool_parser
+from jepa_kit.config import Config, load_config
+from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
+from jepa_kit.engine.checkpoint.format import checkpoints, step_of
+from jepa_kit.engine.submit import Job, prepare, submit, write_script
+from jepa_kit.errors import RunError
+from jepa_kit.training import train
+
+NAME = "train_net.py"
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+"""Errors found before the first step, which the user can fix."""
+OVERRIDE = re.compile(r"[\w.\[\]]+=")
+"""How ``key=value`` begins; neither an address nor a path with a folder does."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = tool_parser("train_net.py", __doc__)
+    add_config(p)
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on from the latest checkpoint of the run folder, or go back to FILE, an earlier one; where the folder "
+        "has none, from FILE, a released checkpoint",
+    )
+    p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
+    slurm = p.add_argument_group("Slurm", "submit the run as a job (docs/clusters.md); one process for each GPU")
+    slurm.add_argument(
+        "--submit",
+        choices=["slurm", "sbatch-script"],
+        help="slurm: through submitit; sbatch-script: write the job's script and print it",
+    )
+    for name, (kind, text) in JOB_OPTIONS.items():
+        slurm.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "TEXT", help=text)
+    slurm.add_argument(
+        "--sbatch",
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other option of sbatch, such as exclusive= or mail-type=END",
+    )
+    return p
+
+
+JOB_OPTIONS: dict[str, tuple[type, str]] = {
+    "nodes": (int, "machines (1)"),
+    "gpus_per_node": (int, "GPUs of each, with a process for each (none)"),
+    "tasks_per_node": (int, "processes on each; for CPUs (one for each GPU, or one)"),
+    "cpus_per_task": (int, "cores of each process, its loader workers' among them"),
+    "mem": (str, "memory of each node, such as 64G"),
+    "time": (str, "limit of one stretch: minutes, H:MM:SS or D-HH:MM; after it the job goes on as a new one"),
+    "signal_seconds": (int, "the run is told to save so long before the limit (120)"),
+    "partition": (str, "queue"),
+    "account": (str, "who pays"),
+    "qos": (str, "quality of service"),
+    "constraint": (str, "features that nodes must have"),
+}
+"""Fields of ``launch.Job`` that have an option each."""
+
+
+def job_of(arguments: argparse.Namespace) -> Job | None:
+    """What the command line asks of Slurm; None without --submit.
+
+    Raises:
+        ValueError: options of a job without --submit, no time limit, or a value that Job refuses.
+    """
+    given = {name: getattr(arguments, name) for name in JOB_OPTIONS if getattr(arguments, name) is not None}
+    extra = dict(text.partition("=")[::2] for text in arguments.sbatch or [])
+    if arguments.submit is None:
+        names = [f"--{name.replace('_', '-')}" for name in given] + ["--sbatch"] * bool(extra)
+        if names:
+            raise ValueError(f"{', '.join(names)}: only together with --submit")
+        return None
+    if "time" not in given:
+        raise ValueError("--submit needs --time, the limit of one stretch: the run is told to save ahead of it")
+    return Job(**given, options=extra)
+
+
+def hand_in(config: Config, job: Job, how: str, resume: bool, resume_from: str | None, path: Sequence[str]) -> None:
+    """Submits the run, or writes and prints its script."""
+    tool = Path(__file__).resolve()
+    in_clone = tool.parents[2] / "tools" / tool.name
+    tool = in_clone if in_clone.is_file() else tool
+    submission = prepare(config, job, tool=tool, resume=resume, resume_from=resume_from, python_path=path)
+    if how == "slurm":
+        handed_in = submit(submission)
+        print(f"job {handed_in.job_id}: {submission.name}, {job.processes} processes on {job.nodes} node(s)")
+        print(f"prints into {handed_in.paths.stdout}")
+        return
+    script = write_script(submission)
+    print(script.read_text())
+    print(f"written to {script}; to hand it in:\n  sbatch {shlex.quote(str(script))}")
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Train, or submit the run; return the exit status.
+
+    Args:
+        arguments: the parsed command line.
+        argv: the command line, for the order of overrides; None for the program's own.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError: a mistake in the command,
+            the config or the data.
+    """
+    overrides = list(arguments.overrides)
+    resume, resume_from = arguments.resume is not None, arguments.resume or None
+    if resume_from is not None and OVERRIDE.match(resume_from):  # `--resume key=value` names no file
+        overrides, resume_from = in_order([resume_from, *overrides], argv), None
+    output_dir = arguments.output_dir
+    if output_dir is None and resume and os.path.isdir(arguments.config_file):
+        # The config in a run folder has the folder's path as seen from where the run was started.
+        output_dir = arguments.config_file
+    if output_dir is not None:
+        overrides.append(f"train.output_dir={json.dumps(output_dir)}")
+    known, config = set(sys.path), None
+    try:
+        job = job_of(arguments)
+        config = load_config(arguments.config_file, overrides, trust_imports=arguments.trust_imports)
+        if job is not None:
+            found_in = [path for path in sys.path if path not in known]  # folders of the config's `imports`
+            hand_in(config, job, arguments.submit, resume, resume_from, found_in)
+            return 0
+        train(config, resume=resume, resume_from=resume_from)
+    except Preempted as stopped:
+        return leave(stopped)
+    except RunError as failed:
+        if failed.__cause__ is not None:  # it may come from a user's part: show its traceback
+            traceback.print_exception(failed.__cause__)
+        return fail(NAME, str(failed), status=1)
+    except MISTAKES:
+        raise  # before OSError, of which some are subclasses
+    except (FloatingPointError, OSError) as error:
+        return fail(NAME, str(error), status=1)
+    except KeyboardInterrupt:
+        return fail(NAME, interrupted(config), status=INTERRUPTED)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return its exit status, as at the end of ``--help``."""
+    return run_tool(NAME, lambda: run(parser().parse_intermixed_args(argv), argv))
+
+
+def interrupted(config: Config | None) -> str:
+    """Return the message for a run that ended without a checkpoint of its last step."""
+    kept = "nothing was written"
+    if config is not None:
+        place = config.checkpoint.dir or config.train.output_dir
+        steps = [] if "://" in place else [step_of(path) for path in checkpoints(Path(place))]
+        kept = f"--resume continues at step {steps[-1]:,}, its latest checkpoint" if steps else "no checkpoint is there"
+        kept = f"--resume continues from the latest checkpoint in {place}" if "://" in place else kept
+    return f"interrupted; {kept}"
+
+
+HEAD_START = 3.0
+"""Seconds that rank 0 has to reach Slurm: srun --kill-on-bad-exit ends all tasks where one of them ends."""
+
+
+def leave(stopped: Preempted) -> int:
+    """Exit after a signal. SIGUSR1 also requeues a job of Slurm; the others may mean that it shall end (`scancel`)."""
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if is_main and stopped.number == signal.SIGUSR1:
+        try:
+            if done := requeue():
+                print(done, flush=True)
+        except RuntimeError as error:
+            return fail(NAME, f"{stopped}, but {error}", status=1)
+    if not is_main and "SLURM_STEP_ID" in os.environ:
+        time.sleep(HEAD_START)
+    return fail(NAME, str(stopped), status=stopped.status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
