@@ -31,8 +31,8 @@ from jepa_kit.config import load_config
 from jepa_kit.data.transforms.decoders import simplejpeg
 from jepa_kit.encoders import SIZES
 from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.tools import make_shards
 from jepa_kit.training import train
-from tools import make_shards
 
 CONFIG = ROOT / "projects" / "ijepa" / "configs" / "corrected_in1k_vitb16.yaml"
 

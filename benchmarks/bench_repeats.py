@@ -27,8 +27,8 @@ from jepa_kit.config import Config, load_config
 from jepa_kit.encoders import SIZES
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.tools import make_shards
 from jepa_kit.training import train
-from tools import make_shards
 
 CONFIG = ROOT / "projects" / "ijepa" / "configs" / "quickstart.yaml"
 

@@ -20,7 +20,7 @@ MARGIN = 10.0
 
 def make_shards(r: Any) -> tuple[Path, Path]:
     """Return shards to train on and to test on: of ``--images`` (train and test or val in it, or split), or scenes."""
-    from tools import make_shards as tool
+    from jepa_kit.tools import make_shards as tool
 
     def make(*arguments: object) -> None:
         if tool.main([str(argument) for argument in arguments]):
@@ -47,7 +47,7 @@ def pretrain_and_probe(r: Any) -> None:
     Args:
         r: the stage's record (gpu_stages.py).
     """
-    from tools import health
+    from jepa_kit.tools import health
 
     r.folder.mkdir(exist_ok=True)
     train_shards, test_shards = make_shards(r)
@@ -96,7 +96,7 @@ def pretrain_and_probe(r: Any) -> None:
 
 def probe(r: Any, run: Path, protocol: str, train_shards: Path, test_shards: Path) -> None:
     """Evaluate a run by one protocol, beside the untrained network and pixels, and add a row."""
-    from tools import eval_net
+    from jepa_kit.tools import eval_net
 
     found = r.file.with_name(f"{protocol}.json")
     arguments = ["--checkpoint", str(run), "--protocol", protocol, "--layers", "last4", "--output", str(found)]

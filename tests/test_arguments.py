@@ -46,7 +46,7 @@ def main():
     print("more", file=sys.stderr)
     return 3
 
-sys.exit(run_tool(main))
+sys.exit(run_tool("some.py", main))
 """
 
 
@@ -93,7 +93,7 @@ def test_overrides_in_the_order_of_the_command_line() -> None:
 
 
 def test_of_overrides_around_resume_the_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools import health, train_net
+    from jepa_kit.tools import health, train_net
 
     seen: list[list[str]] = []
 

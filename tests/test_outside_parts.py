@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jepa_kit.registry import LOSSES, MASKERS, TARGETS
-from tools import make_shards, train_net
+from jepa_kit.tools import make_shards, train_net
 
 PARTS = '''
 import numpy as np

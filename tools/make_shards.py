@@ -1,12 +1,10 @@
 #!/usr/bin/env python
-"""Run jepa_kit.tools.make_shards in a clone, installed or not."""
+"""Run jepa_kit.tools.make_shards with the code of this clone, whether or not it is installed."""
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("jepa_kit") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jepa_kit.tools.make_shards import main
 

@@ -32,7 +32,7 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
 
 import torch
 
-from jepa_kit.arguments import run_tool
+from jepa_kit.arguments import fail, run_tool
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.image_options import ImageOptions
@@ -50,8 +50,8 @@ from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
 from jepa_kit.evaluation.tables.results import Row, results, write_results
 from jepa_kit.evaluation.tables.table import format_table
 from jepa_kit.interfaces import Encoder
+from jepa_kit.tools import make_shards
 from jepa_kit.training import train
-from tools import make_shards
 
 CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
 TEST_SEED = 1_000_003
@@ -199,8 +199,8 @@ def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequen
         print(f"  {path}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs all of it; 0, 2 where something was refused, 130 where it was stopped."""
+def run(argv: Sequence[str] | None) -> int:
+    """Run all four; return 0, or the status of make_shards, or 130 for Ctrl-C or SIGTERM."""
     text = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
         description=text[0], epilog=text[1] + "\n" + EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -213,17 +213,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with sigterm_as_interrupt():
             run_all(args.output_dir, args.train_scenes, args.test_scenes, args.overrides)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 2
+    except (FloatingPointError, RuntimeError) as error:
+        return fail("quickstart", str(error), status=2)
     except UnmadeError as unmade:
         return unmade.status
     except (KeyboardInterrupt, Preempted) as stopped:
         after = f" after {stopped.step:,} steps" if isinstance(stopped, Preempted) else ""
-        print(f"quickstart: stopped{after}; the same command continues from here", file=sys.stderr)
-        return 130
+        return fail("quickstart", f"stopped{after}; the same command continues from here", status=130)
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the quickstart; return its exit status: 2 if something was refused, 130 if it was stopped."""
+    return run_tool("quickstart", lambda: run(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(main())

@@ -18,7 +18,7 @@ from jepa_kit.engine import consistency
 from jepa_kit.engine.build import open_together
 from jepa_kit.engine.checkpoint.resume import FREE
 from jepa_kit.engine.consistency import MAY_DIFFER, check_command, code_version, differences, flatten
-from tools import make_shards
+from jepa_kit.tools import make_shards
 
 ROOT = Path(__file__).parents[2]
 MUST_AGREE = {
@@ -94,7 +94,7 @@ def test_ranks_that_differ(tiny, shards, tmp_path):
 
 TOOL = """
 import os, sys
-from tools.train_net import main
+from jepa_kit.tools.train_net import main
 sys.exit(main([*sys.argv[1:], *(["train.epochs=3"] if os.environ["RANK"] == "1" else [])]))
 """
 

@@ -7,7 +7,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
-from tools import make_shards
+from jepa_kit.tools import make_shards
 
 TINY = {
     "masker": {"name": "multiblock"},

@@ -10,7 +10,7 @@ from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.frozen import load_encoder
 from jepa_kit.registry import MASKERS
-from tools import eval_net, health, visualize
+from jepa_kit.tools import eval_net, health, visualize
 
 PARTS = """
 import pathlib

@@ -120,7 +120,7 @@ def test_stopped_while_it_renders(
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    monkeypatch.setattr("tools.make_shards._make", stop)
+    monkeypatch.setattr("jepa_kit.tools.make_shards._make", stop)
     before = signal.getsignal(signal.SIGTERM)
     assert quickstart(tmp_path) == 130
     assert capsys.readouterr().err.splitlines() == ["make_shards: stopped; run the same command to resume"]

@@ -1,6 +1,6 @@
 """tools/compare.py as a user meets it."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,10 +17,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "compare.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("compare_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.compare")
 
 
 @pytest.fixture

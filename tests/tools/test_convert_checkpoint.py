@@ -1,6 +1,6 @@
 """tools/convert_checkpoint.py as a user meets it: examples, what it prints, messages and exit statuses."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -14,10 +14,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.convert_checkpoint")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import hashlib
 import http.server
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -30,10 +30,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("eval_net", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.eval_net")
 
 
 def scene_shards(folder, samples, seed, labelled=True):

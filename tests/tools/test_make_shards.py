@@ -20,9 +20,9 @@ from PIL import Image
 from jepa_kit.data.making import sample_workers
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.scenes.scenes import CLASSES, render
-from tools import make_shards
+from jepa_kit.tools import make_shards
 
-TOOL = Path(make_shards.__file__)
+TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 
 
 def png(seed):

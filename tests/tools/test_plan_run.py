@@ -1,6 +1,6 @@
 """tools/plan_run.py as a user meets it."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -15,10 +15,7 @@ CONFIG = str(ROOT / "projects" / "ijepa" / "configs" / "in1k_vits16.yaml")
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("plan_run", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.plan_run")
 
 
 def test_a_plan(tool, capsys):

@@ -1,6 +1,6 @@
 """tools/train_net.py --submit as a user meets it; no Slurm is asked."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +23,7 @@ train: {batch_size: 32, epochs: 2, output_dir: runs/first}
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net_submit", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.train_net")
 
 
 @pytest.fixture

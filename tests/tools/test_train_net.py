@@ -1,6 +1,6 @@
 """tools/train_net.py as a user meets it: examples, messages and exit statuses."""
 
-import importlib.util
+import importlib
 import io
 import os
 import shutil
@@ -39,10 +39,7 @@ train: {batch_size: 4, epochs: 2, precision: float32, log_every: 1, device: cpu}
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.train_net")
 
 
 @pytest.fixture(scope="module")

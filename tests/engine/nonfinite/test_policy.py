@@ -1,7 +1,7 @@
 """Runs with a bad step: each policy, its record, its limits, and the replay of its batch."""
 
 import errno
-import importlib.util
+import importlib
 import json
 import math
 from pathlib import Path
@@ -27,10 +27,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def replay_tool():
-    spec = importlib.util.spec_from_file_location("replay_step", ROOT / "tools" / "replay_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("jepa_kit.tools.replay_step")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Pictures of a run: attention against the fused kernels, guesses against numpy, decoder, page and tools."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -211,10 +211,7 @@ def test_too_few_images():
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"jepa_kit.tools.{name}")
 
 
 def test_the_tool_that_draws(tiny_run, scenes, tmp_path, monkeypatch, capsys):
