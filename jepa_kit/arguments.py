@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from jepa_kit import __version__
 from jepa_kit.errors import PeerError, StartError
 from jepa_kit.machine import prepare
 
@@ -46,19 +47,29 @@ def in_order(overrides: Sequence[str], argv: Sequence[str] | None) -> list[str]:
 
 
 def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help is the docstring of a tool, with its line breaks.
+    """Return a parser whose help is the docstring of a tool, with its line breaks, and an option ``--version``.
 
     Args:
         name: of the tool.
         text: ``__doc__`` of the tool: a description, a line ``examples:``, and the rest.
     """
-    description, _, examples = (text or "").partition("\n\nexamples:")
-    return _Parser(
+    in_clone = (Path(__file__).parents[1] / "tools" / "train_net.py").is_file()
+    text = text or ""
+    description, _, examples = (text if in_clone else without_clone(text)).partition("\n\nexamples:")
+    p = _Parser(
         prog=name,
         description=description,
         epilog="examples:" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    p.add_argument("--version", action="version", version=f"jepa_kit {__version__}", help="print the version and exit")
+    return p
+
+
+def without_clone(text: str) -> str:
+    """Return a help text with commands that also work outside a clone: modules for tools, and names of configs."""
+    text = re.sub(r"(python |torchrun .*?)tools/(\w+)\.py", r"\1-m jepa_kit.tools.\2", text)
+    return re.sub(r"projects/\w+/configs/(\w+)\.yaml", r"\1", text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from jepa_kit.arguments import add_config, in_order, tool_parser
+from jepa_kit.arguments import add_config, in_order, run_tool, tool_parser, without_clone
+from jepa_kit.errors import PeerError, StartError
 
 TEXT = """Does something.
 
@@ -24,8 +26,60 @@ def test_help_is_the_text_of_the_tool(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     printed = capsys.readouterr().out
-    assert printed.startswith("usage: some.py [-h]\n\nDoes something.\n")
+    assert printed.startswith("usage: some.py [-h] [--version]\n\nDoes something.\n")
     assert printed.rstrip().endswith("\n\nexamples:\n  # on two lines\n  python tools/some.py\n\nThe end.")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool_parser("some.py", TEXT).parse_args(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"jepa_kit {metadata.version('jepa_kit')}\n"
+
+
+def test_help_without_a_clone() -> None:
+    text = """\
+  python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml
+  torchrun --nproc-per-node 8 tools/train_net.py --config-file projects/ijepa/configs/in1k_vitb16.yaml
+  # a run of tools/train_net.py
+"""
+    assert (
+        without_clone(text)
+        == """\
+  python -m jepa_kit.tools.train_net --config-file NAME
+  torchrun --nproc-per-node 8 -m jepa_kit.tools.train_net --config-file in1k_vitb16
+  # a run of tools/train_net.py
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("no"), 2, "some.py: no\n"),
+        (FileNotFoundError("no file"), 2, "some.py: no file\n"),
+        (PeerError("rank 3 failed"), 1, "some.py: rank 3 failed\n"),
+        (StartError("no group"), 1, "some.py: no group\n"),
+        (KeyboardInterrupt(), 130, "\nsome.py: interrupted\n"),
+    ],
+)
+def test_errors_are_messages(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> int:
+        raise error
+
+    assert run_tool("some.py", run) == status
+    assert capsys.readouterr().err == message
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    run_tool("some.py", run)
+    assert capsys.readouterr().err == message.replace("some.py:", "some.py (rank 3):")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_tool("some.py", lambda: 1 // 0)
 
 
 def test_overrides_may_stand_anywhere() -> None:

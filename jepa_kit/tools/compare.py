@@ -27,6 +27,7 @@ from jepa_kit.arguments import run_tool, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("compare.py", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
     p.add_argument("--protocol", metavar="NAMES", help="only these, with commas")

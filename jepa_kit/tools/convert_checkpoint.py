@@ -32,20 +32,15 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from jepa_kit.arguments import run_tool  # first: it sets what torch reads when it is imported
+from jepa_kit.arguments import run_tool, tool_parser  # first: it sets what torch reads when it is imported
 from jepa_kit.interop.files import Format
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.weights import Positions, Which
 
 
 def parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n\nformats:")
-    p = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
-        description=description,
-        epilog="formats:" + epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the parser of the command line."""
+    p = tool_parser("convert_checkpoint.py", __doc__)
     p.add_argument("--from", dest="from_", choices=get_args(Format), help="what IN must be (default: what it is)")
     p.add_argument("--to", required=True, choices=get_args(Format), help="what OUT is to be")
     p.add_argument(

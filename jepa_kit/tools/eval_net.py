@@ -70,6 +70,7 @@ PATIENCE = timedelta(days=7)
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("eval_net.py", __doc__)
     what = p.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", metavar="FILE", help="a checkpoint, or a run folder (its latest)")

@@ -54,6 +54,7 @@ ROWS = (
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("health.py", __doc__)
     p.add_argument(
         "--checkpoint", required=True, nargs="+", metavar="FILE", help="checkpoints, or run folders (their latest)"

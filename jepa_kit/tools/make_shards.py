@@ -61,7 +61,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     p = tool_parser("make_shards.py", __doc__)
     p.usage = "make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]"
     p.add_argument("source", metavar="SOURCE", nargs="?", help="see above")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("mask_report.py", __doc__)
     add_config(p)
     p.add_argument("--compare", metavar="OTHER", help="another, to put beside it")

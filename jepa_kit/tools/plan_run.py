@@ -45,6 +45,7 @@ IMAGENET = 1_281_167
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("plan_run.py", __doc__)
     add_config(p)
     p.add_argument("--gpus", required=True, metavar="N[,N...]", help="devices, 1 to 4096; several make a table")

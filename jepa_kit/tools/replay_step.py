@@ -33,6 +33,7 @@ from jepa_kit.interop import start
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("replay_step.py", __doc__)
     p.add_argument("dump", type=Path, metavar="DUMP", help="bad_step_<step>/rank_<rank>.pt of a run folder")
     p.add_argument("--run", type=Path, metavar="DIR", help="the run folder (the one that the dump lies in)")

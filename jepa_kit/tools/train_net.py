@@ -68,6 +68,7 @@ OVERRIDE = re.compile(r"[\w.\[\]]+=")
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("train_net.py", __doc__)
     add_config(p)
     p.add_argument(

@@ -25,6 +25,7 @@ from jepa_kit.arguments import add_trust, run_tool, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = tool_parser("visualize.py", __doc__)
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or a run folder (its latest)")
     p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
