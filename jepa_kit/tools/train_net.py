@@ -58,7 +58,6 @@ from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
 from jepa_kit.engine.checkpoint.format import checkpoints, step_of
 from jepa_kit.engine.submit import Job, prepare, submit, write_script
 from jepa_kit.errors import RunError
-from jepa_kit.training import train
 
 NAME = "train_net.py"
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
@@ -158,6 +157,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError: a mistake in the command,
             the config or the data.
     """
+    from jepa_kit.training import train  # --help and --submit do not need it
+
     overrides = list(arguments.overrides)
     resume, resume_from = arguments.resume is not None, arguments.resume or None
     if resume_from is not None and OVERRIDE.match(resume_from):  # `--resume key=value` names no file

@@ -236,7 +236,7 @@ def test_test_samples_in_the_training_set_are_reported(tool, run, tmp_path, caps
 
 def test_checkpoints_that_cannot_be_used(refused, run, tmp_path):
     assert "there is no checkpoint" in refused("--checkpoint", tmp_path / "absent.pt", "--protocol", "knn")
-    assert "holds no checkpoint" in refused("--checkpoint", tmp_path, "--protocol", "knn")
+    assert "has no checkpoint" in refused("--checkpoint", tmp_path, "--protocol", "knn")
     assert "is not a checkpoint" in refused("--checkpoint", run / "config.yaml", "--protocol", "knn")
     found = refused("--checkpoint", run, "--protocol", "knn", "encoder.embed_dmi=3")
     assert "encoder.embed_dmi is not an option of 'vit'; did you mean 'embed_dim'?" in found

@@ -87,5 +87,5 @@ def test_a_folder_that_holds_a_run(run, capsys):
     Path("runs/first").mkdir(parents=True)
     Path("runs/first/metrics.jsonl").touch()
     assert run("--submit", "sbatch-script", "--time", "9") == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert run("--submit", "sbatch-script", "--time", "9", "--resume") == 0

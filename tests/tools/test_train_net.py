@@ -237,7 +237,7 @@ def test_processes_that_cannot_join(refused, command, tool, monkeypatch):
     def no_one(config, *, resume, resume_from):
         raise StartError("rank 1 of 2 could not join the others")
 
-    monkeypatch.setattr(tool, "train", no_one)
+    monkeypatch.setattr("jepa_kit.training.train", no_one)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refused(1, *command) == "train_net.py (rank 1): rank 1 of 2 could not join the others\n"
@@ -273,7 +273,7 @@ def test_a_stop_under_slurm(tool, command, capsys, monkeypatch, number, rank, fa
             raise RuntimeError(fails)
         return "job 7 is requeued"
 
-    monkeypatch.setattr(tool, "train", train)
+    monkeypatch.setattr("jepa_kit.training.train", train)
     monkeypatch.setattr(tool, "requeue", requeue)
     monkeypatch.setenv("RANK", str(rank))
     assert tool.main(command) == status
@@ -287,7 +287,7 @@ def test_an_interruption(refused, command, tool, monkeypatch, tmp_path):
     def interrupted(config, *, resume, resume_from):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "train", interrupted)
+    monkeypatch.setattr("jepa_kit.training.train", interrupted)
     command = [*command, "--output-dir", str(tmp_path / "new")]
     assert refused(130, *command) == "train_net.py: interrupted; no checkpoint is there\n"
     (tmp_path / "new").mkdir()
