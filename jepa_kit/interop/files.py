@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from jepa_kit.data.remote.fetch import path_manager
-from jepa_kit.engine.checkpoint.files import FORMAT
+from jepa_kit.engine.checkpoint.files import FORMAT, check_records, reading
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.errors import CheckpointError, reason_of
@@ -153,37 +151,15 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
             not a mapping.
     """
     what = f"{path} ({path.stat().st_size} bytes)"
-    if not zipfile.is_zipfile(path):  # the archive's directory is at its end
-        raise CheckpointError(f"{what} is cut short: its end is missing")
-    if not allow_unchecked:
-        _check_records(path, what)
-    try:
-        held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{what} contains more than tensors and plain values, which could run code, and is rejected: "
-            f"{reason_of(error)}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{what} is damaged, or not a checkpoint: {reason_of(error)}") from error
+    with reading(path):
+        check_records(path, checksums=not allow_unchecked, hint=f"; {HOW}")
+        try:
+            held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{what} contains more than tensors and plain values, which could run code, and is rejected: "
+                f"{reason_of(error)}"
+            ) from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{what} must contain a mapping of names to tensors, not a {type(held).__name__}")
     return {str(key): value for key, value in held.items()}
-
-
-def _check_records(path: Path, what: str) -> None:
-    """Verify the CRC-32 of every record of an archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = [record for record in archive.infolist() if record.file_size]
-            without = bool(records) and not any(record.CRC for record in records)
-            broken = None if without else archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, LookupError, OSError, zlib.error) as error:
-        raise CheckpointError(f"{what} is damaged: {error}") from error
-    if without:
-        raise CheckpointError(
-            f"{what} was written without checksums (torch.serialization.set_crc32_options(False)), so damage "
-            f"cannot be detected; {HOW}"
-        )
-    if broken is not None:
-        raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} differs")

@@ -93,9 +93,33 @@ def _verify_archive(path: Path) -> None:
     what = f"{path} ({path.stat().st_size} bytes)"
     if start != _ZIP:  # torch.save writes a zip archive
         raise CheckpointError(f"{what} is not a checkpoint: it does not start like one")
+    check_records(path)
+
+
+def check_records(path: Path, *, checksums: bool = True, hint: str = "") -> None:
+    """Check that a zip archive has its end, and compare the CRC-32 of every record.
+
+    Args:
+        path: of the archive.
+        checksums: compare them; otherwise only the end is checked.
+        hint: ends the message about an archive without checksums.
+
+    Raises:
+        CheckpointError: the archive is cut short, damaged, or without checksums. Errors of zipfile are left to
+            ``reading``.
+    """
+    what = f"{path} ({path.stat().st_size} bytes)"
     if not zipfile.is_zipfile(path):  # the archive's directory is at its end
         raise CheckpointError(f"{what} is cut short: its end is missing")
+    if not checksums:
+        return
     with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size]
+        if records and not any(record.CRC for record in records):
+            raise CheckpointError(
+                f"{what} was written without checksums (torch.serialization.set_crc32_options(False)), so damage "
+                f"cannot be detected{hint}"
+            )
         broken = archive.testzip()
     if broken is not None:
         raise CheckpointError(f"{what} is damaged: the checksum of its record {broken} differs")
