@@ -63,7 +63,7 @@ def test_shards_that_lost_their_index_keep_their_masks(dataset):
 def test_shards_without_masks(tmp_path):
     dataset = ShardDataset(write_shards(tmp_path / "s", make_samples(2), 3, {"class": tuple("abcd")}))
     assert not dataset.has_masks
-    with pytest.raises(ValueError, match=r"mask of sample 1 cannot be read: the shards in .* carry no masks"):
+    with pytest.raises(ValueError, match=r"mask of sample 1 cannot be read: the shards in .* have no masks"):
         dataset.mask(1)
 
 
