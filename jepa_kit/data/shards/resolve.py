@@ -150,7 +150,7 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
                 f"shards (={folder!r}) must be a folder with an {INDEX}, but there is none at that URL; shards "
                 f"without one are named one by one, as {folder.rstrip('/')}/train-{{000000..000127}}.tar"
             )
-        return _part(folder, found[0], found[1], folder)
+        return _all_shards(folder, *found)
     own, index = folder, _own_index(folder)
     if index is not None:
         files = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
@@ -170,7 +170,7 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
         else:
             own = _local_index(files, folder, access)
         index = read_index(os.path.join(own, INDEX))
-    return _part(folder, own, index, folder)
+    return _all_shards(folder, own, index)
 
 
 def _own_index(folder: str) -> dict[str, Any] | None:
@@ -217,8 +217,9 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
     return part
 
 
-def _part(path: str, folder: str, index: dict[str, Any], base: str) -> ShardPart:
-    places = [f"{base.rstrip('/')}/{entry['file']}" for entry in index["shards"]]
+def _all_shards(path: str, folder: str, index: dict[str, Any]) -> ShardPart:
+    """Return all shards of a folder or URL, whose index is in a local folder."""
+    places = [f"{path.rstrip('/')}/{entry['file']}" for entry in index["shards"]]
     return ShardPart(path, folder, index["shards"], places, None, index)
 
 
