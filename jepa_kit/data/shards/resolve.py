@@ -5,7 +5,7 @@ The index is, in this order:
 1. the folder's own ``index.json``, also if shards of that folder are named one by one;
 2. for a local folder without one: made once and kept in the folder, or, if the folder is not writable, as in 3; made
    again if shards were added or changed;
-3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, where CACHE is ``data.cache`` or,
+3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, CACHE being ``data.cache`` or,
    by default, ``~/.cache/jepa_kit``. Remote shards are downloaded once for it.
 """
 
