@@ -40,6 +40,8 @@ from house_start import run_python, work_before_step_0
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, TOOLS = "jepa_kit", "tools"
+TRAIN = "jepa_kit.training:train"
+"""What tools/train_net.py calls; see ``find_function``."""
 LONG_FILE, LONG_FUNCTION, MEDIUM_FUNCTION = 350, 80, 60
 """Lines that a file and a function should not exceed, and those that a function should aim at."""
 
@@ -164,7 +166,7 @@ def training_figures(root: Path, train: str, step: str | None) -> tuple[Figures,
     return figures, lists
 
 
-def measure(root: Path, train: str = "train", step: str | None = None) -> dict[str, Any]:
+def measure(root: Path, train: str = TRAIN, step: str | None = None) -> dict[str, Any]:
     """Return all figures of a checkout.
 
     Args:
@@ -238,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work-before-step-0", action="store_true", help="run the quickstart's training up to its first step"
     )
-    parser.add_argument("--train", default="train", metavar="NAME", help="FUNCTION or MODULE:FUNCTION that trains")
+    parser.add_argument(
+        "--train", default=TRAIN, metavar="NAME", help="FUNCTION or MODULE:FUNCTION that trains (default: %(default)s)"
+    )
     parser.add_argument("--step", default="train_step", metavar="NAME", help="function that makes a step")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="files of --json")
     args = parser.parse_args(argv)

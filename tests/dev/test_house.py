@@ -182,21 +182,25 @@ def test_training_without_a_step_is_an_error(tmp_path):
 def test_the_training_function_is_of_one_module(tmp_path, capsys):
     write(tmp_path, CHECKOUT | {"jepa_kit/two.py": "def train(): ..."})
     assert house.find_function(tmp_path, "jepa_kit.two:train") == ("jepa_kit.two", "train")
-    assert house.main(["--root", str(tmp_path)]) == 2
+    assert house.main(["--root", str(tmp_path), "--train", "train"]) == 2
     assert "--train (=train) must be a function of one module" in (error := capsys.readouterr().err)
     assert "modules that have it: jepa_kit.one, jepa_kit.two" in error
     assert house.main(["--root", str(tmp_path), "--train", "fit"]) == 2
     assert "modules that have it: none" in capsys.readouterr().err
+    assert house.main(["--root", str(tmp_path)]) == 2
+    assert "--train (=jepa_kit.training:train)" in capsys.readouterr().err
+    assert house.find_function(ROOT, house.TRAIN) == ("jepa_kit.training", "train")
 
 
 def test_two_measurements_in_one_table(tmp_path, capsys):
     write(tmp_path, CHECKOUT)
     before, after = str(tmp_path / "new/before.json"), str(tmp_path / "after.json")
-    assert house.main(["--root", str(tmp_path), "--json", before]) == 0
+    checkout = ["--root", str(tmp_path), "--train", "train"]
+    assert house.main([*checkout, "--json", before]) == 0
     assert "| modules in the longest chain of imports | 2 | 3 |" in capsys.readouterr().out
     long = "def f():\n    # where it is\n" + "    x = 1\n" * 400
     write(tmp_path, {"jepa_kit/four.py": "from jepa_kit import one\n" + long})
-    assert house.main(["--root", str(tmp_path), "--json", after, "--work-before-step-0", "--words"]) == 0
+    assert house.main([*checkout, "--json", after, "--work-before-step-0", "--words"]) == 0
     assert "- jepa_kit/four.py: where 1" in capsys.readouterr().out
     assert house.main(["--compare", before, after]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -226,7 +230,7 @@ def test_this_clone(tmp_path):
 
 @pytest.mark.slow
 def test_work_before_step_0_of_this_clone():
-    figures, lists = house.training_figures(ROOT, "train", "train_step")
+    figures, lists = house.training_figures(ROOT, house.TRAIN, "train_step")
     entered = figures["files entered before step 0"]
     assert 1 < entered <= figures["modules loaded with the training function, of jepa_kit"]
     assert figures["changes of file before step 0"] >= figures["different changes of file before step 0"] >= entered - 1
