@@ -48,10 +48,10 @@ import torch
 from PIL import Image
 from plain_images import MEAN, STD, folder_batches
 
+from jepa_kit.data.images import simplejpeg
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize, train_view
-from jepa_kit.data.transforms.decoders import simplejpeg
 
 SIDE, BATCH = 224, 64
 SIZE = (375, 500)

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.data.transforms import Window, crop_box
-from jepa_kit.data.transforms.decoders import torch_resample
+from jepa_kit.data.transforms.crops import resample_array
 
 cv2: Any = import_module("cv2") if find_spec("cv2") else None
 
@@ -60,7 +60,7 @@ def resize_of_a_box(data: bytes, box: Box) -> Pixels:
 
 
 def pillow_and_torch(data: bytes, box: Box) -> Pixels:
-    return torch_resample(np.array(opened(data)), Window(box, (SIDE, SIDE)))
+    return resample_array(np.array(opened(data)), Window(box, (SIDE, SIDE)))
 
 
 def draft(data: bytes, box: Box) -> Pixels:
@@ -79,11 +79,11 @@ def simplejpeg_and_pillow(data: bytes, box: Box) -> Pixels:
 
 
 def fast(data: bytes, box: Box) -> Pixels:
-    return torch_resample(simplejpeg.decode_jpeg(data), Window(box, (SIDE, SIDE)))
+    return resample_array(simplejpeg.decode_jpeg(data), Window(box, (SIDE, SIDE)))
 
 
 def fast_and_rough(data: bytes, box: Box) -> Pixels:
-    return torch_resample(simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True), Window(box, (SIDE, SIDE)))
+    return resample_array(simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True), Window(box, (SIDE, SIDE)))
 
 
 def scaled(data: bytes, box: Box) -> Pixels:

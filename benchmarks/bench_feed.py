@@ -28,7 +28,7 @@ import torch
 from bench_data import picture
 
 from jepa_kit.config import load_config
-from jepa_kit.data.transforms.decoders import simplejpeg
+from jepa_kit.data.images import simplejpeg
 from jepa_kit.encoders import SIZES
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.tools import make_shards

@@ -43,11 +43,11 @@ import webdataset
 from PIL import Image
 
 from jepa_kit.data.loader import TrainLoader
-from jepa_kit.data.order import epoch_order
 from jepa_kit.data.remote.fetch import Access, copy
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.data.transforms import train_view
+from jepa_kit.rng import epoch_order
 
 IMAGES, PER_SHARD, WINDOW, IMAGE_BYTES = 1_281_167, 1000, 16384, 110_000
 """ImageNet's images, ours of a shard, the default window, and about the mean size of ImageNet's files."""

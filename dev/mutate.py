@@ -61,7 +61,7 @@ AREAS: dict[str, tuple[str, str]] = {
     "losses": ("losses/*.py", "losses test_recipe.py"),
     "target updates": ("target_updates.py", "test_target_updates.py test_recipe.py"),
     "schedules": ("engine/schedules.py", "engine/test_schedules.py engine/test_optimizer.py"),
-    "order": ("data/order.py", "data/test_order.py data/test_exactness.py"),
+    "random numbers": ("rng.py", "test_rng.py data/test_order.py data/test_exactness.py"),
     "loader": (
         "data/loader.py data/shards/reader.py data/making/sample_workers.py data/remote/prefetch.py",
         "data/test_loader.py data/test_ahead.py data/test_shards.py data/test_streams.py data/test_exactness.py "

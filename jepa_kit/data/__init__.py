@@ -1,15 +1,10 @@
-"""Data: make shards, read them, and turn their images into batches.
+"""Data: image files to batches on the device.
 
-sources/         folders, archives, tables, CIFAR, Hugging Face data sets, shards and scenes as samples
-making/          write shards by several processes, resume an interrupted run, verify shards
-shards/          the format of shards, their index, and random access to their samples
-remote/          download, cache and prefetch remote shards
-transforms/      crops, flips, colours, normalisation
-images.py        decode bytes to RGB images
-segmentation.py  decode and encode masks
-order.py         the order of the samples in an epoch
-loader.py        batches
-workers.py       loader workers: their errors and how they end
-device.py        transfer of batches to the device
-errors.py        skipped and refused samples, and how many may be skipped
+sources/     samples of folders, archives, tables, CIFAR, hubs, shards and scenes
+making/      from a source to shards, in several processes, resumable
+shards/      WebDataset shards with an index, read by sample number; indexing of those without one
+remote/      downloads of remote shards, their cache, and their prefetch
+images.py    decoding of image files;  segmentation.py  masks of classes
+transforms/  crops, flips and colours; views, normalisation
+loader.py    batches as a function of (seed, step);  workers.py  loader processes;  device.py  copies to the device
 """

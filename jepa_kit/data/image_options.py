@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jepa_kit.config.sections import DataConfig
-from jepa_kit.data.images import MAX_PIXELS
-from jepa_kit.data.transforms.decoders import DecoderName
+from jepa_kit.data.images import MAX_PIXELS, DecoderName
 from jepa_kit.registry import check_choice
 from jepa_kit.structures import Precision
 

@@ -1,4 +1,13 @@
-"""From the bytes of an image file to RGB pixels, in one place: whatever kind of file it is, or why it is none."""
+"""Decode image files of every kind to upright RGB pixels, or raise ``ImageError`` with the reason.
+
+Decoders, by name:
+
+``pillow``  Pillow; the definition.
+``fast``    simplejpeg (libjpeg-turbo without Pillow's copies) for JPEGs that need no rotation; Pillow for the rest and
+            for damaged files, so that both decoders accept and reject the same files.
+
+docs/data.md, "Speed", has the measurements.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +17,71 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jepa_kit.errors import ImageError
 
+try:
+    import simplejpeg
+except ImportError:  # the extra `fast`
+    simplejpeg = None
+
+DecoderName = Literal["pillow", "fast"]
+Pixels = NDArray[np.uint8]
+
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
-"""Formats whose bytes go into a shard as they are, and the extension of their members. (MPO: a JPEG, then more.)"""
+"""Formats whose files go into a shard unchanged, and the extension there. (MPO is a JPEG with more images after it.)"""
 
 DECODE_ERRORS = (
-    OSError,  # UnidentifiedImageError is one
+    OSError,  # base of UnidentifiedImageError
     SyntaxError,
-    ValueError,  # ImageError is one
+    ValueError,  # base of ImageError
     EOFError,
     IndexError,
     KeyError,
     OverflowError,
-    RuntimeError,  # AVIF; NotImplementedError, which DDS and BLP raise, is one
+    RuntimeError,  # AVIF; base of NotImplementedError, which DDS and BLP raise
     TypeError,  # TIFF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's plug-ins raise on a file that is broken or not an image."""
+"""What Pillow's plug-ins raise for a file that is damaged or not an image."""
 
 MAX_PIXELS = 89_478_485
-"""Rows times columns that an image may have, where nothing else is said; above it, Pillow warns of a bomb."""
+"""Default limit of rows times columns; above it, Pillow warns of a decompression bomb."""
+
+UPRIGHT = 1
+"""Value of the EXIF orientation of an image that is displayed as stored."""
+DEPTHS = (8, 12, 16)
+"""Bits that grey pixels of 16 or 32 stored bits may use."""
 
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ORIENTATION = 0x0112
-UPRIGHT = 1
-"""The orientation mark of an image that is shown as it is stored."""
 _PILLOWS_LIMIT = Image.MAX_IMAGE_PIXELS
-
-
-DEPTHS = (8, 12, 16)
-"""Bits that grey pixels of 16 or 32 stored bits may use."""
 _UNUSED_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks of a PNG that move no pixel: texts and a colour profile. Pillow refuses files in which they are large."""
+"""PNG chunks that change no pixel: text and a colour profile. Pillow rejects files in which they are large."""
 _XMP = b"XML:com.adobe.xmp\0\0"
-"""Begins an uncompressed text that may hold the orientation."""
+"""Start of an uncompressed text that may contain the orientation."""
 _XMP_LIMIT = 1 << 20
-"""Bytes; above it, Pillow refuses a text."""
-_PNG = b"\x89PNG\r\n\x1a\n"
+"""Bytes; Pillow rejects a longer text."""
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_EXIF = b"Exif\0\0"
+_APP1, _SCAN = 0xE1, 0xDA
+"""Markers of JPEG segments: application data, which EXIF uses, and the start of the scan."""
+_COLOURS = ("YCbCr", "RGB", "Gray")
+"""Colour spaces of a JPEG that simplejpeg decodes as Pillow does."""
 _logged: set[str] = set()
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def _reasons() -> Iterator[None]:
-    """Whatever Pillow raises on a broken file, as an ``ImageError``."""
+def _image_errors() -> Iterator[None]:
+    """Convert whatever Pillow raises for a damaged file to ``ImageError``."""
     try:
         yield
     except ImageError:
@@ -68,19 +91,19 @@ def _reasons() -> Iterator[None]:
 
 
 def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image of a file's bytes with its size, mode and marks, and no pixel decoded yet.
+    """Read the size, mode and metadata of an image file, without decoding pixels.
 
     Raises:
-        ImageError: no image that Pillow knows, or one of more than ``max_pixels`` rows times columns.
+        ImageError: Pillow does not know the format, or the image has more than ``max_pixels`` rows times columns.
     """
     if not data:
         raise ImageError("the file is empty")
-    with _reasons():
+    with _image_errors():
         Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, with a reason, and may be higher
         try:
-            image = Image.open(io.BytesIO(_pixels_of_png(data) if data.startswith(_PNG) else data))
-        except UnidentifiedImageError as error:  # its own text names an address in memory
-            raise ImageError(_what_it_is(data)) from error
+            image = Image.open(io.BytesIO(_strip_png(data) if data.startswith(_PNG) else data))
+        except UnidentifiedImageError as error:  # its message contains a memory address
+            raise ImageError(_unknown_format(data)) from error
         finally:
             Image.MAX_IMAGE_PIXELS = _PILLOWS_LIMIT
     if image.width * image.height > max_pixels:
@@ -90,11 +113,11 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def _pixels_of_png(data: bytes) -> bytes:
-    """A PNG without texts and colour profile; the same bytes if it has none, or if one of them is damaged.
+def _strip_png(data: bytes) -> bytes:
+    """Remove text and colour profile from a PNG; return it unchanged if it has none, or if one of them is damaged.
 
     Raises:
-        ImageError: pixels whose checksum is another.
+        ImageError: the checksum of the pixels is wrong.
     """
     kept, at, copied = [], len(_PNG), 0
     while at + 12 <= len(data):
@@ -104,12 +127,12 @@ def _pixels_of_png(data: bytes) -> bytes:
             content = memoryview(data)[at + 8 : end - 4]
             damaged = zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != data[end - 4 : end]
             if kind == b"IDAT":
-                if damaged:  # Pillow looks at no checksum of pixels
-                    raise ImageError(f"its pixels are damaged: the checksum of the chunk at byte {at} is another")
+                if damaged:  # Pillow does not verify checksums of pixels
+                    raise ImageError(f"its pixels are damaged: the checksum of the chunk at byte {at} differs")
                 at = end
                 continue
             if damaged:
-                return data  # Pillow has the message
+                return data  # Pillow reports it
             if not (content[: len(_XMP)] == _XMP and length < _XMP_LIMIT):
                 kept.append(data[copied:at])
                 copied = end
@@ -117,7 +140,7 @@ def _pixels_of_png(data: bytes) -> bytes:
     return b"".join([*kept, data[copied:]]) if kept else data
 
 
-def _what_it_is(data: bytes) -> str:
+def _unknown_format(data: bytes) -> str:
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         return "an HTML page, not an image"
@@ -125,32 +148,24 @@ def _what_it_is(data: bytes) -> str:
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image of a file's bytes, decoded whole, in the mode of the file.
+    """Decode an image file to its end, in the mode of the file.
 
     Raises:
-        ImageError: the bytes are not an image that can be decoded to its end, or it has too many pixels.
+        ImageError: it is not an image, is damaged or cut short, or has more than ``max_pixels`` rows times columns.
     """
-    return load(open_header(data, max_pixels))
-
-
-def load(image: Image.Image) -> Image.Image:
-    """The image with its pixels decoded, to the end of the file.
-
-    Raises:
-        ImageError: they cannot be.
-    """
-    with _reasons():
+    image = open_header(data, max_pixels)
+    with _image_errors():
         image.load()
     return image
 
 
 def orientation(image: Image.Image) -> int:
-    """The camera's orientation mark, 1 (upright) to 8; 1 where there is none, or none that can be read."""
+    """Return the EXIF orientation of an image, 1 (upright) to 8; 1 if there is none, or it cannot be read."""
     if "exif" not in image.info:
         return UPRIGHT
     try:
         mark = image.getexif().get(_ORIENTATION, UPRIGHT)
-    except DECODE_ERRORS:  # the pixels are whole: an unreadable mark does not make them useless
+    except DECODE_ERRORS:  # the pixels are intact, so damaged metadata does not make the image useless
         return UPRIGHT
     return mark if mark in range(1, 9) else UPRIGHT
 
@@ -162,9 +177,9 @@ def _log_once(note: str) -> None:
 
 
 def eight_bits(image: Image.Image, note: Callable[[str], None]) -> Image.Image:
-    """Return whole numbers of more than 8 bits, one channel, as 8 bits.
+    """Scale a grey image of integers with more than 8 bits to 8 bits.
 
-    No file format has a place for the number of bits that are used, so it is that of the largest value: 8, 12 or 16.
+    No file format stores the number of bits in use. It is derived from the largest value: 8, 12 or 16.
 
     Args:
         image: of a mode in ``_DEEP_MODES``.
@@ -184,34 +199,76 @@ def eight_bits(image: Image.Image, note: Callable[[str], None]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, note: Callable[[str], None] = _log_once) -> Image.Image:
-    """Return an image as RGB, upright: its orientation mark is obeyed, deep grey becomes 8 bits, alpha is dropped.
+    """Convert a decoded image to RGB: rotated upright, deep grey scaled to 8 bits, alpha dropped.
 
     Args:
         image: decoded.
-        note: called with what a user should know of how its pixels were understood; logs it once by default.
+        note: called with a message on how pixels were interpreted; by default, each message is logged once.
 
     Raises:
-        ImageError: a mode that has no RGB, such as floating point numbers of an unknown range.
+        ImageError: a mode without RGB, such as floating point numbers of an unknown range.
     """
-    with _reasons():
+    with _image_errors():
         if orientation(image) != UPRIGHT:
             image = ImageOps.exif_transpose(image)
         if image.mode in _DEEP_MODES:  # Pillow's convert would clip everything above 255 to white
             image = eight_bits(image, note)
         if image.mode == "F":
-            raise ImageError("its pixels are floating point numbers, whose range no file tells")
+            raise ImageError("its pixels are floating point numbers of unknown range")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """``to_rgb(open_image(data))``."""
+    """Return ``to_rgb(open_image(data, max_pixels))``."""
     return to_rgb(open_image(data, max_pixels))
 
 
+def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | Pixels:
+    """Return ``decode(data, max_pixels)``, or the pixels [H, W, 3] of a JPEG that simplejpeg decoded.
+
+    Raises:
+        ImageError: as ``decode``.
+    """
+    if data.startswith(_JPEG) and _has_no_exif(data):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours in _COLOURS and height * width <= max_pixels:
+                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except ValueError:  # damaged: Pillow decides whether it is usable
+            pass
+    return decode(data, max_pixels)
+
+
+def _has_no_exif(data: bytes) -> bool:
+    """Return whether the segments of a JPEG lead to its scan and none of them is EXIF, which may have an orientation.
+
+    Reading the header with Pillow, or searching the whole file, would take a tenth of a millisecond.
+    """
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == _SCAN:
+            return True
+        if data[at + 1] == _APP1 and data[at + 4 : at + 10] == _EXIF:
+            return False
+        at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return False
+
+
+DECODERS: dict[DecoderName, Callable[[bytes, int], Image.Image | Pixels]] = {"pillow": decode, "fast": decode_fast}
+
+
+def check_decoder(name: str) -> None:
+    """Raise ValueError if a decoder is unknown or not installed."""
+    if name not in DECODERS:
+        raise ValueError(f"decoder (={name!r}) must be one of {', '.join(map(repr, DECODERS))}")
+    if name == "fast" and simplejpeg is None:
+        raise ValueError("decoder (='fast') needs simplejpeg: pip install 'jepa_kit[fast]'")
+
+
 def encode_png(image: Image.Image) -> bytes:
-    """Lossless bytes of an image."""
+    """Encode an image as PNG."""
     out = io.BytesIO()
     image.save(out, format="PNG", compress_level=4)
     return out.getvalue()

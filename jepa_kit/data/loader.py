@@ -1,34 +1,39 @@
 """Batches for training and evaluation: read, decoded, cropped and masked in loader workers.
 
-What a batch holds is a pure function of (seed, step): the same for any number of workers and, joined over ranks, for
-any number of ranks. One worker makes one whole batch, so workers never share one. A sample that cannot be used is left
-out of its batch, and named in it; no other takes its place.
+A batch is a pure function of (seed, step): the same for any number of workers and, concatenated over ranks, for any
+number of ranks. Each batch is made by one worker. A sample that cannot be used is left out of its batch, which names
+it; no other sample takes its place.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from jepa_kit.data.errors import Skipped
 from jepa_kit.data.image_options import ImageOptions
-from jepa_kit.data.order import epoch_order
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import Stack, View, eval_view, stack
+from jepa_kit.data.transforms import View, eval_view
 from jepa_kit.data.workers import load
-from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.interfaces import Masker
-from jepa_kit.rng import IntArray
+from jepa_kit.rng import FloatArray, IntArray, epoch_order
 from jepa_kit.structures import MaskBatch
+
+
+class Skipped(NamedTuple):
+    """A sample missing from a batch: its index, key and the reason."""
+
+    sample: int
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +42,9 @@ class Batch:
 
     Args:
         images: [B, 3, h, w] uint8, channels last in memory.
-        masks: what is seen and predicted; None for evaluation.
+        masks: context and targets; None for evaluation.
         samples: [B] int64, the number of each image in its data set.
-        skipped: samples that belong to this batch, but could not be used.
+        skipped: samples of this batch that could not be used.
     """
 
     images: Tensor
@@ -62,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a worker is asked for: the batch of a step. ``samples`` is [B], this rank's part."""
+    """The batch of a step, for a worker to make. ``samples`` [B] are those of this rank."""
 
     step: int
     epoch: int
@@ -70,21 +75,17 @@ class Request:
 
 
 class _TrainBatches(Dataset):
-    """Request -> Batch."""
+    """Map a Request to a Batch."""
 
     def __init__(self, dataset: ShardDataset, masker: Masker | None, view: View, seed: int) -> None:
         self.dataset, self.masker, self.view, self.seed = dataset, masker, view, seed
 
     def __getitem__(self, request: Request) -> Batch:
         draws = self.view.draws(request.samples, seed=self.seed, epoch=request.epoch)
-        images, kept, skipped = Stack(len(request.samples)), [], []
-        for b, i in enumerate(request.samples.tolist()):
-            try:
-                images.add(self.view(self.dataset.image_bytes(i), draws[b]))
-                kept.append(b)
-            except (SampleError, ImageError) as error:  # noqa: PERF203 (one sample must not cost its batch)
-                skipped.append(Skipped(i, self.dataset.key(i), str(error)))
-        if not kept:
+        files = self.dataset.image_files(request.samples)
+        images, kept, errors = self.view.load([file.read for file in files], draws)
+        skipped = [Skipped(int(request.samples[b]), files[b].key, str(error)) for b, error in errors.items()]
+        if images is None:
             raise ValueError(
                 f"no image is left in the batch of step {request.step}, as none of its {len(skipped)} samples can be "
                 "used: " + "; ".join(f"{s.key!r}: {s.reason}" for s in skipped[:3])
@@ -93,52 +94,59 @@ class _TrainBatches(Dataset):
         masks = None
         if self.masker is not None:
             masks = self.masker(samples, seed=self.seed, epoch=request.epoch, step=request.step)
-        return Batch(images.tensor(), masks, torch.from_numpy(samples), tuple(skipped))
+        return Batch(images, masks, torch.from_numpy(samples), tuple(skipped))
+
+
+def load_all(dataset: ShardDataset, view: View, samples: IntArray, draws: FloatArray) -> Tensor:
+    """Return the images [B, 3, h, w] of samples [B], uint8, channels last in memory.
+
+    Raises:
+        ValueError: there are no samples, or one cannot be used: a score over fewer would pass for one over all.
+    """
+    images, _, errors = view.load([file.read for file in dataset.image_files(samples)], draws)
+    for b, error in errors.items():
+        raise dataset.unusable(int(samples[b]), error) from error
+    if images is None:
+        raise ValueError("samples (=[]) must have at least one")
+    return images
 
 
 class _EvalBatches(Dataset):
-    """Sample numbers [B] -> Batch."""
+    """Map sample numbers [B] to a Batch."""
 
     def __init__(self, dataset: ShardDataset, view: View) -> None:
         self.dataset, self.view = dataset, view
 
     def __getitem__(self, samples: IntArray) -> Batch:
-        draws = self.view.draws(samples, seed=0, epoch=0)
-        images = [self._image(i, draws[b]) for b, i in enumerate(samples.tolist())]
-        return Batch(stack(images), None, torch.from_numpy(samples))
-
-    def _image(self, i: int, draws: Any) -> Any:
-        try:
-            return self.view(self.dataset.image_bytes(i), draws)
-        except (SampleError, ImageError) as error:  # a score over fewer samples would pass for one over all
-            raise self.dataset.unusable(i, error) from error
+        images = load_all(self.dataset, self.view, samples, self.view.draws(samples, seed=0, epoch=0))
+        return Batch(images, None, torch.from_numpy(samples))
 
 
 class TrainLoader:
-    """Training batches from any step on.
+    """Load training batches from any step on.
 
-    Batch g of an epoch is ``order[g * batch_size : (g + 1) * batch_size]``, of which each rank takes its consecutive
-    part; the order's last ``N % batch_size`` samples are left out of that epoch. So every rank has as many batches, and
-    uses no sample twice in an epoch, whatever the numbers of shards, ranks and workers: what is divided is samples.
+    Batch g of an epoch is ``order[g * batch_size : (g + 1) * batch_size]``. Each rank takes a consecutive part of it,
+    and the last ``N % batch_size`` samples of the order are left out of that epoch. Every rank thus has the same number
+    of batches and no sample is used twice in an epoch, for any number of shards, ranks and workers.
 
-    Shards of other machines are fetched whole, ahead of the steps that need them. A batch mixes the shards of a window,
-    so every rank comes to nearly all shards in an epoch (``fetched_bytes``): a machine fetches each of them once where
-    its ranks share a cache folder, and once for each rank where they do not.
+    Remote shards are downloaded whole, before the steps that need them. A batch mixes the shards of a window, so every
+    rank needs nearly all shards in an epoch (``fetched_bytes``). Ranks of a machine that have the same cache folder
+    download each shard once; otherwise each rank does.
 
     Args:
-        dataset: where samples are read.
-        masker: draws the masks, or None for images alone.
+        dataset: samples.
+        masker: draws the masks; None for images alone.
         view: from an image file's bytes to pixels.
         batch_size: over all ranks.
         seed: of the run.
         rank, world_size: of this process.
         shuffle_window: see ``epoch_order``.
         num_workers: loader processes of this rank; 0 loads in this process.
-        pin_memory: batches arrive in page-locked memory, for a CUDA device.
+        pin_memory: return batches in page-locked memory, for a CUDA device.
 
     Raises:
-        ValueError: a value outside its range, a batch that does not divide by the ranks, or that is larger than the
-            data set; a cache that has no room for the shards of one window.
+        ValueError: a value outside its range, a batch that the ranks do not divide or that is larger than the data set,
+            or a cache that is too small for the shards of one window.
     """
 
     def __init__(
@@ -155,6 +163,7 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        samples = len(dataset)
         if batch_size < 1:
             raise ValueError(f"batch_size (={batch_size}) must be at least 1")
         if batch_size % world_size:
@@ -165,24 +174,22 @@ class TrainLoader:
             raise ValueError(f"shuffle_window (={shuffle_window}) must be at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers (={num_workers}) must be at least 0")
-        if len(dataset) < batch_size:
-            raise ValueError(f"batch_size (={batch_size}) must be at most the data set's {len(dataset)} samples")
+        if samples < batch_size:
+            raise ValueError(f"batch_size (={batch_size}) must be at most the data set's {samples} samples")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.steps_per_epoch = samples // batch_size
         self._batches = _TrainBatches(dataset, masker, view, seed)
+        self._window_steps = -(-shuffle_window // batch_size)
         self._check_cache()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.dataset) // self.batch_size
-
     def order(self, epoch: int) -> IntArray:
-        """[N] the samples of an epoch in their order; the last ``N % batch_size`` are not used."""
+        """Return the samples [N] of an epoch in order; the last ``N % batch_size`` are not used."""
         return epoch_order(self.dataset.shard_sizes, seed=self.seed, epoch=epoch, window=self.shuffle_window)
 
     def requests(self, start_step: int) -> Iterator[Request]:
-        """What this rank's workers are asked for, from a step on, without end."""
+        """Yield the requests to this rank's workers from a step on, without end."""
         part = self.batch_size // self.world_size
         epoch, first = divmod(start_step, self.steps_per_epoch)
         while True:
@@ -193,22 +200,16 @@ class TrainLoader:
             epoch, first = epoch + 1, 0
 
     def seconds_per_image(self, count: int = 16) -> float | None:
-        """Return the seconds that one core takes to load an image, from the first ``count``; None if none is usable.
-
-        Other processes and waiting for a disk do not count.
-        """
+        """Return the CPU time to load an image, over the first ``count``; None if none of them can be used."""
         samples = next(self.requests(0)).samples[:count]
-        view, loaded = self._batches.view, 0
+        view, files = self._batches.view, self.dataset.image_files(samples)
         draws = view.draws(samples, seed=self.seed, epoch=0)
         start = time.thread_time()
-        for b, i in enumerate(samples.tolist()):
-            with suppress(SampleError, ImageError):  # the run counts it when it comes to it
-                view(self.dataset.image_bytes(i), draws[b])
-                loaded += 1
-        return (time.thread_time() - start) / loaded if loaded else None
+        kept = view.load([file.read for file in files], draws).kept
+        return (time.thread_time() - start) / len(kept) if kept else None
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from ``start_step`` on, without end.
+        """Yield (step, batch) from ``start_step`` on, without end.
 
         Raises:
             ValueError: a negative step, or no usable sample in a batch.
@@ -219,23 +220,22 @@ class TrainLoader:
         return self._numbered(start_step)
 
     def _numbered(self, start_step: int) -> Iterator[tuple[int, Batch]]:
-        ahead = Prefetcher(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
+        prefetcher = None
+        if self.dataset.remote:
+            prefetcher = Prefetcher(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
         loaded = load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
         with closing(loaded):
             try:
                 for step, batch in enumerate(loaded, start_step):
-                    if self.dataset.remote:  # from the first batch on: the workers are forked by then
-                        ahead.advance(step)
+                    if prefetcher is not None:  # not before the first batch: workers are forked until then
+                        prefetcher.advance(step)
                     yield step, batch
             finally:
-                ahead.stop()
-
-    @property
-    def _window_steps(self) -> int:
-        return -(-self.shuffle_window // self.batch_size)
+                if prefetcher is not None:
+                    prefetcher.stop()
 
     def shards_needed(self, start_step: int) -> Iterator[tuple[int, int | None]]:
-        """(step, shard) for each shard that this rank comes to, anew after a window without it; see ``Prefetcher``."""
+        """Yield (step, shard) if a step needs a shard that no step of the window before it did; see ``Prefetcher``."""
         used: dict[int, int] = {}
         for request in self.requests(start_step):
             shards = np.unique(self.dataset.shard_of(request.samples)).tolist()
@@ -244,7 +244,7 @@ class TrainLoader:
             yield from ((request.step, shard) for shard in needed or [None])
 
     def fetched_bytes(self, epoch: int = 0) -> int:
-        """Bytes of shards that this rank comes to in an epoch; a shard that two windows share counts twice."""
+        """Return the bytes of the shards that this rank reads in an epoch; a shard counts once for each window."""
         part, used = self.batch_size // self.world_size, self.steps_per_epoch * self.batch_size
         rows = self.order(epoch)[:used].reshape(self.steps_per_epoch, self.batch_size)
         own = rows[:, self.rank * part : (self.rank + 1) * part]
@@ -254,13 +254,13 @@ class TrainLoader:
     def fetching(self) -> str:
         """Return a one-line summary of the bytes read from remote shards."""
         whole = sum(shard["bytes"] for shard in self.dataset.shards)
-        text = f"each rank comes to {self.fetched_bytes() / 1e9:.3g} GB of {whole / 1e9:.3g} GB of shards in an epoch"
+        text = f"each rank reads {self.fetched_bytes() / 1e9:.3g} GB of {whole / 1e9:.3g} GB of shards in an epoch"
         if self.dataset.cache_is_temporary:
-            return f"{text}, and fetches them for itself in every epoch; a folder in data.cache is shared and kept"
+            return f"{text}, and downloads them itself in every epoch; a folder in data.cache is shared and kept"
         return f"{text}; data.cache is shared by the ranks of a machine and keeps them"
 
     def _bytes_in_windows(self, samples: IntArray, windows: IntArray) -> IntArray:
-        """[windows] bytes of the shards that hold the samples of each window. ``windows`` broadcasts to ``samples``."""
+        """Return [windows] the bytes of each window's shards; ``windows`` is broadcast to ``samples``."""
         count = len(self.dataset.shards)
         pairs = np.unique(windows * count + self.dataset.shard_of(samples))
         sizes = np.array([shard["bytes"] for shard in self.dataset.shards], dtype=np.float64)
@@ -275,13 +275,13 @@ class TrainLoader:
         if needed > limit:
             raise ValueError(
                 f"data.cache_gb (={limit / 1e9:g}) must be at least {needed / 1e9:.3g}: the samples that are shuffled "
-                f"together (data.shuffle_window={self.shuffle_window}) lie in shards of so many bytes, and each would "
-                "be fetched again and again. A smaller window, or a folder with room in data.cache, helps too"
+                f"together (data.shuffle_window={self.shuffle_window}) are in shards of so many bytes, and each would "
+                "be downloaded again and again. Or make the window smaller, or name a larger folder in data.cache"
             )
 
 
 class _Requests:
-    """An iterable, as DataLoader wants its sampler to be."""
+    """An iterable over ``TrainLoader.requests``, which DataLoader needs as its sampler."""
 
     def __init__(self, loader: TrainLoader, start_step: int) -> None:
         self.loader, self.start_step = loader, start_step
@@ -298,17 +298,17 @@ def eval_batches(
     samples: IntArray | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Return batches of centre-cropped images in the order of the data set, each once; the last may be smaller.
+    """Yield batches of centre-cropped images in the order of the data set, each once; the last may be smaller.
 
     Args:
-        dataset: where the images are.
+        dataset: images.
         options: how they are read.
-        share: see ``eval_view``.
+        share: see ``CenterCrop``.
         samples: [n] only these samples, in this order.
-        pin_memory: put batches into pinned memory.
+        pin_memory: return batches in page-locked memory.
 
     Raises:
-        ValueError: a ``share`` outside its range, a decoder that is not installed, or a sample that cannot be used.
+        ValueError: ``share`` is outside its range, a decoder is not installed, or a sample cannot be used.
         RuntimeError: a loader worker died.
     """
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)

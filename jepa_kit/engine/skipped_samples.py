@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jepa_kit.data.errors import Allowance, Skipped
+from jepa_kit.data.loader import Skipped
 from jepa_kit.distributed.collectives import all_gather_object, is_main, mean_over_ranks
 from jepa_kit.errors import TooManySkippedError
 from jepa_kit.files import read_json_lines, write_json_lines
@@ -22,8 +23,35 @@ from jepa_kit.run_folder import SKIPPED
 
 SHOWN = 3
 """So many reasons are printed at a time; the file has all."""
+AT_LEAST = 8
+"""Skipped samples that are tolerated in the smallest epoch, unless none are."""
 
 Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How many samples of an epoch may be skipped.
+
+    Args:
+        share: fraction of an epoch's samples in [0, 1]; 0 allows none.
+        samples: samples of an epoch, over all ranks.
+
+    Raises:
+        ValueError: ``share`` is outside [0, 1].
+    """
+
+    share: float
+    samples: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"max_skipped (={self.share}) must be a fraction in [0, 1]")
+
+    @property
+    def count(self) -> int:
+        """The largest number of skipped samples per epoch."""
+        return max(int(self.share * self.samples), AT_LEAST) if self.share else 0
 
 
 class SkippedSamples:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kit.config import Config, versions
-from jepa_kit.data.errors import Allowance
 from jepa_kit.data.loader import Batch
 from jepa_kit.distributed.collectives import (
     barrier,
@@ -42,7 +41,7 @@ from jepa_kit.engine.logging.topology import find_places
 from jepa_kit.engine.loop import End, Session, run_steps
 from jepa_kit.engine.nonfinite.policy import BadSteps
 from jepa_kit.engine.run import ForeignWeights, Run, Start
-from jepa_kit.engine.skipped_samples import SkippedSamples
+from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples
 from jepa_kit.engine.start import start_from
 from jepa_kit.engine.workers import limit_threads
 from jepa_kit.planning.flops import flops_of

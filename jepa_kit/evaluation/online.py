@@ -30,7 +30,6 @@ from tqdm import tqdm
 from jepa_kit.build import build_masker
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
-from jepa_kit.data.order import permutation
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import run_on_all_ranks
 from jepa_kit.engine.build import open_together
@@ -44,7 +43,7 @@ from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of, precision_of
 from jepa_kit.recipe import JEPA
-from jepa_kit.rng import FloatArray, IntArray, Stream, generator
+from jepa_kit.rng import FloatArray, IntArray, Stream, generator, permutation
 from jepa_kit.structures import Precision
 
 STATES: tuple[State, ...] = get_args(State)

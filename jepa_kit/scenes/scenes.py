@@ -32,8 +32,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa_kit.data.order import permutation
-from jepa_kit.rng import FloatArray, Stream, generator
+from jepa_kit.rng import FloatArray, Stream, generator, permutation
 from jepa_kit.scenes.drawing import DROP, HUE, INDIVIDUAL, MIN_VISIBLE, Canvas, Image, Look, Room
 from jepa_kit.scenes.shapes import SOLIDS
 

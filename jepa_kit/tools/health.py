@@ -121,14 +121,13 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.build import build_masker
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.data.loader import eval_batches
-    from jepa_kit.data.order import permutation
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
     from jepa_kit.evaluation.feature_sources import encoder_named
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.shard_choice import shown_shards
-    from jepa_kit.rng import Stream, generator
+    from jepa_kit.rng import Stream, generator, permutation
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data

@@ -80,7 +80,7 @@ def test_all_orders_are_as_likely(monkeypatch):
     """Chi-squared over the 24 orders, at a level of 1 %."""
     order = []
     monkeypatch.setattr(colours, "_ENHANCERS", [lambda image, k=k: _Recorder(image, order, k) for k in range(3)])
-    monkeypatch.setattr(colours, "turn_hue", lambda image, share: order.append(3) or image)
+    monkeypatch.setattr(colours, "shift_hue", lambda image, share: order.append(3) or image)
     jitter = ColorJitter()
     counts = dict.fromkeys(itertools.permutations(range(4)), 0)
     for draws in _draws(jitter, 4800).tolist():
@@ -117,7 +117,7 @@ def test_amounts_are_uniform(monkeypatch):
             return self.image
 
     monkeypatch.setattr(colours, "_ENHANCERS", [lambda image, k=k: Seen(image, k) for k in range(3)])
-    monkeypatch.setattr(colours, "turn_hue", lambda image, share: seen[3].append(share) or image)
+    monkeypatch.setattr(colours, "shift_hue", lambda image, share: seen[3].append(share) or image)
     jitter = ColorJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
     for draws in _draws(jitter, 2000).tolist():
         jitter(IMAGE, draws)
@@ -187,7 +187,7 @@ def test_never_and_always(kind, p, expected):
         (ColorJitter, {"brightness": -0.1}, r"brightness \(=-0.1\) must be at least 0, and finite"),
         (ColorJitter, {"contrast": math.inf}, r"contrast \(=inf\) must be at least 0"),
         (ColorJitter, {"saturation": math.nan}, r"saturation \(=nan\) must be at least 0"),
-        (ColorJitter, {"hue": 0.6}, r"hue \(=0.6\) must be a share of the circle of colours, 0 to 0.5"),
+        (ColorJitter, {"hue": 0.6}, r"hue \(=0.6\) must be a fraction of the colour circle, 0 to 0.5"),
         (ColorJitter, ONLY, "brightness, contrast, saturation and hue are all 0: leave the colour jitter out"),
         (GaussianBlur, {"sigma": (0.0, 1.0)}, r"sigma \(=\(0.0, 1.0\)\) must be ascending, above 0"),
         (GaussianBlur, {"sigma": (2.0, 1.0)}, r"sigma \(=\(2.0, 1.0\)\) must be ascending"),

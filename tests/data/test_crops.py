@@ -168,7 +168,7 @@ def test_resize_takes_the_whole_image():
         (RandomResizedCrop, {"image_size": (0, 8)}, r"image_size \(=\(0, 8\)\) must be at least 1 pixel each way"),
         (CenterCrop, {"image_size": (8, 0)}, r"image_size \(=\(8, 0\)\) must be at least 1 pixel each way"),
         (Resize, {"image_size": (8, 0)}, r"image_size \(=\(8, 0\)\) must be at least 1 pixel each way"),
-        (RandomResizedCrop, {"scale": (0.0, 1.0)}, r"scale \(=\(0.0, 1.0\)\) must be ascending shares of the area"),
+        (RandomResizedCrop, {"scale": (0.0, 1.0)}, r"scale \(=\(0.0, 1.0\)\) must be ascending fractions of the area"),
         (RandomResizedCrop, {"scale": (0.5, 0.4)}, r"scale \(=\(0.5, 0.4\)\) must be ascending"),
         (RandomResizedCrop, {"scale": (0.5, 1.1)}, r"scale \(=\(0.5, 1.1\)\) must be .* at most 1"),
         (RandomResizedCrop, {"ratio": (2.0, 1.0)}, r"ratio \(=\(2.0, 1.0\)\) must be ascending ratios"),

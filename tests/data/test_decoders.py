@@ -7,8 +7,9 @@ import pytest
 from photos import photo, saved
 from PIL import Image
 
-from jepa_kit.data.transforms import Window, build_view, decoders, eval_view, resample, train_view
-from jepa_kit.data.transforms.decoders import torch_resample
+from jepa_kit.data import images
+from jepa_kit.data.transforms import Window, build_view, eval_view, resample, train_view
+from jepa_kit.data.transforms.crops import resample_array
 from jepa_kit.errors import ImageError
 
 pytest.importorskip("simplejpeg", reason="the extra `fast` is not installed")
@@ -146,10 +147,10 @@ def test_transforms_follow_the_fast_way_too():
         Window((0, 0, 90, 120), (180, 300), None, "bicubic"),
     ],
 )
-def test_torch_resample_is_resample(window):
+def test_resample_array_is_resample(window):
     image = photo(120, 90)
     exact = np.asarray(resample(image, window)).astype(int)
-    fast = torch_resample(np.array(image), window)
+    fast = resample_array(np.array(image), window)
     assert fast.shape == exact.shape
     assert np.abs(exact - fast).max() <= 1
 
@@ -157,7 +158,7 @@ def test_torch_resample_is_resample(window):
 def test_decoders_that_there_are_not(monkeypatch):
     with pytest.raises(ValueError, match=r"decoder \(='quick'\) must be one of 'pillow', 'fast'"):
         train_view(image_size=(8, 8), decoder="quick")
-    monkeypatch.setattr(decoders, "simplejpeg", None)
+    monkeypatch.setattr(images, "simplejpeg", None)
     with pytest.raises(ValueError, match=r"decoder \(='fast'\) needs simplejpeg: pip install 'jepa_kit\[fast\]'"):
         train_view(image_size=(8, 8), decoder="fast")
     assert train_view(image_size=(8, 8)).decoder == "pillow"

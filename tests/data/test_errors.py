@@ -13,13 +13,13 @@ from PIL import Image
 from small_shards import encoded, make_samples, picture, write_shards
 from test_exactness import records
 
-from jepa_kit.data.errors import Allowance
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import TrainLoader, eval_batches
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import train_view
+from jepa_kit.engine.skipped_samples import Allowance
 from jepa_kit.maskers.multiblock import MultiBlock
 
 CLASSES = {"class": tuple("abcd")}

@@ -215,14 +215,14 @@ def test_what_a_rank_fetches_is_told(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("kept", "text"),
-    [(True, "GB of shards in an epoch; data.cache is shared"), (False, "and fetches them for itself in every epoch")],
+    [(True, "GB of shards in an epoch; data.cache is shared"), (False, "and downloads them itself in every epoch")],
 )
 def test_what_it_costs_is_said(folder, tmp_path, kept, text):
     with serving(folder) as server:
         access = Access(cache=str(tmp_path / "cache") if kept else None, retries=0)
         said = a_loader(ShardDataset(server.address, access=access), world_size=4).fetching()
     assert text in said
-    assert said.startswith("each rank comes to 0.000")
+    assert said.startswith("each rank reads 0.000")
 
 
 def test_a_cache_without_room_for_a_window(folder):

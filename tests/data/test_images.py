@@ -182,9 +182,7 @@ def test_a_png_whose_pixels_are_damaged_is_refused(depth):
     whole = saved(colours(), "PNG") if depth == 8 else png(np.full((9, 7, 1), 700), 0)
     begin, end = whole.index(b"IDAT") + 4, whole.index(b"IEND") - 8
     for at in range(begin, end):
-        with pytest.raises(
-            ImageError, match=r"its pixels are damaged: the checksum of the chunk at byte \d+ is another"
-        ):
+        with pytest.raises(ImageError, match=r"its pixels are damaged: the checksum of the chunk at byte \d+ differs"):
             decode(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
 
 
@@ -329,7 +327,10 @@ REFUSED = {
     "half a GIF": (saved(colours(), "GIF")[:30], "no image format"),
     "half a WebP": (saved(colours(), "WEBP")[:60], "."),
     "zeros": (bytes(5000), "no image format"),
-    "floating point": (saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "floating point numbers, whose range"),
+    "floating point": (
+        saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+        "floating point numbers of unknown range",
+    ),
 }
 
 

@@ -20,11 +20,10 @@ from small_shards import encoded, picture, write_shards
 from jepa_kit.data import workers
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
-from jepa_kit.data.order import epoch_order
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import eval_view, train_view
-from jepa_kit.rng import Stream, uniforms
+from jepa_kit.rng import Stream, epoch_order, uniforms
 from jepa_kit.structures import MaskBatch, PatchSets
 
 

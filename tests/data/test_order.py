@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jepa_kit.data.order import epoch_order, permutation
-from jepa_kit.rng import Stream, generator
+from jepa_kit.rng import Stream, epoch_order, generator, permutation
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
 

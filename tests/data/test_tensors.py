@@ -5,7 +5,7 @@ import torch
 from photos import photo
 from PIL import Image
 
-from jepa_kit.data.transforms import Stack, normalize, stack
+from jepa_kit.data.transforms import normalize, stack
 
 
 def test_stack_and_normalize():
@@ -23,13 +23,3 @@ def test_stack_and_normalize():
     np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
     assert batch.dtype == torch.uint8  # and is left as it was
     np.testing.assert_array_equal(batch[0].numpy().transpose(1, 2, 0), np.asarray(images[0]))
-
-
-def test_a_stack_that_is_not_full():
-    """Samples that were skipped leave no hole."""
-    images = [photo(6, 5, seed=k) for k in range(3)]
-    stacked = Stack(5)
-    for image in images:
-        stacked.add(np.asarray(image))
-    assert torch.equal(stacked.tensor(), stack(images))
-    assert stacked.tensor().is_contiguous(memory_format=torch.channels_last)

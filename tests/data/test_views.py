@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from photos import photo, saved
 from PIL import Image
 from scipy.stats import kstest
@@ -25,7 +26,7 @@ from jepa_kit.data.transforms import (
     eval_view,
     train_view,
 )
-from jepa_kit.errors import ImageError
+from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import TRANSFORMS
 from jepa_kit.rng import Stream, uniforms
 
@@ -267,9 +268,9 @@ def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, firs
     [
         (
             [{"name": "flip"}],
-            r"transforms \(=\['flip'\]\) must hold one that sets the size: center_crop, random_resized",
+            r"transforms \(=\['flip'\]\) must have one that sets the size: center_crop, random_resized",
         ),
-        ([], r"transforms \(=\[\]\) must hold one that sets the size"),
+        ([], r"transforms \(=\[\]\) must have one that sets the size"),
         ([{"name": "random_resized_crp"}], r"transforms\[0\].name: .* did you mean 'random_resized_crop'\?"),
         ([{}], r"transforms\[0\].name: None is not a registered transform"),
         (
@@ -284,8 +285,26 @@ def test_lists_that_are_no_view(parts, message):
         build_view(parts, image_size=SIZE)
 
 
+def test_a_batch_leaves_out_files_that_cannot_be_used():
+    """Pixels are Pillow's; no transform is given a file that was left out, and no gap is left in the batch."""
+
+    def missing():
+        raise SampleError("gone")
+
+    view = eval_view(image_size=SIZE)
+    photos = [photo(60, 80, seed=k) for k in range(2)]
+    files = [lambda: b"", lambda: saved(photos[0], "PNG"), missing, lambda: saved(photos[1], "PNG")]
+    images, kept, errors = view.load(files, np.empty((4, 0)))
+    assert kept == [1, 3]
+    assert {b: str(error) for b, error in errors.items()} == {0: "the file is empty", 2: "gone"}
+    expected = [np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)) for image in photos]
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), expected)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert view.load(files[:1], np.empty((1, 0))).images is None
+
+
 def test_two_transforms_with_one_lane(monkeypatch):
-    monkeypatch.setattr("jepa_kit.data.transforms.view._lane_of", lambda name, count: 7)
+    monkeypatch.setattr("jepa_kit.data.transforms.view._hash16", lambda name, count: 7)
     resize = TRANSFORMS.build("resize", {}, image_size=SIZE)
     with pytest.raises(ValueError, match="transforms: 'grayscale' has the random numbers of another one"):
         View([("resize", resize), ("color_jitter", ColorJitter()), ("grayscale", Grayscale())])

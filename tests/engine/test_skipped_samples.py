@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from jepa_kit.data.errors import Allowance, Skipped
+from jepa_kit.data.loader import Skipped
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.skipped_samples import SkippedSamples, read_skipped
+from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples, read_skipped
 from jepa_kit.errors import TooManySkippedError
 from jepa_kit.training import train
 

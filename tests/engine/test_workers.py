@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
+from jepa_kit.data.shards.reader import ShardFile
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import workers
 from jepa_kit.engine.build import build_run
@@ -50,7 +51,7 @@ def test_a_run_times_its_images_and_logs_what_it_chose(tiny, monkeypatch, capsys
 
 def test_timing_skips_images_that_cannot_be_used(tiny, monkeypatch):
     loader = build_run(tiny(), World(), CPU).loader
-    monkeypatch.setattr(loader.dataset, "image_bytes", lambda i: b"no image")
+    monkeypatch.setattr(ShardFile, "read", lambda self: b"no image")
     assert loader.seconds_per_image() is None
 
 

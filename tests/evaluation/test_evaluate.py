@@ -75,13 +75,13 @@ EVERYTHING = [
 def reads(monkeypatch):
     """Record the (folder, sample) of each image that is read."""
     found = []
-    read = ShardDataset.image_bytes
+    files = ShardDataset.image_files
 
-    def noted(self, i):
-        found.append((self.path, int(i)))
-        return read(self, i)
+    def noted(self, samples):
+        found.extend((self.path, int(i)) for i in samples)
+        return files(self, samples)
 
-    monkeypatch.setattr(ShardDataset, "image_bytes", noted)
+    monkeypatch.setattr(ShardDataset, "image_files", noted)
     return found
 
 

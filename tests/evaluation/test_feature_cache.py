@@ -51,8 +51,8 @@ def test_cached_features_equal_fresh_ones(run, scenes, tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
     found = []
-    read = ShardDataset.image_bytes
-    monkeypatch.setattr(ShardDataset, "image_bytes", lambda self, i: (found.append(int(i)), read(self, i))[1])
+    files = ShardDataset.image_files
+    monkeypatch.setattr(ShardDataset, "image_files", lambda self, s: (found.extend(s.tolist()), files(self, s))[1])
     return found
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jepa_kit.data.errors import Refusal
 from jepa_kit.data.making.sample_workers import Workers
 from jepa_kit.data.making.write_log import WriteLog, clear, existing, folders_with_shards
-from jepa_kit.data.order import permutation
+from jepa_kit.data.shards.members import Refusal
 from jepa_kit.data.shards.writing import INDEX, Packed, tar_size, write_index, write_packed
 from jepa_kit.data.sources.base import Source
-from jepa_kit.rng import IntArray, Stream, generator
+from jepa_kit.rng import IntArray, Stream, generator, permutation
 
 LISTED = 10
 """Refused samples that a message names; index.json names all."""

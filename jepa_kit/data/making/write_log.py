@@ -17,8 +17,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from jepa_kit.data.errors import Refusal
 from jepa_kit.data.shards.indexing import scan
+from jepa_kit.data.shards.members import Refusal
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, Rows, Shard
 from jepa_kit.files import write_json_lines
 from jepa_kit.lock import LockedError, lock_file

@@ -21,7 +21,7 @@ from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, decode
 from jepa_kit.data.remote.cache import ShardCache
 from jepa_kit.data.remote.fetch import Access, is_remote
 from jepa_kit.data.segmentation import decode_mask
-from jepa_kit.data.shards.reader import ShardReader
+from jepa_kit.data.shards.reader import ShardFile, ShardReader
 from jepa_kit.data.shards.resolve import ShardPart, open_parts
 from jepa_kit.data.shards.writing import KEYS, LABELS, MASKS, OFFSETS
 from jepa_kit.errors import ImageError, SampleError
@@ -171,6 +171,18 @@ class ShardDataset:
     def key(self, i: int) -> str:
         """Return the sample's key: the path of its file in the source, without the extension."""
         return bytes(self._keys[self._checked(i)]).decode("utf-8")
+
+    def image_files(self, samples: IntArray) -> list[ShardFile]:
+        """Return where the image files of samples are; ``read()`` of each returns its bytes.
+
+        Raises:
+            IndexError: a number is outside 0 to N - 1.
+        """
+        if len(samples) and not 0 <= samples.min() <= samples.max() < len(self):
+            raise IndexError(f"samples (={samples.min()} to {samples.max()}) must be 0 to {len(self) - 1}")
+        keys = [key.decode("utf-8") for key in self._keys[samples].tolist()]
+        places = zip(self.shard_of(samples).tolist(), self._offsets[samples, :2].tolist(), keys, strict=True)
+        return [ShardFile(self._reader, shard, offset, size, key) for shard, (offset, size), key in places]
 
     def image_bytes(self, i: int) -> bytes:
         """Return the bytes of the image file.

@@ -23,8 +23,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from jepa_kit.data.errors import Refusal
-from jepa_kit.data.shards.members import group_samples, list_members
+from jepa_kit.data.shards.members import Refusal, group_samples, list_members
 from jepa_kit.data.shards.tars import BLOCK, COMPRESSED, compressed_shard, compression
 from jepa_kit.data.shards.writing import (
     IMAGE_EXTENSIONS,

@@ -7,8 +7,14 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jepa_kit.data.errors import Refusal
 from jepa_kit.data.shards.tars import HEADER_ERRORS, Link, follow, is_filler, read_link, stored_size
+
+
+class Refusal(NamedTuple):
+    """Something that does not become part of a shard or of its index: its name and the reason."""
+
+    name: str
+    reason: str
 
 
 class Member(NamedTuple):

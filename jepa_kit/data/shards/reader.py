@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache
 from jepa_kit.data.remote.fetch import is_remote
@@ -22,6 +22,24 @@ OPEN_SHARDS = 128
 HEADER = tarfile.BLOCKSIZE
 SHORT_KEY = 80
 """Characters; a longer key may be cut in a tar header."""
+
+
+class ShardFile(NamedTuple):
+    """Where a file of a sample is in the shards; ``key`` is that of the sample, the others as ``ShardReader.read``."""
+
+    reader: ShardReader
+    shard: int
+    offset: int
+    size: int
+    key: str
+
+    def read(self) -> bytes:
+        """Return the file's bytes.
+
+        Raises:
+            SampleError: they are unavailable; see ``ShardReader.read``.
+        """
+        return self.reader.read(self.shard, self.offset, self.size, self.key)
 
 
 class ShardReader:

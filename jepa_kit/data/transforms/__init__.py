@@ -1,18 +1,25 @@
-"""Transforms: what is done to an image between its file and the encoder.
+"""Transforms: what happens to an image between its file and the encoder.
 
-windows.py                     which part of an image becomes the result, as numbers
-decoders.py                    the pixels of a window of a file: Pillow's, or faster
-crops.py, flips.py, colours.py the registered transforms
-view.py                        a list of them as one function of (bytes, draws), and the draws
-tensors.py                     batches of views, and their normalisation
+crops.py    crops, resizing and flips, and their computation and application
+colours.py  colour, blur and solarisation
+view.py     a list of transforms as one function of image files and random numbers; batches and their normalisation
 """
 
 from jepa_kit.data.transforms.colours import ColorJitter, GaussianBlur, Grayscale, Solarize
-from jepa_kit.data.transforms.crop_geometry import ATTEMPTS, Box, Window, crop_box, resample
-from jepa_kit.data.transforms.crops import CenterCrop, RandomResizedCrop, Resize
-from jepa_kit.data.transforms.flips import Flip
-from jepa_kit.data.transforms.tensors import Stack, normalize, stack
-from jepa_kit.data.transforms.view import Crop, Transform, View, build_view, eval_view, train_view
+from jepa_kit.data.transforms.crops import (
+    ATTEMPTS,
+    Box,
+    CenterCrop,
+    Crop,
+    Flip,
+    RandomResizedCrop,
+    Resize,
+    Transform,
+    Window,
+    crop_box,
+    resample,
+)
+from jepa_kit.data.transforms.view import View, build_view, eval_view, normalize, stack, train_view
 
 __all__ = [
     "ATTEMPTS",
@@ -26,7 +33,6 @@ __all__ = [
     "RandomResizedCrop",
     "Resize",
     "Solarize",
-    "Stack",
     "Transform",
     "View",
     "Window",

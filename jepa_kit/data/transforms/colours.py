@@ -1,6 +1,6 @@
-"""Transforms of colours and sharpness, by Pillow. The StoP recipe and others need them; the released one has none.
+"""Transforms of colour and sharpness, by Pillow; the released recipe has none of them, the StoP recipe and others do.
 
-Each takes an RGB image and numbers in [0, 1), the first of which decides whether anything happens.
+Each takes an RGB image and numbers in [0, 1), of which the first decides whether it is applied.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from jepa_kit.data.transforms.crop_geometry import check_probability
+from jepa_kit.data.transforms.crops import check_probability
 from jepa_kit.registry import TRANSFORMS
 
 
 @TRANSFORMS.register("color_jitter")
 class ColorJitter:
-    """Brightness, contrast, saturation and hue by random amounts, in random order: torchvision's ColorJitter.
+    """Change brightness, contrast, saturation and hue by random amounts, in random order, as torchvision's ColorJitter.
 
     A factor is uniform in [max(0, 1 - x), 1 + x]. Brightness multiplies; contrast blends with the mean of the grey
-    image (one number), saturation with the grey image; hue turns the H of HSV by a share of the circle, uniform in
-    [-x, x]. The order is one of 24, all as likely. Each step ends in 8 bits, as torchvision's does on Pillow images.
+    image (one number), saturation with the grey image; hue shifts the H of HSV by a fraction of the circle, uniform in
+    [-x, x]. The 24 orders are equally likely. Each step rounds to 8 bits, as torchvision's does for Pillow images.
 
     Args:
         brightness, contrast, saturation: x above, at least 0; 0 leaves it out.
         hue: x above, 0 to 0.5.
-        p: probability that anything is done.
+        p: probability that the image is changed.
 
     Raises:
         ValueError: a value outside its range, or all four 0.
@@ -50,7 +50,7 @@ class ColorJitter:
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name} (={value}) must be at least 0, and finite")
         if not 0.0 <= hue <= 0.5:
-            raise ValueError(f"hue (={hue}) must be a share of the circle of colours, 0 to 0.5")
+            raise ValueError(f"hue (={hue}) must be a fraction of the colour circle, 0 to 0.5")
         if not brightness and not contrast and not saturation and not hue:
             raise ValueError("brightness, contrast, saturation and hue are all 0: leave the colour jitter out")
         self.amounts, self.p = (brightness, contrast, saturation, hue), p
@@ -61,7 +61,7 @@ class ColorJitter:
         for k in np.argsort(draws[5:9], kind="stable").tolist():
             x, u = self.amounts[k], draws[1 + k]
             if x and k == 3:
-                image = turn_hue(image, x * (2.0 * u - 1.0))
+                image = shift_hue(image, x * (2.0 * u - 1.0))
             elif x:
                 low = max(0.0, 1.0 - x)
                 image = _ENHANCERS[k](image).enhance(low + (1.0 + x - low) * u)
@@ -71,20 +71,20 @@ class ColorJitter:
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """The RGB image with its hues turned by a share of the circle, in Pillow's HSV of 8 bits."""
+def shift_hue(image: Image.Image, fraction: float) -> Image.Image:
+    """Return an RGB image with its hues shifted by a fraction of the circle, in Pillow's HSV of 8 bits."""
     hue, saturation, value = image.convert("HSV").split()
-    turn = round(share * 256) % 256
-    hue = hue.point([(level + turn) % 256 for level in range(256)])
+    shift = round(fraction * 256) % 256
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
 @TRANSFORMS.register("gaussian_blur")
 class GaussianBlur:
-    """A Gaussian blur; Pillow's, which is three box filters and within about a level of the Gaussian.
+    """Blur by Pillow's approximation of a Gaussian, three box filters, which is within about one level of 255.
 
     Args:
-        sigma: (least, most) standard deviation in pixels of the result, uniform between them.
+        sigma: (smallest, largest) standard deviation in pixels of the result, uniform between them.
         p: probability.
 
     Raises:
@@ -108,13 +108,13 @@ class GaussianBlur:
 
 @TRANSFORMS.register("grayscale")
 class Grayscale:
-    """Grayscale, still in three channels: 0.299 R + 0.587 G + 0.114 B (ITU-R 601).
+    """Convert to grey, in three equal channels: 0.299 R + 0.587 G + 0.114 B (ITU-R 601).
 
     Args:
         p: probability.
 
     Raises:
-        ValueError: ``p`` is no probability.
+        ValueError: ``p`` is outside [0, 1].
     """
 
     stream_name = "grey"
@@ -130,7 +130,7 @@ class Grayscale:
 
 @TRANSFORMS.register("solarize")
 class Solarize:
-    """Levels from ``threshold`` on become their negative.
+    """Invert levels at or above ``threshold``.
 
     Args:
         threshold: 0 to 255.

@@ -1,125 +1,64 @@
-"""Views: from the bytes of an image file to the pixels that an encoder is given, in one call.
+"""Views: from image files to batches of pixels, and the normalisation of batches.
 
-A view is a list of transforms. The first one that sets the size says which window of the image it needs before any
-pixel is decoded, so that a decoder may leave out what is not needed.
+A view is a list of transforms, of which at least one is a crop that sets the size of the result.
 
-Legend of shapes: B images, n numbers drawn for each, h, w rows and columns of the result.
+Shapes: B images, n random numbers for each, h, w rows and columns of the result.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from jepa_kit.data.images import MAX_PIXELS, decode
-from jepa_kit.data.transforms.crop_geometry import Window, resample
-from jepa_kit.data.transforms.crops import CenterCrop, RandomResizedCrop
-from jepa_kit.data.transforms.decoders import DECODERS, DecoderName, check_decoder
-from jepa_kit.data.transforms.flips import Flip
-from jepa_kit.errors import ImageError
+from jepa_kit.data.images import DECODERS, MAX_PIXELS, DecoderName, Pixels, check_decoder
+from jepa_kit.data.transforms.crops import CenterCrop, Crop, Flip, RandomResizedCrop, Transform, apply_crop
+from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import TRANSFORMS, build_part
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
 
-@runtime_checkable
-class Transform(Protocol):
-    """A step of a view: an RGB image and its own numbers in, an RGB image out.
-
-    Attributes:
-        num_draws: how many uniform numbers in [0, 1) it is given for each image.
-    """
-
-    num_draws: int
-
-    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image: ...
-
-
-@runtime_checkable
-class Crop(Transform, Protocol):
-    """A transform that sets the size, to (h, w) of the result."""
-
-    def window(self, size: tuple[int, int], draws: Sequence[float]) -> Window:
-        """What becomes of an image of size (H, W)."""
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """Where a transform's numbers come from: see ``jepa_kit.rng.uniforms``."""
+class Lane(NamedTuple):
+    """Source of a transform's random numbers: the arguments of ``jepa_kit.rng.uniforms``."""
 
     stream: Stream
     attempt: int
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A transform in its place.
+class Loaded(NamedTuple):
+    """Result of ``View.load``.
 
-    Args:
-        name: of the transform.
-        transform: what is called.
-        part: its numbers among those of an image.
-        crop: the transform again, where it sets the size.
-        late: whether the size is set, so that it must stay.
+    Attributes:
+        images: [K, 3, h, w] uint8, channels last in memory; None if K is 0.
+        kept: [K] positions of the images among the files, ascending.
+        errors: position -> why a file cannot be used, for all others.
     """
 
-    name: str
-    transform: Transform
-    part: slice
-    crop: Crop | None
-    late: bool
-
-    def window(self, size: tuple[int, int], draws: Sequence[float], max_pixels: int) -> Window:
-        """The crop's, of an image of size (H, W).
-
-        Raises:
-            ImageError: a thin image, of which nearly all would be made larger only to be cut away.
-        """
-        assert self.crop is not None
-        window = self.crop.window(size, draws[self.part])
-        if window.part is not None and window.size[0] * window.size[1] > max_pixels:
-            raise ImageError(
-                f"{size[1]} x {size[0]} pixels would become {window.size[0]} x {window.size[1]} before {self.name} "
-                f"cuts them, more than max_pixels (={max_pixels}) allows"
-            )
-        return window
-
-    def __call__(self, image: Image.Image, draws: Sequence[float], max_pixels: int) -> Image.Image:
-        """The next image.
-
-        Raises:
-            ValueError: what comes out is no RGB image, or of another size though no crop follows.
-        """
-        if self.crop is not None:
-            return resample(image, self.window((image.height, image.width), draws, max_pixels))
-        found = self.transform(image, draws[self.part])
-        if not isinstance(found, Image.Image):
-            raise ValueError(f"transform {self.name!r} gave a {type(found).__name__}, but must give a Pillow image")
-        if found.mode != "RGB" or (self.late and found.size != image.size):
-            raise ValueError(
-                f"transform {self.name!r} gave an image in mode {found.mode!r} of size {found.size}, but must give one "
-                f"in mode 'RGB'{f' of size {image.size}, as no crop comes after it' if self.late else ''}"
-            )
-        return found
+    images: Tensor | None
+    kept: list[int]
+    errors: dict[int, SampleError | ImageError]
 
 
 class View:
-    """Decodes, crops, resizes and augments an image: a pure function of its bytes and its draws.
+    """Decode, crop, resize and augment images: a pure function of their bytes and draws.
 
     Args:
-        transforms: (name, transform) in the order in which they are applied; at least one sets the size.
-        decoder: ``pillow``, or ``fast``; see decoders.py.
-        max_pixels: an image of more rows times columns is refused.
+        transforms: (name, transform) in the order in which they are applied; at least one is a ``Crop``.
+        decoder: ``pillow`` or ``fast``, see ``jepa_kit.data.images``.
+        max_pixels: an image of more rows times columns is rejected.
 
     Raises:
-        ValueError: no transform that sets the size, or a decoder that is not installed.
+        ValueError: no crop, a decoder that is not installed, or two transforms with the same random numbers.
     """
 
     def __init__(
@@ -130,28 +69,32 @@ class View:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_decoder(decoder)
-        if not any(isinstance(transform, Crop) for _, transform in transforms):
+        crops = [k for k, (_, transform) in enumerate(transforms) if isinstance(transform, Crop)]
+        if not crops:
             known = [name for name in TRANSFORMS.names() if hasattr(TRANSFORMS.get(name), "window")]
             raise ValueError(
-                f"transforms (={[name for name, _ in transforms]}) must hold one that sets the size: {', '.join(known)}"
+                f"transforms (={[name for name, _ in transforms]}) must have one that sets the size: {', '.join(known)}"
             )
         self.transforms = [transform for _, transform in transforms]
         self.decoder, self.max_pixels = decoder, max_pixels
         self.lanes = _lanes(transforms)
         ends = [0, *accumulate(transform.num_draws for transform in self.transforms)]
-        parts = [slice(*ends[k : k + 2]) for k in range(len(self.transforms))]
         self.num_draws = ends[-1]
-        crops = [transform if isinstance(transform, Crop) else None for transform in self.transforms]
-        last = max(k for k, crop in enumerate(crops) if crop is not None)
-        steps = [_Step(name, transform, parts[k], crops[k], k > last) for k, (name, transform) in enumerate(transforms)]
-        self._first = None if crops[0] is None else steps[0]
-        self._rest = steps[1:] if self._first else steps
-        self._decoder = DECODERS[decoder]
+        self._steps: list[tuple[slice, Callable[[Any, Sequence[float]], Any]]] = []
+        """Columns of ``draws`` for each transform, and the transform with its checks."""
+        for k, (name, transform) in enumerate(transforms):
+            if isinstance(transform, Crop):
+                step: Callable[[Any, Sequence[float]], Any] = partial(apply_crop, transform, name, max_pixels)
+            else:
+                step = partial(_apply, transform, name, k > crops[-1])
+            self._steps.append((slice(ends[k], ends[k + 1]), step))
+        # only a crop takes the arrays of the fast decoder
+        self._decode = DECODERS[decoder if crops[0] == 0 else "pillow"]
 
     def draws(self, samples: IntArray, *, seed: int, epoch: int) -> FloatArray:
-        """[B, n] uniform numbers in [0, 1), a pure function of (seed, epoch, sample); n is ``num_draws``.
+        """Return [B, n] uniform numbers in [0, 1), a pure function of (seed, epoch, sample); n is ``num_draws``.
 
-        Each transform has a lane of its own: one more in the list leaves the numbers of the others as they are.
+        Each transform has its own lane, so adding one to the list does not change the numbers of the others.
         """
         columns = [np.empty((len(samples), 0))]
         for lane, transform in zip(self.lanes, self.transforms, strict=True):
@@ -162,45 +105,84 @@ class View:
                 columns.append(numbers)
         return np.concatenate(columns, axis=1)
 
-    def __call__(self, data: bytes, draws: FloatArray) -> NDArray[np.uint8]:
-        """The view of an image.
+    def load(self, files: Sequence[Callable[[], bytes]], draws: FloatArray) -> Loaded:
+        """Read, decode and transform the image files of a batch, one after another.
 
         Args:
-            data: of an image file.
-            draws: [n], the image's row of ``draws``.
-
-        Returns:
-            [h, w, 3] uint8.
+            files: each returns the bytes of an image file, or raises SampleError.
+            draws: [B, n], as from ``draws``.
 
         Raises:
-            ImageError: the bytes are no usable image.
-            ValueError: a transform did not keep to its contract.
+            ValueError: a transform violates its contract.
         """
-        numbers = draws.tolist()
-        image: Image.Image | NDArray[np.uint8]
-        if self._first is None:
-            image = decode(data, self.max_pixels)
-        else:
-            window_of = partial(self._first.window, draws=numbers, max_pixels=self.max_pixels)
-            image = self._decoder(data, window_of, self.max_pixels)
-        for step in self._rest:
-            image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-            image = step(image, numbers, self.max_pixels)
+        images: Tensor | None = None
+        kept: list[int] = []
+        errors: dict[int, SampleError | ImageError] = {}
+        for b, (read, numbers) in enumerate(zip(files, draws.tolist(), strict=True)):
+            try:
+                image = self._decode(read(), self.max_pixels)
+                for columns, step in self._steps:
+                    image = step(image, numbers[columns])
+            except (SampleError, ImageError) as error:
+                errors[b] = error
+                continue
+            pixels = np.asarray(image)
+            if images is None:
+                images = _empty((len(files), *pixels.shape))
+                rows = images.numpy()
+            rows[len(kept)] = pixels
+            kept.append(b)
+        return Loaded(None if images is None else images[: len(kept)].permute(0, 3, 1, 2), kept, errors)
+
+    def __call__(self, data: bytes, draws: FloatArray) -> Pixels:
+        """Return the view [h, w, 3] uint8 of one image.
+
+        Args:
+            data: bytes of an image file.
+            draws: [n], the image's row of ``draws``.
+
+        Raises:
+            ImageError: the file is not a usable image.
+            ValueError: a transform violates its contract.
+        """
+        image, numbers = self._decode(data, self.max_pixels), draws.tolist()
+        for columns, step in self._steps:
+            image = step(image, numbers[columns])
         return np.asarray(image)
 
 
-def _lanes(transforms: Sequence[tuple[str, Transform]]) -> list[_Lane]:
-    """Return the lane of each transform: of its ``stream``, or of its name; the second of one name gets the next.
+def _apply(
+    transform: Transform, name: str, keep_size: bool, image: Image.Image | Pixels, draws: Sequence[float]
+) -> Image.Image:
+    """Return the image after a transform that is not a crop.
 
-    ``stream_name`` keeps the random numbers of a transform that was renamed.
+    Raises:
+        ValueError: the result is not an RGB image, or has another size although no crop follows.
     """
-    lanes: list[_Lane] = []
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    found = transform(image, draws)
+    if not isinstance(found, Image.Image):
+        raise ValueError(f"transform {name!r} gave a {type(found).__name__}, but must give a Pillow image")
+    if found.mode != "RGB" or (keep_size and found.size != image.size):
+        raise ValueError(
+            f"transform {name!r} gave an image in mode {found.mode!r} of size {found.size}, but must give one "
+            f"in mode 'RGB'{f' of size {image.size}, as no crop comes after it' if keep_size else ''}"
+        )
+    return found
+
+
+def _lanes(transforms: Sequence[tuple[str, Transform]]) -> list[Lane]:
+    """Return the lane of each transform, from its ``stream`` or its name; the second one of a name gets the next lane.
+
+    The attribute ``stream_name`` keeps the random numbers of a transform that was renamed.
+    """
+    lanes: list[Lane] = []
     names = [name for name, _ in transforms]
     for k, (name, transform) in enumerate(transforms):
         count = names[:k].count(name)
         stream = getattr(transform, "stream", None)
-        own = _lane_of(getattr(transform, "stream_name", name), count)
-        lane = _Lane(Stream.TRANSFORM, own) if stream is None else _Lane(stream, count)
+        attempt = _hash16(getattr(transform, "stream_name", name), count)
+        lane = Lane(Stream.TRANSFORM, attempt) if stream is None else Lane(stream, count)
         if transform.num_draws and any(
             lane == other and rival.num_draws for other, (_, rival) in zip(lanes, transforms, strict=False)
         ):
@@ -209,8 +191,8 @@ def _lanes(transforms: Sequence[tuple[str, Transform]]) -> list[_Lane]:
     return lanes
 
 
-def _lane_of(name: str, count: int) -> int:
-    """16 bits that are the same everywhere, whatever else is registered."""
+def _hash16(name: str, count: int) -> int:
+    """Return 16 bits that do not depend on the machine or on other registered transforms."""
     return int.from_bytes(hashlib.sha256(f"{name}.{count}".encode()).digest()[:2], "big")
 
 
@@ -221,15 +203,15 @@ def build_view(
     decoder: DecoderName = "pillow",
     max_pixels: int = MAX_PIXELS,
 ) -> View:
-    """A view from a list of names and options, as ``data.transforms`` has it.
+    """Return the view of a config's ``data.transforms``.
 
     Args:
-        transforms: of each its ``name`` and its options.
+        transforms: ``name`` and options of each.
         image_size: (h, w) of the result.
         decoder, max_pixels: see ``View``.
 
     Raises:
-        ValueError: a name that is not registered, an option that it does not take or a value outside its range.
+        ValueError: an unregistered name, an unknown option or a value outside its range.
     """
     built = [
         (part.get("name", ""), build_part(f"transforms[{i}]", part, TRANSFORMS, image_size=image_size))
@@ -247,7 +229,7 @@ def train_view(
     decoder: DecoderName = "pillow",
     max_pixels: int = MAX_PIXELS,
 ) -> View:
-    """The released augmentation: a random resized crop and, where asked for, a horizontal flip."""
+    """Return the released augmentation: a random resized crop, then a horizontal flip with probability ``flip``."""
     parts: list[tuple[str, Transform]] = [
         ("random_resized_crop", RandomResizedCrop(image_size=image_size, scale=scale, ratio=ratio))
     ]
@@ -259,7 +241,37 @@ def train_view(
 def eval_view(
     *, image_size: tuple[int, int], share: float = 1.0, decoder: DecoderName = "pillow", max_pixels: int = MAX_PIXELS
 ) -> View:
-    """The evaluation's view: a centre crop, without draws; see ``CenterCrop``."""
+    """Return the view for evaluation: a centre crop, without random numbers; see ``CenterCrop``."""
     return View(
         [("center_crop", CenterCrop(image_size=image_size, share=share))], decoder=decoder, max_pixels=max_pixels
     )
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Allocate uint8; in a loader worker, in shared memory, so that sending the batch does not copy it."""
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def stack(images: Sequence[NDArray[np.uint8] | Image.Image]) -> Tensor:
+    """Return [B, 3, h, w] uint8, channels last in memory, of RGB images [h, w, 3] of one size."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (images / 255 - mean) / std, [B, 3, h, w] float32, contiguous, on the device of the images.
+
+    Args:
+        images: [B, 3, h, w] uint8, in any memory format.
+        mean, std: of each channel, for values in [0, 1].
+    """
+    centre, scale = _statistics(tuple(mean), tuple(std), images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0).sub_(centre).div_(scale)
+
+
+@lru_cache(maxsize=16)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # cached, because creating them synchronises with the device
+    return tuple(torch.tensor(v, device=device).view(-1, 1, 1) for v in (mean, std))  # type: ignore[return-value]

@@ -19,7 +19,6 @@ from jepa_kit.build import build_masker
 from jepa_kit.config import versions
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
-from jepa_kit.data.order import permutation
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize
 from jepa_kit.evaluation.feature_sources import encoder_named
@@ -48,7 +47,7 @@ from jepa_kit.evaluation.pictures.sections import (
     single,
 )
 from jepa_kit.evaluation.tables.results import write_results
-from jepa_kit.rng import Stream, generator
+from jepa_kit.rng import Stream, generator, permutation
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 GUESSES, ATTENTIONS, DRAWINGS = 3, 2, 4

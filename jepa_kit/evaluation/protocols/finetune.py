@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from jepa_kit.data.image_options import ImageOptions
+from jepa_kit.data.loader import load_all
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view, normalize, train_view
-from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     LayerSet,
@@ -34,7 +33,7 @@ from jepa_kit.evaluation.protocols.base import (
 )
 from jepa_kit.evaluation.protocols.subsets import Subset
 from jepa_kit.precision import autocast_of
-from jepa_kit.rng import FloatArray, IntArray, Stream, generator
+from jepa_kit.rng import IntArray, Stream, generator
 
 
 class Classifier(nn.Module):
@@ -274,14 +273,7 @@ class _Views(Dataset):
 
     def __getitem__(self, samples: IntArray) -> tuple[Tensor, IntArray]:
         draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
-        images = [self._view(i, row) for i, row in zip(samples.tolist(), draws, strict=True)]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), samples
-
-    def _view(self, i: int, draws: FloatArray) -> NDArray[np.uint8]:
-        try:
-            return self.view(self.dataset.image_bytes(i), draws)
-        except (SampleError, ImageError) as error:  # as in feature extraction: no figure over fewer samples
-            raise self.dataset.unusable(i, error) from error
+        return load_all(self.dataset, self.view, samples, draws), samples
 
 
 def _read(

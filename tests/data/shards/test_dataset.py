@@ -35,6 +35,16 @@ def test_samples_come_back(dataset, samples):
         np.testing.assert_array_equal(np.asarray(sample["image"]), expected)
 
 
+def test_image_files_of_several_samples(dataset, samples):
+    for numbers in ([22, 0, 10], []):
+        files = dataset.image_files(np.array(numbers, dtype=np.int64))
+        assert [file.read() for file in files] == [samples[i].image for i in numbers]
+        assert [file.key for file in files] == [samples[i].key for i in numbers]
+    for numbers in ([0, 23], [-1, 3]):
+        with pytest.raises(IndexError, match=rf"samples \(={min(numbers)} to {max(numbers)}\) must be 0 to 22"):
+            dataset.image_files(np.array(numbers))
+
+
 def test_labels_and_classes(dataset, samples):
     labels = dataset.labels("class")
     assert labels.dtype == np.int64
