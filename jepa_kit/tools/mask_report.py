@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
     """A column for each report, and its warnings underneath."""
-    from jepa_kit.evaluation.masks.report import warnings
+    from jepa_kit.evaluation.masks.warnings import warnings
 
     rows = [dict(_figures(report)) for report in reports]
     label = max(len(key) for key in rows[0])
@@ -121,8 +121,8 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
     def part(cost: Any) -> str:
         return f"{cost.tokens:.1f}, " + ("no formula" if cost.gflop is None else f"{cost.gflop:.2f} GFLOP")
 
-    shares, cost = report.shares, report.cost
-    ends = [f"{shares.context.mean(axis)[k]:.2f}" for axis in (1, 0) for k in (0, -1)]
+    probability, cost = report.probability, report.cost
+    ends = [f"{probability.context.mean(axis)[k]:.2f}" for axis in (1, 0) for k in (0, -1)]
     total = cost.training_gflop
     return [
         ("masker", report.masker["name"]),
@@ -139,7 +139,7 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
         ("P(context), first and last column", " ".join(ends[2:])),
         ("shapes of rectangular targets", str(len(report.shapes))),
         ("target patches in more than one target", f"{report.overlap:.1%}"),
-        ("patches neither context nor target", f"{shares.unused.mean():.1%}"),
+        ("patches neither context nor target", f"{probability.unused.mean():.1%}"),
         ("context encoder: tokens, forward", part(cost.encoder)),
         ("target encoder: tokens, forward", part(cost.target_encoder)),
         ("predictor: tokens, forward", part(cost.predictor)),

@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.engine.build import open_shards
     from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.pictures.run_page import draw_run, gather
+    from jepa_kit.evaluation.pictures.material import gather
+    from jepa_kit.evaluation.pictures.run_page import draw_run
     from jepa_kit.evaluation.shard_choice import shown_shards
     from jepa_kit.evaluation.tables.results import check_output
 
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output) if arguments.output else folder / "pictures"
     check_output("--output", output / "page.png")
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     material = gather(
@@ -79,14 +80,14 @@ def run(arguments: argparse.Namespace) -> None:
         others=arguments.decoder_images,
         device=choose_device(loaded.config.train.device, World()),
         seed=arguments.seed,
-        say=say,
+        log=log,
     )
     content = draw_run(
         material,
         output,
         name="/".join(folder.resolve().parts[-2:]),
         steps=arguments.decoder_steps,
-        say=say,
+        log=log,
     )
     print(f"{content['verdict']}: {content['reason']}", *(output / name for name in content["files"]), sep="\n")
 

@@ -1,1 +1,1 @@
-"""Report on maskers."""
+"""Report on maskers: statistics, costs, warnings and pictures of the masks that they draw."""

@@ -1,4 +1,4 @@
-"""A page about what a masker draws: heat maps, distributions, shapes, costs, warnings and a gallery.
+"""Draw a page about a masker: heat maps, distributions, shapes, costs, warnings and a gallery.
 
 B  images shown    H, W  the grid    h, w  sides in pixels
 """
@@ -17,32 +17,32 @@ from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.data.shards.resolve import indexed_samples
 from jepa_kit.engine.build import open_shards, training_view
-from jepa_kit.evaluation.masks.report import MaskReport, warnings
-from jepa_kit.evaluation.pictures.draw import COLOURS, DPI, dim_hidden, outline
-from jepa_kit.plotting import Axes, Figure, LineCollection, SubFigure, save_figure
+from jepa_kit.evaluation.masks.report import MaskReport
+from jepa_kit.evaluation.masks.warnings import warnings
+from jepa_kit.evaluation.pictures.panels import DPI, dim_hidden, draw_blocks, show_image
+from jepa_kit.plotting import Axes, Figure, SubFigure, save_figure
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.scenes.scenes import render
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch
 
 GALLERY = 8
 """Images of the gallery."""
 WIDTH = 8.0
-"""Of a report's column, in inches."""
+"""Width of a report's column in inches."""
 
 
 def shows_data(config: Config) -> bool:
-    """Return whether the pictures of a report are of the config's own data."""
+    """Return whether pictures of a report show the config's own data: shards that have an index on this machine."""
     return config.data.shards is not None and indexed_samples(config.data.shards) is not None
 
 
 def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
-    """Return [B, 3, h, w] uint8: the first samples of the config's data, cropped as in training, or scenes.
+    """Return [B, 3, h, w] uint8: the first samples of the config's data, cropped as in training.
 
-    Scenes if it names no shards, or some without an index on this machine: a report fetches nothing, runs no command.
+    Synthetic scenes if not ``shows_data(config)``: a report downloads nothing and runs no command.
     """
-    size = config.data.image_size
     if not shows_data(config):
-        images = [render(seed, i, size).image for i in range(count)]
+        images = [render(seed, i, config.data.image_size).image for i in range(count)]
     else:
         data = open_shards(config)
         view = training_view(config)
@@ -52,36 +52,20 @@ def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
 
 
 def first_masks(config: Config, images_per_batch: int, count: int) -> MaskBatch:
-    """The masks of the first ``count`` samples of epoch 0, drawn in a batch of so many images (or ``count``)."""
+    """Return the masks of the first ``count`` samples of epoch 0, in a batch of ``images_per_batch`` or ``count``."""
     samples = np.arange(max(images_per_batch, count))
-    return first_images(build_masker(config)(samples, seed=config.train.seed, epoch=0, step=0), count)
-
-
-def first_images(masks: MaskBatch, count: int) -> MaskBatch:
-    """The masks of the first ``count`` images of a batch."""
-    context, kept = _of_images(masks.context, count)
-    targets, kept_targets = _of_images(masks.targets, count)
-    place = torch.full((len(masks.context),), -1)
-    place[kept] = torch.arange(len(kept))
-    return MaskBatch(context, targets, masks.grid, place[masks.context_of[kept_targets]])
-
-
-def _of_images(sets: PatchSets, count: int) -> tuple[PatchSets, Tensor]:
-    kept = torch.nonzero(sets.image < count)[:, 0]
-    parts = sets.split()
-    index = torch.cat([parts[s] for s in kept.tolist()])
-    lengths = [sets.lengths.on_host[s] for s in kept.tolist()]
-    return PatchSets(index, sets.image[kept], lengths), kept  # type: ignore[arg-type]
+    masks = build_masker(config)(samples, seed=config.train.seed, epoch=0, step=0)
+    return masks.split([0, count])[0]
 
 
 def mask_page(reports: Sequence[MaskReport], configs: Sequence[Config], names: Sequence[str], path: str | Path) -> Path:
-    """Draws reports side by side, each over samples of its config's data.
+    """Draw reports side by side, each with samples of its config's data, and return the path.
 
     Args:
         reports: one or two.
-        configs: that they were made from.
-        names: what to call each.
-        path: of the PNG; folders are made where they are missing.
+        configs: of the reports.
+        names: headings of the columns.
+        path: of the PNG; missing folders are made.
     """
     masks = [first_masks(c, r.images_per_batch, GALLERY) for c, r in zip(configs, reports, strict=True)]
     sets = max(int(np.bincount(m.context.image).max()) for m in masks)
@@ -95,7 +79,7 @@ def mask_page(reports: Sequence[MaskReport], configs: Sequence[Config], names: S
         _distributions(bands[2], report)
         _shapes_and_cost(bands[3], report)
         _gallery(bands[4], samples_of(config, GALLERY), drawn, sets)
-        _words(bands[5], report)
+        _warnings(bands[5], report)
     return save_figure(figure, path, dpi=DPI)
 
 
@@ -111,19 +95,12 @@ def _heading(band: SubFigure, report: MaskReport, name: str) -> None:
 
 def _heat_maps(band: SubFigure, report: MaskReport) -> None:
     axes = band.subplots(1, 2)
-    for panel, (title, table, colours) in zip(
-        axes,
-        (
-            ("P(patch in a context)", report.shares.context, "Blues"),
-            ("P(patch in a target of its image)", report.shares.target, "Oranges"),
-        ),
-        strict=True,
-    ):
-        _heat_map(panel, table, title, colours)
+    _heat_map(axes[0], report.probability.context, "P(patch in a context)", "Blues")
+    _heat_map(axes[1], report.probability.target, "P(patch in a target of its image)", "Oranges")
 
 
 def _heat_map(panel: Axes, table: FloatArray, title: str, colours: str) -> None:
-    """The table, and its means by row on the right and by column below, in hundredths."""
+    """Draw the table, with the means of rows on the right and of columns below, in hundredths."""
     h, w = table.shape
     panel.imshow(table, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     panel.set_title(f"{title}: mean {table.mean():.3f}", fontsize=9)
@@ -171,7 +148,7 @@ def _histogram(panel: Axes, lengths: IntArray, label: str, colour: str, grid: tu
 def _shapes_and_cost(band: SubFigure, report: MaskReport) -> None:
     left, right = band.subplots(1, 2)
     common = sorted(report.shapes.items(), key=lambda item: -item[1])[:12]
-    left.bar([f"{h}x{w}" for (h, w), _ in common], [share for _, share in common], color="#e6862c")
+    left.bar([f"{h}x{w}" for (h, w), _ in common], [fraction for _, fraction in common], color="#e6862c")
     left.set_title(_shape_title(report), fontsize=9)
     left.set_ylabel("share of target sets", fontsize=8)
     left.tick_params(labelsize=7)
@@ -196,7 +173,7 @@ def _shapes_and_cost(band: SubFigure, report: MaskReport) -> None:
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(8)
     facts = (
-        f"neither context nor target: {report.shares.unused.mean():.1%} of an image's patches\n"
+        f"neither context nor target: {report.probability.unused.mean():.1%} of an image's patches\n"
         f"in more than one target: {report.overlap:.1%} of target patches"
     )
     right.text(0.5, 0.02, facts, fontsize=8, ha="center", va="bottom", transform=right.transAxes)
@@ -220,27 +197,13 @@ def _gallery(band: SubFigure, images: Tensor, masks: MaskBatch, sets: int) -> No
         half, column = divmod(image, GALLERY // 2)
         panel = axes[half * sets + seen[image]][column]
         seen[image] += 1
-        panel.imshow(shown[s].permute(1, 2, 0).numpy(), interpolation="nearest")
-        _outlines(panel, masks, s, (images.shape[2], images.shape[3]))
+        show_image(panel, shown[s])
+        draw_blocks(panel, masks, s, images.shape[2:], linewidths=1.2)
 
 
-def _outlines(panel: Axes, masks: MaskBatch, context: int, size: tuple[int, int]) -> None:
-    grid = masks.grid
-    patch = size[0] / grid[0], size[1] / grid[1]
-    of = masks.context_of.tolist()
-    blocks = [block for block, owner in zip(masks.targets.split(), of, strict=True) if owner == context]
-    for m, block in enumerate(blocks):
-        inside = np.zeros(grid[0] * grid[1], dtype=bool)
-        inside[block.numpy()] = True
-        lines = outline(inside.reshape(grid), patch, inset=min(patch) / (6 * max(len(blocks), 3)) * (2 * m + 1))
-        # imshow puts the middle of the first pixel at 0
-        shifted = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]
-        panel.add_collection(LineCollection(shifted, colors=COLOURS[m % len(COLOURS)], linewidths=1.2))
-
-
-def _words(band: SubFigure, report: MaskReport) -> None:
+def _warnings(band: SubFigure, report: MaskReport) -> None:
     lines = warnings(report)
     texts = ["\n".join(textwrap.wrap(f"- {line}.", 118, subsequent_indent="  ")) for line in lines]
-    words = "Warnings\n" + "\n".join(texts) if lines else "No warnings."
+    text = "Warnings\n" + "\n".join(texts) if lines else "No warnings."
     colour = "#b00020" if lines else "#1a7f37"
-    band.text(0.02, 0.97, words, fontsize=8, color=colour, va="top")
+    band.text(0.02, 0.97, text, fontsize=8, color=colour, va="top")

@@ -1,4 +1,4 @@
-"""What a masker really draws: numbers over many masks, and warnings in words where it is biased.
+"""Statistics of a masker, over many masks.
 
 B  images of a batch      H, W  the grid, N = H * W patches     S  sets
 """
@@ -11,27 +11,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa_kit.build import build_masker
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config
 from jepa_kit.evaluation.masks.cost import Cost, Lengths, cost_of
+from jepa_kit.evaluation.masks.warnings import warnings
 from jepa_kit.interfaces import Masker
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 SMALL_BATCH = 8
-"""Images of the small batch that a context of the large one is held against."""
+"""Images of the small batch that ``_by_batch`` compares with."""
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How often each patch has a part: [H, W], 0 to 1.
+class Probabilities:
+    """Frequencies of each patch, [H, W] in [0, 1].
 
-    context: the share of context sets that hold it.   target: the share of images with it in any target set.
-    unused: the share of images where it is neither in a context nor in a target.
+    Args:
+        context: fraction of the context sets that contain it.
+        target: fraction of the images that have it in any target set.
+        unused: fraction of the images that have it in no context and no target.
     """
 
     context: FloatArray
@@ -46,20 +50,20 @@ class MaskReport:
     Args:
         masker: name and options.
         grid: (H, W).
-        images, images_per_batch: that were drawn, and how many at a time.
-        shares: how often each patch is what.
+        images, images_per_batch: number of images, in total and at a time.
+        probability: of each patch to be in a context, in a target, or unused.
         context_before, context, targets_before, targets: [S] lengths of sets before and after truncation.
-        standard_errors: of the means of these, by name, over batches; empty where the images of a batch share
-            nothing, or there is one batch.
+        standard_errors: of the means of these, by name, over batches; empty if images of a batch are independent, or
+            there is one batch.
         sets_per_image: (contexts, targets), means.
-        shapes: (height, width) -> share of the target sets that are a filled rectangle of that size.
-        overlap: share of the patches in targets of a context that are in more than one of them.
-        context_blocks: how many sizes and places the context blocks have (before targets are left out); None for
-            a masker without such blocks.
-        reached: (shapes that targets have, shapes they would have were scale and aspect ratio drawn apart), for
-            ``multiblock``; None for another masker.
-        by_batch: images in a batch -> mean context, for the same images; one entry where it makes no difference.
-        shared_size: every target set of a batch has one shape, which is another one in another batch.
+        shapes: (height, width) -> fraction of the target sets that are a filled rectangle of that size.
+        overlap: of the patches in targets of a context, the fraction that is in more than one of them.
+        context_blocks: number of different sizes and places of context blocks before targets are removed from them;
+            None for other maskers than ``multiblock``.
+        reached: (shapes that targets have, shapes they would have if scale and aspect ratio were independent); None
+            for other maskers than ``multiblock``.
+        by_batch: images in a batch -> mean context of the same images; one entry if it makes no difference.
+        shared_size: whether all target sets of a batch have one shape, which differs between batches.
         cost: tokens and FLOP.
     """
 
@@ -67,7 +71,7 @@ class MaskReport:
     grid: Grid
     images: int
     images_per_batch: int
-    shares: Shares
+    probability: Probabilities
     context_before: IntArray
     context: IntArray
     targets_before: IntArray
@@ -83,8 +87,7 @@ class MaskReport:
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with the warnings."""
-        tables = {"context": self.shares.context, "target": self.shares.target, "unused": self.shares.unused}
+        """Return plain values for JSON, with the warnings."""
         return {
             "masker": self.masker,
             "grid": list(self.grid),
@@ -98,7 +101,7 @@ class MaskReport:
                     "by_column": table.mean(0).tolist(),
                     "by_patch": table.tolist(),
                 }
-                for name, table in tables.items()
+                for name, table in vars(self.probability).items()
             },
             "lengths": {
                 name: _summary(getattr(self, lengths), self.standard_errors.get(lengths))
@@ -111,8 +114,8 @@ class MaskReport:
             },
             "sets_per_image": {"context": self.sets_per_image[0], "target": self.sets_per_image[1]},
             "target_shapes": [
-                {"height": h, "width": w, "share": share}
-                for (h, w), share in sorted(self.shapes.items(), key=lambda item: -item[1])
+                {"height": h, "width": w, "share": fraction}
+                for (h, w), fraction in sorted(self.shapes.items(), key=lambda item: -item[1])
             ],
             "target_overlap": self.overlap,
             "distinct_context_blocks": self.context_blocks,
@@ -123,21 +126,23 @@ class MaskReport:
 
 
 def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 128) -> MaskReport:
-    """Draws the masks of a config's masker and counts.
+    """Return statistics of the masks that a config's masker draws.
 
     Args:
-        config: its masker, its grid, its networks (for the cost) and its seed are looked at.
-        images: how many to draw, in whole batches; the first samples of epoch 0.
+        config: its masker, grid, networks (for the cost) and seed are used.
+        images: how many to draw, rounded up to whole batches; the first samples of epoch 0.
         images_per_batch: of a process; matters to maskers that share something across a batch.
 
     Raises:
-        ValueError: a number below 1, or what the masker refuses.
+        ValueError: if a number is below 1, or the masker rejects its options.
     """
     for name, value in (("images", images), ("images_per_batch", images_per_batch)):
         if value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1")
     masker = build_masker(config)
     part = config.slots["masker"]
+    with torch.device("meta"):
+        jepa = build_recipe(config)
     batches = -(-images // images_per_batch)
     counts = _Counts(masker.grid)
     for step in range(batches):
@@ -158,7 +163,7 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         grid=masker.grid,
         images=total,
         images_per_batch=images_per_batch,
-        shares=counts.shares(len(context), total),
+        probability=counts.probabilities(len(context), total),
         **lengths,
         standard_errors=counts.standard_errors(lengths) if shared_size or len(by_batch) > 1 else {},
         sets_per_image=(len(context) / total, len(targets) / total),
@@ -168,12 +173,12 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         reached=_missing_shapes(masker, config.train.seed),
         by_batch=by_batch,
         shared_size=shared_size,
-        cost=cost_of(config, Lengths(context, targets, sequences, total, masker.grid[0] * masker.grid[1])),
+        cost=cost_of(jepa, Lengths(context, targets, sequences, total, masker.grid[0] * masker.grid[1])),
     )
 
 
 class _Counts:
-    """Sums over batches."""
+    """Counts of patches and lengths of sets, over batches."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -201,33 +206,27 @@ class _Counts:
             ("sequences", masks.sequences),
         ):
             self.lengths[name].append(sets.each)
-        self.sides.append(rectangles(table(masks.targets, self.grid), self.grid))
+        cells = self._count(masks.targets, torch.arange(len(masks.targets)), len(masks.targets))  # [S_t, N], 0 or 1
+        self.sides.append(rectangles(cells > 0, self.grid))
 
     def _count(self, sets: PatchSets, owner: Tensor, owners: int) -> IntArray:
-        """[owners, N]: in how many of its sets each owner (``owner`` [S]) has the patch."""
+        """Return [owners, N]: in how many sets of each owner a patch is; ``owner`` [S] is the owner of each set."""
         patches = self.grid[0] * self.grid[1]
         at = owner.numpy()[sets.lengths.set_of_token.numpy()] * patches + sets.index.numpy()
         return np.bincount(at, minlength=owners * patches).reshape(owners, patches)
 
     def standard_errors(self, names: Iterable[str]) -> dict[str, float]:
-        """Of the mean lengths, from those of the batches."""
+        """Return the standard errors of mean lengths, from the means of batches."""
         means = {name: np.array([batch.mean() for batch in self.lengths[name]]) for name in names}
         return {name: float(x.std(ddof=1) / len(x) ** 0.5) for name, x in means.items() if len(x) > 1}
 
-    def shares(self, contexts: int, images: int) -> Shares:
-        counts = (self.in_context / contexts, self.in_target / images, self.in_none / images)
-        return Shares(*(count.reshape(self.grid) for count in counts))
-
-
-def table(sets: PatchSets, grid: Grid) -> NDArray[np.bool_]:
-    """[S, N]: which patches each set holds."""
-    cells = np.zeros((len(sets), grid[0] * grid[1]), dtype=bool)
-    cells[sets.lengths.set_of_token.numpy(), sets.index.numpy()] = True
-    return cells
+    def probabilities(self, contexts: int, images: int) -> Probabilities:
+        tables = (self.in_context / contexts, self.in_target / images, self.in_none / images)
+        return Probabilities(*(table.reshape(self.grid) for table in tables))
 
 
 def rectangles(sets: NDArray[np.bool_], grid: Grid) -> IntArray:
-    """[S, N] -> [S, 2]: height and width of each set that is a filled rectangle, (0, 0) for another."""
+    """Return [S, 2]: height and width of each set [S, N] that is a filled rectangle, (0, 0) for the others."""
     cells = sets.reshape(-1, *grid)
     sides = []
     for axis in (2, 1):
@@ -239,6 +238,7 @@ def rectangles(sets: NDArray[np.bool_], grid: Grid) -> IntArray:
 
 
 def _context_blocks(masker: Masker, seed: int) -> int | None:
+    """Return the number of different context blocks in 1024 images; None if the masker is no ``multiblock``."""
     if not isinstance(masker, MultiBlock):
         return None
     blocks = set()
@@ -253,9 +253,9 @@ def _context_blocks(masker: Masker, seed: int) -> int | None:
 
 
 def _missing_shapes(masker: Masker, seed: int) -> tuple[int, int] | None:
-    """(shapes that targets have, shapes that they would have if scale and aspect ratio were drawn apart).
+    """Return the numbers of shapes that targets have, and would have if scale and aspect ratio were independent.
 
-    Of the latter, those that one block in 100 or more would have.
+    The latter includes shapes that at least one block in 100 would have.
     """
     if not isinstance(masker, MultiBlock):
         return None
@@ -269,17 +269,20 @@ def _missing_shapes(masker: Masker, seed: int) -> tuple[int, int] | None:
 
 
 def _by_batch(masker: Masker, seed: int, images_per_batch: int, steps: int) -> dict[int, float]:
-    """Mean context of the same images in batches of several sizes; only the one asked for where it is all the same."""
+    """Return the mean context of the same images by the size of batches; only the given size if it never differs."""
     sizes = sorted({1, 32, 128, images_per_batch})
     other = SMALL_BATCH if images_per_batch != SMALL_BATCH else 2 * SMALL_BATCH
-    asked, small = (_contexts(masker, seed, size, max(sizes), steps=2) for size in (images_per_batch, other))
-    if np.array_equal(asked, small):
-        return {images_per_batch: float(asked.mean())}
+    given, small = (_contexts(masker, seed, size, max(sizes), steps=2) for size in (images_per_batch, other))
+    if np.array_equal(given, small):
+        return {images_per_batch: float(given.mean())}
     return {size: float(_contexts(masker, seed, size, max(sizes), steps=steps).mean()) for size in sizes}
 
 
 def _contexts(masker: Masker, seed: int, images_per_batch: int, images_per_step: int, *, steps: int) -> IntArray:
-    """Lengths of contexts image by image, drawn so many images at a time; the step is told by the image alone."""
+    """Return the lengths of contexts in the order of images, drawn ``images_per_batch`` at a time.
+
+    The step depends on the image alone, so that batches of any size draw the same.
+    """
     lengths = []
     parts = [
         (step, np.arange(first, min(first + images_per_batch, (step + 1) * images_per_step)))
@@ -309,73 +312,3 @@ def _summary(lengths: IntArray, standard_error: float | None) -> dict[str, Any]:
         "most": int(values[-1]),
         "distribution": {str(v): n / len(lengths) for v, n in zip(values.tolist(), counts.tolist(), strict=True)},
     }
-
-
-# --- in words ---
-
-UNEVEN = 0.2
-"""Relative difference between the halves of an image from which a context counts as lopsided."""
-UNSURE = 0.01
-"""Relative standard error of the mean context above which more images are asked for."""
-
-
-def warnings(report: MaskReport) -> list[str]:
-    """Where the masker is biased, each with its figure."""
-    lines = _dead(report)
-    if len(report.by_batch) > 1:
-        figures = ", ".join(f"{mean:.1f} at {size}" for size, mean in report.by_batch.items())
-        lines.append(
-            f"the context depends on the images per batch: for the same images it has {figures} patches on average; "
-            "so training differs with the number of GPUs"
-        )
-    for axis, first, second in ((0, "upper", "lower"), (1, "left", "right")):
-        lines += _lopsided(report.shares.context, axis, first, second)
-    if report.reached is not None and report.reached[0] < report.reached[1]:
-        lines.append(
-            "scale and aspect ratio of targets come from one number: {} of the {} shapes that their ranges allow "
-            "occur".format(*report.reached)
-        )
-    low, high = report.masker.get("context_scale", (0, 0))
-    if report.context_blocks == 1 and low < high:
-        lines.append(
-            f"the context block is the same in every image: context_scale (={low}, {high}) has no effect on this grid"
-        )
-    if report.shared_size:
-        lines.append(f"all targets of a batch have one shape, of {len(report.shapes)} that occur over batches")
-    error, mean = report.standard_errors.get("context", 0.0), float(report.context.mean())
-    if error > UNSURE * mean:
-        lines.append(
-            f"images of a batch share what is drawn, so the mean context ({mean:.1f}) has a standard error of "
-            f"{error:.1f} over {report.images // report.images_per_batch} batches: draw more images"
-        )
-    return lines
-
-
-def _dead(report: MaskReport) -> list[str]:
-    dead = np.asarray((report.shares.context == 0) & (report.shares.target == 0))
-    if not dead.any():
-        return []
-    sides = {
-        "the first row": dead[0],
-        "the last row": dead[-1],
-        "the first column": dead[:, 0],
-        "the last column": dead[:, -1],
-    }
-    edges = [name for name, line in sides.items() if line.all()]
-    where = f"{' and '.join(edges)}: " if edges else ""
-    return [
-        f"{where}{dead.sum()} of {dead.size} patches ({dead.mean():.1%}) are never context and never target, "
-        f"in {report.images} images"
-    ]
-
-
-def _lopsided(context: FloatArray, axis: int, first: str, second: str) -> list[str]:
-    half = context.shape[axis] // 2
-    a, b = (context.take(ends, axis=axis).mean() for ends in (range(half), range(-half, 0)))
-    if abs(a - b) <= UNEVEN * (a + b) / 2:
-        return []
-    more = first if a > b else second
-    return [
-        f"the context lies in the {more} half: P(context) of a patch is {a:.2f} in the {first} half, "
-        f"{b:.2f} in the {second} half"
-    ]

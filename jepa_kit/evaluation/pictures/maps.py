@@ -1,4 +1,4 @@
-"""What pictures of a run are made of: attention weights, and where a prediction would fit.
+"""Attention weights, and the patches whose targets are nearest to a prediction.
 
 B = images    n = patches of an image, H * W    D = width of a target    h = heads    d = width of a head
 """
@@ -6,7 +6,7 @@ B = images    n = patches of an image, H * W    D = width of a target    h = hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,85 +20,75 @@ from jepa_kit.structures import MaskBatch, PatchSets
 
 
 def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Tensor:
-    """The weights softmax(q k^T / sqrt(d)) of a block, over all patches of each image.
+    """Return the weights softmax(q k^T / sqrt(d)) of a block, over all patches of each image.
 
-    The fused kernels never write them out: they are computed anew from what the block's projection gives.
+    The fused kernels never write them out, so they are recomputed from the output of the block's projection.
 
     Args:
         encoder: with ``blocks`` whose ``attn`` has ``qkv`` and ``num_heads``, as ``vit`` has.
         images: [B, C, h, w] float, normalised.
-        block: which; the last by default.
+        block: index; the last by default.
 
     Returns:
-        [B, h, n, n] float32; row i is how patch i attends, and adds up to 1.
+        [B, h, n, n] float32; row i has the weights of patch i over all patches and adds up to 1.
 
     Raises:
-        ValueError: an encoder without such blocks.
+        ValueError: if the encoder has no such blocks.
     """
     blocks: Any = getattr(encoder, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not hasattr(getattr(blocks[block], "attn", None), "qkv"):
         raise ValueError(f"encoder (={type(encoder).__name__}) must have blocks with attn.qkv, as 'vit' has")
     attention: Any = blocks[block].attn
-    held: list[Tensor] = []
+    outputs: list[Tensor] = []
     every: list[Any] = list(blocks)
     compiled = [(b, b.compiled) for b in every if hasattr(b, "compiled")]
-    handle = attention.qkv.register_forward_hook(lambda module, given, out: held.append(out))
+    handle = attention.qkv.register_forward_hook(lambda module, given, out: outputs.append(out))
     try:
         for b, _ in compiled:
-            b.compiled = False  # a compiled block would not call the hook
+            b.compiled = False  # a compiled block does not call the hook
         with torch.no_grad(), evaluating(encoder):
             tokens = encoder(images)  # [B * n, D]
     finally:
         handle.remove()
         for b, was in compiled:
             b.compiled = was
-    qkv = held[0][: len(tokens)].float().unflatten(-1, (3, attention.num_heads, -1))  # [B * n, 3, h, d]
+    qkv = outputs[0][: len(tokens)].float().unflatten(-1, (3, attention.num_heads, -1))  # [B * n, 3, h, d]
     q, k, _ = (x.unflatten(0, (len(images), -1)).transpose(1, 2) for x in qkv.unbind(1))  # [B, h, n, d]
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """Where one prediction would fit among all patches of many images.
+    """A prediction compared with the targets of all patches of many images. Tensors are on the host.
 
     Args:
-        image, patch: what was predicted: a hidden patch of an image.
-        context: [L] the patches that were seen.
-        cosine: [B, n] of the prediction with every patch's target, each less the mean target.
-        place: of the true patch among all, from 1, by that cosine.
-        among: B * n.
-        nearest: (image, patch) of the best, without the true patch's own image.
+        image, patch: the hidden patch that was predicted.
+        context: [L] the patches that the prediction was made from.
+        cosine: [B, n] of the prediction with every patch's target, after subtraction of the mean target from both.
+        rank: of the true patch by that cosine, from 1.
+        total: number of patches, B * n.
+        nearest: (image, patch) of the highest cosines in other images, one for each image.
     """
 
     image: int
     patch: int
     context: Tensor
     cosine: Tensor
-    place: int
-    among: int
+    rank: int
+    total: int
     nearest: list[tuple[int, int]]
-
-    def on_host(self) -> Guess:
-        """The same with its tensors on the host."""
-        return replace(self, context=self.context.cpu(), cosine=self.cosine.cpu())
 
 
 def all_targets(jepa: JEPA, images: Tensor) -> Tensor:
-    """[B, n, D] float32: the target of every patch of normalised images, the whole image seen."""
-    patches = patches_of(jepa)
-    sets = PatchSets.full(len(images), patches, images.device)
+    """Return [B, n, D] float32: the target of every patch of normalised images."""
+    encoder: Any = jepa.encoder
+    sets = PatchSets.full(len(images), encoder.grid[0] * encoder.grid[1], images.device)
     with torch.no_grad(), evaluating(jepa):
         return jepa.target(images, sets, jepa.target_network).float().unflatten(0, (len(images), -1))
 
 
-def patches_of(jepa: JEPA) -> int:
-    """n, the patches of a training image."""
-    encoder: Any = jepa.encoder
-    return int(encoder.grid[0] * encoder.grid[1])
-
-
 def predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> Tensor:
-    """[P, D] float32: predictions for normalised images, packed as ``masks.targets``; nothing is trained."""
+    """Return [P, D] float32: predictions for normalised images, packed as ``masks.targets``, without gradients."""
     with torch.no_grad(), evaluating(jepa):
         return jepa.predictor(jepa.encoder(images, masks.context), masks).float()
 
@@ -107,24 +97,28 @@ def guesses(
     jepa: JEPA,
     images: Tensor,
     masks: MaskBatch,
-    asked: Sequence[int],
+    chosen: Sequence[int],
     *,
     mean: Sequence[float],
     std: Sequence[float],
     nearest: int = 8,
 ) -> list[Guess]:
-    """For one hidden patch of some images, where its prediction would fit.
+    """Compare the prediction of one hidden patch of some images with the targets of all patches of all images.
 
-    The patch is the one whose target is farthest from the mean target of its position: where there is something to
-    tell. From all targets and predictions the mean target is taken away, so that cosines are about what differs.
+    Of the hidden patches of an image, the one whose target is farthest from the mean target of its position is taken:
+    the most informative. The mean target is subtracted from all targets and predictions, so that cosines compare what
+    differs.
 
     Args:
         jepa: on the images' device.
-        images: [B, 3, h, w] uint8; all of them are looked through.
+        images: [B, 3, h, w] uint8, all of which are searched.
         masks: of these images.
-        asked: the images whose hidden patches are predicted.
+        chosen: the images whose hidden patches are predicted.
         mean, std: of the channels, as in training.
-        nearest: how many patches of other images are named, one of each image.
+        nearest: number of other images in ``Guess.nearest``.
+
+    Returns:
+        one for each of ``chosen``.
     """
     x = torch.cat([normalize(part, mean, std) for part in images.split(64)])
     targets = torch.cat([all_targets(jepa, part) for part in x.split(64)])  # [B, n, D]
@@ -134,7 +128,7 @@ def guesses(
     unlikely = (targets - targets.mean(0)).square().sum(-1)  # [B, n]
     image_of = masks.targets.image_of_token
     found = []
-    for image in asked:
+    for image in chosen:
         own = torch.nonzero(image_of == image)[:, 0]
         token = own[unlikely[image, index[own]].argmax()]
         cosine = unit @ F.normalize(predictions[token] - centre, dim=0)  # [B, n]
@@ -146,10 +140,10 @@ def guesses(
             Guess(
                 image=image,
                 patch=patch,
-                context=masks.context.split()[context_set],
-                cosine=cosine,
-                place=1 + int((cosine > cosine[image, patch]).sum()),
-                among=cosine.numel(),
+                context=masks.context.split()[context_set].cpu(),
+                cosine=cosine.cpu(),
+                rank=1 + int((cosine > cosine[image, patch]).sum()),
+                total=cosine.numel(),
                 nearest=[(i, int(best.indices[i])) for i in others],
             )
         )

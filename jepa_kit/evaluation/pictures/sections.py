@@ -1,4 +1,4 @@
-"""One page about a run: patch features, predictions, attention, and what the predictor expects where nothing is seen.
+"""The sections of the page about a run: patch features, predictions, attention, and predictions of a hidden block.
 
 m   images shown       h, w  sides in pixels     p  patch size
 H, W  rows, columns of patches                   n  patches of an image, H * W
@@ -14,34 +14,43 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa_kit.evaluation.pictures.draw import DPI, outline, principal_components, to_colours
 from jepa_kit.evaluation.pictures.maps import Guess
-from jepa_kit.plotting import Axes, Figure, LineCollection, SubFigure, colormaps, save_figure
+from jepa_kit.evaluation.pictures.panels import (
+    DPI,
+    PALE,
+    component_images,
+    draw_outline,
+    luminance,
+    pixel_mask,
+    show_image,
+    to_uint8,
+)
+from jepa_kit.plotting import Axes, Figure, SubFigure, colormaps, save_figure
 from jepa_kit.structures import Grid
 
 COLUMNS = 8
 PANEL = 1.5
 """Width of a panel in inches."""
 LEFT = 1.15
-"""Width of the names of rows."""
-RED, BLUE = "#e6194b", "#1f77ff"
+"""Width of the names of rows in inches."""
+RED = "#e6194b"
 MAP = "magma"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: its heading, a text that says how to read it, and what draws it.
+    """A part of the page: a heading, a text on how to read it, and rows of panels.
 
     Args:
-        name: of its own picture, a file's stem.
+        name: the stem of its own picture's file.
         title, text: above the panels.
-        rows: of panels.
-        draw: fills the rows of panels that it is given.
-        titles: of the columns; the first row carries them.
+        rows: number of rows of panels.
+        draw: fills the panels, given as rows of ``COLUMNS``.
+        titles: of the columns, above the first row.
+        captions: whether panels have a line of text below.
     """
 
     name: str
@@ -54,10 +63,14 @@ class Section:
 
 
 def page(sections: Sequence[Section], path: Path, *, heading: str, lines: Sequence[str], aspect: float = 1.0) -> Path:
-    """All sections, one below the other, under a heading and lines of text.
+    """Draw all sections, one below the other, under a heading and lines of text, and return the path.
 
     Args:
-        aspect: height of an image over its width.
+        sections: from top to bottom.
+        path: of the picture, with a suffix that matplotlib knows.
+        heading: of the page.
+        lines: below the heading; long ones are wrapped.
+        aspect: height of an image divided by its width.
     """
     heights = [_height(section, aspect) for section in sections]
     wrapped = [piece for line in lines for piece in textwrap.wrap(line, 150)]
@@ -72,7 +85,7 @@ def page(sections: Sequence[Section], path: Path, *, heading: str, lines: Sequen
 
 
 def single(section: Section, path: Path, *, aspect: float = 1.0) -> Path:
-    """A section alone."""
+    """Draw a section alone and return the path; see ``page``."""
     height = _height(section, aspect)
     figure = Figure(figsize=(LEFT + COLUMNS * PANEL + 0.2, height))
     _draw(figure, section, height)
@@ -85,7 +98,7 @@ def _height(section: Section, aspect: float) -> float:
 
 
 def _above(section: Section) -> float:
-    """Inches of heading, text and titles of columns."""
+    """Return the height of heading, text and column titles in inches."""
     lines = len(textwrap.wrap(section.text, 190))
     return 0.55 + 0.19 * lines + (0.38 if section.titles else 0.08)
 
@@ -114,14 +127,9 @@ def _draw(figure: Figure | SubFigure, section: Section, height: float) -> None:
     section.draw(axes)
 
 
-def show(panel: Axes, image: Tensor) -> None:
-    """[3, h, w] uint8."""
-    panel.imshow(rearrange(image, "c h w -> h w c").numpy(), interpolation="nearest")
-
-
 def show_map(panel: Axes, image: Tensor, values: NDArray[np.floating], low: float, high: float) -> None:
-    """A map [H, W] in colours over the image in grey: brighter is more, dark hides the image."""
-    grey = (image.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0).numpy() / 255  # ITU-R 601
+    """Draw a map [H, W] in colours over the image in grey: bright is high, dark hides the image."""
+    grey = luminance(image)[0].numpy() / 255
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     size = (image.shape[1], image.shape[2])
     large = F.interpolate(torch.from_numpy(scaled)[None, None].float(), size, mode="nearest")[0, 0].numpy()
@@ -130,47 +138,41 @@ def show_map(panel: Axes, image: Tensor, values: NDArray[np.floating], low: floa
 
 
 def frame(panel: Axes, patches: Sequence[int], grid: Grid, patch_size: int, colour: str, width: float = 1.8) -> None:
-    """Outlines a set of patches."""
-    inside = np.zeros(grid[0] * grid[1], dtype=bool)
-    inside[list(patches)] = True
-    lines = outline(inside.reshape(grid), (patch_size, patch_size), 0.0)
-    shifted = [[(x - 0.5, y - 0.5) for x, y in line] for line in lines]  # imshow puts the first pixel's middle at 0
-    panel.add_collection(LineCollection(shifted, colors=colour, linewidths=width, capstyle="round"))
+    """Outline a set of patches, and limit the panel to the image."""
+    draw_outline(panel, patches, grid, (patch_size, patch_size), colour, linewidths=width, capstyle="round")
     panel.set(xlim=(-0.5, grid[1] * patch_size - 0.5), ylim=(grid[0] * patch_size - 0.5, -0.5))
 
 
-def dimmed(image: Tensor, seen: Tensor, grid: Grid, patch_size: int) -> Tensor:
-    """An image [3, h, w] uint8 with all but the patches ``seen`` [L] as a pale grey."""
-    shown = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-    shown[seen] = True
-    large = shown.view(1, *grid).repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
-    return torch.where(large, image, torch.full_like(image, 214))
+def dimmed(image: Tensor, seen: Tensor, grid: Grid) -> Tensor:
+    """Return an image [3, h, w] uint8 with all patches except ``seen`` [L] in one grey."""
+    cells = torch.zeros(1, grid[0] * grid[1], dtype=torch.bool)
+    cells[0, seen] = True
+    return torch.where(pixel_mask(cells, grid, image.shape[1:])[0], image, torch.full_like(image, PALE))
 
 
 def name_row(panel: Axes, text: str) -> None:
-    """The name of a row, left of its first panel."""
+    """Write the name of a row to the left of its first panel."""
     panel.set_ylabel(text, fontsize=8.5, rotation=0, ha="right", va="center", labelpad=8)
 
 
 def components_section(images: Tensor, tokens: dict[str, NDArray[np.floating]], grid: Grid) -> Section:
-    """Principal components of patch features as colours.
+    """Return the section of principal components of patch features as colours.
 
     Args:
         images: [m, 3, h, w] uint8, of which the first eight are shown.
-        tokens: name of an encoder -> [B, n, D] of all images that count; the first m are those shown.
+        tokens: name of an encoder -> [B, n, D] of all images for the components; the first m are ``images``.
     """
 
     def draw(axes: list[list[Axes]]) -> None:
         for column, image in enumerate(images[:COLUMNS]):
-            show(axes[0][column], image)
+            show_image(axes[0][column], image)
         name_row(axes[0][0], "image")
         for row, (name, features) in zip(axes[1:], tokens.items(), strict=True):
-            components, share = principal_components(features)
-            colours = rearrange(to_colours(components), "b (h w) c -> b c h w", h=grid[0])
-            for column in range(min(len(images), COLUMNS)):
-                show(row[column], (torch.from_numpy(colours[column]) * 255).round().to(torch.uint8))
-                row[column].set(xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5))
-            name_row(row[0], f"{name}\n({100 * share:.0f} % of\nvariance)")
+            colours, explained = component_images(features, grid)
+            for panel, picture in zip(row, to_uint8(colours[: len(images)]), strict=False):
+                show_image(panel, picture)
+                panel.set(xlim=(-0.5, grid[1] - 0.5), ylim=(grid[0] - 0.5, -0.5))
+            name_row(row[0], f"{name}\n({100 * explained:.0f} % of\nvariance)")
 
     return Section(
         name="patch_pca",
@@ -184,27 +186,27 @@ def components_section(images: Tensor, tokens: dict[str, NDArray[np.floating]], 
 
 
 def guess_section(
-    images: Tensor, found: Sequence[Guess], grid: Grid, patch_size: int, *, median: Sequence[int]
+    images: Tensor, found: Sequence[Guess], grid: Grid, patch_size: int, *, ranks: Sequence[int]
 ) -> Section:
-    """Where predictions would fit: cosine maps over the own image and those with the nearest patches.
+    """Return the section of cosine maps of predictions over their own image and those with the nearest patches.
 
     Args:
-        images: [B, 3, h, w] uint8 that were looked through.
-        found: those to draw.
+        images: [B, 3, h, w] uint8 that were searched.
+        found: the guesses to draw.
         grid, patch_size: of the images.
-        median: places of more guesses than are drawn, whose median is told.
+        ranks: ranks of all guesses, also of those not drawn; the text has their median.
     """
 
     def draw(axes: list[list[Axes]]) -> None:
         for row, guess in zip(axes, found, strict=True):
             low = float(np.percentile(guess.cosine.numpy(), 50))
             high = float(guess.cosine.max())
-            show(row[0], dimmed(images[guess.image], guess.context, grid, patch_size))
+            show_image(row[0], dimmed(images[guess.image], guess.context, grid))
             frame(row[0], [guess.patch], grid, patch_size, RED)
             own = guess.cosine[guess.image]
             show_map(row[1], images[guess.image], own.view(grid).numpy(), low, high)
             frame(row[1], [guess.patch], grid, patch_size, RED)
-            row[1].set_xlabel(f"{own[guess.patch]:.2f}; place {guess.place:,} of {guess.among:,}", fontsize=7)
+            row[1].set_xlabel(f"{own[guess.patch]:.2f}; place {guess.rank:,} of {guess.total:,}", fontsize=7)
             for panel, (image, patch) in zip(row[2:], guess.nearest, strict=False):
                 show_map(panel, images[image], guess.cosine[image].view(grid).numpy(), low, high)
                 frame(panel, [patch], grid, patch_size, "white")
@@ -217,7 +219,7 @@ def guess_section(
         text="For one hidden patch (red), the cosine between its prediction and the target of every patch of "
         f"{found[0].cosine.shape[0]} images, each less the mean target; bright is near, black is below the median. "
         "Place 1: no other patch of all images fits the prediction better than the true one; the median over "
-        f"{len(median)} images is {float(np.median(median)):,.0f} (by chance: {found[0].among // 2:,}). White frames: "
+        f"{len(ranks)} images is {float(np.median(ranks)):,.0f} (by chance: {found[0].total // 2:,}). White frames: "
         "the best patch of the six other images that fit best. Nearest patches that share the place and not the "
         "content are the mark of a predictor that knows positions.",
         rows=len(found),
@@ -230,27 +232,28 @@ def guess_section(
 def attention_section(
     images: Tensor,
     weights: NDArray[np.floating],
-    asked: Sequence[int],
+    queries: Sequence[int],
     grid: Grid,
     patch_size: int,
     block: int,
     *,
     name: str = "target encoder",
 ) -> Section:
-    """Attention of a block: some heads for one patch, their mean, and what all patches attend to.
+    """Return the section of a block's attention: some heads for one patch, their mean, and the mean of all patches.
 
     Args:
         images: [m, 3, h, w] uint8.
         weights: [m, heads, n, n].
-        asked: [m] the patch of each image whose attention is drawn.
+        queries: [m] the patch of each image whose attention is drawn.
+        grid, patch_size: of the images.
         block: its number, from 1.
         name: of the encoder.
     """
     heads = min(weights.shape[1], COLUMNS - 3)
 
     def draw(axes: list[list[Axes]]) -> None:
-        for row, image, weight, patch in zip(axes, images, weights, asked, strict=True):
-            show(row[0], image)
+        for row, image, weight, patch in zip(axes, images, weights, queries, strict=True):
+            show_image(row[0], image)
             frame(row[0], [patch], grid, patch_size, RED)
             maps = [*weight[:heads, patch], weight[:, patch].mean(0), weight.mean((0, 1))]
             for panel, values in zip(row[1:], maps, strict=False):
@@ -272,13 +275,13 @@ def attention_section(
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """What a decoder draws of a hidden block of an image.
+    """A decoder's drawings of a hidden block of an image.
 
     Args:
         image: [3, h, w] uint8.
         seen: [L] patches of the context.
         hidden: [T] patches of the block.
-        drawn: [3, h, w] uint8 each, in the order of the section's columns after the first two.
+        drawn: [3, h, w] uint8 each, for the section's columns after the first two.
     """
 
     image: Tensor
@@ -290,14 +293,21 @@ class Drawing:
 def decoder_section(
     drawings: Sequence[Drawing], titles: Sequence[str], grid: Grid, patch_size: int, *, text: str
 ) -> Section:
-    """Hidden blocks as a decoder draws them."""
+    """Return the section of hidden blocks that a decoder drew.
+
+    Args:
+        drawings: one for each row.
+        titles: of the columns after the first two.
+        grid, patch_size: of the images.
+        text: above the panels.
+    """
 
     def draw(axes: list[list[Axes]]) -> None:
         for row, drawing in zip(axes, drawings, strict=True):
-            show(row[0], drawing.image)
-            show(row[1], dimmed(drawing.image, drawing.seen, grid, patch_size))
+            show_image(row[0], drawing.image)
+            show_image(row[1], dimmed(drawing.image, drawing.seen, grid))
             for panel, image in zip(row[2:], drawing.drawn, strict=False):
-                show(panel, image)
+                show_image(panel, image)
             for panel in row[: 2 + len(drawing.drawn)]:
                 frame(panel, drawing.hidden.tolist(), grid, patch_size, RED, 1.2)
 

@@ -16,9 +16,10 @@ from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import blocks
 from jepa_kit.engine.build import open_shards
-from jepa_kit.evaluation.masks.cost import Lengths, cost_of, cost_of_networks
-from jepa_kit.evaluation.masks.page import first_images, mask_page, samples_of
-from jepa_kit.evaluation.masks.report import MaskReport, mask_report, rectangles, warnings
+from jepa_kit.evaluation.masks.cost import Lengths, cost_of
+from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of
+from jepa_kit.evaluation.masks.report import MaskReport, mask_report, rectangles
+from jepa_kit.evaluation.masks.warnings import warnings
 from jepa_kit.maskers import RELEASED
 from jepa_kit.registry import MASKERS
 
@@ -67,13 +68,13 @@ def test_released_numbers_are_those_of_the_released_code(released: MaskReport) -
         assert figures["probability"]["context"][ours] == pytest.approx(expected, abs=0.05)
 
 
-def test_released_biases_are_told_with_their_figures(released: MaskReport) -> None:
-    told = warnings(released)
-    assert told[0] == (
+def test_warns_of_the_released_biases(released: MaskReport) -> None:
+    found = warnings(released)
+    assert found[0] == (
         "the last row and the last column: 27 of 196 patches (13.8%) are never context and never target, in 6400 images"
     )
     for line, start in zip(
-        told[1:],
+        found[1:],
         (
             "the context depends on the images per batch: for the same images it has 8",
             "the context lies in the upper half: P(context) of a patch is 0.",
@@ -91,10 +92,10 @@ def test_the_corrected_masker_has_no_warning() -> None:
     assert warnings(mask_report(config({"name": "multiblock"}, 14), images=1024)) == []
 
 
-def test_a_lopsided_context_is_told() -> None:
-    told = warnings(mask_report(config({"name": "causal"}), images=512))
-    assert len(told) == 1
-    assert told[0].startswith("the context lies in the upper half: P(context) of a patch is 0.7")
+def test_warns_of_a_lopsided_context() -> None:
+    found = warnings(mask_report(config({"name": "causal"}), images=512))
+    assert len(found) == 1
+    assert found[0].startswith("the context lies in the upper half: P(context) of a patch is 0.7")
 
 
 @pytest.mark.parametrize("name", MASKERS.names())
@@ -126,9 +127,9 @@ def test_counts_are_those_of_plain_counting(name: str) -> None:
         for patches_of in by_context:
             times = np.bincount(patches_of)
             once, twice = once + (times > 0).sum(), twice + (times > 1).sum()
-    assert report.shares.context.ravel() == pytest.approx(context / len(contexts))
-    assert report.shares.target.ravel() == pytest.approx(target / 40)
-    assert report.shares.unused.ravel() == pytest.approx(unused / 40)
+    assert report.probability.context.ravel() == pytest.approx(context / len(contexts))
+    assert report.probability.target.ravel() == pytest.approx(target / 40)
+    assert report.probability.unused.ravel() == pytest.approx(unused / 40)
     assert sorted(report.context) == sorted(contexts)
     assert sorted(report.context_before) == sorted(contexts)
     assert sorted(report.targets_before) == sorted(targets)
@@ -181,7 +182,7 @@ def test_the_context_by_images_per_batch_is_that_of_the_report(released: MaskRep
 def test_a_large_batch_is_counted_set_by_set() -> None:
     """20,000 images: a table of images times sets would take gigabytes."""
     report = mask_report(config({"name": "random"}, 4), images=20000, images_per_batch=20000)
-    assert report.shares.context == pytest.approx(np.full((4, 4), 6 / 16), abs=0.02)
+    assert report.probability.context == pytest.approx(np.full((4, 4), 6 / 16), abs=0.02)
 
 
 def test_rectangles() -> None:
@@ -216,8 +217,9 @@ def test_flops_are_those_that_torch_counts(masker: str, target: dict[str, Any]) 
     lengths = Lengths(
         *(np.array(s.on_host) for s in (masks.context.lengths, masks.targets.lengths, masks.sequences)), 3, 64
     )
-    cost = cost_of_networks(jepa, lengths)
-    assert cost == cost_of(held, lengths)
+    cost = cost_of(jepa, lengths)
+    with torch.device("meta"):
+        assert cost == cost_of(build_recipe(held), lengths)
     parts = (cost.encoder, cost.target_encoder, cost.predictor)
     forward = 3e9 * sum(part.gflop for part in parts)
     assert forward == pytest.approx(counter.get_total_flops(), rel=1e-12)
@@ -242,10 +244,9 @@ def test_the_page_is_drawn(name: str, tmp_path: Path) -> None:
 
 
 def test_first_images_keep_their_masks() -> None:
-    masks = build_masker(config({"name": "mixture", "maskers": [{"name": "multigroup"}, {"name": "rasterized"}]}))(
-        np.arange(20), seed=0, epoch=0
-    )
-    few = first_images(masks, 5)
+    held = config({"name": "mixture", "maskers": [{"name": "multigroup"}, {"name": "rasterized"}]})
+    masks = build_masker(held)(np.arange(20), seed=held.train.seed, epoch=0)
+    few = first_masks(held, 20, 5)
     assert set(few.context.image.tolist()) == set(range(5))
     context, targets = masks.context.split(), masks.targets.split()
     kept = [s for s, b in enumerate(masks.targets.image.tolist()) if b < 5]

@@ -9,15 +9,8 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from jepa_kit.encoders import ViT
-from jepa_kit.evaluation.pictures.draw import (
-    COLOURS,
-    dim_hidden,
-    mask_gallery,
-    outline,
-    patch_pca,
-    principal_components,
-    to_colours,
-)
+from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
+from jepa_kit.evaluation.pictures.panels import COLOURS, dim_hidden, outline, principal_components, to_colours
 from jepa_kit.maskers import MultiBlock, Random
 from jepa_kit.structures import MaskBatch, PatchSets
 
@@ -163,7 +156,7 @@ def test_patch_pca_draws_images_and_every_encoder(tmp_path):
     assert two[1] > 1.2 * one[1]
     with pytest.raises(ValueError) as error:
         patch_pca(IMAGES, {}, tmp_path / "none.png")
-    assert str(error.value) == "encoders (={}) must hold at least one"
+    assert str(error.value) == "encoders (={}) must have at least one"
     with pytest.raises(ValueError, match=r"patch_size \(=8\) must divide the height \(=30\)"):
         patch_pca(IMAGES[:, :, :30], encoders, tmp_path / "none.png")
 

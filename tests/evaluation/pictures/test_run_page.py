@@ -27,8 +27,10 @@ from jepa_kit.evaluation.pictures.decoder import (
     train_decoder,
     unpatchify,
 )
+from jepa_kit.evaluation.pictures.hidden_block import middle_block
 from jepa_kit.evaluation.pictures.maps import attention_weights, guesses
-from jepa_kit.evaluation.pictures.run_page import divided, draw_run, gather, middle_block
+from jepa_kit.evaluation.pictures.material import divided, gather
+from jepa_kit.evaluation.pictures.run_page import draw_run
 from jepa_kit.maskers import Random
 from jepa_kit.structures import PatchSets
 
@@ -85,8 +87,8 @@ def test_a_guess_is_placed_among_all_patches(tiny_run):
         wanted = predictions[rows[0]] - centre
         cosine = (targets - centre) @ wanted / np.linalg.norm(targets - centre, axis=-1) / np.linalg.norm(wanted)
         np.testing.assert_allclose(guess.cosine.numpy(), cosine, atol=1e-5)
-        assert guess.place == 1 + (cosine > cosine[guess.image, guess.patch]).sum()
-        assert guess.among == 320
+        assert guess.rank == 1 + (cosine > cosine[guess.image, guess.patch]).sum()
+        assert guess.total == 320
         best = [i for i in np.argsort(-cosine.max(1)) if i != guess.image][:4]
         assert guess.nearest == [(i, int(cosine[i].argmax())) for i in best]
         assert guess.context.tolist() == masks.context.split()[guess.image].tolist()
@@ -190,11 +192,11 @@ def test_the_page_of_a_run(tiny_run, scenes, tmp_path, monkeypatch):
 
 
 def test_few_images_make_smaller_pictures(tiny_run, scenes):
-    said = []
+    messages = []
     run = load_run(tiny_run[0])
-    material = gather(run, scenes[0], images=256, others=1024, device=torch.device("cpu"), say=said.append)
+    material = gather(run, scenes[0], images=256, others=1024, device=torch.device("cpu"), log=messages.append)
     assert (len(material.images), len(material.others)) == (64, 32)
-    assert said == [f"{scenes[0].path} holds 96 images: pictures are of 64, and the decoder learns from 32 others"]
+    assert messages == [f"{scenes[0].path} has 96 images: 64 for pictures, 32 to train the decoder"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_how_images_are_divided(samples, images, others, expected):
 
 
 def test_too_few_images():
-    with pytest.raises(ValueError, match="photos holds 23 images; pictures of a run need at least 24"):
+    with pytest.raises(ValueError, match="photos has 23 images; pictures of a run need at least 24"):
         divided(23, 256, 1024, "photos")
 
 
@@ -217,7 +219,7 @@ def tool(name):
 def test_the_tool_that_draws(tiny_run, scenes, tmp_path, monkeypatch, capsys):
     given = {}
 
-    def draw(material, folder, *, name, steps, say):
+    def draw(material, folder, *, name, steps, log):
         given.update(folder=folder, name=name, steps=steps, images=len(material.images), others=len(material.others))
         return {"verdict": "healthy", "reason": "it is", "files": ["page.png"]}
 

@@ -1,0 +1,126 @@
+"""Train a decoder on a run's targets, and draw what the predictor expects in a hidden block.
+
+m = images shown    n = patches of an image    T = patches of the block    D = width of a target    p = patch size
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jepa_kit.build import build_masker
+from jepa_kit.evaluation.health.measure import BATCH, several_masks
+from jepa_kit.evaluation.pictures.decoder import Decoder, explained, patchify, to_pixels, train_decoder, unpatchify
+from jepa_kit.evaluation.pictures.material import Material
+from jepa_kit.evaluation.pictures.sections import Drawing, Section, decoder_section
+from jepa_kit.rng import Stream, generator, permutation
+from jepa_kit.structures import Grid, MaskBatch, PatchSets
+
+ROWS = 4
+"""Images shown: always the first, so that none is picked."""
+DRAWS = 3
+"""Draws of the decoder's noise."""
+
+
+def hidden_block_section(material: Material, steps: int) -> tuple[Section, dict[str, float]]:
+    """Train a decoder on ``material.others``, and draw the middle block of some images with it.
+
+    Args:
+        material: from ``gather``.
+        steps: updates of the decoder.
+
+    Returns:
+        the section, and the fraction of the pixels' variance that the decoder explains; see ``explained_variance``.
+    """
+    grid = material.grid
+    parts = material.others.split(BATCH)
+    tokens = torch.cat([material.targets(x) for x in parts])  # [B, n, D]
+    pixels = torch.cat([material.pixels(x)[0] for x in parts])
+    decoder = train_decoder(tokens, pixels, steps=steps, seed=material.seed)
+    fractions = explained_variance(material, decoder)
+    hidden = middle_block(grid)
+    seen = np.setdiff1d(np.arange(grid[0] * grid[1]), hidden)
+    rng = generator(Stream.EVALUATION, seed=material.seed, lane=4)
+    halves = [np.sort(seen[permutation(rng, len(seen))[: len(seen) // 2]]) for _ in range(2)]
+    images = material.images[:ROWS]
+    expected = [
+        material.predictions(images, _one_block(len(images), context, hidden, grid)).unflatten(0, (len(images), -1))
+        for context in (seen, *halves)
+    ]
+    sources = [*expected[:1] * DRAWS, *expected[1:], material.targets(images)[:, hidden]]  # [m, T, D] each
+    noise = torch.Generator().manual_seed(material.seed)
+    filled = [_filled(material, images, decoder.draw(x, noise), hidden) for x in sources]
+    drawn = [filled[-1], *filled[:-1]]
+    drawings = [
+        Drawing(image, torch.from_numpy(seen), torch.from_numpy(hidden), [column[k] for column in drawn])
+        for k, image in enumerate(images)
+    ]
+    titles = ["drawn from the\ntrue targets", *[f"expected,\ndraw {k + 1}" for k in range(DRAWS)]]
+    titles += [f"expected from\nhalf the context {half}" for half in ("A", "B")]
+    text = _text(material, fractions)
+    return decoder_section(drawings, titles, grid, material.patch_size, text=text), fractions
+
+
+def _text(material: Material, fractions: dict[str, float]) -> str:
+    given = " (whose colour and contrast as a whole are given: the encoder takes them out)"
+    percent = {name: f"{100 * fraction:.0f} %" for name, fraction in fractions.items()}
+    return (
+        "A small decoder, trained on targets and pixels of other images, draws the block in red, each patch from its "
+        "token and noise; everything outside the block is the image itself"
+        f"{given if material.normalizes_images else ''}. From the true targets: what the "
+        "representation holds. Expected: from the predictions, given all that is seen; draws differ in noise, which "
+        "stands for what tokens leave open. Half the context: the predictor saw a random half of the patches, A or B. "
+        f"On {len(material.images)} images under the recipe's masks the decoder explains {percent['targets']} of the "
+        f"pixels' variance from the true targets, {percent['predictions']} from the predictions and "
+        f"{percent['positions']} from the mean target of each position."
+    )
+
+
+def explained_variance(material: Material, decoder: Decoder) -> dict[str, float]:
+    """Return R^2 of the pixels of hidden patches, decoded from three sources.
+
+    Returns:
+        ``targets``, ``predictions``, and ``positions``: from the mean target of each position.
+    """
+    targets, predictions, positions, pixels = [], [], [], []
+    masker = build_masker(material.run.config)
+    for first in range(0, len(material.images), BATCH):
+        images = material.images[first : first + BATCH]
+        # image numbers of a batch begin at 0
+        masks = several_masks(masker, np.arange(first, first + len(images)), 1, seed=material.seed)
+        targets.append(masks.targets.gather(material.targets(images)))
+        predictions.append(material.predictions(images, masks))
+        positions.append(masks.targets.index)
+        pixels.append(masks.targets.gather(material.pixels(images)[0]))
+    own, index = torch.cat(targets), torch.cat(positions)
+    sums = torch.zeros(int(index.max()) + 1, own.shape[1]).index_add_(0, index, own)
+    means = sums / torch.bincount(index).clamp(min=1)[:, None]
+    truth = torch.cat(pixels)
+    sources = {"targets": own, "predictions": torch.cat(predictions), "positions": means[index]}
+    return {name: explained(decoder, tokens, truth) for name, tokens in sources.items()}
+
+
+def middle_block(grid: Grid) -> NDArray[np.int64]:
+    """Return [T], the patches of the middle quarter of an image."""
+    h, w = grid
+    rows, columns = (np.arange(n // 4, n - n // 4) if n >= 4 else np.arange(1) for n in (h, w))
+    return (rows[:, None] * w + columns).ravel()
+
+
+def _one_block(count: int, context: NDArray[np.int64], hidden: NDArray[np.int64], grid: Grid) -> MaskBatch:
+    """Return masks with one context and one target set for each of ``count`` images."""
+    seen, block = (PatchSets.from_padded(torch.from_numpy(np.tile(x, (count, 1)))) for x in (context, hidden))
+    return MaskBatch(seen, block, grid, torch.arange(count))
+
+
+def _filled(material: Material, images: Tensor, drawn: Tensor, hidden: NDArray[np.int64]) -> Tensor:
+    """Return images [m, 3, h, w] uint8 with their hidden patches replaced by those drawn [m, T, 3 * p * p]."""
+    patches, centre, deviation = material.pixels(images)
+    patches[:, hidden] = drawn
+    data = material.run.config.data
+    whole = to_pixels(unpatchify(patches, material.grid) * deviation + centre, data.mean, data.std)
+    filled = patchify(images, material.patch_size)
+    filled[:, hidden] = patchify(whole, material.patch_size)[:, hidden]
+    return unpatchify(filled, material.grid)
