@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.config import load_config, versions
     from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of, shows_data
-    from jepa_kit.evaluation.masks.report import mask_report
+    from jepa_kit.evaluation.masks.statistics import mask_report
     from jepa_kit.evaluation.pictures.draw import mask_gallery
 
     for option in ("draws", "images_per_batch"):
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
     """A column for each report, and its warnings underneath."""
-    from jepa_kit.evaluation.masks.warnings import warnings
+    from jepa_kit.evaluation.masks.report import warnings
 
     rows = [dict(_figures(report)) for report in reports]
     label = max(len(key) for key in rows[0])

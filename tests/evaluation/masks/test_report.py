@@ -18,8 +18,8 @@ from jepa_kit.encoders import blocks
 from jepa_kit.engine.build import open_shards
 from jepa_kit.evaluation.masks.cost import Lengths, cost_of
 from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of
-from jepa_kit.evaluation.masks.report import MaskReport, mask_report, rectangles
-from jepa_kit.evaluation.masks.warnings import warnings
+from jepa_kit.evaluation.masks.report import MaskReport, warnings
+from jepa_kit.evaluation.masks.statistics import mask_report, rectangles
 from jepa_kit.maskers import RELEASED
 from jepa_kit.registry import MASKERS
 
