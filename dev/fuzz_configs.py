@@ -14,7 +14,7 @@ from fuzz import ROOT, Harmed, damaged, temporary_folder
 from jepa_kit.config import Config, config_from_dict, load_config
 from jepa_kit.config.load import dump_yaml
 from jepa_kit.evaluation.tables.compare import compare, to_csv, to_markdown
-from jepa_kit.evaluation.tables.results import FORMAT
+from jepa_kit.evaluation.tables.rows import FORMAT
 from jepa_kit.evaluation.tables.runs import load
 
 Cases = Iterator[tuple[str, Callable[[], object]]]

@@ -20,7 +20,7 @@ from jepa_kit.distributed.collectives import World, all_gather_object, run_on_al
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import Network, View
 from jepa_kit.evaluation.protocols import Built, Features, Part, ProbeResult, Spec, Task, build_protocols
-from jepa_kit.evaluation.tables.results import Row
+from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import differing_options
 from jepa_kit.rng import IntArray
 

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from jepa_kit.distributed.collectives import World
     from jepa_kit.evaluation.features import LoadedRun
     from jepa_kit.evaluation.protocols import Built
-    from jepa_kit.evaluation.tables.results import Row
+    from jepa_kit.evaluation.tables.rows import Row
 
 NAMES = "knn, logistic, linear, paper_linear, paper_transfer, count, distance, attentive, dense, finetune"
 """The protocols of jepa_kit for --help, which does not import them."""

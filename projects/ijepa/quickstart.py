@@ -47,7 +47,8 @@ from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
-from jepa_kit.evaluation.tables.results import Row, results, write_results
+from jepa_kit.evaluation.tables.results import results, write_results
+from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
 from jepa_kit.interfaces import Encoder
 from jepa_kit.tools import make_shards

@@ -19,7 +19,8 @@ from jepa_kit.evaluation.feature_sources import Network, encoder_named, pixel_ne
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
 from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
-from jepa_kit.evaluation.tables.results import Row, results, write_results
+from jepa_kit.evaluation.tables.results import results, write_results
+from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
 
 PIXELS = pixel_network()

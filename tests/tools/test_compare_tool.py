@@ -72,7 +72,7 @@ def test_an_interruption_from_the_keyboard(tool, runs, monkeypatch, capsys):
 
 def test_folders_that_hold_nothing(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path)]) == 2
-    assert "holds no results" in capsys.readouterr().err
+    assert "has no results" in capsys.readouterr().err
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "a.json").write_text(json.dumps({"format": "x"}))
     assert tool.main([str(tmp_path)]) == 2

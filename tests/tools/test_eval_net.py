@@ -219,7 +219,7 @@ def test_unwritable_outputs_are_rejected_first(refused, run, tmp_path):
     command = ["--checkpoint", tmp_path / "absent.pt", "--protocol", "knn", "--output"]
     assert refused(*command, tmp_path) == f"--output (='{tmp_path}') must name a file, but is a folder"
     file = run / "config.yaml"
-    expected = f"--output (='{file}/a.json') must lie in a folder that can be written to, which {file} is not"
+    expected = f"--output (='{file}/a.json') must be in a writable folder, but {file} is not one"
     assert refused(*command, file / "a.json") == expected
 
 

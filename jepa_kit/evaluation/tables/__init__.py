@@ -1,1 +1,1 @@
-"""Tables of results over runs."""
+"""Write results of evaluations, read them back, and compare runs in tables."""

@@ -1,4 +1,4 @@
-"""Results of any number of runs in one table and one figure; runs that differ by their seed alone become one."""
+"""Compare the results of runs in one table and one figure; runs that differ only in their seed are averaged."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jepa_kit.evaluation.tables.results import Row
+from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.runs import Answer, Data, Run
-from jepa_kit.evaluation.tables.table import differing_options, features_title, markdown
+from jepa_kit.evaluation.tables.table import (
+    chance_text,
+    common_chance,
+    differing_options,
+    features_title,
+    markdown,
+)
 
 BASELINES = ("untrained", "pixels")
 
 
 class Key(NamedTuple):
-    """What a figure is about; runs of one group that agree in it are averaged."""
+    """Identity of a figure; figures of a group's runs with equal keys are averaged."""
 
     group: str
     data: str
@@ -36,10 +42,10 @@ class Cell:
 
     Args:
         mean: over the runs.
-        deviation: over the runs (n - 1 below); None for one run.
-        standard_error: of one run's figure, as its row has it (the mean over runs).
-        runs: how many.
-        chance: the best constant answer's.
+        deviation: standard deviation over the runs (with n - 1); None for one run.
+        standard_error: of a run's figure, averaged over the runs.
+        runs: number of runs.
+        chance: accuracy of the best constant answer.
     """
 
     mean: float
@@ -49,20 +55,20 @@ class Cell:
     chance: float
 
     def text(self) -> str:
-        """In percent, with the deviation over seeds, or for one run its standard error in brackets."""
+        """Return the mean in percent with the deviation over seeds, or for one run its standard error in brackets."""
         if self.deviation is None:
             return f"{100 * self.mean:.1f} ({100 * self.standard_error:.1f})"
         return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}"
 
 
 def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
-    """Every figure, averaged over runs of one recipe; in the order of the runs.
+    """Return every figure, averaged over runs of one recipe, in the order of the runs.
 
-    Figures are averaged, and stand in one column, where they answer one question: same data, same protocol with the
-    same options and seed, same label. What differs under one name is named.
+    Figures share a column and are averaged if data, label, and protocol with its options and seed are the same. If
+    different ones have the same name, the names get what differs.
 
     Raises:
-        ValueError: no run, or one run's seed twice in a group.
+        ValueError: if there is no run, or two runs of a recipe have the same seed.
     """
     if not runs:
         raise ValueError("runs (=[]) must be at least one")
@@ -74,7 +80,7 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
         seeds = [run.seed for run in members]
         if len(set(seeds)) < len(seeds):
             places = ", ".join(str(run.place) for run in members)
-            raise ValueError(f"runs {places} have one recipe and seeds {seeds}: each seed may be there once")
+            raise ValueError(f"runs {places} have one recipe and seeds {seeds}: seeds must differ")
     answers = [answer for members in groups for run in members for answer in run.rows]
     data_names, titles = _data_names(answers), _titles(answers)
     found: dict[Key, list[Row]] = {}
@@ -86,13 +92,12 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
 
 
 def _first_unique(ways: Iterable[list[str]]) -> list[str]:
-    """Of several ways to name things, the first by which no two have one name."""
+    """Return the first of several lists of names that has no duplicates."""
     return next(names for names in ways if len(set(names)) == len(names))
 
 
 def _group_names(groups: Sequence[Sequence[Run]]) -> Iterator[list[str]]:
-    """Ways to name groups of runs: by the ends of their paths, longer and longer; with the step; by all runs; by a
-    file."""
+    """Yield lists of names for groups of runs: ever longer ends of paths, with step and size, or the first file."""
     longest = max(len(run.place.parts) for members in groups for run in members)
     steps = ["" if g[0].step is None else f", step {g[0].step:,}" for g in groups]
     sizes = [f", at {' x '.join(map(str, size))}" if (size := g[0].rows[0].data.size) else "" for g in groups]
@@ -104,9 +109,9 @@ def _group_names(groups: Sequence[Sequence[Run]]) -> Iterator[list[str]]:
 
 
 def _data_names(answers: Sequence[Answer]) -> dict[Data, str]:
-    """What a reader calls the data: by the end of the test folder; with that of the training folder; by digests.
+    """Return names of data: ends of the test folder, with the training folder, or digests.
 
-    Each also with the size of the images and their decoder.
+    The names get the size of images and the decoder if they do not differ otherwise.
     """
     several = list(dict.fromkeys(answer.data for answer in answers))
     tests = [d.test_place.parent if d.test_place.name in ("test", "val") else d.test_place for d in several]
@@ -137,28 +142,30 @@ def _end(path: Path, parts: int) -> str:
 
 
 def _question(answer: Answer) -> tuple[str, str]:
-    """(its title, what it was asked with)."""
-    return answer.row.title, json.dumps(answer.asked, sort_keys=True)
+    """Return the title of the protocol, and its options as text."""
+    return answer.row.title, json.dumps(answer.options, sort_keys=True)
 
 
 def _titles(answers: Sequence[Answer]) -> dict[tuple[str, str], str]:
-    """What a protocol is called: its title, and options that tell it from another of this title."""
-    asked: dict[str, dict[str, Answer]] = {}
+    """Return names of protocols: the title, and the options in which protocols of one title differ."""
+    by_title: dict[str, dict[str, Answer]] = {}
     for answer in answers:
         title, text = _question(answer)
-        asked.setdefault(title, {})[text] = answer
+        by_title.setdefault(title, {})[text] = answer
     found = {}
-    for title, ways in asked.items():
-        known = [answer.asked for answer in ways.values() if answer.row.options]
+    for title, ways in by_title.items():
+        known = [answer.options for answer in ways.values() if answer.row.options]
         for text, answer in ways.items():
-            added = differing_options(answer.asked, known if answer.row.options else [a.asked for a in ways.values()])
+            added = differing_options(
+                answer.options, known if answer.row.options else [a.options for a in ways.values()]
+            )
             unknown = "" if answer.row.options or not known else "options unknown"
             found[title, text] = " ".join(filter(None, (title, added, unknown)))
     return found
 
 
 def _common(names: Sequence[str]) -> str:
-    """One name for several: what they begin with, as ``scenes_seed*``."""
+    """Return one name for several: their common beginning and ``*``, as ``scenes_seed*``."""
     if len(set(names)) == 1:
         return names[0]
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
@@ -177,21 +184,21 @@ def _cell(rows: Sequence[Row]) -> Cell:
 
 
 def to_markdown(cells: dict[Key, Cell]) -> str:
-    """One table: a line for each run (or seeds of one), protocol and network; a column for each label of each data."""
+    """Return a Markdown table: lines for groups of runs, protocols and networks, columns for labels and data."""
     columns = list(dict.fromkeys((key.data, key.column) for key in cells))
     several = len({data for data, _ in columns}) > 1
     heads = [f"{data}: {column}" if several else column for data, column in columns]
     lines = [["run", "protocol", "features", *heads]]
     for start in dict.fromkeys((key.group, key.protocol, key.features) for key in cells):
-        held = [cells.get(Key(start[0], data, start[1], start[2], column)) for data, column in columns]
-        lines.append([*start, *(cell.text() if cell else "" for cell in held)])
-    chances = [{round(c.chance, 4) for k, c in cells.items() if (k.data, k.column) == one} for one in columns]
-    lines.append(["", "", "chance", *(f"{100 * c.pop():.1f}" if len(c) == 1 else "" for c in chances)])
+        in_line = [cells.get(Key(start[0], data, start[1], start[2], column)) for data, column in columns]
+        lines.append([*start, *(cell.text() if cell else "" for cell in in_line)])
+    chances = [chance_text(c.chance for k, c in cells.items() if (k.data, k.column) == one) for one in columns]
+    lines.append(["", "", "chance", *chances])
     return markdown(lines)
 
 
 def to_csv(cells: dict[Key, Cell]) -> str:
-    """A line for each figure, with all digits."""
+    """Return CSV with a line for each figure, with all digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*Key._fields, "mean", "deviation", "standard_error", "runs", "chance"])
@@ -202,9 +209,9 @@ def to_csv(cells: dict[Key, Cell]) -> str:
 
 
 def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
-    """One panel for each label of each data set: a mark for each run and network, by protocol; chance as a line.
+    """Draw a panel for each label and data: a mark for each run and network, by protocol; return the path.
 
-    Bars are the deviation over seeds, or for one run its standard error.
+    Error bars are the deviation over seeds, or for one run its standard error; a dotted line is chance.
     """
     from jepa_kit.plotting import Figure, colormaps, save_figure
 
@@ -230,9 +237,9 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
             ax.errorbar(
                 x, y, xerr=bars, fmt=marker, ms=5, capsize=2, lw=1.2, color=colours[n % len(colours)], label=name
             )
-        chances = {round(c.chance, 4) for k, c in cells.items() if (k.data, k.column) == one}
-        for value in chances if len(chances) == 1 else ():
-            ax.axvline(100 * value, color="0.6", ls=":", lw=1)
+        chance = common_chance(c.chance for k, c in cells.items() if (k.data, k.column) == one)
+        if chance is not None:
+            ax.axvline(100 * chance, color="0.6", ls=":", lw=1)
         ax.set_yticks(list(places.values()), list(places))
         ax.set_ylim(-len(places) + 0.5, 0.5)
         ax.set_title(f"{one[0]}: {one[1]}", fontsize=10)
@@ -251,5 +258,5 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
 
 
 def _series(key: Key) -> str:
-    """What one mark stands for: the run and the network, whatever layers a protocol took."""
+    """Return the name of a series of marks: the group and the network, without layers."""
     return f"{key.group}: {key.features.partition(',')[0]}"

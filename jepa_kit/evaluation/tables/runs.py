@@ -1,6 +1,6 @@
-"""Results of runs, read back from their files: one ``Run`` for each recipe, step and seed.
+"""Load results of runs from files: one ``Run`` for each recipe, step and seed.
 
-A run is a folder (its ``evaluation`` folder, and ``results.json`` in it or beside it) or a file of results.
+A run is a folder (with ``evaluation/*.json`` or ``results.json``), or a file of results.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jepa_kit.config import modernize
-from jepa_kit.evaluation.tables.results import Row, read_results
+from jepa_kit.evaluation.tables.rows import Row, read_results
 
-NEVER_TELLS = (
+NOT_RECIPE = (
     ("train", "seed"),
     ("train", "output_dir"),
     ("train", "log_every"),
@@ -31,18 +31,18 @@ NEVER_TELLS = (
     ("data", "backoff"),
     ("data", "timeout"),
 )
-"""What a config may differ in and still be the same recipe; and in all of ``checkpoint`` and ``evaluate``."""
+"""Options in which configs of one recipe may differ, besides all of ``checkpoint`` and ``evaluate``."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test samples of protocols: the digests of their indexes, and how their images were read.
+    """Training and test samples of protocols: digests of their indexes, and how images were read.
 
     Args:
         train, test: digests.
         size: (h, w) of the images; None if the file does not state it.
-        decoder: of the images, likewise.
-        train_place, test_place: where they lie, which does not make them other data.
+        decoder: of the images; None if the file does not state it.
+        train_place, test_place: folders, which are not compared.
     """
 
     train: str
@@ -54,20 +54,20 @@ class Data:
 
 
 class Answer(NamedTuple):
-    """A row, the data it was asked on, and the seed of its protocol."""
+    """A row with its data and the seed of its protocol."""
 
     data: Data
     seed: int
     row: Row
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What the protocol was asked with: all its options (where the file tells them), and its seed."""
+    def options(self) -> dict[str, Any]:
+        """Return the options of the protocol (if the file has them) and its seed."""
         return self.row.options | {"seed": self.seed}
 
 
 class Run(NamedTuple):
-    """The rows of one checkpoint: its folder, its files, what its recipe is, its updates and its seed."""
+    """Results of one checkpoint: folder, files, recipe (as text), number of updates, seed and rows."""
 
     place: Path
     files: list[Path]
@@ -78,14 +78,14 @@ class Run(NamedTuple):
 
 
 def load(*paths: str | Path) -> list[Run]:
-    """What files of results say; where two files of a run answer one question, the newer.
+    """Load files of results; if two files of a run have the same figure, the newer counts.
 
     Args:
-        paths: run folders, and files.
+        paths: run folders, and files of results.
 
     Raises:
-        ValueError: no results there, or incomplete ones.
-        FileNotFoundError: there is no such file or folder.
+        ValueError: if there are no results, or incomplete or damaged ones.
+        FileNotFoundError: if there is no such file or folder.
     """
     files = {file.resolve(): _place(path) for path in map(Path, paths) for file in _files(path)}
     found: dict[tuple[Any, ...], Run] = {}
@@ -93,26 +93,26 @@ def load(*paths: str | Path) -> list[Run]:
     for file in sorted(files, key=lambda one: (one.stat().st_mtime_ns, one.name)):
         content = read_results(file)
         if not content["rows"]:
-            raise ValueError(f"{file} holds no rows: evaluate again")
+            raise ValueError(f"{file} has no rows: evaluate again")
         try:
             recipe, seed, answers = _recipe(content), content["seeds"]["run"], _answers(content)
             hash(tuple(answer.data for answer in answers))
-        except (TypeError, AttributeError, LookupError) as error:  # a value of another type than ``results`` gives
+        except (TypeError, AttributeError, LookupError) as error:  # a value of another type than in ``results``
             raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): evaluate again") from error
         key = (files[file], recipe, seed)
         run = found.setdefault(key, Run(files[file], [], recipe, _step(content), seed, []))
         run.files.append(file)
         for answer in answers:
             row = answer.row
-            asked = json.dumps(answer.asked, sort_keys=True)
-            question = (answer.data, asked, row.title, row.network, row.layers, row.seed, row.column)
-            newest.setdefault(key, {})[question] = answer
+            options = json.dumps(answer.options, sort_keys=True)
+            figure = (answer.data, options, row.title, row.network, row.layers, row.seed, row.column)
+            newest.setdefault(key, {})[figure] = answer
     in_order = sorted(found, key=lambda key: list(files.values()).index(key[0]))
     return [found[key]._replace(rows=list(newest[key].values())) for key in in_order]
 
 
 def _place(path: Path) -> Path:
-    """The run's folder, as a reader calls it."""
+    """Return the folder that names the run: without ``run`` and ``evaluation`` at its end."""
     place = path.resolve()
     place = place.parent if place.is_file() else place
     while place.name in ("run", "evaluation"):
@@ -121,14 +121,14 @@ def _place(path: Path) -> Path:
 
 
 def _files(path: Path) -> list[Path]:
-    """Files of results, the oldest first."""
+    """Return the files of results of a run, the oldest first."""
     if path.is_file():
         return [path]
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; a run is a folder or a file of results")
     places = [*path.glob("evaluation/*.json"), *path.glob("results.json"), *path.glob("run/evaluation/*.json")]
     if not places:
-        raise ValueError(f"{path} holds no results (evaluation/*.json or results.json): tools/eval_net.py makes them")
+        raise ValueError(f"{path} has no results (evaluation/*.json or results.json): tools/eval_net.py makes them")
     return sorted(places, key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 
@@ -137,19 +137,18 @@ def _step(content: dict[str, Any]) -> int | None:
 
 
 def _recipe(content: dict[str, Any]) -> str:
-    """What runs that differ by their seed alone have in common: a config, the data of the training, and the step.
+    """Return what runs that differ only in their seed have in common, as text: config, training data and step.
 
-    The data are what the checkpoint says of them; where it says nothing, what the config calls them.
+    Training data are those that the checkpoint records; if it records none, the config's ``data.shards``.
     """
     config = modernize(content["config"])
-    config.pop("versions", None)
-    config.pop("checkpoint", None)
-    config.pop("evaluate", None)
+    for section in ("versions", "checkpoint", "evaluate"):
+        config.pop(section, None)
     shards = config.get("data", {}).get("shards")
-    for section, key in NEVER_TELLS:
+    for section, key in NOT_RECIPE:
         config.get(section, {}).pop(key, None)
-    told = (content["checkpoint"] or {}).get("data") or {}
-    data = told if told.get("digest") else shards
+    recorded = (content["checkpoint"] or {}).get("data") or {}
+    data = recorded if recorded.get("digest") else shards
     return json.dumps({"config": config, "data": data, "step": _step(content)}, sort_keys=True)
 
 
@@ -166,9 +165,9 @@ def _answers(content: dict[str, Any]) -> list[Answer]:
     )
     answers = []
     for raw in content["rows"]:
-        # older files tell options beside the rows, by protocol
-        told = [given for given in content.get("protocols", ()) if given["name"] == raw["protocol"]]
-        older = {name: value for name, value in told[0].items() if name != "name"} if len(told) == 1 else {}
+        # older files have options beside the rows, by protocol
+        given = [options for options in content.get("protocols", ()) if options["name"] == raw["protocol"]]
+        older = {name: value for name, value in given[0].items() if name != "name"} if len(given) == 1 else {}
         options = raw.get("options") or older
         answers.append(Answer(data, content["seeds"]["protocols"], Row(**(raw | {"options": options}))))
     return answers

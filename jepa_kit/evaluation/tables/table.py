@@ -1,37 +1,46 @@
-"""Rows of an evaluation as a table for a terminal, which is also Markdown."""
+"""Tables of results in Markdown, aligned for a terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from jepa_kit.evaluation.feature_sources import ENCODER_NAMES
-from jepa_kit.evaluation.tables.results import Row
+from jepa_kit.evaluation.tables.rows import Row
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Figures in percent with their errors, as a table that is also Markdown; a cell without a figure is empty.
+    """Return rows as a Markdown table of figures in percent with their errors; a cell without a figure is empty.
 
-    The error is that of the test set's length, or, where a figure is the mean of several draws, their deviation.
+    The error is the standard error due to the size of the test set, or the deviation if a figure is the mean of draws.
     """
     columns = list(dict.fromkeys(row.column for row in rows))
     cells = {(row.title, row.network, row.column): row for row in rows}
     lines = [["protocol", "features", "width", *columns]]
     for title, network in dict.fromkeys((row.title, row.network) for row in rows):
-        held = [cells.get((title, network, column)) for column in columns]
-        first = next(row for row in held if row is not None)
-        found = [f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" if row else "" for row in held]
-        lines.append([title, features_title(first.network, first.layers), str(first.width or ""), *found])
-    chances = [np.unique([round(row.chance, 6) for row in rows if row.column == column]) for column in columns]
-    lines.append(["", "chance", "", *(f"{100 * values[0]:.1f}" if len(values) == 1 else "" for values in chances)])
+        in_line = [cells.get((title, network, column)) for column in columns]
+        first = next(row for row in in_line if row is not None)
+        texts = [f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" if row else "" for row in in_line]
+        lines.append([title, features_title(first.network, first.layers), str(first.width or ""), *texts])
+    lines.append(["", "chance", "", *(chance_text(r.chance for r in rows if r.column == column) for column in columns)])
     return markdown(lines)
 
 
+def common_chance(values: Iterable[float]) -> float | None:
+    """Return the chance level that all values are equal to (to 6 digits); None if they differ."""
+    levels = {round(value, 6) for value in values}
+    return levels.pop() if len(levels) == 1 else None
+
+
+def chance_text(values: Iterable[float]) -> str:
+    """Return the common chance level in percent; empty if the values differ."""
+    chance = common_chance(values)
+    return "" if chance is None else f"{100 * chance:.1f}"
+
+
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as an aligned table; the first line is the heading."""
+    """Return lines of cells as an aligned Markdown table; the first line is the heading."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(

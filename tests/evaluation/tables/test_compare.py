@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jepa_kit.evaluation.tables.compare import Cell, Key, compare, figure, to_csv, to_markdown
-from jepa_kit.evaluation.tables.results import FORMAT, Row, write_results
+from jepa_kit.evaluation.tables.results import write_results
+from jepa_kit.evaluation.tables.rows import FORMAT, Row
 from jepa_kit.evaluation.tables.runs import load
 
 
@@ -107,7 +108,7 @@ def test_csv_has_every_figure(runs):
     assert lines[-1]["deviation"] == ""
 
 
-def test_several_data_sets_are_told_apart(tmp_path):
+def test_several_data_sets_have_different_names(tmp_path):
     for k, shards in enumerate(("data/scenes/test", "data/cifar10-test")):
         asked = content([row("target", "count", 0.5)], shards=shards, held=str(k))
         write_results(asked, tmp_path / f"evaluation/{k}.json")
@@ -140,16 +141,16 @@ def test_what_cannot_be_compared(runs, tmp_path):
     write_results(content([row("target", "count", 0.7)]), tmp_path / "again" / "evaluation" / "a.json")
     with pytest.raises(ValueError) as error:
         compare(load(runs[0], tmp_path / "again"))
-    expected = f"runs {runs[0]}, {tmp_path / 'again'} have one recipe and seeds [0, 0]: each seed may be there once"
+    expected = f"runs {runs[0]}, {tmp_path / 'again'} have one recipe and seeds [0, 0]: seeds must differ"
     assert str(error.value) == expected
     with pytest.raises(FileNotFoundError) as error:
         load(tmp_path / "absent")
     assert str(error.value) == f"{tmp_path / 'absent'} does not exist; a run is a folder or a file of results"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no results \(evaluation/\*\.json or results\.json\)"):
+    with pytest.raises(ValueError, match=r"has no results \(evaluation/\*\.json or results\.json\)"):
         load(tmp_path / "empty")
     write_results(content([]), tmp_path / "no_rows" / "evaluation" / "a.json")
-    with pytest.raises(ValueError, match=r"a\.json holds no rows: evaluate again"):
+    with pytest.raises(ValueError, match=r"a\.json has no rows: evaluate again"):
         load(tmp_path / "no_rows")
 
 
@@ -192,7 +193,7 @@ def test_checkpoints_of_one_run_have_lines_of_their_own(tmp_path):
     assert lines_of(*files) == expected
 
 
-def test_files_in_one_folder_are_told_apart(tmp_path):
+def test_files_in_one_folder_have_different_names(tmp_path):
     """Two recipes, evaluated into one folder, of one step."""
     for k in (1, 2):
         write_results(content([row("target", "count", k / 10)], depth=k), tmp_path / f"{k}.json")
