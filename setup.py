@@ -1,13 +1,41 @@
-"""Installs `jepa_kit`. The `tools` and `projects` folders are used from the clone and are not packaged."""
+"""Installs `jepa_kit`, with commands for its tools. A wheel has the folder projects/ as jepa_kit/projects."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "jepa_kit" / "__init__.py").read_text(), re.MULTILINE).group(1)
 readme = here / "README.md"
+
+TOOLS = {
+    "jepa-train": "train_net",
+    "jepa-eval": "eval_net",
+    "jepa-shards": "make_shards",
+    "jepa-health": "health",
+    "jepa-masks": "mask_report",
+    "jepa-plan": "plan_run",
+    "jepa-compare": "compare",
+    "jepa-convert": "convert_checkpoint",
+    "jepa-visualize": "visualize",
+    "jepa-replay": "replay_step",
+}
+"""Command -> module of jepa_kit.tools."""
+
+
+class BuildWithProjects(build_py):
+    """Copies projects/ into the package, except in an editable install, which uses the clone's own folder."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "jepa_kit", "projects")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+            shutil.copytree(here / "projects", target, ignore=shutil.ignore_patterns("__pycache__"))
+
 
 setup(
     name="jepa_kit",
@@ -23,6 +51,8 @@ setup(
     # in a config works from anywhere; without it, setuptools would map jepa_kit alone.
     package_dir={"": "."},
     package_data={"jepa_kit": ["py.typed"]},
+    cmdclass={"build_py": BuildWithProjects},
+    entry_points={"console_scripts": [f"{name} = jepa_kit.tools.{module}:main" for name, module in TOOLS.items()]},
     install_requires=[
         "torch>=2.10,<2.14",
         # Wheels exist for Linux on x86-64 only; elsewhere attention uses torch's own kernels, and so it does beside

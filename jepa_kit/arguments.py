@@ -75,7 +75,10 @@ def without_clone(text: str) -> str:
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add ``--config-file`` and ``overrides`` for ``load_config``; parse them with ``parse_intermixed_args``."""
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="a YAML file, a run folder or a checkpoint"
+        "--config-file",
+        required=True,
+        metavar="FILE",
+        help="a YAML file, a run folder, a checkpoint, or the name of a config, as in1k_vitb16",
     )
     add_trust(parser)
     parser.add_argument(

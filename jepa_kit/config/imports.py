@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jepa_kit.config.shipped import IN_WHEEL, PACKAGE, PROJECTS, REPOSITORY
 from jepa_kit.errors import ConfigError
 
-_OURS = ("jepa_kit", "projects")
-_REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_OURS = {"jepa_kit": PACKAGE, "projects": PROJECTS}
 
 
 def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
@@ -39,17 +39,24 @@ def ships_with_project(name: str) -> bool:
     """
     if name.endswith(".py"):
         path = os.path.realpath(name)
-        return os.path.isfile(path) and any(path.startswith(os.path.join(_REPOSITORY, top, "")) for top in _OURS)
+        folders = [os.path.join(os.path.realpath(top), "") for top in _OURS.values()]
+        return os.path.isfile(path) and path.startswith(tuple(folders))
     parts = name.split(".")
     if parts[0] not in _OURS or not all(part.isidentifier() for part in parts):
         return False
-    if _REPOSITORY not in sys.path:
-        sys.path.append(_REPOSITORY)
+    if REPOSITORY not in sys.path:
+        sys.path.append(REPOSITORY)
+    ours = os.path.join(_OURS[parts[0]], *parts[1:])
     for folder in sys.path:  # a module of this name that comes first would be imported instead
         path = os.path.join(folder or os.getcwd(), *parts)
-        if os.path.isfile(f"{path}.py") or os.path.isdir(path):
-            return os.path.realpath(path) == os.path.join(os.path.realpath(_REPOSITORY), *parts)
-    return False
+        if _is_module(path):
+            return os.path.realpath(path) == os.path.realpath(ours)
+    return _is_module(ours)  # in a wheel, where projects/ is inside jepa_kit/
+
+
+def _is_module(path: str) -> bool:
+    """Return whether there is a module or package at a path without suffix."""
+    return os.path.isfile(f"{path}.py") or os.path.isdir(path)
 
 
 def check_trusted(raw: Any, source: str) -> None:
@@ -75,8 +82,9 @@ def import_parts(name: str, folder: str) -> Exception | None:
     """Import a module by its dotted name, or a .py file by its path; return the error if that fails.
 
     A dotted name is searched on ``sys.path``, then in the current folder, in the folders above the config and in the
-    checkout of this package. Its folder is appended to ``sys.path``, so that loader workers find it too. Errors other
-    than those caught here are bugs of the module, and keep their traceback.
+    checkout of this package. Its folder is appended to ``sys.path``, so that loader workers find it too. In a wheel,
+    ``projects.x`` that is not on ``sys.path`` is ``jepa_kit.projects.x``. Errors other than those caught here are bugs
+    of the module, and keep their traceback.
 
     Args:
         name: dotted, or an absolute path.
@@ -96,7 +104,8 @@ def find_source(name: str) -> Path | None:
     """Return the source file of an imported entry of ``imports``; None if it has none."""
     if name.endswith(".py"):
         return Path(name)
-    file = getattr(sys.modules.get(name), "__file__", None)
+    module = sys.modules.get(name) or sys.modules.get(f"jepa_kit.{name}")
+    file = getattr(module, "__file__", None)
     return None if file is None else Path(file)
 
 
@@ -107,9 +116,12 @@ def _import_dotted(name: str, folder: str) -> None:
     except ModuleNotFoundError as error:
         if not _is_missing(name, error):
             raise
+    if IN_WHEEL and ships_with_project(name):
+        importlib.import_module(f"jepa_kit.{name}")
+        return
     for root in _roots(folder):
         path = os.path.join(root, *name.split("."))
-        if root in sys.path or not (os.path.isfile(f"{path}.py") or os.path.isdir(path)):
+        if root in sys.path or not _is_module(path):
             continue
         sys.path.append(root)
         importlib.invalidate_caches()
@@ -135,7 +147,7 @@ def _roots(folder: str) -> Iterator[str]:
     while folder and os.path.dirname(folder) != folder:
         yield folder
         folder = os.path.dirname(folder)
-    yield _REPOSITORY
+    yield REPOSITORY
 
 
 def _import_file(path: str) -> None:

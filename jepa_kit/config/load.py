@@ -21,6 +21,7 @@ from yaml.reader import ReaderError
 
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.renamed import modernize
+from jepa_kit.config.shipped import find_config, shipped_configs
 from jepa_kit.errors import ConfigError, reason_of
 from jepa_kit.registry import SLOTS
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
@@ -252,9 +253,8 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], tru
         return modernize(raw, problems=problems)
     base = raw.pop("_BASE_")
     if not isinstance(base, str) or not base:
-        raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file"], path)
-    below = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-    lower = _read_over_bases(below, (*above, path), problems, trust)
+        raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file, or a name"], path)
+    lower = _read_over_bases(find_config(base, os.path.dirname(path)), (*above, path), problems, trust)
     lower.pop("versions", None)
     merged = merge(lower, modernize(raw, below=lower, problems=problems))
     if "imports" in lower and "imports" in raw:
@@ -264,7 +264,7 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], tru
 
 def _config_file(file: str, above: tuple[str, ...]) -> str:
     """Return the file, or the config in a folder; absolute if it is local."""
-    path = file.rstrip("/") if "://" in file else os.path.abspath(os.path.expanduser(file))
+    path = file.rstrip("/") if "://" in file else os.path.abspath(file)
     if _is_file(path):
         return path
     inside = next((name for name in INSIDE if _is_file(os.path.join(path, name))), None)
@@ -273,7 +273,8 @@ def _config_file(file: str, above: tuple[str, ...]) -> str:
     if os.path.isdir(path):
         raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
     base = f", the _BASE_ of {above[-1]!r}," if above else ""
-    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}"])
+    names = "" if "." in os.path.basename(path) else f", or one of these names: {', '.join(shipped_configs())}"
+    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}{names}"])
 
 
 def _is_file(path: str) -> bool:

@@ -18,6 +18,7 @@ from jepa_kit.config.imports import check_trusted, import_parts, resolve_imports
 from jepa_kit.config.load import apply_overrides, dump_yaml, read_config
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
+from jepa_kit.config.shipped import find_config
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, SLOTS
 from jepa_kit.run_folder import RUN_CONFIG
@@ -80,7 +81,8 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
 
     Args:
         file: a YAML file (with ``_BASE_``, relative to it), a run folder or a checkpoint; or the URL of one, whose
-            handler may be registered by ``imports`` among the overrides.
+            handler may be registered by ``imports`` among the overrides; or the name of a config that ships with
+            jepa_kit (``shipped_configs``).
         overrides: ``key.key=value`` with the value in YAML, as in ``masker.num_targets=8`` or
             ``masker={name: random, ratio: 0.6}``.
         trust_imports: run ``imports`` of a checkpoint, or of a file at a URL, that do not ship with jepa_kit. Those of
@@ -90,7 +92,7 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         ConfigError: with every mistake of the file and the overrides. A file, or a base, that cannot be read is
             reported alone.
     """
-    path = os.path.expanduser(os.fspath(file))
+    path = find_config(os.fspath(file), "")
     folder = os.path.dirname(path if "://" in path else os.path.abspath(path))
     if "://" in path:
         import_named(overrides)

@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError: a mistake in the command,
             the config or the data.
     """
-    from jepa_kit.training import train  # --help and --submit do not need it
+    from jepa_kit.training import train  # not at the top, as --help does not need it
 
     overrides = list(arguments.overrides)
     resume, resume_from = arguments.resume is not None, arguments.resume or None

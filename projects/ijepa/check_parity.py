@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    __package__ = "projects.ijepa"  # for the relative import
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_fr
 from jepa_kit.recipe import JEPA
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
-from projects.ijepa.parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
+
+from .parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
 
 EXAMPLE = """example:
   python projects/ijepa/check_parity.py tests/fixtures/released_step

@@ -21,9 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file of a clone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jepa_kit.arguments  # noqa: F401 (first: it sets what torch reads when it is imported)
 
@@ -54,7 +53,7 @@ from jepa_kit.interfaces import Encoder
 from jepa_kit.tools import make_shards
 from jepa_kit.training import train
 
-CONFIG = ROOT / "projects/ijepa/configs/quickstart.yaml"
+CONFIG = Path(__file__).with_name("configs") / "quickstart.yaml"
 TEST_SEED = 1_000_003
 """Test scenes are a series of their own: no training scene is among them."""
 
