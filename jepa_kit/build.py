@@ -20,14 +20,18 @@ CHANNELS = 3
 """Channels of every image of the data."""
 
 
-def build_masker(config: Config) -> Masker:
-    """Return the masker of a config, for its grid of patches.
+def build_masker(config: Config, grid: Grid | None = None) -> Masker:
+    """Return the masker of a config.
+
+    Args:
+        config: checked.
+        grid: (H, W) of the encoder's patches; found by ``patch_grid_of`` if it is None.
 
     Raises:
         ConfigError: a part refuses its options; one line each, beginning with the slot.
     """
     with every_problem(config):
-        return _build(config.slots["masker"], "masker", grid=patch_grid_of(config))
+        return _build(config.slots["masker"], "masker", grid=grid or patch_grid_of(config))
 
 
 def build_recipe(config: Config) -> JEPA:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -83,24 +82,6 @@ class StartError(RuntimeError):
 
 class PeerError(RuntimeError):
     """Another process failed; its own log has the error."""
-
-
-@contextmanager
-def located(path: str) -> Iterator[None]:
-    """Prefix a constructor's error with the path of its entry in the config: ``masker: num_targets (=0) must be ...``.
-
-    Raises:
-        ConfigError: instead of a ValueError, its cause; a ConfigError passes unchanged.
-        TypeError: instead of a TypeError, its cause.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError([f"{path}: {error}"]) from error
-    except TypeError as error:
-        raise TypeError(f"{path}: {error}") from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -16,11 +16,14 @@ import difflib
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from fvcore.common.registry import Registry
+
+from jepa_kit.errors import ConfigError
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -158,6 +161,24 @@ class PartRegistry(Registry):
         cls = self.get(name)
         wanted = signature_options(cls)
         return cls(**options, **{k: v for k, v in supplied.items() if k in wanted})
+
+
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Prefix a constructor's error with the path of its entry in the config: ``masker: num_targets (=0) must be ...``.
+
+    Raises:
+        ConfigError: instead of a ValueError, its cause; a ConfigError passes unchanged.
+        TypeError: instead of a TypeError, its cause.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([f"{path}: {error}"]) from error
+    except TypeError as error:
+        raise TypeError(f"{path}: {error}") from error
 
 
 def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supplied: Any) -> Any:

@@ -17,7 +17,8 @@ from jepa_kit.config.renamed import modernize
 from jepa_kit.config.resolved import Config, config_from_dict, import_named, load_config, versions
 from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
 from jepa_kit.config.shipped import shipped_configs
-from jepa_kit.errors import ConfigError, located
+from jepa_kit.errors import ConfigError
+from jepa_kit.registry import located
 from jepa_kit.run_folder import RUN_CONFIG
 
 __all__ = [

@@ -51,13 +51,13 @@ class Config:
         resolved: dict[str, Any] = {"imports": list(self.imports)} if self.imports else {}
         for slot in SLOTS:
             if slot == LOSSES.slot:
-                terms = [_part(part) | {"weight": weight} for part, weight in self.losses]
+                terms = [{"name": part.name, **part.options, "weight": weight} for part, weight in self.losses]
                 resolved[slot] = terms[0] if len(terms) == 1 else terms
             else:
-                resolved[slot] = _part(self.slots[slot])
+                resolved[slot] = {"name": self.slots[slot].name, **self.slots[slot].options}
         for name in SECTIONS:
-            resolved[name] = plain(asdict(getattr(self, name)))
-        return resolved | {"versions": versions()}
+            resolved[name] = asdict(getattr(self, name))
+        return plain(resolved) | {"versions": versions()}
 
     def to_yaml(self) -> str:
         """Return ``to_dict`` as YAML."""
@@ -70,10 +70,6 @@ class Config:
         with open(path, "w", encoding="utf-8") as file:
             file.write(self.to_yaml())
         return path
-
-
-def _part(part: Part) -> dict[str, Any]:
-    return {"name": part.name} | plain(dict(part.options))
 
 
 def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_imports: bool = False) -> Config:

@@ -86,9 +86,12 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         )
     dataset = open_together(config)
     settings, optim = config.train, config.optim
+    torch.manual_seed(settings.seed)
+    jepa = build_recipe(config).to(device).train()
+    encoder = cast(Encoder, jepa.encoder)
     loader = TrainLoader(
         dataset=dataset,
-        masker=build_masker(config),
+        masker=build_masker(config, encoder.grid),
         batch_size=settings.batch_size,
         view=training_view(config),
         seed=settings.seed,
@@ -99,10 +102,8 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     )
     set_workers(loader, config.data.num_workers, device)
     steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
-    torch.manual_seed(settings.seed)
-    jepa = build_recipe(config).to(device).train()
     run_on_all_ranks(lambda: check_parts(config, device, weights_of=jepa))
-    compile_blocks(jepa, device, cast(Encoder, jepa.encoder).embed_dim)
+    compile_blocks(jepa, device, encoder.embed_dim)
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
         checkpoint_activations(jepa.predictor)

@@ -40,8 +40,9 @@ def choose_workers(wanted: Workers, device: torch.device, seconds: float | None 
 
 def set_workers(loader: TrainLoader, wanted: Workers, device: torch.device) -> None:
     """Set the number of workers of a training loader; "auto" times the first images of local shards."""
-    seconds = None if wanted != "auto" or loader.dataset.remote else loader.seconds_per_image()
-    loader.num_workers = choose_workers(wanted, device, seconds)
+    loader.num_workers = choose_workers(wanted, device)
+    if wanted == "auto" and loader.num_workers and not loader.dataset.remote:
+        loader.num_workers = choose_workers(wanted, device, loader.seconds_per_image())
 
 
 def limit_threads() -> None:

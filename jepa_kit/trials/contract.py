@@ -31,6 +31,7 @@ from jepa_kit.losses import is_distance
 from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA
+from jepa_kit.registry import LOSSES, SLOTS, TRANSFORMS
 from jepa_kit.structures import MaskBatch, Prediction
 from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe, trial_samples
@@ -48,6 +49,8 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
     Raises:
         ContractError: a part violates the contract of its slot; the first one is reported.
     """
+    if not every and _ships_with_jepa_kit(config):
+        return
     view = build_view(config.data.transforms, image_size=config.data.image_size)
     masker = build_masker(config)
     for name, transform in zip([part["name"] for part in config.data.transforms], view.transforms, strict=True):
@@ -59,6 +62,17 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
         check_masker(Trial("masker", name), masker, config)
     if weights_of is None or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
         _check_networks(config, device, masker, weights_of, every)
+
+
+def _ships_with_jepa_kit(config: Config) -> bool:
+    """Return whether all parts and transforms of a config, and members of its parts, are registered by jepa_kit."""
+    parts = [SLOTS[slot].get(part.name) for slot, part in config.slots.items()]
+    for part, cls in zip(config.slots.values(), list(parts), strict=True):
+        for option, slot in getattr(cls, "nested", {}).items():
+            parts += [SLOTS[slot].get(member["name"]) for member in part.options[option]]
+    parts += [LOSSES.get(part.name) for part, _ in config.losses]
+    parts += [TRANSFORMS.get(transform["name"]) for transform in config.data.transforms]
+    return all(part.__module__.partition(".")[0] == "jepa_kit" for part in parts)
 
 
 def _parts_of(jepa: JEPA) -> Iterable[object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,18 +30,19 @@ def announce(
     """
     folder = store.run
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    precision = precision_of(run.config)
     parameters = {name: sum(p.numel() for p in child.parameters()) for name, child in run.jepa.named_children()}
-    dtype = torch.bfloat16 if precision_of(run.config) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with located("train"):
         attention = describe_backend(run.device, dtype, run.config.train.attention)
     networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor}
     compiled = [name for name, part in networks.items() if any(getattr(m, "compiled", False) for m in part.modules())]
-    facts = {
+    facts: dict[str, Any] = {
         "versions": versions(),
         "device": str(run.device.type),
         "gpu": gpu,
         "world_size": run.world.size,
-        "topology": to_dict(places, precision_of(run.config)),
+        "topology": to_dict(places, precision),
         "attention": attention,
         "compiled": compiled,
         "data": brief(run.data_identity),
@@ -55,29 +57,34 @@ def announce(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.begin(run.config.to_yaml())
-        write_text(folder / RUN_CONFIG, run.config.to_yaml())
+        config = run.config.to_yaml()
+        store.begin(config)
+        write_text(folder / RUN_CONFIG, config)
         write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"train.output_dir (={str(folder)!r}) cannot be written to: {error.strerror}") from error
     counts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if count)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    print(*describe(places, precision_of(run.config)), sep="\n")
-    print(f"attention: {attention}")
+    lines = [
+        ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        *describe(places, precision),
+        f"attention: {attention}",
+    ]
     if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
-        print(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
-    print(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
+        lines.append(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
+    lines.append(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
     if run.dataset.remote:
-        print(f"data: {run.loader.fetching()}")
-    print(f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own")
-    print(f"parameters: {counts}")
+        lines.append(f"data: {run.loader.fetching()}")
+    lines += [
+        f"loading: {run.loader.num_workers} workers for each process, {torch.get_num_threads()} threads of its own",
+        f"parameters: {counts}",
+    ]
     if compiled:
-        print(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
-    print(f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})")
-    for line in start.lines:
-        print(line)
+        lines.append(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
+    lines += [f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})"]
+    lines += start.lines
     if store.apart:
-        print(f"checkpoints: {store}")
+        lines.append(f"checkpoints: {store}")
     if resume and not start.step:
-        print(f"nothing to resume: {store} has no checkpoint; starting at step 0")
-    print(f"run folder: {folder}", flush=True)
+        lines.append(f"nothing to resume: {store} has no checkpoint; starting at step 0")
+    lines.append(f"run folder: {folder}")
+    print(*lines, sep="\n", flush=True)
