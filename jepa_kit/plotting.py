@@ -1,7 +1,7 @@
-"""matplotlib as this package uses it: figures without pyplot (no window, no global state), which Agg draws.
+"""The parts of matplotlib that this package uses, without pyplot: no window, no global state, drawn by Agg.
 
-MPLBACKEND moves none of that. Jupyter sets it, for its child processes too, to a module that their environment may
-lack, with which matplotlib cannot even be imported; so it is imported without it. Import from here.
+Import them from here. matplotlib is imported without MPLBACKEND: Jupyter sets it, also for child processes, to a module
+that their environment may lack, and matplotlib then fails at import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_there_already = "matplotlib" in sys.modules
+_imported_before = "matplotlib" in sys.modules
 _backend = os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib
@@ -26,13 +26,13 @@ try:
 finally:
     if _backend is not None:
         os.environ["MPLBACKEND"] = _backend
-if _backend is not None and not _there_already:
-    with suppress(ValueError):  # the user's own figures are drawn as they asked for
+if _backend is not None and not _imported_before:
+    with suppress(ValueError):  # the backend for the user's own figures
         matplotlib.rcParams["backend"] = _backend
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int, format: str = "png") -> Path:
-    """Write a figure on white and return the path; its folder is made if it is missing."""
+    """Write a figure on a white background and return the path; a missing folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"savefig.facecolor": "white"}):

@@ -1,8 +1,7 @@
-"""A small decoder from targets to pixels: what a representation holds, and what a predictor expects unseen.
+"""A small decoder from targets to pixels, to see what a representation contains and what a predictor expects.
 
-It is trained on frozen targets alone, and then asked about predictions. It draws each patch from that patch's token and
-from noise, half of it one draw for the whole image and half for each patch: what it draws of a hidden block comes from
-the predictions there and from nothing else.
+It is trained on frozen targets only, and then applied to predictions. Each patch is drawn from its own token and noise,
+half of which is shared by the image: a drawing of a hidden block depends on nothing but the predictions there.
 
 B = images    n = patches of an image    D = width of a target    Z = width of the noise    p = patch size
 """
@@ -16,13 +15,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from jepa_kit.evaluation.pictures.panels import to_uint8
 from jepa_kit.structures import Grid
 
 NOISE = 16
 
 
 class Decoder(nn.Module):
-    """A token and noise to the pixels of its patch; every patch by itself.
+    """Network from a token and noise to the pixels of its patch; patches are independent.
 
     Args:
         dim: D.
@@ -40,14 +40,14 @@ class Decoder(nn.Module):
         self.out = nn.Linear(hidden, 3 * patch_size**2)
 
     def forward(self, tokens: Tensor, noise: Tensor) -> Tensor:
-        """[B, n, D], [B, n, Z] -> [B, n, 3 * p * p], normalised pixels."""
+        """Map tokens [B, n, D] and noise [B, n, Z] to normalised pixels [B, n, 3 * p * p]."""
         x = torch.cat([tokens, noise], dim=-1)
         x = F.gelu(self.embed(x))
         x = x + F.gelu(self.hidden(self.norm(x)))
         return self.out(x)
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """As ``forward``, with noise drawn."""
+        """Return pixels as ``forward``, for random noise."""
         count, patches = tokens.shape[:2]
         shared = torch.randn(count, 1, self.noise // 2, generator=generator).expand(-1, patches, -1)
         own = torch.randn(count, patches, self.noise - self.noise // 2, generator=generator)
@@ -55,21 +55,21 @@ class Decoder(nn.Module):
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, h, w] -> [B, n, 3 * p * p]."""
+    """Return the patches of images: [B, 3, h, w] -> [B, n, 3 * p * p]."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
-    """[B, n, 3 * p * p] -> [B, 3, h, w]."""
+    """Return the images of patches: [B, n, 3 * p * p] -> [B, 3, h, w]."""
     p = round((patches.shape[-1] / 3) ** 0.5)
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid[0], w=grid[1], c=3, p=p, q=p)
 
 
 def energy_score(draws: tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
-    """The mean over images of (|x1 - y| + |x2 - y| - |x1 - x2|) / 2, with Euclidean norms over an image.
+    """Return the mean over images of (|x1 - y| + |x2 - y| - |x1 - x2|) / 2, with Euclidean norms over an image.
 
-    Source: Gneiting and Raftery 2007, section 4.2. Least, in expectation, where draws have the distribution of the
-    truth given the token: what the token leaves open becomes spread of the draws and not a blur.
+    Its expectation is minimal if draws have the distribution of the truth given the token: what the token does not
+    determine differs between draws instead of being blurred. Source: Gneiting and Raftery 2007, section 4.2.
 
     Args:
         draws: two of [B, ...].
@@ -91,12 +91,12 @@ def train_decoder(
     hidden: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> Decoder:
-    """A decoder of frozen tokens; the same for the same arguments, and torch's random state is left as it is.
+    """Train a decoder of frozen tokens. Equal arguments give equal decoders; torch's random state does not change.
 
     Args:
         tokens: [B, n, D] targets, without gradients.
-        pixels: [B, n, 3 * p * p] the normalised pixels of their patches.
-        steps: updates of Adam, with the learning rate falling to 0 along a cosine.
+        pixels: [B, n, 3 * p * p], the normalised pixels of their patches.
+        steps: updates of Adam; the learning rate decays to 0 along a cosine.
         batch_size: images of an update.
         lr: learning rate at the start.
         seed: of weights, order and noise.
@@ -104,7 +104,7 @@ def train_decoder(
         progress: called with the number of each step.
 
     Raises:
-        ValueError: another number of images or patches in one than in the other, or a number below 1.
+        ValueError: if tokens and pixels have different numbers of images or patches, or a number is below 1.
     """
     if tokens.shape[:2] != pixels.shape[:2]:
         raise ValueError(f"tokens {tuple(tokens.shape)} and pixels {tuple(pixels.shape)} must be of the same patches")
@@ -116,7 +116,7 @@ def train_decoder(
         torch.manual_seed(seed)
         decoder = Decoder(dim=tokens.shape[-1], patch_size=round((pixels.shape[-1] / 3) ** 0.5), hidden=hidden)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         chosen = torch.randint(len(tokens), (min(batch_size, len(tokens)),), generator=generator)
         x, y = tokens[chosen], pixels[chosen]
@@ -125,17 +125,20 @@ def train_decoder(
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        falling.step()
+        scheduler.step()
         if progress is not None:
             progress(step)
     return decoder.eval().requires_grad_(False)
 
 
 def explained(decoder: Decoder, tokens: Tensor, pixels: Tensor, *, draws: int = 8, seed: int = 1) -> float:
-    """Share of the pixels' variance that the mean of several draws explains (R^2; below 0 is worse than the mean).
+    """Return R^2 of the mean of several draws: the fraction of the pixels' variance that it explains, at most 1.
 
     Args:
-        tokens, pixels: [..., D] and [..., 3 * p * p] of the same patches, images that no decoder was trained on.
+        decoder: trained on other images.
+        tokens, pixels: [..., D] and [..., 3 * p * p] of the same patches.
+        draws: number of draws.
+        seed: of their noise.
     """
     x, y = tokens.reshape(1, -1, tokens.shape[-1]), pixels.reshape(1, -1, pixels.shape[-1]).double()
     generator = torch.Generator().manual_seed(seed)
@@ -144,13 +147,13 @@ def explained(decoder: Decoder, tokens: Tensor, pixels: Tensor, *, draws: int = 
 
 
 def image_scale(images: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
-    """(centre [B, 3, 1, 1], deviation [B, 1, 1, 1]) that an encoder with ``input_norm: image`` takes out of each image.
+    """Return the centre [B, 3, 1, 1] and deviation [B, 1, 1, 1] that ``input_norm: image`` removes from each image.
 
-    A decoder cannot give them back: it draws what is left, and they are put back for the eye.
+    The tokens do not contain them, so a decoder draws images without them, and pictures add them again.
 
     Args:
         images: [B, 3, h, w] normalised.
-        whole: whether they are taken out at all; else 0 and 1.
+        whole: whether the encoder removes them; if not, 0 and 1.
     """
     if not whole:
         return images.new_zeros(len(images), 3, 1, 1), images.new_ones(len(images), 1, 1, 1)
@@ -159,6 +162,6 @@ def image_scale(images: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised [B, 3, h, w] -> uint8; what lies outside the range is cut."""
+    """Return normalised images [B, 3, h, w] as uint8; values outside the range are clipped."""
     scale, centre = (torch.tensor(tuple(v)).view(-1, 1, 1) for v in (std, mean))
-    return ((images * scale + centre).clamp(0, 1) * 255).round().to(torch.uint8)
+    return to_uint8(images * scale + centre)
