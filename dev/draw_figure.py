@@ -15,12 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.maskers.multiblock import MultiBlock
-from jepa_kit.plotting import Axes, Figure
+from jepa_kit.plotting import Axes, FancyArrowPatch, FancyBboxPatch, Figure, Rectangle
 from jepa_kit.scenes.scenes import render
 
 WIDTH, HEIGHT, DPI = 10.0, 5.05, 180

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from draw_figure import BLUE, CARD, GREY, INK, save_small
-from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.plotting import Axes, Figure
+from jepa_kit.plotting import Axes, FancyBboxPatch, Figure
 
 WIDTH, HEIGHT, DPI = 10.0, 2.35, 160
 MASKS = (5, 195, 185, ((270, (1, 2, 6)), (270, (4, 5, 7))))

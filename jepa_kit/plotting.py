@@ -21,7 +21,10 @@ try:
     from matplotlib.figure import Figure as Figure
     from matplotlib.figure import SubFigure as SubFigure
     from matplotlib.lines import Line2D as Line2D
+    from matplotlib.patches import FancyArrowPatch as FancyArrowPatch
+    from matplotlib.patches import FancyBboxPatch as FancyBboxPatch
     from matplotlib.patches import Patch as Patch
+    from matplotlib.patches import Rectangle as Rectangle
     from matplotlib.ticker import MaxNLocator as MaxNLocator
 finally:
     if _backend is not None:

@@ -1,18 +1,18 @@
-"""Puts the results of any number of runs into one table (Markdown and CSV) and one figure.
+"""Compare the results of any number of runs in one table (Markdown and CSV) and one figure.
 
 examples:
-  # run folders; runs that differ by their seed alone become one line, with mean and deviation
+  # run folders; runs that differ only in their seed share a line, with mean and deviation
   python tools/compare.py runs/seed0 runs/seed1 runs/seed2
 
-  # runs of several recipes, into files comparison.md, .csv and .png
+  # runs of several recipes; write comparison.md, .csv and .png
   python tools/compare.py runs/multiblock runs/random output/quickstart --output comparison
 
-  # some protocols and networks only
+  # only some protocols and networks
   python tools/compare.py runs/* --protocol linear,knn --network target,untrained
 
 A run is a folder with results of tools/eval_net.py (evaluation/*.json) or of the quickstart (results.json), or such a
-file; checkpoints of several steps have lines of their own. Cells are percent: "mean ± deviation over seeds", or for one
-run "figure (its standard error)".
+file. Each step of a run has its own line. Cells are percent: "mean ± deviation over seeds", or for one run "figure
+(standard error)".
 Exit status: 0, 2 for a mistake in the command or the files, 130 after an interruption from the keyboard.
 """
 
@@ -30,10 +30,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("compare.py", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
-    p.add_argument("--protocol", metavar="NAMES", help="only these, with commas")
-    p.add_argument("--network", metavar="NAMES", help="only these, with commas: target, context, untrained, pixels")
-    p.add_argument("--label", metavar="NAMES", help="only these, with commas")
-    p.add_argument("--output", metavar="PATH", help="writes PATH.md, PATH.csv and PATH.png")
+    p.add_argument("--protocol", metavar="NAMES", help="only these, separated by commas")
+    p.add_argument("--network", metavar="NAMES", help="only these: target, context, untrained, pixels")
+    p.add_argument("--label", metavar="NAMES", help="only these, separated by commas")
+    p.add_argument("--output", metavar="PATH", help="write PATH.md, PATH.csv and PATH.png")
     return p
 
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         known = sorted({getattr(answer.row, field) for one in runs for answer in one.rows})
         for name in wanted:
             if name not in known:
-                raise ValueError(f"--{option} (={name!r}) must be of {', '.join(known)}: the results have no other")
+                raise ValueError(f"--{option} (={name!r}) must be one of those in the results: {', '.join(known)}")
         runs = [one._replace(rows=[a for a in one.rows if getattr(a.row, field) in wanted]) for one in runs]
     cells = compare(runs)
     table = to_markdown(cells)

@@ -1,17 +1,17 @@
-"""Tells whether the representation of a checkpoint is healthy: a verdict in words, and the figures that it rests on.
+"""Measure the health of a checkpoint's representation: print a verdict and the figures that it is based on.
 
 examples:
-  # the latest checkpoint of a run, on the shards beside its training shards (`test` or `val`), else on those themselves
+  # the latest checkpoint of a run, on the shards `test` or `val` beside its training shards, else on the latter
   python tools/health.py --checkpoint output/quickstart/run
 
-  # its first checkpoint and its last, the context encoder, more images, figures as JSON
+  # an early and the latest checkpoint, the context encoder, more images, figures as JSON
   python tools/health.py --checkpoint runs/first/checkpoint_00000500.pt runs/first --encoder context \\
       --images 512 --shards shards/photos/val --output health.json
 
-  # a run of another machine, whose config asks for a GPU
+  # a run of another machine, whose config has a GPU
   python tools/health.py --checkpoint runs/first train.device=cpu
 
-How to read each figure: docs/evaluation.md, "Health". The same is measured inside a run with evaluate.every=N.
+docs/evaluation.md, "Health", explains each figure. evaluate.every=N measures the same during a run.
 Exit status: 0 whatever the verdict, 2 for a mistake in the command, a checkpoint or the shards, 130 after an
 interruption from the keyboard.
 """
@@ -34,9 +34,9 @@ OVERRIDE = re.compile(r"[\w.]+=")
 ROWS = (
     ("images", "images"),
     ("width", "width of a token"),
-    ("varying", "share of tokens' mean square that varies"),
-    ("of_images", "share of that which position does not explain"),
-    ("within_images", "share of that between patches of one image"),
+    ("varying", "fraction of tokens' mean square that varies"),
+    ("of_images", "fraction of that which position does not explain"),
+    ("within_images", "fraction of that between patches of one image"),
     ("token_rank", "directions that tokens fill, less position"),
     ("loss", "loss"),
     ("relative_to_mean", "loss / that of the mean target"),
@@ -63,10 +63,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--encoder", choices=("target", "context"), help="default: target, the paper's; context if there is none"
     )
-    p.add_argument("--images", type=int, default=256, metavar="N", help="default: 256")
-    p.add_argument("--masks", type=int, default=4, metavar="N", help="of each image (default: 4)")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the masks (default: 0)")
-    p.add_argument("--output", metavar="FILE", help="writes the figures as JSON")
+    p.add_argument("--images", type=int, default=256, metavar="N", help="images to measure (default: 256)")
+    p.add_argument("--masks", type=int, default=4, metavar="N", help="masks of each image (default: 4)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the choice of images and of the masks (default: 0)")
+    p.add_argument("--output", metavar="FILE", help="file for the figures as JSON")
     add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the runs' configs")
     return p
@@ -94,9 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.evaluation.tables.results import check_output, write_results
 
     if not arguments.checkpoint:
-        raise ValueError(f"--checkpoint must name one beside {', '.join(arguments.overrides)}")
+        raise ValueError(f"--checkpoint must name a checkpoint besides {', '.join(arguments.overrides)}")
     if arguments.images < 16:
-        raise ValueError(f"--images (={arguments.images}) must be at least 16 to say anything about a network")
+        raise ValueError(f"--images (={arguments.images}) must be at least 16 for meaningful figures")
     if arguments.output:
         check_output("--output", arguments.output)
     names = arguments.checkpoint
@@ -115,29 +115,25 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
-    """(updates done, health) of a checkpoint."""
-    import torch
-
+    """Return the step (number of updates) and the health of a checkpoint."""
     from jepa_kit.build import build_masker
     from jepa_kit.data.image_options import ImageOptions
-    from jepa_kit.data.loader import eval_batches
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
     from jepa_kit.evaluation.feature_sources import encoder_named
     from jepa_kit.evaluation.features import load_run
     from jepa_kit.evaluation.health.measure import measure_health
+    from jepa_kit.evaluation.images import random_samples, read_images
     from jepa_kit.evaluation.shard_choice import shown_shards
-    from jepa_kit.rng import Stream, generator, permutation
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data
     dataset = open_shards(config, shown_shards(arguments.shards, data.shards))
-    order = permutation(generator(Stream.EVALUATION, seed=arguments.seed, lane=2), len(dataset))
-    batches = eval_batches(dataset, ImageOptions.from_config(data), samples=order[: arguments.images])
+    samples = random_samples(dataset, arguments.images, seed=arguments.seed)
     device = choose_device(config.train.device, World())
     health = measure_health(
         loaded.jepa.to(device),
-        torch.cat([batch.images for batch in batches]),
+        read_images(dataset, ImageOptions.from_config(data), samples),
         build_masker(config),
         encoder=encoder_named(loaded.jepa, arguments.encoder),
         masks=arguments.masks,
@@ -150,16 +146,15 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
 
 
 def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
-    """A row for each figure, a column for each checkpoint."""
+    """Return a table with a row for each figure and a column for each checkpoint."""
 
     def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    first = found[0]
-    about = f"images under {first.masks} masks, {first.encoder} encoder"
+    heading = f"images under {found[0].masks} masks, {found[0].encoder} encoder"
     label = max(len(text) for _, text in ROWS)
     width = max(12, *(len(title) for title in titles))
-    lines = [about, " " * label + "".join(f"  {title:>{width}}" for title in titles)]
+    lines = [heading, " " * label + "".join(f"  {title:>{width}}" for title in titles)]
     columns = [health.to_dict() for health in found]
     lines += [f"{text:{label}}" + "".join(f"  {cell(c[name]):>{width}}" for c in columns) for name, text in ROWS]
     return "\n".join(lines)

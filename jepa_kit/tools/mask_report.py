@@ -1,26 +1,25 @@
-"""Reports what the masker of a config really draws: JSON, a table, and a page of pictures.
+"""Report the statistics of a config's masker: a table, JSON, and a page of pictures.
 
 examples:
-  # numbers on the terminal; mask_report.json, mask_report.png and mask_gallery.png in output/mask_report
+  # print a table; write mask_report.json, mask_report.png and mask_gallery.png in output/mask_report
   python tools/mask_report.py --config-file projects/ijepa/configs/in1k_vitb16.yaml
 
-  # two side by side: released against corrected
+  # two configs side by side: released and corrected
   python tools/mask_report.py --config-file projects/ijepa/configs/in1k_vitb16.yaml \\
       --compare projects/ijepa/configs/corrected_in1k_vitb16.yaml --output-dir output/released_corrected
 
-  # another masker, other numbers of images; the gallery over images of your own
+  # another masker, other numbers of images, a gallery of your own images
   python tools/mask_report.py --config-file projects/ijepa/configs/in1k_vitb16.yaml --images-per-batch 32 \\
       --draws 4096 masker='{name: multigroup}' data.shards=shards/photos/train
 
-Overrides (key=value) change --config-file, not --compare. Warnings say in words where a masker is biased. Where the
-images of a batch share what is drawn (their sizes, the cut), ± is the standard error of a mean over batches.
+Overrides (key=value) change --config-file, not --compare. Warnings describe biases of a masker. If images of a batch
+share random numbers (as their sizes), ± is the standard error of a mean over batches.
 Exit status: 0, or 2 for a mistake in the command, a config or the data.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("mask_report.py", __doc__)
     add_config(p)
-    p.add_argument("--compare", metavar="OTHER", help="another, to put beside it")
+    p.add_argument("--compare", metavar="OTHER", help="another config, for a second column")
     p.add_argument("--draws", type=int, default=2048, metavar="N", help="images to draw masks for (default: 2048)")
     p.add_argument("--images-per-batch", type=int, default=128, metavar="N", help="of a process (default: 128)")
     p.add_argument("--output-dir", default="output/mask_report", metavar="DIR", help="default: output/mask_report")
@@ -55,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of, shows_data
     from jepa_kit.evaluation.masks.statistics import mask_report
     from jepa_kit.evaluation.pictures.draw import mask_gallery
+    from jepa_kit.evaluation.tables.results import write_results
 
     for option in ("draws", "images_per_batch"):
         if (value := getattr(arguments, option)) < 1:
@@ -70,13 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     names = [Path(file).stem for file in files]
     folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         "overrides": arguments.overrides,
         "reports": [{"config": f, **r.to_dict()} for f, r in zip(files, reports, strict=True)],
         "versions": versions(),
     }
-    (folder / "mask_report.json").write_text(json.dumps(content, indent=1) + "\n")
+    file = write_results(content, folder / "mask_report.json")
     picture = mask_page(reports, configs, names, folder / "mask_report.png")
     few = 4
     gallery = mask_gallery(
@@ -91,13 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
     if shards is not None and not shows_data(configs[0]):
         note = (
             f"\n\nnote: the pictures show synthetic scenes: data.shards (={shards!r}) has no index.json on this "
-            "machine, and a report opens no other data"
+            "machine, and a report reads no other data"
         )
-    print(f"{format_table(names, reports)}{note}\n\nwrote {folder / 'mask_report.json'}, {picture} and {gallery}")
+    print(f"{format_table(names, reports)}{note}\n\nwrote {file}, {picture} and {gallery}")
 
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
-    """A column for each report, and its warnings underneath."""
+    """Return a table with a column for each report, and the warnings of each below."""
     from jepa_kit.evaluation.masks.report import warnings
 
     rows = [dict(_figures(report)) for report in reports]
@@ -113,12 +112,14 @@ def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
 
 
 def _figures(report: MaskReport) -> list[tuple[str, str]]:
+    """Return the rows of a report's column: (label, text)."""
+
     def spread(name: str) -> str:
         lengths, error = getattr(report, name), report.standard_errors.get(name)
         of_mean = "" if error is None else f" ± {error:.1f}"
         return f"{lengths.mean():.1f}{of_mean} ({lengths.min()} to {lengths.max()})"
 
-    def part(cost: Any) -> str:
+    def forward(cost: Any) -> str:
         return f"{cost.tokens:.1f}, " + ("no formula" if cost.gflop is None else f"{cost.gflop:.2f} GFLOP")
 
     probability, cost = report.probability, report.cost
@@ -140,9 +141,9 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
         ("shapes of rectangular targets", str(len(report.shapes))),
         ("target patches in more than one target", f"{report.overlap:.1%}"),
         ("patches neither context nor target", f"{probability.unused.mean():.1%}"),
-        ("context encoder: tokens, forward", part(cost.encoder)),
-        ("target encoder: tokens, forward", part(cost.target_encoder)),
-        ("predictor: tokens, forward", part(cost.predictor)),
+        ("context encoder: tokens, forward", forward(cost.encoder)),
+        ("target encoder: tokens, forward", forward(cost.target_encoder)),
+        ("predictor: tokens, forward", forward(cost.predictor)),
         ("training step of an image", "no formula" if total is None else f"{total:.2f} GFLOP"),
     ]
 

@@ -1,15 +1,15 @@
-"""Draws a run: what patch features know, where predictions fit, attention, and what is expected in a hidden block.
+"""Draw pictures of a run: patch features, predictions, attention, and what is expected in a hidden block.
 
 examples:
-  # a run of tools/train_net.py, on the shards beside its training shards (`test` or `val`), else on those themselves
+  # a run of tools/train_net.py, on the shards `test` or `val` beside its training shards, else on the latter
   python tools/visualize.py --checkpoint output/quickstart/run
 
   # other images, another folder, a decoder trained for longer
   python tools/visualize.py --checkpoint runs/first/checkpoint_00001250.pt --shards shards/photos/val \\
       --output output/first_pictures --decoder-steps 3000
 
-Writes page.png (all on one page), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
-The images shown are the first in a random order (--seed); none is picked.
+Writes page.png (all pictures), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
+The images shown are the first in a random order (--seed); none is hand-picked.
 Exit status: 0, 2 for a mistake in the command, the checkpoint or the shards, 130 after an interruption from the
 keyboard.
 """
@@ -29,11 +29,11 @@ def parser() -> argparse.ArgumentParser:
     p = tool_parser("visualize.py", __doc__)
     p.add_argument("--checkpoint", required=True, metavar="FILE", help="a checkpoint, or a run folder (its latest)")
     p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
-    p.add_argument("--output", metavar="DIR", help="default: pictures in the run folder")
-    p.add_argument("--images", type=int, default=256, metavar="N", help="that are looked through (default: 256)")
-    p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="it learns from (default: 1024)")
+    p.add_argument("--output", metavar="DIR", help="folder for the files (default: pictures in the run folder)")
+    p.add_argument("--images", type=int, default=256, metavar="N", help="images to search (default: 256)")
+    p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="to train it on (default: 1024)")
     p.add_argument("--decoder-steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
-    p.add_argument("--seed", type=int, default=0, help="of the images, masks, decoder and noise (default: 0)")
+    p.add_argument("--seed", type=int, default=0, help="seed of images, masks, decoder and noise (default: 0)")
     add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the run's config")
     return p
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
     if is_url(arguments.checkpoint) and not arguments.output:
-        raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
+        raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no local folder")
     loaded = load_run(arguments.checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     dataset = open_shards(loaded.config, shown_shards(arguments.shards, loaded.config.data.shards))
     source = Path(arguments.checkpoint)

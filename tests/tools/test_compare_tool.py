@@ -51,9 +51,9 @@ def test_a_choice_of_rows(tool, runs, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--protocol", "liner"], "--protocol (='liner') must be of knn, linear: the results have no other"),
-        (["--network", "context"], "--network (='context') must be of target, untrained: the results have no other"),
-        (["--label", "colour"], "--label (='colour') must be of count, shape: the results have no other"),
+        (["--protocol", "liner"], "--protocol (='liner') must be one of those in the results: knn, linear"),
+        (["--network", "context"], "--network (='context') must be one of those in the results: target, untrained"),
+        (["--label", "colour"], "--label (='colour') must be one of those in the results: count, shape"),
     ],
 )
 def test_a_choice_that_is_not_there(tool, runs, capsys, options, message):

@@ -258,14 +258,18 @@ def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
         ("visualize", ["--checkpoint", "s3://a/b"], "--output must name a folder: --checkpoint (='s3://a/b') is in no"),
         ("visualize", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
-        ("health", ["--shards", "SCENES", "--images", "15"], "--images (=15) must be at least 16 to say anything"),
-        ("health", ["--shards", "SCENES", "--images", "-5"], "--images (=-5) must be at least 16 to say anything"),
+        ("health", ["--shards", "SCENES", "--images", "15"], "--images (=15) must be at least 16 for meaningful"),
+        ("health", ["--shards", "SCENES", "--images", "-5"], "--images (=-5) must be at least 16 for meaningful"),
         (
             "health",
             ["--shards", "SCENES", "--output", "SCENES"],
             "--output (='SCENES') must name a file, but is a fold",
         ),
-        ("health", ["--checkpoint", "train.device=cpu"], "--checkpoint must name one beside train.device=cpu"),
+        (
+            "health",
+            ["--checkpoint", "train.device=cpu"],
+            "--checkpoint must name a checkpoint besides",
+        ),
         (
             "visualize",
             ["--shards", "SCENES", "--output", "SCENES/index.json/a"],
