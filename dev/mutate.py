@@ -54,7 +54,7 @@ AREAS: dict[str, tuple[str, str]] = {
     ),
     "attention": ("encoders/attention*.py encoders/blocks.py", "encoders predictors"),
     "positions": (
-        "encoders/pos_embed.py encoders/vit.py predictors/vit.py",
+        "encoders/vit.py predictors/vit.py",
         "encoders/test_pos_embed.py encoders/test_vit.py predictors encoders test_recipe.py",
     ),
     "targets": ("targets/*.py", "targets test_recipe.py"),

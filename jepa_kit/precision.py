@@ -1,4 +1,6 @@
-"""``train.precision``: the precision of matrix products. Weights, optimiser state and losses are always float32.
+"""``train.precision``: the precision of matrix products; ``train.deterministic``.
+
+Weights, optimiser state and losses are always float32.
 
 float32  also on CUDA: TensorFloat-32 is off while a run trains
 tf32     factors of products are rounded to 10 bits; CUDA, compute capability 8.0 (Ampere) and up
@@ -10,11 +12,13 @@ Rank 0 resolves ``auto`` once for a run and stores the result in its config; a r
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,3 +138,31 @@ def _seconds(width: int, precision: Precision) -> float:
         if repeat:
             best = min(best, time.thread_time() - start)
     return best
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """If ``wanted``, make torch use deterministic kernels and raise for operators without one; restore it after.
+
+    The same run on the same CUDA device then gives the same bits (``train.deterministic``). By default some CUDA
+    kernels add with atomics, in an order that differs between runs: the backward pass of flash attention (dq) and of
+    ``index_select``, which copies context tokens for each target set of the predictor.
+
+    Must begin before the first use of cuBLAS, which reads CUBLAS_WORKSPACE_CONFIG then.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # nothing here reads memory that it has not written, and filling it would cost a pass over every new tensor
+    cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = True, False, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark, memory.fill_uninitialized_memory = flags

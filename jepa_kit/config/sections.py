@@ -97,7 +97,7 @@ class DataConfig(_Section):
         mean, std: of the channels, for pixel values in [0, 1]; by default those of ImageNet.
         shuffle_window: number of samples that are shuffled together.
         num_workers: loader processes of each rank; 0 loads in the training process. "auto" is its usable cores on CUDA,
-            a quarter of them on a CPU, and 0 if loading takes a negligible time (jepa_kit/engine/workers.py).
+            a quarter of them on a CPU, and 0 if loading takes a negligible time (jepa_kit/data/workers.py).
         prefetch: batches that are copied to a CUDA device ahead of their step; 0 copies each when it is needed.
 
     Raises:

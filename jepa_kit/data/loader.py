@@ -22,7 +22,7 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view
-from jepa_kit.data.workers import load
+from jepa_kit.data.workers import Workers, choose_workers, load
 from jepa_kit.interfaces import Masker
 from jepa_kit.rng import FloatArray, IntArray, epoch_order
 from jepa_kit.structures import MaskBatch
@@ -198,6 +198,12 @@ class TrainLoader:
                 begin = g * self.batch_size + self.rank * part
                 yield Request(epoch * self.steps_per_epoch + g, epoch, order[begin : begin + part].copy())
             epoch, first = epoch + 1, 0
+
+    def set_workers(self, wanted: Workers, device: torch.device) -> None:
+        """Set ``num_workers`` by ``choose_workers``; "auto" times the first images of local shards."""
+        self.num_workers = choose_workers(wanted, device)
+        if wanted == "auto" and self.num_workers and not self.dataset.remote:
+            self.num_workers = choose_workers(wanted, device, self.seconds_per_image())
 
     def seconds_per_image(self, count: int = 16) -> float | None:
         """Return the CPU time to load an image, over the first ``count``; None if none of them can be used."""

@@ -13,7 +13,7 @@ from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import brief, identity
+from jepa_kit.data.shards.index import brief, identity
 from jepa_kit.data.transforms import View, build_view
 from jepa_kit.distributed.collectives import World, broadcast_from_rank0, joined, run_on_all_ranks
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
@@ -22,7 +22,6 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Schedule
-from jepa_kit.engine.workers import set_workers
 from jepa_kit.interfaces import Encoder
 from jepa_kit.trials.contract import check_parts
 
@@ -100,7 +99,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         shuffle_window=config.data.shuffle_window,
         pin_memory=device.type == "cuda",
     )
-    set_workers(loader, config.data.num_workers, device)
+    loader.set_workers(config.data.num_workers, device)
     steps_per_epoch = settings.steps_per_epoch or loader.steps_per_epoch
     run_on_all_ranks(lambda: check_parts(config, device, weights_of=jepa))
     compile_blocks(jepa, device, encoder.embed_dim)

@@ -12,7 +12,7 @@ from torch import nn
 from jepa_kit.config import Config
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import identity
+from jepa_kit.data.shards.index import identity
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.recipe import JEPA
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """Names and checksums that distinguish the data set, wherever it is stored (data/shards/identity.py)."""
+        """Names and checksums that distinguish the data set, wherever it is stored (data/shards/index.py)."""
         return identity(self.dataset.shards)
 
 

@@ -24,9 +24,9 @@ import jepa_kit
 from jepa_kit.config import Config
 from jepa_kit.distributed.slurm import minutes
 from jepa_kit.engine.build import check_shares
-from jepa_kit.engine.checkpoint.lock import only_run_in
 from jepa_kit.engine.checkpoint.manager import store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
+from jepa_kit.lock import only_run_in
 
 JOB_FOLDER = "slurm"
 """Folder in the run folder with the job's config, script and output."""

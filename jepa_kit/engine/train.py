@@ -16,6 +16,7 @@ from typing import Any
 
 from jepa_kit.config import Config, versions
 from jepa_kit.data.loader import Batch
+from jepa_kit.data.workers import limit_threads
 from jepa_kit.distributed.collectives import (
     barrier,
     broadcast_from_rank0,
@@ -27,11 +28,9 @@ from jepa_kit.distributed.collectives import (
 from jepa_kit.distributed.signals import Signals, StopConsensus, preempted
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.async_save import Saver
-from jepa_kit.engine.checkpoint.lock import only_run_in
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
-from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.hooks import HookFactory, build_hooks, check_hooks
 from jepa_kit.engine.logging.announce import announce
 from jepa_kit.engine.logging.curves import Panel, drawn, plot_curves
@@ -43,10 +42,10 @@ from jepa_kit.engine.nonfinite.policy import BadSteps
 from jepa_kit.engine.run import ForeignWeights, Run, Start
 from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples
 from jepa_kit.engine.start import start_from
-from jepa_kit.engine.workers import limit_threads
+from jepa_kit.lock import only_run_in
 from jepa_kit.planning.flops import flops_of
 from jepa_kit.planning.peak_flops import matrix_peak
-from jepa_kit.precision import precision_of, products_in, resolve_precision
+from jepa_kit.precision import deterministic, precision_of, products_in, resolve_precision
 
 
 def train(

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from jepa_kit.build import build_masker
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.transforms import normalize
+from jepa_kit.data.workers import choose_workers
 from jepa_kit.distributed.collectives import run_on_all_ranks
 from jepa_kit.engine.build import open_together
 from jepa_kit.engine.logging.curves import Panel
 from jepa_kit.engine.run import Run
-from jepa_kit.engine.workers import choose_workers
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge

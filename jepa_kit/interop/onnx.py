@@ -19,8 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from jepa_kit.encoders.pos_embed import interpolate_pos_embed
-from jepa_kit.encoders.vit import patch_grid
+from jepa_kit.encoders.vit import interpolate_pos_embed, patch_grid
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, sha256_of
 from jepa_kit.interop.digest import DIGEST, check_digest, raw

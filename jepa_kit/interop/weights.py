@@ -18,7 +18,7 @@ from torch import Tensor
 from jepa_kit.config import DataConfig
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.encoders.pos_embed import sincos_2d
+from jepa_kit.encoders.vit import sincos_2d
 from jepa_kit.engine.checkpoint.format import check_finite, check_state
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.names import hint

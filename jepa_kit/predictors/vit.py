@@ -19,8 +19,8 @@ from jepa_kit.encoders.blocks import (
     run_blocks,
     take_rows,
 )
-from jepa_kit.encoders.pos_embed import sincos_2d
 from jepa_kit.encoders.products import Linear
+from jepa_kit.encoders.vit import sincos_2d
 from jepa_kit.registry import PREDICTORS, Backend
 from jepa_kit.structures import MaskBatch
 

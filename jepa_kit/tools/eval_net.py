@@ -201,8 +201,8 @@ def evaluate_run(
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """Return the rows, and the checkpoint's entry of the file of results."""
     from jepa_kit.data.image_options import ImageOptions
+    from jepa_kit.data.workers import choose_workers
     from jepa_kit.distributed.collectives import broadcast_from_rank0
-    from jepa_kit.engine.workers import choose_workers
     from jepa_kit.evaluation.evaluate import evaluate
     from jepa_kit.evaluation.feature_cache import FeatureStore
     from jepa_kit.evaluation.feature_sources import ENCODER_NAMES, config_networks, encoder_named, run_networks

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.encoders import SIZES, ViT
-from jepa_kit.encoders.pos_embed import interpolate_pos_embed, sincos_2d
-from jepa_kit.encoders.vit import PatchEmbed, patch_grid
+from jepa_kit.encoders.vit import PatchEmbed, interpolate_pos_embed, patch_grid, sincos_2d
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import PatchSets
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from jepa_kit.engine import step as update
-from jepa_kit.engine.deterministic import deterministic
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
+from jepa_kit.precision import deterministic
 from jepa_kit.training import train
 
 

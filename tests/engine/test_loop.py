@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
-from jepa_kit.data.shards.identity import identity
+from jepa_kit.data.shards.index import identity
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine import build, loop
 from jepa_kit.engine import step as update

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from jepa_kit.config import load_config
+from jepa_kit.data import workers
 from jepa_kit.data.shards.reader import ShardFile
+from jepa_kit.data.workers import choose_workers, limit_threads
 from jepa_kit.distributed.collectives import World
-from jepa_kit.engine import workers
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.workers import choose_workers, limit_threads
 from jepa_kit.training import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

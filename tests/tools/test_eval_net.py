@@ -18,7 +18,7 @@ import pytest
 
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import brief, identity
+from jepa_kit.data.shards.index import brief, identity
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
 from jepa_kit.errors import StartError

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.making.write_log import folders_with_shards
-from jepa_kit.data.shards.index import array_names, is_foreign, read_array, read_index
+from jepa_kit.data.shards.index import is_foreign, read_arrays, read_index
 from jepa_kit.data.shards.indexing import scan
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED
 from jepa_kit.files import sha256_of
@@ -99,7 +99,7 @@ def _read_tasks(folder: str) -> list[_Task]:
     if _has(folder, UNFINISHED):
         raise ValueError(f"{os.path.join(folder, UNFINISHED)}: a run was interrupted: run its command again")
     index = read_index(os.path.join(folder, INDEX))
-    arrays = {name: read_array(folder, name, index) for name in array_names(index)}
+    arrays = read_arrays(folder, index)
     tasks, start = [], 0
     for entry in index["shards"]:
         rows = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}

@@ -82,17 +82,15 @@ class ShardDataset:
         return self._cache
 
     def _open(self, *, verified: bool) -> None:
-        def arrays(name: str) -> list[NDArray[Any]]:
-            return [part.array(name, verified=verified) for part in self.parts if name != MASKS or part.has_masks]
-
-        self._offsets: IntArray = _concatenate(arrays(OFFSETS))
-        self._keys: NDArray[np.bytes_] = _concatenate(arrays(KEYS))
-        labels = zip(self.parts, arrays(LABELS), strict=True)
-        self._labels: IntArray = _concatenate([_label_columns(part, found, [*self.classes]) for part, found in labels])
+        arrays = [(part, part.arrays(verified=verified)) for part in self.parts]
+        self._offsets: IntArray = _concatenate([found[OFFSETS] for _, found in arrays])
+        self._keys: NDArray[np.bytes_] = _concatenate([found[KEYS] for _, found in arrays])
+        names = list(self.classes)
+        self._labels: IntArray = _concatenate([_label_columns(part, found[LABELS], names) for part, found in arrays])
         self._masks: IntArray | None = None
-        masks = iter(arrays(MASKS))
         if self.has_masks:
-            self._masks = _concatenate([next(masks) if part.has_masks else _no_masks(part) for part in self.parts])
+            masks = [found[MASKS] if MASKS in found else _no_masks(part) for part, found in arrays]
+            self._masks = _concatenate(masks)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _ARRAYS}

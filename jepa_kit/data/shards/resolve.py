@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
-from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_array, read_index
+from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_arrays, read_index
 from jepa_kit.data.shards.indexing import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.errors import StreamError
@@ -72,10 +72,10 @@ class ShardPart:
         """Whether there are segmentation masks."""
         return "masks" in self.index
 
-    def array(self, name: str, *, verified: bool = False) -> NDArray[Any]:
-        """Return an array of the index, memory-mapped if the part has all of its rows; see ``read_array``."""
-        found = read_array(self.folder, name, self.index, verified=verified)
-        return found if self.rows is None else found[self.rows]
+    def arrays(self, *, verified: bool = False) -> dict[str, NDArray[Any]]:
+        """Return the arrays of the index by name, memory-mapped if the part has all rows; see ``read_arrays``."""
+        found = read_arrays(self.folder, self.index, verified=verified)
+        return found if self.rows is None else {name: array[self.rows] for name, array in found.items()}
 
 
 def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[ShardPart]:

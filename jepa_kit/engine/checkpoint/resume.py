@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kit.config import modernize
-from jepa_kit.data.shards.identity import difference
+from jepa_kit.data.shards.index import difference
 from jepa_kit.engine.checkpoint.format import Checkpoint
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_in
 from jepa_kit.engine.checkpoint.storage import name_of
@@ -175,7 +175,7 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
     Args:
         checkpoint: to resume from.
         config: the resolved config as a mapping; its ``versions`` are not compared.
-        data: the identity of the data set (jepa_kit/data/shards/identity.py).
+        data: the identity of the data set (jepa_kit/data/shards/index.py).
 
     Returns:
         Notes on what could not be compared.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from jepa_kit.config import located, versions
-from jepa_kit.data.shards.identity import brief
+from jepa_kit.data.shards.index import brief
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.logging.topology import Place, describe, to_dict

@@ -8,7 +8,7 @@ import pytest
 from small_shards import make_samples, write_shards
 
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import brief, difference, identity
+from jepa_kit.data.shards.index import brief, difference, identity
 
 
 def entry(k, **changes):

@@ -16,7 +16,7 @@ from small_shards import encoded, picture, write_shards
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.identity import difference, identity
+from jepa_kit.data.shards.index import difference, identity
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.errors import SampleError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jepa_kit.config import SECTIONS
-from jepa_kit.data.shards.identity import identity
+from jepa_kit.data.shards.index import identity
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import (

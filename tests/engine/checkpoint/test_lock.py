@@ -13,7 +13,7 @@ import pytest
 from jepa_kit import lock as lock_module
 from jepa_kit.engine.checkpoint import lock
 from jepa_kit.engine.checkpoint.format import checkpoints
-from jepa_kit.engine.checkpoint.lock import only_run_in
+from jepa_kit.lock import only_run_in
 from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[3]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from jepa_kit.engine.checkpoint.lock import only_run_in
+from jepa_kit.lock import only_run_in
 
 with only_run_in(Path(sys.argv[1])):
     if os.fork() == 0:  # a loader worker, which outlives it for a while
