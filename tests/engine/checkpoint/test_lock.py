@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit import lock as lock_module
-from jepa_kit.engine.checkpoint import lock
+from jepa_kit import lock
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.lock import only_run_in
 from jepa_kit.training import train
@@ -111,7 +110,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(lock_module.fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     with only_run_in(tmp_path):
         pass
     told = capsys.readouterr().out
