@@ -8,7 +8,7 @@ it; no other sample takes its place.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -112,14 +112,14 @@ def load_all(dataset: ShardDataset, view: View, samples: IntArray, draws: FloatA
 
 
 class _EvalBatches(Dataset):
-    """Map sample numbers [B] to a Batch."""
+    """Map sample numbers [B] to a batch of all of them."""
 
-    def __init__(self, dataset: ShardDataset, view: View) -> None:
-        self.dataset, self.view = dataset, view
+    def __init__(self, dataset: ShardDataset, view: View, seed: int, epoch: int) -> None:
+        self.dataset, self.view, self.seed, self.epoch = dataset, view, seed, epoch
 
     def __getitem__(self, samples: IntArray) -> Batch:
-        images = load_all(self.dataset, self.view, samples, self.view.draws(samples, seed=0, epoch=0))
-        return Batch(images, None, torch.from_numpy(samples))
+        draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
+        return Batch(load_all(self.dataset, self.view, samples, draws), None, torch.from_numpy(samples))
 
 
 class TrainLoader:
@@ -321,4 +321,30 @@ def eval_batches(
     size = options.batch_size
     parts = [chosen[k : k + size] for k in range(0, len(chosen), size)]
     view = eval_view(image_size=options.image_size, share=share, decoder=options.decoder, max_pixels=options.max_pixels)
-    return load(_EvalBatches(dataset, view), parts, options.num_workers, pin_memory)
+    return whole_batches(dataset, view, parts, num_workers=options.num_workers, pin_memory=pin_memory)
+
+
+def whole_batches(
+    dataset: ShardDataset,
+    view: View,
+    parts: Sequence[IntArray],
+    *,
+    num_workers: int,
+    seed: int = 0,
+    epoch: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Return a batch of each list of samples [B], none of which may be left out.
+
+    Args:
+        dataset: of the images.
+        view: of each image; its random numbers depend on ``seed``, ``epoch`` and the sample.
+        parts: the samples of each batch.
+        num_workers: loader processes; 0 loads in this process.
+        pin_memory: put batches into pinned memory.
+
+    Raises:
+        ValueError: a sample that cannot be used.
+        RuntimeError: a loader worker died.
+    """
+    return load(_EvalBatches(dataset, view, seed, epoch), parts, num_workers, pin_memory)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,12 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from jepa_kit.data.image_options import ImageOptions
-from jepa_kit.data.loader import load_all
-from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import View, eval_view, normalize, train_view
+from jepa_kit.data.loader import eval_batches, whole_batches
+from jepa_kit.data.transforms import normalize, train_view
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     LayerSet,
@@ -29,6 +25,7 @@ from jepa_kit.evaluation.protocols.base import (
     ProbeResult,
     Task,
     check_labels,
+    check_values,
     classification_result,
 )
 from jepa_kit.evaluation.protocols.subsets import Subset
@@ -99,21 +96,20 @@ class Finetune(Probe):
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        for name, right, valid in (
-            ("epochs", "at least 1", self.epochs >= 1),
-            ("batch_size", "at least 2", self.batch_size >= 2),
-            ("lr", "above 0", self.lr > 0),
-            ("weight_decay", "at least 0", self.weight_decay >= 0),
-            ("layer_decay", "in (0, 1]", 0 < self.layer_decay <= 1),
-            ("warmup_epochs", "at least 0 and below epochs", 0 <= self.warmup_epochs < self.epochs),
-            ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
-            ("mixup", "at least 0", self.mixup >= 0),
-            ("drop_path", "in [0, 1)", 0 <= self.drop_path < 1),
-            ("crop_scale", "ascending, above 0, at most 1", 0 < low <= high <= 1),
-            ("flip", "a probability, 0 to 1", 0 <= self.flip <= 1),
-        ):
-            if not valid:
-                raise ValueError(f"{name} (={getattr(self, name)}) must be {right}")
+        rules = {
+            "epochs": (self.epochs >= 1, "must be at least 1"),
+            "batch_size": (self.batch_size >= 2, "must be at least 2"),
+            "lr": (self.lr > 0, "must be above 0"),
+            "weight_decay": (self.weight_decay >= 0, "must be at least 0"),
+            "layer_decay": (0 < self.layer_decay <= 1, "must be in (0, 1]"),
+            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, "must be at least 0 and below epochs"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "must be in [0, 1)"),
+            "mixup": (self.mixup >= 0, "must be at least 0"),
+            "drop_path": (0 <= self.drop_path < 1, "must be in [0, 1)"),
+            "crop_scale": (0 < low <= high <= 1, "must be ascending, above 0, at most 1"),
+            "flip": (0 <= self.flip <= 1, "must be a probability, 0 to 1"),
+        }
+        check_values(*((name, getattr(self, name), *rule) for name, rule in rules.items()))
         Subset(self.subset)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
@@ -125,23 +121,17 @@ class Finetune(Probe):
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Train, then classify the test set once."""
         assert task.encoder is not None
-        assert task.images is not None
-        datasets = task.train.dataset, task.test.dataset
-        labels = check_labels(len(datasets[0]), task.labels()[0], len(datasets[1]), task.labels()[1])
-        classes, answers = np.unique(labels[0], return_inverse=True)
-        chosen = Subset(self.subset).draw(labels[0], seed=task.seed, draw=0)
+        labels, test_labels = check_labels(task.train.dataset, task.test.dataset, *task.labels())
+        classes, answers = np.unique(labels, return_inverse=True)
+        chosen = Subset(self.subset).draw(labels, seed=task.seed, draw=0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
             model = self._model(task.encoder, len(classes)).to(task.device)
-            groups = layer_groups(model, lr=self.lr, weight_decay=self.weight_decay, decay=self.layer_decay)
-            losses = self._train(model, groups, task, answers, chosen, len(classes))
+            losses = self._train(model, task, answers, chosen)
+        settings = {"loss_by_epoch": losses, "samples": len(chosen), **asdict(self)}
+        del settings["subset"]
         found = classes[predict(model, task)]
-        settings: dict[str, Any] = {
-            "loss_by_epoch": losses,
-            "samples": len(chosen),
-            **{k: v for k, v in asdict(self).items() if k != "subset"},
-        }
-        result = classification_result("finetune", found, labels[0][chosen], labels[1], None, settings)
+        result = classification_result("finetune", found, labels[chosen], test_labels, None, settings)
         return [result if self.subset == "all" else replace(result, variant=self.subset)]
 
     def _model(self, encoder: nn.Module, classes: int) -> Classifier:
@@ -154,31 +144,39 @@ class Finetune(Probe):
         width: int = copied.embed_dim  # type: ignore[assignment]
         return Classifier(copied, width, classes)
 
-    def _train(
-        self,
-        model: Classifier,
-        groups: list[dict[str, Any]],
-        task: Task,
-        answers: IntArray,
-        chosen: IntArray,
-        classes: int,
-    ) -> list[float]:
+    def _train(self, model: Classifier, task: Task, answers: IntArray, chosen: IntArray) -> list[float]:
         """Train the model; return the mean loss of each epoch."""
         assert task.images is not None
+        images = task.images
+        groups = layer_groups(model, lr=self.lr, weight_decay=self.weight_decay, decay=self.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        autocast = autocast_of(images.precision, task.device)
+        view = train_view(
+            image_size=images.image_size,
+            scale=self.crop_scale,
+            flip=self.flip,
+            decoder=images.decoder,
+            max_pixels=images.max_pixels,
+        )
         model.train()
         losses: list[float] = []
         steps = max(1, len(chosen) // self.batch_size)
         for epoch in range(self.epochs):
             total = 0.0
-            for step, (images, samples) in enumerate(self._batches(task, chosen, epoch)):
+            order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
+            parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(steps)]
+            batches = whole_batches(
+                task.train.dataset, view, parts, num_workers=images.num_workers, seed=task.seed, epoch=epoch
+            )
+            for step, batch in enumerate(batches):
                 factor = self._factor(epoch + (step + 1) / steps)
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * group["scale"] * factor
-                target = F.one_hot(torch.from_numpy(answers[samples]), classes).float().to(task.device)
-                images, target = self._mixed(images, target, task.seed, epoch, step)
-                with autocast(task):
-                    logits = model(images)
+                x = normalize(batch.images.to(task.device), images.mean, images.std)
+                target = F.one_hot(torch.from_numpy(answers)[batch.samples], model.head.out_features).float()
+                x, target = self._mixed(x, target.to(task.device), task.seed, epoch, step)
+                with autocast():
+                    logits = model(x)
                 loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -195,21 +193,6 @@ class Finetune(Probe):
             return done / self.warmup_epochs
         rest = (done - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
-
-    def _batches(self, task: Task, chosen: IntArray, epoch: int) -> Iterator[tuple[Tensor, IntArray]]:
-        """Yield the batches of an epoch: normalised images [B, 3, h, w] on the device, and their sample numbers."""
-        order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
-        steps, images = max(1, len(chosen) // self.batch_size), task.images
-        assert images is not None
-        view = train_view(
-            image_size=images.image_size,
-            scale=self.crop_scale,
-            flip=self.flip,
-            decoder=images.decoder,
-            max_pixels=images.max_pixels,
-        )
-        parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(steps)]
-        yield from _read(task.train.dataset, view, parts, images, task, epoch)
 
     def _mixed(self, images: Tensor, target: Tensor, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Mix each image and its target with those of another image of the batch, with one weight for the batch."""
@@ -235,63 +218,20 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
         layer = int(place[2]) + 1 if place[:2] == ["encoder", "blocks"] else 0
         if place[0] == "head" or place[:2] == ["encoder", "norm"]:
             layer = depth + 1
-        decayed = parameter.ndim > 1
-        group: dict[str, Any] = {"params": [], "weight_decay": weight_decay if decayed else 0.0}
-        group["scale"] = decay ** (depth + 1 - layer)
+        decayed, scale = parameter.ndim > 1, decay ** (depth + 1 - layer)
+        group = {"params": [], "weight_decay": weight_decay if decayed else 0.0, "scale": scale, "lr": lr * scale}
         groups.setdefault((layer, decayed), group)["params"].append(parameter)
-    for group in groups.values():
-        group["lr"] = lr * group["scale"]
     return list(groups.values())
-
-
-def autocast(task: Task) -> AbstractContextManager[object]:
-    """Return the autocast context of the task's precision."""
-    assert task.images is not None
-    return autocast_of(task.images.precision, task.device)()
 
 
 @torch.no_grad()
 def predict(model: Classifier, task: Task) -> IntArray:
     """Return the predicted class of each test image: [M], 0 to K - 1."""
-    images, dataset = task.images, task.test.dataset
-    assert images is not None
+    assert task.images is not None
+    images, answers = task.images, []
     model.eval()
-    parts = np.array_split(np.arange(len(dataset)), math.ceil(len(dataset) / images.batch_size))
-    answers = []
-    view = eval_view(image_size=images.image_size, decoder=images.decoder, max_pixels=images.max_pixels)
-    for batch, _ in _read(dataset, view, parts, images, task, 0):
-        with autocast(task):
-            answers.append(model(batch).argmax(dim=1).cpu().numpy())
+    for batch in eval_batches(task.test.dataset, images):
+        x = normalize(batch.images.to(task.device), images.mean, images.std)
+        with autocast_of(images.precision, task.device)():
+            answers.append(model(x).argmax(dim=1).cpu().numpy())
     return np.concatenate(answers)
-
-
-class _Views(Dataset):
-    """Map sample numbers [B] to uint8 images [B, 3, h, w], with the numbers."""
-
-    def __init__(self, dataset: ShardDataset, view: View, seed: int, epoch: int) -> None:
-        self.dataset, self.view, self.seed, self.epoch = dataset, view, seed, epoch
-
-    def __getitem__(self, samples: IntArray) -> tuple[Tensor, IntArray]:
-        draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
-        return load_all(self.dataset, self.view, samples, draws), samples
-
-
-def _read(
-    dataset: ShardDataset, view: View, parts: Sequence[IntArray], images: ImageOptions, task: Task, epoch: int
-) -> Iterator[tuple[Tensor, IntArray]]:
-    """Yield normalised images on the device, and their sample numbers."""
-    loader = DataLoader(
-        _Views(dataset, view, task.seed, epoch),
-        batch_size=None,
-        sampler=parts,
-        num_workers=images.num_workers,
-        generator=torch.Generator(),  # else the loader draws the seed of its workers from torch's global state
-        collate_fn=_identity,
-    )
-    for batch, samples in loader:
-        yield normalize(batch.to(task.device), images.mean, images.std), samples
-
-
-def _identity(batch: Any) -> Any:
-    """Return the batch: sample numbers stay NumPy arrays."""
-    return batch
