@@ -27,6 +27,9 @@ Grid = tuple[int, int]
 Precision = Literal["float32", "tf32", "bf16"]
 """Of the factors of matrix products (jepa_kit/precision.py)."""
 
+Pooling = Literal["mean", "none"]
+"""Whether a feature is the mean over an image's patches, or there is one for each patch."""
+
 
 @dataclass(frozen=True, eq=False)
 class PatchSets:

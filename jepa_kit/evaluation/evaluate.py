@@ -19,7 +19,8 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World, all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import Network, View
-from jepa_kit.evaluation.protocols import Built, Features, Part, ProbeResult, Spec, Task, build_protocols
+from jepa_kit.evaluation.protocols import Built, Spec, build_protocols
+from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import differing_options
 from jepa_kit.rng import IntArray

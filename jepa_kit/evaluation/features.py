@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,9 @@ from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import check_choice
-from jepa_kit.structures import Precision
+from jepa_kit.structures import Pooling, Precision
 
 Float32 = NDArray[np.float32]
-Pooling = Literal["mean", "none"]
 Source = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]

@@ -322,7 +322,7 @@ def default_output(given: str, content: dict[str, Any]) -> Path:
 
 def list_protocols() -> str:
     """Return the title, an example and the options with defaults of every protocol."""
-    from jepa_kit.evaluation.protocols import PROTOCOLS
+    from jepa_kit.evaluation.protocols.base import PROTOCOLS
     from jepa_kit.evaluation.protocols.cards import card_of
     from jepa_kit.registry import REQUIRED
 

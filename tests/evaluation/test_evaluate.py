@@ -17,8 +17,9 @@ from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_cache import FeatureStore, shared_samples
 from jepa_kit.evaluation.feature_sources import Network, encoder_named, pixel_network, run_networks
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
-from jepa_kit.evaluation.protocols import knn_probe, logistic_probe
 from jepa_kit.evaluation.protocols.finetune import Finetune
+from jepa_kit.evaluation.protocols.knn import KNN
+from jepa_kit.evaluation.protocols.logistic import Logistic
 from jepa_kit.evaluation.tables.results import results, write_results
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
@@ -48,9 +49,9 @@ def test_rows_equal_the_probes_on_the_same_features(loaded, scenes):
     data = loaded.config.data
     for name, encoder in (("target", loaded.jepa.target_encoder), ("untrained", untrained_encoder(loaded.config, 11))):
         x, y = (extract_features(encoder, part, mean=data.mean, std=data.std) for part in images)
-        for protocol, probe in (("logistic", logistic_probe), ("knn", knn_probe)):
+        for protocol, probe in (("logistic", Logistic()), ("knn", KNN())):
             row = next(r for r in rows if (r.protocol, r.network, r.label) == (protocol, name, "distance"))
-            found = probe(x, train.labels("distance"), y, test.labels("distance"))
+            found = probe.classify(x, train.labels("distance"), y, test.labels("distance"))
             assert row.accuracy == found.accuracy
             assert row.settings == found.settings
             assert (row.width, row.layers, row.pooling) == (16, "last", "mean")

@@ -22,7 +22,7 @@ from jepa_kit.data.shards.index import brief, identity
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources import Scenes
 from jepa_kit.errors import StartError
-from jepa_kit.evaluation.protocols import PROTOCOLS
+from jepa_kit.evaluation.protocols.base import PROTOCOLS
 from jepa_kit.training import train
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_net.py"

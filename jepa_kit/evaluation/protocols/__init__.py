@@ -21,35 +21,8 @@ from jepa_kit.errors import ConfigError
 
 # The members register themselves.
 from jepa_kit.evaluation.protocols import attentive, dense, finetune, knn, linear, logistic  # noqa: F401
-from jepa_kit.evaluation.protocols.base import (
-    PROTOCOLS,
-    Features,
-    LayerSet,
-    Part,
-    Probe,
-    ProbeResult,
-    Task,
-)
-from jepa_kit.evaluation.protocols.knn import knn_probe
-from jepa_kit.evaluation.protocols.logistic import logistic_probe
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, Probe
 from jepa_kit.registry import build_part
-
-__all__ = [
-    "PROTOCOLS",
-    "Built",
-    "Features",
-    "LayerSet",
-    "Part",
-    "Probe",
-    "ProbeResult",
-    "Spec",
-    "Task",
-    "build_protocols",
-    "knn_probe",
-    "logistic_probe",
-    "parse_specs",
-    "plain_options",
-]
 
 Spec = str | Mapping[str, Any]
 """A protocol's name, or a mapping with ``name`` and its options."""

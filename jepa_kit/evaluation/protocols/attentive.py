@@ -6,8 +6,7 @@ B  samples of a batch    n  patches    D  width    h  heads    d = D / h    K  c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -22,12 +21,12 @@ from jepa_kit.evaluation.protocols.base import (
     ProbeResult,
     Task,
     check_labels,
+    check_values,
     choose_holdout,
     classification_result,
     split,
 )
 from jepa_kit.evaluation.protocols.heads import Recipe
-from jepa_kit.evaluation.protocols.linear import check_split
 from jepa_kit.rng import IntArray, Stream, generator
 
 HOLDOUT = 0.2
@@ -87,6 +86,7 @@ class AttentivePool(nn.Module):
 
 
 @PROTOCOLS.register("attentive")
+@dataclass(kw_only=True)
 class Attentive(Probe):
     """Cross-attention probe on frozen patch tokens.
 
@@ -110,42 +110,31 @@ class Attentive(Probe):
         ValueError: a value outside its range, or an option without effect.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: str = "last",
-        num_heads: int | None = None,
-        lrs: tuple[float, ...] = (1e-3,),
-        weight_decay: float = 0.01,
-        epochs: int = 10,
-        batch_size: int = 128,
-        holdout: float | None = None,
-    ) -> None:
-        if not lrs or min(lrs) <= 0:
-            raise ValueError(f"lrs (={lrs}) must be at least one, above 0")
-        if len(set(lrs)) < len(lrs):
-            raise ValueError(f"lrs (={lrs}) must contain each value once")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay (={weight_decay}) must be at least 0")
-        self.features, self.num_heads, self.lrs, self.weight_decay = (
-            LayerSet(layers, "none"),
-            num_heads,
-            lrs,
-            weight_decay,
+    layers: str = "last"
+    num_heads: int | None = None
+    lrs: tuple[float, ...] = (1e-3,)
+    weight_decay: float = 0.01
+    epochs: int = 10
+    batch_size: int = 128
+    holdout: float | None = None
+
+    def __post_init__(self) -> None:
+        lrs = self.lrs
+        check_values(
+            ("lrs", lrs, bool(lrs) and min(lrs) > 0, "must be at least one, above 0"),
+            ("lrs", lrs, len(set(lrs)) == len(lrs), "must contain each value once"),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "must be at least 0"),
         )
-        self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = choose_holdout(holdout, HOLDOUT, len(lrs), f"lrs (={lrs})")
+        self.recipe = Recipe(optimizer="adamw", epochs=self.epochs, batch_size=self.batch_size)
+        self.holdout = choose_holdout(self.holdout, HOLDOUT, len(lrs), f"lrs (={lrs}) leaves")
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        return (self.features,)
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.holdout)
+        return (LayerSet(self.layers, "none"),)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Train with each learning rate on a part of the training set, then with the best on all of it."""
-        train, test = task.both(self.features)
-        train_labels, test_labels = check_labels(len(train), task.labels()[0], len(test), task.labels()[1])
+        train, test = task.both(LayerSet(self.layers, "none"))
+        train_labels, test_labels = check_labels(train, test, *task.labels())
         classes, answers = np.unique(train_labels, return_inverse=True)
         tried: dict[float, float] = {}
         if self.holdout is not None:  # else there is one learning rate, and nothing to choose

@@ -5,7 +5,7 @@ N  training samples    M  test samples    n  patches of an image    D  width of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -20,11 +20,13 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.registry import PartRegistry
 from jepa_kit.rng import IntArray, Stream, generator
+from jepa_kit.structures import Pooling
 
 Array = NDArray[np.floating[Any]]
-Pooling = Literal["mean", "none"]
+Pair = tuple[IntArray, IntArray]
+"""Indices of samples to fit on, and of samples to choose on."""
 
-PROTOCOLS = PartRegistry("protocol")
+PROTOCOLS = PartRegistry("protocol", package="jepa_kit.evaluation.protocols")
 """Name -> protocol, for ``tools/eval_net.py --protocol``."""
 
 
@@ -157,24 +159,35 @@ class Probe(Protocol):
     differs from that (``Departures``), its options (``Args``), and a spec (``Example``). ``tools/eval_net.py --list``
     prints the title, the options and the example.
 
-    It may have ``check(labels, key)``, which is called before features are extracted and raises ValueError for classes
-    of training samples [N], or keys (sample number -> name), that it cannot use.
-
     Attributes:
         label: the only label that it uses; None for any.
         takes_layers: whether it uses the layers that the user chose; else it has an option for them.
         takes: ``labels`` (one call per label), or ``masks`` of the shards (one call).
         trains_encoder: whether it needs the encoder itself, so that it gives no figure for raw pixels.
+        holdout: fraction of the training samples that it holds out to choose a setting; None for none.
     """
 
     label: str | None = None
     takes_layers: bool = False
     takes: Literal["labels", "masks"] = "labels"
     trains_encoder: bool = False
+    holdout: float | None = None
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
-        """Return the layer sets that it needs if the user chose ``layers``."""
-        ...
+        """Return the layer sets that it needs if the user chose ``layers``: these alone, unless it is overridden."""
+        return (LayerSet(layers),)
+
+    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
+        """Raise ValueError for training samples that it cannot use; called before features are extracted.
+
+        Unless it is overridden, each class must have a held-out sample.
+
+        Args:
+            labels: [N] classes.
+            key: sample number -> name.
+        """
+        if self.holdout is not None:
+            split(labels, self.holdout, seed=0)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Return the figures; a deterministic function of the task."""
@@ -227,17 +240,16 @@ def check_samples(
             raise ValueError(f"{name} must be finite, but the feature of sample {bad} is not")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train and test must be of one width, not {train.shape[1]} and {test.shape[1]}")
-    return check_labels(len(train), train_labels, len(test), test_labels)
+    return check_labels(train, test, train_labels, test_labels)
 
 
-def check_labels(n_train: int, train_labels: IntArray, n_test: int, test_labels: IntArray) -> tuple[IntArray, IntArray]:
-    """Check labels as ``check_samples`` does; return them as int64."""
+def check_labels(train: Sized, test: Sized, *given: IntArray) -> tuple[IntArray, IntArray]:
+    """Check the labels of the training and the test samples as ``check_samples`` does; return them as int64."""
     labels = []
-    for name, count, y in (("train", n_train, train_labels), ("test", n_test, test_labels)):
-        if y.shape != (count,) or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(
-                f"{name}_labels must be an integer for each of the {count} samples, not {y.dtype} of shape {y.shape}"
-            )
+    for name, samples, y in zip(("train", "test"), (train, test), given, strict=True):
+        if y.shape != (len(samples),) or not np.issubdtype(y.dtype, np.integer):
+            right = f"an integer for each of the {len(samples)} samples"
+            raise ValueError(f"{name}_labels must be {right}, not {y.dtype} of shape {y.shape}")
         labels.append(y.astype(np.int64))
     known = np.unique(labels[0])
     if len(known) < 2:
@@ -248,10 +260,11 @@ def check_labels(n_train: int, train_labels: IntArray, n_test: int, test_labels:
     return labels[0], labels[1]
 
 
-def check_holdout(holdout: float) -> None:
-    """Raise ValueError for an impossible held-out fraction."""
-    if not 0 < holdout <= 0.5:
-        raise ValueError(f"holdout (={holdout}) must be above 0 and at most 0.5")
+def check_values(*rules: tuple[str, Any, bool, str]) -> None:
+    """Raise ValueError for the first broken rule: (name, value, whether it is valid, text of the error)."""
+    for name, value, valid, text in rules:
+        if not valid:
+            raise ValueError(f"{name} (={value}) {text}")
 
 
 def choose_holdout(holdout: float | None, default: float, settings: int, what: str) -> float | None:
@@ -261,21 +274,22 @@ def choose_holdout(holdout: float | None, default: float, settings: int, what: s
         holdout: the user's value.
         default: if that is None.
         settings: number of settings.
-        what: name of a single setting in messages.
+        what: "(a single setting) leaves", for messages.
 
     Raises:
         ValueError: an impossible fraction, or one without effect.
     """
     if holdout is None:
         return default if settings > 1 else None
-    check_holdout(holdout)
-    if settings == 1:
-        raise ValueError(f"holdout (={holdout}) would do nothing: {what} leaves nothing to choose")
+    check_values(
+        ("holdout", holdout, 0 < holdout <= 0.5, "must be above 0 and at most 0.5"),
+        ("holdout", holdout, settings > 1, f"would do nothing: {what} nothing to choose"),
+    )
     return holdout
 
 
-def split(labels: IntArray, holdout: float, seed: int, splits: int = 1) -> list[tuple[IntArray, IntArray]]:
-    """Return random pairs of (indices to fit on, indices to choose on), stratified by class.
+def split(labels: IntArray, holdout: float, seed: int, splits: int = 1) -> list[Pair]:
+    """Return random pairs, stratified by class.
 
     Raises:
         ValueError: a class without samples for both.

@@ -5,7 +5,8 @@ N  images    n = H * W  patches    h, w  pixels of the image    D  width    K  c
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from jepa_kit.evaluation.protocols.base import (
     Probe,
     ProbeResult,
     Task,
+    check_values,
     choose_holdout,
 )
-from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe, best_head
+from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe, fit_best
 from jepa_kit.evaluation.protocols.linear import ONE, Head, grid
 from jepa_kit.rng import IntArray, Stream, generator
 
@@ -35,6 +37,7 @@ Masks = NDArray[np.uint8]
 
 
 @PROTOCOLS.register("dense")
+@dataclass(kw_only=True)
 class Dense(Probe):
     """Segmentation: a linear map from each patch token to its pixels' classes.
 
@@ -60,28 +63,25 @@ class Dense(Probe):
         ValueError: a value outside its range.
     """
 
-    takes: Literal["labels", "masks"] = "masks"
+    layers: str = "last"
+    most: int | None = None
+    heads: tuple[Head, ...] = ("norm",)
+    lrs: tuple[float, ...] = (1e-3, 1e-2)
+    weight_decays: tuple[float, ...] = (0.0,)
+    epochs: int = 5
+    batch_size: int = 4096
+    holdout: float | None = None
 
-    def __init__(
-        self,
-        *,
-        layers: str = "last",
-        most: int | None = None,
-        heads: tuple[Head, ...] = ("norm",),
-        lrs: tuple[float, ...] = (1e-3, 1e-2),
-        weight_decays: tuple[float, ...] = (0.0,),
-        epochs: int = 5,
-        batch_size: int = 4096,
-        holdout: float | None = None,
-    ) -> None:
-        if most is not None and not 1 <= most < IGNORED:
-            raise ValueError(f"most (={most}) must be from 1 to {IGNORED - 1}")
-        self.features, self.most = LayerSet(layers, "none"), most
-        self.settings = [
-            type(s)(self.features, s.norm, s.lr, s.weight_decay) for s in grid([layers], heads, lrs, weight_decays)
-        ]
-        self.recipe = Recipe(optimizer="adamw", epochs=epochs, batch_size=batch_size)
-        self.holdout = choose_holdout(holdout, 0.1, len(self.settings), ONE)
+    takes = "masks"
+
+    def __post_init__(self) -> None:
+        valid = self.most is None or 1 <= self.most < IGNORED
+        check_values(("most", self.most, valid, f"must be from 1 to {IGNORED - 1}"))
+        self.features = LayerSet(self.layers, "none")
+        settings = grid((self.layers,), self.heads, self.lrs, self.weight_decays)
+        self.settings = [replace(setting, features=self.features) for setting in settings]
+        self.recipe = Recipe(optimizer="adamw", epochs=self.epochs, batch_size=self.batch_size)
+        self.holdout = choose_holdout(self.holdout, 0.1, len(self.settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)
@@ -98,19 +98,17 @@ class Dense(Probe):
         targets = patch_fractions(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
         flat = {self.features: flatten_patches(train)}
         known = targets.sum(1).numpy() > 0
-        best, tried = 0, []
+        pair = None
         if self.holdout is not None:  # else there is one setting, and nothing to choose
             order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
             choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
-            fit, choose = (each[known[each]] for each in (patches_of(fit_on, patches), patches_of(choose_on, patches)))
-            searched = HeadGrid(self.settings, flat, classes, task.device)
-            searched.fit(flat, targets, self.recipe, seed=task.seed, index=fit)
-            scores = searched.scores(flat, targets.argmax(1), choose)
-            best, tried = best_head(self.settings, scores), [score[0] for score in scores]
-        head = HeadGrid([self.settings[best]], flat, classes, task.device)
-        head.fit(flat, targets, self.recipe, seed=task.seed, index=np.flatnonzero(known)).check()
+            fit, choose = (patches_of(images, patches) for images in (fit_on, choose_on))
+            pair = fit[known[fit]], choose[known[choose]]
+        head, best, scores = fit_best(
+            self.settings, flat, targets, classes, self.recipe, task, pair, np.flatnonzero(known)
+        )
         counts = confusion(head, self.features, test, masks[1], classes)
-        return self._results(counts, best, tried, (len(train), len(test)))
+        return self._results(counts, best, [score[0] for score in scores], (len(train), len(test)))
 
     def _masks(self, dataset: ShardDataset, images: ImageOptions) -> Masks:
         cropped = (crop_mask(dataset.mask(i, images.max_pixels), images.image_size) for i in range(len(dataset)))

@@ -21,9 +21,11 @@ from torch import Tensor
 from jepa_kit.evaluation.protocols.base import (
     Features,
     LayerSet,
+    Pair,
     ProbeResult,
     Task,
     check_labels,
+    check_values,
     classification_result,
     split,
 )
@@ -85,9 +87,8 @@ class Recipe:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} (={getattr(self, name)}) must be at least 1")
+        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
+            check_values((name, value, value >= 1, "must be at least 1"))
 
     def factor(self, done: float) -> float:
         """Return the factor of the learning rate after ``done`` epochs."""
@@ -119,10 +120,6 @@ class _Group:
     def _product(self, x: Tensor) -> Tensor:
         return (x @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
 
-    def finite(self) -> Tensor:
-        """Return which heads have finite weights: [H]."""
-        return self.weight.isfinite().all(dim=2).all(dim=0) & self.bias.isfinite().all(dim=1)
-
     def step(self, x: Tensor, target: Tensor, recipe: Recipe, factor: float) -> None:
         """Update all heads on a batch: x [B, D]; target [B] classes, or [B, K] fractions of them."""
         if self.norm:
@@ -144,18 +141,12 @@ class _Group:
         error /= len(x)
         gradients = (x.T @ error.flatten(1)).unflatten(1, self.bias.shape), error.sum(0)  # [D, H, K], [H, K]
         self.updates += 1
-        update = {"sgd": self._sgd, "adamw": self._adamw, "lars": self._lars}[recipe.optimizer]
+        update = self._adamw if recipe.optimizer == "adamw" else self._momentum
         for name, value, gradient in zip(("weight", "bias"), (self.weight, self.bias), gradients, strict=True):
             update(name, value, gradient, self.lr * factor, recipe)
 
     def _buffers(self, name: str, value: Tensor, count: int) -> list[Tensor]:
         return self.state.setdefault(name, [torch.zeros_like(value) for _ in range(count)])
-
-    def _sgd(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
-        gradient = gradient + self.decay * value
-        (velocity,) = self._buffers(name, value, 1)
-        velocity.mul_(recipe.momentum).add_(gradient)
-        value -= lr * (gradient + recipe.momentum * velocity if recipe.nesterov else velocity)
 
     def _adamw(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
         first, second = self._buffers(name, value, 2)
@@ -165,15 +156,17 @@ class _Group:
         scale = (second / (1.0 - 0.999**self.updates)).sqrt_().add_(1e-8)
         value -= lr / (1.0 - 0.9**self.updates) * first / scale
 
-    def _lars(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
-        if name == "weight":
+    def _momentum(self, name: str, value: Tensor, gradient: Tensor, lr: Tensor, recipe: Recipe) -> None:
+        lars = recipe.optimizer == "lars"
+        if name == "weight" or not lars:
             gradient = gradient + self.decay * value
+        if name == "weight" and lars:
             ours, theirs = (x.norm(dim=(0, 2)) for x in (value, gradient))  # [H]
             trust = torch.where((ours > 0) & (theirs > 0), TRUST * ours / theirs, 1.0)
             gradient = gradient * trust[:, None]
         (velocity,) = self._buffers(name, value, 1)
         velocity.mul_(recipe.momentum).add_(gradient)
-        value -= lr * velocity
+        value -= lr * (gradient + recipe.momentum * velocity if recipe.nesterov else velocity)
 
 
 class HeadGrid:
@@ -220,19 +213,17 @@ class HeadGrid:
                 chosen = order[step * batch : (step + 1) * batch]
                 target = targets[torch.from_numpy(chosen)].to(self.device)
                 factor = recipe.factor(epoch + step / per_epoch)
-                rows = {key: inputs[key].rows(chosen, self.device) for key in {g.input for g in self.groups}}
+                rows = self._rows(inputs, chosen)
                 for group in self.groups:
                     group.step(rows[group.input], target, recipe, factor)
         return self
 
-    def check(self) -> None:
-        """Raise ValueError if no head has finite weights."""
-        if not any(bool(group.finite().any()) for group in self.groups):
-            raise _diverged(self.settings)
+    def _rows(self, inputs: Inputs, index: IntArray) -> dict[LayerSet, Tensor]:
+        return {key: inputs[key].rows(index, self.device) for key in {g.input for g in self.groups}}
 
     def logits(self, inputs: Inputs, index: IntArray) -> Tensor:
         """Return the logits of some samples on the device: [b, heads, K], heads in the order of the settings."""
-        rows = {key: inputs[key].rows(index, self.device) for key in {g.input for g in self.groups}}
+        rows = self._rows(inputs, index)
         found = torch.cat([group.logits(rows[group.input]) for group in self.groups], dim=1)
         return found[:, np.argsort(np.concatenate(self.places))]
 
@@ -263,40 +254,57 @@ def grid_probe(
     """
     sets = dict.fromkeys(setting.features for setting in settings)
     train, test = ({key: part.features[key] for key in sets} for part in (task.train, task.test))
-    lengths = len(next(iter(train.values()))), len(next(iter(test.values())))
-    train_labels, test_labels = check_labels(lengths[0], task.labels()[0], lengths[1], task.labels()[1])
+    n_test = len(next(iter(test.values())))
+    train_labels, test_labels = check_labels(next(iter(train.values())), range(n_test), *task.labels())
     classes, answers = np.unique(train_labels, return_inverse=True)
-    targets = torch.from_numpy(answers)
-    chosen, validation, tried = settings[0], None, []
-    if holdout is not None:
-        ((fit_on, choose_on),) = split(train_labels, holdout, task.seed)
-        grid = HeadGrid(settings, train, len(classes), task.device)
-        scores = grid.fit(train, targets, recipe, seed=task.seed, index=fit_on).scores(train, targets, choose_on)
-        best = best_head(settings, scores)
-        chosen, validation = settings[best], scores[best][0]
-        tried = [
-            s.plain() | {"validation": accuracy, "cross_entropy": entropy if math.isfinite(entropy) else None}
-            for s, (accuracy, entropy) in zip(settings, scores, strict=True)
-        ]
-    final = HeadGrid([chosen], train, len(classes), task.device).fit(train, targets, recipe, seed=task.seed)
-    final.check()
-    parts = np.array_split(np.arange(lengths[1]), math.ceil(lengths[1] / 4096))
-    votes = np.concatenate([final.logits(test, part)[:, 0].argmax(dim=1).cpu().numpy() for part in parts])
-    found = {"chosen": chosen.plain(), "recipe": asdict(recipe), "holdout": holdout, "tried": tried}
+    pair = None if holdout is None else split(train_labels, holdout, task.seed)[0]
+    head, best, scores = fit_best(settings, train, torch.from_numpy(answers), len(classes), recipe, task, pair)
+    tried = [
+        s.plain() | {"validation": accuracy, "cross_entropy": entropy if math.isfinite(entropy) else None}
+        for s, (accuracy, entropy) in zip(settings, scores, strict=False)
+    ]
+    parts = np.array_split(np.arange(n_test), math.ceil(n_test / 4096))
+    votes = np.concatenate([head.logits(test, part)[:, 0].argmax(dim=1).cpu().numpy() for part in parts])
+    found = {"chosen": settings[best].plain(), "recipe": asdict(recipe), "holdout": holdout, "tried": tried}
+    validation = scores[best][0] if scores else None
     return classification_result(protocol, classes[votes], train_labels, test_labels, validation, found)
 
 
-def best_head(settings: Sequence[Setting], scores: Sequence[tuple[float, float]]) -> int:
-    """Return the index of the highest accuracy; of equal ones, of the lowest cross entropy.
+def fit_best(
+    settings: Sequence[Setting],
+    inputs: Inputs,
+    targets: Tensor,
+    classes: int,
+    recipe: Recipe,
+    task: Task,
+    pair: Pair | None,
+    index: IntArray | None = None,
+) -> tuple[HeadGrid, int, list[tuple[float, float]]]:
+    """Train all heads on one part of the samples, and the one that is best on another part again on all samples.
+
+    Args:
+        settings, inputs, classes: as for ``HeadGrid``.
+        targets, recipe: as for ``HeadGrid.fit``.
+        task: for its seed and device.
+        pair: samples to fit on, and samples to choose on; None if there is one setting.
+        index: train the best head only on these samples.
+
+    Returns:
+        The best head, the index of its setting, and the scores of all settings (none without ``pair``).
 
     Raises:
         ValueError: all heads diverged.
     """
-    best = max(range(len(settings)), key=lambda k: (scores[k][0], -scores[k][1]))
-    if not math.isfinite(scores[best][1]):
-        raise _diverged(settings)
-    return best
-
-
-def _diverged(settings: Sequence[Setting]) -> ValueError:
-    return ValueError(f"lr (={sorted({s.lr for s in settings})}): every head diverged; take lower ones")
+    best, scores = 0, []
+    if pair is not None:
+        grid = HeadGrid(settings, inputs, classes, task.device)
+        grid.fit(inputs, targets, recipe, seed=task.seed, index=pair[0])
+        scores = grid.scores(inputs, targets if targets.ndim == 1 else targets.argmax(1), pair[1])
+        best = max(range(len(settings)), key=lambda k: (scores[k][0], -scores[k][1]))
+    head = HeadGrid([settings[best]], inputs, classes, task.device)
+    if not scores or math.isfinite(scores[best][1]):
+        head.fit(inputs, targets, recipe, seed=task.seed, index=index)
+        if all(value.isfinite().all() for value in (head.groups[0].weight, head.groups[0].bias)):
+            return head, best, scores
+    rates = sorted({s.lr for s in (settings if scores else head.settings)})
+    raise ValueError(f"lr (={rates}): every head diverged; take lower ones")

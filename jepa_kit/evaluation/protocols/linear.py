@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from jepa_kit.evaluation.protocols.base import PROTOCOLS, LayerSet, Probe, ProbeResult, Task, choose_holdout, split
+from jepa_kit.evaluation.protocols.base import (
+    PROTOCOLS,
+    LayerSet,
+    Probe,
+    ProbeResult,
+    Task,
+    check_values,
+    choose_holdout,
+)
 from jepa_kit.evaluation.protocols.heads import Optimizer, Recipe, Setting, grid_probe
-from jepa_kit.rng import IntArray
 
 Head = Literal["plain", "norm"]
 LAYERS = ("last", "last4")
 HEADS: tuple[Head, ...] = ("plain", "norm")
 HOLDOUT = 0.2
-ONE = "one combination of layers, heads, lrs and weight_decays"
+ONE = "one combination of layers, heads, lrs and weight_decays leaves"
 
 
 def grid(
@@ -27,27 +34,24 @@ def grid(
         ValueError: an empty list, a repeated or unknown value, a rate that is not above 0, or a negative decay.
     """
     given = {"layers": layers, "heads": heads, "lrs": lrs, "weight_decays": weight_decays}
-    for name, values in given.items():
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} (={tuple(values)}) must contain at least one value, and each once")
-    if any(head not in HEADS for head in heads):
-        raise ValueError(f"heads (={tuple(heads)}) must be of {', '.join(HEADS)}")
-    if min(lrs) <= 0:
-        raise ValueError(f"lrs (={tuple(lrs)}) must be above 0")
-    if min(weight_decays) < 0:
-        raise ValueError(f"weight_decays (={tuple(weight_decays)}) must be at least 0")
+    check_values(
+        *(
+            (name, values, 0 < len(values) == len(set(values)), "must contain at least one value, and each once")
+            for name, values in given.items()
+        )
+    )
+    check_values(
+        ("heads", heads, set(heads) <= set(HEADS), f"must be of {', '.join(HEADS)}"),
+        ("lrs", lrs, min(lrs) > 0, "must be above 0"),
+        ("weight_decays", weight_decays, min(weight_decays) >= 0, "must be at least 0"),
+    )
     return [
         Setting(LayerSet(layer), head == "norm", lr, decay)
         for layer, head, lr, decay in itertools.product(layers, heads, lrs, weight_decays)
     ]
 
 
-def check_split(labels: IntArray, holdout: float | None) -> None:
-    """Raise ValueError if a class is too rare to have a held-out sample."""
-    if holdout is not None:
-        split(labels, holdout, seed=0)
-
-
+@dataclass(kw_only=True)
 class LinearProbe(Probe):
     """Train a grid of linear heads, and report the best on held-out training samples.
 
@@ -64,26 +68,19 @@ class LinearProbe(Probe):
         ValueError: see ``choose_holdout``.
     """
 
-    def __init__(
-        self,
-        protocol: str,
-        settings: Sequence[Setting],
-        recipe: Recipe,
-        holdout: float | None,
-        *,
-        default_holdout: float = HOLDOUT,
-        label: str | None = None,
-        per_256: bool = False,
-    ) -> None:
-        self.protocol, self.settings, self.recipe = protocol, settings, recipe
-        self.label, self.per_256 = label, per_256
-        self.holdout = choose_holdout(holdout, default_holdout, len(settings), ONE)
+    protocol: str
+    settings: Sequence[Setting]
+    recipe: Recipe
+    holdout: float | None
+    default_holdout: float = HOLDOUT
+    label: str | None = None
+    per_256: bool = False
+
+    def __post_init__(self) -> None:
+        self.holdout = choose_holdout(self.holdout, self.default_holdout, len(self.settings), ONE)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return tuple(dict.fromkeys(setting.features for setting in self.settings))
-
-    def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
-        check_split(labels, self.holdout)
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         settings = self.settings
@@ -130,7 +127,7 @@ def linear(
     """
     settings = grid(layers, heads, lrs, weight_decays)
     recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
-    return LinearProbe("linear", settings, recipe, holdout)
+    return LinearProbe(protocol="linear", settings=settings, recipe=recipe, holdout=holdout)
 
 
 @PROTOCOLS.register("paper_linear")
@@ -164,7 +161,9 @@ def paper_linear(
     """
     settings = grid(layers, heads, lrs, weight_decays)
     recipe = Recipe(optimizer="lars", epochs=epochs, batch_size=batch_size, steps=(15, 30, 45))
-    return LinearProbe("paper_linear", settings, recipe, holdout, default_holdout=0.1, per_256=True)
+    return LinearProbe(
+        protocol="paper_linear", settings=settings, recipe=recipe, holdout=holdout, default_holdout=0.1, per_256=True
+    )
 
 
 SCHEDULES: dict[str, tuple[int, tuple[int, ...] | None]] = {
@@ -201,7 +200,7 @@ def paper_transfer(
     Raises:
         ValueError: another data set.
     """
-    return _transfer("paper_transfer", dataset, layers, heads, holdout)
+    return _transfer("paper_transfer", dataset, grid(layers, heads, (0.01,), (5e-4,)), holdout)
 
 
 @PROTOCOLS.register("count")
@@ -218,7 +217,7 @@ def count(
     Args:
         layers, heads, holdout: as in ``linear``.
     """
-    return _transfer("count", "clevr_count", layers, heads, holdout, label="count")
+    return _transfer("count", "clevr_count", grid(layers, heads, (0.01,), (5e-4,)), holdout, label="count")
 
 
 @PROTOCOLS.register("distance")
@@ -234,20 +233,14 @@ def distance(
     Args:
         layers, heads, holdout: as in ``linear``.
     """
-    return _transfer("distance", "clevr_dist", layers, heads, holdout, label="distance")
+    return _transfer("distance", "clevr_dist", grid(layers, heads, (0.01,), (5e-4,)), holdout, label="distance")
 
 
 def _transfer(
-    protocol: str,
-    dataset: str,
-    layers: Sequence[str],
-    heads: Sequence[Head],
-    holdout: float | None,
-    label: str | None = None,
+    protocol: str, dataset: str, settings: list[Setting], holdout: float | None, label: str | None = None
 ) -> LinearProbe:
     """Return the paper's transfer recipe with the schedule of its data set."""
-    if dataset not in SCHEDULES:
-        raise ValueError(f"dataset (={dataset!r}) must be one of {', '.join(SCHEDULES)}")
+    check_values(("dataset", repr(dataset), dataset in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}"))
     epochs, steps = SCHEDULES[dataset]
     recipe = Recipe(optimizer="sgd", epochs=epochs, batch_size=256, steps=steps, nesterov=True)
-    return LinearProbe(protocol, grid(layers, heads, [0.01], [5e-4]), recipe, holdout, label=label)
+    return LinearProbe(protocol=protocol, settings=settings, recipe=recipe, holdout=holdout, label=label)

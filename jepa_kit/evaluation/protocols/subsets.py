@@ -13,9 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from jepa_kit.evaluation.protocols.base import check_values
 from jepa_kit.rng import IntArray, Stream, generator
 
-_FORMS = re.compile(r"(?P<share>\d+(?:\.\d+)?)%|(?P<each>\d+)/class|all")
+_FORMS = re.compile(r"(?=[0.]*[1-9])0*(?P<percent>\d{1,2}(?:\.\d+)?)%|(?P<each>0*[1-9]\d*)/class|all")
+"""A percentage in (0, 100), or a number above 0."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,8 @@ class Subset:
     text: str
 
     def __post_init__(self) -> None:
-        match = _FORMS.fullmatch(self.text)
-        share, each = (match["share"], match["each"]) if match else (None, None)
-        if match is None or (share and not 0 < float(share) < 100) or (each and int(each) < 1):
-            raise ValueError(f"subsets (={self.text!r}) must be 'all', a fraction as '1%', or images as '10/class'")
+        right = "must be 'all', a fraction as '1%', or images as '10/class'"
+        check_values(("subsets", repr(self.text), _FORMS.fullmatch(self.text) is not None, right))
 
     @property
     def is_all(self) -> bool:
@@ -58,7 +58,7 @@ class Subset:
         chosen = []
         for name in np.unique(labels):
             members = order[labels[order] == name]
-            count = int(match["each"]) if match["each"] else max(1, round(float(match["share"]) / 100 * len(members)))
+            count = int(match["each"]) if match["each"] else max(1, round(float(match["percent"]) / 100 * len(members)))
             if count > len(members):
                 raise ValueError(f"subsets (={self.text!r}) needs {count} images, but class {name} has {len(members)}")
             chosen.append(members[:count])
@@ -84,20 +84,12 @@ def listed(file: str, key: Callable[[int], str], samples: int) -> IntArray:
         full = key(i)
         for name in {full, PurePosixPath(full).name}:
             known[name].append(i)
-    lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    names = [line for line in lines if line]
-    found, unknown, several = [], [], []
-    for name in names:
-        at = known.get(name) or known.get(str(PurePosixPath(name).with_suffix("")))
-        if not at:
-            unknown.append(name)
-        elif len(at) > 1:
-            several.append(name)
-        else:
-            found.append(at[0])
+    names = [name for name in map(str.strip, Path(file).read_text(encoding="utf-8").splitlines()) if name]
     if not names:
         raise ValueError(f"names (={file!r}) must be a file with a name of a sample on each line; it is empty")
-    for what, bad in (("no sample's", unknown), ("several samples'", several)):
+    found = [known.get(name) or known[str(PurePosixPath(name).with_suffix(""))] for name in names]
+    for what, fits in (("no sample's", bool), ("several samples'", lambda at: len(at) < 2)):
+        bad = [name for name, at in zip(names, found, strict=True) if not fits(at)]
         if bad:
             raise ValueError(f"names (={file!r}): {len(bad)} of {len(names)} are {what}, first {bad[0]!r}")
-    return np.unique(found)
+    return np.unique(np.concatenate(found))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jepa_kit.evaluation.protocols import Features, LayerSet, Part, Task
+from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
 
 
 def clusters(samples, *, classes=4, width=12, apart=1.0, seed=0):

@@ -192,15 +192,15 @@ def test_paper_linear_scales_its_rates_by_the_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lrs": []}, "lrs (=()) must contain at least one value, and each once"),
-        ({"layers": ["last", "last"]}, "layers (=('last', 'last')) must contain at least one value, and each once"),
-        ({"heads": ["mlp"]}, "heads (=('mlp',)) must be of plain, norm"),
-        ({"lrs": [0.0]}, "lrs (=(0.0,)) must be above 0"),
-        ({"weight_decays": [-1.0]}, "weight_decays (=(-1.0,)) must be at least 0"),
+        ({"lrs": ()}, "lrs (=()) must contain at least one value, and each once"),
+        ({"layers": ("last", "last")}, "layers (=('last', 'last')) must contain at least one value, and each once"),
+        ({"heads": ("mlp",)}, "heads (=('mlp',)) must be of plain, norm"),
+        ({"lrs": (0.0,)}, "lrs (=(0.0,)) must be above 0"),
+        ({"weight_decays": (-1.0,)}, "weight_decays (=(-1.0,)) must be at least 0"),
     ],
 )
 def test_invalid_grids(options, message):
-    right = {"layers": ["last"], "heads": ["plain"], "lrs": [0.1], "weight_decays": [0.0]}
+    right = {"layers": ("last",), "heads": ("plain",), "lrs": (0.1,), "weight_decays": (0.0,)}
     with pytest.raises(ValueError) as error:
         grid(**(right | options))
     assert str(error.value) == message

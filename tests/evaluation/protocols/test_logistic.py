@@ -11,12 +11,12 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _fit, _score, logistic_probe
+from jepa_kit.evaluation.protocols.logistic import PENALTIES, Logistic, _fit, _score
 from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
 
 
 def test_is_scikit_learns_at_the_settings_chosen():
-    found = logistic_probe(*PROBLEM)
+    found = Logistic().classify(*PROBLEM)
     # scikit-learn divides variances by N - 1: its whitened features are shorter, and its weights longer
     theirs = make_pipeline(
         StandardScaler(),
@@ -31,7 +31,7 @@ def test_is_scikit_learns_at_the_settings_chosen():
 
 def test_standardised_features_as_scikit_learn_has_it():
     scales = np.geomspace(0.1, 100, 12).astype(np.float32)
-    found = logistic_probe(TRAIN * scales + 5, TRAIN_LABELS, TEST * scales + 5, TEST_LABELS, whiten=False)
+    found = Logistic(whiten=False).classify(TRAIN * scales + 5, TRAIN_LABELS, TEST * scales + 5, TEST_LABELS)
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=found.settings["C"], max_iter=1000, tol=1e-6))
     theirs.fit((TRAIN * scales + 5).astype(np.float64), TRAIN_LABELS)
     np.testing.assert_array_equal(found.predictions, theirs.predict((TEST * scales + 5).astype(np.float64)))
@@ -77,14 +77,14 @@ def test_whitening_counts_components_and_ignores_constants():
 
 def test_is_invariant_to_scales_and_axes():
     mixed = np.random.default_rng(0).normal(size=(12, 12)) * np.geomspace(1, 1000, 12)
-    plain = logistic_probe(*(x.astype(np.float64) for x in (TRAIN,)), TRAIN_LABELS, TEST, TEST_LABELS, cuts=[1e-12])
-    other = logistic_probe(TRAIN @ mixed + 7, TRAIN_LABELS, TEST @ mixed + 7, TEST_LABELS, cuts=[1e-12])
+    plain = Logistic(cuts=(1e-12,)).classify(*(x.astype(np.float64) for x in (TRAIN,)), TRAIN_LABELS, TEST, TEST_LABELS)
+    other = Logistic(cuts=(1e-12,)).classify(TRAIN @ mixed + 7, TRAIN_LABELS, TEST @ mixed + 7, TEST_LABELS)
     assert np.mean(plain.predictions == other.predictions) >= 0.995
     assert plain.settings["penalty"] == other.settings["penalty"]
 
 
 def test_chooses_the_lowest_cross_entropy():
-    found = logistic_probe(*PROBLEM)
+    found = Logistic().classify(*PROBLEM)
     best = min(found.settings["tried"], key=lambda trial: trial["cross_entropy"])
     assert (found.settings["components"], found.settings["penalty"]) == (best["components"], best["penalty"])
     assert found.validation == best["accuracy"]
@@ -107,12 +107,12 @@ def test_the_cross_entropy_is_scikit_learns_and_finite(classes):
 
 
 def test_stops_two_penalties_after_the_lowest_cross_entropy():
-    found = logistic_probe(*PROBLEM, cuts=[1e-9])
+    found = Logistic(cuts=(1e-9,)).classify(*PROBLEM)
     entropies = [trial["cross_entropy"] for trial in found.settings["tried"]]
     assert len(entropies) in (int(np.argmin(entropies)) + 3, len(PENALTIES))
     assert [trial["penalty"] for trial in found.settings["tried"]] == list(PENALTIES[: len(entropies)])
     noise, labels = np.random.default_rng(0).normal(size=(300, 60)), np.arange(300) % 2
-    assert logistic_probe(noise, labels, noise, labels).settings["penalty"] == PENALTIES[0]
+    assert Logistic().classify(noise, labels, noise, labels).settings["penalty"] == PENALTIES[0]
 
 
 def test_uses_directions_of_small_variance():
@@ -122,7 +122,7 @@ def test_uses_directions_of_small_variance():
     features = random.normal(size=(1000, 8)) * np.geomspace(1, 1e-3, 8)
     features[:, 7] += 2e-3 * labels
     features = (features @ np.linalg.qr(random.normal(size=(8, 8)))[0]).astype(np.float32)
-    found = logistic_probe(features[:800], labels[:800], features[800:], labels[800:])
+    found = Logistic().classify(features[:800], labels[:800], features[800:], labels[800:])
     assert found.settings["components"] == 8
     assert found.accuracy > 0.8  # the optimum is 0.841
 
@@ -130,7 +130,7 @@ def test_uses_directions_of_small_variance():
 def test_ignores_penalties_that_give_a_constant_answer():
     labels = np.repeat(np.arange(8), [20, 12, 11, 10, 10, 10, 10, 10])
     known = np.eye(8)[labels]
-    found = logistic_probe(known, labels, known, labels)
+    found = Logistic().classify(known, labels, known, labels)
     assert found.settings["tried"][0]["accuracy"] < 0.3
     assert found.accuracy == 1.0
 
@@ -138,12 +138,12 @@ def test_ignores_penalties_that_give_a_constant_answer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"penalties": []}, "penalties (=()) must be numbers above 0, descending"),
-        ({"penalties": [0.1, 1.0]}, "penalties (=(0.1, 1.0)) must be numbers above 0, descending"),
-        ({"penalties": [0.1, 0.0]}, "penalties (=(0.1, 0.0)) must be numbers above 0, descending"),
-        ({"cuts": [1.0, 0.1]}, "cuts (=(1.0, 0.1)) must be numbers between 0 and 1, descending"),
+        ({"penalties": ()}, "penalties (=()) must be numbers above 0, descending"),
+        ({"penalties": (0.1, 1.0)}, "penalties (=(0.1, 1.0)) must be numbers above 0, descending"),
+        ({"penalties": (0.1, 0.0)}, "penalties (=(0.1, 0.0)) must be numbers above 0, descending"),
+        ({"cuts": (1.0, 0.1)}, "cuts (=(1.0, 0.1)) must be numbers between 0 and 1, descending"),
         (
-            {"cuts": [1e-3], "whiten": False},
+            {"cuts": (1e-3,), "whiten": False},
             "cuts (=(0.001,)) would do nothing: whiten is False, so there are no components",
         ),
         ({"holdout": 0.0}, "holdout (=0.0) must be above 0 and at most 0.5"),
@@ -153,15 +153,15 @@ def test_ignores_penalties_that_give_a_constant_answer():
 )
 def test_options(options, message):
     with pytest.raises(ValueError) as error:
-        logistic_probe(*PROBLEM, **options)
+        Logistic(**options).classify(*PROBLEM)
     assert str(error.value) == message
 
 
 def test_a_class_of_one_sample_leaves_nothing_to_choose():
     """The middle setting is used, as if it were the only one."""
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[: 1 + k] for k in range(4)])
-    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
-    only = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[1e-2], cuts=[1e-6])
+    found = Logistic().classify(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
+    only = Logistic(penalties=(1e-2,), cuts=(1e-6,)).classify(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
     assert (found.accuracy, found.settings) == (only.accuracy, only.settings)
     assert (found.settings["penalty"], found.settings["holdout"], found.validation) == (1e-2, None, None)
 
@@ -170,16 +170,16 @@ def test_as_many_samples_are_held_out_as_there_are_classes():
     """47 samples of 12 classes: 12 / 47 of 47 is 11.999 in floating point."""
     labels = np.arange(47) % 12
     x = np.random.default_rng(0).normal(size=(47, 5)).astype(np.float32)
-    assert logistic_probe(x, labels, x, labels, penalties=[1.0, 0.1]).settings["tried"]
+    assert Logistic(penalties=(1.0, 0.1)).classify(x, labels, x, labels).settings["tried"]
 
 
 def test_reports_missing_convergence():
-    assert not logistic_probe(*PROBLEM, max_iter=1).settings["converged"]
+    assert not Logistic(max_iter=1).classify(*PROBLEM).settings["converged"]
 
 
 def test_one_setting_needs_no_held_out_samples():
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:1] for k in range(4)])
-    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS, penalties=[0.1], cuts=[1e-6])
+    found = Logistic(penalties=(0.1,), cuts=(1e-6,)).classify(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
     assert found.validation is None
     assert found.settings["tried"] == []
     assert found.n_train == 4
@@ -187,7 +187,7 @@ def test_one_setting_needs_no_held_out_samples():
 
 def test_few_samples_are_split_several_times():
     few = np.concatenate([np.flatnonzero(k == TRAIN_LABELS)[:2] for k in range(4)])
-    found = logistic_probe(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
+    found = Logistic().classify(TRAIN[few], TRAIN_LABELS[few], TEST, TEST_LABELS)
     # five times four samples: accuracies are twentieths
     assert {round(trial["accuracy"] * 20, 6) % 1 for trial in found.settings["tried"]} == {0.0}
 
@@ -201,7 +201,7 @@ class TestSubsets:
             assert one.standard_error == np.std(one.settings["accuracies"], ddof=1)
             assert len(set(one.settings["accuracies"])) > 1
         assert [one.n_train for one in found[1:]] == [20, 400]
-        assert found[2].accuracy == logistic_probe(*PROBLEM).accuracy
+        assert found[2].accuracy == Logistic().classify(*PROBLEM).accuracy
 
     def test_a_list_of_names(self, tmp_path):
         names = tmp_path / "1percent.txt"

@@ -5,8 +5,8 @@ import pytest
 from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
 
 from jepa_kit.errors import ConfigError
-from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols, parse_specs
-from jepa_kit.evaluation.protocols.base import Features, check_samples
+from jepa_kit.evaluation.protocols import build_protocols, parse_specs
+from jepa_kit.evaluation.protocols.base import PROTOCOLS, Features, check_samples
 from jepa_kit.evaluation.protocols.cards import card_of
 from jepa_kit.evaluation.protocols.heads import Recipe
 
