@@ -1,4 +1,4 @@
-"""Evaluation inside a run: the probes against scikit-learn, a run with and without it, a collapse as it happens."""
+"""Evaluation during a run: probes against scikit-learn, a run with and without it, detection of a collapse."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def blobs(count=90, width=7, classes=3, spread=1.5):
     return random.normal(size=(count, width)) + spread * np.eye(width)[labels], labels
 
 
-def test_knn_is_scikit_learns_with_one_left_out():
+def test_knn_against_scikit_learn():
     features, labels = blobs()
     right = 0
     for i in range(len(features)):
@@ -41,7 +41,7 @@ def test_knn_is_scikit_learns_with_one_left_out():
     assert knn_accuracy(np.repeat(features, 20, axis=0), np.repeat(labels, 20)) == 1.0
 
 
-def test_linear_is_ridge_with_one_left_out():
+def test_linear_against_leave_one_out_ridge():
     features, labels = blobs(count=40)
     x = (features - features.mean(0)) / features.std(0)
     classes = np.unique(labels)
@@ -64,7 +64,7 @@ def test_probes_take_constant_features():
 
 @pytest.fixture
 def config_of(scenes, tiny_config, tmp_path):
-    """Makes the config of a run of 12 steps of 8 scenes, in a folder of this name."""
+    """Return a function that makes the config of a run of 12 steps of 8 scenes in a named folder."""
 
     def make(name, *overrides):
         own = [f"data.shards={scenes[0].path}", "train.batch_size=8", "train.log_every=1", "encoder.drop_path=0.3"]
@@ -83,12 +83,12 @@ PROBED = (
 
 
 def without_clock(line):
-    """A line of metrics.jsonl without evaluation and without what a clock or the machine measured."""
+    """Return a line of metrics.jsonl without evaluation, times and measurements of the machine."""
     kept = ("step", "epoch", "samples", "loss", "lr", "weight_decay", "momentum", "grad_norm", "context_", "target_")
     return {key: value for key, value in line.items() if key.startswith(kept)}
 
 
-def test_a_run_is_bit_for_bit_the_one_without_it(scenes, config_of, capsys):
+def test_a_run_is_bitwise_equal_without_it(scenes, config_of, capsys):
     plain = config_of("plain")
     watched = config_of("watched", *PROBED, f"evaluate.shards={scenes[1].path}")
     first, second = train(plain), train(watched)
@@ -127,7 +127,7 @@ def test_no_gradient_reaches_the_encoder(config_of):
     }
 
 
-def test_a_probe_looks_at_what_health_looked_at_and_more(config_of):
+def test_a_probe_uses_the_images_of_health_and_more(config_of):
     config = config_of("run", *PROBED)
     run = build_run(config, World(), torch.device("cpu"))
     hook = online_evaluation(run)
@@ -140,7 +140,7 @@ def test_a_run_without_it_has_no_hook(config_of):
     assert online_evaluation(build_run(config, World(), torch.device("cpu"))) is None
 
 
-def test_a_label_that_is_not_there(config_of):
+def test_rejects_an_unknown_label(config_of):
     config = config_of("run", *PROBED[:-1], "evaluate.label=colour")
     with pytest.raises(ValueError, match=r"label \(='colour'\) is not among the labels of "):
         train(config)
@@ -153,8 +153,8 @@ def test_images_are_read_as_the_config_says(config_of):
         online_evaluation(run)
 
 
-def test_a_collapse_is_told_when_it_happens(config_of, capsys):
-    """No stop-gradient, and targets of the encoder itself: the deviation of features says when it was."""
+def test_a_collapse_is_reported_when_it_happens(config_of, capsys):
+    """No stop-gradient, and targets of the encoder itself; the deviation of features dates the collapse."""
     config = config_of(
         "run",
         "evaluate.every=5",

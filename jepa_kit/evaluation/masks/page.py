@@ -129,7 +129,7 @@ def _distributions(band: SubFigure, report: MaskReport) -> None:
             _histogram(panel, before, "before truncation", colours[0], report.grid)
         _histogram(panel, after, "after truncation" if cut else "as drawn", colours[1], report.grid)
         panel.set_title(f"patches in a {what} set", fontsize=9)
-        panel.set_ylabel("share of sets", fontsize=8)
+        panel.set_ylabel("fraction of sets", fontsize=8)
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(0, 1.3 * panel.get_ylim()[1])
@@ -149,7 +149,7 @@ def _shapes_and_cost(band: SubFigure, report: MaskReport) -> None:
     common = sorted(report.shapes.items(), key=lambda item: -item[1])[:12]
     left.bar([f"{h}x{w}" for (h, w), _ in common], [fraction for _, fraction in common], color="#e6862c")
     left.set_title(_shape_title(report), fontsize=9)
-    left.set_ylabel("share of target sets", fontsize=8)
+    left.set_ylabel("fraction of target sets", fontsize=8)
     left.tick_params(labelsize=7)
     left.tick_params(axis="x", rotation=60)
     left.spines[["top", "right"]].set_visible(False)

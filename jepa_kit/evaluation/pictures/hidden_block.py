@@ -64,14 +64,14 @@ def hidden_block_section(material: Material, steps: int) -> tuple[Section, dict[
 
 
 def _text(material: Material, fractions: dict[str, float]) -> str:
-    given = " (whose colour and contrast as a whole are given: the encoder takes them out)"
+    given = " (also its overall colour and contrast, which the encoder removes)"
     percent = {name: f"{100 * fraction:.0f} %" for name, fraction in fractions.items()}
     return (
         "A small decoder, trained on targets and pixels of other images, draws the block in red, each patch from its "
         "token and noise; everything outside the block is the image itself"
-        f"{given if material.normalizes_images else ''}. From the true targets: what the "
-        "representation holds. Expected: from the predictions, given all that is seen; draws differ in noise, which "
-        "stands for what tokens leave open. Half the context: the predictor saw a random half of the patches, A or B. "
+        f"{given if material.normalizes_images else ''}. From the true targets: what the representation contains. "
+        "Expected: from the predictions, given the whole context; draws differ in noise, for what tokens do not "
+        "determine. Half the context: the predictor saw a random half of the patches, A or B. "
         f"On {len(material.images)} images under the recipe's masks the decoder explains {percent['targets']} of the "
         f"pixels' variance from the true targets, {percent['predictions']} from the predictions and "
         f"{percent['positions']} from the mean target of each position."

@@ -178,8 +178,8 @@ def components_section(images: Tensor, tokens: dict[str, NDArray[np.floating]], 
         name="patch_pca",
         title="1  Patch features",
         text="The first three principal components of the features of all patches and images, as red, green and blue. "
-        "Patches of one colour are alike to the network. Where it knows objects, colours follow them across images; "
-        "where it knows positions, every image has the same picture.",
+        "Patches of one colour have similar features. If the network knows objects, colours follow them across images; "
+        "if it knows positions, all images look the same.",
         rows=1 + len(tokens),
         draw=draw,
     )
@@ -206,7 +206,7 @@ def guess_section(
             own = guess.cosine[guess.image]
             show_map(row[1], images[guess.image], own.view(grid).numpy(), low, high)
             frame(row[1], [guess.patch], grid, patch_size, RED)
-            row[1].set_xlabel(f"{own[guess.patch]:.2f}; place {guess.rank:,} of {guess.total:,}", fontsize=7)
+            row[1].set_xlabel(f"{own[guess.patch]:.2f}; rank {guess.rank:,} of {guess.total:,}", fontsize=7)
             for panel, (image, patch) in zip(row[2:], guess.nearest, strict=False):
                 show_map(panel, images[image], guess.cosine[image].view(grid).numpy(), low, high)
                 frame(panel, [patch], grid, patch_size, "white")
@@ -217,14 +217,14 @@ def guess_section(
         name="predictor_guess",
         title="2  The predictor's guess",
         text="For one hidden patch (red), the cosine between its prediction and the target of every patch of "
-        f"{found[0].cosine.shape[0]} images, each less the mean target; bright is near, black is below the median. "
-        "Place 1: no other patch of all images fits the prediction better than the true one; the median over "
+        f"{found[0].cosine.shape[0]} images, after subtraction of the mean target; black is below the median. "
+        "Rank 1: no other patch of all images fits the prediction better than the true one; the median over "
         f"{len(ranks)} images is {float(np.median(ranks)):,.0f} (by chance: {found[0].total // 2:,}). White frames: "
-        "the best patch of the six other images that fit best. Nearest patches that share the place and not the "
-        "content are the mark of a predictor that knows positions.",
+        "the best patch of the six other images that fit best. If nearest patches have the same position but other "
+        "content, the predictor knows only positions.",
         rows=len(found),
         draw=draw,
-        titles=["what was seen; asked", "own image", *others],
+        titles=["context; hidden patch", "own image", *others],
         captions=True,
     )
 
@@ -265,11 +265,11 @@ def attention_section(
     return Section(
         name="attention",
         title=f"3  Attention of the {name}, block {block}",
-        text="How much one patch (red, as above) takes from every other: some heads, the mean of all heads, what all "
-        "patches take on average. Each map has its own scale from 0 (black) to its 99th percentile (bright).",
+        text="Attention of one patch (red, as above) to every patch: some heads, the mean of all heads, and the mean "
+        "of all heads and patches. Each map has its own scale from 0 (black) to its 99th percentile (bright).",
         rows=len(images),
         draw=draw,
-        titles=["image; asked", *[f"head {k + 1}" for k in range(heads)], "mean of heads", "mean of all\npatches"],
+        titles=["image; patch", *[f"head {k + 1}" for k in range(heads)], "mean of heads", "mean of all\npatches"],
     )
 
 
@@ -317,5 +317,5 @@ def decoder_section(
         text=text,
         rows=len(drawings),
         draw=draw,
-        titles=["image", "what was seen", *titles],
+        titles=["image", "context", *titles],
     )

@@ -1,4 +1,4 @@
-"""Each measure against scipy, or against its formula written out another way in float64."""
+"""Each measure against scipy or another form of its formula, in float64."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from jepa_kit.evaluation.health.measures import (
 
 RANDOM = np.random.default_rng(0)
 SKEWED = RANDOM.normal(size=(60, 24)) * np.geomspace(3, 0.01, 24) + RANDOM.normal(size=24)
-"""[60, 24], a mean that is not 0 and a spectrum that falls."""
+"""[60, 24] with a nonzero mean and a decaying spectrum."""
 WIDE = RANDOM.normal(size=(15, 40)) + 2.0
 CONSTANT = np.tile(RANDOM.normal(size=24), (60, 1))
 INPUTS = pytest.mark.parametrize("x", [SKEWED, WIDE, SKEWED.astype(np.float32)], ids=["skewed", "wide", "float32"])
@@ -61,8 +61,8 @@ def test_effective_rank(x):
     )
 
 
-def test_ranks_where_they_are_known():
-    """m directions of one variance each have the rank m; with a mean, RankMe counts it as well."""
+def test_ranks_known_by_construction():
+    """m directions of equal variance have rank m; RankMe also counts the mean as a direction."""
     basis = scipy.linalg.hadamard(16).astype(float)[:, 1:]  # columns at right angles, of mean 0
     for m in (1, 3, 15):
         x = np.zeros((16, 20))
@@ -75,7 +75,7 @@ def test_ranks_where_they_are_known():
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
-def test_alpha_is_that_of_a_power_law(alpha):
+def test_alpha_of_a_power_law(alpha):
     left = scipy.stats.ortho_group.rvs(200, random_state=0)[:, :80]
     left = scipy.linalg.qr(left - left.mean(axis=0), mode="economic")[0]
     x = left * np.arange(1, 81) ** (-alpha / 2)
@@ -97,8 +97,8 @@ def test_alpha_needs_a_range():
     assert alpha_req(RANDOM.normal(size=(100, 2)) @ RANDOM.normal(size=(2, 30))) is None
 
 
-def test_alpha_leaves_out_what_is_rounding():
-    """Of 8 eigenvalues it takes the second to the fourth, and needs all three above 1e-14 of the first."""
+def test_alpha_ignores_rounding():
+    """Of 8 eigenvalues the fit uses the second to the fourth, if all three are above 1e-14 of the first."""
     basis = scipy.linalg.hadamard(16).astype(float)[:, 1:9]  # columns at right angles, of mean 0
     for last, expected in ((1.5e-14, True), (0.7e-14, False)):
         x = basis * np.sqrt([1.0, 0.5, 0.1, last, 0, 0, 0, 0])
@@ -122,14 +122,14 @@ def test_lidar():
     assert lidar(classes) == pytest.approx(np.exp(scipy.stats.entropy(values)))
 
 
-def test_lidar_counts_what_tells_classes_apart():
-    """Noise inside classes fills eight directions, classes differ in two."""
+def test_lidar_counts_discriminative_directions():
+    """Noise within classes fills eight directions; classes differ in two."""
     means = np.zeros((400, 1, 8))
     means[:, 0, :2] = 10 * RANDOM.normal(size=(400, 2))
     assert lidar(means + RANDOM.normal(size=(400, 50, 8))) == pytest.approx(2.0, abs=0.05)
 
 
-def test_what_a_constant_gives():
+def test_constant_features():
     assert deviation(CONSTANT) == pytest.approx(0, abs=1e-15)
     assert unit_deviation(CONSTANT) == pytest.approx(0, abs=1e-15)
     assert mean_cosine(CONSTANT) == pytest.approx(1)
@@ -141,7 +141,7 @@ def test_what_a_constant_gives():
     assert lidar(np.ones((4, 3, 2))) == 0.0
 
 
-def test_directions_at_random():
+def test_random_directions():
     x = np.random.default_rng(1).normal(size=(500, 300))
     assert unit_deviation(x) == pytest.approx(1.0, abs=0.01)
     assert mean_cosine(x) == pytest.approx(0.0, abs=0.01)
@@ -158,14 +158,14 @@ def test_directions_at_random():
         (np.diag([1.0, 1.0, np.inf])[:, ::-1], "features must be finite, but that of sample 2 is not"),
     ],
 )
-def test_features_that_cannot_be_measured(x, message):
+def test_rejected_features(x, message):
     for measure in (deviation, rankme, effective_rank, alpha_req, mean_cosine, uniformity):
         with pytest.raises(ValueError) as error:
             measure(x)
         assert str(error.value) == message
 
 
-def test_classes_that_cannot_be_measured():
+def test_rejected_classes():
     for shape in ((4, 3), (1, 3, 2), (4, 1, 2)):
         with pytest.raises(ValueError) as error:
             lidar(np.ones(shape))

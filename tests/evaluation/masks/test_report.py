@@ -28,7 +28,7 @@ FIXTURE = json.loads((Path(__file__).parents[2] / "fixtures/released_mask_statis
 
 @pytest.fixture(autouse=True)
 def no_rows_beside_tokens(monkeypatch):
-    """The formula leaves out rows that are filled up."""
+    """Turn off padding of rows, which the formula does not count."""
     monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
 
 
@@ -53,8 +53,8 @@ def released() -> MaskReport:
     return mask_report(config({"name": "multiblock", **RELEASED}, 14), images=6400, images_per_batch=128)
 
 
-def test_released_numbers_are_those_of_the_released_code(released: MaskReport) -> None:
-    """Over 50 batches here and 24 there; batches share their sizes, so figures vary by several percent."""
+def test_released_statistics_match_the_released_code(released: MaskReport) -> None:
+    """50 batches here, 24 in the fixture; images of a batch share their sizes, so figures vary by several percent."""
     golden = FIXTURE["224px_patch16"]["batches"]["images_per_batch_128"]
     figures = released.to_dict()
     assert figures["lengths"]["context_before_truncation"]["mean"] == pytest.approx(
@@ -99,8 +99,8 @@ def test_warns_of_a_lopsided_context() -> None:
 
 
 @pytest.mark.parametrize("name", MASKERS.names())
-def test_counts_are_those_of_plain_counting(name: str) -> None:
-    """Every masker, set by set in plain Python."""
+def test_counts_against_plain_python(name: str) -> None:
+    """Every masker, counted set by set."""
     held = config({"name": name}, 6)
     report = mask_report(held, images=40, images_per_batch=20)
     masker = build_masker(held)
@@ -146,7 +146,7 @@ CUT = {"name": "multiblock", "truncation": "fixed", "context_length": 12, "targe
     "masker", [CUT, {"name": "mixture", "maskers": [CUT, {"name": "multiblock", "truncation": "released"}]}]
 )
 def test_lengths_before_truncation(masker: dict[str, Any], tmp_path: Path) -> None:
-    """Those of the same images with the truncation taken out (which redraws for 12 patches of context)."""
+    """Equal to the lengths of the same images without truncation (with the same minimum context, 12 patches)."""
     whole: dict[str, Any] = {"name": "multiblock", "min_keep": 12}
     if masker["name"] == "mixture":
         whole = {"name": "mixture", "maskers": [whole, {"name": "multiblock"}]}
@@ -162,7 +162,7 @@ def test_lengths_before_truncation(masker: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_standard_errors_are_over_batches() -> None:
-    """Of batches that share their sizes: the deviation of the means of other runs of as many batches."""
+    """Equal to the deviation of means over seeds, if images of a batch share their sizes."""
     masker = {"name": "multiblock", **RELEASED}
     held = [config(masker, 14, train={"seed": seed, "device": "cpu"}) for seed in range(16)]
     reports = [mask_report(c, images=4 * 32, images_per_batch=32) for c in held]
@@ -175,12 +175,12 @@ def test_standard_errors_are_over_batches() -> None:
     assert mask_report(config({"name": "multiblock"}), images=64, images_per_batch=16).standard_errors == {}
 
 
-def test_the_context_by_images_per_batch_is_that_of_the_report(released: MaskReport) -> None:
+def test_context_by_images_per_batch_agrees_with_the_report(released: MaskReport) -> None:
     assert released.by_batch[128] == pytest.approx(released.context.mean(), rel=1e-12)
 
 
 def test_a_large_batch_is_counted_set_by_set() -> None:
-    """20,000 images: a table of images times sets would take gigabytes."""
+    """20,000 images: a table of images by sets would take gigabytes."""
     report = mask_report(config({"name": "random"}, 4), images=20000, images_per_batch=20000)
     assert report.probability.context == pytest.approx(np.full((4, 4), 6 / 16), abs=0.02)
 
@@ -205,7 +205,7 @@ def test_rectangles() -> None:
         ("causal", {"name": "pixel"}),
     ],
 )
-def test_flops_are_those_that_torch_counts(masker: str, target: dict[str, Any]) -> None:
+def test_flops_against_torch(masker: str, target: dict[str, Any]) -> None:
     update = {"name": "none" if target["name"] == "pixel" else "ema"}
     held = config({"name": masker}, target=target, target_update=update)
     torch.manual_seed(0)
@@ -255,7 +255,7 @@ def test_first_images_keep_their_masks() -> None:
     assert [mine[c].tolist() for c in few.context_of] == [context[masks.context_of[s]].tolist() for s in kept]
 
 
-def test_samples_are_those_of_the_data(scenes: Any) -> None:
+def test_samples_come_from_the_data(scenes: Any) -> None:
     held = config({"name": "block"}, data={"image_size": 16, "shards": str(scenes[0].path)})
     images = samples_of(held, 4)
     assert images.shape == (4, 3, 16, 16)
@@ -277,6 +277,6 @@ def test_samples_are_opened_as_the_config_says(scenes: Any, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", ["images", "images_per_batch"])
-def test_refuses_no_images(name: str) -> None:
+def test_rejects_zero_images(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name} \(=0\) must be at least 1$"):
         mask_report(config({"name": "block"}), **{name: 0})

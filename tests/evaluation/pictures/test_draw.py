@@ -1,4 +1,4 @@
-"""Pictures: the pixels that a gallery hides, the lines around blocks, components against scikit-learn, files."""
+"""Galleries: dimmed pixels, outlines of blocks, principal components against scikit-learn, files."""
 
 import sys
 
@@ -22,7 +22,7 @@ def masks_for(images, grid=(4, 6), **options):
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
-def test_what_a_context_does_not_hold_is_pale_grey(contexts):
+def test_patches_outside_a_context_are_pale_grey(contexts):
     masks = masks_for(IMAGES, num_contexts=contexts, context_scale=(0.5, 0.9))
     shown = dim_hidden(IMAGES, masks)
     assert shown.shape == (6 * contexts, 3, 32, 48)
@@ -41,7 +41,7 @@ def test_what_a_context_does_not_hold_is_pale_grey(contexts):
 
 
 def turtle(inside, inset):
-    """Every line as a set of two points, rounded."""
+    """Return every line as a set of two rounded points."""
     lines = outline(np.array(inside, dtype=bool), (10, 10), inset)
     return {frozenset((round(x, 6), round(y, 6)) for x, y in line) for line in lines}
 
@@ -114,7 +114,7 @@ def test_a_gallery_takes_any_masks(tmp_path):
         (IMAGES[:3], "images must be the 6 of the masks, not 3"),
     ],
 )
-def test_images_that_masks_do_not_fit(images, message, tmp_path):
+def test_rejects_images_that_masks_do_not_fit(images, message, tmp_path):
     with pytest.raises(ValueError) as error:
         mask_gallery(images, masks_for(IMAGES), tmp_path / "gallery.png")
     assert str(error.value) == message
@@ -127,16 +127,16 @@ def test_titles_are_one_for_each_image(tmp_path):
     assert str(error.value) == "titles must be one for each of the 6 images, not 1"
 
 
-def test_components_are_scikit_learns():
+def test_components_against_scikit_learn():
     tokens = np.random.default_rng(0).normal(size=(5, 7, 9)) * np.geomspace(1, 5, 9) + 3
-    found, share = principal_components(tokens.astype(np.float32))
+    found, explained = principal_components(tokens.astype(np.float32))
     theirs = PCA(3, svd_solver="full").fit(tokens.reshape(35, 9))
     expected = theirs.transform(tokens.reshape(35, 9)).reshape(5, 7, 3)
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-4)
-    assert share == pytest.approx(theirs.explained_variance_ratio_.sum())
+    assert explained == pytest.approx(theirs.explained_variance_ratio_.sum())
 
 
-def test_components_have_signs_of_their_own_and_colours_fill_the_range():
+def test_components_have_fixed_signs_and_colours_fill_the_range():
     tokens = np.random.default_rng(0).normal(size=(50, 7, 4)).astype(np.float32) * [4, 3, 2, 1]
     np.testing.assert_allclose(principal_components(tokens[::-1])[0], principal_components(tokens)[0][::-1], atol=1e-8)
     colours = to_colours(principal_components(tokens)[0])
@@ -161,7 +161,7 @@ def test_patch_pca_draws_images_and_every_encoder(tmp_path):
         patch_pca(IMAGES[:, :, :30], encoders, tmp_path / "none.png")
 
 
-def test_pictures_leave_pyplot_alone(tmp_path):
+def test_pictures_do_not_use_pyplot(tmp_path):
     mask_gallery(IMAGES, masks_for(IMAGES), tmp_path / "gallery.png")
     if "matplotlib.pyplot" in sys.modules:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []

@@ -40,7 +40,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
 @pytest.mark.parametrize("block", [-1, 0])
-def test_attention_is_what_the_fused_kernel_used(block):
+def test_attention_agrees_with_the_fused_kernel(block):
     torch.manual_seed(0)
     encoder = ViT(image_size=(16, 24), patch_size=4, embed_dim=24, depth=2, num_heads=3, drop_path=0.5)
     nn.init.normal_(encoder.blocks[block].attn.qkv.weight, std=0.5)
@@ -60,13 +60,13 @@ def test_attention_is_what_the_fused_kernel_used(block):
     assert len(attention.qkv._forward_hooks) == 1  # the test's own
 
 
-def test_attention_of_another_encoder():
+def test_attention_needs_blocks():
     with pytest.raises(ValueError) as error:
         attention_weights(nn.Linear(2, 2), torch.zeros(1, 3, 8, 8))
     assert str(error.value) == "encoder (=Linear) must have blocks with attn.qkv, as 'vit' has"
 
 
-def test_a_guess_is_placed_among_all_patches(tiny_run):
+def test_a_guess_is_ranked_among_all_patches(tiny_run):
     jepa = tiny_run[1]
     nn.init.normal_(jepa.predictor.proj.weight)
     images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -109,7 +109,7 @@ def test_patches_and_back():
     assert torch.equal(unpatchify(patches, (2, 3)), images)
 
 
-def test_pixels_for_the_eye():
+def test_normalised_images_to_pixels():
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(to_pixels(normalize(images, MEAN, STD), MEAN, STD), images)
     assert to_pixels(torch.full((1, 3, 1, 1), 99.0), MEAN, STD).flatten().tolist() == [255, 255, 255]
@@ -132,7 +132,7 @@ def test_energy_score():
     assert float(energy_score(draws, torch.from_numpy(truth))) == pytest.approx(expected)
 
 
-def test_a_decoder_draws_what_tokens_tell():
+def test_a_decoder_draws_what_tokens_determine():
     random = torch.Generator().manual_seed(0)
     tokens = torch.randn(64, 4, 6, generator=random)
     pixels = tokens @ torch.randn(6, 12, generator=random)
@@ -146,8 +146,8 @@ def test_a_decoder_draws_what_tokens_tell():
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in decoder.state_dict().items())
 
 
-def test_draws_spread_over_what_tokens_leave_open():
-    """Images are all +1 or all -1, and tokens say nothing: draws are one or the other, and not 0."""
+def test_draws_vary_in_what_tokens_do_not_determine():
+    """Images are all +1 or all -1, and tokens are constant: draws are one or the other, not 0."""
     signs = torch.randint(0, 2, (256, 1, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     pixels = signs.expand(256, 4, 12).contiguous()
     decoder = train_decoder(torch.zeros(256, 4, 2), pixels, steps=300, hidden=32)
@@ -156,7 +156,7 @@ def test_draws_spread_over_what_tokens_leave_open():
     assert float(draws.abs().median()) > 0.6
 
 
-def test_what_a_decoder_refuses():
+def test_rejected_arguments_of_a_decoder():
     for tokens, options, message in (
         (torch.zeros(2, 3, 4), {}, "tokens (2, 3, 4) and pixels (2, 4, 12) must be of the same patches"),
         (torch.zeros(2, 4, 4), {"steps": 0}, "steps (=0) must be at least 1"),
@@ -216,7 +216,7 @@ def tool(name):
     return importlib.import_module(f"jepa_kit.tools.{name}")
 
 
-def test_the_tool_that_draws(tiny_run, scenes, tmp_path, monkeypatch, capsys):
+def test_visualize(tiny_run, scenes, tmp_path, monkeypatch, capsys):
     given = {}
 
     def draw(material, folder, *, name, steps, log):
@@ -232,7 +232,7 @@ def test_the_tool_that_draws(tiny_run, scenes, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"healthy: it is\n{folder / 'page.png'}\n"
 
 
-def test_the_tool_that_tells(tiny_run, scenes, tmp_path, capsys):
+def test_health(tiny_run, scenes, tmp_path, capsys):
     names = [str(tiny_run[0] / "checkpoint_00000002.pt"), str(tiny_run[0])]
     file = tmp_path / "out" / "health.json"
     options = ["--shards", scenes[1].path, "--images", "32", "--masks", "2", "--encoder", "context"]
@@ -284,8 +284,8 @@ def test_mistakes_exit_with_2(tiny_run, scenes, name, arguments, message, capsys
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_health_of_a_run_of_another_machine(tiny_config, tmp_path, scenes, capsys, before):
-    """Its config asks for a GPU that is not there; and a folder whose name reads as an override is a folder."""
+def test_health_with_another_device(tiny_config, tmp_path, scenes, capsys, before):
+    """The config's GPU is missing; a folder whose name looks like an override is a folder."""
     folder = tmp_path / "train.device=cpu"
     folder.mkdir()
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_health_of_networks_that_diverged(tiny_run, scenes, tmp_path, capsys):
 
 
 def test_shards_are_opened_and_read_as_the_config_says(tiny_config, tiny_run, scenes, tmp_path, monkeypatch):
-    """data.cache and the like reach the reader, and images of more than data.max_pixels are refused."""
+    """data.cache and data.retries reach the reader; images of more than data.max_pixels are rejected."""
     options = ["data.max_pixels=300", f"data.cache={tmp_path / 'cache'}", "data.retries=9"]
     config = config_from_dict(tiny_config.to_dict(), options)
     opened = []

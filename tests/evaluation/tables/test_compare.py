@@ -1,4 +1,4 @@
-"""Runs put together: groups of seeds, tables, and what is refused."""
+"""Comparison of runs: groups of seeds, names, tables, and rejected files."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ def row(network, label, accuracy, **other):
 
 
 def content(rows, *, seed=0, depth=4, shards="data/scenes/test", step=10, learned="l", held="h", asked=0, on="t"):
-    """What ``results`` gives, as far as a comparison looks at it."""
+    """Return the part of ``results`` that a comparison uses."""
     return {
         "format": FORMAT,
         "checkpoint": {"file": "x.pt", "sha256": "0", "step": step, "data": {"samples": 9, "digest": on}},
@@ -73,8 +73,8 @@ def test_seeds_become_mean_and_deviation(runs):
     assert cells[Key("deep", "scenes", "knn", "target encoder", "count")] == Cell(0.7, None, 0.01, 1, 0.125)
 
 
-def test_what_moves_no_number_may_differ(runs):
-    """Where shards are cached, what is logged, and whether a run looked at itself."""
+def test_options_that_change_no_number_may_differ(runs):
+    """Cache of shards, logging, and evaluation during a run."""
     file = runs[1] / "evaluation" / "a.json"
     changed = json.loads(file.read_text())
     changed["config"]["data"] |= {"cache": "/scratch", "cache_gb": 9, "retries": 1, "backoff": 2, "timeout": 3}
@@ -134,7 +134,7 @@ def test_a_figure_is_drawn(runs, tmp_path):
     assert min(Image.open(file).size) > 300
 
 
-def test_what_cannot_be_compared(runs, tmp_path):
+def test_rejected_runs(runs, tmp_path):
     with pytest.raises(ValueError) as error:
         compare([])
     assert str(error.value) == "runs (=[]) must be at least one"
@@ -155,7 +155,7 @@ def test_what_cannot_be_compared(runs, tmp_path):
 
 
 def lines_of(*paths):
-    """{(run, data: column, protocol): mean in percent} of the target encoder."""
+    """Return {(run, data: column, protocol): mean in percent} of the target encoder."""
     cells = compare(load(*paths))
     return {(k.group, f"{k.data}: {k.column}", k.protocol): round(100 * c.mean, 1) for k, c in cells.items()}
 
@@ -177,8 +177,8 @@ def test_recipes_of_one_name_are_not_mixed(tmp_path, places, names):
     assert found == {(name, "scenes: count", "knn"): mean for name, mean in zip(names, (25.0, 75.0), strict=True)}
 
 
-def test_checkpoints_of_one_run_have_lines_of_their_own(tmp_path):
-    """Two files of each, which a folder and files named one by one give alike."""
+def test_each_checkpoint_of_a_run_has_a_line(tmp_path):
+    """Two files of each; the same if loaded as a folder or as files."""
     files = []
     for step, accuracy in ((100, 0.2), (900, 0.8)):
         for label in ("count", "shape"):
@@ -194,7 +194,7 @@ def test_checkpoints_of_one_run_have_lines_of_their_own(tmp_path):
 
 
 def test_files_in_one_folder_have_different_names(tmp_path):
-    """Two recipes, evaluated into one folder, of one step."""
+    """Two recipes at the same step, evaluated into one folder."""
     for k in (1, 2):
         write_results(content([row("target", "count", k / 10)], depth=k), tmp_path / f"{k}.json")
     files = [tmp_path / f"{k}.json" for k in (1, 2)]
@@ -214,7 +214,7 @@ def test_files_in_one_folder_have_different_names(tmp_path):
     ],
 )
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
-def test_other_options_are_another_question(tmp_path, first, second, protocols, seeds):
+def test_other_options_are_another_figure(tmp_path, first, second, protocols, seeds):
     """In files of one run, and over seeds."""
     for k, (options, asked) in enumerate((first, second)):
         rows = [row("target", "count", 0.2 + 0.6 * k, options=options)]
@@ -231,7 +231,7 @@ def test_other_options_are_another_question(tmp_path, first, second, protocols, 
         assert set(found.values()) == {80.0 if seeds == (0, 0) else 50.0}
 
 
-def test_options_of_older_files_stand_beside_the_rows(tmp_path):
+def test_options_of_older_files_are_beside_the_rows(tmp_path):
     for k, value in enumerate((5, 9)):
         asked = content([row("target", "count", 0.2 + 0.6 * k)], seed=k)
         del asked["rows"][0]["options"]
@@ -248,8 +248,8 @@ def test_options_of_older_files_stand_beside_the_rows(tmp_path):
         ({"shards": "moved/scenes/test"}, ("scenes",)),
     ],
 )
-def test_data_are_what_their_digests_say(tmp_path, second, names):
-    """Test shards of one name, other training shards in one place; and the same shards in another place."""
+def test_data_are_identified_by_digest(tmp_path, second, names):
+    """Other test shards of the same name, other training shards in the same place, the same shards in another place."""
     for k, other in enumerate(({}, second)):
         asked = content([row("target", "count", 0.2 + 0.6 * k)], seed=k, **other)
         write_results(asked, tmp_path / f"run{k}" / "evaluation" / "a.json")
@@ -258,12 +258,12 @@ def test_data_are_what_their_digests_say(tmp_path, second, names):
     assert list(found.values()) == ([20.0, 80.0] if len(names) == 2 else [50.0])
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_runs_that_trained_on_other_data_are_other_recipes(tmp_path, told):
-    """By the digest in the checkpoint; where it has none, by the shards in the config."""
+@pytest.mark.parametrize("recorded", [True, False])
+def test_runs_that_trained_on_other_data_are_other_recipes(tmp_path, recorded):
+    """By the digest in the checkpoint; if it has none, by the shards in the config."""
     for k, shards in enumerate(("scenes/train", "imagenet/train")):
-        held = content([row("target", "count", 0.2 + 0.6 * k)], seed=k, on=shards if told else "")
-        held["config"]["data"]["shards"] = "/here" if told else shards
+        held = content([row("target", "count", 0.2 + 0.6 * k)], seed=k, on=shards if recorded else "")
+        held["config"]["data"]["shards"] = "/here" if recorded else shards
         write_results(held, tmp_path / f"d{k}" / "evaluation" / "a.json")
     assert list(lines_of(tmp_path / "d0", tmp_path / "d1").values()) == [20.0, 80.0]
 
@@ -297,7 +297,7 @@ def test_files_that_are_incomplete(tmp_path):
         assert str(error.value) == message
 
 
-def test_numbers_that_json_has_not_are_not_written(tmp_path):
+def test_rejects_numbers_that_are_not_finite(tmp_path):
     file = tmp_path / "a.json"
     with pytest.raises(ValueError) as error:
         write_results(content([row("target", "count", 0.2, settings={"loss_by_epoch": [1.0, float("nan")]})]), file)
@@ -325,7 +325,7 @@ def test_files_that_are_no_results(tmp_path, text, message):
 
 
 def test_other_sizes_and_decoders_are_other_data(tmp_path):
-    """One run at two sizes, and with two decoders: nothing is averaged, and columns say which is which."""
+    """One run at two sizes, and with two decoders: nothing is averaged, and columns have different names."""
     ways = ([16, 16], "pillow"), ([32, 32], "pillow"), ([32, 32], "fast")
     for number, (size, decoder) in enumerate(ways):
         held = content([row("target", "count", 0.1 * (number + 1))])
