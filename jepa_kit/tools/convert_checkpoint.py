@@ -1,12 +1,12 @@
-"""Turns weights from one format into another, and says what was written.
+"""Convert weights from one format to another.
 
 formats:
-  official      the released I-JEPA .pth.tar: encoder, predictor, target encoder, optimiser
-  jepa_kit      a checkpoint of a run: the same, and its config
+  official      the released I-JEPA .pth.tar: encoder, predictor, target encoder, optimizer
+  jepa_kit      a checkpoint of a run: the same, with its config
   hf            a folder that transformers.IJepaModel.from_pretrained loads: one encoder
-  timm          timm's key names: one encoder
-  safetensors   one encoder under our names
-  onnx          one encoder as a graph: tokens, and their mean
+  timm          one encoder with timm's key names
+  safetensors   one encoder with our key names
+  onnx          one encoder as a graph: its outputs are the tokens and their mean
 
 examples:
   # the target encoder of released weights, for transformers
@@ -15,14 +15,15 @@ examples:
   # the context encoder of a run, for timm
   python tools/convert_checkpoint.py --from jepa_kit --to timm --encoder context runs/first first_context.safetensors
 
-  # a graph for onnxruntime
+  # an ONNX graph
   python tools/convert_checkpoint.py --to onnx runs/first encoder.onnx
 
-  # a whole run in the released layout, and back, with config, predictor and optimiser
+  # a whole run in the released layout, with predictor and optimizer, and back
   python tools/convert_checkpoint.py --to official runs/first first.pth.tar
   python tools/convert_checkpoint.py --to jepa_kit first.pth.tar first.pt
 
-Without --from, the format is recognised by the content. Exit status: 0, or 2 for a file or command that cannot be used.
+Without --from, the format is recognised by the content. Exit status: 0, 2 for an unusable file or command, 130 for
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -41,31 +42,31 @@ from jepa_kit.interop.weights import Positions, Which
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("convert_checkpoint.py", __doc__)
-    p.add_argument("--from", dest="from_", choices=get_args(Format), help="what IN must be (default: what it is)")
-    p.add_argument("--to", required=True, choices=get_args(Format), help="what OUT is to be")
+    p.add_argument("--from", dest="from_", choices=get_args(Format), help="format of IN (default: recognised)")
+    p.add_argument("--to", required=True, choices=get_args(Format), help="format of OUT")
     p.add_argument(
         "--encoder",
         choices=get_args(Which),
-        help="which encoder, for formats of one (default: target where IN holds both, else the one it holds)",
+        help="encoder to write, for formats with one (default: target if IN has both)",
     )
-    p.add_argument("--image-size", type=int, metavar="PIXELS", help="for onnx: another size than in training")
-    p.add_argument("--num-heads", type=int, metavar="N", help="where neither IN nor the encoder's size tells it")
+    p.add_argument("--image-size", type=int, metavar="PIXELS", help="for onnx, if it differs from training")
+    p.add_argument("--num-heads", type=int, metavar="N", help="if neither IN nor the encoder's size determines it")
     p.add_argument(
         "--positions",
         choices=get_args(Positions),
         default="formula",
-        help="keep the file's position table where it is not the sine-cosine formula's (default: refuse it)",
+        help="file: keep a position table that differs from the sine-cosine formula (default: reject it)",
     )
     p.add_argument(
         "--prefix",
         metavar="NAME.",
-        help="take the names of weights that begin with it, without it, as teacher. (what torch.compile, DDP, FSDP and "
-        "probes add, as module. and backbone., comes off anyway)",
+        help="read only the weights whose names begin with this, such as teacher., and remove it (prefixes of "
+        "torch.compile, DDP, FSDP and probes, such as module. and backbone., are always removed)",
     )
-    p.add_argument("--sha256", metavar="HEX", help="what IN must have")
+    p.add_argument("--sha256", metavar="HEX", help="required checksum of IN")
     p.add_argument("--allow-unchecked", action="store_true", help="read IN even if its checksum is missing or wrong")
-    p.add_argument("source", metavar="IN", help="a file, a folder, or an http address of a file")
-    p.add_argument("target", metavar="OUT", help="a file, for hf a folder; must not be there yet")
+    p.add_argument("source", metavar="IN", help="a file, a folder, or the http(s) URL of a file")
+    p.add_argument("target", metavar="OUT", help="a file, or a folder for hf; must not exist")
     return p
 
 

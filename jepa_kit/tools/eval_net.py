@@ -1,4 +1,4 @@
-"""Evaluates features of a checkpoint, and of baselines, by any number of protocols.
+"""Evaluate features of a checkpoint and of baselines by any number of protocols.
 
 examples:
   # a run of tools/train_net.py: its target encoder, the same network untrained, and raw pixels; every label of the
@@ -35,8 +35,8 @@ Settings of a protocol are chosen inside the training shards, never on the test 
 encoder, mean over patch tokens, the better of the last layer and the last four (`linear` chooses between these).
 Images are read as the run's config says (data.image_size, decoder, max_pixels, cache, ...), as centre crops.
 Results go into the folder `evaluation` beside the checkpoint, or to --output; tools/compare.py reads them.
-Exit status: 0 on success; 2 for an error in the command, the checkpoint or the shards; 1 if several processes could not
-connect, or another one failed; 130 after an interruption from the keyboard.
+Exit status: 0, 2 for a mistake in the command, the checkpoint or the shards, 1 if processes could not connect or one
+failed, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print(list_protocols())
         return
-    # here, so that --help does not wait for torch and scikit-learn
+    # imported here, so that --help does not import torch and scikit-learn
     from jepa_kit.config import import_named, load_config
     from jepa_kit.distributed.collectives import choose_device, process_group, read_environment
     from jepa_kit.engine.build import open_together
@@ -151,15 +151,12 @@ def run(arguments: argparse.Namespace) -> None:
     specs = parse_specs(arguments.protocol)
     built = build_protocols(specs)
     check_choices(arguments, built)
-    # resolved once: a running training may save a later one at any time
     import_named(arguments.overrides)
+    # found once: a run in progress may save a later one at any time
     file = latest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
-    loaded = load_run(file, arguments.overrides, trust_imports=arguments.trust_imports) if file else None
-    config = (
-        loaded.config
-        if loaded
-        else load_config(arguments.config_file, arguments.overrides, trust_imports=arguments.trust_imports)
-    )
+    changes, trust = arguments.overrides, arguments.trust_imports
+    loaded = load_run(file, changes, trust_imports=trust) if file else None
+    config = loaded.config if loaded else load_config(arguments.config_file, changes, trust_imports=trust)
     training = training_shards(arguments.train_shards, config.data.shards)
     held_out = evaluation_shards(arguments.test_shards, training)
     world = read_environment()
@@ -288,7 +285,7 @@ def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None
             "has no untrained network"
         )
     if arguments.checkpoint and is_url(arguments.checkpoint) and not arguments.output:
-        raise ValueError(f"--output must name a file: --checkpoint (={arguments.checkpoint!r}) is in no folder here")
+        raise ValueError(f"--output must name a file: --checkpoint (={arguments.checkpoint!r}) is in no local folder")
     if arguments.config_file and arguments.encoder:
         raise ValueError(f"--encoder (={arguments.encoder!r}) would do nothing: --config-file has no trained encoder")
     if arguments.config_file and arguments.baselines == "none":

@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    """Return the limits of shards; sets the default of --samples-per-shard, which the index records."""
+    """Return the limits of shards; set the default of --samples-per-shard, which the index records."""
     if args.samples_per_shard is not None and args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard (={args.samples_per_shard}) must be at least 1")
     if not 0 <= args.seed < 2**63:

@@ -1,27 +1,27 @@
-"""Plans a run before it is started: parameters, FLOP, memory, steps, data, network and GPU hours, by formula.
+"""Compute parameters, FLOP, memory, steps, data, network traffic and GPU hours of a run before it starts.
 
 examples:
   # ViT-H/14 on 16 A100, at 40 % of their peak
   python tools/plan_run.py --config-file projects/ijepa/configs/released_in1k_vith14.yaml --gpus 16 --device a100
 
-  # several numbers of GPUs, in a table
+  # a table for several numbers of GPUs
   python tools/plan_run.py --config-file projects/ijepa/configs/in1k_vitl16.yaml --gpus 8,64,512 --device h200 \\
       --peak-share 0.5
 
-  # what share of the peak a known number of GPU hours means
+  # the fraction of the peak that a known number of GPU hours implies
   python tools/plan_run.py --config-file projects/ijepa/configs/released_in1k_vith14.yaml --gpus 16 --device a100 \\
       --gpu-hours 1152
 
-  # a card that is not in the list, by its peak in TFLOP/s and its memory in GB; this machine's CPU, measured
+  # an unlisted device, by its peak in TFLOP/s and its memory in GB; the CPU of this machine, which is measured
   python tools/plan_run.py --config-file FILE --gpus 4 --peak 380 --memory 96
   python tools/plan_run.py --config-file projects/ijepa/configs/quickstart.yaml --gpus 1 --device cpu
 
-  # for programs; with another batch
+  # output as JSON; with another batch size
   python tools/plan_run.py --config-file FILE --gpus 32 --device h100 --json train.batch_size=4096
 
-The formulas are in jepa_kit/planning/flops.py and memory.py, with what they leave out; docs/clusters.md says how well
-they hold. Peaks are the makers' (dense), in train.precision.
-Exit status: 0, or 2 for a mistake in the config or the command.
+The formulas, and what they leave out, are in jepa_kit/planning/flops.py and memory.py; docs/clusters.md compares them
+with measurements. Peaks are those that the vendor publishes for dense products in train.precision.
+Exit status: 0, 2 for a mistake in the config or the command, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -41,43 +41,57 @@ from jepa_kit.planning.flops import FORMULA
 from jepa_kit.planning.planner import Assumptions, Plan, describe, plan_run, table
 
 IMAGENET = 1_281_167
-"""Training images of ImageNet-1k."""
+"""Number of training images of ImageNet-1k."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("plan_run.py", __doc__)
     add_config(p)
-    p.add_argument("--gpus", required=True, metavar="N[,N...]", help="devices, 1 to 4096; several make a table")
-    p.add_argument("--device", choices=[*sorted(DEVICES), "cpu"], help="which; cpu measures this machine's")
     p.add_argument(
-        "--peak", type=float, metavar="TFLOPS", help="of matrix products in the run's precision, dense (the device's)"
+        "--gpus", required=True, metavar="N[,N...]", help="number of devices, 1 to 4096; several give a table"
     )
-    p.add_argument("--memory", type=float, metavar="GB", help="of each device, in 10^9 bytes (the device's)")
+    p.add_argument("--device", choices=[*sorted(DEVICES), "cpu"], help="device; cpu measures the CPU of this machine")
     p.add_argument(
-        "--peak-share", type=float, default=0.4, metavar="SHARE", help="of the published peak that is reached (0.4)"
+        "--peak",
+        type=float,
+        metavar="TFLOPS",
+        help="peak of dense products in the run's precision (default: the device's)",
+    )
+    p.add_argument("--memory", type=float, metavar="GB", help="per device, in 10^9 bytes (default: the device's)")
+    p.add_argument(
+        "--peak-share",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="fraction of the peak that is reached (default: 0.4)",
     )
     p.add_argument(
-        "--gpu-hours", type=float, metavar="H", help="of a run that was made: says what share of the peak that is"
+        "--gpu-hours",
+        type=float,
+        metavar="H",
+        help="of a measured run: prints the fraction of the peak that it reached",
+    )
+    p.add_argument("--samples", type=int, metavar="N", help=f"images (default: those of data.shards, or {IMAGENET:,})")
+    p.add_argument(
+        "--bytes-per-image",
+        type=float,
+        default=110e3,
+        metavar="N",
+        help="encoded size (default: 110000, the mean of ImageNet)",
     )
     p.add_argument(
-        "--samples", type=int, metavar="N", help=f"images of the data set (those of data.shards; else {IMAGENET:,})"
+        "--decode-ms", type=float, metavar="MS", help="time of one core per image; gives the number of cores needed"
     )
-    p.add_argument(
-        "--bytes-per-image", type=float, default=110e3, metavar="N", help="encoded (110000, ImageNet's mean)"
-    )
-    p.add_argument(
-        "--decode-ms", type=float, metavar="MS", help="time of one core for an image; tells the cores needed"
-    )
-    p.add_argument("--json", action="store_true", help="plain JSON")
+    p.add_argument("--json", action="store_true", help="print JSON")
     return p
 
 
 def numbers(text: str) -> list[int]:
-    """'8,64' -> [8, 64].
+    """Return the numbers of a list such as '8,64'.
 
     Raises:
-        ValueError: no numbers from 1 to 4096.
+        ValueError: one is not from 1 to 4096.
     """
     parts = text.split(",")
     if not all(part.isdigit() and 1 <= int(part) <= 4096 for part in parts):
@@ -86,26 +100,26 @@ def numbers(text: str) -> list[int]:
 
 
 def device_of(name: str | None, peak: float | None, memory: float | None) -> Device:
-    """The device of the list, this machine's CPU, or one of which peak (TFLOP/s) and memory (GB) are given.
+    """Return a listed device, the CPU of this machine, or a device with this peak (TFLOP/s) and memory (GB).
 
     Raises:
-        ValueError: neither a name nor both figures, or a figure that is not above 0 and finite.
+        ValueError: neither a name nor both numbers are given, or a number is not above 0 and finite.
     """
     for option, value in (("--peak", peak), ("--memory", memory)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{option} (={value}) must be above 0 and finite")
     if name is None and (peak is None or memory is None):
-        raise ValueError("--device must name a device, or --peak and --memory give its figures")
+        raise ValueError("--device must name a device, or --peak and --memory must be given")
     if name is None:
         return Device("device as given", None, None, None, 0.0, "as given").given(peak, memory)
     return (this_cpu() if name == "cpu" else DEVICES[name]).given(peak, memory)
 
 
 def samples_of(config: Config, given: int | None) -> int:
-    """Return images of the data set: as given, by the index of the config's shards, or ImageNet's if it names none.
+    """Return the number of images: ``given``, or that of the config's shards, or ImageNet's if it has none.
 
     Raises:
-        ValueError: the shards have no index here; planning opens no data, and runs no `pipe:` command.
+        ValueError: the shards have no index on this machine; planning opens no data, and runs no `pipe:` command.
     """
     if given is not None:
         return given
@@ -121,7 +135,7 @@ def samples_of(config: Config, given: int | None) -> int:
 
 
 def implied_share(plan: Plan, given: Assumptions, gpu_hours: float) -> float:
-    """The share of the published peak at which the run takes so many GPU hours."""
+    """Return the fraction of the published peak at which the run takes so many GPU hours."""
     return plan.workload.flop / (gpu_hours * 3600 * given.device.peak(plan.precision) * 1e12)
 
 

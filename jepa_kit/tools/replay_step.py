@@ -1,20 +1,20 @@
-"""Replays a step whose loss or gradient was not finite, and shows where the first bad number arises.
+"""Replay a step whose loss or gradient was not finite, and find the first operation with a non-finite result.
 
 examples:
-  # the dump that the run's message named; the weights come from the run's last checkpoint before the step
+  # the dump that the run's message named, with weights from the run's last checkpoint before the step
   python tools/replay_step.py runs/first/bad_step_00001234/rank_0000.pt
 
-  # without doing the steps since that checkpoint again
+  # without repeating the steps since that checkpoint
   python tools/replay_step.py runs/first/bad_step_00001234/rank_0000.pt --at-once
 
-  # where the run folder is in another place than the dump, and on a GPU
+  # if the dump has been moved out of the run folder; on a GPU
   python tools/replay_step.py rank_0000.pt --run runs/first --device cuda
 
-  # where no checkpoint is left from before it, and the weights that the run began from lie in another place now
+  # if no earlier checkpoint is left and the initial weights of the run have been moved
   python tools/replay_step.py runs/first/bad_step_00000012/rank_0000.pt --start weights/IN1K-vit.h.14-300e.pth.tar
 
-What is found is printed, and written beside the dump as <dump>.replay.json. Exit status: 0 where a bad number was
-found, 3 where all numbers are finite this time, 2 for a mistake in the command or in its files.
+The findings are printed, and written beside the dump as <dump>.replay.json. Exit status: 0 if a non-finite number was
+found, 3 if all numbers are finite this time, 2 for a mistake in the command or its files, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -36,21 +36,20 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("replay_step.py", __doc__)
     p.add_argument("dump", type=Path, metavar="DUMP", help="bad_step_<step>/rank_<rank>.pt of a run folder")
-    p.add_argument("--run", type=Path, metavar="DIR", help="the run folder (the one that the dump lies in)")
+    p.add_argument("--run", type=Path, metavar="DIR", help="the run folder (default: that of the dump)")
     p.add_argument(
         "--start",
         metavar="FILE",
-        help="the file of weights that the run began from, where it lies in another place; read where no checkpoint of "
-        "the run is left from before the step",
+        help="initial weights of the run, if they have been moved; read if no checkpoint before the step is left",
     )
     add_trust(p)
-    p.add_argument("--at-once", action="store_true", help="take the last checkpoint's weights as they are")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    p.add_argument("--at-once", action="store_true", help="use the last checkpoint's weights without repeating steps")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return p
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay the step; print and write what was found. Return 0, or 3 if all numbers are finite."""
+    """Replay the step; print and write the findings. Return 0, or 3 if all numbers are finite."""
     dump = read_dump(arguments.dump, trust_imports=arguments.trust_imports)
     device = choose_device(arguments.device, World())
     bad, step = dump["bad"], dump["step"]
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     for finding in found:
         print(finding)
     if not found:
-        print("all numbers are finite this time: other weights, another device, or a fault of the machine then")
+        print("all numbers are finite this time: the run had other weights, another device, or a hardware fault")
     facts = {"dump": arguments.dump.name, "step": step, "device": str(device), "at_once": arguments.at_once}
     result = arguments.dump.with_name(arguments.dump.name + ".replay.json")
     result.write_text(json.dumps({**facts, "found": [asdict(finding) for finding in found]}, indent=1) + "\n")

@@ -1,41 +1,45 @@
-"""Pretrains an encoder: from a config to a run folder with checkpoints, metrics and curves.
+"""Pretrain an encoder: from a config to a run folder with checkpoints, metrics and curves.
 
 examples:
-  # shards first (tools/make_shards.py), then a config of projects/ijepa with the shards given on the command line
+  # shards first (tools/make_shards.py), then a config of projects/ijepa and the path of the shards
   python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --output-dir runs/first \\
       data.shards=shards/photos/train
 
-  # on 8 GPUs of this machine: the same global batch, the same masks and crops
+  # 8 GPUs on this machine: the same global batch, masks and crops
   torchrun --nproc-per-node 8 tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml
 
-  # go on after a stop, exactly
+  # resume exactly after a stop
   python tools/train_net.py --config-file runs/first --resume
 
-  # go back to an earlier checkpoint of the run, once: where the last one is damaged, say
+  # resume from an earlier checkpoint of the run, for example if the latest is damaged
   python tools/train_net.py --config-file runs/first --resume runs/first/checkpoint_00001000.pt
 
-  # go on with a run of the released code: its weights, the moments of its optimiser and its epoch
+  # resume a run of the released code: its weights, optimizer moments and epoch
   python tools/train_net.py --config-file projects/ijepa/configs/NAME.yaml --resume jepa-ep100.pth.tar
 
-  # a new run from weights of any format (docs/checkpoints.md)
+  # a new run that starts from weights of any format (docs/checkpoints.md)
   python tools/train_net.py --config-file ... train.init_from=IN1K-vit.h.14-300e.pth.tar
 
-  # checkpoints to an object store; the file registers its handler (docs/faults.md)
+  # checkpoints in an object store; the file registers its handler (docs/faults.md)
   python tools/train_net.py --config-file ... imports='[my_handler.py]' checkpoint.dir=s3://bucket/first
 
-  # as a job of Slurm: 2 nodes of 8 GPUs, requeued and resumed until it is done (docs/clusters.md)
+  # a Slurm job on 2 nodes of 8 GPUs, requeued and resumed until the run is complete (docs/clusters.md)
   python tools/train_net.py --config-file ... --submit slurm --nodes 2 --gpus-per-node 8 --partition gpu --time 1-0
 
-  # the same as a script for sbatch, to read and to change
+  # the same job as a script for sbatch, to read and edit
   python tools/train_net.py --config-file ... --submit sbatch-script --nodes 2 --gpus-per-node 8 --time 1-0
 
-  # another masker, other values: YAML after key=
+  # another masker and other values; values are YAML
   python tools/train_net.py --config-file ... masker='{name: random, ratio: 0.6}' optim.lr=5e-4 train.epochs=100
 
-A config file is a YAML file, a run folder or a checkpoint. Exit status: 0 when the run is complete, 2 for a mistake in
-the config, the data or the command that is found before the first step, 1 where the run failed (from its first step on
-whatever the cause), 75 after SIGTERM, SIGHUP or SIGUSR1 (a checkpoint is written: a scheduler may start the same
-command, with --resume alone, again), 130 after Ctrl-C: the first one writes a checkpoint too, a second one aborts.
+--config-file is a YAML file, a run folder, a checkpoint, or the name of a config in projects/.
+
+Exit status:
+  0    the run is complete
+  1    the run failed at or after its first step, or the processes could not connect
+  2    a mistake in the config, the data or the command, found before the first step
+  75   SIGTERM, SIGHUP or SIGUSR1: a checkpoint is written, and the same command with --resume continues the run
+  130  Ctrl-C: the first one writes a checkpoint, a second one aborts
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ NAME = "train_net.py"
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 """Errors found before the first step, which the user can fix."""
 OVERRIDE = re.compile(r"[\w.\[\]]+=")
-"""How ``key=value`` begins; neither an address nor a path with a folder does."""
+"""Start of ``key=value``; no URL and no path with a folder matches."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,15 +79,15 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="go on from the latest checkpoint of the run folder, or go back to FILE, an earlier one; where the folder "
-        "has none, from FILE, a released checkpoint",
+        help="resume from the latest checkpoint of the run folder, or from FILE: an earlier checkpoint of the run, or "
+        "a released one if the folder has none",
     )
-    p.add_argument("--output-dir", metavar="DIR", help="the run folder; the same as train.output_dir=DIR")
-    slurm = p.add_argument_group("Slurm", "submit the run as a job (docs/clusters.md); one process for each GPU")
+    p.add_argument("--output-dir", metavar="DIR", help="run folder; same as train.output_dir=DIR")
+    slurm = p.add_argument_group("Slurm", "submit the run as a job with one process per GPU (docs/clusters.md)")
     slurm.add_argument(
         "--submit",
         choices=["slurm", "sbatch-script"],
-        help="slurm: through submitit; sbatch-script: write the job's script and print it",
+        help="slurm: submit through submitit; sbatch-script: write the job's script and print it",
     )
     for name, (kind, text) in JOB_OPTIONS.items():
         slurm.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "TEXT", help=text)
@@ -97,53 +101,53 @@ def parser() -> argparse.ArgumentParser:
 
 
 JOB_OPTIONS: dict[str, tuple[type, str]] = {
-    "nodes": (int, "machines (1)"),
-    "gpus_per_node": (int, "GPUs of each, with a process for each (none)"),
-    "tasks_per_node": (int, "processes on each; for CPUs (one for each GPU, or one)"),
-    "cpus_per_task": (int, "cores of each process, its loader workers' among them"),
-    "mem": (str, "memory of each node, such as 64G"),
-    "time": (str, "limit of one stretch: minutes, H:MM:SS or D-HH:MM; after it the job goes on as a new one"),
-    "signal_seconds": (int, "the run is told to save so long before the limit (120)"),
+    "nodes": (int, "number of machines (default: 1)"),
+    "gpus_per_node": (int, "GPUs per machine, with one process each (default: none)"),
+    "tasks_per_node": (int, "processes per machine, for runs on CPUs (default: one per GPU, or one)"),
+    "cpus_per_task": (int, "cores per process, including its loader workers"),
+    "mem": (str, "memory per machine, such as 64G"),
+    "time": (str, "time limit: minutes, H:MM:SS or D-HH:MM; a job that reaches it is requeued and resumes"),
+    "signal_seconds": (int, "seconds before the limit at which the run saves (default: 120)"),
     "partition": (str, "queue"),
-    "account": (str, "who pays"),
+    "account": (str, "account that is charged"),
     "qos": (str, "quality of service"),
-    "constraint": (str, "features that nodes must have"),
+    "constraint": (str, "features that machines must have"),
 }
-"""Fields of ``launch.Job`` that have an option each."""
+"""Field of ``Job`` -> (type, help) of its option."""
 
 
 def job_of(arguments: argparse.Namespace) -> Job | None:
-    """What the command line asks of Slurm; None without --submit.
+    """Return the Slurm job of the command line; None without --submit.
 
     Raises:
-        ValueError: options of a job without --submit, no time limit, or a value that Job refuses.
+        ValueError: options of a job without --submit, no time limit, or a value that Job rejects.
     """
     given = {name: getattr(arguments, name) for name in JOB_OPTIONS if getattr(arguments, name) is not None}
     extra = dict(text.partition("=")[::2] for text in arguments.sbatch or [])
     if arguments.submit is None:
         names = [f"--{name.replace('_', '-')}" for name in given] + ["--sbatch"] * bool(extra)
         if names:
-            raise ValueError(f"{', '.join(names)}: only together with --submit")
+            raise ValueError(f"{', '.join(names)}: only with --submit")
         return None
     if "time" not in given:
-        raise ValueError("--submit needs --time, the limit of one stretch: the run is told to save ahead of it")
+        raise ValueError("--submit needs --time, the time limit of the job: the run saves before it")
     return Job(**given, options=extra)
 
 
-def hand_in(config: Config, job: Job, how: str, resume: bool, resume_from: str | None, path: Sequence[str]) -> None:
-    """Submits the run, or writes and prints its script."""
+def submit_run(config: Config, job: Job, how: str, resume: bool, resume_from: str | None, path: Sequence[str]) -> None:
+    """Submit the run, or write and print its script."""
     tool = Path(__file__).resolve()
     in_clone = tool.parents[2] / "tools" / tool.name
     tool = in_clone if in_clone.is_file() else tool
     submission = prepare(config, job, tool=tool, resume=resume, resume_from=resume_from, python_path=path)
     if how == "slurm":
-        handed_in = submit(submission)
-        print(f"job {handed_in.job_id}: {submission.name}, {job.processes} processes on {job.nodes} node(s)")
-        print(f"prints into {handed_in.paths.stdout}")
+        submitted = submit(submission)
+        print(f"job {submitted.job_id}: {submission.name}, {job.processes} processes on {job.nodes} node(s)")
+        print(f"output: {submitted.paths.stdout}")
         return
     script = write_script(submission)
     print(script.read_text())
-    print(f"written to {script}; to hand it in:\n  sbatch {shlex.quote(str(script))}")
+    print(f"written to {script}; to submit it:\n  sbatch {shlex.quote(str(script))}")
 
 
 def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
@@ -165,7 +169,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         overrides, resume_from = in_order([resume_from, *overrides], argv), None
     output_dir = arguments.output_dir
     if output_dir is None and resume and os.path.isdir(arguments.config_file):
-        # The config in a run folder has the folder's path as seen from where the run was started.
+        # The config's path of the run folder is relative to the directory in which the run was started.
         output_dir = arguments.config_file
     if output_dir is not None:
         overrides.append(f"train.output_dir={json.dumps(output_dir)}")
@@ -175,17 +179,17 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         config = load_config(arguments.config_file, overrides, trust_imports=arguments.trust_imports)
         if job is not None:
             found_in = [path for path in sys.path if path not in known]  # folders of the config's `imports`
-            hand_in(config, job, arguments.submit, resume, resume_from, found_in)
+            submit_run(config, job, arguments.submit, resume, resume_from, found_in)
             return 0
         train(config, resume=resume, resume_from=resume_from)
     except Preempted as stopped:
         return leave(stopped)
     except RunError as failed:
-        if failed.__cause__ is not None:  # it may come from a user's part: show its traceback
+        if failed.__cause__ is not None:  # perhaps a bug in a user's part: show its traceback
             traceback.print_exception(failed.__cause__)
         return fail(NAME, str(failed), status=1)
     except MISTAKES:
-        raise  # before OSError, of which some are subclasses
+        raise  # run_tool prints it; caught before OSError, of which some are subclasses
     except (FloatingPointError, OSError) as error:
         return fail(NAME, str(error), status=1)
     except KeyboardInterrupt:
@@ -210,11 +214,11 @@ def interrupted(config: Config | None) -> str:
 
 
 HEAD_START = 3.0
-"""Seconds that rank 0 has to reach Slurm: srun --kill-on-bad-exit ends all tasks where one of them ends."""
+"""Seconds for rank 0 to requeue the job: srun --kill-on-bad-exit ends all tasks as soon as one ends."""
 
 
 def leave(stopped: Preempted) -> int:
-    """Exit after a signal. SIGUSR1 also requeues a job of Slurm; the others may mean that it shall end (`scancel`)."""
+    """Return the status after a signal. Only SIGUSR1 requeues a Slurm job; the others may be from ``scancel``."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if is_main and stopped.number == signal.SIGUSR1:
         try:

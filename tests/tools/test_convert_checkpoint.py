@@ -66,7 +66,7 @@ def test_a_graph_of_another_size(tool, released, tmp_path, capsys):
         (["--to", "jepa_kit", "--encoder", "target", "--num-heads", "4"], "encoder (='target') is for formats of one"),
         (["--from", "timm", "--to", "hf"], "is not in the format 'timm': by its content it is 'official'"),
         (["--to", "hf", "--num-heads", "4", "--sha256", "00"], "it is damaged, or another file"),
-        (["--to", "hf", "--num-heads", "4", "--image-size", "96"], "is for onnx, whose graphs have one size"),
+        (["--to", "hf", "--num-heads", "4", "--image-size", "96"], "is for onnx, whose graphs have a fixed size"),
     ],
 )
 def test_what_cannot_be_done(tool, released, tmp_path, capsys, arguments, message):

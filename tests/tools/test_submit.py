@@ -1,4 +1,4 @@
-"""tools/train_net.py --submit as a user meets it; no Slurm is asked."""
+"""tools/train_net.py --submit, without Slurm."""
 
 import importlib
 from pathlib import Path
@@ -40,31 +40,31 @@ def test_a_script(run, tmp_path, capsys):
     text = script.read_text()
     printed = capsys.readouterr().out
     assert printed.startswith(text)
-    assert printed.endswith(f"written to {script}; to hand it in:\n  sbatch {script}\n")
+    assert printed.endswith(f"written to {script}; to submit it:\n  sbatch {script}\n")
     for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=1-0", "--exclusive", "--nice=5"):
         assert f"#SBATCH {line}\n" in text
     assert "seed: 4" in (script.parent / "config.yaml").read_text()
 
 
 def test_through_submitit(run, tool, tmp_path, monkeypatch, capsys):
-    handed_in = []
+    submissions = []
 
     def submit(submission):
-        handed_in.append(submission)
+        submissions.append(submission)
         return SimpleNamespace(job_id="17", paths=SimpleNamespace(stdout="run.out"))
 
     monkeypatch.setattr(tool, "submit", submit)
     assert run("--submit", "slurm", "--tasks-per-node", "4", "--time", "30") == 0
-    assert capsys.readouterr().out == "job 17: first, 4 processes on 1 node(s)\nprints into run.out\n"
-    assert handed_in[0].job.processes == 4
-    assert handed_in[0].command[0] == str(TOOL)
+    assert capsys.readouterr().out == "job 17: first, 4 processes on 1 node(s)\noutput: run.out\n"
+    assert submissions[0].job.processes == 4
+    assert submissions[0].command[0] == str(TOOL)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "2", "--sbatch", "nice=5"], "--nodes, --sbatch: only together with --submit"),
-        (["--submit", "slurm"], "--submit needs --time, the limit of one stretch: the run is told to save ahead of it"),
+        (["--nodes", "2", "--sbatch", "nice=5"], "--nodes, --sbatch: only with --submit"),
+        (["--submit", "slurm"], "--submit needs --time, the time limit of the job: the run saves before it"),
         (
             ["--submit", "slurm", "--time", "x"],
             "time (='x') must be minutes, hours:minutes:seconds or days-hours:minutes",
@@ -77,7 +77,7 @@ def test_through_submitit(run, tool, tmp_path, monkeypatch, capsys):
         (["--submit", "slurm", "--time", "9", "data.shards=null"], "data.shards (=None) must name a folder of shards"),
     ],
 )
-def test_mistakes_are_told_before_anything_waits(run, capsys, arguments, message):
+def test_mistakes_are_reported_before_submission(run, capsys, arguments, message):
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()

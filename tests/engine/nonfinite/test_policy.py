@@ -214,7 +214,7 @@ def test_replay_finds_the_first_bad_number(tiny, replay_tool, capsys):
     assert replay_tool.main([dump, "--at-once"]) == 3  # the first weights were good
     printed = capsys.readouterr().out
     assert f"weights: the first weights, from the seed, {step} steps before the bad one\n" in printed
-    assert "all numbers are finite this time: other weights, another device, or a fault of the machine then" in printed
+    assert "all numbers are finite this time: the run had other weights, another device, or a hardware fault" in printed
 
 
 def weights_again(tiny_config, step, **options):
