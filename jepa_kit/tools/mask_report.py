@@ -131,7 +131,7 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
             "grid, images, images per batch",
             f"{report.grid[0]}x{report.grid[1]}, {report.images}, {report.images_per_batch}",
         ),
-        ("context sets, target sets an image", "{:.3g}, {:.3g}".format(*report.sets_per_image)),
+        ("context sets, target sets per image", "{:.3g}, {:.3g}".format(*report.sets_per_image)),
         ("patches in a context before truncation", spread("context_before")),
         ("patches in a context", spread("context")),
         ("patches in a target before truncation", spread("targets_before")),
@@ -144,7 +144,7 @@ def _figures(report: MaskReport) -> list[tuple[str, str]]:
         ("context encoder: tokens, forward", forward(cost.encoder)),
         ("target encoder: tokens, forward", forward(cost.target_encoder)),
         ("predictor: tokens, forward", forward(cost.predictor)),
-        ("training step of an image", "no formula" if total is None else f"{total:.2f} GFLOP"),
+        ("training step per image", "no formula" if total is None else f"{total:.2f} GFLOP"),
     ]
 
 
