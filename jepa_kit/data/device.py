@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable
-from typing import Protocol
 
 import torch
 
@@ -26,7 +25,7 @@ def to_device(
 
     Args:
         batches: batches on the host, in pinned memory for concurrent copies.
-        device: destination.
+        device: a CPU or a CUDA device.
         prefetch: number of batches copied ahead on CUDA. With 0 a batch is copied when it is needed; with 1 or more,
             no step waits for the copy of its own batch.
 
@@ -36,36 +35,13 @@ def to_device(
     if prefetch < 0:
         raise ValueError(f"prefetch (={prefetch}) must be at least 0")
     device = torch.device(device)
-    if device.type == "cuda":
-        return in_flight(batches, SideStream(device), prefetch)
-    return in_flight(batches, Plain(device), 0)
-
-
-class Lane(Protocol):
-    """A way to copy batches to a device."""
-
-    def send(self, batch: Batch) -> Batch:
-        """Start a copy; the result must not be read before ``receive``."""
-
-    def receive(self, batch: Batch) -> None:
-        """Let later computations read the oldest batch that was sent and not received yet."""
-
-
-class Plain:
-    """Copy synchronously."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def send(self, batch: Batch) -> Batch:
-        return batch.to(self.device)
-
-    def receive(self, batch: Batch) -> None:
-        pass
+    if device.type == "cpu":
+        return (pair for pair in batches)
+    return in_flight(batches, SideStream(device), prefetch)
 
 
 class SideStream:
-    """Copy on a separate CUDA stream, without blocking the host."""
+    """Copy batches on a separate CUDA stream, without blocking the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,12 +49,14 @@ class SideStream:
         self.sent: deque[torch.cuda.Event] = deque()
 
     def send(self, batch: Batch) -> Batch:
+        """Start a copy; the result must not be read before ``receive``."""
         with torch.cuda.stream(self.stream):
             moved = batch.to(self.device, non_blocking=True)
             self.sent.append(self.stream.record_event())
         return moved
 
     def receive(self, batch: Batch) -> None:
+        """Let later computations read the oldest batch that was sent and not received yet."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.sent.popleft())
         # The side stream owns the memory: without this, the allocator could reuse it for a later copy during the step.
@@ -95,15 +73,15 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
 
 
 def in_flight(
-    batches: Iterable[tuple[int, Batch]], lane: Lane, prefetch: int
+    batches: Iterable[tuple[int, Batch]], stream: SideStream, prefetch: int
 ) -> Generator[tuple[int, Batch], None, None]:
-    """Yield (step, batch) over a lane, sending up to ``prefetch`` batches ahead."""
+    """Yield (step, batch), sending up to ``prefetch`` batches ahead."""
     waiting: deque[tuple[int, Batch]] = deque()
     for step, batch in batches:
-        waiting.append((step, lane.send(batch)))
+        waiting.append((step, stream.send(batch)))
         if len(waiting) > prefetch:
-            lane.receive(waiting[0][1])
+            stream.receive(waiting[0][1])
             yield waiting.popleft()
     while waiting:
-        lane.receive(waiting[0][1])
+        stream.receive(waiting[0][1])
         yield waiting.popleft()

@@ -24,7 +24,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import View, eval_view
 from jepa_kit.data.workers import Workers, choose_workers, load
 from jepa_kit.interfaces import Masker
-from jepa_kit.rng import FloatArray, IntArray, epoch_order
+from jepa_kit.rng import IntArray, epoch_order
 from jepa_kit.structures import MaskBatch
 
 
@@ -97,20 +97,6 @@ class _TrainBatches(Dataset):
         return Batch(images, masks, torch.from_numpy(samples), tuple(skipped))
 
 
-def load_all(dataset: ShardDataset, view: View, samples: IntArray, draws: FloatArray) -> Tensor:
-    """Return the images [B, 3, h, w] of samples [B], uint8, channels last in memory.
-
-    Raises:
-        ValueError: there are no samples, or one cannot be used: a score over fewer would pass for one over all.
-    """
-    images, _, errors = view.load([file.read for file in dataset.image_files(samples)], draws)
-    for b, error in errors.items():
-        raise dataset.unusable(int(samples[b]), error) from error
-    if images is None:
-        raise ValueError("samples (=[]) must have at least one")
-    return images
-
-
 class _EvalBatches(Dataset):
     """Map sample numbers [B] to a batch of all of them."""
 
@@ -119,7 +105,11 @@ class _EvalBatches(Dataset):
 
     def __getitem__(self, samples: IntArray) -> Batch:
         draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
-        return Batch(load_all(self.dataset, self.view, samples, draws), None, torch.from_numpy(samples))
+        images, _, errors = self.view.load([file.read for file in self.dataset.image_files(samples)], draws)
+        for b, error in errors.items():  # a score over fewer samples would pass for one over all
+            raise self.dataset.unusable(int(samples[b]), error) from error
+        assert images is not None, "no request is empty"
+        return Batch(images, None, torch.from_numpy(samples))
 
 
 class TrainLoader:
