@@ -1,4 +1,4 @@
-"""A local HTTP server of a folder that stops, stalls and refuses as it is told."""
+"""A local HTTP server of a folder that stops, stalls or rejects requests as planned."""
 
 import http.server
 import threading
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class BadServer(http.server.ThreadingHTTPServer):
-    """Serves ``folder``.
+    """Serve ``folder``.
 
     ``plans``: file name -> what happens to its requests, one after another: ("stop", n) breaks after n bytes,
     ("stall", n) sends no more after n bytes, ("status", code) refuses, ("length", n) breaks after n bytes and had not
-    told the length; the last one of a list stays, None is health.
+    sent no length; the last plan of a list stays, None is a normal answer.
     ``requests``: (file name, Range header) of each request.
     """
 
@@ -61,7 +61,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder, **options):
-    """A server in a thread of its own."""
+    """Run a server in its own thread."""
     with BadServer(folder, **options) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()

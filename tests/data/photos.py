@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def photo(height, width, seed=0):
-    """[height, width, 3]: noise at several scales, added up."""
+    """Return an image of noise at several scales."""
     rng = np.random.default_rng([seed, height, width])
     total = np.zeros((height, width, 3))
     for cells, share in ((3, 0.5), (8, 0.3), (30, 0.2), (max(height, width), 0.12)):

@@ -22,7 +22,7 @@ ONLY = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
 
 def jittered(u, **amounts):
-    """The image with one amount of the jitter, whose draw is u."""
+    """Return the image with one amount of the jitter, whose draw is u."""
     place = 1 + list(ONLY).index(next(iter(amounts)))
     draws = [0.0] * 9
     draws[place] = u
@@ -46,7 +46,7 @@ def test_brightness_contrast_and_saturation(u, x):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.25, 0.75])
-def test_hue_turns_as_in_colorsys(u):
+def test_hue_shifts_as_in_colorsys(u):
     """Pillow's HSV has 8 bits a channel: the median pixel is a level off, the worst a few hues of 256."""
     turn = 0.5 * (2 * u - 1)
     expected = np.array(
@@ -60,11 +60,11 @@ def test_hue_turns_as_in_colorsys(u):
     assert difference.max() <= 8.0
 
 
-def test_no_turn_is_no_more_than_the_way_through_hsv():
+def test_no_shift_is_only_the_conversion_to_hsv():
     np.testing.assert_array_equal(jittered(0.5, hue=0.3), np.asarray(IMAGE.convert("HSV").convert("RGB")))
 
 
-def test_the_order_is_that_of_the_ranks():
+def test_the_order_is_that_of_the_draws():
     """Brightness 1.8 clips, so that contrast 0.2 before or after it makes another image."""
     jitter = ColorJitter(brightness=0.8, contrast=0.8, saturation=0.0, hue=0.0)
     up, down = 1 - 2**-32, 0.0
@@ -76,7 +76,7 @@ def test_the_order_is_that_of_the_ranks():
     assert np.abs(first.astype(int) - second).max() > 10
 
 
-def test_all_orders_are_as_likely(monkeypatch):
+def test_all_orders_are_equally_likely(monkeypatch):
     """Chi-squared over the 24 orders, at a level of 1 %."""
     order = []
     monkeypatch.setattr(colours, "_ENHANCERS", [lambda image, k=k: _Recorder(image, order, k) for k in range(3)])
@@ -164,7 +164,7 @@ PROBABLE = {
 
 
 @pytest.mark.parametrize("name", PROBABLE)
-def test_each_happens_with_its_probability(name):
+def test_each_is_applied_with_its_probability(name):
     """A binomial test at a level of 0.1 %, as there are five; an image that is left alone is not even copied."""
     transform = PROBABLE[name]
     small = IMAGE.resize((4, 4))

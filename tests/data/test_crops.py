@@ -28,7 +28,7 @@ def boxes(n=4000, size=(SIDE, SIDE), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     return np.array([crop_box(size, row.tolist(), scale=scale, ratio=ratio) for row in draws])
 
 
-def test_area_and_aspect_are_uniform_where_nothing_is_cut():
+def test_area_and_aspect_are_uniform_if_every_crop_fits():
     """Shares up to 0.5 at ratios 3/4 to 4/3 always fit a square. Seven tests at a level of 1 % each, a fixed seed."""
     left, top, right, bottom = boxes(scale=(0.08, 0.5)).T
     w, h = right - left, bottom - top
@@ -68,7 +68,7 @@ def test_released_scale_is_the_documented_rejection():
         ((40, 40), (5.0, 6.0), (0, 16, 40, 24)),  # square, where only wide crops may be
     ],
 )
-def test_where_nothing_fits_the_crop_is_central(size, ratio, expected):
+def test_the_crop_is_central_if_none_fits(size, ratio, expected):
     for row in boxes(20, size, (0.9, 1.0), ratio):
         assert tuple(row) == expected
 

@@ -1,4 +1,4 @@
-"""The fast decoder: at most one level of 255 from Pillow's, two where bicubic, on the same files."""
+"""The fast decoder: at most one level of 255 from Pillow's, two for bicubic, for the same files."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def pair(data, transforms, seed=0):
 
 @pytest.mark.parametrize("name", ["random_resized_crop", "center_crop", "resize"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_tolerance(name, interpolation):
+def test_tolerance(name, interpolation):
     allowed = {"bilinear": 1, "bicubic": 2}[interpolation]
     for size, quality in itertools.product(SIZES, (60, 95)):
         data = saved(photo(*size), quality=quality)
@@ -102,7 +102,7 @@ BROKEN = {
 
 
 def outcome(data, decoder):
-    """The pixels, or the reason why there are none."""
+    """Return the pixels, or the error's message."""
     try:
         return eval_view(image_size=(96, 80), decoder=decoder)(data, np.empty(0)).astype(int)
     except ImageError as error:
@@ -110,8 +110,8 @@ def outcome(data, decoder):
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_both_use_and_refuse_the_same_files(kind):
-    """And what is damaged but used has the same pixels, for Pillow makes them."""
+def test_both_decoders_accept_and_reject_the_same_files(kind):
+    """Damaged files that are accepted have the same pixels, because Pillow decodes them."""
     np.testing.assert_array_equal(outcome(BROKEN[kind], "pillow"), outcome(BROKEN[kind], "fast"))
 
 
@@ -127,12 +127,12 @@ def test_bytes_flipped_at_random(seed):
             assert np.abs(exact - fast).max() <= 1
 
 
-def test_the_pixel_limit_holds():
+def test_max_pixels_of_the_fast_decoder():
     with pytest.raises(ImageError, match=r"90 x 120 pixels are more than max_pixels \(=100\) allows"):
         eval_view(image_size=(8, 8), decoder="fast", max_pixels=100)(WHOLE, np.empty(0))
 
 
-def test_transforms_follow_the_fast_way_too():
+def test_transforms_after_the_fast_decoder():
     parts = [{"name": "random_resized_crop"}, {"name": "flip", "p": 1.0}, {"name": "grayscale", "p": 1.0}]
     for exact, fast in pair(WHOLE, parts):
         assert np.abs(exact - fast).max() <= 1
@@ -155,7 +155,7 @@ def test_resample_array_is_resample(window):
     assert np.abs(exact - fast).max() <= 1
 
 
-def test_decoders_that_there_are_not(monkeypatch):
+def test_unavailable_decoders(monkeypatch):
     with pytest.raises(ValueError, match=r"decoder \(='quick'\) must be one of 'pillow', 'fast'"):
         train_view(image_size=(8, 8), decoder="quick")
     monkeypatch.setattr(images, "simplejpeg", None)

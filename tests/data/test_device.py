@@ -1,4 +1,4 @@
-"""Batches on their way to the device: their order, how many are sent ahead, and that nothing of them is lost."""
+"""Copies of batches to the device: their order, the number that is sent ahead, and their completeness."""
 
 from itertools import islice
 
@@ -12,7 +12,7 @@ from jepa_kit.structures import MaskBatch, PatchSets
 
 
 def batches(count, log=None, masks=True):
-    """Batches whose images, samples and masks tell their step."""
+    """Yield batches whose images, samples and masks depend on their step."""
     for step in range(count):
         if log is not None:
             log.append(("read", step))
@@ -38,7 +38,7 @@ class Logged:
         self.log.append(("receive", int(batch.samples[0])))
 
 
-def test_a_cpu_passes_batches_on():
+def test_batches_pass_through_unchanged_on_a_cpu():
     """Nothing is read before it is needed, and nothing is copied."""
     log = []
     given = to_device(batches(5, log), "cpu", prefetch=3)
@@ -62,7 +62,7 @@ def test_every_batch_comes_once_and_in_order(prefetch):
     assert log[-1] == ("receive", 5)
 
 
-def test_a_batch_is_sent_while_the_one_before_is_used():
+def test_a_batch_is_sent_while_the_previous_one_is_used():
     log = []
     given = in_flight(batches(4, log), Logged(log), 1)
     next(given)
@@ -72,7 +72,7 @@ def test_a_batch_is_sent_while_the_one_before_is_used():
     assert log == [("read", 2), ("send", 2), ("receive", 1)]
 
 
-def test_errors_of_the_loader_come_through_and_its_iterator_is_closed():
+def test_errors_of_the_loader_propagate_and_its_iterator_is_closed():
     closed = []
 
     def failing():
@@ -92,13 +92,13 @@ def test_errors_of_the_loader_come_through_and_its_iterator_is_closed():
     assert closed == [True]
 
 
-def test_a_negative_number():
+def test_a_negative_prefetch():
     with pytest.raises(ValueError, match=r"prefetch \(=-1\) must be at least 0"):
         to_device(batches(1), "cpu", prefetch=-1)
 
 
 def test_tensors_of_a_batch():
-    """All that moves is named, with the lengths of its sets."""
+    """Every tensor that is moved is listed, lengths of sets included."""
     _, batch = next(batches(1))
     moved = batch.to("meta")
     assert {t.device.type for t in tensors_of(moved)} == {"meta"}
@@ -112,8 +112,8 @@ def test_tensors_of_a_batch():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_on_a_gpu_batches_are_whole(prefetch):
-    """Large batches, used while others are copied into memory that was freed: each keeps its own numbers."""
+def test_batches_on_a_gpu_are_not_overwritten(prefetch):
+    """Large batches are used while others are copied into freed memory; each keeps its own numbers."""
     side = 256
 
     def large():
@@ -134,8 +134,8 @@ def test_on_a_gpu_batches_are_whole(prefetch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_host_waits_for_nothing():
-    """The first batch is given out while the device still computes what was asked before."""
+def test_the_host_does_not_wait_for_the_gpu():
+    """The first batch is returned while the device still runs earlier work."""
     _, batch = next(batches(1))
     pinned = [(k, batch.pin_memory()) for k in range(4)]
     list(islice(to_device(pinned, "cuda"), 1))  # makes the context

@@ -1,4 +1,4 @@
-"""Data that are really broken: what is whole is used once, the rest is skipped, counted and named."""
+"""Damaged data: usable samples are used once, the others are skipped, counted and named."""
 
 import io
 import shutil
@@ -34,7 +34,7 @@ def whole(tmp_path):
 
 @pytest.fixture
 def broken(whole, tmp_path):
-    """A copy of them, to be broken."""
+    """A copy of them, for the test to damage."""
     return shutil.copytree(whole, tmp_path / "broken")
 
 
@@ -66,14 +66,14 @@ def epoch(dataset, number=0, **options):
     return found, skipped
 
 
-def assert_good_as_before(found, whole, **options):
-    """What is used has the crops and masks that it would have had."""
+def assert_usable_samples_are_unchanged(found, whole, **options):
+    """Check that samples that are used have the same crops and masks as without damage."""
     expected = {r[0]: r for r in epoch(ShardDataset(whole), **options)[0]}
     assert all(expected[r[0]] == r for r in found)
 
 
 def whole_members(path, images_of):
-    """Samples whose image is whole in a shard that was cut, by the tar headers of the shard before the cut."""
+    """Return the samples whose image is complete in a shard that was cut, by the tar headers before the cut."""
     size = path.stat().st_size
     with tarfile.open(images_of) as tar:
         images = [m for m in tar if m.name.endswith((".jpg", ".png"))]
@@ -97,7 +97,7 @@ def test_a_shard_that_was_cut(whole, broken, share, num_workers):
             f"shard shard-000001.tar of {broken} has {int(len(data) * share)} bytes, "
             f"but index.json says {len(data)}: it was cut short or changed"
         )
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_corrupt_header(whole, broken):
@@ -110,7 +110,7 @@ def test_a_corrupt_header(whole, broken):
     assert (skipped.sample, skipped.key) == (14, "folder/0014")
     assert "is corrupt at byte" in skipped.reason
     assert "no tar header is there (bad checksum)" in skipped.reason
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_corrupt_image_bytes(whole, broken):
@@ -121,12 +121,12 @@ def test_corrupt_image_bytes(whole, broken):
     path.write_bytes(data)
     found, skipped = epoch(ShardDataset(broken))
     assert [s.sample for s in skipped] == [14]
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 @pytest.mark.parametrize("shift", [512, 300])
-def test_a_shard_that_is_another_one(whole, broken, shift):
-    """Nothing that lies where another image should be passes for it."""
+def test_a_shard_replaced_by_another(whole, broken, shift):
+    """Bytes of another image are never taken for the sample."""
     path = broken / "shard-000001.tar"
     path.write_bytes(bytes(shift) + path.read_bytes())
     found, skipped = epoch(ShardDataset(broken))
@@ -134,7 +134,7 @@ def test_a_shard_that_is_another_one(whole, broken, shift):
     shutil.copy(broken / "shard-000000.tar", path)
     found, skipped = epoch(ShardDataset(broken))
     assert {s.sample for s in skipped} == set(range(6, 12))
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_missing_shard(whole, broken):
@@ -142,7 +142,7 @@ def test_a_missing_shard(whole, broken):
     found, skipped = epoch(ShardDataset(broken))
     assert {s.sample for s in skipped} == set(range(18, 24))
     assert {s.reason for s in skipped} == {f"shard shard-000003.tar of {broken} is missing, but index.json lists it"}
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_shard_that_cannot_be_read(whole, broken):
@@ -154,8 +154,8 @@ def test_a_shard_that_cannot_be_read(whole, broken):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_shards_that_go_missing_in_mid_epoch(whole, broken, num_workers):
-    """Those that are open are read on; those that come later are missed, sample by sample."""
+def test_shards_deleted_during_an_epoch(whole, broken, num_workers):
+    """Open shards can still be read; samples of later ones are skipped."""
     dataset = ShardDataset(broken)
     loader = a_loader(dataset, shuffle_window=1, batch_size=3, num_workers=num_workers)
     order, batches = loader.order(0), loader.batches()
@@ -172,7 +172,7 @@ def test_shards_that_go_missing_in_mid_epoch(whole, broken, num_workers):
     assert not set(used) & set(last.tolist())
 
 
-def test_one_shard_goes_missing_in_mid_epoch_and_comes_back(whole, broken):
+def test_a_shard_that_is_missing_for_part_of_an_epoch(whole, broken):
     dataset = ShardDataset(broken)
     loader = a_loader(dataset, shuffle_window=24, batch_size=6)
     batches = loader.batches()
@@ -188,7 +188,7 @@ def test_one_shard_goes_missing_in_mid_epoch_and_comes_back(whole, broken):
 
 
 def test_a_server_that_stops_in_the_middle_of_a_shard(whole, tmp_path):
-    """Always at the same place: what came before it is used, the rest skipped; a shard that stops once is whole."""
+    """If always at the same place, samples before it are used and the others skipped; if once, all are used."""
     data = (whole / "shard-000001.tar").read_bytes()
     stop = len(data) // 2
     (tmp_path / "cut").write_bytes(data[:stop])
@@ -203,7 +203,7 @@ def test_a_server_that_stops_in_the_middle_of_a_shard(whole, tmp_path):
     assert {s.sample for s in skipped} == expected
     assert 0 < len(expected) < 6
     assert "was not downloaded completely: the stream ended after" in skipped[0].reason
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_server_without_ranges_that_stops(whole, tmp_path):
@@ -212,18 +212,18 @@ def test_a_server_without_ranges_that_stops(whole, tmp_path):
         access = Access(cache=str(tmp_path / "cache"), retries=2, backoff=0.0)
         found, skipped = epoch(ShardDataset(server.address, access=access))
     assert not skipped
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_server_that_stalls(whole, tmp_path):
-    """Once, and nothing is lost; for ever, and its shard is gave up after the time that was set."""
+    """After one stall nothing is lost; after endless ones, the shard is given up at the timeout."""
     access = Access(cache=str(tmp_path / "cache"), retries=1, backoff=0.0, timeout=0.5)
     with serving(whole) as server:
         server.plans = {"shard-000000.tar": [("stall", 3000), None], "shard-000003.tar": [("stall", 0)]}
         found, skipped = epoch(ShardDataset(server.address, access=access), num_workers=1)
     assert {s.sample for s in skipped} == set(range(18, 24))
     assert all("the stream stalled: no data for 0.5 s; gave up after 2 tries" in s.reason for s in skipped)
-    assert_good_as_before(found, whole)
+    assert_usable_samples_are_unchanged(found, whole)
 
 
 def test_a_pipe_that_fails(whole, tmp_path):
@@ -237,7 +237,7 @@ def test_a_pipe_that_fails(whole, tmp_path):
 
 
 def kinds():
-    """Image files that are to be used, and those that are not."""
+    """Return image files that are usable, and others that are not."""
     grey16 = Image.fromarray((np.arange(400, dtype=np.uint16) * 100).reshape(20, 20))
     frames = [picture(k) for k in range(3)]
     rotated = Image.Exif()
@@ -280,7 +280,7 @@ def test_images_of_all_kinds(tmp_path):
     assert "20000 x 20000 pixels are more than max_pixels" in reasons["enormous"]
 
 
-def test_samples_without_labels_or_with_bad_ones_train_all_the_same(tmp_path):
+def test_training_ignores_missing_and_invalid_labels(tmp_path):
     image = encoded(picture(0))
     (tmp_path / "s").mkdir()
     with tarfile.open(tmp_path / "s/a.tar", "w") as tar:

@@ -1,4 +1,4 @@
-"""An epoch's samples, crops and masks are the same for any ranks and workers; what was killed goes on as it was.
+"""An epoch's samples, crops and masks are the same for any ranks and workers; killed runs resume exactly.
 
 A record of an image is its number, a digest of the pixels that its crop gave, and its masks, patch by patch.
 """
@@ -52,7 +52,7 @@ def a_loader(dataset, *, rank=0, world_size=1, num_workers=0, window=20):
 
 
 def records(batch):
-    """Of each image of a batch, in its order."""
+    """Return the record of each image of a batch, in order."""
     sets = {}
     for kind, group in (("context", batch.masks.context), ("target", batch.masks.targets)):
         for image, index in zip(group.image.tolist(), group.split(), strict=True):
@@ -64,7 +64,7 @@ def records(batch):
 
 
 def stream(dataset, steps, start=0, **options):
-    """[(step, records)], the ranks of ``world_size`` joined."""
+    """Return [(step, records)], joined over ``world_size`` ranks."""
     world = options.pop("world_size", 1)
     ranks = [
         [(step, records(batch)) for step, batch in islice(loader.batches(start), steps)]
@@ -107,7 +107,7 @@ def test_epochs_differ_in_order_crops_and_masks(folder):
 
 @settings(max_examples=15, deadline=None)
 @given(stops=st.lists(st.integers(1, 5 * STEPS // 2 - 1), max_size=4, unique=True).map(sorted))
-def test_stopped_anywhere_any_number_of_times_it_goes_on(folder, stops):
+def test_resuming_at_any_step_any_number_of_times(folder, stops):
     expected, dataset = uninterrupted(folder), ShardDataset(folder)
     found = []
     for start, end in zip([0, *stops], [*stops, len(expected)], strict=True):
@@ -117,7 +117,7 @@ def test_stopped_anywhere_any_number_of_times_it_goes_on(folder, stops):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("stops", "workers"), [((4, 7, 11), (2, 0, 1, 3)), ((1, 6), (0, 3, 1)), ((6, 12), (3, 0, 2))])
-def test_it_goes_on_with_another_number_of_workers(folder, stops, workers):
+def test_resuming_with_another_number_of_workers(folder, stops, workers):
     expected, dataset = uninterrupted(folder), ShardDataset(folder)
     found = []
     for start, end, number in zip([0, *stops], [*stops, len(expected)], workers, strict=True):
@@ -136,13 +136,13 @@ for step, batch in a_loader(ShardDataset({folder!r}), num_workers=workers).batch
 
 
 def finished(log):
-    """The lines that are whole."""
+    """Return the complete lines."""
     return log.read_text().splitlines(keepends=True) if log.exists() else []
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_and_gone_on_with_other_workers(folder, tmp_path):
-    """Processes that are killed by SIGKILL, three times; each next one goes on after the last step that was done."""
+def test_resuming_after_kills_with_other_numbers_of_workers(folder, tmp_path):
+    """Three processes are killed by SIGKILL; each next one resumes after the last finished step."""
     log, chance, workers = tmp_path / "log", random.Random(5), [2, 0, 1, 3]
     program = CHILD.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[2])], folder=str(folder))
     expected = uninterrupted(folder)
@@ -162,7 +162,7 @@ def test_killed_at_random_points_and_gone_on_with_other_workers(folder, tmp_path
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shards_of_another_machine_give_the_same_stream(folder, tmp_path, world_size):
+def test_remote_shards_give_the_same_batches(folder, tmp_path, world_size):
     with serving(folder) as server:
         access = Access(cache=str(tmp_path / "cache"), retries=0)
         dataset = ShardDataset(f"{server.address}/shard-{{000000..000007}}.tar", access=access)
@@ -171,7 +171,7 @@ def test_shards_of_another_machine_give_the_same_stream(folder, tmp_path, world_
     assert found == uninterrupted(folder)
 
 
-def test_resuming_fetches_what_is_needed_and_reads_nothing_else(folder, tmp_path):
+def test_resuming_downloads_only_the_shards_that_are_needed(folder, tmp_path):
     start = 9
     with serving(folder) as server:
         dataset = ShardDataset(server.address, access=Access(cache=str(tmp_path / "cache"), retries=0))
@@ -185,7 +185,7 @@ def test_resuming_fetches_what_is_needed_and_reads_nothing_else(folder, tmp_path
         batches.close()
 
 
-def test_what_comes_is_fetched_before_it_is_needed(folder, tmp_path):
+def test_shards_are_prefetched(folder, tmp_path):
     with serving(folder) as server:
         dataset = ShardDataset(server.address, access=Access(cache=str(tmp_path / "cache"), retries=0))
         loader = a_loader(dataset, window=16)  # of two batches
@@ -199,8 +199,8 @@ def test_what_comes_is_fetched_before_it_is_needed(folder, tmp_path):
         batches.close()
 
 
-def test_what_a_rank_fetches_is_told(folder, tmp_path):
-    """By hand: the shards of each window that the rank's samples lie in."""
+def test_fetched_bytes(folder, tmp_path):
+    """Counted by hand: the shards of each window that contain the rank's samples."""
     with serving(folder) as server:
         dataset = ShardDataset(server.address, access=Access(cache=str(tmp_path / "cache"), retries=0))
         for window, world_size in ((56, 1), (16, 2), (8, 4)):
@@ -217,7 +217,7 @@ def test_what_a_rank_fetches_is_told(folder, tmp_path):
     ("kept", "text"),
     [(True, "GB of shards in an epoch; data.cache is shared"), (False, "and downloads them itself in every epoch")],
 )
-def test_what_it_costs_is_said(folder, tmp_path, kept, text):
+def test_summary_of_downloads(folder, tmp_path, kept, text):
     with serving(folder) as server:
         access = Access(cache=str(tmp_path / "cache") if kept else None, retries=0)
         said = a_loader(ShardDataset(server.address, access=access), world_size=4).fetching()
@@ -225,7 +225,7 @@ def test_what_it_costs_is_said(folder, tmp_path, kept, text):
     assert said.startswith("each rank reads 0.000")
 
 
-def test_a_cache_without_room_for_a_window(folder):
+def test_a_cache_too_small_for_a_window(folder):
     with serving(folder) as server:
         dataset = ShardDataset(server.address, access=Access(cache_gb=5e-5, retries=0))
         with pytest.raises(

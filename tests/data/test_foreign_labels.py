@@ -1,4 +1,4 @@
-"""Which numbers of .json members are labels: img2dataset's sizes are none, and what no class can have is reported."""
+"""Which numbers of .json members are labels: not img2dataset's sizes; numbers out of range are reported."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def index(folder):
     return json.loads((folder / "index.json").read_text())
 
 
-def test_sizes_are_no_labels(tmp_path, caplog):
+def test_sizes_are_not_labels(tmp_path, caplog):
     folder = shard(tmp_path / "s/a.tar", [img2dataset(k) | {"class": k % 3} for k in range(5)])
     dataset = ShardDataset(folder)
     assert dataset.classes == {"class": ("0", "1", "2")}
@@ -50,8 +50,8 @@ def test_sizes_are_no_labels(tmp_path, caplog):
     assert open_source(f"wds:{folder}", SourceOptions(), seed=0, scratch="").notes == [note]
 
 
-def test_numbers_that_no_class_can_have_are_reported(tmp_path, caplog):
-    """An identifier is no label; a label that one sample has out of range is one, and the others keep theirs."""
+def test_numbers_out_of_range_are_reported(tmp_path, caplog):
+    """An identifier is not a label; if one sample has a label out of range, the others keep theirs."""
     contents = [{"uid": 10**12 + k, "shape": 3, "count": k} for k in range(4)]
     contents += [{"uid": 5, "shape": 65_536, "count": -1}, {"shape": -7}]
     folder = shard(tmp_path / "s/a.tar", contents)
@@ -68,7 +68,7 @@ def test_numbers_that_no_class_can_have_are_reported(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 9000], ids=["lists", "maps", "digits"])
-def test_absurd_json_costs_its_label_alone(tmp_path, text):
+def test_absurd_json_loses_only_its_label(tmp_path, text):
     folder = shard(tmp_path / "s/a.tar", [{"class": 1}, text])
     dataset = ShardDataset(folder)
     assert [dataset.labels_of(i) for i in range(2)] == [{"class": 1}, {}]

@@ -1,4 +1,4 @@
-"""Options of reading images: their ranges, and those of a config."""
+"""ImageOptions: ranges, and values from a config."""
 
 import pytest
 

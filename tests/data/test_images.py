@@ -1,4 +1,4 @@
-"""Image files of every kind become the RGB pixels that they show, or are refused with the reason."""
+"""Image files of every kind are decoded to the RGB pixels that they show, or rejected with the reason."""
 
 import io
 import struct
@@ -106,7 +106,7 @@ DEEP = {  # (bits in use, dtype and format of the file)
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_deep_grey_is_as_bright_as_its_bits(kind, notes, caplog):
-    """The values of an 8-bit ramp, stored with more bits, show the ramp; a note where fewer bits are used, once."""
+    """An 8-bit ramp stored with more bits decodes to the ramp; a note, once, if fewer bits are used."""
     bits, dtype, file_format = DEEP[kind]
     values = (RAMP.astype(np.int64) << (bits - 8)) + (3 if bits > 8 else 0)
     data = saved(Image.fromarray(values.astype(dtype)), file_format)
@@ -124,7 +124,7 @@ def test_a_black_deep_image_has_no_note(notes, caplog):
 
 
 @pytest.mark.parametrize(("least", "most"), [(-1, 300), (0, 65536), (-(2**31), 2**31 - 1)])
-def test_numbers_of_no_known_range_are_refused(least, most):
+def test_numbers_of_unknown_range_are_rejected(least, most):
     data = saved(Image.fromarray(np.array([[least, most]], dtype=np.int32)), "TIFF")
     with pytest.raises(ImageError, match=rf"whole numbers from {least} to {most}: they must be within 0 to 65535"):
         decode(data)
@@ -177,8 +177,8 @@ def test_a_png_with_a_large_text_or_profile(kind, place):
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_png_whose_pixels_are_damaged_is_refused(depth):
-    """Each byte of its pixels: Pillow decodes some of these files, as it passes over the checksum that they carry."""
+def test_a_png_with_damaged_pixels_is_rejected(depth):
+    """For each byte of the pixels; Pillow decodes some of these files, because it ignores the checksum."""
     whole = saved(colours(), "PNG") if depth == 8 else png(np.full((9, 7, 1), 700), 0)
     begin, end = whole.index(b"IDAT") + 4, whole.index(b"IEND") - 8
     for at in range(begin, end):
@@ -195,7 +195,7 @@ def test_a_png_with_many_texts():
 
 
 def test_the_orientation_of_a_png_stays():
-    """In its eXIf chunk, beside texts that are left out; and in XMP, where Pillow looks if EXIF is without the mark."""
+    """In the eXIf chunk, beside texts that are removed; and in XMP, which Pillow reads if EXIF has no orientation."""
     exif, plain = Image.Exif(), Image.Exif()
     exif[0x0112], plain[0x0131] = 3, "software"
     text = PngInfo()
@@ -247,7 +247,7 @@ def test_cmyk():
     ids=["red", "green", "black", "white"],
 )
 def test_cmyk_jpeg_as_adobe_writes_it(ink, shown):
-    """Adobe stores inks inverted, 255 for none; so does Pillow. (1 - C)(1 - K), and so on, without a colour profile."""
+    """Adobe and Pillow store inverted inks, 255 for none. RGB is (1 - C)(1 - K) and so on, without a colour profile."""
     data = saved(flat(*ink, mode="CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data
     assert np.asarray(decode(data))[8, 8].tolist() == pytest.approx(list(shown), abs=2)
@@ -279,7 +279,7 @@ def test_ycck_jpeg():
         (8, np.rot90),
     ],
 )
-def test_a_cameras_orientation_is_obeyed(file_format, mark, upright):
+def test_exif_orientation_is_applied(file_format, mark, upright):
     exif = Image.Exif()
     exif[0x0112] = mark
     data = saved(colours(), file_format, exif=exif)
@@ -292,7 +292,7 @@ def test_a_cameras_orientation_is_obeyed(file_format, mark, upright):
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0II*\0", b"Exif\0\0not a TIFF file", b"Exif\0\0" + b"II*\0\x08\0\0\0\xff\xff\x12\x01"]
 )
-def test_an_unreadable_mark_does_not_make_the_pixels_useless(exif):
+def test_unreadable_exif_is_ignored(exif):
     plain = saved(colours(), "JPEG")
     marked = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
     np.testing.assert_array_equal(np.asarray(decode(marked)), np.asarray(decode(plain)))
@@ -307,7 +307,7 @@ def test_the_first_frame_of_an_animation(file_format):
     assert np.asarray(decode(data))[2, 2].tolist() == [255, 0, 0]
 
 
-def test_png_of_ours_is_lossless():
+def test_encode_png_is_lossless():
     np.testing.assert_array_equal(np.asarray(open_image(encode_png(colours()))), np.asarray(colours()))
 
 
@@ -335,7 +335,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_whole_image_is_refused_with_the_reason(kind):
+def test_files_that_are_not_complete_images_are_rejected_with_the_reason(kind):
     data, reason = REFUSED[kind]
     with pytest.raises(ImageError, match=reason) as caught:
         decode(data)
@@ -343,7 +343,7 @@ def test_what_is_no_whole_image_is_refused_with_the_reason(kind):
     assert isinstance(caught.value, DECODE_ERRORS)
 
 
-def test_a_damaged_png_is_refused():
+def test_a_damaged_png_is_rejected():
     data = bytearray(saved(colours(), "PNG"))
     data[60] ^= 0xFF
     with pytest.raises(ImageError):
@@ -351,7 +351,7 @@ def test_a_damaged_png_is_refused():
 
 
 @pytest.mark.filterwarnings("error")
-def test_an_enormous_image_is_refused_before_it_is_decoded():
+def test_an_enormous_image_is_rejected_before_it_is_decoded():
     """60,000 x 60,000 pixels, in 60 bytes that would unpack to 10 gigabytes."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
@@ -360,7 +360,7 @@ def test_an_enormous_image_is_refused_before_it_is_decoded():
         decode(bomb)
 
 
-def test_the_limit_is_the_users():
+def test_max_pixels():
     data = saved(colours(), "PNG")
     assert decode(data, max_pixels=63).size == (7, 9)
     with pytest.raises(ImageError, match=r"7 x 9 pixels are more than max_pixels \(=62\) allows: it is not decoded"):
@@ -368,7 +368,7 @@ def test_the_limit_is_the_users():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_limit_may_be_above_pillows(monkeypatch):
+def test_max_pixels_above_the_limit_of_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     monkeypatch.setattr("jepa_kit.data.images._PILLOWS_LIMIT", 20)
     with pytest.raises(Image.DecompressionBombError):
@@ -378,8 +378,8 @@ def test_the_limit_may_be_above_pillows(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, TypeError])
-def test_whatever_a_plug_in_says_of_a_broken_file(monkeypatch, error):
-    """Pillow's AVIF, DDS and BLP, and TIFF plug-ins raise these where bytes were changed."""
+def test_errors_of_pillows_plug_ins_become_image_errors(monkeypatch, error):
+    """Pillow's AVIF, DDS and BLP, and TIFF plug-ins raise these for damaged files."""
 
     def broken(*arguments):
         raise error("what it says")
@@ -389,8 +389,8 @@ def test_whatever_a_plug_in_says_of_a_broken_file(monkeypatch, error):
         decode(saved(colours(), "PNG"))
 
 
-def test_a_texture_of_an_unknown_kind():
-    """A DDS file whose header asks for a compression that there is not, and one that Pillow reads."""
+def test_a_dds_file_of_unknown_compression():
+    """A DDS file whose header names an unknown compression, and one that Pillow reads."""
     data = bytearray(saved(colours(), "DDS"))
     assert decode(bytes(data)).size == colours().size
     data[80:88] = struct.pack("<I4s", 4, b"NONE")  # pixel format: a four-letter code follows
@@ -398,8 +398,8 @@ def test_a_texture_of_an_unknown_kind():
         decode(bytes(data))
 
 
-def test_other_errors_come_through(monkeypatch):
-    """A bug is no broken file."""
+def test_other_errors_propagate(monkeypatch):
+    """A bug is not reported as a damaged file."""
 
     def broken(*arguments):
         raise AttributeError("a bug")

@@ -42,7 +42,7 @@ class Halves:
 
 @dataclass
 class Steps(Halves):
-    """A masker that puts the step it was told into the first patch of its context."""
+    """A masker whose first context patch is the step that it is given."""
 
     def __call__(self, samples, *, seed, epoch, step=0):
         cells = torch.full((len(samples), 1), step % 16)
@@ -71,7 +71,7 @@ def assert_same(a, b):
         assert x.lengths == y.lengths
 
 
-def test_a_batch_is_what_the_parts_make_of_it(dataset):
+def test_a_batch_assembled_by_hand(dataset):
     """Order, crop, flip and masks of step 7 = batch 1 of epoch 2, put together by hand."""
     step, batch = take(loader(dataset), 1, start=7)[0]
     assert step == 7
@@ -108,14 +108,14 @@ def test_ranks_together_are_one(dataset, world_size):
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 10])
-def test_from_any_step_on(dataset, start):
+def test_starting_at_any_step(dataset, start):
     whole, rest = take(loader(dataset), start + 3)[start:], take(loader(dataset, num_workers=1), 3, start)
     for (step, a), (again, b) in zip(whole, rest, strict=True):
         assert step == again
         assert_same(a, b)
 
 
-def test_what_a_spawned_worker_is_sent_gives_the_same_batches(dataset):
+def test_a_pickled_dataset_gives_the_same_batches(dataset):
     a_loader = loader(dataset)
     sent = pickle.loads(pickle.dumps(a_loader._batches))
     for request, (_, batch) in zip(a_loader.requests(4), take(a_loader, 2, start=4), strict=False):
@@ -132,7 +132,7 @@ def test_an_epoch_uses_each_sample_at_most_once(dataset):
     assert epochs[0] != epochs[1]
 
 
-def test_the_masker_hears_the_step_of_the_run(dataset):
+def test_the_masker_is_given_the_step_of_the_run(dataset):
     for step, batch in take(loader(dataset, masker=Steps(), num_workers=2), 5, start=2):
         assert batch.masks.context.index[0] == step
 
@@ -141,7 +141,7 @@ def test_without_a_masker(dataset):
     assert take(loader(dataset, masker=None), 1)[0][1].masks is None
 
 
-def test_the_runs_own_random_numbers_are_left_alone(dataset):
+def test_global_random_states_do_not_change(dataset):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def test_the_runs_own_random_numbers_are_left_alone(dataset):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_batches_move(dataset):
+def test_batches_can_be_moved(dataset):
     _, batch = take(loader(dataset), 1)[0]
     moved = batch.to("meta")
     assert {moved.images.device.type, moved.samples.device.type, moved.masks.targets.index.device.type} == {"meta"}
@@ -167,7 +167,7 @@ def test_batches_are_pinned_and_copied(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_sees_each_sample_once_in_order(dataset, num_workers):
+def test_evaluation_reads_each_sample_once_in_order(dataset, num_workers):
     options = ImageOptions(image_size=(10, 14), batch_size=9, num_workers=num_workers)
     batches = list(eval_batches(dataset, options, share=0.9))
     assert [len(b) for b in batches] == [9, 9, 5]
@@ -189,7 +189,7 @@ def test_evaluation_of_chosen_samples(dataset):
 
 @dataclass
 class Deadly(Halves):
-    """Kills its own process, as the kernel does when memory runs out."""
+    """A view that kills its own process, as the kernel does when memory runs out."""
 
     def __call__(self, samples, *, seed, epoch, step=0):
         if step == 2:
@@ -198,15 +198,15 @@ class Deadly(Halves):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_worker_that_dies_is_an_error_and_no_hang(dataset, num_workers):
+def test_a_worker_that_dies_is_an_error_not_a_hang(dataset, num_workers):
     with pytest.raises(
         RuntimeError, match=r"a loader worker died \(.*\). Often memory is exhausted: try fewer num_workers"
     ):
         take(loader(dataset, masker=Deadly(), num_workers=num_workers), 6)
 
 
-def test_workers_outlive_the_signals_of_their_group(dataset):
-    """However often they come: the main process may need any time for its step and its checkpoint."""
+def test_workers_ignore_signals_of_their_process_group(dataset):
+    """Also repeated signals: the main process may need any time for its step and its checkpoint."""
     batches = loader(dataset, num_workers=2).batches()
     found = [next(batches)]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) * 2:
@@ -218,8 +218,8 @@ def test_workers_outlive_the_signals_of_their_group(dataset):
 
 
 @pytest.mark.integration
-def test_workers_do_not_hold_up_the_exit_after_an_error(dataset):
-    """multiprocessing sends daemons SIGTERM at exit, and waits for them; the traceback keeps the loader alive."""
+def test_workers_do_not_delay_the_exit_after_an_error(dataset):
+    """multiprocessing sends SIGTERM to daemons at exit and waits for them; the traceback keeps the loader alive."""
     script = (
         "import sys\nfrom jepa_kit.data.loader import TrainLoader\n"
         "from jepa_kit.data.shards.dataset import ShardDataset\n"
@@ -244,7 +244,7 @@ class Faulty(Halves):
         raise RuntimeError("of its own")
 
 
-def test_other_errors_of_a_worker_keep_their_text(dataset):
+def test_other_errors_of_a_worker_keep_their_message(dataset):
     with pytest.raises(RuntimeError, match="of its own") as caught:
         take(loader(dataset, masker=Faulty(), num_workers=1), 1)
     assert "worker died" not in str(caught.value)
@@ -252,7 +252,7 @@ def test_other_errors_of_a_worker_keep_their_text(dataset):
 
 @dataclass
 class Unsendable(Halves):
-    """Masks that no process can be sent: the thread that sends a batch fails, and not the worker that made it."""
+    """Masks that cannot be pickled: the thread that sends a batch fails, not the worker that made it."""
 
     def __call__(self, samples, *, seed, epoch, step=0):
         masks = super().__call__(samples, seed=seed, epoch=epoch, step=step)
@@ -260,13 +260,13 @@ class Unsendable(Halves):
         return masks
 
 
-def test_a_batch_that_cannot_be_sent_is_an_error_and_no_hang(dataset):
+def test_a_batch_that_cannot_be_sent_is_an_error_not_a_hang(dataset):
     with pytest.raises(TypeError, match=r"Caught TypeError in a loader worker, while sending a batch(.|\n)*cannot"):
         take(loader(dataset, masker=Unsendable(), num_workers=1), 2)
     assert not multiprocessing.active_children()
 
 
-def test_a_full_shared_memory_is_told_with_advice(dataset, monkeypatch):
+def test_the_error_of_full_shared_memory_has_advice(dataset, monkeypatch):
     """The text is torch's own, of a /dev/shm of 4 MB that was full."""
 
     def full(size):
@@ -281,7 +281,7 @@ def test_a_full_shared_memory_is_told_with_advice(dataset, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_too_many_open_files_are_not_taken_for_full_memory():
+def test_too_many_open_files_are_distinguished_from_full_memory():
     """The text is torch's own, of `ulimit -n 32` and two workers."""
     error = RuntimeError(
         "unable to open shared memory object </torch_7_1_0> in read-write mode: Too many open files (24)"

@@ -17,7 +17,7 @@ from jepa_kit.maskers.multiblock import MultiBlock
 
 
 def own_mib(pid):
-    """Memory that a process has for itself: neither files that are mapped nor what it shares with its parent's code."""
+    """Return the private memory of a process, without mapped files and pages shared with its parent."""
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 

@@ -1,4 +1,4 @@
-"""The order of an epoch: each sample once, a pure function, mixed within its window."""
+"""The order of an epoch: a pure function, each sample once, shuffled within its window."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_a_window_mixes_neighbours_only():
 
 
 def test_the_last_partial_window_is_mixed_too():
-    """150 samples in windows of 60: the last 30 places hold their samples in another order in every epoch."""
+    """150 samples in windows of 60: the last 30 places are in another order in every epoch."""
     lasts = [epoch_order([30] * 5, seed=3, epoch=e, window=60)[120:] for e in range(20)]
     assert all((np.diff(last) == 1).mean() < 0.3 for last in lasts)
     starts = np.mean([last[0] == last.min() for last in lasts])
@@ -56,7 +56,7 @@ def test_a_window_of_everything_is_a_full_permutation():
     assert chisquare(counts.ravel(), ddof=10).pvalue > 1e-3
 
 
-def test_permutation_is_that_of_its_numbers():
+def test_permutation_sorts_its_numbers():
     numbers = generator(Stream.ORDER, seed=9).random(100)
     np.testing.assert_array_equal(permutation(generator(Stream.ORDER, seed=9), 100), np.argsort(numbers))
 

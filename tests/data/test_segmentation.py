@@ -1,4 +1,4 @@
-"""Masks beside images: written and read as they are, and a clear word where there is none."""
+"""Masks in shards: written and read unchanged, and a clear error if there are none."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def dataset(tmp_path):
     return ShardDataset(write_shards(tmp_path / "s", masked(make_samples(7)), 3, {"class": tuple("abcd")}))
 
 
-def test_masks_come_back(dataset):
+def test_masks_round_trip(dataset):
     copy = pickle.loads(pickle.dumps(dataset))
     for i in range(7):
         mask = copy.mask(i)
@@ -43,13 +43,13 @@ def test_masks_come_back(dataset):
     assert index["masks"] == {"samples": 7, "classes": []}
 
 
-def test_images_and_labels_are_what_they_are_without_masks(dataset, tmp_path):
+def test_masks_do_not_change_images_and_labels(dataset, tmp_path):
     plain = ShardDataset(write_shards(tmp_path / "plain", make_samples(7), 3, {"class": tuple("abcd")}))
     assert [plain.image_bytes(i) for i in range(7)] == [dataset.image_bytes(i) for i in range(7)]
     np.testing.assert_array_equal(plain.labels("class"), dataset.labels("class"))
 
 
-def test_webdataset_sees_them(dataset):
+def test_webdataset_reads_masks(dataset):
     found = list(webdataset.WebDataset([f"{dataset.path}/shard-000000.tar"], shardshuffle=False))
     np.testing.assert_array_equal(decode_mask(found[2]["mask.png"]), random_mask(2))
 
@@ -76,7 +76,7 @@ def test_a_sample_without_a_mask(tmp_path):
 
 
 @pytest.mark.parametrize(("data", "reason"), [(b"x", "no image"), (encoded(picture(0), "PNG"), "one 8-bit channel")])
-def test_a_mask_that_is_none(tmp_path, data, reason):
+def test_a_file_that_is_not_a_mask(tmp_path, data, reason):
     samples = [dataclasses.replace(s, mask=data) for s in make_samples(1)]
     dataset = ShardDataset(write_shards(tmp_path / "s", samples, 3, {"class": tuple("abcd")}))
     with pytest.raises(ValueError, match=rf"mask of sample 0 \('folder/0000'\) of .* is not usable: .*{reason}"):
@@ -90,13 +90,13 @@ def test_a_mask_of_too_many_pixels(dataset):
         dataset.mask(2, max_pixels=287)
 
 
-def test_a_palette_is_passed_over():
+def test_a_palette_is_ignored():
     numbers = random_mask(3)
     image = Image.fromarray(numbers, mode="P")
     image.putpalette(list(range(255, -1, -1)) * 3)
     np.testing.assert_array_equal(decode_mask(encoded(image, "PNG")), numbers)
 
 
-def test_deep_masks_are_refused():
+def test_deep_masks_are_rejected():
     with pytest.raises(ImageError, match=r"a mask must have one 8-bit channel, but its mode is 'I;16'"):
         decode_mask(encoded(Image.fromarray(np.zeros((4, 4), dtype=np.uint16)), "PNG"))

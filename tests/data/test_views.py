@@ -47,7 +47,7 @@ THIN = saved(Image.new("RGB", (2000, 1)))
 
 
 def test_the_released_view_in_plain_code():
-    """What the loader made of an image before there were views: crop, resize, flip, with the same numbers."""
+    """Crop, resize and flip by Pillow, with the same numbers."""
     view = train_view(image_size=SIZE, flip=0.5)
     samples = np.arange(40, 52)
     draws = view.draws(samples, seed=1, epoch=2)
@@ -86,7 +86,7 @@ def test_transforms_that_were_renamed_keep_their_random_numbers():
 
 
 def test_transforms_are_applied_in_order():
-    """The pixels of the whole list, made by calling each transform by hand with its own numbers."""
+    """The pixels equal those of calling each transform by hand with its own numbers."""
     view = build_view(ALL, image_size=SIZE)
     draws = view.draws(np.arange(6), seed=2, epoch=0)
     for row in draws:
@@ -115,8 +115,8 @@ def test_draws_belong_to_the_sample_and_the_epoch():
         assert not np.isin(other, alone).any()
 
 
-def test_one_more_transform_leaves_the_draws_of_the_others():
-    """Wherever in the list it comes."""
+def test_another_transform_does_not_change_the_draws_of_the_others():
+    """At any place in the list."""
     every = build_view(ALL, image_size=SIZE)
     columns = dict(
         zip(_names(ALL), np.split(every.draws(np.arange(4), seed=3, epoch=1), _ends(every), axis=1), strict=False)
@@ -171,7 +171,7 @@ def test_every_registered_transform_keeps_the_contract(name):
             np.testing.assert_array_equal(pixels, view(data, row))
 
 
-def test_the_evaluations_view_draws_nothing():
+def test_eval_view_uses_no_random_numbers():
     view = eval_view(image_size=SIZE, share=0.9)
     draws = view.draws(np.arange(3), seed=0, epoch=0)
     assert draws.shape == (3, 0)
@@ -179,7 +179,7 @@ def test_the_evaluations_view_draws_nothing():
     np.testing.assert_array_equal(view(JPEG, draws[0]), np.asarray(expected))
 
 
-def test_bytes_that_are_no_image():
+def test_bytes_that_are_not_an_image():
     view = eval_view(image_size=SIZE, max_pixels=100)
     with pytest.raises(ImageError, match="the file is empty"):
         view(b"", np.empty(0))
@@ -188,7 +188,7 @@ def test_bytes_that_are_no_image():
 
 
 class Black:
-    """A transform of someone else's."""
+    """A user-defined transform."""
 
     num_draws = 3
 
@@ -214,7 +214,7 @@ def test_a_transform_from_elsewhere():
 
 
 class Wrong:
-    """A transform that keeps to no contract."""
+    """A transform that violates the contract."""
 
     num_draws = 0
 
@@ -234,7 +234,7 @@ class Wrong:
         (None, "gave a NoneType, but must give a Pillow image"),
     ],
 )
-def test_a_transform_that_gives_something_else_is_named(result, message):
+def test_a_wrong_result_names_the_transform(result, message):
     resize = ("resize", TRANSFORMS.build("resize", {}, image_size=SIZE))
     with pytest.raises(ValueError, match=f"transform 'wrong' {message}"):
         View([resize, ("wrong", Wrong(result)), ("flip", Flip(p=1.0))])(JPEG, np.zeros(1))
@@ -249,8 +249,8 @@ def test_before_a_crop_a_transform_may_change_the_size():
 
 @pytest.mark.parametrize("decoder", ["pillow", "fast"])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, first, monkeypatch):
-    """2,000 x 1 pixels would be 448,000 x 224 before the middle is cut out: 300 MB."""
+def test_a_thin_image_is_rejected_before_it_is_enlarged(decoder, first, monkeypatch):
+    """2,000 x 1 pixels would be enlarged to 448,000 x 224, 300 MB, before the centre is cropped."""
     if decoder == "fast":
         pytest.importorskip("simplejpeg")
     crop = ("center_crop", TRANSFORMS.build("center_crop", {}, image_size=(224, 224)))
@@ -280,7 +280,7 @@ def test_a_thin_image_is_refused_before_it_becomes_an_enormous_one(decoder, firs
         ([{"name": "resize"}, {"name": "flip", "p": 2.0}], r"transforms\[1\]: p \(=2.0\) must be a probability"),
     ],
 )
-def test_lists_that_are_no_view(parts, message):
+def test_invalid_lists_of_transforms(parts, message):
     with pytest.raises(ValueError, match=message):
         build_view(parts, image_size=SIZE)
 
@@ -303,7 +303,7 @@ def test_a_batch_leaves_out_files_that_cannot_be_used():
     assert view.load(files[:1], np.empty((1, 0))).images is None
 
 
-def test_two_transforms_with_one_lane(monkeypatch):
+def test_transforms_with_the_same_lane_are_rejected(monkeypatch):
     monkeypatch.setattr("jepa_kit.data.transforms.view._hash16", lambda name, count: 7)
     resize = TRANSFORMS.build("resize", {}, image_size=SIZE)
     with pytest.raises(ValueError, match="transforms: 'grayscale' has the random numbers of another one"):
