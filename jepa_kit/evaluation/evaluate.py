@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.distributed.collectives import World, all_gather_object, run_on_all_ranks
+from jepa_kit.distributed.collectives import all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import Network, View
 from jepa_kit.evaluation.protocols import Built, Spec, build_protocols
-from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task
+from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task, check_values
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import differing_options
 from jepa_kit.rng import IntArray
@@ -84,69 +85,55 @@ def evaluate(
             on one.
     """
     built = build_protocols(protocols)
-    _check_networks(networks, seed)
+    names = [network.name for network in networks]
+    check_values(
+        ("networks", names, 0 < len(names) == len(set(names)), "must be at least one, with names of their own"),
+        ("seed", seed, seed >= 0, "must be at least 0"),
+    )
     store = store or FeatureStore()
-    jobs, classes = _plan(built, networks, (train, test), labels)
-    _check_jobs(jobs, classes, (train, test))
+    datasets = train, test
+    jobs, classes = _plan(built, networks, datasets, labels)
+    _check_jobs(jobs, classes, datasets)
     views = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
     show = progress and store.world.is_main
-    arrays = [store.extract(views, part, images, progress=show) if views else {} for part in (train, test)]
-    run = _Evaluation((train, test), classes, arrays, images, layers, seed, torch.device(device), progress)
-    answers = all_gather_object(run_on_all_ranks(lambda: _answer_own(jobs, run, store.world)))
-    return _sorted(jobs, dict(pair for own in answers for pair in own))
+    arrays = [store.extract(views, part, images, progress=show) if views else {} for part in datasets]
+    new_task = partial(Task, layers=layers, seed=seed, device=torch.device(device), images=images)
+
+    def answer_own() -> dict[int, list[Row]]:
+        """Return place -> rows of every job of this process: each ``world.size``-th."""
+        rows = {}
+        own = range(store.world.rank, len(jobs), store.world.size)
+        with bar("protocols", len(own), "question", progress) as shown:
+            for place in own:
+                job = jobs[place]
+                parts = [_part(job, layers, datasets[k], arrays[k], classes, k) for k in (0, 1)]
+                task = new_task(train=parts[0], test=parts[1], encoder=job.network.encoder)
+                rows[place] = _answer(job, task, progress)
+                shown.update()
+        return rows
+
+    answers = all_gather_object(run_on_all_ranks(answer_own))
+    return _sorted([row for _, rows in sorted(pair for own in answers for pair in own.items()) for row in rows])
 
 
-@dataclass(frozen=True, eq=False)
-class _Evaluation:
-    """What all jobs of one call share; ``arrays`` are features of the training and of the test samples."""
-
-    datasets: Datasets
-    classes: Classes
-    arrays: Sequence[Arrays]
-    images: ImageOptions
-    layers: str
-    seed: int
-    device: torch.device
-    progress: bool
-
-    def part(self, job: _Job, k: int) -> Part:
-        """Return the training (0) or test (1) samples as a job's network represents them."""
-        features = {
-            wanted: Features(*(self.arrays[k][job.network.name, view] for view in job.network.views(*wanted)))
-            for wanted in job.protocol.probe.wanted(self.layers)
-        }
-        classes = self.classes.get(job.label)
-        return Part(features, None if classes is None else classes[k], self.datasets[k])
-
-    def rows(self, job: _Job) -> list[Row]:
-        """Return what a job's protocol finds."""
-        task = Task(
-            train=self.part(job, 0),
-            test=self.part(job, 1),
-            layers=self.layers,
-            seed=self.seed,
-            device=self.device,
-            encoder=job.network.encoder,
-            images=self.images,
-        )
-        start = time.perf_counter()
-        with _naming(job):
-            found = job.protocol.probe(task)
-        seconds = time.perf_counter() - start
-        figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
-        say(f"{job.protocol.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", self.progress)
-        return [_row(job, self.layers, task, one, seconds) for one in found]
+def _part(job: _Job, layers: str, dataset: ShardDataset, arrays: Arrays, classes: Classes, k: int) -> Part:
+    """Return the training (k = 0) or test samples (k = 1) as a job's network represents them."""
+    features = {
+        wanted: Features(*(arrays[job.network.name, view] for view in job.network.views(*wanted)))
+        for wanted in job.protocol.probe.wanted(layers)
+    }
+    return Part(features, classes[job.label][k] if job.label in classes else None, dataset)
 
 
-def _answer_own(jobs: Sequence[_Job], run: _Evaluation, world: World) -> list[tuple[int, list[Row]]]:
-    """Return (place, rows) of every job of this process: each ``world.size``-th."""
-    rows = []
-    own = range(world.rank, len(jobs), world.size)
-    with bar("protocols", len(own), "question", run.progress) as shown:
-        for place in own:
-            rows.append((place, run.rows(jobs[place])))
-            shown.update()
-    return rows
+def _answer(job: _Job, task: Task, progress: bool) -> list[Row]:
+    """Return what a job's protocol finds."""
+    start = time.perf_counter()
+    with _naming(job):
+        found = job.protocol.probe(task)
+    seconds = time.perf_counter() - start
+    figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
+    say(f"{job.protocol.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
+    return [_row(job, task, one, seconds) for one in found]
 
 
 @contextmanager
@@ -157,14 +144,6 @@ def _naming(job: _Job) -> Iterator[None]:
     except ValueError as error:
         at = f"protocol {job.protocol.name!r}, label {job.label!r}, {job.network.name}"
         raise ValueError(f"{at}: {error}") from error
-
-
-def _check_networks(networks: Sequence[Network], seed: int) -> None:
-    names = [network.name for network in networks]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"networks (={names}) must be at least one, with names of their own")
-    if seed < 0:
-        raise ValueError(f"seed (={seed}) must be at least 0")
 
 
 def _plan(
@@ -203,14 +182,14 @@ def _check_masks(protocol: str, datasets: Datasets) -> None:
 def _classes(datasets: Datasets, labels: Sequence[str]) -> Classes:
     train, test = datasets
     known = {label: (train.labels(label), test.labels(label)) for label in labels}
-    for label in known:
+    for label, numbers in known.items():
         ours, theirs = train.classes[label], test.classes[label]
         if theirs != ours[: len(theirs)]:  # foreign test shards may lack the last classes
             raise ValueError(
                 f"label (={label!r}) must have the same classes in both: "
                 f"{train.path} has {_some(ours)}, {test.path} has {_some(theirs)}"
             )
-        if (count := len(np.unique(known[label][0]))) < 2:
+        if (count := len(np.unique(numbers[0]))) < 2:
             raise ValueError(
                 f"label (={label!r}) must have samples of at least 2 classes in {train.path}, which has those of "
                 f"{count}; --label with the others leaves it out"
@@ -248,14 +227,13 @@ def _views(job: _Job, layers: str) -> Iterator[tuple[Network, View]]:
         raise ValueError(f"protocol {name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
 
 
-def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float) -> Row:
-    sets = job.protocol.probe.wanted(layers)
-    has_layers = job.network.depth > 0
+def _row(job: _Job, task: Task, found: ProbeResult, seconds: float) -> Row:
+    sets = job.protocol.probe.wanted(task.layers) if job.network.depth else ()
     figures: dict[str, Any] = {name: getattr(found, name) for name in _FROM_PROBE}
     return Row(
         network=job.network.name,
-        layers=", ".join(one.layers for one in sets) if has_layers and sets else None,
-        pooling=sets[0].pooling if has_layers and sets else None,
+        layers=", ".join(one.layers for one in sets) or None,
+        pooling=sets[0].pooling if sets else None,
         seed=job.network.seed,
         width=max((features.width for features in task.train.features.values()), default=0),
         label=job.label,
@@ -265,8 +243,7 @@ def _row(job: _Job, layers: str, task: Task, found: ProbeResult, seconds: float)
     )
 
 
-def _sorted(jobs: Sequence[_Job], answers: dict[int, list[Row]]) -> list[Row]:
+def _sorted(rows: list[Row]) -> list[Row]:
     """Return rows by protocol and variant, then network, then label, each in order of its first occurrence."""
-    rows = [row for place in range(len(jobs)) for row in answers[place]]
     titles, networks = list(dict.fromkeys(r.title for r in rows)), list(dict.fromkeys(r.network for r in rows))
     return sorted(rows, key=lambda r: (titles.index(r.title), networks.index(r.network)))

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from jepa_kit.data.image_options import ImageOptions
-from jepa_kit.data.loader import Batch, eval_batches
+from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.evaluation.feature_sources import Network, View
@@ -38,6 +38,10 @@ class _Entry(NamedTuple):
     view: View
     file: Path | None
     origin: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, View]:
+        return self.network.name, self.view
 
 
 class FeatureStore:
@@ -85,83 +89,67 @@ class FeatureStore:
         """
         entries = [self._entry(network, view, dataset, options) for network, view in wanted]
         # rank 0 looks, so that all ranks agree on what is missing
-        cached = broadcast_from_rank0(lambda: [one.file is not None and _is_complete(one.file) for one in entries])
+        cached = broadcast_from_rank0(lambda: [_is_complete(one.file) for one in entries])
         missing = [one for one, there in zip(entries, cached, strict=True) if not there]
-        arrays = {
-            (one.network.name, one.view): _load_mapped(cast(Path, one.file))
-            for one, there in zip(entries, cached, strict=True)
-            if there
+        arrays: Arrays = {
+            one.key: _load_mapped(one.file) for one in entries if one not in missing and one.file is not None
         }
-        if not missing:
-            say(f"features of {len(dataset):,} images in {dataset.path}: all cached in {self.folder}", progress)
-            return arrays
-        start = time.perf_counter()
-        fresh = self._allocate(missing, len(dataset), options.image_size)
-        own = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
-        batches = eval_batches(dataset, options, samples=own)
-        run_on_all_ranks(lambda: self._fill(fresh, missing, batches, dataset, len(own), progress))
-        arrays |= self._finish(fresh, missing)
-        seconds = time.perf_counter() - start
-        say(f"features of {len(dataset):,} images in {dataset.path}: {seconds:.1f} s", progress)
+        took = f"all cached in {self.folder}"
+        if missing:
+            start = time.perf_counter()
+            fresh = self._allocate(missing, len(dataset), options.image_size)
+            run_on_all_ranks(lambda: self._fill(fresh, missing, dataset, options, progress))
+            arrays |= self._finish(fresh, missing)
+            took = f"{time.perf_counter() - start:.1f} s"
+        say(f"features of {len(dataset):,} images in {dataset.path}: {took}", progress)
         return arrays
 
     def _fill(
-        self,
-        fresh: Arrays,
-        missing: Sequence[_Entry],
-        batches: Iterable[Batch],
-        dataset: ShardDataset,
-        count: int,
-        progress: bool,
+        self, fresh: Arrays, missing: Sequence[_Entry], dataset: ShardDataset, options: ImageOptions, progress: bool
     ) -> None:
-        """Fill arrays in one pass over the ``count`` images of this rank."""
+        """Fill arrays in one pass over this rank's part of the images."""
         by_network: dict[Network, list[View]] = {}
         for one in missing:
             by_network.setdefault(one.network, []).append(one.view)
-        done = 0
-        with bar(f"features of {dataset.path}", count, "image", progress) as shown:
-            for batch in batches:
-                rows = batch.samples.numpy()
+        own = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
+        with bar(f"features of {dataset.path}", len(own), "image", progress) as shown:
+            for batch in eval_batches(dataset, options, samples=own):
                 for network, views in by_network.items():
                     for view, found in zip(views, network.source(batch.images, views), strict=True):
-                        fresh[network.name, view][rows] = found.numpy()
-                done += len(rows)
-                shown.update(len(rows))
-        assert done == count, (done, count)  # unreadable images raise
+                        fresh[network.name, view][batch.samples.numpy()] = found.numpy()
+                shown.update(len(batch))
 
     def _allocate(self, missing: Sequence[_Entry], samples: int, image_size: tuple[int, int]) -> Arrays:
         """Return empty arrays; with a folder, in files with a name for unfinished ones."""
         fresh: Arrays = {}
         probe = torch.zeros(1, 3, *image_size, dtype=torch.uint8)
-        for network, view, file, _ in missing:
-            (one,) = network.source(probe, [view])
-            shape = (samples, *one.shape[1:])
-            dtype = np.dtype(np.float32 if view.pooling == "mean" else np.float16)
-            if file is None:
-                fresh[network.name, view] = np.empty(shape, dtype)
+        for one in missing:
+            (found,) = one.network.source(probe, [one.view])
+            shape = (samples, *found.shape[1:])
+            dtype = np.dtype(np.float32 if one.view.pooling == "mean" else np.float16)
+            if one.file is None:
+                fresh[one.key] = np.empty(shape, dtype)
                 continue
-            part = self._unfinished(file)
+            part = self._unfinished(one.file)
             if self.world.is_main:
                 np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
             self._wait()
-            fresh[network.name, view] = np.lib.format.open_memmap(part, mode="r+")
+            fresh[one.key] = np.lib.format.open_memmap(part, mode="r+")
         return fresh
 
     def _finish(self, fresh: Arrays, missing: Sequence[_Entry]) -> Arrays:
         """Rename complete files to their final names; return the arrays."""
-        finished = dict(fresh)
-        for network, view, file, origin in missing:
-            key = (network.name, view)
-            if file is None:
+        for one in missing:
+            if one.file is None:
                 continue
-            fresh[key].flush()  # type: ignore[attr-defined]
+            fresh[one.key].flush()  # type: ignore[attr-defined]
             self._wait()
             if self.world.is_main:
-                self._unfinished(file).replace(file)
-                write_text(file.with_suffix(".json"), json.dumps(origin, indent=1) + "\n", shared=True)
+                self._unfinished(one.file).replace(one.file)
+                write_text(one.file.with_suffix(".json"), json.dumps(one.origin, indent=1) + "\n", shared=True)
             self._wait()
-            finished[key] = _load_mapped(file)
-        return finished
+            fresh[one.key] = _load_mapped(one.file)
+        return fresh
 
     def _unfinished(self, file: Path) -> Path:
         """Return the name of a file until it is complete; simultaneous calls have different ones."""
@@ -188,8 +176,8 @@ class FeatureStore:
         return _Entry(network, view, self.folder / f"{key}.npy", origin)
 
 
-def _is_complete(file: Path) -> bool:
-    return file.with_suffix(".json").exists() and file.exists()
+def _is_complete(file: Path | None) -> bool:
+    return file is not None and file.with_suffix(".json").exists() and file.exists()
 
 
 def _load_mapped(file: Path) -> NDArray[Any]:

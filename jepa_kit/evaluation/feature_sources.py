@@ -113,7 +113,6 @@ def run_networks(
     """
     encoders = [encoder_named(run.jepa)] if encoders is None else encoders
     check_names("encoders", encoders, ENCODER_NAMES)
-    check_names("baselines", baselines, BASELINES)
     config = resolve_precision(run.config, torch.device(device))
     networks = [
         _encoder_network(

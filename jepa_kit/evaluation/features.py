@@ -32,10 +32,9 @@ from jepa_kit.registry import check_choice
 from jepa_kit.structures import Pooling, Precision
 
 Float32 = NDArray[np.float32]
-Source = Callable[[Tensor], Tensor]
-"""uint8 images [B, 3, h, w] on the host -> float32 features [B, ...] on the host."""
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
-"""The same for several (block, pooling): [B, D] each if pooled, else [B, n, D]."""
+"""uint8 images [B, 3, h, w] on the host, and several (block, pooling) -> float32 features on the host: [B, D] each if
+pooled, else [B, n, D]."""
 
 PIXEL_SIDE = 16
 """Side in pixels of the averaged images of the baseline of raw pixels."""
@@ -105,8 +104,14 @@ def extract_features(
         raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
     wanted = [(block, pooling) for block in layer_numbers(layers, encoder.depth)]
     source = block_source(encoder, device=device, precision=precision, mean=mean, std=std)
-    batches = images.split(batch_size) if isinstance(images, Tensor) else images
-    return extract_all(batches, {"features": lambda batch: torch.cat(source(batch, wanted), dim=-1)})["features"]
+    parts = []
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        if batch.dtype != torch.uint8 or batch.ndim != 4:
+            raise ValueError(f"images must be uint8 [B, 3, h, w], not {batch.dtype} of shape {tuple(batch.shape)}")
+        parts.append(torch.cat(source(batch, wanted), dim=-1).numpy())
+    if not parts:
+        raise ValueError("images must hold at least one batch")
+    return np.concatenate(parts)
 
 
 def block_source(
@@ -171,30 +176,6 @@ def pixel_features(images: Tensor, side: int | None = PIXEL_SIDE) -> Tensor:
 def pixel_patches(images: Tensor, patch_size: int) -> Tensor:
     """Return raw pixels for protocols of patches: uint8 [B, 3, h, w] -> float32 [B, n, 3 * p * p] in [0, 1]."""
     return rearrange(images.float() / 255, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
-
-
-def extract_all(batches: Iterable[Tensor], sources: Mapping[str, Source]) -> dict[str, Float32]:
-    """Return features of every source in one pass over the images, so that each image is decoded once.
-
-    Args:
-        batches: uint8 [B, 3, h, w] each, on the host.
-        sources: by name.
-
-    Returns:
-        name -> [N, ...] float32.
-
-    Raises:
-        ValueError: no image, or images of another kind.
-    """
-    parts: dict[str, list[Float32]] = {name: [] for name in sources}
-    for images in batches:
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 [B, 3, h, w], not {images.dtype} of shape {tuple(images.shape)}")
-        for name, source in sources.items():
-            parts[name].append(source(images).numpy())
-    if not all(len(part) for part in parts.values()):
-        raise ValueError("images must hold at least one batch")
-    return {name: np.concatenate(part) for name, part in parts.items()}
 
 
 class LoadedRun(NamedTuple):

@@ -27,17 +27,16 @@ def held_out(shards: Shards) -> str | None:
     return next((str(path) for path in beside if path.is_dir() and path != own), None)
 
 
-def training_shards(given: str | None, of_run: Shards | None) -> Shards:
+def training_shards(given: str | None, of_run: Shards | None, option: str = "--train-shards") -> Shards:
     """Return the training shards of protocols: ``given``, else ``data.shards`` of the run.
 
     Raises:
-        ValueError: both are None.
+        ValueError: both are None; ``option`` is the one to use.
     """
-    if given is not None:
-        return given
-    if of_run is None:
-        raise ValueError("--train-shards must name a folder of shards: the run's config has none (data.shards is null)")
-    return of_run
+    found = of_run if given is None else given
+    if found is None:
+        raise ValueError(f"{option} must name a folder of shards: the run's config has none (data.shards is null)")
+    return found
 
 
 def evaluation_shards(given: str | None, train: Shards) -> str:
@@ -61,8 +60,5 @@ def shown_shards(given: str | None, of_run: Shards | None) -> Shards:
     Raises:
         ValueError: there are none.
     """
-    if given is not None:
-        return given
-    if of_run is None:
-        raise ValueError("--shards must name a folder of shards: the run's config has none (data.shards is null)")
-    return held_out(of_run) or of_run
+    found = training_shards(given, of_run, "--shards")
+    return found if given is not None else held_out(found) or found

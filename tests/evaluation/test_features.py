@@ -9,7 +9,6 @@ from jepa_kit.encoders import ViT
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.features import (
     block_source,
-    extract_all,
     extract_features,
     layer_numbers,
     load_run,
@@ -89,20 +88,6 @@ def test_pixels_are_means_of_squares():
     np.testing.assert_allclose(pixel_features(x), expected.reshape(2, -1), atol=1e-6)
     np.testing.assert_allclose(pixel_features(x, side=None), x.numpy().reshape(2, -1) / 255, atol=1e-6)
     assert pixel_features(x[..., :8, :8]).shape == (2, 3 * 8 * 8)
-
-
-def test_all_sources_share_one_pass_over_the_images():
-    read = []
-
-    def batches():
-        for start in range(0, 7, 3):
-            read.append(start)
-            yield IMAGES[start : start + 3]
-
-    found = extract_all(batches(), {"pixels": pixel_features, "mean": lambda x: x.float().mean(dim=(2, 3))})
-    assert read == [0, 3, 6]
-    assert found["mean"].shape == (7, 3)
-    np.testing.assert_array_equal(found["pixels"], pixel_features(IMAGES))
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,11 @@ from jepa_kit.evaluation.protocols.base import (
     check_values,
     choose_holdout,
     classification_result,
+    epoch_batches,
     split,
 )
 from jepa_kit.evaluation.protocols.heads import Recipe
-from jepa_kit.rng import IntArray, Stream, generator
+from jepa_kit.rng import IntArray
 
 HOLDOUT = 0.2
 FOR_STATISTICS = 2048
@@ -168,15 +169,13 @@ class Attentive(Probe):
             pool = AttentivePool(width=width, classes=classes, num_heads=self.num_heads or default_heads(width))
         probe = nn.Sequential(Standardise(features, index), pool).to(task.device)
         optimizer = torch.optim.AdamW(pool.parameters(), lr=lr, weight_decay=self.weight_decay)
-        batch = min(self.recipe.batch_size, len(index))
-        per_epoch, warmup = len(index) // batch, 0.1 * self.recipe.epochs
-        for epoch in range(self.recipe.epochs):
-            order = index[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=5).permutation(len(index))]
-            for step in range(per_epoch):
-                done = epoch + (step + 1) / per_epoch
+        warmup = 0.1 * self.epochs
+        for epoch in range(self.epochs):
+            batches = epoch_batches(index, self.batch_size, seed=task.seed, epoch=epoch, lane=5)
+            for step, chosen in enumerate(batches):
+                done = epoch + (step + 1) / len(batches)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * min(1.0, done / warmup) * self.recipe.factor(done)
-                chosen = order[step * batch : (step + 1) * batch]
                 target = torch.from_numpy(answers[chosen]).to(task.device)
                 loss = F.cross_entropy(probe(features.rows(chosen, task.device)), target)
                 optimizer.zero_grad(set_to_none=True)

@@ -212,15 +212,10 @@ def classification_result(
         n_train=len(train_labels),
         n_test=len(test_labels),
         classes=len(np.unique(train_labels)),
-        chance=chance(test_labels),
+        chance=float(np.unique(test_labels, return_counts=True)[1].max() / len(test_labels)),
         predictions=predictions,
         standard_error=float(np.sqrt(accuracy * (1.0 - accuracy) / len(test_labels))),
     )
-
-
-def chance(labels: IntArray) -> float:
-    """Return the best accuracy of one constant answer."""
-    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 def check_samples(
@@ -303,3 +298,10 @@ def split(labels: IntArray, holdout: float, seed: int, splits: int = 1) -> list[
     state = int(generator(Stream.EVALUATION, seed=seed).integers(2**31))
     splitter = StratifiedShuffleSplit(n_splits=splits, test_size=holdout, random_state=state)
     return list(splitter.split(np.zeros((len(labels), 1)), labels))
+
+
+def epoch_batches(index: IntArray, batch_size: int, *, seed: int, epoch: int, lane: int) -> list[IntArray]:
+    """Return the batches of an epoch in random order; a smaller last one is left out, unless it is the only one."""
+    order = index[generator(Stream.EVALUATION, seed=seed, epoch=epoch, lane=lane).permutation(len(index))]
+    size = min(batch_size, len(index))
+    return [order[k * size : (k + 1) * size] for k in range(len(index) // size)]

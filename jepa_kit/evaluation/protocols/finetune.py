@@ -27,6 +27,7 @@ from jepa_kit.evaluation.protocols.base import (
     check_labels,
     check_values,
     classification_result,
+    epoch_batches,
 )
 from jepa_kit.evaluation.protocols.subsets import Subset
 from jepa_kit.precision import autocast_of
@@ -160,16 +161,14 @@ class Finetune(Probe):
         )
         model.train()
         losses: list[float] = []
-        steps = max(1, len(chosen) // self.batch_size)
         for epoch in range(self.epochs):
             total = 0.0
-            order = chosen[generator(Stream.EVALUATION, seed=task.seed, epoch=epoch, lane=7).permutation(len(chosen))]
-            parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(steps)]
+            parts = epoch_batches(chosen, self.batch_size, seed=task.seed, epoch=epoch, lane=7)
             batches = whole_batches(
                 task.train.dataset, view, parts, num_workers=images.num_workers, seed=task.seed, epoch=epoch
             )
             for step, batch in enumerate(batches):
-                factor = self._factor(epoch + (step + 1) / steps)
+                factor = self._factor(epoch + (step + 1) / len(parts))
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * group["scale"] * factor
                 x = normalize(batch.images.to(task.device), images.mean, images.std)
@@ -182,7 +181,7 @@ class Finetune(Probe):
                 loss.backward()
                 optimizer.step()
                 total += float(loss.detach())
-            losses.append(total / steps)
+            losses.append(total / len(parts))
             if not math.isfinite(total):
                 raise ValueError(f"lr (={self.lr}): training diverged in epoch {epoch + 1}; take a lower one")
         return losses

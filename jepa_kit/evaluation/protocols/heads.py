@@ -27,6 +27,7 @@ from jepa_kit.evaluation.protocols.base import (
     check_labels,
     check_values,
     classification_result,
+    epoch_batches,
     split,
 )
 from jepa_kit.rng import IntArray, Stream, generator
@@ -205,14 +206,11 @@ class HeadGrid:
             index: only these samples.
         """
         index = np.arange(len(targets)) if index is None else index
-        batch = min(recipe.batch_size, len(index))
-        per_epoch = len(index) // batch
         for epoch in range(recipe.epochs):
-            order = index[generator(Stream.EVALUATION, seed=seed, epoch=epoch, lane=4).permutation(len(index))]
-            for step in range(per_epoch):
-                chosen = order[step * batch : (step + 1) * batch]
+            batches = epoch_batches(index, recipe.batch_size, seed=seed, epoch=epoch, lane=4)
+            for step, chosen in enumerate(batches):
                 target = targets[torch.from_numpy(chosen)].to(self.device)
-                factor = recipe.factor(epoch + step / per_epoch)
+                factor = recipe.factor(epoch + step / len(batches))
                 rows = self._rows(inputs, chosen)
                 for group in self.groups:
                     group.step(rows[group.input], target, recipe, factor)
