@@ -1,8 +1,7 @@
-"""Is this the real I-JEPA? Runs a recording of the released code again, through the toolkit's ordinary parts.
+"""Repeat a recorded training run of the released I-JEPA code with the parts of jepa_kit, and compare all numbers.
 
-A fixture is two files, NAME.json and NAME.safetensors (parity_fixture.py says what they hold). Nothing about one
-fixture is built in: sizes, number of blocks, schedules and precision are read from it. All that it has is compared;
-what it does not have is named.
+A fixture is two files, NAME.json and NAME.safetensors (see parity_fixture.py). It gives sizes, number of blocks,
+schedules and precision. All quantities in it are compared; those that it lacks are listed.
 
     B images    N patches of an image    C contexts    M target blocks of an image    L patches of a set    D width
 """
@@ -24,6 +23,7 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import Tensor
 
+from jepa_kit.arguments import run_tool
 from jepa_kit.build import build_recipe, patch_grid_of
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.distributed.collectives import World, choose_device
@@ -45,24 +45,24 @@ EXAMPLE = """example:
 """
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
-"""Largest absolute and relative difference by default. On a CPU the recording in tests/fixtures, made in float64, is
-reproduced within 3e-15 in float64 and within 1.0e-6 (relative: 4.0e-7) in float32, whose own rounding is 6e-8."""
+"""Default of the largest absolute and relative difference. On a CPU, the recording in tests/fixtures (float64) is
+reproduced within 3e-15 in float64 and within 1.0e-6 (relative: 4.0e-7) in float32, whose rounding error is 6e-8."""
 
 ANY_SCHEDULE = {"warmup_epochs": 0, "start_lr": 0.0, "ref_lr": 1e-3, "final_lr": 0.0}
-"""In place of the fixture's, which need not keep to what users' configs must (a warm-up shorter than the run, say)."""
+"""Replaces the fixture's schedule in the config, whose checks it may fail, as by a warm-up longer than the run."""
 
 
 def config_of(meta: Mapping[str, Any]) -> Config:
-    """The fixture's settings as an ordinary config.
+    """Return the config of the fixture's settings.
 
     Raises:
-        ValueError: a setting that the toolkit refuses.
+        ValueError: a setting that jepa_kit rejects.
     """
     norm_eps = meta.get("layer_norm_eps", 1e-6)
     betas, eps = adamw_of(meta)
     return config_from_dict(
         {
-            # The masks are the fixture's own.
+            # not used: the masks come from the fixture
             "masker": {"name": "multiblock"},
             "encoder": {
                 "name": "vit",
@@ -108,7 +108,7 @@ def config_of(meta: Mapping[str, Any]) -> Config:
 
 
 def masks_of(fixture: Fixture, step: int, grid: Grid) -> MaskBatch:
-    """The masks of a step, in the released order: block by block, then context by context, then image by image."""
+    """Return the masks of a step in the released order: by target block, then by context, then by image."""
     contexts, targets = (fixture.sets(step, kind, grid[0] * grid[1]) for kind in ("context", "target"))
     b, c, m = len(contexts[0]), len(contexts), len(targets)
     context_of = torch.arange(c * b).repeat(m)
@@ -121,7 +121,7 @@ def masks_of(fixture: Fixture, step: int, grid: Grid) -> MaskBatch:
 
 
 def _pack(sets: list[Tensor]) -> PatchSets:
-    """Tables [B, L_i], one after another."""
+    """Concatenate sets [B, L_i]."""
     b = len(sets[0])
     lengths = SetLengths([s.shape[1] for s in sets for _ in range(b)])
     return PatchSets(torch.cat([s.flatten() for s in sets]), torch.arange(b).repeat(len(sets)), lengths)
@@ -129,22 +129,22 @@ def _pack(sets: list[Tensor]) -> PatchSets:
 
 @dataclass
 class Report:
-    """Differences by quantity; NaN counts as a difference."""
+    """Largest absolute and relative difference of each quantity; NaN counts as a difference."""
 
     tolerance: float
     rows: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, quantity: str, ours: Tensor | float, released: Tensor | float) -> None:
-        """Compares two values; several under one name keep the largest difference.
+        """Compare two values; the largest difference of a quantity is kept.
 
         The relative difference is the largest absolute one over the largest magnitude of the released tensor.
 
         Raises:
-            ValueError: shapes that differ by more than dimensions of 1.
+            ValueError: the shapes differ, apart from dimensions of size 1.
         """
         x, y = (torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in (ours, released))
         if x.squeeze().shape != y.squeeze().shape:
-            raise ValueError(f"{quantity} is of shape {tuple(x.shape)}, but in the fixture of {tuple(y.shape)}")
+            raise ValueError(f"{quantity} has shape {tuple(x.shape)}, but in the fixture {tuple(y.shape)}")
         x, y = x.flatten(), y.flatten()
         gap, size = float((x - y).abs().max()), float(y.abs().max())
         relative = gap / size if size else (0.0 if gap == 0 else float("inf"))
@@ -167,7 +167,7 @@ def _worse(a: float, b: float) -> float:
 
 
 def compare_first_step(fixture: Fixture, jepa: JEPA, images: Tensor, masks: MaskBatch, report: Report) -> None:
-    """What each part gives at step 0 for images [B, 3, h, w], and the gradient of every parameter."""
+    """Compare the outputs of all parts at step 0 for images [B, 3, h, w], and the gradient of every parameter."""
     assert jepa.target_encoder is not None
     with torch.no_grad():
         everywhere = jepa.encoder(images), jepa.target_encoder(images)
@@ -200,7 +200,7 @@ def compare_first_step(fixture: Fixture, jepa: JEPA, images: Tensor, masks: Mask
 
 
 def released_parameters(jepa: JEPA) -> dict[str, dict[str, Tensor]]:
-    """The parameters of encoder, predictor and target encoder under their released names."""
+    """Return the parameters of encoder, predictor and target encoder by their released names."""
     assert jepa.target_encoder is not None
     return {
         "encoder": dict(jepa.encoder.named_parameters()),
@@ -210,7 +210,7 @@ def released_parameters(jepa: JEPA) -> dict[str, dict[str, Tensor]]:
 
 
 def schedule_of(meta: Mapping[str, Any], jepa: JEPA) -> Schedule:
-    """The schedules of the fixture's settings."""
+    """Return the schedules of the fixture's settings."""
     return Schedule(
         epochs=meta["epochs"],
         steps_per_epoch=meta["iterations_per_epoch"],
@@ -227,7 +227,7 @@ def schedule_of(meta: Mapping[str, Any], jepa: JEPA) -> Schedule:
 def compare_run(
     fixture: Fixture, jepa: JEPA, config: Config, images: Tensor, masks: Sequence[MaskBatch], report: Report
 ) -> None:
-    """Every step's schedules and loss for images [K, B, 3, h, w], then the final weights."""
+    """Compare schedules and loss of every step for images [K, B, 3, h, w], then the final weights."""
     schedule = schedule_of(fixture.meta, jepa)
     optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
     parameters = released_parameters(jepa)
@@ -252,14 +252,10 @@ def compare_run(
 
 
 def load_first_weights(fixture: Fixture, jepa: JEPA, report: Report) -> None:
-    """The weights before step 0; position tables are compared, not loaded, as ours come from the formula."""
-    rename = {
-        "encoder": encoder_from_official,
-        "predictor": predictor_from_official,
-        "target_encoder": encoder_from_official,
-    }
-    for part, ours in rename.items():
-        module, state = getattr(jepa, part), ours(fixture.state(f"init/{part}/"))
+    """Load the weights before step 0; compare position tables, which jepa_kit computes from the formula."""
+    for part in ("encoder", "predictor", "target_encoder"):
+        convert = predictor_from_official if part == "predictor" else encoder_from_official
+        module, state = getattr(jepa, part), convert(fixture.state(f"init/{part}/"))
         check_state(module.state_dict(), state, f"the {part} of the fixture's meta (checkpoint: init/{part}/)")
         module.load_state_dict(state)
         tables = [name for when in ("init", "final") if (name := f"{when}/{part}/{TABLE[part]}") in fixture.tensors]
@@ -275,13 +271,13 @@ def check(
     """Run the whole fixture and return all differences from it.
 
     Args:
-        fixture: what was recorded; the comparison is with its own numbers, whatever ``dtype`` is.
-        device: where the steps run.
-        dtype: what they run in; None for the fixture's own.
+        fixture: the recording; its numbers are compared without conversion, for any ``dtype``.
+        device: runs the steps.
+        dtype: of the steps; None for the fixture's.
         tolerance: largest absolute and relative difference; None for that of ``TOLERANCE``.
 
     Raises:
-        ValueError: a fixture that lacks what is needed, or has it in another form or shape than its settings say.
+        ValueError: the fixture is incomplete, or a tensor contradicts its settings.
     """
     dtype = dtype or fixture.dtype
     report = Report(TOLERANCE[dtype] if tolerance is None else tolerance)
@@ -296,10 +292,10 @@ def check(
     compare_first_step(fixture, jepa, images[0], masks[0], report)
     compare_run(fixture, jepa, config, images, masks, report)
     if len(report.rows) == positions:
-        raise ValueError("the fixture holds nothing of a run to compare: no step0/, no final/, no numbers of a step")
+        raise ValueError("the fixture has nothing of a run to compare: no step0/, no final/, no numbers of a step")
     strange = [name for name in fixture.left() if name.startswith(("init/", "step0/grad/", "final/"))]
     if strange:
-        raise ValueError(f"the fixture has {few(strange)}: no parameter is called so")
+        raise ValueError(f"the fixture has {few(strange)}: no parameter has this name")
     return report
 
 
@@ -313,28 +309,24 @@ def _tolerance(text: str) -> float:
     return value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints every difference; 0 where all are within the tolerance, 1 where one is not, 2 for a bad fixture."""
+def run(argv: list[str] | None) -> int:
+    """Print every difference; return 1 if one exceeds the tolerance, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("fixture", metavar="FIXTURE", help="NAME.json, NAME.safetensors, or NAME")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, or auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="what the steps run in (default: the fixture's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the steps (default: that of the fixture)")
     parser.add_argument(
         "--tolerance",
         type=_tolerance,
         help="largest absolute and relative difference (default: 1e-8 in float64, 1e-5 in float32)",
     )
     args = parser.parse_args(argv)
-    try:
-        device = choose_device(args.device, World())
-        fixture = read_fixture(args.fixture)
-        dtype = DTYPES[args.dtype] if args.dtype else fixture.dtype
-        report = check(fixture, device=device, dtype=dtype, tolerance=args.tolerance)
-    except (OSError, ValueError) as error:
-        print(f"check_parity: {error}", file=sys.stderr)
-        return 2
+    device = choose_device(args.device, World())
+    fixture = read_fixture(args.fixture)
+    dtype = DTYPES[args.dtype] if args.dtype else fixture.dtype
+    report = check(fixture, device=device, dtype=dtype, tolerance=args.tolerance)
     report.print()
     if fixture.not_recorded:
         print("\nnot in the fixture, so not compared:")
@@ -347,6 +339,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"\n{len(fixture.trajectory)} steps in {dtype} on {device.type}: {verdict} {report.tolerance:g}")
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison; return its exit status: 0, 1 for a difference, 2 for a bad fixture."""
+    return run_tool("check_parity", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A recording of the released code: reads it, checks it, and keeps account of what it holds.
+"""Read and check a recording of the released code, and keep track of which of its tensors are compared.
 
 NAME.json            meta         sizes and settings
                      trajectory   loss, lr, weight_decay and momentum of each step
 NAME.safetensors     images                    [K, B, 3, h, w]: step i uses images[i % K]
                      masks/<step>/context/<c>  [B, L] patch numbers, and masks/<step>/target/<m> likewise
                      init/, final/             weights of encoder, predictor, target_encoder, under the released names
-                     step0/, step0/grad/       what each part gave at step 0, and the gradient of each parameter
+                     step0/, step0/grad/       outputs of each part at step 0, and the gradient of each parameter
 
-Settings, the steps of ``trajectory``, images, masks and ``init/`` must be there: the run is repeated from them. All
-else is compared where it is there.
+Settings, the steps of ``trajectory``, images, masks and ``init/`` are required: the run is repeated from them. All
+others are optional, and compared if present.
 
     K batches of images    B images    C contexts    M target blocks of an image    L patches of a set
 """
@@ -33,7 +33,7 @@ SIZES = (
 )
 NUMBERS = ("warmup_epochs", "start_lr", "ref_lr", "final_lr", "wd", "final_wd")
 NEEDED = (*SIZES, *NUMBERS, "ema")
-"""What ``meta`` must say; what else it may say has the released code's default."""
+"""Required keys of ``meta``; others have the defaults of the released code."""
 
 OPTIONAL = (
     *("predictor_num_heads", "mlp_ratio", "layer_norm_eps", "num_context_blocks", "num_target_blocks"),
@@ -51,10 +51,9 @@ class Fixture:
     Args:
         meta: sizes and settings.
         trajectory: for each step its loss, lr, weight_decay and momentum.
-        tensors: by name; those that were looked at are in ``used``.
-
-    Attributes:
-        not_recorded: quantities that were asked for, and that it does not hold.
+        tensors: by name.
+        used: names of the tensors that were read.
+        not_recorded: quantities that were looked up, but are missing.
     """
 
     meta: dict[str, Any]
@@ -68,29 +67,29 @@ class Fixture:
         return DTYPES[self.meta.get("dtype", "float64").removeprefix("torch.")]
 
     def take(self, name: str) -> Tensor:
-        """A tensor by name; ValueError where there is none."""
+        """Return a tensor by name; raise ValueError if there is none."""
         if name not in self.tensors:
             raise ValueError(f"the fixture has no tensor {name!r}; it has {few(self.tensors)}")
         self.used.add(name)
         return self.tensors[name]
 
     def state(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin with ``prefix``, without it."""
+        """Return all tensors whose names begin with ``prefix``, by the rest of their names."""
         names = [name for name in self.tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.take(name) for name in names}
 
     def find(self, name: str, quantity: str) -> Tensor | None:
-        """A tensor by name, or None where there is none, which is noted."""
+        """Return a tensor by name; if there is none, note ``quantity`` and return None."""
         if name in self.tensors:
             return self.take(name)
         self.not_recorded.append(f"{quantity} ({name})")
         return None
 
     def group(self, prefix: str, names: Collection[str], quantity: str) -> dict[str, Tensor]:
-        """The tensors ``prefix`` + name, in the order of ``names``: all of them, or none, which is noted.
+        """Return the tensors ``prefix`` + name in the order of ``names``; if all are missing, note ``quantity``.
 
         Raises:
-            ValueError: some are there, and some are not.
+            ValueError: only some are missing.
         """
         lacking = [name for name in names if prefix + name not in self.tensors]
         if len(lacking) == len(names):
@@ -104,20 +103,22 @@ class Fixture:
         return {name: self.take(prefix + name) for name in names}
 
     def left(self) -> list[str]:
-        """What was not looked at: tensors, and settings that say something; masks of later steps as one."""
+        """Return the names of unread tensors (masks of later steps as one) and of unknown settings that are set."""
         later = re.compile(r"masks/\d+/(context|target)/\d+")
         names = {"masks of later steps" if later.fullmatch(name) else name for name in self.tensors.keys() - self.used}
         known = (*NEEDED, *OPTIONAL)
         return sorted(names) + [f"meta.{key}" for key, value in self.meta.items() if value and key not in known]
 
     def sets(self, step: int, kind: str, num_patches: int) -> list[Tensor]:
-        """The sets of a kind (context, target) at a step: a list of int64 [B, L].
+        """Return the sets of a kind (context, target) at a step: a list of int64 [B, L].
 
         Args:
+            step: from 0.
+            kind: ``context`` or ``target``.
             num_patches: of an image.
 
         Raises:
-            ValueError: no sets, sets not numbered from 0, or tables that are not [B, L] patch numbers of one shape.
+            ValueError: no sets, sets not numbered from 0, or tensors that are not patch numbers [B, L] of one shape.
         """
         prefix = f"masks/{step}/{kind}/"
         found = self.state(prefix)
@@ -125,7 +126,7 @@ class Fixture:
             raise ValueError(f"the fixture has no tensor {prefix}0, so step {step} has no {kind} patches")
         count = self.meta.get(f"num_{kind}_blocks", len(found))
         if len(found) != count or any(str(i) not in found for i in range(count)):
-            raise ValueError(f"{prefix} must hold sets 0 to {count - 1}, not {few(found)}")
+            raise ValueError(f"{prefix} must have sets 0 to {count - 1}, not {few(found)}")
         tables = [found[str(i)] for i in range(count)]
         b, first = self.meta["batch_size"], tables[0]
         for i, table in enumerate(tables):
@@ -137,23 +138,26 @@ class Fixture:
             lowest, highest = int(table.min()), int(table.max())
             if lowest < 0 or highest >= num_patches:
                 bad = lowest if lowest < 0 else highest
-                raise ValueError(f"{prefix}{i} holds patch {bad}, but an image has patches 0 to {num_patches - 1}")
+                raise ValueError(f"{prefix}{i} has patch {bad}, but an image has patches 0 to {num_patches - 1}")
             if (table.sort(dim=1).values.diff(dim=1) == 0).any():
-                raise ValueError(f"{prefix}{i} holds a patch twice in one image")
+                raise ValueError(f"{prefix}{i} has a patch twice in one image")
             if table.shape != first.shape:
                 raise ValueError(
-                    f"{prefix}{i} has {table.shape[1]} patches an image, but {prefix}0 has {first.shape[1]}: the "
-                    "released code cuts the sets of a step to one length"
+                    f"{prefix}{i} has {table.shape[1]} patches per image, but {prefix}0 has {first.shape[1]}: the "
+                    "released code truncates the sets of a step to one length"
                 )
         return [table.long() for table in tables]
 
 
 def read_fixture(path: str) -> Fixture:
-    """Reads both files of a fixture, named by either of them or by what they share.
+    """Read both files of a fixture.
+
+    Args:
+        path: either file, or both without their suffix.
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: a file that is not JSON or safetensors, or settings and steps that are not as ``Fixture`` has them.
+        ValueError: a file is not JSON or safetensors, or its settings or steps are invalid.
     """
     stem = re.sub(r"\.(json|safetensors)$", "", path)
     files = {suffix: Path(stem + suffix) for suffix in (".json", ".safetensors")}
@@ -178,7 +182,7 @@ def read_fixture(path: str) -> Fixture:
 
 
 def _check_meta(meta: Any) -> None:
-    """Types and ranges of what the config does not check: sizes are its own."""
+    """Raise ValueError for wrong types and ranges, except of sizes, which the config checks."""
     if not isinstance(meta, dict):
         raise ValueError(f"the fixture's meta (={_short(meta)}) must be a mapping of settings")
     missing = [key for key in NEEDED if key not in meta]
@@ -200,7 +204,7 @@ def _check_meta(meta: Any) -> None:
     check(
         "ipe_scale",
         _is_number(scale) and 1 <= scale <= LARGEST,
-        f"a number from 1 to {LARGEST}: jepa_kit has no schedules that end before the run",
+        f"a number from 1 to {LARGEST}: jepa_kit has no schedule that ends before the run",
     )
     check(
         "final_lr",
@@ -218,7 +222,7 @@ def _check_meta(meta: Any) -> None:
 
 
 def _check_trajectory(fixture: Fixture) -> None:
-    """A mapping for each step, in order; a number that one step has, all steps have."""
+    """Raise ValueError if steps are not in order, or if only some of them have a number."""
     steps = fixture.trajectory
     if not isinstance(steps, list) or not steps:
         raise ValueError(f"the fixture's trajectory (={_short(steps)}) must be a list with a mapping for each step")
@@ -253,13 +257,14 @@ def _check_trajectory(fixture: Fixture) -> None:
 
 
 def check_tensors(fixture: Fixture, image_size: tuple[int, int]) -> None:
-    """Images, and the precision of what the run begins with.
+    """Check the shape of images, and the precision of images and initial weights.
 
     Args:
-        image_size: (h, w), as the config of ``meta`` has it.
+        fixture: the recording.
+        image_size: (h, w) of the config.
 
     Raises:
-        ValueError: images of another shape, or another precision than ``meta`` says.
+        ValueError: a shape or precision differs from ``meta``.
     """
     images, shape = fixture.take("images"), (fixture.meta["batch_size"], 3, *image_size)
     if images.ndim != 5 or not len(images) or images.shape[1:] != shape:
@@ -274,10 +279,10 @@ def check_tensors(fixture: Fixture, image_size: tuple[int, int]) -> None:
 
 
 def adamw_of(meta: Mapping[str, Any]) -> tuple[list[float], float]:
-    """AdamW's betas and eps, out of a text such as ``AdamW(betas=(0.9,0.999), eps=1e-8)``.
+    """Return betas and eps of a text such as ``AdamW(betas=(0.9,0.999), eps=1e-8)``.
 
     Raises:
-        ValueError: betas or eps are named, but not followed by numbers.
+        ValueError: betas or eps is not followed by numbers.
     """
     text = meta.get("optimizer", "")
     number = r"([\d.]+(?:e[+-]?\d+)?)"
@@ -293,7 +298,7 @@ def adamw_of(meta: Mapping[str, Any]) -> tuple[list[float], float]:
 
 
 def few(names: Iterable[str], most: int = 8) -> str:
-    """Some of the names, and how many more there are."""
+    """Return up to ``most`` of the names as text, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -1,12 +1,12 @@
-"""From nothing to an I-JEPA that has learned: scenes, pretraining, evaluation and pictures in one command.
+"""Train and evaluate a small I-JEPA on synthetic scenes with one command.
 
-1. renders synthetic scenes into shards (training and test);
-2. pretrains the small ViT of configs/quickstart.yaml on them, without labels;
-3. evaluates frozen features of its target encoder, of the same network untrained, and of raw pixels, with a
-   linear probe and nearest neighbours, on three labels: how many objects, how far the nearest, of which shape;
-4. prints one table and saves it as JSON, beside pictures of masks, training curves and patch features.
+1. Render synthetic scenes into shards for training and testing.
+2. Pretrain the small ViT of configs/quickstart.yaml on them, without labels.
+3. Evaluate frozen features of its target encoder, of the untrained network, and of raw pixels, with a linear
+   probe and nearest neighbours, on three labels: number of objects, distance of the nearest, and its shape.
+4. Print a table and save it as JSON, with pictures of masks, training curves and patch features.
 
-What is there already is kept: stopped by Ctrl-C or SIGTERM, the same command goes on from there.
+Complete steps are not repeated: after Ctrl-C or SIGTERM, the same command resumes.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from jepa_kit.training import train
 
 CONFIG = Path(__file__).with_name("configs") / "quickstart.yaml"
 TEST_SEED = 1_000_003
-"""Test scenes are a series of their own: no training scene is among them."""
+"""Seed of the test scenes, which differs from that of training scenes so that the two sets are disjoint."""
 
 LAYERS = "last4"
-"""The paper reports the better of the last layer and the last four; four are all that this network has."""
+"""The paper reports the better of the last layer and the last four; this network has four."""
 
 EXAMPLE = """examples:
   python projects/ijepa/quickstart.py
@@ -67,25 +67,30 @@ EXAMPLE = """examples:
 
 
 class UnmadeError(Exception):
-    """make_shards has ended with a status that is not 0, and has said why."""
+    """make_shards failed with this status, after it printed the reason."""
 
     def __init__(self, status: int) -> None:
         self.status = status
 
 
 def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: tuple[int, int]) -> tuple[Path, Path]:
-    """Shards of training and of test scenes of (height, width); those that are complete are kept.
+    """Make shards of training and test scenes, unless they are complete; return their folders.
+
+    Args:
+        folder: gets the folders ``train`` and ``test``.
+        train_scenes, test_scenes: number of scenes.
+        image_size: (height, width).
 
     Raises:
-        ValueError: complete shards of other scenes are there.
-        UnmadeError: make_shards refused, or was stopped.
+        ValueError: the folder has complete shards of other scenes.
+        UnmadeError: make_shards failed or was stopped.
     """
     size = "x".join(map(str, image_size))
     parts = {"train": (train_scenes, 0), "test": (test_scenes, TEST_SEED)}
     for name, (count, seed) in parts.items():
         if (folder / name / INDEX).exists():
             check_scenes(folder / name, f"{count} scenes of {size}, seed {seed}")
-            print(f"shards: {folder / name} is there already")
+            print(f"shards: {folder / name} is complete")
     for name, (count, seed) in parts.items():
         if not (folder / name / INDEX).exists():
             arguments = ["--num-scenes", count, "--image-size", size, "--seed", seed, "--overwrite"]
@@ -94,18 +99,18 @@ def make_data(folder: Path, *, train_scenes: int, test_scenes: int, image_size: 
     return folder / "train", folder / "test"
 
 
-def check_scenes(folder: Path, asked: str) -> None:
-    """Raises ValueError where complete shards hold other scenes than those asked for."""
+def check_scenes(folder: Path, wanted: str) -> None:
+    """Raise ValueError if complete shards have other scenes than ``wanted``."""
     index = read_index(str(folder / INDEX))
     made = index.get("made_by", {})
     sides = str(made.get("image_size")).split("x")  # a side, or HEIGHTxWIDTH
-    held = f"{index['samples']} scenes of {sides[0]}x{sides[-1]}, seed {made.get('seed')}"
-    if held != asked:
-        raise ValueError(f"{folder} holds {held}, but {asked} are asked for: remove it, or take another --output-dir")
+    found = f"{index['samples']} scenes of {sides[0]}x{sides[-1]}, seed {made.get('seed')}"
+    if found != wanted:
+        raise ValueError(f"{folder} has {found}, not {wanted}: remove it, or give another --output-dir")
 
 
 def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.device) -> list[Row]:
-    """Every network under every protocol on every label; the rows are also written as JSON."""
+    """Evaluate every network by every protocol on every label; write the rows as JSON and return them."""
     data, seed = run.config.data, run.config.train.seed
     training, test = (open_shards(run.config, str(path)) for path in shards)
     rows = evaluate(
@@ -123,7 +128,7 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
 
 
 def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Path]:
-    """A mask gallery over training samples, and a PCA of patch features beside them."""
+    """Draw a mask gallery of training samples and a PCA of their patch features; return the files."""
     data = config.data
     loader = TrainLoader(
         dataset=open_shards(config, str(shards)),
@@ -146,7 +151,7 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
 
 
 def margins(rows: Sequence[Row]) -> list[str]:
-    """In words: how far the target encoder is ahead of the better baseline, for each protocol and label."""
+    """Return lines with the margin of the target encoder over the better baseline, per protocol and label."""
     lines = []
     for row in rows:
         if row.network == "target":
@@ -160,7 +165,7 @@ def margins(rows: Sequence[Row]) -> list[str]:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, in this process; its workers end with it. Training listens to SIGTERM itself."""
+    """Raise KeyboardInterrupt on SIGTERM in this process, not in its workers; training handles SIGTERM itself."""
     here = os.getpid()
 
     def stop(*_: object) -> None:
@@ -175,12 +180,12 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequence[str]) -> None:
-    """The four things that the text of this file names, in ``folder``."""
+    """Run the four steps in the docstring of this file; all files go to ``folder``."""
     start = time.perf_counter()
     own = [f"train.output_dir={folder / 'run'}", f"data.shards={folder / 'shards/train'}"]
     config = load_config(CONFIG, [*own, *overrides])
     encoder = cast(Encoder, build_recipe(config).encoder)
-    layer_numbers(LAYERS, encoder.depth)  # what cannot be evaluated is not trained either
+    layer_numbers(LAYERS, encoder.depth)  # fail before training if the evaluation would
     size = config.data.image_size
     shards = make_data(folder / "shards", train_scenes=train_scenes, test_scenes=test_scenes, image_size=size)
     made = time.perf_counter()
@@ -200,7 +205,7 @@ def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequen
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Run all four; return 0, or the status of make_shards, or 130 for Ctrl-C or SIGTERM."""
+    """Run the four steps; return 0, the status of make_shards, 2 for an error, or 130 for Ctrl-C or SIGTERM."""
     text = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
         description=text[0], epilog=text[1] + "\n" + EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,12 +224,12 @@ def run(argv: Sequence[str] | None) -> int:
         return unmade.status
     except (KeyboardInterrupt, Preempted) as stopped:
         after = f" after {stopped.step:,} steps" if isinstance(stopped, Preempted) else ""
-        return fail("quickstart", f"stopped{after}; the same command continues from here", status=130)
+        return fail("quickstart", f"stopped{after}; the same command resumes", status=130)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the quickstart; return its exit status: 2 if something was refused, 130 if it was stopped."""
+    """Run the quickstart; return its exit status."""
     return run_tool("quickstart", lambda: run(argv))
 
 

@@ -192,7 +192,7 @@ OF_META = ("no_weight_decay", "step0_mean_squared_error")
             "ipe_scale (=0.8) of the fixture's meta must be a number from 1",
         ),
         (lambda c, t: c["meta"].update(epochs=1, iterations_per_epoch=1), "2 steps, but epochs * iterations_per_epoch"),
-        (lambda c, t: c["meta"].update(num_target_blocks=3), "masks/0/target/ must hold sets 0 to 2, not 0, 1, 2, 3"),
+        (lambda c, t: c["meta"].update(num_target_blocks=3), "masks/0/target/ must have sets 0 to 2, not 0, 1, 2, 3"),
         (lambda c, t: c.update(trajectory=[]), "trajectory (=[]) must be a list with a mapping for each step"),
         (lambda c, t: c.update(trajectory=[1, 2]), "trajectory[0] (=1) must be a mapping with loss, lr"),
         (lambda c, t: c["trajectory"][1].pop("lr"), "trajectory[1] has no lr, which other steps have"),
@@ -210,18 +210,18 @@ OF_META = ("no_weight_decay", "step0_mean_squared_error")
             "images is torch.float32, but the run of the fixture's meta",
         ),
         (lambda c, t: t.pop("masks/1/context/0"), "no tensor masks/1/context/0, so step 1 has no context patches"),
-        (lambda c, t: t.pop("masks/0/target/0"), "masks/0/target/ must hold sets 0 to 3, not 1, 2, 3"),
+        (lambda c, t: t.pop("masks/0/target/0"), "masks/0/target/ must have sets 0 to 3, not 1, 2, 3"),
         (
             lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"][0]}),
             "int64 with B = 4 (batch_size of meta)",
         ),
         (lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"][:2]}), "not torch.int64 of shape (2, 7)"),
         (lambda c, t: t.update({"masks/0/context/0": t["masks/0/context/0"] / 2}), "not torch.float32 of shape (4, 7)"),
-        (lambda c, t: t["masks/0/context/0"].add_(64), "masks/0/context/0 holds patch"),
-        (lambda c, t: t["masks/0/target/2"].zero_(), "masks/0/target/2 holds a patch twice in one image"),
+        (lambda c, t: t["masks/0/context/0"].add_(64), "masks/0/context/0 has patch"),
+        (lambda c, t: t["masks/0/target/2"].zero_(), "masks/0/target/2 has a patch twice in one image"),
         (
             lambda c, t: t.update({"masks/0/target/1": t["masks/0/target/1"][:, 1:]}),
-            "masks/0/target/1 has 11 patches an",
+            "masks/0/target/1 has 11 patches per",
         ),
         (lambda c, t: drop(t, "init/target_encoder"), "(checkpoint: init/target_encoder/) does not fit"),
         (lambda c, t: t.pop("init/predictor/mask_token"), "missing: mask_token"),
@@ -231,7 +231,7 @@ OF_META = ("no_weight_decay", "step0_mean_squared_error")
         ),
         (
             lambda c, t: t.update({"step0/grad/encoder/x": torch.ones(1)}),
-            "has step0/grad/encoder/x: no parameter is called",
+            "has step0/grad/encoder/x: no parameter has this",
         ),
         (
             lambda c, t: t.update({"final/head/x": torch.ones(1)}),
@@ -247,15 +247,15 @@ OF_META = ("no_weight_decay", "step0_mean_squared_error")
         ),
         (
             lambda c, t: t.update({"step0/target": t["step0/target"][:3]}),
-            "target is of shape (16, 12, 48), but in the fixture of (3, 12, 48)",
+            "target has shape (16, 12, 48), but in the fixture (3, 12, 48)",
         ),
         (
             lambda c, t: t.update({"step0/prediction": t["step0/prediction"].transpose(0, 1)}),
-            "prediction is of shape (16, 12, 48), but in the fixture of (12, 16, 48)",
+            "prediction has shape (16, 12, 48), but in the fixture (12, 16, 48)",
         ),
         (
             lambda c, t: (drop(t, "step0"), [c["meta"].pop(name) for name in OF_META], c.update(trajectory=[{}, {}])),
-            "the fixture holds nothing of a run to compare",
+            "the fixture has nothing of a run to compare",
         ),
     ],
 )

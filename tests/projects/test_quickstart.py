@@ -59,9 +59,9 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = tmp_path / "shards/train/index.json"
     before = index.stat().st_mtime_ns
     make_data(tmp_path / "shards", train_scenes=96, test_scenes=64, image_size=(64, 64))
-    assert "shards/train is there already" in capsys.readouterr().out
+    assert "shards/train is complete" in capsys.readouterr().out
     assert index.stat().st_mtime_ns == before
-    # Other scenes in the same folder are not those that were asked for.
+    # Other scenes in the same folder are other than those in it.
     for arguments, refusal in (
         (["--train-scenes", "97"], "shards/train holds 96 scenes of 64x64, seed 0, but 97 scenes of 64x64, seed 0 are"),
         (["--test-scenes", "65"], "shards/test holds 64 scenes of 64x64, seed 1000003, but 65 scenes of 64x64, seed"),
@@ -71,7 +71,7 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert quickstart(tmp_path, *SMALL, *TINY, *arguments) == 2
         told = capsys.readouterr().err
         assert refusal in told
-        assert "asked for: remove it, or take another --output-dir" in told
+        assert ": remove it, or give another --output-dir" in told
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_stopped_while_it_trains(number: int, tmp_path: Path, capsys: pytest.Cap
     assert quickstart(tmp_path, *SMALL, *TINY, "train.epochs=1000", "train.log_every=1") == 130
     thread.join()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"quickstart: stopped after \d+ steps; the same command continues from here", last)
+    assert re.fullmatch(r"quickstart: stopped after \d+ steps; the same command resumes", last)
     assert signal.getsignal(signal.SIGTERM) == before
     assert len(list((tmp_path / "run").glob("checkpoint_*.pt"))) == 1
 
