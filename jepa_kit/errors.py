@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
+
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+"""Errors of a pickle that is cut short or altered."""
 
 
 class ConfigError(ValueError):
@@ -52,10 +56,6 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the reason."""
 
 
-class ShardError(ValueError):
-    """A sharded checkpoint cannot be used; the message names the folder and the reason."""
-
-
 class SaveError(OSError):
     """A checkpoint could not be written; the message names it, the reason, and the last good one."""
 
@@ -82,6 +82,16 @@ class StartError(RuntimeError):
 
 class PeerError(RuntimeError):
     """Another process failed; its own log has the error."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def cause_of(error: BaseException) -> str:
+    """Return the cause of an error without the path of its file, or the name of its class if it has no message."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import errno
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,26 +35,20 @@ class LockedError(OSError):
 
 
 @contextmanager
-def lock_file(
-    file: Path,
-    *,
-    timeout: float = 0.0,
-    on_wait: Callable[[str], None] = lambda holder: None,
-    on_unsupported: Callable[[OSError], None] = lambda error: None,
-) -> Iterator[None]:
+def lock_file(file: Path, *, timeout: float = 0.0, work: str = "") -> Iterator[None]:
     """Lock a file, which is created, and delete it at the end of the block.
 
     Args:
         file: its folder is created if it is missing.
         timeout: seconds to wait for the process that has the lock.
-        on_wait: called once with the name of that process, if there is a wait.
-        on_unsupported: called if the file system has no locks; the block runs without one.
+        work: what the lock is for, such as ``run``. If it is given, a wait is printed, and that the file system has no
+            locks: the block runs without one then.
 
     Raises:
         LockedError: another process has the lock.
         OSError: the file cannot be written.
     """
-    descriptor = _acquire(file, timeout, on_wait, on_unsupported)
+    descriptor = _acquire(file, timeout, work)
     try:
         yield
     finally:
@@ -64,9 +58,7 @@ def lock_file(
         os.close(descriptor)
 
 
-def _acquire(
-    file: Path, timeout: float, on_wait: Callable[[str], None], on_unsupported: Callable[[OSError], None]
-) -> int:
+def _acquire(file: Path, timeout: float, work: str) -> int:
     """Return the descriptor of the locked file."""
     end, waiting = time.monotonic() + timeout, False
     while True:
@@ -77,14 +69,16 @@ def _acquire(
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                on_unsupported(error)
+                if work:
+                    what = f"{file.parent} has no locks ({error.strerror})"
+                    print(f"note: {what}; make sure that no other {work} is started there")
                 return descriptor
             holder = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             os.close(descriptor)
             if time.monotonic() >= end:
                 raise LockedError(file, holder) from error
-            if not waiting:
-                on_wait(holder)
+            if work and not waiting:
+                print(f"waiting up to {timeout:.0f} s for {holder}, which has a {work} in {file.parent}", flush=True)
             waiting = True
             time.sleep(0.1)
             continue
@@ -114,16 +108,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         ValueError: another process has a run there, or the folder cannot be written to.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = lock_file(
-        folder / LOCK,
-        timeout=TIMEOUT,
-        on_wait=lambda holder: print(
-            f"waiting up to {TIMEOUT:.0f} s for {holder}, which has a run in {folder}", flush=True
-        ),
-        on_unsupported=lambda error: print(
-            f"note: {folder} has no locks ({error.strerror}); make sure that no other run is started there"
-        ),
-    )
+    lock = lock_file(folder / LOCK, timeout=TIMEOUT, work="run")
     try:
         lock.__enter__()
     except LockedError as error:

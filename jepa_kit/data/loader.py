@@ -251,7 +251,7 @@ class TrainLoader:
         """Return a one-line summary of the bytes read from remote shards."""
         whole = sum(shard["bytes"] for shard in self.dataset.shards)
         text = f"each rank reads {self.fetched_bytes() / 1e9:.3g} GB of {whole / 1e9:.3g} GB of shards in an epoch"
-        if self.dataset.cache_is_temporary:
+        if self.dataset.cache is not None and self.dataset.cache.temporary:
             return f"{text}, and downloads them itself in every epoch; a folder in data.cache is shared and kept"
         return f"{text}; data.cache is shared by the ranks of a machine and keeps them"
 
@@ -263,9 +263,10 @@ class TrainLoader:
         return np.bincount(pairs // count, weights=sizes[pairs % count]).astype(np.int64)
 
     def _check_cache(self) -> None:
-        limit = self.dataset.cache_limit
-        if limit is None:
+        cache = self.dataset.cache
+        if cache is None or cache.limit is None:
             return
+        limit = cache.limit * 1e9
         windows = np.arange(len(self.dataset)) // self.shuffle_window
         needed = int(self._bytes_in_windows(self.order(0), windows).max())
         if needed > limit:

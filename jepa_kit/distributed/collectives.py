@@ -237,12 +237,17 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts).cpu()
 
 
-def all_gather_object(value: T) -> list[T]:
-    """Return the values of all processes by rank; all must call it."""
+def all_gather_object(value: T, group: Any = None) -> list[T]:
+    """Return the values of all processes by rank; all must call it.
+
+    Args:
+        value: this process's; pickle sends it.
+        group: of all processes, for the calls of another thread; None for that of host-side collectives.
+    """
     if not joined():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_host_group)
+    dist.all_gather_object(values, value, group=group or _host_group)
     return values
 
 
@@ -275,8 +280,12 @@ def broadcast_from_rank0(decide: Callable[[], T]) -> T:
     return result
 
 
-def run_on_all_ranks(do: Callable[[], T]) -> T:
+def run_on_all_ranks(do: Callable[[], T], group: Any = None) -> T:
     """Call ``do`` on every rank and return this rank's result; if it raises on one rank, all raise.
+
+    Args:
+        do: called once.
+        group: see ``all_gather_object``.
 
     Raises:
         ValueError, OSError, ArithmeticError, RuntimeError: that of the lowest rank that raised.
@@ -284,8 +293,8 @@ def run_on_all_ranks(do: Callable[[], T]) -> T:
     """
     if not joined():
         return do()
-    result, own = _outcome(do, all_gather_object)
-    errors = all_gather_object(_sendable(own))
+    result, own = _outcome(do, lambda failed: all_gather_object(failed, group))
+    errors = all_gather_object(_sendable(own), group)
     for rank, error in enumerate(errors):
         if error is not None:
             raise own if own is not None and rank == dist.get_rank() else error

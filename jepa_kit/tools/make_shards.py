@@ -182,10 +182,10 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
         made_by: dict[str, Any] = {"tool": "make_shards", "jepa_kit": __version__}
         made_by |= {k: v for k, v in vars(args).items() if k not in NOT_IN_THE_BYTES and v is not None}
         made_by |= {"samples": len(source), "fingerprint": source.fingerprint()}
-        logs = [WriteLog(split_folder(args.out, split), made_by) for split in plan]
+        logs = [WriteLog(split_folder(args.out, split), numbers, made_by) for split, numbers in plan.items()]
         prepare_folders(args.out, logs, overwrite=args.overwrite)
         with closing(Progress(len(source), "samples")) as progress:
-            made = make(source, plan, logs, limits=limits, workers=args.workers or _cores(), show=progress.show)
+            made = make(source, logs, limits=limits, workers=args.workers or _cores(), show=progress.show)
     finally:
         if not unfinished(args.out):
             for path in glob.glob(os.path.join(glob.escape(args.out), ".unpacked.*")):
@@ -194,12 +194,14 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
     masks = "; with masks" if source.mask_classes else ""
     if not made:
         print(f"{args.out} is complete: nothing to do")
-    for m in made:
-        size = f"{m.samples} samples in {m.shards} shards, {m.bytes / 1e6:.1f} MB"
-        print(f"{m.folder}: {size}; labels: {labels}{masks}")
-    for note, count in sum((Counter(m.notes) for m in made), Counter()).items():
+    for log in made:
+        samples, size = sum(shard.samples for shard in log.shards), sum(shard.bytes for shard in log.shards)
+        print(
+            f"{log.folder}: {samples} samples in {len(log.shards)} shards, {size / 1e6:.1f} MB; labels: {labels}{masks}"
+        )
+    for note, count in sum((log.notes for log in made), Counter()).items():
         print(f"note: {count} of {len(source)} images have {note}")
-    refused = [entry for m in made for entry in m.refused]
+    refused = [entry for log in made for entry in log.refused]
     if refused:
         print(f"refused {len(refused)} of {len(source)} files: {listed(refused)}")
     return 0

@@ -37,22 +37,6 @@ class Limits:
     bytes: int | None = None
     refused: float = 0.1
 
-    def allow(self, samples: int, size: int) -> bool:
-        """Return whether a shard may have this number of samples and bytes."""
-        return samples <= (self.samples or samples) and size <= (self.bytes or size)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished folder of shards; ``notes`` counts the images of this run by their note."""
-
-    folder: str
-    samples: int
-    shards: int
-    bytes: int
-    refused: list[Refusal]
-    notes: dict[str, int]
-
 
 def check_apart(source: str, out: str) -> None:
     """Check that the output does not overwrite the source.
@@ -116,44 +100,53 @@ def orders(source: Source, *, seed: int, shuffle: bool, split_val: float) -> dic
 
 
 def make(
-    source: Source,
-    plan: dict[str, IntArray],
-    logs: Sequence[WriteLog],
-    *,
-    limits: Limits,
-    workers: int,
-    show: Callable[[int], None],
-) -> list[Made]:
+    source: Source, logs: Sequence[WriteLog], *, limits: Limits, workers: int, show: Callable[[int], None]
+) -> list[WriteLog]:
     """Write the shards that are not written yet.
 
     Args:
         source: of the samples.
-        plan: see ``orders``.
-        logs: begun, one for each split of the plan. No other process writes to their folders.
+        logs: begun, one for each split. No other process writes to their folders.
         limits: of shards and of refused samples.
         workers: processes that make samples.
         show: called with the number of samples done.
 
     Returns:
-        The folders that this call finished.
+        The logs of the folders that this call finished.
 
     Raises:
         TooManyRefused: more than the limits allow.
         ValueError: all samples of a split were refused.
         BrokenProcessPool: a worker died.
     """
-    for log, numbers in zip(logs, plan.values(), strict=True):
-        log.open(len(numbers))
+    for log in logs:
+        log.open()
     show(sum(log.end for log in logs))
-    made: list[Made] = []
+    made = [log for log in logs if not log.complete]
+    total = sum(len(log.numbers) for log in logs)
+
+    def accept(log: WriteLog, samples: Iterator[Packed | Refusal]) -> Iterator[Packed]:
+        """Yield samples that are not refused, and record the others in the log of their split.
+
+        ``log.end`` counts a sample once the next one is requested, so that it excludes one that did not fit into a
+        shard.
+        """
+        for sample in samples:
+            if isinstance(sample, Packed):
+                log.notes.update(filter(None, [sample.note]))
+                yield sample
+            else:
+                log.refused.append(sample)
+            log.end += 1
+            show(sum(log.end for log in logs))
+            if isinstance(sample, Refusal) and sum(len(log.refused) for log in logs) > limits.refused * total:
+                raise TooManyRefused([entry for log in logs for entry in log.refused], total, limits.refused)
+
     with Workers(source, workers) as pool:
-        for log, numbers in zip(logs, plan.values(), strict=True):
-            if log.complete:
-                continue
-            accepted = _accept(pool.samples(numbers[log.end :]), logs, log, limits.refused, show)
-            for shard in _split(accepted, limits):
+        for log in made:
+            for shard in _split(accept(log, pool.samples(log.numbers[log.end :])), limits):
                 log.add(*write_packed(os.path.join(log.folder, f"shard-{len(log.shards):06d}.tar"), shard))
-            made.append(_finish(log, source))
+            _finish(log, source)
     return made
 
 
@@ -171,33 +164,6 @@ class TooManyRefused(ValueError):
         super().__init__(f"{len(refused)} of {total} samples were refused, above --max-refused (={allowed}): {names}")
 
 
-def _accept(
-    samples: Iterator[Packed | Refusal],
-    logs: Sequence[WriteLog],
-    log: WriteLog,
-    allowed: float,
-    show: Callable[[int], None],
-) -> Iterator[Packed]:
-    """Yield samples that are not refused, and record the others in the log of their split.
-
-    ``log.end`` counts a sample once the next one is requested, so that it excludes one that did not fit into a shard.
-
-    Raises:
-        TooManyRefused: more than the fraction ``allowed`` of the samples of all splits.
-    """
-    total = sum(log.total for log in logs)
-    for sample in samples:
-        if isinstance(sample, Packed):
-            log.notes.update(filter(None, [sample.note]))
-            yield sample
-        else:
-            log.refused.append(sample)
-        log.end += 1
-        show(sum(log.end for log in logs))
-        if isinstance(sample, Refusal) and sum(len(log.refused) for log in logs) > allowed * total:
-            raise TooManyRefused([entry for log in logs for entry in log.refused], total, allowed)
-
-
 def _split(samples: Iterator[Packed], limits: Limits) -> Iterator[Iterator[Packed]]:
     """Yield the samples of each shard; each iterator must be exhausted before the next one."""
     sample = next(samples, None)
@@ -207,7 +173,8 @@ def _split(samples: Iterator[Packed], limits: Limits) -> Iterator[Iterator[Packe
         count = size = 0
         while sample is not None:
             count, size = count + 1, size + len(sample.data)
-            if count > 1 and not limits.allow(count, tar_size(size)):
+            full = count > (limits.samples or count) or tar_size(size) > (limits.bytes or tar_size(size))
+            if full and count > 1:
                 return
             yield sample
             sample = next(samples, None)
@@ -216,7 +183,7 @@ def _split(samples: Iterator[Packed], limits: Limits) -> Iterator[Iterator[Packe
         yield shard()
 
 
-def _finish(log: WriteLog, source: Source) -> Made:
+def _finish(log: WriteLog, source: Source) -> None:
     """Write the index of a split."""
     log.refused.sort(key=lambda entry: entry.name)
     if not log.shards:
@@ -232,8 +199,6 @@ def _finish(log: WriteLog, source: Source) -> Made:
         made_by=log.made_by,
         mask_classes=source.mask_classes,
     )
-    samples, size = sum(s.samples for s in log.shards), sum(s.bytes for s in log.shards)
-    return Made(log.folder, samples, len(log.shards), size, log.refused, dict(log.notes))
 
 
 def listed(refused: Sequence[Refusal]) -> str:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from types import TracebackType
 
 from jepa_kit.data.shards.members import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
@@ -44,7 +43,7 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def samples(self, numbers: IntArray) -> Iterator[Packed | Refusal]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,7 @@ def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Repor
     if not folders:
         raise ValueError(f"--verify (={out!r}) has no {INDEX}, nor does a folder in it: there is nothing to compare")
     problems: list[str] = []
-    tasks: list[_Task] = []
+    tasks = []
     for folder in folders:
         try:
             found = _read_tasks(folder)
@@ -57,13 +57,13 @@ def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Repor
             problems.append(str(error))
             continue
         tasks += found
-        extra = set(glob.glob(os.path.join(glob.escape(folder), "*.tar"))) - {task.path for task in found}
+        extra = set(glob.glob(os.path.join(glob.escape(folder), "*.tar"))) - {path for path, *_ in found}
         problems += [f"{path}: {INDEX} does not list it" for path in sorted(extra)]
-    total, done = sum(task.entry["bytes"] for task in tasks), 0
+    total, done = sum(entry["bytes"] for _, entry, *_ in tasks), 0
     with ThreadPoolExecutor(workers) as pool:
-        for task, differences in zip(tasks, pool.map(_compare, tasks), strict=True):
-            problems += [f"{task.path}: {text}" for text in differences]
-            done += task.entry["bytes"]
+        for (path, entry, *_), differences in zip(tasks, pool.map(lambda task: _compare(*task), tasks), strict=True):
+            problems += [f"{path}: {text}" for text in differences]
+            done += entry["bytes"]
             show(done, total)
     return Report(len(tasks), problems)
 
@@ -72,26 +72,8 @@ def _has(folder: str, name: str) -> bool:
     return os.path.exists(os.path.join(folder, name))
 
 
-class _Task(NamedTuple):
-    """A shard to compare with its index.
-
-    Attributes:
-        path: of the shard.
-        entry: of the index.
-        labels: names of the columns of its labels.
-        arrays: file name of an array -> the rows of the shard.
-        foreign: whether another tool wrote the shard.
-    """
-
-    path: str
-    entry: dict[str, Any]
-    labels: list[str]
-    arrays: dict[str, NDArray[Any]]
-    foreign: bool
-
-
-def _read_tasks(folder: str) -> list[_Task]:
-    """Return the shards of an index.
+def _read_tasks(folder: str) -> list[tuple[str, dict[str, Any], dict[str, NDArray[Any]], dict[str, Any]]]:
+    """Return the arguments of ``_compare`` for each shard of an index.
 
     Raises:
         ValueError: the index or an array cannot be used; the message begins with its path.
@@ -103,15 +85,20 @@ def _read_tasks(folder: str) -> list[_Task]:
     tasks, start = [], 0
     for entry in index["shards"]:
         rows = {name: array[start : start + entry["samples"]] for name, array in arrays.items()}
-        path = os.path.join(folder, entry["file"])
-        tasks.append(_Task(path, entry, [*index["labels"]], rows, is_foreign(index)))
+        tasks.append((os.path.join(folder, entry["file"]), entry, rows, index))
         start += entry["samples"]
     return tasks
 
 
-def _compare(task: _Task) -> list[str]:
-    """Return the differences of a shard from its index."""
-    path, entry = task.path, task.entry
+def _compare(path: str, entry: dict[str, Any], arrays: dict[str, NDArray[Any]], index: dict[str, Any]) -> list[str]:
+    """Return the differences of a shard from its index.
+
+    Args:
+        path: of the shard.
+        entry: of the shard in the index.
+        arrays: file name of an array -> the rows of the shard.
+        index: the content of ``index.json``.
+    """
     if not os.path.isfile(path):
         return ["it is missing"]
     size = os.path.getsize(path)
@@ -120,18 +107,17 @@ def _compare(task: _Task) -> list[str]:
     if entry["sha256"] is not None and sha256_of(path) != entry["sha256"]:
         return [f"its bytes have changed: their SHA-256 is not that of {INDEX}"]
     seen = scan(path, entry["file"])
-    rows = seen.rows
-    found = [f"{name}: {reason}" for name, reason in seen.refused if not task.foreign]
+    rows, none = seen.rows, np.full(entry["samples"], -1)
+    found = [f"{name}: {reason}" for name, reason in seen.refused if not is_foreign(index)]
     if len(rows.keys) != entry["samples"]:
         return [*found, f"it has {len(rows.keys)} samples, but {INDEX} says {entry['samples']}"]
-    if [key.encode("utf-8") for key in rows.keys] != task.arrays[KEYS].tolist():
+    if [key.encode("utf-8") for key in rows.keys] != arrays[KEYS].tolist():
         found.append(f"its keys are not those of {KEYS}")
-    if not np.array_equal(rows.offsets, task.arrays[OFFSETS]):
+    if not np.array_equal(rows.offsets, arrays[OFFSETS]):
         found.append(f"its members are not at the offsets of {OFFSETS}")
-    if MASKS in task.arrays and not np.array_equal(rows.masks, task.arrays[MASKS]):
+    if MASKS in arrays and not np.array_equal(rows.masks, arrays[MASKS]):
         found.append(f"its masks are not at the offsets of {MASKS}")
-    none = np.full(len(rows.keys), -1)
-    for name, numbers in zip(task.labels, task.arrays[LABELS].T, strict=True):
+    for name, numbers in zip(index["labels"], arrays[LABELS].T, strict=True):
         if not np.array_equal(rows.labels.get(name, none), numbers):
             found.append(f"its labels {name!r} are not those of {LABELS}")
     return found

@@ -20,8 +20,9 @@ from typing import Any
 from jepa_kit.data.shards.indexing import scan
 from jepa_kit.data.shards.members import Refusal
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, Rows, Shard
-from jepa_kit.files import write_json_lines
+from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.lock import LockedError, lock_file
+from jepa_kit.rng import IntArray
 
 LOCK = ".make_shards.lock"
 WRITTEN = ("shard-*.tar", ".*.part*", INDEX, OFFSETS, LABELS, KEYS, MASKS, UNFINISHED)
@@ -33,10 +34,10 @@ class WriteLog:
 
     Args:
         folder: of the shards.
+        numbers: of the samples of the folder, in the order of its shards.
         made_by: the options that determine the bytes.
 
     Attributes:
-        total: samples of the folder, including refused ones.
         end: the number of samples that are in shards or refused.
         complete: whether the index is written.
         shards, rows: of the complete shards.
@@ -44,10 +45,10 @@ class WriteLog:
         notes: note on an image -> number of images of this run.
     """
 
-    def __init__(self, folder: str, made_by: Mapping[str, Any]) -> None:
-        self.folder, self.made_by = folder, json.loads(json.dumps(made_by))
-        self.path, self.index = os.path.join(folder, UNFINISHED), os.path.join(folder, INDEX)
-        self.total, self.end, self.complete = 0, 0, False
+    def __init__(self, folder: str, numbers: IntArray, made_by: Mapping[str, Any]) -> None:
+        self.folder, self.numbers, self.made_by = folder, numbers, json.loads(json.dumps(made_by))
+        self.path, self.index = Path(folder, UNFINISHED), Path(folder, INDEX)
+        self.end, self.complete = 0, False
         self.shards: list[Shard] = []
         self.rows: list[Rows] = []
         self.refused: list[Refusal] = []
@@ -57,7 +58,7 @@ class WriteLog:
     def begin(self) -> None:
         """Create the folder and ``UNFINISHED``, unless they exist or the folder is finished."""
         os.makedirs(self.folder, exist_ok=True)
-        if not os.path.exists(self.path) and not os.path.exists(self.index):
+        if not self.path.exists() and not self.index.exists():
             self._append({"made_by": self.made_by})
 
     def differs(self) -> str | None:
@@ -65,12 +66,12 @@ class WriteLog:
         found = [path for path in existing(self.folder) if not fnmatch(os.path.basename(path), ".*.part*")]
         if not found:
             return None
-        if os.path.exists(self.path):
-            lines = self._lines()
+        if self.path.exists():
+            lines = read_json_lines(self.path)
             before = lines[0].get("made_by") if lines else self.made_by  # killed before its first line was complete
             verb = "has an unfinished run of another command"
-        elif os.path.exists(self.index):
-            before = json.loads(Path(self.index).read_text(encoding="utf-8")).get("made_by")
+        elif self.index.exists():
+            before = json.loads(self.index.read_text(encoding="utf-8")).get("made_by")
             verb = f"already has shards ({found[0]}) of another command"
         else:
             return f"already has shards ({found[0]}) of unknown origin"
@@ -78,22 +79,17 @@ class WriteLog:
             return None
         return f"{verb} ({difference(before or {}, self.made_by)})"
 
-    def open(self, total: int) -> None:
+    def open(self) -> None:
         """Read the state of the folder, and delete incomplete files.
-
-        Args:
-            total: samples of the folder.
 
         Raises:
             ValueError: a shard in the log is missing or has changed.
         """
-        self.total = total
-        if not os.path.exists(self.path):
-            index = json.loads(Path(self.index).read_text(encoding="utf-8"))
-            self.refused = [Refusal(**entry) for entry in index["refused"]]
-            self.end, self.complete = total, True
+        if not self.path.exists():
+            self.refused = [Refusal(**entry) for entry in json.loads(self.index.read_text(encoding="utf-8"))["refused"]]
+            self.end, self.complete = len(self.numbers), True
             return
-        lines = self._lines()
+        lines = read_json_lines(self.path)
         for line in lines[1:]:
             shard = Shard(**line["shard"])
             path = os.path.join(self.folder, shard.file)
@@ -110,7 +106,7 @@ class WriteLog:
         for path in existing(self.folder):
             if os.path.basename(path) not in keep:
                 os.remove(path)
-        write_json_lines(Path(self.path), lines or [{"made_by": self.made_by}])  # without an incomplete last line
+        write_json_lines(self.path, lines or [{"made_by": self.made_by}])  # without an incomplete last line
 
     def add(self, shard: Shard, rows: Rows) -> None:
         """Add a complete shard to the log and to the state."""
@@ -121,15 +117,10 @@ class WriteLog:
         self.rows.append(rows)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-
-    def _lines(self) -> list[dict[str, Any]]:
-        """Return the complete lines; the last one has no line break if the process was killed while writing it."""
-        with open(self.path, encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream if line.endswith("\n")]
 
 
 @contextlib.contextmanager
@@ -196,9 +187,6 @@ def clear(folders: Sequence[str]) -> None:
     """Delete the files of an earlier run, ``UNFINISHED`` last: without it, shards without an index look foreign."""
     for folder in folders:
         mark = os.path.join(folder, UNFINISHED)
-        with open(mark, "w", encoding="utf-8"):
-            pass  # an empty log: a run that resumes starts at the first sample
-        for path in existing(folder):
-            if path != mark:
-                os.remove(path)
-        os.remove(mark)
+        Path(mark).write_bytes(b"")  # an empty log: a run that resumes starts at the first sample
+        for path in sorted(existing(folder), key=lambda path: path == mark):
+            os.remove(path)

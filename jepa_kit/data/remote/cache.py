@@ -21,7 +21,8 @@ import time
 import weakref
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from iopath.common.file_io import file_lock
 
@@ -55,8 +56,7 @@ class RemoteShard:
         return f"{hashlib.sha256(text.encode()).hexdigest()[:20]}-{base}"
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(NamedTuple):
     """Path of a downloaded shard, and why it is incomplete (None if it is complete)."""
 
     path: str
@@ -97,7 +97,7 @@ class ShardCache:
         Raises:
             CacheError: the folder cannot be written to.
         """
-        path = os.path.join(self._inside("shards"), shard.name)
+        path = os.path.join(self._shards(), shard.name)
         if self._is_whole(path, shard):
             return Fetched(path)
         with lock(self.folder, shard.name):
@@ -112,13 +112,12 @@ class ShardCache:
             shard: the shard as downloaded.
             entry: its entry in the index made from it.
         """
-        known = RemoteShard(shard.address, entry.bytes, entry.sha256)
-        folder = self._inside("shards")
+        known, folder = RemoteShard(shard.address, entry.bytes, entry.sha256), self._shards()
         with lock(self.folder, shard.name), suppress(FileNotFoundError):  # if it was removed to make room
             os.replace(os.path.join(folder, shard.name), os.path.join(folder, known.name))
 
-    def _inside(self, *names: str) -> str:
-        folder = os.path.join(self.folder, *names)
+    def _shards(self) -> str:
+        folder = os.path.join(self.folder, "shards")
         os.makedirs(folder, exist_ok=True)
         return folder
 
@@ -151,8 +150,7 @@ class ShardCache:
         except StreamError as error:
             fault, what = str(error), "was not downloaded completely"
         except OSError as error:
-            with suppress(FileNotFoundError):
-                os.remove(part)
+            Path(part).unlink(missing_ok=True)
             raise CacheError(
                 f"the cache {self.folder} cannot store {shard.address}: {error}; set data.cache to a folder with "
                 "space, or data.cache_gb to a smaller limit"
@@ -161,13 +159,11 @@ class ShardCache:
             os.replace(part, path)
             self._make_room(0)
             for end in (".cut", ".why"):
-                with suppress(FileNotFoundError):
-                    os.remove(path + end)
+                Path(path + end).unlink(missing_ok=True)
             return Fetched(path)
         os.replace(part, f"{path}.cut")
         fault = f"{shard.address} {what}: {fault}"
-        with open(f"{path}.why", "w", encoding="utf-8") as text:
-            text.write(fault)
+        Path(f"{path}.why").write_text(fault, encoding="utf-8")
         log.warning("%s", fault)
         return Fetched(f"{path}.cut", fault)
 
@@ -176,19 +172,16 @@ class ShardCache:
         if self.limit is None:
             return
         found, now = [], time.time()
-        with os.scandir(self._inside("shards")) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    facts = entry.stat()
-                    found.append((facts.st_mtime, facts.st_size, entry.path))
+        for entry in os.scandir(self._shards()):
+            with suppress(FileNotFoundError):
+                found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
         total = size + sum(entry[1] for entry in found)
         for used, freed, path in sorted(found):
             if total <= self.limit * 1e9:
                 break
             if path.endswith(".part") and now - used < ABANDONED_AFTER:
                 continue
-            with suppress(FileNotFoundError):
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)
             total -= freed
 
 
@@ -198,8 +191,7 @@ def _recent_fault(path: str, opened: float) -> Fetched | None:
         given_up = os.stat(f"{path}.cut").st_mtime
         if given_up < opened or time.time() - given_up > FORGIVEN_AFTER:
             return None
-        with open(f"{path}.why", encoding="utf-8") as text:
-            return Fetched(f"{path}.cut", text.read())
+        return Fetched(f"{path}.cut", Path(f"{path}.why").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 

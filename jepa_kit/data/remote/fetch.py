@@ -7,6 +7,7 @@ handler of iopath's ``path_manager`` opens: ``jepa_kit.data.remote.fetch.path_ma
 from __future__ import annotations
 
 import http.client
+import io
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -42,10 +43,6 @@ path_manager = PathManager()
 path_manager.register_handler(HTTPURLHandler())
 
 log = logging.getLogger(__name__)
-
-
-class _WriteError(Exception):
-    """Writing to the local disk failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,20 +154,18 @@ def copy(address: str, out: BinaryIO, access: Access, size: int | None = None) -
         OSError: ``out`` cannot be written to.
     """
     failures, best = 0, 0
-    state = _State()
+    tags: dict[str, str] = {}
+    blocks: Iterator[bytes] | None = None
     while True:
         try:
-            _copy_once(address, out, access.timeout, state)
-            got = out.tell()
-            if size is not None and got < size:
-                raise ConnectionError(f"the stream ended after {got} of {size} bytes")
-            out.truncate()
-            return
-        except _WriteError as error:  # noqa: PERF203 (a loop of tries)
-            raise OSError(str(error)) from error.__cause__
-        except (OSError, EOFError, http.client.HTTPException) as error:
+            blocks = blocks or _open(address, out, access.timeout, tags)
+            block = next(blocks, b"")
+            if not block and size is not None and out.tell() < size:
+                raise ConnectionError(f"the stream ended after {out.tell()} of {size} bytes")
+        except (OSError, EOFError, http.client.HTTPException) as error:  # noqa: PERF203 (a loop of tries)
+            blocks = None
             if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # range not satisfiable: start again
-                state.version = None
+                tags.clear()
             elif isinstance(error, urllib.error.HTTPError) and error.code not in TRY_AGAIN:
                 raise StreamError(f"HTTP {error.code} {error.reason}") from error
             if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
@@ -185,6 +180,11 @@ def copy(address: str, out: BinaryIO, access: Access, size: int | None = None) -
             wait = min(access.backoff * 2 ** (failures - 1), LONGEST_WAIT)
             log.warning("%s: %s; retry %d of %d in %g s", address, reason, failures, access.retries, wait)
             time.sleep(wait)
+        else:
+            out.write(block)  # not in the block above: its errors are of the local disk
+            if not block:
+                out.truncate()
+                return
 
 
 def read(address: str, access: Access) -> bytes:
@@ -193,17 +193,9 @@ def read(address: str, access: Access) -> bytes:
     Raises:
         StreamError: see ``copy``.
     """
-    with tempfile.TemporaryFile() as out:
-        copy(address, out, access)
-        out.seek(0)
-        return out.read()
-
-
-@dataclass
-class _State:
-    """The server's version tag of the file, from the previous try."""
-
-    version: str | None = None
+    out = io.BytesIO()
+    copy(address, out, access)
+    return out.getvalue()
 
 
 def _reason(error: Exception, timeout: float) -> str:
@@ -212,45 +204,38 @@ def _reason(error: Exception, timeout: float) -> str:
     return str(error) or type(error).__name__
 
 
-def _write(out: BinaryIO, block: bytes) -> None:
-    try:
-        out.write(block)
-    except OSError as error:
-        raise _WriteError(str(error)) from error
+def _open(address: str, out: BinaryIO, timeout: float, tags: dict[str, str]) -> Iterator[bytes]:
+    """Return the blocks that follow those in ``out``, or all, and move ``out`` to the position of the first.
 
-
-def _copy_once(address: str, out: BinaryIO, timeout: float, state: _State) -> None:
-    """Try once, and leave ``out`` at the position of the next byte."""
+    Args:
+        tags: URL -> the server's version tag of the file, from the previous try.
+    """
     if address.startswith("pipe:"):
         out.seek(0)  # a command starts from its beginning
-        _copy_pipe(address.removeprefix("pipe:"), out, timeout)
-    elif address.startswith(HTTP):
-        _copy_http(address, out, timeout, state)
-    else:
-        _copy_handler(address, out)
+        return _read_pipe(address.removeprefix("pipe:"), timeout)
+    return _read_http(address, out, timeout, tags) if address.startswith(HTTP) else _read_handler(address, out)
 
 
-def _copy_http(address: str, out: BinaryIO, timeout: float, state: _State) -> None:
-    begin = out.tell() if state.version else 0  # without a tag, two tries might join two versions of the file
-    request = urllib.request.Request(address, headers={"User-Agent": "jepa_kit"})
-    if begin:
-        request.add_header("Range", f"bytes={begin}-")
-        request.add_header("If-Range", state.version or "")
+def _read_http(address: str, out: BinaryIO, timeout: float, tags: dict[str, str]) -> Iterator[bytes]:
+    begin = out.tell() if address in tags else 0  # without a tag, two tries might join two versions of the file
+    ranges = {"Range": f"bytes={begin}-", "If-Range": tags[address]} if begin else {}
+    request = urllib.request.Request(address, headers={"User-Agent": "jepa_kit", **ranges})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         if answer.status != 206:
             begin = 0
         out.seek(begin)
-        tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        state.version = None if tag is None or tag.startswith("W/") else tag
+        tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "W/"
+        tags.clear()
+        tags |= {} if tag.startswith("W/") else {address: tag}
         length = answer.headers.get("Content-Length")
         while block := answer.read1(BLOCK):  # read() would wait for all, and lose it in a stall
-            _write(out, block)
+            yield block
         # http.client does not report a body that ends early
         if length is not None and out.tell() < begin + int(length):
             raise ConnectionError(f"the stream ended after {out.tell()} of {begin + int(length)} bytes")
 
 
-def _copy_pipe(command: str, out: BinaryIO, timeout: float) -> None:
+def _read_pipe(command: str, timeout: float) -> Iterator[bytes]:
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             command, shell=True, stdout=subprocess.PIPE, stderr=complaints, bufsize=0, start_new_session=True
@@ -262,10 +247,9 @@ def _copy_pipe(command: str, out: BinaryIO, timeout: float) -> None:
                 while True:
                     if not selector.select(timeout):
                         raise TimeoutError
-                    block = process.stdout.read(BLOCK)
-                    if not block:
+                    if not (block := process.stdout.read(BLOCK)):
                         break
-                    _write(out, block)
+                    yield block
             status = process.wait(timeout)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError from error
@@ -280,12 +264,11 @@ def _copy_pipe(command: str, out: BinaryIO, timeout: float) -> None:
             raise ConnectionError(f"the command ended with status {status}{''.join(f': {line}' for line in last)}")
 
 
-def _copy_handler(address: str, out: BinaryIO) -> None:
-    begin = out.tell()
+def _read_handler(address: str, out: BinaryIO) -> Iterator[bytes]:
     with path_manager.open(address, "rb") as stream:
-        if begin and stream.seekable():
-            stream.seek(begin)
+        if stream.seekable():
+            stream.seek(out.tell())
         else:
             out.seek(0)
         while block := stream.read(BLOCK):
-            _write(out, block)
+            yield block

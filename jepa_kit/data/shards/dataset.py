@@ -10,6 +10,7 @@ Legend: N samples of all shards, in the order of the shards; L labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,37 +50,31 @@ class ShardDataset:
     def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
         given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
         self.path = given if isinstance(given, str) else ", ".join(given)
-        self._access = access or Access()
-        self._cache: ShardCache | None = None
-        self.parts: list[ShardPart] = open_parts(given, self._access, self._open_cache)
-        places = [place for part in self.parts for place in part.places]
-        self.remote = any(map(is_remote, places))
+        opened = cache(lambda: ShardCache(access or Access()))
+        self.parts: list[ShardPart] = open_parts(given, access or Access(), opened)
+        self.remote = any(is_remote(place) for part in self.parts for place in part.places)
         """Whether any shard is remote."""
-        if self.remote:
-            self._open_cache()
-        self.shards: list[dict[str, Any]] = [entry for part in self.parts for entry in part.shards]
+        self.cache = opened() if self.remote else None
+        """The cache of remote shards."""
+        self._reader = ShardReader(self.path, self.parts, self.cache)
+        self.shards = self._reader.shards
+        """Their entries in the index."""
         self.classes, self.conflicts = _merge_classes(self.parts)
         """Label name -> the names of its classes; and unusable label -> the reason."""
         self.mask_conflict: str | None = None
         """Why masks cannot be used, or None."""
-        masked = [part for part in self.parts if part.has_masks]
-        for part in masked:
-            if part.index["masks"]["classes"] != masked[0].index["masks"]["classes"]:
-                self.mask_conflict = f"masks have other classes in {part.path} than in {masked[0].path}"
-        if self.mask_conflict:
-            masked = []
-        self.has_masks = bool(masked)
-        self.mask_classes: tuple[str, ...] = tuple(masked[0].index["masks"]["classes"]) if masked else ()
+        masked = {part.path: tuple(part.index["masks"]["classes"]) for part in self.parts if "masks" in part.index}
+        first, classes = next(iter(masked.items()), (None, ()))
+        for path, others in masked.items():
+            if others != classes:
+                self.mask_conflict = f"masks have other classes in {path} than in {first}"
+        self.has_masks = bool(masked) and not self.mask_conflict
+        self.mask_classes: tuple[str, ...] = classes if self.has_masks else ()
         """Names of the classes of masks, from 0; empty if there are no masks or their names are unknown."""
-        self._starts = np.concatenate([[0], np.cumsum([s["samples"] for s in self.shards])]).astype(np.int64)
-        links = {key: names for part in self.parts for key, names in part.index.get("links", {}).items()}
-        self._reader = ShardReader(self.path, self.shards, places, self._cache, links)
+        self.shard_sizes: IntArray = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
+        """[shards] the number of samples of each shard."""
+        self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._open(verified=False)
-
-    def _open_cache(self) -> ShardCache:
-        if self._cache is None:
-            self._cache = ShardCache(self._access)
-        return self._cache
 
     def _open(self, *, verified: bool) -> None:
         arrays = [(part, part.arrays(verified=verified)) for part in self.parts]
@@ -89,7 +84,8 @@ class ShardDataset:
         self._labels: IntArray = _concatenate([_label_columns(part, found[LABELS], names) for part, found in arrays])
         self._masks: IntArray | None = None
         if self.has_masks:
-            masks = [found[MASKS] if MASKS in found else _no_masks(part) for part, found in arrays]
+            none = np.array([[-1, 0]])
+            masks = [found[MASKS] if MASKS in found else none.repeat(len(found[KEYS]), axis=0) for _, found in arrays]
             self._masks = _concatenate(masks)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,24 +99,8 @@ class ShardDataset:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        return (
-            f"ShardDataset({self.path!r}: {len(self)} samples in {len(self.shards)} shards, labels {[*self.classes]})"
-        )
-
-    @property
-    def shard_sizes(self) -> IntArray:
-        """[shards] the number of samples of each shard."""
-        return np.diff(self._starts)
-
-    @property
-    def cache_limit(self) -> float | None:
-        """Size limit of the cache of remote shards, in bytes; None for no limit or no cache."""
-        return None if self._cache is None or self._cache.limit is None else self._cache.limit * 1e9
-
-    @property
-    def cache_is_temporary(self) -> bool:
-        """Whether downloaded shards are in a temporary folder of this process."""
-        return self._cache is not None and self._cache.temporary
+        size = f"{len(self)} samples in {len(self.shards)} shards"
+        return f"ShardDataset({self.path!r}: {size}, labels {[*self.classes]})"
 
     def shard_of(self, samples: IntArray | int) -> IntArray:
         """Return the number of each sample's shard, in the shape of ``samples``."""
@@ -261,20 +241,14 @@ def _concatenate(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _no_masks(part: ShardPart) -> IntArray:
-    return np.tile(np.array([-1, 0], dtype=np.int64), (sum(entry["samples"] for entry in part.shards), 1))
-
-
 def _label_columns(part: ShardPart, found: IntArray, names: Sequence[str]) -> IntArray:
     """Return [n, L] the labels of a part in the order of ``names``; -1 for a label that the part lacks."""
     own = list(part.classes)
     if own == list(names):
         return found
-    columns = np.full((len(found), len(names)), -1)
-    for k, name in enumerate(names):
-        if name in own:
-            columns[:, k] = found[:, own.index(name)]
-    return columns
+    none = np.full(len(found), -1)
+    columns = [found[:, own.index(name)] if name in own else none for name in names]
+    return np.array(columns, dtype=np.int64).reshape(len(names), len(found)).T
 
 
 def _merge_classes(parts: Sequence[ShardPart]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -289,10 +263,8 @@ def _merge_classes(parts: Sequence[ShardPart]) -> tuple[dict[str, tuple[str, ...
         for name, classes in part.classes.items():
             shorter, longer = sorted((merged.get(name, ()), classes), key=len)
             if longer[: len(shorter)] != shorter:
-                conflicts[name] = (
-                    f"label (={name!r}) must have the same classes in all parts, but those of {part.path} differ from "
-                    f"those of {origin[name]}"
-                )
+                different = f"those of {part.path} differ from those of {origin[name]}"
+                conflicts[name] = f"label (={name!r}) must have the same classes in all parts, but {different}"
                 continue
             merged[name] = longer
             origin.setdefault(name, part.path)

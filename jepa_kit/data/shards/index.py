@@ -162,11 +162,10 @@ def read_array(folder: str, name: str, index: Mapping[str, Any], *, verified: bo
 
 def _remedy(folder: str, index: Mapping[str, Any]) -> str:
     """Return what the user can do about a damaged array."""
-    if os.path.basename(os.path.dirname(folder)) == CACHED_INDEXES:
-        return f"remove {folder}, and it is made again"
-    return (
-        f"remove {os.path.join(folder, INDEX)}, and it is made again" if is_foreign(index) else "make the shards again"
-    )
+    cached = os.path.basename(os.path.dirname(folder)) == CACHED_INDEXES
+    if cached or is_foreign(index):
+        return f"remove {folder if cached else os.path.join(folder, INDEX)}, and it is made again"
+    return "make the shards again"
 
 
 def _out_of_range(name: str, found: NDArray[Any], index: Mapping[str, Any]) -> str | None:
@@ -176,20 +175,19 @@ def _out_of_range(name: str, found: NDArray[Any], index: Mapping[str, Any]) -> s
             found.tobytes().decode("utf-8")  # all at once is fast, and a key that is cut fails at the next one
         except UnicodeDecodeError as error:
             return f"key {error.start // found.itemsize} is no text in UTF-8"
-        return None
-    if name == LABELS:
+    elif name == LABELS:
         for column, (label, classes) in enumerate(index["labels"].items()):
             for k in np.flatnonzero((found[:, column] < -1) | (found[:, column] >= len(classes)))[:1]:
                 return f"sample {k} has class {found[k, column]} of label {label!r}, which has {len(classes)} classes"
-        return None
-    ends = np.repeat([entry["bytes"] for entry in index["shards"]], [entry["samples"] for entry in index["shards"]])
-    for column, what in enumerate(("image", "label") if name == OFFSETS else ("mask",)):
-        start, size = found[:, 2 * column], found[:, 2 * column + 1]
-        inside = (start >= BLOCKSIZE) & (start % BLOCKSIZE == 0) & (size >= 0) & (size <= ends - start)
-        if what != "image":
-            inside |= (start == -1) & (size == 0)  # a sample without one
-        for k in np.flatnonzero(~inside)[:1]:
-            return f"the {what} of sample {k} has {size[k]} bytes at {start[k]}, in a shard of {ends[k]} bytes"
+    else:
+        ends = np.repeat([entry["bytes"] for entry in index["shards"]], [entry["samples"] for entry in index["shards"]])
+        for column, what in enumerate(("image", "label") if name == OFFSETS else ("mask",)):
+            start, size = found[:, 2 * column], found[:, 2 * column + 1]
+            inside = (start >= BLOCKSIZE) & (start % BLOCKSIZE == 0) & (size >= 0) & (size <= ends - start)
+            if what != "image":
+                inside |= (start == -1) & (size == 0)  # a sample without one
+            for k in np.flatnonzero(~inside)[:1]:
+                return f"the {what} of sample {k} has {size[k]} bytes at {start[k]}, in a shard of {ends[k]} bytes"
     return None
 
 
@@ -242,10 +240,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str | N
                 return f"shard {number} differs: {before[0]} had {what} {was}, but here {after[0]} has {is_now}", None
     if len(old) != len(new):
         first = (old[len(new) :] or new[len(old) :])[0][0]
-        return (
-            f"it had {len(old)} shards, but here are {len(new)}: the first that one side lacks is {first}",
-            None,
-        )
+        return f"it had {len(old)} shards, but here are {len(new)}: the first that one side lacks is {first}", None
     note = f"{unsummed} of {len(new)} shards have no checksum in their index: compared by name, sample count and size"
     return None, note if unsummed else None
 

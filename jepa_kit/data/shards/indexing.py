@@ -17,9 +17,10 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from zipfile import BadZipFile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from jepa_kit.data.shards.writing import (
     make_rows,
     write_index,
 )
-from jepa_kit.files import atomic_write, sha256_of
+from jepa_kit.files import sha256_of, write_text
 
 INDEXER = 2
 """Version of the indexes of foreign shards; those of other versions are made again. 2: checksums, links."""
@@ -67,27 +68,21 @@ class Scan:
     outside: dict[str, int]
 
     def save(self, path: str) -> None:
-        """Write an .npz file, so that indexing can resume after this shard."""
-        entry, rows, names = self.entry, self.rows, list(self.rows.labels)
-        meta = {"entry": [entry.file, entry.bytes, entry.sha256], "keys": rows.keys, "names": names}
-        meta |= {"refused": [r._asdict() for r in self.refused], "links": rows.links, "outside": self.outside}
-        labels = np.array([rows.labels[name] for name in names]).reshape(len(names), len(rows.keys))
-        with atomic_write(path, shared=True) as temporary, open(temporary, "wb") as out:
-            np.savez(out, meta=np.array(json.dumps(meta)), offsets=rows.offsets, labels=labels, masks=rows.masks)
+        """Write a JSON file, so that indexing can resume after this shard."""
+        write_text(Path(path), json.dumps(asdict(self), default=np.ndarray.tolist), shared=True)
 
     @classmethod
     def load(cls, path: str) -> Scan | None:
         """Return what `save` wrote, or None if there is no such file or it is damaged."""
         try:
-            with np.load(path) as saved:
-                meta = json.loads(str(saved["meta"]))
-                labels = dict(zip(meta["names"], saved["labels"].astype(np.int64), strict=True))
-                rows = Rows(meta["keys"], saved["offsets"], labels, saved["masks"], meta["links"])
-        except (FileNotFoundError, BadZipFile, ValueError, KeyError):
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = Rows(**saved["rows"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        name, size, sha256 = meta["entry"]
-        refused = [Refusal(**entry) for entry in meta["refused"]]
-        return cls(Shard(name, len(rows.keys), size, sha256), rows, refused, meta["outside"])
+        offsets, masks = (np.array(x, dtype=np.int64).reshape(-1, n) for x, n in ((rows.offsets, 4), (rows.masks, 2)))
+        labels = {name: np.array(numbers, dtype=np.int64) for name, numbers in rows.labels.items()}
+        rows = replace(rows, offsets=offsets, masks=masks, labels=labels)
+        return cls(Shard(**saved["entry"]), rows, [Refusal(*r) for r in saved["refused"]], saved["outside"])
 
 
 def scan(path: str, name: str, *, checksum: bool = False) -> Scan:
@@ -200,33 +195,22 @@ def _choose_labels(scans: Sequence[Scan]) -> tuple[list[str], list[str], list[Re
     ids = sorted(name for name, count in outside.items() if count > within[name] and name not in sizes)
     names = sorted(name for name in within if name not in sizes and name not in ids)
     notes = [f"{', '.join(sizes)}: image sizes, not used as labels"] if sizes else []
-    notes += [
-        f"{name}: not used as a label, since {outside[name]} of {outside[name] + within[name]} samples {limits}"
-        for name in ids
-    ]
-    missing = [
-        Refusal(f"label {name!r}", f"{outside[name]} samples {limits}: used without that label")
-        for name in names
-        if outside[name]
-    ]
-    return names, notes, missing
+    for name in ids:
+        count = f"{outside[name]} of {outside[name] + within[name]}"
+        notes.append(f"{name}: not used as a label, since {count} samples {limits}")
+    reasons = {name: f"{outside[name]} samples {limits}: used without that label" for name in names if outside[name]}
+    return names, notes, [Refusal(f"label {name!r}", reason) for name, reason in reasons.items()]
 
 
-class Progress:
-    """Log the progress of indexing every 30 seconds."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.start = self.reported = time.monotonic()
-
-    def step(self) -> None:
-        """Count one more shard."""
-        self.done += 1
+def reported(scans: Iterable[Scan], what: str, total: int) -> Iterator[Scan]:
+    """Yield the scans of shards, and log the progress every 30 seconds."""
+    start = last = time.monotonic()
+    for done, found in enumerate(scans, start=1):
+        yield found
         now = time.monotonic()
-        if now - self.reported > REPORT_EVERY:
-            self.reported = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            log.warning("%s: %d of %d, %.0f s left", self.what, self.done, self.total, left)
+        if now - last > REPORT_EVERY:
+            last = now
+            log.warning("%s: %d of %d, %.0f s left", what, done, total, (now - start) / done * (total - done))
 
 
 def index_files(files: Sequence[str], folder: str, path: str) -> None:
@@ -246,11 +230,8 @@ def index_files(files: Sequence[str], folder: str, path: str) -> None:
             f"shards (={path!r}) name {len(files)} files, but {len(missing)} of them are missing, first {missing[0]}"
         )
     log.info("indexing %d shards of %s, once", len(files), path)
-    progress, scans = Progress("shards indexed", len(files)), []
-    for file in files:
-        scans.append(scan(file, os.path.basename(file), checksum=True))
-        progress.step()
-    write_foreign_index(folder, scans, path)
+    scans = (scan(file, os.path.basename(file), checksum=True) for file in files)
+    write_foreign_index(folder, list(reported(scans, "shards indexed", len(files))), path)
 
 
 def shards_in(folder: str) -> list[str]:
@@ -289,12 +270,6 @@ def _suggest_command(source: str) -> str:
 
 def _first_image(folder: str) -> str | None:
     """Return the first file with the extension of an image in a folder or below, among the first thousand files."""
-    searched = 0
-    for parent, _, files in os.walk(folder):
-        for name in sorted(files):
-            searched += 1
-            if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                return os.path.relpath(os.path.join(parent, name), folder)
-        if searched > SEARCHED_FILES:
-            break
-    return None
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
+    images = (f for f in islice(files, SEARCHED_FILES) if f.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+    return next((os.path.relpath(file, folder) for file in images), None)

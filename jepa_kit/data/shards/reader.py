@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache
 from jepa_kit.data.remote.fetch import is_remote
+from jepa_kit.data.shards.resolve import ShardPart
 from jepa_kit.errors import SampleError
 
 OPEN_SHARDS = 128
@@ -49,21 +50,20 @@ class ShardReader:
 
     Args:
         path: of the data set, for messages.
-        shards: their entries in the index: ``file``, ``bytes`` and ``sha256``.
-        places: path or URL of each.
+        parts: of the data set.
         cache: for remote shards; None if there are none.
+
+    Attributes:
+        shards: their entries in the index.
+        places: path or URL of each.
         links: key -> other names that the headers of its members may have, if these are links.
     """
 
-    def __init__(
-        self,
-        path: str,
-        shards: Sequence[dict[str, Any]],
-        places: Sequence[str],
-        cache: ShardCache | None,
-        links: Mapping[str, Sequence[str]],
-    ) -> None:
-        self.path, self.shards, self.places, self.cache, self.links = path, shards, places, cache, links
+    def __init__(self, path: str, parts: Sequence[ShardPart], cache: ShardCache | None) -> None:
+        self.path, self.cache = path, cache
+        self.shards = [entry for part in parts for entry in part.shards]
+        self.places = [place for part in parts for place in part.places]
+        self.links = {key: names for part in parts for key, names in part.index.get("links", {}).items()}
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,13 +92,15 @@ class ShardReader:
                 break
             except OSError as error:
                 self._close(shard)
-                if again:
-                    continue
-                if isinstance(error, FileNotFoundError):
-                    raise SampleError(f"{what} is missing, but index.json lists it") from error
-                raise SampleError(f"{what} cannot be read: {error}") from error
+                if not again:
+                    missing = isinstance(error, FileNotFoundError)
+                    reason = "is missing, but index.json lists it" if missing else f"cannot be read: {error}"
+                    raise SampleError(f"{what} {reason}") from error
         if len(block) < size + HEADER:
-            raise SampleError(fault or self._length_fault(shard, what))
+            if fault is None:
+                found, listed = os.fstat(self._files[shard]).st_size, self.shards[shard]["bytes"]
+                fault = f"{what} has {found} bytes, but index.json says {listed}: it was cut short or changed"
+            raise SampleError(fault)
         if wrong := header_fault(block[:HEADER], size, key, self.links.get(key, ())):
             raise SampleError(f"{what} is corrupt at byte {offset - HEADER}, or was changed: {wrong}")
         return block[HEADER:]
@@ -120,32 +122,23 @@ class ShardReader:
         path, fault = self.places[shard], None
         if is_remote(path):
             assert self.cache is not None
-            self._close_removed()
-            fetched = self.cache.get(self._remote(shard))
-            path, fault = fetched.path, fetched.fault
+            # close files that the cache removed, which frees their disk space
+            for removed in [s for s, descriptor in self._files.items() if os.fstat(descriptor).st_nlink == 0]:
+                self._close(removed)
+            path, fault = self.cache.get(self._remote(shard))
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        if fault is None:
-            self._files[shard] = descriptor
-            if len(self._files) > OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            return os.pread(descriptor, size, offset), None
-        try:  # an incomplete shard is not kept open: a complete one may replace it
+        self._files[shard] = descriptor
+        if len(self._files) > OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        try:
             return os.pread(descriptor, size, offset), fault
         finally:
-            os.close(descriptor)
+            if fault is not None:  # an incomplete shard is not kept open: a complete one may replace it
+                self._close(shard)
 
     def _close(self, shard: int) -> None:
         if shard in self._files:
             os.close(self._files.pop(shard))
-
-    def _close_removed(self) -> None:
-        """Close files that the cache removed, which frees their disk space."""
-        for shard in [s for s, descriptor in self._files.items() if os.fstat(descriptor).st_nlink == 0]:
-            self._close(shard)
-
-    def _length_fault(self, shard: int, what: str) -> str:
-        size, listed = os.fstat(self._files[shard]).st_size, self.shards[shard]["bytes"]
-        return f"{what} has {size} bytes, but index.json says {listed}: it was cut short or changed"
 
 
 def header_fault(header: bytes, size: int, key: str, links: Sequence[str] = ()) -> str | None:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
 from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_arrays, read_index
-from jepa_kit.data.shards.indexing import INDEXER, Progress, Scan, index_files, scan, shards_in, write_foreign_index
+from jepa_kit.data.shards.indexing import INDEXER, Scan, index_files, reported, scan, shards_in, write_foreign_index
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.errors import StreamError
 from jepa_kit.files import atomic_write
@@ -66,11 +66,6 @@ class ShardPart:
     def classes(self) -> dict[str, tuple[str, ...]]:
         """Label name -> the names of its classes."""
         return {k: tuple(v) for k, v in self.index["labels"].items()}
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether there are segmentation masks."""
-        return "masks" in self.index
 
     def arrays(self, *, verified: bool = False) -> dict[str, NDArray[Any]]:
         """Return the arrays of the index by name, memory-mapped if the part has all rows; see ``read_arrays``."""
@@ -167,9 +162,9 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
         files = shards_in(folder)
         if os.access(folder, os.W_OK):
             index_files(files, folder, folder)
+            index = read_index(os.path.join(folder, INDEX))
         else:
-            own = _local_index(files, folder, access)
-        index = read_index(os.path.join(own, INDEX))
+            own, index = _local_index(files, folder, access)
     return _all_shards(folder, own, index)
 
 
@@ -210,11 +205,10 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
         found = None if stale else (parent, index)
     if found and (part := _subset(shown, *found, addresses)):
         return part
-    folder = _streamed_index(addresses, shown, access, cache) if remote else _local_index(addresses, shown, access)
-    part = _subset(shown, folder, read_index(os.path.join(folder, INDEX)), addresses)
-    if part is None:
-        raise ValueError(f"{folder} is the index of other shards: remove it")
-    return part
+    found = _streamed_index(addresses, shown, access, cache) if remote else _local_index(addresses, shown, access)
+    if part := _subset(shown, *found, addresses):
+        return part
+    raise ValueError(f"{found[0]} is the index of other shards: remove it")
 
 
 def _all_shards(path: str, folder: str, index: dict[str, Any]) -> ShardPart:
@@ -242,27 +236,23 @@ def _file(address: str) -> str:
     return address if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[2]
 
 
-def _index_root(access: Access) -> str:
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "jepa_kit")
-    return os.path.abspath(os.path.expanduser(access.cache or default))
-
-
-def _cached_index(access: Access, identity: Any, make: Callable[[str], None]) -> str:
-    """Return the folder of a cached index; the first process that needs it makes it."""
+def _cached_index(access: Access, identity: Any, make: Callable[[str], None]) -> tuple[str, dict[str, Any]]:
+    """Return the folder of a cached index and its content; the first process that needs it makes it."""
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    root = _index_root(access)
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "jepa_kit")
+    root = os.path.abspath(os.path.expanduser(access.cache or default))
     folder = os.path.join(root, CACHED_INDEXES, name)
     os.makedirs(folder, exist_ok=True)
     with lock(root, name):
         if not os.path.isfile(os.path.join(folder, INDEX)):
             make(folder)
-    return folder
+    return folder, read_index(os.path.join(folder, INDEX))
 
 
-def _local_index(files: Sequence[str], path: str, access: Access) -> str:
-    """Return the folder of the cached index of local shards; another size or time of change gives another index."""
-    facts = [os.stat(file) if os.path.exists(file) else None for file in files]
-    versions = [(os.path.abspath(f), s and s.st_size, s and s.st_mtime_ns) for f, s in zip(files, facts, strict=True)]
+def _local_index(files: Sequence[str], path: str, access: Access) -> tuple[str, dict[str, Any]]:
+    """Return the cached index of local shards; another size or time of change gives another index."""
+    facts = [(os.path.abspath(file), os.stat(file) if os.path.exists(file) else None) for file in files]
+    versions = [(file, s and s.st_size, s and s.st_mtime_ns) for file, s in facts]
     return _cached_index(access, [INDEXER, versions], lambda folder: index_files(files, folder, path))
 
 
@@ -276,7 +266,10 @@ def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | N
     try:
         text = read(f"{base}/{INDEX}", access)
     except StreamError as error:
-        if _is_absent(error):
+        # object stores may answer 403 for what does not exist
+        if str(error).startswith(("HTTP 403", "HTTP 404", "HTTP 410")) or isinstance(
+            error.__cause__, FileNotFoundError
+        ):
             return None
         raise ValueError(f"{base}/{INDEX} cannot be read: {error}") from error
     index = read_index(f"{base}/{INDEX}", text)
@@ -290,38 +283,35 @@ def _remote_index(folder: str, access: Access) -> tuple[str, dict[str, Any]] | N
             with atomic_write(os.path.join(here, name), shared=True) as temporary:
                 temporary.write_bytes(content)
 
-    return _cached_index(access, [base, hashlib.sha256(text).hexdigest()], make), index
+    return _cached_index(access, [base, hashlib.sha256(text).hexdigest()], make)
 
 
-def _is_absent(error: StreamError) -> bool:
-    """Return whether a URL does not exist; object stores may answer 403 for that."""
-    return str(error).startswith(("HTTP 403", "HTTP 404", "HTTP 410")) or isinstance(error.__cause__, FileNotFoundError)
-
-
-def _streamed_index(addresses: Sequence[str], path: str, access: Access, cache: Callable[[], ShardCache]) -> str:
-    """Return the folder of the index of remote shards; each is downloaded once, and an interrupted call resumes."""
+def _streamed_index(
+    addresses: Sequence[str], path: str, access: Access, cache: Callable[[], ShardCache]
+) -> tuple[str, dict[str, Any]]:
+    """Return the index of remote shards; each is downloaded once, and an interrupted call resumes."""
 
     def make(folder: str) -> None:
-        shards, progress = cache(), Progress(f"shards of {path} read for their index", len(addresses))
+        shards = cache()
 
         def scan_one(number: int) -> Scan:
-            saved = os.path.join(folder, f"part-{number:06d}.npz")
-            found = Scan.load(saved)
+            saved = os.path.join(folder, f"part-{number:06d}.json")
+            found, shard = Scan.load(saved), RemoteShard(addresses[number])
             if found is None:
-                fetched = shards.get(RemoteShard(addresses[number]))
-                if fetched.fault:
+                file, fault = shards.get(shard)
+                if fault:
                     raise ValueError(
-                        f"shards (={path!r}) have no index, and to make it each is read once, but {fetched.fault}. "
+                        f"shards (={path!r}) have no index, and to make it each is read once, but {fault}. "
                         "The next try resumes after the shards that were read"
                     )
-                found = scan(fetched.path, _file(addresses[number]), checksum=True)
-                shards.summed(RemoteShard(addresses[number]), found.entry)
+                found = scan(file, _file(shard.address), checksum=True)
+                shards.summed(shard, found.entry)
                 found.save(saved)
-            progress.step()
             return found
 
         with ThreadPoolExecutor(FETCHERS) as pool:
-            scans = list(pool.map(scan_one, range(len(addresses))))
+            done = pool.map(scan_one, range(len(addresses)))
+            scans = list(reported(done, f"shards of {path} read for their index", len(addresses)))
         write_foreign_index(folder, scans, path)
         for saved in glob.glob(os.path.join(glob.escape(folder), "part-*")):
             os.remove(saved)

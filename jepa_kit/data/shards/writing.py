@@ -154,19 +154,18 @@ def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
 def write_packed(path: str, samples: Iterable[Packed]) -> tuple[Shard, Rows]:
     """Write a shard of packed samples."""
     digest, size, keys, places, found = hashlib.sha256(), 0, [], [], []
-    with atomic_write(path, shared=True) as temporary:
-        with open(temporary, "wb") as stream:
-            for sample in samples:
-                stream.write(sample.data)
-                digest.update(sample.data)
-                keys.append(sample.key)
-                places.append(sample.places + np.array([[size, 0]]) * (sample.places[:, :1] >= 0))
-                found.append(sample.labels)
-                size += len(sample.data)
-            end = bytes(tar_size(size) - size)
-            stream.write(end)
-            digest.update(end)
-        shard = Shard(os.path.basename(path), len(keys), size + len(end), digest.hexdigest())
+    with atomic_write(path, shared=True) as temporary, temporary.open("wb") as stream:
+        for sample in samples:
+            stream.write(sample.data)
+            digest.update(sample.data)
+            keys.append(sample.key)
+            places.append(sample.places + np.array([[size, 0]]) * (sample.places[:, :1] >= 0))
+            found.append(sample.labels)
+            size += len(sample.data)
+        end = bytes(tar_size(size) - size)
+        stream.write(end)
+        digest.update(end)
+    shard = Shard(os.path.basename(path), len(keys), size + len(end), digest.hexdigest())
     return shard, make_rows(keys, np.array(places), found)
 
 
@@ -225,18 +224,15 @@ def write_index(
     masks = np.concatenate([part.masks for part in rows])
     if (masks[:, 0] >= 0).any():
         arrays[MASKS] = masks
-    sums = {}
     for name, array in arrays.items():
-        with atomic_write(os.path.join(folder, name), shared=True) as temporary:
-            with open(temporary, "wb") as stream:
-                np.save(stream, array)
-            sums[name] = sha256_of(temporary)
+        with atomic_write(Path(folder, name), shared=True) as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
     index: dict[str, Any] = {
         "format": "jepa_kit shards",
         "version": FORMAT_VERSION,
         "samples": len(keys),
         "shards": [asdict(shard) for shard in shards],
-        "arrays": sums,
+        "arrays": {name: sha256_of(Path(folder, name)) for name in arrays},
         "labels": {name: list(names) for name, names in classes.items()},
         "refused": [entry._asdict() for entry in refused],
         "made_by": dict(made_by),

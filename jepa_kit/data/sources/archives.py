@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import IO, NamedTuple
 
 from jepa_kit.data.shards.tars import BLOCK, HEADER_ERRORS, Link, compression, follow, pieces, read_link
@@ -41,46 +41,33 @@ class Member(NamedTuple):
     fault: str = ""
     pieces: tuple[tuple[int, int], ...] | None = None
 
-    @property
-    def stored(self) -> int:
-        """Bytes in the archive."""
-        return self.size if self.pieces is None else sum(count for _, count in self.pieces)
-
 
 def _read_member(path: str, members: Sequence[Member], i: int) -> bytes:
     """Return the content of a member of an uncompressed tar file."""
     member = members[i]
     if member.fault:
         raise OSError(member.fault)
+    data = bytearray(member.size)
     with open(path, "rb") as stream:
         stream.seek(member.offset)
-        if member.pieces is None:
-            return stream.read(member.size)
-        data = bytearray(member.size)
-        for offset, count in member.pieces:
+        for offset, count in ((0, member.size),) if member.pieces is None else member.pieces:
             data[offset : offset + count] = stream.read(count)
-        return bytes(data)
+    return bytes(data)
 
 
-class _ZipReader:
-    """Members of a zip file by their index in its list, since two may have one name; each process opens it once."""
+@lru_cache(maxsize=8)
+def _open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """Open a zip file once in each process: forked processes share the position of an open file."""
+    return zipfile.ZipFile(path)
 
-    def __init__(self, path: str, indices: Sequence[int]) -> None:
-        self.path, self.indices = path, indices
-        self._owner = -1
-        self._file: zipfile.ZipFile | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path, "indices": self.indices, "_owner": -1, "_file": None}
-
-    def __call__(self, i: int) -> bytes:
-        # forked processes share the position of an open file, so each opens its own
-        if self._file is None or self._owner != os.getpid():
-            self._owner, self._file = os.getpid(), zipfile.ZipFile(self.path)
-        try:
-            return self._file.read(self._file.infolist()[self.indices[i]])
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise OSError(str(error)) from error
+def _read_zip(path: str, indices: Sequence[int], i: int) -> bytes:
+    """Return the content of a member of a zip file by its index in the file's list, since two may have one name."""
+    archive = _open_zip(path, os.getpid())
+    try:
+        return archive.read(archive.infolist()[indices[i]])
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise OSError(str(error)) from error
 
 
 def zip_files(path: str) -> Listing:
@@ -89,6 +76,7 @@ def zip_files(path: str) -> Listing:
     Raises:
         ValueError: it is damaged.
     """
+    _open_zip.cache_clear()  # the file may be another one now
     try:
         with zipfile.ZipFile(path) as archive:
             # some writers on Windows separate folders by backslashes, which the format does not allow
@@ -97,7 +85,7 @@ def zip_files(path: str) -> Listing:
     except zipfile.BadZipFile as error:
         raise ValueError(f"source (={path!r}) is not a complete zip archive: {error}") from error
     found = [entry for entry in every if not hidden(entry[0])]
-    read = _ZipReader(path, [e[1] for e in found])
+    read = partial(_read_zip, path, [e[1] for e in found])
     return Listing([e[0] for e in found], [e[2] for e in found], read, len(every) - len(found))
 
 
@@ -150,13 +138,14 @@ def tar_files(path: str, scratch: str) -> Listing:
         if of_tars:
             inside = []
             for outer in members:
-                what = f"{outer.name} in source (={path!r}) is not a complete tar archive"
                 try:
                     found, more = _list_members(stream, outer.offset)
+                    stored = [m.size if m.pieces is None else sum(count for _, count in m.pieces) for m in found]
+                    if any(m.offset + n > outer.offset + outer.size for m, n in zip(found, stored, strict=True)):
+                        raise tarfile.ReadError("it is cut short")
                 except HEADER_ERRORS as error:
-                    raise ValueError(f"{what}: {error}") from error
-                if any(m.offset + m.stored > outer.offset + outer.size for m in found):
-                    raise ValueError(f"{what}: it is cut short")
+                    what = f"{outer.name} in source (={path!r})"
+                    raise ValueError(f"{what} is not a complete tar archive: {error}") from error
                 inside += [m._replace(name=f"{outer.name.removesuffix('.tar')}/{m.name}") for m in found]
                 num_hidden += more
             members = inside

@@ -44,7 +44,8 @@ class Source(Protocol):
     notes: Sequence[str] = ()
     """Messages for the user, a line each."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return sum(map(len, self.splits.values()))
 
     def name(self, i: int) -> str:
         """Return the name of sample i in reports."""
@@ -120,7 +121,9 @@ class Recode:
         extension = KEPT_FORMATS.get(image.format or "")
         small = self._shrink(pixels)
         if self.quality is not None or (small is not pixels and extension == "jpg"):
-            extension, data = "jpg", _encode_jpeg(small, self.quality or DEFAULT_QUALITY)
+            out = io.BytesIO()
+            small.save(out, format="JPEG", quality=self.quality or DEFAULT_QUALITY, subsampling="4:2:0")
+            extension, data = "jpg", out.getvalue()
         elif small is not pixels or extension is None:
             extension, data = "png", encode_png(small)
         small_mask = None if mask is None else self._shrink_mask(mask, pixels, small)
@@ -146,12 +149,6 @@ class Recode:
         return encode_mask(np.asarray(mask.resize(small.size, Image.Resampling.NEAREST)))
 
 
-def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format="JPEG", quality=quality, subsampling="4:2:0")
-    return out.getvalue()
-
-
 def unique_keys(names: Sequence[str]) -> list[str]:
     """Return unique WebDataset keys of files: paths without extension and without a dot in the last part."""
     stems = []
@@ -168,8 +165,7 @@ def each_once(keys: Iterable[str]) -> list[str]:
     following: dict[str, int] = {}  # key -> the next number to try
     for text in keys:
         # an absolute path, or one with .., is not safe to unpack; WebDataset reserves __x__ for metadata
-        key = re.sub(r"^(?:\.{0,2}/+)+", "", text)
-        key = re.sub(r"^__", "_", key)
+        key = re.sub(r"^__", "_", re.sub(r"^(?:\.{0,2}/+)+", "", text))
         candidate, k = key, following.get(key, 1)
         while candidate in taken:
             candidate, k = f"{key}_{k}", k + 1

@@ -22,6 +22,8 @@ from jepa_kit.data.images import encode_png
 from jepa_kit.data.shards.tars import STREAM_ERRORS, read_files
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, Source, fingerprint, unique_keys
+from jepa_kit.data.sources.labels import Labels
+from jepa_kit.errors import PICKLE_ERRORS
 from jepa_kit.rng import IntArray
 
 SIDE = 32
@@ -68,6 +70,9 @@ class _Array:
         if not isinstance(dtype, _DType) or dtype.code != b"u1" or fortran or not isinstance(self.raw, bytes):
             raise pickle.UnpicklingError("an array must be of unsigned bytes, in the order of C")
 
+    def pixels(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self.raw, dtype=np.uint8).reshape(self.shape)
+
 
 class _DType:
     def __init__(self, code: object, *_: object) -> None:
@@ -77,18 +82,10 @@ class _DType:
         """Ignore byte order and the like, which single bytes do not need."""
 
 
-class _Kind:
-    """Stands for ``numpy.ndarray``, which the pickle names and never calls."""
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _Kind,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy", "ndarray"): _Array,  # named, and never called
     ("numpy", "dtype"): _DType,
 }
 
@@ -110,20 +107,13 @@ def unpickle(data: bytes) -> dict[str, Any]:
         found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(found, dict):
             raise pickle.UnpicklingError(f"a batch must be a dict, but is a {type(found).__name__}")
-        return {_text(key): _pixels(value) if isinstance(value, _Array) else value for key, value in found.items()}
-    except (  # all that pickle raises on arbitrary bytes
-        *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, MemoryError),
-        *(OverflowError, ImportError),
-    ) as error:
+        return {_text(key): value.pixels() if isinstance(value, _Array) else value for key, value in found.items()}
+    except (*PICKLE_ERRORS, MemoryError, OverflowError) as error:
         raise ValueError(f"not a batch of CIFAR: {error}") from error
 
 
 def _text(value: object) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _pixels(array: _Array) -> NDArray[np.uint8]:
-    return np.frombuffer(array.raw, dtype=np.uint8).reshape(array.shape)
 
 
 class Cifar(Source):
@@ -147,49 +137,43 @@ class Cifar(Source):
             raise ValueError(f"source (={path!r}) is not a complete tar archive: {error}") from error
         self.recode = recode
         images: list[NDArray[np.uint8]] = []
-        names: list[str] = []
+        self._names: list[str] = []
         self.splits: dict[str, IntArray] = {}
         labels: dict[str, list[int]] = {name: [] for name in layout.labels}
-        self.classes: dict[str, tuple[str, ...]] = {}
         batch = layout.meta
         try:
             meta = unpickle(files[batch])
             self.classes = {name: tuple(map(_text, meta[key])) for name, (_, key) in layout.labels.items()}
             for split, batches in layout.splits.items():
-                start = len(names)
+                start = len(self._names)
                 for batch in batches:
                     content = unpickle(files[batch])
                     pixels = content["data"]
                     images.append(pixels.reshape(-1, 3, SIDE, SIDE))
-                    names += map(_text, content["filenames"])
+                    self._names += map(_text, content["filenames"])
                     for name, (key, _) in layout.labels.items():
                         labels[name] += _numbers(content[key], len(pixels), len(self.classes[name]))
-                    if len(names) != sum(map(len, images)):
+                    if len(self._names) != sum(map(len, images)):
                         raise ValueError(f"{len(content['filenames'])} names for {len(pixels)} images")
-                self.splits[split] = np.arange(start, len(names))
-        except KeyError as error:
-            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error} is missing") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error}") from error
+                self.splits[split] = np.arange(start, len(self._names))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            missing = " is missing" if isinstance(error, KeyError) else ""
+            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error}{missing}") from error
         self._images = np.concatenate(images)  # [n, 3, 32, 32]
-        self._labels: dict[str, IntArray] = {name: np.array(numbers) for name, numbers in labels.items()}
-        self._names, self._keys = names, unique_keys(names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        self._labels = Labels(self.classes, {name: np.array(numbers) for name, numbers in labels.items()})
+        self._keys = unique_keys(self._names)
 
     def name(self, i: int) -> str:
         return self._names[i]
 
     def sample(self, i: int) -> Sample:
         png = encode_png(Image.fromarray(np.ascontiguousarray(self._images[i].transpose(1, 2, 0))))
-        labels = {name: int(numbers[i]) for name, numbers in self._labels.items()}
         if self.recode == Recode():
-            return Sample(self._keys[i], "png", png, labels)
-        return self.recode.sample(self._keys[i], png, labels)
+            return Sample(self._keys[i], "png", png, self._labels.of(i))
+        return self.recode.sample(self._keys[i], png, self._labels.of(i))
 
     def fingerprint(self) -> str:
-        return fingerprint([*self._names, *(numbers.tolist() for numbers in self._labels.values())])
+        return fingerprint([*self._names, *(numbers.tolist() for numbers in self._labels.values.values())])
 
 
 def _numbers(values: object, count: int, classes: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, single_split, unique_keys
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
+from jepa_kit.errors import cause_of
 
 READ_ERRORS = (OSError, RuntimeError)
 """Errors of a file that is missing, locked or damaged; zipfile raises RuntimeError for a member with a password."""
@@ -51,9 +52,6 @@ class Files(Source):
         self._keys = unique_keys(self.names)
         self.splits, self.notes = single_split(len(self.names)), [*notes, *labels.notes]
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def name(self, i: int) -> str:
         return self.names[i].encode("utf-8", "replace").decode()  # a file name may not be valid UTF-8
 
@@ -64,7 +62,7 @@ class Files(Source):
         try:
             data = self.read(i)
         except READ_ERRORS as error:
-            raise Refused(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise Refused(f"cannot be read: {cause_of(error)}") from error
         return self.recode.sample(self._keys[i], data, labels)
 
     def fingerprint(self) -> str:

@@ -47,10 +47,7 @@ class HubDataset(Source):
             self._parts.append(_undecoded(part, self.column))
             self._starts.append(start)
             start += len(part)
-        self._total, self._names = start, list(parts)
-
-    def __len__(self) -> int:
-        return self._total
+        self._names = list(parts)
 
     def _place(self, i: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._starts, i, side="right")) - 1

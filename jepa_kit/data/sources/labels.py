@@ -250,18 +250,16 @@ def label_file(path: str, names: Sequence[str], columns: Sequence[str], path_col
         files = [f"ILSVRC2012_val_{k:08d}" for k in range(1, len(texts) + 1)]
     else:
         lines = [line.split() for line in read_lines(path, "--labels")]
-        if lines and all(len(line) == 1 for line in lines):
-            files, texts = _in_order(names, [line[0] for line in lines], path)
-        elif lines and all(len(line) == 2 for line in lines):
-            files, texts = [line[0] for line in lines], [line[1] for line in lines]
-        else:
+        if {*map(len, lines)} not in ({1}, {2}):
             raise ValueError(f"--labels (={path!r}) must have a file's name and its class, or a class, on each line")
+        texts = [line[-1] for line in lines]
+        files = [line[0] for line in lines] if len(lines[0]) == 2 else _in_order(names, texts, path)
     labels = named_labels({"class": texts}, f"no label in {os.path.basename(path)}")
     return _matched(names, files, labels, path)
 
 
-def _in_order(names: Sequence[str], texts: list[str], path: str) -> tuple[list[str], list[str]]:
-    """Return the sorted files and their classes, for a list of classes only."""
+def _in_order(names: Sequence[str], texts: Sequence[str], path: str) -> list[str]:
+    """Return the files of a list of classes only: those of the source, sorted."""
     if all(map(_INTEGER.fullmatch, texts)):
         raise ValueError(
             f"--labels (={path!r}) must not be only numbers: those of {GROUND_TRUTH} differ from the usual ones, which "
@@ -271,7 +269,7 @@ def _in_order(names: Sequence[str], texts: list[str], path: str) -> tuple[list[s
         raise ValueError(
             f"--labels (={path!r}) has {len(texts)} lines, but must have one for each of {len(names)} files"
         )
-    return sorted(names), texts
+    return sorted(names)
 
 
 def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: str) -> tuple[Labels, list[str]]:
@@ -283,7 +281,7 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
     if len(set(files)) < len(files):
         twice = next(file for k, file in enumerate(files) if file in files[:k])
         raise ValueError(f"--labels (={path!r}) must name each file once, but names {twice!r} twice")
-    for short in (str, os.path.basename, _stem):
+    for short in (str, os.path.basename, lambda name: os.path.splitext(os.path.basename(name))[0]):
         row = _encode(map(short, names), map(short, files))
         # a shorter name that several files have cannot be used
         unique = len(set(map(short, files))) == len(files) and len(set(map(short, names))) == len(names)
@@ -295,10 +293,6 @@ def _matched(names: Sequence[str], files: Sequence[str], labels: Labels, path: s
     unused = len(files) - len(np.unique(row[row >= 0]))
     notes = [f"{path} names {unused} files that are not in the source"] if unused else []
     return replace(labels, values=values), notes
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
 
 
 def _development_kit(path: str) -> list[str]:

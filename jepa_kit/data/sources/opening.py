@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
@@ -157,11 +157,10 @@ def _files(listing: Listing, labels: Labels, options: SourceOptions, notes: Sequ
 
 def _check_used(options: SourceOptions, used: tuple[str, ...]) -> None:
     """Raise a ValueError if an option is set that the source does not use."""
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        if value is not None and entry.name not in used:
+    for name, value in vars(options).items():
+        if value is not None and name not in used:
             shown = ",".join(value) if isinstance(value, tuple) else value
-            raise ValueError(f"--{entry.name.replace('_', '-')} (={shown}) is only for {_USERS[entry.name]}")
+            raise ValueError(f"--{name.replace('_', '-')} (={shown}) is only for {_USERS[name]}")
 
 
 def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Scenes:

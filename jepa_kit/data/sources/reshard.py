@@ -43,9 +43,6 @@ class ShardSource(Source):
         self.splits = single_split(n + len(self._bad))
         self.notes = _not_copied(self.dataset) + [note for index in foreign for note in index.get("notes", [])]
 
-    def __len__(self) -> int:
-        return len(self._keys) + len(self._bad)
-
     def name(self, i: int) -> str:
         return self._old[i] if i < len(self._old) else self._bad[i - len(self._old)][0]
 

@@ -6,17 +6,12 @@ import numpy as np
 from PIL import Image
 
 from jepa_kit.data.images import encode_png
-from jepa_kit.data.segmentation import Mask, encode_mask
+from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.sources.base import Source, fingerprint, single_split
-from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, Scene, render
+from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, render
 
 MASK_CLASSES = ("background", *SHAPE_NAMES)
-
-
-def shape_mask(scene: Scene) -> Mask:
-    """Return [h, w] uint8: 0 for the room, else 1 + the shape of the solid, at the middle of each pixel."""
-    return np.concatenate([[0], scene.shapes + 1]).astype(np.uint8)[scene.mask]
 
 
 class Scenes(Source):
@@ -41,15 +36,14 @@ class Scenes(Source):
         self.mask_classes = MASK_CLASSES if masks else ()
         self.splits, self.mixed = single_split(num_scenes), True
 
-    def __len__(self) -> int:
-        return self.num_scenes
-
     def name(self, i: int) -> str:
         return f"scene-{self.seed}-{i:08d}"
 
     def sample(self, i: int) -> Sample:
         scene = render(self.seed, i, self.size)
-        mask = encode_mask(shape_mask(scene)) if self.masks else None
+        # 0 for the room, else 1 + the shape of the solid, at the middle of each pixel
+        shapes = np.concatenate([[0], scene.shapes + 1]).astype(np.uint8)[scene.mask]
+        mask = encode_mask(shapes) if self.masks else None
         return Sample(self.name(i), "png", encode_png(Image.fromarray(scene.image)), scene.labels, mask)
 
     def fingerprint(self) -> str:

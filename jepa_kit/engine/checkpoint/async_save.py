@@ -22,16 +22,24 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_kit.distributed.collectives import PATIENCE, broadcast_from_rank0, is_main, joined, run_on_all_ranks
-from jepa_kit.engine.checkpoint.dcp import save_sharded
+from jepa_kit.compat import with_local_part
+from jepa_kit.distributed.collectives import (
+    PATIENCE,
+    all_gather_object,
+    broadcast_from_rank0,
+    is_main,
+    joined,
+    run_on_all_ranks,
+)
+from jepa_kit.engine.checkpoint.dcp import METADATA, save_sharded
 from jepa_kit.engine.checkpoint.failures import save_error, upload_error
 from jepa_kit.engine.checkpoint.files import FORMAT, checksum
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoint_path, save_checkpoint
@@ -40,15 +48,13 @@ from jepa_kit.engine.checkpoint.state_dict import (
     ModelState,
     OptimizerState,
     full_state,
+    is_sharded,
     local_part,
     state_of,
-    with_local,
 )
-from jepa_kit.errors import CheckpointError, ShardError
+from jepa_kit.errors import CheckpointError
 from jepa_kit.files import delete, flush, part_path, write_archive
 from jepa_kit.run_folder import HEADER
-
-T = TypeVar("T")
 
 
 class Saver:
@@ -75,12 +81,10 @@ class Saver:
 
     def __enter__(self) -> Saver:
         if is_main() and self.store.pending_uploads():
-            self._start(self._upload_and_prune)
+            self.pending = self._executor.submit(self._upload_and_prune)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Wait for the last write; its error is raised on all ranks, or printed if there is another one already."""
         try:
             if error is None:
@@ -110,9 +114,6 @@ class Saver:
         if self.pending is not None:
             wait([self.pending])
 
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
-        self.pending = self._executor.submit(work, *arguments)
-
     def save(self, jepa: nn.Module, optimizer: torch.optim.Optimizer, header: Checkpoint) -> None:
         """Copy the state of the run, and start to write it; all ranks must call it.
 
@@ -128,20 +129,30 @@ class Saver:
         broadcast_from_rank0(self.wait)
         run_on_all_ranks(lambda: check_finite(*state_of(jepa, optimizer), header.step))
         if self.sharded:
-            group = background_group()
-            self._start(self._write_shards, *self._copy_to_host(*state_of(jepa, optimizer)), header, group)
+            group = _background_group(dist.group.WORLD) if joined() else None
+            copies = self._copy_to_host(*state_of(jepa, optimizer))
+            self.pending = self._executor.submit(self._write, header.step, self._write_shards, *copies, header, group)
             return
         state = full_state(jepa, optimizer)
         if is_main():
             model, moments = self._copy_to_host(*state)
-            self._start(self._write_file, replace(header, model=model, optimizer=moments))
+            checkpoint = replace(header, model=model, optimizer=moments)
+            self.pending = self._executor.submit(
+                self._write, header.step, save_checkpoint, self.store.folder, checkpoint
+            )
 
-    def _write_file(self, checkpoint: Checkpoint) -> None:
+    def _write(self, step: int, write: Callable[..., object], *arguments: Any) -> None:
+        """Write the checkpoint of a step; rank 0 raises the error of any rank, or uploads and deletes checkpoints."""
         try:
-            save_checkpoint(self.store.folder, checkpoint)
-        except (OSError, RuntimeError) as error:
-            raise save_error(self.store, checkpoint.step, error) from error
-        self._upload_and_prune()
+            write(*arguments)
+        except (OSError, RuntimeError, CheckpointError) as error:
+            if is_main():
+                with suppress(OSError):
+                    delete(part_path(checkpoint_path(self.store.folder, step, sharded=self.sharded)))
+                raise save_error(self.store, step, error) from error
+            return
+        if is_main():
+            self._upload_and_prune()
 
     def _upload_and_prune(self) -> None:
         try:
@@ -166,11 +177,12 @@ class Saver:
             copy = self._copies.get(key)
             if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
                 copy = self._copies[key] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            copies[name] = with_local(value, copy.copy_(local, non_blocking=True))
+            copy.copy_(local, non_blocking=True)
+            copies[name] = with_local_part(value, copy) if is_sharded(value) else copy
         return copies
 
     def _write_shards(self, model: ModelState, optimizer: OptimizerState, header: Checkpoint, group: Any) -> None:
-        """Write this rank's shards; rank 0 completes the checkpoint, and raises the error of any rank."""
+        """Write this rank's shards; rank 0 completes the checkpoint."""
         path = checkpoint_path(self.store.folder, header.step, sharded=True)
         part = part_path(path)
 
@@ -179,20 +191,11 @@ class Saver:
                 delete(part)
                 part.mkdir(parents=True)
 
-        try:
-            call_on_group(group, create)
-            save_sharded(part, model, optimizer, group)
-            sums = call_on_group(group, lambda: _checksums(part))
-            if is_main():
-                _complete(path, header, {name: entry for of_rank in sums for name, entry in of_rank.items()})
-        except (OSError, RuntimeError, ShardError) as error:
-            if is_main():
-                with suppress(OSError):
-                    delete(part)
-                raise save_error(self.store, header.step, error) from error
-            return
+        run_on_all_ranks(create, group)
+        save_sharded(part, model, optimizer, group)
+        sums = all_gather_object(run_on_all_ranks(lambda: _checksums(part), group), group)
         if is_main():
-            self._upload_and_prune()
+            _complete(path, header, {name: entry for of_rank in sums for name, entry in of_rank.items()})
 
 
 def _complete(path: Path, header: Checkpoint, files: dict[str, list[int]]) -> None:
@@ -209,50 +212,16 @@ def _complete(path: Path, header: Checkpoint, files: dict[str, list[int]]) -> No
     delete(before)
 
 
-_groups: dict[Any, Any] = {}
-
-
-def background_group() -> Any:
-    """Return the gloo group of the threads beside the steps, None for one process; all ranks must call it."""
-    if not joined():
-        return None
-    world = dist.group.WORLD
-    if world not in _groups:
-        _groups.clear()
-        _groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return _groups[world]
-
-
-def call_on_group(group: Any, do: Callable[[], T]) -> list[T]:
-    """Call ``do`` on each rank, and return all results on every rank.
-
-    Raises:
-        OSError: the first rank's, on every rank.
-    """
-    result: Any = None
-    failed: OSError | None = None
-    try:
-        result = do()
-    except OSError as error:
-        failed = error
-    answers: list[Any] = [(result, failed)]
-    if group is not None:
-        answers = [None] * dist.get_world_size(group)
-        dist.all_gather_object(answers, (result, failed), group=group)
-    first = next((error for _, error in answers if error is not None), None)
-    if first is not None:
-        raise first
-    return [answer for answer, _ in answers]
+@lru_cache(maxsize=1)
+def _background_group(world: Any) -> Any:
+    """Return the gloo group of the threads beside the steps; all ranks must call it."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
-    """Return name -> [bytes, CRC-32] of this rank's files; rank 0 adds those without a rank in their name."""
+    """Return name -> [bytes, CRC-32] of this rank's files; rank 0 adds the metadata."""
     rank = dist.get_rank() if joined() else 0
-    own = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name.startswith(f"__{rank}_") or (rank == 0 and not path.name.startswith("__"))
-    ]
+    own = [*([folder / METADATA] if rank == 0 else []), *sorted(folder.glob(f"__{rank}_*"))]
     return {path.name: [path.stat().st_size, checksum(path)] for path in own}
 
 

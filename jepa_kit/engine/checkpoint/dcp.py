@@ -11,29 +11,24 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
 
 from jepa_kit.engine.checkpoint.state_dict import ModelState, OptimizerState, parameters_of, set_optimizer_state
-from jepa_kit.errors import ShardError
+from jepa_kit.errors import PICKLE_ERRORS, CheckpointError, first_line
 
 METADATA = ".metadata"
 """Describes the tensors in the other files; a folder without it was not written to its end."""
 
 
-def save_sharded(
-    folder: Path,
-    model: ModelState,
-    optimizer_state: Mapping[str, Mapping[str, Tensor]],
-    group: dist.ProcessGroup | None = None,
-) -> None:
+def save_sharded(folder: Path, model: ModelState, optimizer_state: OptimizerState, group: Any = None) -> None:
     """Write the state to a folder, each process its part; a tensor that all have is written once, by one of them.
 
     All ranks must call it, with a folder that all can access. Files are flushed to the disk, ``.metadata`` after all
@@ -48,11 +43,9 @@ def save_sharded(
         OSError: a process could not write; raised on every rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _flat(model, optimizer_state)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = dcp.FileSystemWriter(folder)
-        _named_errors(folder, lambda: dcp.save(state, storage_writer=writer, process_group=group))
+    state, writer = _flat(model, optimizer_state), dcp.FileSystemWriter(folder)
+    with _named_errors(folder):
+        dcp.save(state, storage_writer=writer, process_group=group)
 
 
 def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -61,21 +54,17 @@ def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer
     All ranks must call it; each reads its own parts. Names and shapes must fit: check ``layout`` before.
 
     Raises:
-        ShardError: the folder is damaged, or not of jepa_kit. The model may be half loaded then.
+        CheckpointError: the folder is damaged, or not of jepa_kit. The model may be half loaded then.
         OSError: a file cannot be read.
     """
     model = dict(jepa.state_dict())  # shares memory with the parameters
     state: OptimizerState = {}
     if optimizer is not None:
         parameters = parameters_of(optimizer)
-        for name, held in layout(folder)[1].items():
-            parameter = parameters[name]
-            state[name] = {
-                key: torch.zeros_like(parameter)
-                if value.shape == parameter.shape
-                else torch.zeros_like(value, device="cpu")
-                for key, value in held.items()
-            }
+        for name, moments in layout(folder)[1].items():
+            like = parameters[name]
+            on_host = {key: torch.zeros_like(x, device="cpu") for key, x in moments.items() if x.shape != like.shape}
+            state[name] = {key: on_host[key] if key in on_host else torch.zeros_like(like) for key in moments}
     _read(folder, _flat(model, state))
     if optimizer is not None:
         set_optimizer_state(optimizer, state)
@@ -85,7 +74,7 @@ def layout(folder: Path) -> tuple[ModelState, OptimizerState]:
     """Return (model, optimizer) of a folder as tensors on ``meta``: names, shapes and types, from ``.metadata`` alone.
 
     Raises:
-        ShardError: ``.metadata`` is missing, damaged, or describes more than tensors.
+        CheckpointError: ``.metadata`` is missing, damaged, or describes more than tensors.
         OSError: it cannot be read.
     """
     entries: dict[str, Any] = dict(_Reader(folder).read_metadata().state_dict_metadata)
@@ -97,7 +86,7 @@ def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
     """Return (model, optimizer) of a folder as whole tensors on the host; needs no other process.
 
     Raises:
-        ShardError: the folder is damaged, or not of jepa_kit.
+        CheckpointError: the folder is damaged, or not of jepa_kit.
         OSError: a file cannot be read.
     """
     model, optimizer_state = layout(folder)
@@ -109,7 +98,7 @@ def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
 # --- names ---
 
 
-def _flat(model: Mapping[str, Tensor], optimizer_state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _flat(model: ModelState, optimizer_state: OptimizerState) -> dict[str, Tensor]:
     """Return one mapping, with keys ``model/NAME`` and ``optimizer/NAME/KEY``."""
     flat = {f"model/{name}": value for name, value in model.items()}
     for name, state in optimizer_state.items():
@@ -127,27 +116,19 @@ def _nested(flat: Mapping[str, Tensor], folder: Path) -> tuple[ModelState, Optim
             case ["optimizer", name, key]:
                 optimizer_state.setdefault(name, {})[key] = value
             case _:
-                raise ShardError(f"{folder} contains {path!r}, which is not part of a run of jepa_kit")
+                raise CheckpointError(f"{folder} contains {path!r}, which is not part of a run of jepa_kit")
     return model, optimizer_state
 
 
 # --- files ---
 
 _PLAIN = {
-    (filesystem.__name__, "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    *(
-        (metadata.__name__, name)
-        for name in (
-            "_MEM_FORMAT_ENCODING",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-        )
+    filesystem.__name__: ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    metadata.__name__: (
+        *("_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata"),
     ),
 }
 """Classes that ``.metadata`` may contain. Not ``BytesStorageMetadata``: DCP unpickles the bytes that it describes."""
@@ -161,7 +142,7 @@ class _Unpickler(pickle.Unpickler):
             return PurePosixPath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if (module, name) not in _PLAIN:
+        if name not in _PLAIN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
@@ -172,39 +153,35 @@ class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         path = Path(self.path) / METADATA
         if not path.exists():
-            raise ShardError(f"{path.parent} is not a sharded checkpoint, or was not written to its end: no {METADATA}")
+            raise CheckpointError(
+                f"{path.parent} is not a sharded checkpoint, or was not written to its end: no {METADATA}"
+            )
         try:
             with path.open("rb") as file:
                 held = _Unpickler(file).load()
-        except _MALFORMED as error:
-            raise ShardError(f"{path} is damaged, or contains more than metadata of tensors: {error}") from error
+        except PICKLE_ERRORS as error:
+            raise CheckpointError(f"{path} is damaged, or contains more than metadata of tensors: {error}") from error
         if not isinstance(held, metadata.Metadata):
-            raise ShardError(f"{path} contains a {type(held).__name__}, not metadata of tensors")
+            raise CheckpointError(f"{path} contains a {type(held).__name__}, not metadata of tensors")
         held.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return held
 
 
-_MALFORMED = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-"""Errors of a pickle that is cut short or altered."""
-
-
 def _read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
     """Read a folder into tensors, in place."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        _named_errors(folder, lambda: dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone))
+    with _named_errors(folder):
+        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
 
 
-def _named_errors(folder: Path, do: Callable[[], object]) -> None:
+@contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
     """Turn DCP's exception (a BaseException with the tracebacks of all ranks) into one that names the folder."""
     try:
-        do()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
     except dcp.CheckpointException as error:
-        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
-        text = "; ".join(f"rank {rank}: {_first_line(cause)}" for rank, cause in sorted(causes.items()))
-        kind = OSError if any(isinstance(cause, OSError) for cause in causes.values()) else ShardError
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        text = "; ".join(f"rank {rank}: {first_line(cause)}" for rank, cause in causes.items())
+        kind = OSError if any(isinstance(cause, OSError) for cause in causes.values()) else CheckpointError
         raise kind(f"{folder}: {text}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jepa_kit.engine.checkpoint.manager import Store, store_in
-from jepa_kit.errors import RunError, SaveError
+from jepa_kit.errors import RunError, SaveError, cause_of
 
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
 """Errors after which nothing more can be written to a folder."""
@@ -38,7 +38,7 @@ def under_way(folder: Path) -> Iterator[None]:
 def save_error(store: Store, step: int, error: BaseException) -> SaveError:
     """Return the error of a checkpoint that could not be written."""
     return SaveError(
-        f"the checkpoint of step {step} could not be written to {store.folder}: {_reason(error)}; "
+        f"the checkpoint of step {step} could not be written to {store.folder}: {cause_of(error)}; "
         f"{_resumable(store, 'one', 'there is no earlier one')}"
     )
 
@@ -47,18 +47,14 @@ def upload_error(store: Store, error: BaseException) -> SaveError:
     """Return the error of checkpoints that could not be uploaded, or of old ones that could not be deleted."""
     if not store.remote:
         return SaveError(
-            f"old checkpoints could not be deleted from {store}: {_reason(error)}; "
+            f"old checkpoints could not be deleted from {store}: {cause_of(error)}; "
             f"{_resumable(store, 'checkpoint', 'there is no checkpoint')}"
         )
     left = ", ".join(map(str, store.pending_uploads())) or "none"
     return SaveError(
-        f"checkpoints could not be uploaded to {store}: {_reason(error)}; still in the run folder: {left}; "
+        f"checkpoints could not be uploaded to {store}: {cause_of(error)}; still in the run folder: {left}; "
         "--resume continues from the latest of all, and uploads them"
     )
-
-
-def _reason(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _resumable(store: Store, what: str, none: str) -> str:
@@ -69,5 +65,5 @@ def _resumable(store: Store, what: str, none: str) -> str:
     try:
         latest = store.newest()
     except OSError as error:
-        return _reason(error)
+        return cause_of(error)
     return f"the latest {what} is {latest}" if latest else none

@@ -13,26 +13,13 @@ from typing import Any
 
 import torch
 
-from jepa_kit.errors import CheckpointError, ShardError
+from jepa_kit.errors import PICKLE_ERRORS, CheckpointError, first_line
 from jepa_kit.run_folder import HEADER
 
 FORMAT = "jepa_kit/1"
 
 _ZIP = b"PK\x03\x04"
-_MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,  # NotImplementedError is one
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_MALFORMED = (*PICKLE_ERRORS, ArithmeticError, MemoryError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """Errors of zipfile, pickle and torch for a file that is cut short or altered."""
 
 
@@ -48,14 +35,11 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, FileNotFoundError):
         raise
-    except ShardError as error:  # names its file
-        raise CheckpointError(str(error)) from error
     except _MALFORMED as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek out of the file
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"{path}{size} is damaged, or not a checkpoint: {why}") from error
+        raise CheckpointError(f"{path}{size} is damaged, or not a checkpoint: {first_line(error)}") from error
 
 
 def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:

@@ -24,7 +24,7 @@ every record. resume.py chooses the checkpoint to resume from, async_save.py wri
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         OSError: the file could not be written; an earlier one of the same step is unchanged.
     """
     path = checkpoint_path(folder, checkpoint.step)
-    content = {"format": FORMAT, **{name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__}}
     with atomic_write(path) as part:
-        write_archive(content, part)
+        write_archive({"format": FORMAT, **vars(checkpoint)}, part)
     return path
 
 
@@ -156,28 +155,22 @@ def _fits(name: str, value: Any) -> bool:
     return all(isinstance(state, dict) and all(map(torch.is_tensor, state.values())) for state in states)
 
 
-def _names(names: Iterable[str], most: int = 10) -> str:
-    names = list(names)
+def _names(names: list[str], most: int = 10) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
 def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
     """Raise CheckpointError with every name that is missing, unexpected or of another shape."""
-    complaints = []
-    if missing := [name for name in expected if name not in found]:
-        complaints.append(f"missing: {_names(missing)}")
-    if unexpected := [name for name in found if name not in expected]:
-        complaints.append(f"unexpected: {_names(unexpected)}")
-    misshapen = [
-        f"{name} ({tuple(found[name].shape)}, not {tuple(value.shape)})"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    if misshapen:
-        complaints.append(f"misshapen: {_names(misshapen)}")
-    if complaints:
-        raise CheckpointError(f"{what} does not fit the checkpoint; " + "; ".join(complaints))
+    common = {name: (tuple(found[name].shape), tuple(expected[name].shape)) for name in expected if name in found}
+    complaints = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [f"{name} ({shape}, not {wanted})" for name, (shape, wanted) in common.items() if shape != wanted],
+    }
+    if any(complaints.values()):
+        listed = "; ".join(f"{fault}: {_names(names)}" for fault, names in complaints.items() if names)
+        raise CheckpointError(f"{what} does not fit the checkpoint; {listed}")
 
 
 def check_finite(state: Mapping[str, Tensor], what: str) -> None:

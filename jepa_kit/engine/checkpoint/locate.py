@@ -13,14 +13,14 @@ from jepa_kit.engine.checkpoint.storage import RemoteStorage, Storage, is_url, o
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
 
 
-def checkpoint_names(storage: Storage) -> list[str]:
-    """Return the names of the complete checkpoints of a storage, by step.
+def checkpoint_names(storage: Storage) -> dict[str, int]:
+    """Return name -> step of the complete checkpoints of a storage, by step.
 
     Raises:
         RemoteError: the storage cannot be listed.
     """
     found = sorted((step, name) for name in storage.names() if (step := step_of(name)) is not None)
-    return [name for _, name in found if storage.complete(name)]
+    return {name: step for step, name in found if storage.complete(name)}
 
 
 def recorded_checkpoint_dir(run: Path) -> str | None:
@@ -56,7 +56,7 @@ def to_read(named: str | Path) -> Path:
     elif step_of(name) is not None:
         return RemoteStorage(above).fetch(name, _download_folder())
     if found := checkpoint_names(storage):
-        return storage.fetch(found[-1], _download_folder())
+        return storage.fetch([*found][-1], _download_folder())
     return RemoteStorage(above).fetch(name, _download_folder()) if remote else Path(place)
 
 

@@ -16,8 +16,8 @@ from jepa_kit.config import Config
 from jepa_kit.engine.checkpoint.files import verify
 from jepa_kit.engine.checkpoint.format import load_checkpoint, step_of
 from jepa_kit.engine.checkpoint.locate import checkpoint_names, recorded_checkpoint_dir
-from jepa_kit.engine.checkpoint.storage import LocalStorage, RemoteStorage, Storage, is_url, open_storage
-from jepa_kit.errors import CheckpointError
+from jepa_kit.engine.checkpoint.storage import LocalStorage, Storage, is_url, open_storage
+from jepa_kit.errors import CheckpointError, cause_of
 from jepa_kit.files import PART, delete
 from jepa_kit.run_folder import METRICS, RUN_CONFIG
 
@@ -34,16 +34,10 @@ class Location:
 
     storage: Storage
     name: str
+    step: int
 
     def __str__(self) -> str:
         return f"{self.storage}/{self.name}"
-
-    @property
-    def step(self) -> int:
-        """Number of updates, by its name."""
-        step = step_of(self.name)
-        assert step is not None
-        return step
 
 
 class Store:
@@ -56,6 +50,8 @@ class Store:
     Attributes:
         folder: where checkpoints are written.
         target: where they stay.
+        remote: whether they are uploaded.
+        apart: whether they stay outside the run folder.
 
     Raises:
         ValueError: no handler is registered for the URL.
@@ -65,20 +61,11 @@ class Store:
         self.run = run
         self.target = open_storage("checkpoint.dir", checkpoint_dir or run)
         self.local = self.target if isinstance(self.target, LocalStorage) else LocalStorage(run)
-        self.folder = self.local.folder
+        self.folder, self.remote = self.local.folder, self.local is not self.target
+        self.apart = self.remote or self.folder.resolve() != run.resolve()
 
     def __str__(self) -> str:
         return str(self.target)
-
-    @property
-    def remote(self) -> bool:
-        """Whether checkpoints are uploaded."""
-        return isinstance(self.target, RemoteStorage)
-
-    @property
-    def apart(self) -> bool:
-        """Whether checkpoints stay outside the run folder."""
-        return self.remote or self.folder.resolve() != self.run.resolve()
 
     def checkpoints(self) -> list[Location]:
         """Return all checkpoints, by step.
@@ -87,7 +74,7 @@ class Store:
             RemoteError: the remote storage cannot be listed.
         """
         storages = (self.target, self.local)  # the second wins: a remote copy may be cut short
-        found = {name: Location(storage, name) for storage in storages for name in checkpoint_names(storage)}
+        found = {name: Location(s, name, step) for s in storages for name, step in checkpoint_names(s).items()}
         return sorted(found.values(), key=lambda location: (location.step, location.name))
 
     def newest(self) -> Location | None:
@@ -154,8 +141,7 @@ class Store:
                 file.write_text(config, encoding="utf-8")
                 self.target.write(file, RUN_CONFIG)
         except (OSError, NotImplementedError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ValueError(f"checkpoint.dir (={str(self)!r}) cannot be written to: {why}") from error
+            raise ValueError(f"checkpoint.dir (={str(self)!r}) cannot be written to: {cause_of(error)}") from error
 
     def clear_cache(self) -> None:
         """Delete what ``fetch`` downloaded."""
@@ -196,7 +182,7 @@ class Store:
             OSError: one could not be deleted.
         """
         names = checkpoint_names(self.target)
-        kept = {n for n in names if n in names[-keep:] or (keep_every and (step_of(n) or 0) % keep_every == 0)}
+        kept = {*list(names)[-keep:], *(n for n, step in names.items() if keep_every and step % keep_every == 0)}
         for name in self.target.names():
             if step_of(name) is not None and name not in kept:
                 self.target.delete(name)

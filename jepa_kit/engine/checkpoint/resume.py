@@ -30,45 +30,18 @@ from jepa_kit.engine.consistency import flatten
 from jepa_kit.errors import CheckpointError
 from jepa_kit.run_folder import FACTS, METRICS
 
-FREE = frozenset(
-    {
-        "checkpoint.dir",
-        "checkpoint.every",
-        "checkpoint.format",
-        "checkpoint.keep",
-        "checkpoint.keep_every",
-        "data.backoff",
-        "data.cache",
-        "data.cache_gb",
-        "data.max_skipped",
-        "data.num_workers",
-        "data.prefetch",
-        "data.retries",
-        "data.shards",
-        "data.timeout",
-        "encoder.compile",
-        "evaluate.every",
-        "evaluate.label",
-        "evaluate.probe",
-        "evaluate.probe_samples",
-        "evaluate.samples",
-        "evaluate.shards",
-        "predictor.compile",
-        "train.accumulate",
-        "train.activation_checkpointing",
-        "train.attention",
-        "train.deterministic",
-        "train.device",
-        "train.init_from",
-        "train.log_every",
-        "train.nonfinite_limit",
-        "train.on_nonfinite",
-        "train.output_dir",
-        "train.parallel",
-        "train.tensorboard",
-        "train.wandb",
-    }
-)
+_FREE = {
+    "checkpoint": ("dir", "every", "format", "keep", "keep_every"),
+    "data": ("backoff", "cache", "cache_gb", "max_skipped", "num_workers", "prefetch", "retries", "shards", "timeout"),
+    "encoder": ("compile",),
+    "evaluate": ("every", "label", "probe", "probe_samples", "samples", "shards"),
+    "predictor": ("compile",),
+    "train": (
+        *("accumulate", "activation_checkpointing", "attention", "deterministic", "device", "init_from", "log_every"),
+        *("nonfinite_limit", "on_nonfinite", "output_dir", "parallel", "tensorboard", "wandb"),
+    ),
+}
+FREE = frozenset(f"{section}.{option}" for section, options in _FREE.items() for option in options)
 """Options that may change at a resume: they change no number beyond rounding (shards: the same samples elsewhere).
 
 But ``accumulate``, ``device`` and the number of processes change the draws of stochastic depth (``drop_path``), made

@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa_kit.compat import with_local_part
-
 ModelState = dict[str, Tensor]
 OptimizerState = dict[str, dict[str, Tensor]]
 
@@ -36,11 +34,6 @@ def is_sharded(value: Tensor) -> TypeGuard[Any]:
 def local_part(value: Tensor) -> Tensor:
     """Return this process's part of a tensor; the tensor itself if it is not sharded."""
     return value.to_local() if is_sharded(value) else value
-
-
-def with_local(value: Tensor, local: Tensor) -> Tensor:
-    """Return ``local``, or, if ``value`` is sharded, a tensor sharded alike whose local part it is, to be written."""
-    return with_local_part(value, local) if is_sharded(value) else local
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -94,8 +87,7 @@ def load_full_state(
         model: name -> whole tensor, on every rank; names and shapes must fit (``format.check_state``).
         optimizer, optimizer_state: the same for AdamW; both or neither.
     """
-    if optimizer is not None:
-        assert optimizer_state is not None
+    if optimizer is not None and optimizer_state is not None:
         set_optimizer_state(optimizer, optimizer_state)
     jepa.load_state_dict({name: _like(value, model[name]) for name, value in jepa.state_dict().items()})
 

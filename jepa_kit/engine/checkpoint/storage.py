@@ -1,4 +1,4 @@
-"""Folders of checkpoints, on this machine or remote, behind one protocol.
+"""Folders of checkpoints, on this machine or remote, with the same methods.
 
 An entry of a storage is a file, or a folder of files (a sharded checkpoint). Remote storage is what a handler of
 iopath's ``path_manager`` reaches; register handlers as for shards, in a file under ``imports:``:
@@ -12,56 +12,19 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import TracebackType
-from typing import Protocol
 
 from jepa_kit.compat import can_rename, prefixes_of
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
-from jepa_kit.errors import RemoteError, UnableError
+from jepa_kit.errors import RemoteError, UnableError, cause_of
 from jepa_kit.files import PART, atomic_write, delete
 from jepa_kit.run_folder import HEADER
 
 
-class Storage(Protocol):
-    """A folder of entries; ``str`` gives its path or URL."""
-
-    def names(self) -> list[str]:
-        """Return the names of its entries, sorted; none if there is no such folder."""
-        ...
-
-    def exists(self, name: str) -> bool:
-        """Return whether a file exists."""
-        ...
-
-    def complete(self, name: str) -> bool:
-        """Return whether an entry was written to its end."""
-        ...
-
-    def fetch(self, name: str, folder: Path) -> Path:
-        """Return a local path of an entry, which is downloaded into ``folder`` if it is remote.
-
-        Raises:
-            FileNotFoundError: there is no such entry.
-        """
-        ...
-
-    def write(self, source: Path, name: str) -> None:
-        """Copy a local file or folder to an entry, which replaces one of the same name."""
-        ...
-
-    def rename(self, name: str, target: str) -> None:
-        """Rename an entry."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Delete an entry."""
-        ...
-
-
 class LocalStorage:
-    """A folder of this machine, or of a file system that it mounts."""
+    """A folder of this machine, or of a file system that it mounts. ``RemoteStorage`` has the same methods."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,25 +33,36 @@ class LocalStorage:
         return str(self.folder)
 
     def names(self) -> list[str]:
+        """Return the names of its entries, sorted; none if there is no such folder."""
         return sorted(os.listdir(self.folder)) if self.folder.is_dir() else []
 
     def exists(self, name: str) -> bool:
+        """Return whether a file exists."""
         return (self.folder / name).exists()
 
     def complete(self, name: str) -> bool:
+        """Return whether an entry was written to its end."""
         return True  # an entry gets its name by one rename
 
     def fetch(self, name: str, folder: Path) -> Path:
+        """Return a local path of an entry, which is downloaded into ``folder`` if it is remote.
+
+        Raises:
+            FileNotFoundError: there is no such entry; only if it is remote.
+        """
         return self.folder / name
 
     def write(self, source: Path, name: str) -> None:
+        """Copy a local file or folder to an entry, which replaces one of the same name."""
         with atomic_write(self.folder / name) as part:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, part)
 
     def rename(self, name: str, target: str) -> None:
+        """Rename an entry."""
         (self.folder / name).rename(self.folder / target)
 
     def delete(self, name: str) -> None:
+        """Delete an entry."""
         delete(self.folder / name)
 
 
@@ -195,22 +169,20 @@ class RemoteStorage:
                 copy(self._at(name), out, Access())
 
     def _move(self, name: str, target: str) -> None:
-        self._mkdir(self._at(target))
+        source, goal = self._at(name), self._at(target)
+        self._mkdir(goal)
         if self._renames:
             with suppress(NotImplementedError):
-                self._mv(self._at(name), self._at(target))
+                self._mv(source, goal)
                 return
             self._renames = False
         try:
-            _call(
-                lambda: path_manager.copy(self._at(name), self._at(target), overwrite=True),
-                f"{self._at(name)} could not be copied to {self._at(target)}",
-            )
+            _call(lambda: path_manager.copy(source, goal, overwrite=True), f"{source} could not be copied to {goal}")
         except NotImplementedError:
             with NamedTemporaryFile() as file:
                 self._download(name, Path(file.name))
                 self._upload(Path(file.name), target)
-        self._remove(self._at(name))
+        self._remove(source)
 
     def _mkdir(self, url: str) -> None:
         """Create the folder of a file, if the handler has folders."""
@@ -234,6 +206,9 @@ class RemoteStorage:
     def _remove(self, url: str) -> None:
         with _Naming(f"{url} could not be deleted"):
             path_manager.rm(url)
+
+
+Storage = LocalStorage | RemoteStorage
 
 
 def is_url(text: object) -> bool:
@@ -263,6 +238,7 @@ def open_storage(option: str, place: str | Path) -> Storage:
     return RemoteStorage(str(place))
 
 
+@dataclass(frozen=True)
 class _Naming:
     """Turn an error inside the ``with`` block into a RemoteError that says what failed.
 
@@ -271,23 +247,19 @@ class _Naming:
     ``optional``.
     """
 
-    def __init__(self, what: str, *, optional: bool = False) -> None:
-        self.what = what
-        self.optional = optional
+    what: str
+    optional: bool = False
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, NotImplementedError):
             if self.optional:
                 return
             raise UnableError(f"{self.what}: its handler cannot do that") from error
         if isinstance(error, Exception) and not isinstance(error, FileNotFoundError | NotADirectoryError | RemoteError):
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise RemoteError(f"{self.what}: {why or type(error).__name__}") from error
+            raise RemoteError(f"{self.what}: {cause_of(error)}") from error
 
 
 def _call(do: Callable[[], object], what: str) -> None:

@@ -202,7 +202,7 @@ def test_a_folder_of_another_machine(server, folder, samples, access):
 def test_without_a_cache_folder_shards_go_when_the_data_set_does(server, folder, samples):
     dataset = ShardDataset(f"{server.address}/shards", access=Access(**QUICK))
     assert_samples(dataset, samples)
-    place = dataset._cache.folder
+    place = dataset.cache.folder
     assert len(os.listdir(f"{place}/shards")) == 3
     del dataset
     assert not os.path.exists(place)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from jepa_kit.engine.checkpoint.dcp import METADATA, layout, load_sharded, read_full, save_sharded
 from jepa_kit.engine.checkpoint.state_dict import full_state, load_full_state, state_of
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.errors import ShardError
+from jepa_kit.errors import CheckpointError
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def write_metadata(folder, content):
 def test_metadata_that_would_run_code(folder, tmp_path):
     write_metadata(folder, Metadata({}, planner_data=Touch(tmp_path / "ran")))
     with pytest.raises(
-        ShardError, match=r"\.metadata is damaged, or contains more than metadata of tensors: it names posix.mkdir"
+        CheckpointError, match=r"\.metadata is damaged, or contains more than metadata of tensors: it names posix.mkdir"
     ):
         read_full(folder)
     assert not (tmp_path / "ran").exists()
@@ -120,7 +120,7 @@ def test_metadata_that_would_run_code(folder, tmp_path):
 
 def test_bytes_that_would_be_unpickled(folder):
     write_metadata(folder, Metadata({"model/a": BytesStorageMetadata()}))
-    with pytest.raises(ShardError, match=r"it names torch.distributed.checkpoint.metadata.BytesStorageMetadata"):
+    with pytest.raises(CheckpointError, match=r"it names torch.distributed.checkpoint.metadata.BytesStorageMetadata"):
         layout(folder)
 
 
@@ -128,7 +128,7 @@ def test_a_shard_that_would_run_code(run, folder, tmp_path):
     """DCP reads tensors with weights_only; this test fails if that changes."""
     (shard,) = folder.glob("*.distcp")
     torch.save(Touch(tmp_path / "ran"), shard)
-    with pytest.raises((ShardError, OSError), match=re.escape(str(folder))):
+    with pytest.raises((CheckpointError, OSError), match=re.escape(str(folder))):
         load_sharded(folder, run.jepa, run.optimizer)
     assert not (tmp_path / "ran").exists()
 
@@ -152,7 +152,7 @@ def test_a_shard_that_would_run_code(run, folder, tmp_path):
 )
 def test_damaged_folders(folder, spoil, message):
     spoil(folder)
-    with pytest.raises(ShardError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         read_full(folder)
 
 
@@ -165,7 +165,7 @@ def test_a_shard_that_is_missing(folder):
 
 def test_a_folder_of_something_else(tmp_path):
     dcp.save({"weights": torch.zeros(2)}, checkpoint_id=tmp_path)
-    with pytest.raises(ShardError, match=r"contains 'weights', which is not part of a run of jepa_kit"):
+    with pytest.raises(CheckpointError, match=r"contains 'weights', which is not part of a run of jepa_kit"):
         layout(tmp_path)
 
 
