@@ -50,8 +50,9 @@ class ShardDataset:
     def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
         given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
         self.path = given if isinstance(given, str) else ", ".join(given)
-        opened = cache(lambda: ShardCache(access or Access()))
-        self.parts: list[ShardPart] = open_parts(given, access or Access(), opened)
+        self._access = access or Access()
+        opened = cache(lambda: ShardCache(self._access))
+        self.parts: list[ShardPart] = open_parts(given, self._access, opened)
         self.remote = any(is_remote(place) for part in self.parts for place in part.places)
         """Whether any shard is remote."""
         self.cache = opened() if self.remote else None

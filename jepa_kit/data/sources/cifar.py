@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,34 +28,24 @@ from jepa_kit.rng import IntArray
 SIDE = 32
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Names of the files and keys in an archive.
-
-    Args:
-        meta: the file of the class names.
-        labels: label name -> (key of the class numbers in a batch, key of the class names in ``meta``).
-        splits: subfolder of the output -> its batches.
-    """
-
-    meta: str
-    labels: dict[str, tuple[str, str]]
-    splits: dict[str, tuple[str, ...]]
-
-
-LAYOUTS = {
-    "cifar-10-batches-py": Layout(
+LAYOUTS: dict[str, tuple[str, dict[str, tuple[str, str]], dict[str, tuple[str, ...]]]] = {
+    "cifar-10-batches-py": (
         "batches.meta",
         {"class": ("labels", "label_names")},
         {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)},
     ),
-    "cifar-100-python": Layout(
+    "cifar-100-python": (
         "meta",
         {"fine": ("fine_labels", "fine_label_names"), "coarse": ("coarse_labels", "coarse_label_names")},
         {"train": ("train",), "test": ("test",)},
     ),
 }
-"""Top folder of the archive -> its layout."""
+"""Top folder of the archive -> names of its files and keys:
+
+- the file of the class names;
+- label name -> (key of the class numbers in a batch, key of the class names in that file);
+- subfolder of the output -> its batches.
+"""
 
 
 class _Array:
@@ -130,7 +119,7 @@ class Cifar(Source):
     def __init__(self, path: str, recode: Recode) -> None:
         folder = cifar_folder(path)
         assert folder is not None, path
-        layout = LAYOUTS[folder]
+        batch, label_keys, splits = LAYOUTS[folder]
         try:
             files = read_files(path, "r|*")
         except STREAM_ERRORS as error:
@@ -139,19 +128,18 @@ class Cifar(Source):
         images: list[NDArray[np.uint8]] = []
         self._names: list[str] = []
         self.splits: dict[str, IntArray] = {}
-        labels: dict[str, list[int]] = {name: [] for name in layout.labels}
-        batch = layout.meta
+        labels: dict[str, list[int]] = {name: [] for name in label_keys}
         try:
             meta = unpickle(files[batch])
-            self.classes = {name: tuple(map(_text, meta[key])) for name, (_, key) in layout.labels.items()}
-            for split, batches in layout.splits.items():
+            self.classes = {name: tuple(map(_text, meta[key])) for name, (_, key) in label_keys.items()}
+            for split, batches in splits.items():
                 start = len(self._names)
                 for batch in batches:
                     content = unpickle(files[batch])
                     pixels = content["data"]
                     images.append(pixels.reshape(-1, 3, SIDE, SIDE))
                     self._names += map(_text, content["filenames"])
-                    for name, (key, _) in layout.labels.items():
+                    for name, (key, _) in label_keys.items():
                         labels[name] += _numbers(content[key], len(pixels), len(self.classes[name]))
                     if len(self._names) != sum(map(len, images)):
                         raise ValueError(f"{len(content['filenames'])} names for {len(pixels)} images")

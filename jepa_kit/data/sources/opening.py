@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
@@ -18,6 +19,11 @@ from jepa_kit.registry import did_you_mean
 
 SYNTHETIC = ("scenes",)
 TABLES = (".csv", ".tsv")
+
+
+def _only_for(sources: str) -> Any:
+    """Return a field that is None by default, and that is for some sources only."""
+    return field(default=None, metadata={"sources": sources})
 
 
 @dataclass(frozen=True)
@@ -38,36 +44,23 @@ class SourceOptions:
         masks: scenes: whether to store their masks; True by default.
     """
 
-    label_from: LabelFrom | None = None
-    labels: str | None = None
-    label_column: tuple[str, ...] | None = None
-    path_column: str | None = None
-    image_column: str | None = None
-    classes_from: str | None = None
-    shorter_side: int | None = None
-    quality: int | None = None
-    num_scenes: int | None = None
-    image_size: str | None = None
-    masks: bool | None = None
+    label_from: LabelFrom | None = _only_for("image files")  # noqa: RUF009 (a field)
+    labels: str | None = _only_for("image files")
+    label_column: tuple[str, ...] | None = _only_for("tables and hf:NAME")
+    path_column: str | None = _only_for("tables")
+    image_column: str | None = _only_for("hf:NAME")
+    classes_from: str | None = _only_for("image files and tables")
+    shorter_side: int | None = _only_for("images that exist; --image-size sets that of scenes")
+    quality: int | None = _only_for("images that exist; scenes are lossless")
+    num_scenes: int | None = _only_for("synthetic:scenes")
+    image_size: str | None = _only_for("synthetic:scenes")
+    masks: bool | None = _only_for("synthetic:scenes")
 
     @property
     def recode(self) -> Recode:
         return Recode(self.shorter_side, self.quality)
 
 
-_USERS = {
-    "label_from": "image files",
-    "labels": "image files",
-    "label_column": "tables and hf:NAME",
-    "path_column": "tables",
-    "image_column": "hf:NAME",
-    "classes_from": "image files and tables",
-    "shorter_side": "images that exist; --image-size sets that of scenes",
-    "quality": "images that exist; scenes are lossless",
-    "num_scenes": "synthetic:scenes",
-    "image_size": "synthetic:scenes",
-    "masks": "synthetic:scenes",
-}
 _IMAGES = ("shorter_side", "quality")
 _FILES = (*_IMAGES, "label_from", "labels", "classes_from")
 _TABLE = (*_IMAGES, "label_column", "path_column", "classes_from")
@@ -157,10 +150,11 @@ def _files(listing: Listing, labels: Labels, options: SourceOptions, notes: Sequ
 
 def _check_used(options: SourceOptions, used: tuple[str, ...]) -> None:
     """Raise a ValueError if an option is set that the source does not use."""
-    for name, value in vars(options).items():
-        if value is not None and name not in used:
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value is not None and option.name not in used:
             shown = ",".join(value) if isinstance(value, tuple) else value
-            raise ValueError(f"--{name.replace('_', '-')} (={shown}) is only for {_USERS[name]}")
+            raise ValueError(f"--{option.name.replace('_', '-')} (={shown}) is only for {option.metadata['sources']}")
 
 
 def _open_scenes(name: str, kind: str, options: SourceOptions, seed: int) -> Scenes:
