@@ -23,8 +23,8 @@ from jepa_kit.data.images import decode
 from jepa_kit.data.making.verify import verify
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, OFFSETS, Sample, write_index, write_shard
-from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 from jepa_kit.errors import SampleError
 
 logging.getLogger("jepa_kit.data").setLevel(logging.ERROR)  # what an index leaves out

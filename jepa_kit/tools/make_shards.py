@@ -51,8 +51,8 @@ from jepa_kit.arguments import run_tool, tool_parser
 from jepa_kit.data.making.make_shards import Limits, check_apart, listed, make, orders, split_folder
 from jepa_kit.data.making.verify import verify
 from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
-from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.labels import LABEL_FROM
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 from jepa_kit.progress import Progress
 
 NOT_IN_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
@@ -210,11 +210,11 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
 def _verify(folder: str, workers: int) -> int:
     """Compare shards with their index, and return the exit status."""
     with closing(Progress(1, "MB", scale=10**6)) as progress:
-        report = verify(folder, workers=workers, show=progress.show)
-    for problem in report.problems:
+        shards, problems = verify(folder, workers=workers, show=progress.show)
+    for problem in problems:
         print(problem)
-    print(f"{folder}: {report.shards} shards, {len(report.problems)} problems")
-    return 1 if report.problems else 0
+    print(f"{folder}: {shards} shards, {len(problems)} problems")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from small_shards import encoded, picture
 
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.sources import SourceOptions, open_source
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 IMAGE = encoded(picture(0), "PNG")
 

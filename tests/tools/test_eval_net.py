@@ -20,7 +20,7 @@ from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief, identity
 from jepa_kit.data.shards.writing import write_index, write_shard
-from jepa_kit.data.sources import Scenes
+from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.errors import StartError
 from jepa_kit.evaluation.protocols.base import PROTOCOLS
 from jepa_kit.training import train

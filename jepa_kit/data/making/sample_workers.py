@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 
 from jepa_kit.data.shards.members import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
@@ -27,7 +28,7 @@ _source: Source
 _stopped = False
 
 
-class Workers:
+class Workers(AbstractContextManager["Workers"]):
     """A pool of processes, which end with the ``with`` block.
 
     Args:
@@ -39,9 +40,6 @@ class Workers:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._workers = workers
         self._pool = ProcessPoolExecutor(workers, context, _start, (source, os.getpid()))
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._pool.shutdown(wait=kind is None, cancel_futures=True)

@@ -6,7 +6,6 @@ import glob
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +18,16 @@ from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UN
 from jepa_kit.files import sha256_of
 
 
-@dataclass(frozen=True)
-class Report:
-    """The result of a verification.
-
-    Args:
-        shards: number of shards that were compared.
-        problems: one line for each difference from the index, with the path of its file.
-    """
-
-    shards: int
-    problems: list[str]
-
-
-def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Report:
+def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> tuple[int, list[str]]:
     """Compare the shards of a folder and its subfolders with their indexes: bytes, checksums, offsets of all members.
 
     Args:
         out: the folder.
         workers: threads.
         show: called with the bytes that were read, and their total.
+
+    Returns:
+        The number of shards that were compared, and a line for each difference, with the path of its file.
 
     Raises:
         ValueError: there is no such folder, or no index in it.
@@ -65,7 +54,7 @@ def verify(out: str, *, workers: int, show: Callable[[int, int], None]) -> Repor
             problems += [f"{path}: {text}" for text in differences]
             done += entry["bytes"]
             show(done, total)
-    return Report(len(tasks), problems)
+    return len(tasks), problems
 
 
 def _has(folder: str, name: str) -> bool:

@@ -149,15 +149,11 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
     own, index = folder, _own_index(folder)
     if index is not None:
         files = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
-        changed = _changed(folder, index, files)
-        if _outdated(index, files):
-            log.warning("%s in %s is of an earlier version, without checksums: indexed again", INDEX, folder)
+        fault = _difference(folder, index, files)
+        if fault:
+            log.warning("%s: %s", fault, "indexed again" if is_foreign(index) else "run make_shards.py --verify")
+        if fault and is_foreign(index):
             index = None
-        elif changed and is_foreign(index):
-            log.warning("%s was added to %s, or changed, since it was indexed: indexed again", changed[0], folder)
-            index = None
-        elif changed:
-            log.warning("%s in %s differs from its %s: run make_shards.py --verify", changed[0], folder, INDEX)
     if index is None:
         files = shards_in(folder)
         if os.access(folder, os.W_OK):
@@ -174,23 +170,24 @@ def _own_index(folder: str) -> dict[str, Any] | None:
     return read_index(path) if os.path.isfile(path) else None
 
 
-def _outdated(index: dict[str, Any], files: Sequence[str]) -> bool:
-    """Return whether an index of foreign shards is from an earlier release, and all of them are here to index again."""
-    listed = {entry["file"] for entry in index["shards"]}
-    here = {os.path.basename(file) for file in files if os.path.isfile(file)}
-    return is_foreign(index) and index["made_by"].get("version") != INDEXER and listed <= here
+def _difference(folder: str, index: dict[str, Any], files: Sequence[str]) -> str | None:
+    """Return how shards differ from the folder's index in size, or, for a foreign index, are newer.
 
-
-def _changed(folder: str, index: dict[str, Any], files: Sequence[str]) -> list[str]:
-    """Return the names of shards that differ from the folder's index in size, or, for a foreign index, are newer.
+    A foreign index from an earlier release differs if all of its shards are here to index again.
 
     The times of our own shards are not compared: copying may change their order, and they have checksums. A time in
     the future is ignored: the shard comes from a machine whose clock is ahead.
     """
-    sizes = {entry["file"]: entry["bytes"] for entry in index["shards"]}
-    made = os.path.getmtime(os.path.join(folder, INDEX)) if is_foreign(index) else math.inf
-    there = [(os.path.basename(file), os.stat(file)) for file in sorted(files) if os.path.isfile(file)]
-    return [name for name, facts in there if sizes.get(name) != facts.st_size or made < facts.st_mtime <= time.time()]
+    sizes, foreign = {entry["file"]: entry["bytes"] for entry in index["shards"]}, is_foreign(index)
+    made = os.path.getmtime(os.path.join(folder, INDEX)) if foreign else math.inf
+    there = {os.path.basename(file): os.stat(file) for file in sorted(files) if os.path.isfile(file)}
+    if foreign and index["made_by"].get("version") != INDEXER and sizes.keys() <= there.keys():
+        return f"{INDEX} in {folder} is of an earlier version, without checksums"
+    for name, facts in there.items():
+        if sizes.get(name) != facts.st_size or made < facts.st_mtime <= time.time():
+            changed = f"was added to {folder}, or changed, since it was indexed"
+            return f"{name} {changed}" if foreign else f"{name} in {folder} differs from its {INDEX}"
+    return None
 
 
 def _open_shards(parent: str, addresses: list[str], access: Access, cache: Callable[[], ShardCache]) -> ShardPart:
@@ -201,7 +198,7 @@ def _open_shards(parent: str, addresses: list[str], access: Access, cache: Calla
     if remote and parent != "pipe:":
         found = _remote_index(parent, access)
     elif not remote and (index := _own_index(parent)):
-        stale = is_foreign(index) and (_changed(parent, index, addresses) or _outdated(index, addresses))
+        stale = is_foreign(index) and _difference(parent, index, addresses)
         found = None if stale else (parent, index)
     if found and (part := _subset(shown, *found, addresses)):
         return part

@@ -10,9 +10,3 @@ hub.py        Hugging Face data sets
 reshard.py    WebDataset shards, to copy into new ones
 scenes.py     synthetic scenes
 """
-
-from jepa_kit.data.sources.base import Recode, Refused, Source
-from jepa_kit.data.sources.opening import SourceOptions, open_source
-from jepa_kit.data.sources.scenes import Scenes
-
-__all__ = ["Recode", "Refused", "Scenes", "Source", "SourceOptions", "open_source"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -239,7 +239,7 @@ def open_storage(option: str, place: str | Path) -> Storage:
 
 
 @dataclass(frozen=True)
-class _Naming:
+class _Naming(AbstractContextManager[None]):
     """Turn an error inside the ``with`` block into a RemoteError that says what failed.
 
     A handler is other people's code and raises errors of any class: those of botocore are not OSErrors.
@@ -249,9 +249,6 @@ class _Naming:
 
     what: str
     optional: bool = False
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, NotImplementedError):

@@ -16,8 +16,8 @@ from jepa_kit.data.making.make_shards import Limits, TooManyRefused, check_apart
 from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import pack, tar_size
-from jepa_kit.data.sources import Scenes
 from jepa_kit.data.sources.base import Refused, single_split
+from jepa_kit.data.sources.scenes import Scenes
 
 
 class Stub:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_shards import make_samples, write_shards
 
-from jepa_kit.data.making.verify import Report, verify
+from jepa_kit.data.making.verify import verify
 from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
 
@@ -22,14 +22,14 @@ def masked_folder(tmp_path):
 
 def problems(folder):
     shown = []
-    report = verify(str(folder), workers=2, show=lambda done, total: shown.append((done, total)))
+    _, problems = verify(str(folder), workers=2, show=lambda done, total: shown.append((done, total)))
     if shown:
         assert shown[-1][0] == shown[-1][1] == sum(p.stat().st_size for p in folder.rglob("*.tar") if p.name < "t")
-    return [text.replace(f"{folder}/", "") for text in report.problems]
+    return [text.replace(f"{folder}/", "") for text in problems]
 
 
 def test_intact_shards_have_no_problems(masked_folder):
-    assert verify(str(masked_folder), workers=2, show=lambda *_: None) == Report(3, [])
+    assert verify(str(masked_folder), workers=2, show=lambda *_: None) == (3, [])
     assert problems(masked_folder) == []
 
 
@@ -38,9 +38,9 @@ def test_folders_in_the_folder(tmp_path, samples):
         write_shards(tmp_path / name, samples, 10, {"class": tuple("abcd")})
     (tmp_path / "notes").mkdir()
     os.truncate(tmp_path / "val/shard-000002.tar", 100)
-    report = verify(str(tmp_path), workers=1, show=lambda *_: None)
-    assert report.shards == 6
-    (problem,) = report.problems
+    shards, problems = verify(str(tmp_path), workers=1, show=lambda *_: None)
+    assert shards == 6
+    (problem,) = problems
     assert problem.startswith(f"{tmp_path}/val/shard-000002.tar: it has 100 bytes, but index.json says ")
 
 
@@ -151,8 +151,8 @@ DAMAGES = {
 def test_each_damage_is_named(masked_folder, damage):
     apply, expected = DAMAGES[damage]
     apply(masked_folder)
-    report = verify(str(masked_folder), workers=2, show=lambda *_: None)
-    found = [text.removeprefix(f"{masked_folder}/") for text in report.problems]
+    _, problems = verify(str(masked_folder), workers=2, show=lambda *_: None)
+    found = [text.removeprefix(f"{masked_folder}/") for text in problems]
     assert len(found) == len(expected)
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 

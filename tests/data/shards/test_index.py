@@ -11,7 +11,7 @@ from small_shards import make_samples, write_shards
 
 from jepa_kit.data.making.verify import verify
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.sources import SourceOptions, open_source
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 DAMAGED_INDEXES = {
     "no shards": ({"shards": None}, "it has no 'shards'"),

@@ -18,7 +18,7 @@ from jepa_kit.data.segmentation import encode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import difference, identity
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources import SourceOptions, open_source
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 from jepa_kit.errors import SampleError
 
 NAMES = ("index.json", "offsets.npy", "labels.npy", "keys.npy")

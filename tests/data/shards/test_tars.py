@@ -16,8 +16,8 @@ from small_shards import encoded, picture
 from jepa_kit.data.images import decode
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.tars import compression, is_filler
-from jepa_kit.data.sources import SourceOptions, open_source
 from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 
 def add(tar, name, data=b"", **header):

@@ -10,8 +10,9 @@ import pytest
 from old_pickles import old_pickle
 from PIL import Image
 
-from jepa_kit.data.sources import Recode, SourceOptions, open_source
+from jepa_kit.data.sources.base import Recode
 from jepa_kit.data.sources.cifar import unpickle
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 NAMES10 = ["airplane", "automobile", "bird"]
 

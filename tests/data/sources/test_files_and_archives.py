@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from small_shards import encoded, picture, write_shards
 
-from jepa_kit.data.sources import Refused, SourceOptions, open_source
-from jepa_kit.data.sources.base import each_once, unique_keys
+from jepa_kit.data.sources.base import Refused, each_once, unique_keys
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 TREE = {
     "train/cat/0.jpg": encoded(picture(0)),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_shards import encoded, picture
 
-from jepa_kit.data.sources import Refused, SourceOptions, open_source
+from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 datasets = pytest.importorskip("datasets", reason="the package datasets is not installed (extra hf)")
 

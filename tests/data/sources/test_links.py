@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from small_shards import encoded, picture
 
-from jepa_kit.data.sources import Refused, SourceOptions, open_source
+from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 IMAGES = [encoded(picture(k)) for k in range(6)]
 

@@ -8,7 +8,7 @@ from PIL import Image
 from small_shards import encoded, picture
 
 from jepa_kit.data.segmentation import decode_mask, encode_mask
-from jepa_kit.data.sources import Recode, Refused
+from jepa_kit.data.sources.base import Recode, Refused
 
 JPEG, PNG = encoded(picture(0, 60, 90)), encoded(picture(1, 60, 90), "PNG")
 

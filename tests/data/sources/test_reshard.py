@@ -10,7 +10,8 @@ import pytest
 from small_shards import encoded, make_samples, picture, write_shards
 
 from jepa_kit.data.segmentation import encode_mask
-from jepa_kit.data.sources import Refused, SourceOptions, open_source
+from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 
 def opened(pattern, **options):

@@ -9,8 +9,7 @@ from PIL import Image
 from jepa_kit.data.segmentation import decode_mask
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import write_index, write_shard
-from jepa_kit.data.sources import Scenes
-from jepa_kit.data.sources.scenes import MASK_CLASSES
+from jepa_kit.data.sources.scenes import MASK_CLASSES, Scenes
 from jepa_kit.scenes.scenes import CLASSES, SHAPE_NAMES, render
 
 

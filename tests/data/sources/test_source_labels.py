@@ -8,8 +8,9 @@ import pytest
 from scipy.io import savemat
 from small_shards import encoded, make_samples, picture, write_shards
 
-from jepa_kit.data.sources import Refused, SourceOptions, open_source
+from jepa_kit.data.sources.base import Refused
 from jepa_kit.data.sources.labels import GROUND_TRUTH
+from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 IMAGES = {f"img/{name}.jpg": encoded(picture(k)) for k, name in enumerate("cab")}
 
