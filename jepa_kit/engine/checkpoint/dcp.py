@@ -65,7 +65,8 @@ def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer
             like = parameters[name]
             on_host = {key: torch.zeros_like(x, device="cpu") for key, x in moments.items() if x.shape != like.shape}
             state[name] = {key: on_host[key] if key in on_host else torch.zeros_like(like) for key in moments}
-    _read(folder, _flat(model, state))
+    with _named_errors(folder):
+        dcp.load(_flat(model, state), storage_reader=_Reader(folder))
     if optimizer is not None:
         set_optimizer_state(optimizer, state)
 
@@ -91,7 +92,8 @@ def read_full(folder: Path) -> tuple[ModelState, OptimizerState]:
     """
     model, optimizer_state = layout(folder)
     tensors = {key: torch.empty_like(value, device="cpu") for key, value in _flat(model, optimizer_state).items()}
-    _read(folder, tensors, alone=True)
+    with _named_errors(folder):
+        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True)
     return _nested(tensors, folder)
 
 
@@ -165,12 +167,6 @@ class _Reader(dcp.FileSystemReader):
             raise CheckpointError(f"{path} contains a {type(held).__name__}, not metadata of tensors")
         held.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return held
-
-
-def _read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Read a folder into tensors, in place."""
-    with _named_errors(folder):
-        dcp.load(tensors, storage_reader=_Reader(folder), no_dist=alone)
 
 
 @contextmanager

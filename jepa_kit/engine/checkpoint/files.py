@@ -56,8 +56,13 @@ def verify(path: Path, *, rank: int = 0, size: int = 1) -> None:
         if path.is_dir():
             for name, (length, crc) in list(read_header(path)["files"].items())[rank::size]:
                 _verify_shard(path, name, length, crc)
-        else:
-            _verify_archive(path)
+            return
+        with path.open("rb") as opened:
+            start = opened.read(len(_ZIP))
+        if start != _ZIP:  # torch.save writes a zip archive
+            what = f"{path} ({path.stat().st_size} bytes)"
+            raise CheckpointError(f"{what} is not a checkpoint: it does not start like one")
+        check_records(path)
 
 
 def _verify_shard(folder: Path, name: str, length: int, crc: int) -> None:
@@ -69,15 +74,6 @@ def _verify_shard(folder: Path, name: str, length: int, crc: int) -> None:
             raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is cut short: it had {length} bytes")
         if checksum(file) != crc:
             raise CheckpointError(f"{file} ({length} bytes) is damaged: its checksum differs")
-
-
-def _verify_archive(path: Path) -> None:
-    with path.open("rb") as opened:
-        start = opened.read(len(_ZIP))
-    what = f"{path} ({path.stat().st_size} bytes)"
-    if start != _ZIP:  # torch.save writes a zip archive
-        raise CheckpointError(f"{what} is not a checkpoint: it does not start like one")
-    check_records(path)
 
 
 def check_records(path: Path, *, checksums: bool = True, hint: str = "") -> None:
