@@ -25,7 +25,6 @@ AHEAD = 3
 """Chunks per worker that are requested in advance."""
 
 _source: Source
-_stopped = False
 
 
 class Workers(AbstractContextManager["Workers"]):
@@ -67,13 +66,8 @@ def _start(source: Source, parent: int) -> None:
     global _source
     _source = source
     # Ctrl-C reaches all processes of a terminal; a worker that died of it would look like a crash
-    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _stop(*_: object) -> None:
-    global _stopped
-    _stopped = True
 
 
 def _watch(parent: int) -> None:
@@ -86,8 +80,6 @@ def _watch(parent: int) -> None:
 def _make(numbers: list[int]) -> list[Packed | Refusal]:
     made: list[Packed | Refusal] = []
     for i in numbers:
-        if _stopped:
-            raise KeyboardInterrupt
         try:
             made.append(pack(_source.sample(i)))
         except Refused as reason:
