@@ -44,7 +44,7 @@ def test_what_an_index_lacks_is_named(tmp_path, folder, edit_index, damage, read
 def error_of(folder, read, tmp_path):
     """Return the error of a damaged folder of shards."""
     if read == "verify":
-        (problem,) = verify(str(folder), workers=1, show=lambda *_: None).problems
+        _, (problem,) = verify(str(folder), workers=1, show=lambda *_: None)
         return problem
     (tmp_path / "images.csv").write_text("path,label\nx.jpg,a\n")
     options = SourceOptions(classes_from=str(folder))
