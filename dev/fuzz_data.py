@@ -119,7 +119,7 @@ def _index(name: str, old: bool, seed: int) -> None:
     found = read_all(dataset)
     if name in ARRAYS and not old:
         raise Harmed(f"{name}: {what}")
-    problems = verify(str(place), workers=1, show=lambda *_: None).problems
+    _, problems = verify(str(place), workers=1, show=lambda *_: None)
     if name.endswith(".tar") and not problems:
         raise Harmed(f"--verify passes {name}: {what}")
     originals = {sample.key: sample.image for sample in samples()}
