@@ -124,7 +124,7 @@ def test_a_run_is_checked_before_it_waits(submission, tiny, tmp_path):
         submission("data.shards=null")
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         submission()
     assert submission(resume=True)
 

@@ -198,7 +198,7 @@ def test_runs_that_cannot_be_loaded(tiny_run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*absent\.pt"):
         load_run(folder / "absent.pt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         load_run(tmp_path / "empty")
     with pytest.raises(ConfigError, match="did you mean 'embed_dim'"):
         load_run(folder, ["encoder.embed_dmi=8"])
