@@ -5,7 +5,7 @@ S  sets    P  patches of all sets together, packed one set after another
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ class SetLengths:
             offsets = np.zeros(each.size + 1, dtype=np.int32)
             np.cumsum(each, out=offsets[1:])
             self.offsets = torch.from_numpy(offsets).to(device)
-        self.layouts: dict[str, Any] = {}
+        self.layouts: dict[Any, Any] = {}
         """What an attention backend derives from the lengths: computed once, used by every layer."""
 
     def __len__(self) -> int:
@@ -105,6 +105,12 @@ class SetLengths:
         """[P] int64: the index of each token inside its own set."""
         starts = self.offsets[:-1].long()[self.set_of_token]
         return torch.arange(self.total, device=self.device) - starts
+
+    def layout(self, make: Callable[[SetLengths], K]) -> K:
+        """Return ``make(self)``, computed once."""
+        if make not in self.layouts:
+            self.layouts[make] = make(self)
+        return self.layouts[make]
 
     def map_tensors(self, fn: Any) -> SetLengths:
         """Return these lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""

@@ -66,8 +66,7 @@ def _choose(backend: Backend, q: Tensor) -> str:
     """Return the name of the backend to use; it depends on what can run, never on timing, so that all ranks agree."""
     if backend == "auto":
         return "xformers" if why_not("xformers", q) is None else "sdpa"
-    reason = why_not(backend, q)
-    if reason is not None:
+    if (reason := why_not(backend, q)) is not None:
         raise ValueError(f"attention (={backend!r}) cannot run: {reason}")
     return backend
 

@@ -126,11 +126,12 @@ def attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Ten
         shape = (len(lengths), lengths.longest, *q.shape[1:])  # [S, L, h, d]
         out = ops.memory_efficient_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape))
         return out.reshape(q.shape)
-    bias = lengths.layouts.get("xformers")
-    if bias is None:
-        bias = ops.fmha.BlockDiagonalMask.from_seqlens(list(lengths.on_host), device=q.device)
-        lengths.layouts["xformers"] = bias
-    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=lengths.layout(_block_mask))[0]
+
+
+def _block_mask(lengths: SetLengths) -> Any:
+    """Return xformers' mask of these lengths."""
+    return _xformers()[0].fmha.BlockDiagonalMask.from_seqlens(list(lengths.on_host), device=lengths.device)
 
 
 def why_not_xformers(q: Tensor) -> str | None:
@@ -139,10 +140,7 @@ def why_not_xformers(q: Tensor) -> str | None:
         return f"it has kernels for CUDA only, and the tokens are on {q.device.type}; use 'sdpa'"
     if q.dtype == torch.float64:
         return "it has no float64 kernels; use 'sdpa' or 'reference'"
-    reason = _xformers()[1]
-    if reason is not None:
-        return reason
-    return _refusal(q.device, q.dtype, q.shape[-1], torch.are_deterministic_algorithms_enabled())
+    return _xformers()[1] or _refusal(q.device, q.dtype, q.shape[-1], torch.are_deterministic_algorithms_enabled())
 
 
 @lru_cache

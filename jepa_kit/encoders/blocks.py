@@ -148,6 +148,10 @@ class Block(nn.Module):
         may_compile: whether ``compile_blocks`` may set ``compiled``.
         checkpointed: whether to save only the input for the backward pass and recompute the rest, with the same draws
             of stochastic depth (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+
+    Raises:
+        ValueError: heads do not divide the width, the MLP has no unit, eps is not above 0, the drop rate is outside
+            [0, 1), or the backend is unknown.
     """
 
     def __init__(
@@ -163,6 +167,11 @@ class Block(nn.Module):
         compiled: Compile = False,
     ) -> None:
         super().__init__()
+        if not math.isfinite(mlp_ratio) or round(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0 and finite: the MLP needs a unit")
+        if not 0 < norm_eps < math.inf:
+            raise ValueError(f"norm_eps (={norm_eps}) must be above 0 and finite")
+        check_choice("attention", backend, Backend)
         self.compiled = compiled is True
         self.may_compile = compiled == "auto"
         self.checkpointed = False
@@ -243,46 +252,20 @@ def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
                 block.compiled |= block.may_compile
 
 
-def make_blocks(
-    dim: int,
-    depth: int,
-    num_heads: int,
-    *,
-    mlp_ratio: float,
-    qkv_bias: bool = True,
-    norm_eps: float = 1e-6,
-    drop_path: float = 0.0,
-    backend: Backend = "auto",
-    compiled: Compile = False,
-) -> nn.ModuleList:
+def make_blocks(dim: int, depth: int, num_heads: int, *, drop_path: float = 0.0, **options: Any) -> nn.ModuleList:
     """Return ``depth`` blocks, whose drop rate rises linearly from 0 to ``drop_path``.
 
+    Args:
+        options: of each ``Block``.
+
     Raises:
-        ValueError: depth is below 1, heads do not divide the width, the MLP has no unit, eps is not above 0, the drop
-            rate is outside [0, 1), or the backend is unknown.
+        ValueError: depth is below 1, the drop rate is outside [0, 1), or ``Block`` rejects an option.
     """
     if depth < 1:
         raise ValueError(f"depth (={depth}) must be at least 1")
-    if not math.isfinite(mlp_ratio) or round(dim * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0 and finite: the MLP needs a unit")
-    if not 0 < norm_eps < math.inf:
-        raise ValueError(f"norm_eps (={norm_eps}) must be above 0 and finite")
     DropPath(drop_path)  # check the user's value, not a block's fraction of it
-    check_choice("attention", backend, Backend)
     rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-    return nn.ModuleList(
-        Block(
-            dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            norm_eps=norm_eps,
-            drop_path=rate,
-            backend=backend,
-            compiled=compiled,
-        )
-        for rate in rates
-    )
+    return nn.ModuleList(Block(dim, num_heads, drop_path=rate, **options) for rate in rates)
 
 
 def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from jepa_kit.compat import foreach_copy_, set_parameters
 
 Affine = tuple[Tensor, Tensor | None]
+"""Weight and bias of a norm or a linear layer."""
 
 
 class _Cast(torch.autograd.Function):

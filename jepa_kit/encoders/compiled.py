@@ -19,16 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.compat import allow_recompiles, mark_dynamic
-from jepa_kit.encoders.casts import cast_together
+from jepa_kit.encoders.casts import Affine, cast_together
 from jepa_kit.set_lengths import SetLengths
 
 COMPILER = "inductor"
 """The backend of torch.compile."""
 MOST_PROGRAMS = 64
 """Maximum number of programs of a region: one per shape of weights, with and without gradients and drop path."""
-
-Affine = tuple[Tensor, Tensor | None]
-"""Weight and bias of a norm or a linear layer."""
 
 
 class Before(NamedTuple):

@@ -20,9 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 @lru_cache(maxsize=2)
 def _available(dtype: torch.dtype) -> bool:
     # Without MKL, torch is built for another kind of processor, on which this has not been measured.
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not libraries or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

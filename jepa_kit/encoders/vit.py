@@ -6,8 +6,9 @@ C = channels  p = patch size in pixels         D = width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ class ViT(nn.Module):
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
-        shape = _resolve(size, embed_dim, depth, num_heads, mlp_ratio)
+        shape = _resolve(size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
         check_choice("patch_init", patch_init, PatchInit)
         check_choice("input_norm", input_norm, InputNorm)
         if in_chans < 1:
@@ -188,11 +189,8 @@ class ViT(nn.Module):
         if not 1 <= last <= self.depth:
             raise ValueError(f"last (={last}) must be from 1 to the encoder's depth (={self.depth})")
         x, lengths = self.embed(images, patches)
-        outputs = []
-        for i, output in enumerate(run_blocks(self.blocks, x, lengths)):
-            if i >= self.depth - last:
-                outputs.append(take_rows(self.norm(output), lengths.total))
-        return outputs
+        outputs = islice(run_blocks(self.blocks, x, lengths), self.depth - last, None)
+        return [take_rows(self.norm(output), lengths.total) for output in outputs]
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
         """Return content plus position of each patch, [R, D] with the P tokens first, and the lengths of the sets."""
@@ -227,25 +225,17 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:
     return h // patch_size, w // patch_size
 
 
-def _resolve(
-    size: str | None, embed_dim: int | None, depth: int | None, num_heads: int | None, mlp_ratio: float | None
-) -> _Shape:
-    given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    if size is None:
-        missing = [k for k, v in given.items() if v is None]
-        if missing:
-            raise ValueError(f"size (=None) needs {', '.join(missing)} to be given; sizes: {', '.join(SIZES)}")
-        base = _Shape(0, 0, 0)
-    elif size not in SIZES:
+def _resolve(size: str | None, **values: Any) -> _Shape:
+    """Return the shape of a size, with those of its fields replaced whose value is not None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if size is not None and size not in SIZES:
         raise ValueError(f"size (={size!r}) must be one of {', '.join(SIZES)}")
-    else:
-        base = SIZES[size]
-    return _Shape(
-        base.embed_dim if embed_dim is None else embed_dim,
-        base.depth if depth is None else depth,
-        base.num_heads if num_heads is None else num_heads,
-        base.mlp_ratio if mlp_ratio is None else mlp_ratio,
-    )
+    if size is not None:
+        return replace(SIZES[size], **given)
+    missing = [name for name in ("embed_dim", "depth", "num_heads") if name not in given]
+    if missing:
+        raise ValueError(f"size (=None) needs {', '.join(missing)} to be given; sizes: {', '.join(SIZES)}")
+    return _Shape(**given)
 
 
 def sincos_2d(embed_dim: int, grid: Grid) -> Tensor:

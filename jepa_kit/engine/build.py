@@ -115,17 +115,6 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
             f"(={every}, {'an epoch' if config.checkpoint.every is None else 'checkpoint.every'})"
         )
     forward = parallelize(jepa, device, settings.parallel, settings.accumulate)
-    schedule = Schedule(
-        epochs=settings.epochs,
-        steps_per_epoch=steps_per_epoch,
-        lr=optim.lr,
-        start_lr=optim.start_lr,
-        final_lr=optim.final_lr,
-        warmup_epochs=optim.warmup_epochs,
-        weight_decay=optim.weight_decay,
-        momentum=jepa.momentum,
-        stretch=optim.stretch,
-    )
     return Run(
         config=config,
         world=world,
@@ -135,6 +124,6 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         jepa=jepa,
         forward=forward,
         optimizer=build_optimizer(jepa, betas=optim.betas, eps=optim.eps),
-        schedule=schedule,
+        schedule=Schedule.of(config, steps_per_epoch, jepa.momentum),
         steps_per_epoch=steps_per_epoch,
     )

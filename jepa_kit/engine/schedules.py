@@ -25,6 +25,8 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
+from jepa_kit.config import Config
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -113,6 +115,22 @@ class Schedule:
         self._lr = WarmupThenCosine(start_lr, lr, final_lr, self.warmup_steps / self.planned)
         self._weight_decay = CosineParamScheduler(*weight_decay)
         self._momentum = momentum or ConstantParamScheduler(1.0)
+
+    @classmethod
+    def of(cls, config: Config, steps_per_epoch: int, momentum: Callable[[float], float] | None = None) -> Schedule:
+        """Return the schedules of a config."""
+        optim = config.optim
+        return cls(
+            epochs=config.train.epochs,
+            steps_per_epoch=steps_per_epoch,
+            lr=optim.lr,
+            start_lr=optim.start_lr,
+            final_lr=optim.final_lr,
+            warmup_epochs=optim.warmup_epochs,
+            weight_decay=optim.weight_decay,
+            momentum=momentum,
+            stretch=optim.stretch,
+        )
 
     def __call__(self, step: int) -> Hyper:
         """Return the values of update ``step``; raise ValueError for a step outside the run."""

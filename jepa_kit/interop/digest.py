@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from jepa_kit.errors import CheckpointError
 
+ABOUT = "jepa_kit"
+"""Metadata key of the note, ``EncoderWeights.about``, in every format."""
+SEALED = "sealed"
+"""Key of the note that is set if the file has a digest."""
 DIGEST = "jepa_kit.sha256"
 """Metadata key of the digest. The note (``ABOUT``) also states that there is one, so damage to this key is detected."""
 
@@ -32,24 +36,35 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return found.hexdigest()
 
 
-def check_digest(stored: str | None, found: str, what: str, *, needed: bool, allow_unchecked: bool) -> None:
-    """Compare a stored digest with the content's.
+def is_sealed(text: str | None) -> bool:
+    """Whether a note states that its file has a digest; False for a damaged note."""
+    try:
+        held = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and SEALED in held
+
+
+def check_digest(
+    metadata: Mapping[str, str], digest_of: Callable[[], str], what: str, *, allow_unchecked: bool
+) -> None:
+    """Compare the digest in a file's metadata, if there is one, with that of its contents.
 
     Args:
-        stored: digest in the file; None if it has none.
-        found: digest of the contents.
+        metadata: of the file.
+        digest_of: returns the digest of the contents.
         what: name of the file in messages.
-        needed: whether the file states that it has a digest.
         allow_unchecked: whether to accept a file that fails.
 
     Raises:
-        CheckpointError: the digests differ, or a needed one is missing.
+        CheckpointError: the digests differ, or there is none though the file's note states one.
     """
-    if allow_unchecked or (stored is None and not needed):
+    stored = metadata.get(DIGEST)
+    if allow_unchecked or (stored is None and not is_sealed(metadata.get(ABOUT))):
         return
     if stored is None:
         raise CheckpointError(f"{what} is damaged: its checksum ({DIGEST}) is missing; {HOW}")
-    if stored != found:
+    if stored != (found := digest_of()):
         raise CheckpointError(
             f"{what} is damaged, or was changed after jepa_kit wrote it: its SHA-256 is {found[:16]}..., "
             f"not {stored[:16]}...; {HOW}"

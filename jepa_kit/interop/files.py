@@ -24,6 +24,14 @@ Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 
 FORMATS = "official, jepa_kit, hf (a folder), timm, safetensors, onnx"
 
+OTHERS = {
+    b"<": "is a web page, not weights: the URL is that of a page (a login, an error, a file browser)",
+    b"version https://git-lfs": "is a git-lfs pointer, not the weights: run `git lfs pull`",
+    b"\x80": "is a bare pickle, which can run code when it is read, and is rejected. Checkpoints of torch before "
+    "1.6 are pickles: if you trust this one, load it with torch and save it again",
+}
+"""First bytes of files that are no weights -> what they are."""
+
 DOWNLOADED = ("http://", "https://", "ftp://")
 """URLs whose files iopath caches."""
 
@@ -41,7 +49,6 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
         CheckpointError: the checksum differs (a download is deleted then), or the download failed.
     """
     text = os.fspath(path_or_url)
-    remote = "://" in text
     try:
         path = Path(text).expanduser()
         if text.startswith(DOWNLOADED):
@@ -60,7 +67,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
         raise CheckpointError(f"{text} is a folder, but sha256 is the checksum of one file")
     found = sha256_of(path)
     if found != sha256.lower():
-        if remote:
+        if "://" in text:
             path.unlink()  # else the cache returns the same file again
         raise CheckpointError(f"{text} has SHA-256 {found}, not {sha256.lower()}: it is damaged, or another file")
     return path
@@ -82,25 +89,19 @@ def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
         start = file.read(512)
     what = f"{path} ({path.stat().st_size} bytes)"
     if start.startswith(b"PK\x03\x04"):
-        return _recognise_archive(path, allow_unchecked)
+        held = open_archive(path, allow_unchecked=allow_unchecked)
+        if held.get("format") == FORMAT:
+            return "jepa_kit"
+        encoders = [isinstance(held.get(part), dict) for part in ("encoder", "target_encoder")]
+        return "official" if any(encoders) else "timm"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
         return "safetensors" if read_header(path)["__metadata__"].get("format_name") == FORMAT_NAME else "timm"
     if start[:1] == b"\x08":  # field ir_version of a protobuf
         return "onnx"
     if not start:
         raise CheckpointError(f"{what} is empty")
-    if start.lstrip()[:1] == b"<":
-        raise CheckpointError(
-            f"{what} is a web page, not weights: the URL is that of a page (a login, an error, a file browser)"
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{what} is a git-lfs pointer, not the weights: run `git lfs pull`")
-    if start[:1] == b"\x80":
-        raise CheckpointError(
-            f"{what} is a bare pickle, which can run code when it is read, and is rejected. Checkpoints of torch "
-            "before 1.6 are pickles: if you trust this one, load it with torch and save it again"
-        )
-    raise CheckpointError(f"{what} has none of the formats {FORMATS}: it begins with {start[:8]!r}")
+    other = next((text for begin, text in OTHERS.items() if start.lstrip().startswith(begin)), None)
+    raise CheckpointError(f"{what} {other or f'has none of the formats {FORMATS}: it begins with {start[:8]!r}'}")
 
 
 def _recognise_folder(path: Path) -> Format:
@@ -128,15 +129,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} must contain a mapping, not a {type(held).__name__}")
     return held
-
-
-def _recognise_archive(path: Path, allow_unchecked: bool) -> Format:
-    held = open_archive(path, allow_unchecked=allow_unchecked)
-    if held.get("format") == FORMAT:
-        return "jepa_kit"
-    if any(isinstance(held.get(part), dict) for part in ("encoder", "target_encoder")):
-        return "official"
-    return "timm"
 
 
 def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]:

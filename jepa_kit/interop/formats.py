@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite, load_checkpoint
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write
 from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
-from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Positions, Reading, choose
+from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, choose
 
+MODULES = dict(zip(get_args(Format), (official, native, hf, timm, safetensors, onnx), strict=True))
+"""Each format's module, with ``read`` (except native's) and ``write``."""
 WHOLE = ("official", "jepa_kit")
 """Formats of a whole run; the others contain one encoder."""
 OUR_OWN = ("jepa_kit", "safetensors")
@@ -39,11 +42,12 @@ def read(path: Path, format: Format | None = None, reading: Reading = AS_IT_IS) 
         raise CheckpointError(f"{path} is not in the format {format!r}: by its content it is {found!r}")
     if found == "jepa_kit":
         held = load_checkpoint(path)
-        check_checkpoint(held, str(path))
+        check_finite(held.model, str(path))
+        moments = {f"{key} of {name}": x for name, state in held.optimizer.items() for key, x in state.items()}
+        check_finite(moments, f"the optimiser of {path}")
         return held
-    readers = {"official": official, "hf": hf, "timm": timm, "safetensors": safetensors, "onnx": onnx}
     try:
-        return readers[found].read(path, reading)
+        return MODULES[found].read(path, reading)
     except CheckpointError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -57,11 +61,7 @@ def read_encoder(
     encoder: str | None = "target",
     *,
     sha256: str | None = None,
-    num_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    positions: Positions = "formula",
-    prefix: str | None = None,
-    allow_unchecked: bool = False,
+    **options: Any,
 ) -> EncoderWeights:
     """Read the weights of one encoder from any format.
 
@@ -69,30 +69,16 @@ def read_encoder(
         path_or_url: see ``fetch``.
         encoder: ``target``, ``context``, or None for any (the target encoder if the file has both).
         sha256: expected checksum of the file.
-        (others): see ``Reading``.
+        options: of ``Reading``.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it cannot be read, or does not contain this encoder.
         ValueError: ``encoder`` is none of these.
     """
-    reading = Reading(
-        num_heads=num_heads,
-        image_size=image_size,
-        positions=positions,
-        prefix=prefix,
-        allow_unchecked=allow_unchecked,
-    )
+    reading = Reading(**options)
     path = fetch(path_or_url, sha256)
-    held = read(path, None, reading)
-    return encoder_from(held, encoder, path.name)
-
-
-def check_checkpoint(held: Checkpoint, what: str) -> None:
-    """Raise CheckpointError if weights or moments are not finite."""
-    check_finite(held.model, what)
-    moments = {f"{key} of {name}": x for name, state in held.optimizer.items() for key, x in state.items()}
-    check_finite(moments, f"the optimiser of {what}")
+    return encoder_from(read(path, None, reading), encoder, path.name)
 
 
 def encoder_from(held: Checkpoint | EncoderWeights, encoder: str | None, source: str) -> EncoderWeights:
@@ -136,29 +122,21 @@ def write(
         if isinstance(held, Checkpoint) and encoder is not None:
             raise ValueError(f"encoder (={encoder!r}) is for formats of one encoder; {format} keeps all parts")
         whole = held if isinstance(held, Checkpoint) else native.checkpoint_of(choose(held, encoder))
-        _in_one_piece(path, lambda at: (official if format == "official" else native).write(whole, at))
+        with _writing(path) as part:
+            MODULES[format].write(whole, part)
         return _words(whole)
     weights = encoder_from(held, encoder, "a checkpoint")
-    if format == "onnx":
-        try:
-            onnx.write(weights, path, image_size=image_size)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise _not_written(path, error) from error
-        note = (
-            "" if image_size in (None, weights.architecture.image_size) else f"; positions interpolated to {image_size}"
-        )
-        return weights.words() + note
-    writers = {"hf": hf.write, "timm": timm.write, "safetensors": safetensors.write}
-    _in_one_piece(path, lambda at: writers[format](weights, at))
-    return weights.words()
+    options = {"image_size": image_size} if format == "onnx" else {}
+    with _writing(path, atomic=format != "onnx") as part:  # onnx.write does it itself
+        MODULES[format].write(weights, part, **options)
+    own = image_size in (None, weights.architecture.image_size)
+    return weights.words() + ("" if own else f"; positions interpolated to {image_size}")
 
 
 def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
     """Raise CheckpointError if the encoder normalises its images, which other code does not do."""
     if isinstance(held, Checkpoint):
-        shape = native.architecture_of(native.config_of(held, "the checkpoint"))
+        shape = native.architecture_of(native.config_of(held.config, "the checkpoint"))
     else:
         shape = held.architecture
     if shape.input_norm != "none":
@@ -168,25 +146,26 @@ def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
         )
 
 
-def _not_written(path: Path, error: OSError) -> OSError:
-    return OSError(error.errno, f"{path} could not be written, and has been removed: {error.strerror}")
-
-
-def _in_one_piece(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name, then rename: a crash or a full disk leaves nothing under the final name."""
+@contextmanager
+def _writing(path: Path, *, atomic: bool = True) -> Iterator[Path]:
+    """Yield a temporary name, renamed at the end: a crash or a full disk leaves nothing under the final name."""
     try:
-        with atomic_write(path) as part:
-            write(part)
+        with atomic_write(path) if atomic else nullcontext(path) as part:
+            yield part
+    except FileExistsError:
+        raise
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise OSError(error.errno, f"{path} could not be written, and has been removed: {error.strerror}") from error
 
 
 def _words(checkpoint: Checkpoint) -> str:
-    parts = sorted({name.partition(".")[0] for name in checkpoint.model})
-    words = [f"{', '.join(parts)} of {native.origin_words(checkpoint)}", f"step {checkpoint.step}"]
+    parts = ", ".join(sorted({name.partition(".")[0] for name in checkpoint.model}))
     moments = sum(1 for state in checkpoint.optimizer.values() if state)
-    words.append(f"moments of {moments} parameters" if moments else "no optimiser")
-    return "; ".join([*words, f"licence {checkpoint.origin.get('licence', 'not stated')}"])
+    return (
+        f"{parts} of {native.origin_words(checkpoint)}; step {checkpoint.step}; "
+        f"{f'moments of {moments} parameters' if moments else 'no optimiser'}; "
+        f"licence {checkpoint.origin.get('licence', 'not stated')}"
+    )
 
 
 def convert(
@@ -197,13 +176,13 @@ def convert(
     from_: Format | None = None,
     encoder: str | None = None,
     sha256: str | None = None,
-    num_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
-    positions: Positions = "formula",
-    prefix: str | None = None,
-    allow_unchecked: bool = False,
+    **options: Any,
 ) -> str:
-    """Convert a file or folder to another format; see ``read``, ``Reading`` and ``write``.
+    """Convert a file or folder to another format; see ``read`` and ``write``.
+
+    Args:
+        options: of ``Reading``.
 
     Returns:
         a summary of what was written.
@@ -211,7 +190,7 @@ def convert(
     for name, value in (("from", from_), ("to", to)):
         if value is not None and value not in get_args(Format):
             raise ValueError(f"{name} (={value!r}) must be one of {', '.join(get_args(Format))}")
-    reading = Reading(num_heads=num_heads, positions=positions, prefix=prefix, allow_unchecked=allow_unchecked)
+    reading = Reading(**options)
     path = fetch(source, sha256)
     held = read(path, from_, reading)
     if isinstance(held, Checkpoint) and to not in WHOLE:

@@ -63,8 +63,7 @@ class FrozenEncoder(nn.Module):
         attention: TorchBackend = "auto",
     ) -> None:
         super().__init__()
-        trained = weights.architecture.image_size
-        self.image_size = image_size or trained
+        self.image_size = image_size or weights.architecture.image_size
         grid = patch_grid(self.image_size, weights.architecture.patch_size)
         self.provenance = weights.provenance
         self.architecture = weights.architecture

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,17 @@ from torch import Tensor
 from jepa_kit.config import DataConfig
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import sha256_of
-from jepa_kit.interop.digest import check_digest
+from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
 from jepa_kit.interop.weights import (
-    ABOUT,
     AS_IT_IS,
     Architecture,
     EncoderWeights,
     Provenance,
     Reading,
-    check_positions,
-    check_shapes,
+    checked_weights,
     read_about,
 )
 
@@ -62,6 +61,30 @@ IN_MEMORY = {
 }
 """Their names in memory since transformers 5 -> their names in files."""
 
+OPTIONS: dict[str, tuple[str, Any]] = {
+    "patch_size": ("patch_size", 16),
+    "embed_dim": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "mlp_hidden": ("intermediate_size", 3072),
+    "in_chans": ("num_channels", 3),
+    "qkv_bias": ("qkv_bias", True),
+    "norm_eps": ("layer_norm_eps", 1e-12),
+}
+"""Fields of ``Architecture`` -> their names in ``IJepaConfig``, and its defaults, which older files omit."""
+
+CARD = """---
+{license}library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+
+# I-JEPA encoder
+
+{words}
+
+Written by jepa_kit; `transformers.IJepaModel.from_pretrained` loads this folder.
+"""
+
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 HEADS = ("classifier.", "pooler.", "embeddings.mask_token")
 FILES = "jepa_kit.files"
@@ -73,53 +96,8 @@ def write(weights: EncoderWeights, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # transformers copies the note into files that it saves without a digest, so it does not state that there is one
     about = json.loads(weights.about(sealed=False))
-    beside = {"config.json": {**to_config(weights.architecture), ABOUT: about}}
-    beside["preprocessor_config.json"] = _preprocessor(weights)
-    for name, held in beside.items():
-        _write_json(folder / name, held)
-    digests = json.dumps({name: sha256_of(folder / name) for name in beside}, sort_keys=True)
-    metadata = {"format": "pt", ABOUT: weights.about(), FILES: digests}
-    write_file(folder / "model.safetensors", to_names(weights), metadata)
-    licence = weights.provenance.licence
-    lines = ["---", *([f"license: {licence.lower()}"] if licence and " " not in licence else [])]
-    lines += ["library_name: transformers", "pipeline_tag: image-feature-extraction", "---", "", "# I-JEPA encoder", ""]
-    lines += [
-        weights.words(),
-        "",
-        "Written by jepa_kit; `transformers.IJepaModel.from_pretrained` loads this folder.",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _write_json(path: Path, held: dict[str, Any]) -> None:
-    path.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def to_config(shape: Architecture) -> dict[str, Any]:
-    """Return the arguments of ``IJepaConfig``."""
-    h, w = shape.image_size
-    return {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
-        "hidden_size": shape.embed_dim,
-        "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.num_heads,
-        "intermediate_size": shape.mlp_hidden,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": shape.norm_eps,
-        "image_size": h if h == w else [h, w],
-        "patch_size": shape.patch_size,
-        "num_channels": shape.in_chans,
-        "qkv_bias": shape.qkv_bias,
-    }
-
-
-def _preprocessor(weights: EncoderWeights) -> dict[str, Any]:
     h, w = weights.architecture.image_size
-    return {
+    preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": h, "width": w},
@@ -129,6 +107,30 @@ def _preprocessor(weights: EncoderWeights) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(weights.provenance.mean),
         "image_std": list(weights.provenance.std),
+    }
+    config = {**to_config(weights.architecture), ABOUT: about}
+    beside = {"config.json": config, "preprocessor_config.json": preprocessor}
+    for name, held in beside.items():
+        (folder / name).write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    digests = json.dumps({name: sha256_of(folder / name) for name in beside}, sort_keys=True)
+    metadata = {"format": "pt", ABOUT: weights.about(), FILES: digests}
+    write_file(folder / "model.safetensors", to_names(weights), metadata)
+    licence = weights.provenance.licence
+    license = f"license: {licence.lower()}\n" if licence and " " not in licence else ""
+    (folder / "README.md").write_text(CARD.format(license=license, words=weights.words()), encoding="utf-8")
+
+
+def to_config(shape: Architecture) -> dict[str, Any]:
+    """Return the arguments of ``IJepaConfig``."""
+    h, w = shape.image_size
+    return {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": h if h == w else [h, w],
+        **{theirs: getattr(shape, ours) for ours, (theirs, _) in OPTIONS.items()},
     }
 
 
@@ -180,22 +182,11 @@ def read(folder: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     """
     config = read_json(folder / "config.json")
     architecture = _architecture(config, folder)
-    state, left_out = strip_names(_open(folder, reading), str(folder), reading.prefix)
-    state = {name.removeprefix("ijepa."): value for name, value in state.items()}
-    heads = [name for name in state if name.startswith(HEADS)]
-    state = {name: value for name, value in state.items() if name not in heads}
-    left_out += heads
-    table = state.pop(TABLE, None)
-    if table is None or table.ndim != 3 or len(table) != 1:
-        shape = "missing" if table is None else f"{tuple(table.shape)}"
-        raise CheckpointError(f"{TABLE} of {folder} must be [1, N, D], but it is {shape}")
-    state = from_names(state)
-    check_shapes(architecture, state, str(folder))
-    own = check_positions(table[0], architecture.grid, f"{TABLE} of {folder}", reading.positions)
-    provenance = _provenance(config, folder)
-    if left_out:
-        provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
-    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+    state, left_out = strip_names(_open(folder, reading), str(folder), reading.prefix, HEADS)
+    provenance, positions = _provenance(config, folder), reading.positions
+    return checked_weights(
+        from_names(state), architecture, provenance, str(folder), positions, table=TABLE, left_out=left_out
+    )
 
 
 def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
@@ -203,21 +194,13 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
         raise CheckpointError(f"{folder}: model_type (={config.get('model_type')!r}) must be 'ijepa'")
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{folder}: hidden_act (={config['hidden_act']!r}) must be 'gelu'")
-    patch, image = config.get("patch_size", 16), config.get("image_size", 224)
+    patch, image = config.get("patch_size"), config.get("image_size", 224)
     if isinstance(patch, list) and len(set(patch)) == 1:
-        patch = patch[0]
-    try:  # the defaults of IJepaConfig, which older files omit
-        return Architecture(
-            image_size=(image, image) if isinstance(image, int) else (int(image[0]), int(image[1])),
-            patch_size=int(patch),
-            embed_dim=int(config.get("hidden_size", 768)),
-            depth=int(config.get("num_hidden_layers", 12)),
-            num_heads=int(config.get("num_attention_heads", 12)),
-            mlp_hidden=int(config.get("intermediate_size", 3072)),
-            in_chans=int(config.get("num_channels", 3)),
-            qkv_bias=bool(config.get("qkv_bias", True)),
-            norm_eps=float(config.get("layer_norm_eps", 1e-12)),
-        )
+        config = {**config, "patch_size": patch[0]}
+    try:
+        options = {ours: type(default)(config.get(theirs, default)) for ours, (theirs, default) in OPTIONS.items()}
+        size = (image, image) if isinstance(image, int) else (int(image[0]), int(image[1]))
+        return Architecture(image_size=size, **options)
     except (TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{folder}: config.json has a size that is no number: {error}") from error
 
@@ -225,15 +208,16 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
 def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
     """Return all weights of a folder: one file, several with an index, or an old ``pytorch_model.bin``."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
     if index.is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise CheckpointError(f"{index} must have a weight_map of names to files")
         names = sorted(set(listed.values()))
-    if not index.is_file() and not (folder / names[0]).is_file():
-        if (folder / "pytorch_model.bin").is_file():
-            return open_archive(folder / "pytorch_model.bin", allow_unchecked=reading.allow_unchecked)
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif (folder / "pytorch_model.bin").is_file():
+        return open_archive(folder / "pytorch_model.bin", allow_unchecked=reading.allow_unchecked)
+    else:
         raise CheckpointError(f"the folder {folder} has a config.json, but no model.safetensors")
     state: dict[str, Tensor] = {}
     for name in names:
@@ -243,9 +227,12 @@ def _open(folder: Path, reading: Reading) -> dict[str, Tensor]:
         state |= tensors
         for other, stored in json.loads(metadata.get(FILES, "{}")).items():
             file = folder / other
-            found = sha256_of(file) if file.is_file() else "no file"
-            check_digest(stored, found, str(file), needed=True, allow_unchecked=reading.allow_unchecked)
+            check_digest({DIGEST: stored}, partial(_checksum, file), str(file), allow_unchecked=reading.allow_unchecked)
     return state
+
+
+def _checksum(file: Path) -> str:
+    return sha256_of(file) if file.is_file() else "no file"
 
 
 def _provenance(config: dict[str, Any], folder: Path) -> Provenance:
@@ -263,8 +250,6 @@ def _provenance(config: dict[str, Any], folder: Path) -> Provenance:
     held = read_json(processor) if processor.is_file() else {}
     if "image_mean" not in held or "image_std" not in held:
         return provenance
-    provenance = replace(provenance, mean=tuple(held["image_mean"]), std=tuple(held["image_std"]))
-    if provenance.mean != DataConfig.mean:
-        note = f"its preprocessor normalises with mean {provenance.mean}; the release trained with ImageNet's"
-        provenance = replace(provenance, notes=(note,))
-    return provenance
+    mean, std = tuple(held["image_mean"]), tuple(held["image_std"])
+    note = f"its preprocessor normalises with mean {mean}; the release trained with ImageNet's"
+    return replace(provenance, mean=mean, std=std, notes=() if mean == DataConfig.mean else (note,))

@@ -9,8 +9,9 @@ from jepa_kit.errors import CheckpointError
 
 T = TypeVar("T")
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "backbone")
-"""Name parts added by torch.compile, FSDP1, activation checkpointing, DDP and probes, at the front or inside."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "backbone", "ijepa")
+"""Name parts added by torch.compile, FSDP1, activation checkpointing, DDP, probes and transformers' classifier, at the
+front or inside."""
 
 TOKENS = ("cls_token", "class_token", "reg_token", "register_tokens", "dist_token")
 
@@ -23,13 +24,16 @@ def bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS) or name
 
 
-def strip_names(state: Mapping[str, T], what: str, prefix: str | None = None) -> tuple[dict[str, T], list[str]]:
+def strip_names(
+    state: Mapping[str, T], what: str, prefix: str | None = None, heads: tuple[str, ...] = ()
+) -> tuple[dict[str, T], list[str]]:
     """Return a state dict without wrappers in its names, and the omitted names.
 
     Args:
         state: values by name.
         what: name of the file in messages.
         prefix: keep names that begin with it, without it; omit the others.
+        heads: omit names that begin with one of these, of layers after the encoder.
 
     Raises:
         CheckpointError: no name begins with ``prefix``, two names become one, or there is a class token or registers.
@@ -44,7 +48,8 @@ def strip_names(state: Mapping[str, T], what: str, prefix: str | None = None) ->
         stem += "."
         left_out = [name for name in named if not name.startswith(stem)]
         if len(left_out) == len(named):
-            raise CheckpointError(f"{what} has no name that begins with {prefix!r}; names begin with {_starts(named)}")
+            starts = ", ".join(list(dict.fromkeys(name.partition(".")[0] for name in named))[:8])
+            raise CheckpointError(f"{what} has no name that begins with {prefix!r}; names begin with {starts}")
         named = {name.removeprefix(stem): old for name, old in named.items() if name.startswith(stem)}
     tokens = [name for name in named if name.rpartition(".")[2] in TOKENS]
     if tokens:
@@ -52,11 +57,8 @@ def strip_names(state: Mapping[str, T], what: str, prefix: str | None = None) ->
             f"{what} is a ViT with extra tokens ({', '.join(tokens)}), such as DINO's or MAE's; I-JEPA's encoder has "
             "only patch tokens, so these weights cannot be loaded"
         )
-    return {name: state[old] for name, old in named.items()}, left_out
-
-
-def _starts(names: Mapping[str, str]) -> str:
-    return ", ".join(list(dict.fromkeys(name.partition(".")[0] for name in names))[:8])
+    left_out += [name for name in named if name.startswith(heads)]
+    return {name: state[old] for name, old in named.items() if not name.startswith(heads)}, left_out
 
 
 def hint(names: Mapping[str, object], wanted: str) -> str:

@@ -23,6 +23,7 @@ from jepa_kit.interop.weights import (
     Which,
     architecture_of_vit,
     check_shapes,
+    check_which,
 )
 from jepa_kit.maskers.multiblock import RELEASED
 from jepa_kit.registry import ENCODERS, SLOTS
@@ -36,8 +37,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     write_archive(content, path)
 
 
-def config_of(checkpoint: Checkpoint, what: str) -> Config:
-    """Return the config of a checkpoint whose encoder is a ViT: encoder, names of parts, sections.
+def config_of(config: Mapping[str, Any], what: str) -> Config:
+    """Return a checkpoint's config, whose encoder must be a ViT: encoder, names of parts, sections.
 
     Modules named in the config are not imported, and options of parts other than the encoder are ignored.
 
@@ -45,7 +46,7 @@ def config_of(checkpoint: Checkpoint, what: str) -> Config:
         CheckpointError: the encoder is another one, for which other formats have no names.
         ConfigError: the encoder or a section rejects a value.
     """
-    raw, problems = modernize(checkpoint.config), list[str]()
+    raw, problems = modernize(config), list[str]()
     named = {slot: part.get("name") for slot in SLOTS if isinstance(part := raw.get(slot), dict)}
     if named.get("encoder") != "vit":
         raise CheckpointError(
@@ -90,29 +91,23 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
         CheckpointError: the checkpoint does not have it, or its weights do not fit its config.
         ValueError: ``encoder`` is none of these.
     """
-    if encoder not in (None, *PARTS):
-        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for any")
-    config = config_of(checkpoint, source)
-    held = {which: any(k.startswith(f"{part}.") for k in checkpoint.model) for which, part in PARTS.items()}
-    tied = _is_tied(config)
-    which = encoder or ("target" if held["target"] or tied else "context")
+    check_which(encoder)
+    config = config_of(checkpoint.config, source)
+    there = {name.partition(".")[0] for name in checkpoint.model}
+    held = [which for which, part in PARTS.items() if part in there]
+    tied = "target_update" in config.slots and config.slots["target_update"].name == "tied"
+    which = encoder or ("target" if "target" in held or tied else "context")
     part = PARTS["context"] if which == "target" and tied else PARTS[which]
-    if not any(k.startswith(f"{part}.") for k in checkpoint.model):
-        others = ", ".join(repr(which) for which, there in held.items() if there) or "no encoder"
+    if part not in there:
+        others = ", ".join(map(repr, held)) or "no encoder"
         raise CheckpointError(f"{source} has no {which} encoder; it contains {others}")
-    state = checkpoint.part(part)
-    architecture = architecture_of(config)
+    state, architecture = checkpoint.part(part), architecture_of(config)
     check_shapes(architecture, state, source)
     positions = checkpoint.origin.get("positions", {}).get(part)
     provenance = _provenance(checkpoint, config, "target" if which == "target" else "context", source)
     if which == "target" and tied:
         provenance = replace(provenance, notes=("the target encoder is the context encoder itself",))
     return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=positions)
-
-
-def _is_tied(config: Config) -> bool:
-    part = config.slots.get("target_update")
-    return part is not None and part.name == "tied"
 
 
 def _provenance(checkpoint: Checkpoint, config: Config, which: Which, source: str) -> Provenance:
@@ -159,7 +154,8 @@ def checkpoint_of(weights: EncoderWeights) -> Checkpoint:
         raise CheckpointError(
             f"{held.source} has a position table of its own; this format's positions are the formula's"
         )
-    config = dict(held.config) if held.config else released_config(weights.architecture, mean=held.mean, std=held.std)
+    data = {"mean": list(held.mean), "std": list(held.std)}
+    config = dict(held.config) if held.config else released_config(weights.architecture, data=data)
     origin = {"source": held.source, "licence": held.licence, "encoder_alone": asdict(held)}
     return Checkpoint(
         step=held.step or 0,
@@ -172,40 +168,22 @@ def checkpoint_of(weights: EncoderWeights) -> Checkpoint:
     )
 
 
-def released_config(
-    shape: Architecture,
-    *,
-    predictor: Mapping[str, Any] | None = None,
-    optim: Mapping[str, Any] | None = None,
-    train: Mapping[str, Any] | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-) -> dict[str, Any]:
-    """Return the resolved released recipe around an encoder, assumed for weights whose file has no config."""
+def released_config(shape: Architecture, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the resolved released recipe around an encoder, assumed for weights whose file has no config.
+
+    Args:
+        sections: options of ``predictor``, ``data``, ``optim`` and ``train``.
+    """
+    options = shape.options()
+    size = list(options.pop("image_size"))
     raw: dict[str, Any] = {
+        **sections,
         "masker": {"name": "multiblock", **RELEASED},
-        "encoder": {
-            "name": "vit",
-            "patch_size": shape.patch_size,
-            "embed_dim": shape.embed_dim,
-            "depth": shape.depth,
-            "num_heads": shape.num_heads,
-            "mlp_ratio": shape.mlp_hidden / shape.embed_dim,
-            "in_chans": shape.in_chans,
-            "qkv_bias": shape.qkv_bias,
-            "norm_eps": shape.norm_eps,
-            "input_norm": shape.input_norm,
-            "patch_init": "released",
-        },
-        "predictor": {"name": "vit", **(predictor or {})},
+        "encoder": {"name": "vit", **options, "patch_init": "released"},
+        "predictor": {"name": "vit", **sections.get("predictor", {})},
         "target": {"name": "representation"},
         "loss": {"name": "smooth_l1"},
         "target_update": {"name": "ema", "momentum": [0.996, 1.0]},
-        "data": {"image_size": list(shape.image_size)},
-        "optim": dict(optim or {}),
-        "train": dict(train or {}),
+        "data": {"image_size": size, **sections.get("data", {})},
     }
-    for key, value in (("mean", mean), ("std", std)):
-        if value is not None:
-            raw["data"][key] = list(value)
     return config_from_dict(raw, source="the released recipe around the weights").to_dict()

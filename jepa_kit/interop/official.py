@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import write_archive
+from jepa_kit.interop.digest import ABOUT
 from jepa_kit.interop.files import open_archive
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.native import architecture_of, config_of, released_config, steps_per_epoch
 from jepa_kit.interop.weights import (
-    ABOUT,
     AS_IT_IS,
     Architecture,
     Reading,
@@ -48,14 +48,15 @@ MODULE = "module."
 PARTS = ("encoder", "predictor", "target_encoder")
 TABLE = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
 
+NOTE = {"step": int, "config": dict, "versions": dict, "data": dict, "origin": dict}
+"""Fields of ``Checkpoint`` that our note has, and their types."""
+
 LICENCE = "CC-BY-NC-4.0"
-RELEASED_FILES = frozenset(
-    {
-        "IN1K-vit.h.14-300e.pth.tar",
-        "IN1K-vit.h.16-448px-300e.pth.tar",
-        "IN22K-vit.h.14-900e.pth.tar",
-        "IN22K-vit.g.16-600e.pth.tar",
-    }
+RELEASED_FILES = (
+    "IN1K-vit.h.14-300e.pth.tar",
+    "IN1K-vit.h.16-448px-300e.pth.tar",
+    "IN22K-vit.h.14-900e.pth.tar",
+    "IN22K-vit.g.16-600e.pth.tar",
 )
 """Files at dl.fbaipublicfiles.com/ijepa, whose repository states the licence."""
 
@@ -112,60 +113,50 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> Checkpoint:
         for part, state in parts.items()
         for name, value in (predictor_from_official if part == "predictor" else encoder_from_official)(state).items()
     }
-    for part in parts.keys() & {"predictor"}:
-        check_finite(parts[part], f"predictor of {path}")
+    check_finite(parts.get("predictor", {}), f"predictor of {path}")
     optimizer = _optimizer(held.get("opt"), parts, path)
     for name, state in optimizer.items():
         check_finite(state, f"the optimiser's state for {name} of {path}")
+    own = {"positions": positions} if positions else {}
     if note is not None:
-        kinds = {"step": int, "config": dict, "versions": dict, "data": dict, "origin": dict}
-        if wrong := [key for key, kind in kinds.items() if type(note.get(key)) is not kind]:
+        if wrong := [key for key, kind in NOTE.items() if type(note.get(key)) is not kind]:
             raise CheckpointError(f"{path}: its note {ABOUT!r} is damaged: {wrong[0]} (={note.get(wrong[0])!r:.60})")
-        origin = {**note["origin"], **({"positions": positions} if positions else {})}
-        return Checkpoint(model=model, optimizer=optimizer, **{**note, "origin": origin})
+        return Checkpoint(model=model, optimizer=optimizer, **{**note, "origin": {**note["origin"], **own}})
     epoch = int(held.get("epoch") or 0)
     count = max((int(state["step"]) for state in optimizer.values() if "step" in state), default=0)
     per_epoch = max(1, math.ceil(count / epoch)) if epoch else None
+    step = epoch * per_epoch if per_epoch else count
     origin = {
         "source": f"{path.name} (released layout)",
         "licence": licence_of(path),
         "released": {
-            "step": epoch * per_epoch if per_epoch else count,
+            "step": step,
             "keys": list(held),
             "prefix": prefix,
             "param_groups": (held.get("opt") or {}).get("param_groups"),
             "values": {key: value for key, value in held.items() if key not in (*PARTS, "opt")},
         },
-        **({"positions": positions} if positions else {}),
+        **own,
     }
+    batch_size = int(held.get("batch_size") or 2048) * int(held.get("world_size") or 1)
     config = released_config(
         shape,
         predictor=_predictor_options(parts, shape, path),
         optim=_optim_options(held.get("lr")),
-        train={
-            "batch_size": int(held.get("batch_size") or 2048) * int(held.get("world_size") or 1),
-            "epochs": max(300, epoch),
-            "steps_per_epoch": per_epoch,
-        },
+        train={"batch_size": batch_size, "epochs": max(300, epoch), "steps_per_epoch": per_epoch},
     )
-    step = origin["released"]["step"]
     return Checkpoint(step=step, model=model, optimizer=optimizer, config=config, versions={}, data={}, origin=origin)
 
 
 def _encoders(parts: Mapping[str, Any], path: Path, note: Any, num_heads: int | None) -> Architecture:
     """Return the architecture of the encoders, which must agree."""
     if note is not None:
-        bare = Checkpoint(0, {}, {}, note["config"], {}, {})
-        shape = architecture_of(config_of(bare, str(path)))
+        shape = architecture_of(config_of(note["config"], str(path)))
     else:
         part = "target_encoder" if "target_encoder" in parts else "encoder"
         table = parts[part].get("pos_embed")
-        shape = shapes_to_architecture(
-            encoder_from_official(parts[part]),
-            f"{part} of {path}",
-            table=None if table is None else table[0],
-            num_heads=num_heads,
-        )
+        named = encoder_from_official(parts[part])
+        shape = shapes_to_architecture(named, f"{part} of {path}", table=table, num_heads=num_heads)
     for part in parts.keys() & {"encoder", "target_encoder"}:
         check_shapes(shape, encoder_from_official(parts[part]), f"{part} of {path}")
     return shape
@@ -175,10 +166,9 @@ def _positions(parts: Mapping[str, Any], shape: Architecture, path: Path) -> dic
     """Return the position tables [N, D] that differ from the formula; each part must have one."""
     found = {}
     for part, state in parts.items():
-        table = state.get(TABLE[part])
-        if table is None or table.ndim != 3:
+        if TABLE[part] not in state:
             raise CheckpointError(f"{part} of {path} has no {TABLE[part]} [1, N, D], which the released layout has")
-        own = check_positions(table[0], shape.grid, f"{TABLE[part]} in {part} of {path}")
+        own = check_positions(state[TABLE[part]], shape.grid, f"{TABLE[part]} in {part} of {path}")
         if own is not None:
             found[part] = own
     return found
@@ -234,16 +224,14 @@ def _optimizer(opt: Any, parts: Mapping[str, Mapping[str, Tensor]], path: Path) 
     missing = [part for part in ("encoder", "predictor") if part not in parts]
     if missing:
         raise CheckpointError(f"{path} has an optimiser, but no {' and no '.join(missing)} whose moments it would be")
-    groups = _groups(parts)
-    found = [len(group["params"]) for group in opt["param_groups"]]
-    if found != [len(group) for group in groups]:
+    groups, numbers = _groups(parts), [group["params"] for group in opt["param_groups"]]
+    found, expected = ([len(group) for group in each] for each in (numbers, groups))
+    if found != expected:
         raise CheckpointError(
-            f"the optimiser of {path} has groups of {found} parameters, but its weights make "
-            f"{[len(group) for group in groups]}"
+            f"the optimiser of {path} has groups of {found} parameters, but its weights make {expected}"
         )
-    order = [number for group in opt["param_groups"] for number in group["params"]]
     state: dict[str, dict[str, Tensor]] = {}
-    for number, (part, name) in zip(order, (at for group in groups for at in group), strict=True):
+    for number, (part, name) in zip(chain(*numbers), chain(*groups), strict=True):
         held, value = opt["state"].get(number, {}), parts[part][name]
         if name in POSITIONS:
             if held:
@@ -272,18 +260,18 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         CheckpointError: the released layout cannot store a part or weights.
     """
     what = f"the checkpoint of step {checkpoint.step}"
-    config = config_of(checkpoint, what)
+    config = config_of(checkpoint.config, what)
     strange = [name for name in checkpoint.model if name.partition(".")[0] not in PARTS]
-    if config.slots["predictor"].name != "vit" or strange:
-        name = config.slots["predictor"].name
+    name = config.slots["predictor"].name
+    if name != "vit" or strange:
         raise CheckpointError(
             f"{what} does not fit the released layout: predictor.name (={name!r}) must be 'vit', and weights beside "
             f"{', '.join(PARTS)} cannot be kept: {', '.join(strange) or 'none'}"
         )
-    kept = checkpoint.origin.get("released")
-    kept = kept if kept and kept["step"] == checkpoint.step else None
+    kept = checkpoint.origin.get("released", {})
+    kept = kept if kept.get("step") == checkpoint.step else {}
     parts = _to_parts(checkpoint, architecture_of(config))
-    prefix = kept["prefix"] if kept else {}
+    prefix = kept.get("prefix", {})
     content: dict[str, Any] = {
         part: {prefix.get(part, MODULE) + name: value for name, value in state.items()} for part, state in parts.items()
     }
@@ -306,7 +294,9 @@ def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str
         if not state:
             continue
         first = state["embed.bias" if part == "predictor" else "patch_embed.proj.bias"]
-        table = tables.get(part, sincos_2d(len(first), shape.grid).to(_stored(first)))[None]
+        # The release computes its tables in float32, whatever the model's precision.
+        stored = torch.float32 if first.dtype == torch.float64 else first.dtype
+        table = tables.get(part, sincos_2d(len(first), shape.grid).to(stored))[None]
         if part == "predictor":
             token = state.pop("mask_token")
             named = {PREFIX + name: value for name, value in state.items()}
@@ -316,29 +306,22 @@ def _to_parts(checkpoint: Checkpoint, shape: Architecture) -> dict[str, dict[str
     return parts
 
 
-def _stored(weight: Tensor) -> torch.dtype:
-    # The release computes its tables in float32, whatever the model's precision.
-    return torch.float32 if weight.dtype == torch.float64 else weight.dtype
-
-
 def _to_opt(checkpoint: Checkpoint, config: Config, parts: Mapping[str, Any], kept: Any) -> dict[str, Any]:
     groups = _groups(parts)
     state = {}
-    for number, (part, name) in enumerate(at for group in groups for at in group):
-        held = checkpoint.optimizer.get(_our_name(part, name))
-        if held:
+    for number, (part, name) in enumerate(chain(*groups)):
+        if held := checkpoint.optimizer.get(_our_name(part, name)):
             shape = parts[part][name].shape
             state[number] = {key: x if key == "step" else x.reshape(shape) for key, x in held.items()}
     if kept:
         return {"state": state, "param_groups": kept["param_groups"]}
     lr, decay = _last_hyper(checkpoint, config)
-    blank = [torch.nn.Parameter(torch.empty(0)) for group in groups for _ in group]
-    ends = [sum(map(len, groups[:i])) for i in range(len(groups) + 1)]
-    held_groups: list[dict[str, Any]] = [
-        {"params": blank[a:b]} | ({"WD_exclude": True, "weight_decay": 0} if i > 1 else {"weight_decay": decay})
-        for i, (a, b) in enumerate(pairwise(ends))
+    options = 2 * [{"weight_decay": decay}] + 2 * [{"WD_exclude": True, "weight_decay": 0}]
+    blank = [
+        {"params": [torch.nn.Parameter(torch.empty(0)) for _ in group], **option}
+        for group, option in zip(groups, options, strict=True)
     ]
-    optimizer = torch.optim.AdamW(held_groups, lr=lr, betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = torch.optim.AdamW(blank, lr=lr, betas=config.optim.betas, eps=config.optim.eps)
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
@@ -347,16 +330,7 @@ def _last_hyper(checkpoint: Checkpoint, config: Config) -> tuple[float, float]:
     per_epoch, optim = steps_per_epoch(config, checkpoint.data), config.optim
     if not per_epoch:
         return optim.lr, optim.weight_decay[0]
-    schedule = Schedule(
-        epochs=config.train.epochs,
-        steps_per_epoch=per_epoch,
-        lr=optim.lr,
-        start_lr=optim.start_lr,
-        final_lr=optim.final_lr,
-        warmup_epochs=optim.warmup_epochs,
-        weight_decay=optim.weight_decay,
-        stretch=optim.stretch,
-    )
+    schedule = Schedule.of(config, per_epoch)
     hyper = schedule(min(max(checkpoint.step - 1, 0), schedule.steps - 1))
     return hyper.lr, hyper.weight_decay
 
@@ -372,11 +346,5 @@ def _values(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "world_size": 1,
         "lr": config.optim.lr,
-        ABOUT: {
-            "step": checkpoint.step,
-            "config": checkpoint.config,
-            "versions": checkpoint.versions,
-            "data": checkpoint.data,
-            "origin": origin,
-        },
+        ABOUT: {**{key: getattr(checkpoint, key) for key in NOTE}, "origin": origin},
     }

@@ -11,28 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_kit.encoders.vit import interpolate_pos_embed, patch_grid
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, sha256_of
-from jepa_kit.interop.digest import DIGEST, check_digest, raw
-from jepa_kit.interop.weights import (
-    ABOUT,
-    AS_IT_IS,
-    EncoderWeights,
-    Reading,
-    check_positions,
-    check_shapes,
-    is_sealed,
-    read_about,
-)
+from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, raw
+from jepa_kit.interop.weights import AS_IT_IS, Architecture, EncoderWeights, Reading, checked_weights, read_about
 
 OPSET = 20
 """The first opset with Gelu; onnxruntime 1.17 and later support it."""
@@ -54,24 +47,27 @@ def _onnx() -> Any:
 class _Graph:
     """A graph under construction; nodes are named by their outputs."""
 
-    def __init__(self, onnx: Any) -> None:
-        self.onnx = onnx
+    def __init__(self, onnx: Any, weights: dict[str, Tensor], eps: float) -> None:
+        self.onnx, self.weights, self.eps = onnx, weights, eps
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
-        self.weights: dict[str, Tensor] = {}
 
     def add(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
         self.nodes.append(self.onnx.helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
-    def constant(self, name: str, values: list[Any], dims: list[int] | None = None, kind: str = "INT64") -> str:
-        shape = [len(values)] if dims is None else dims
-        self.constants.append(self.onnx.helper.make_tensor(name, getattr(self.onnx.TensorProto, kind), shape, values))
-        return name
+    def constant(self, name: str, value: object, dtype: type = np.int64) -> None:
+        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, dtype), name))
 
-    def weight(self, name: str, value: Tensor) -> str:
-        self.weights[name] = value
-        return name
+    def linear(self, x: str, name: str) -> str:
+        """Add x W^T + b, with W in torch's layout [out, in]."""
+        turned = self.add("Transpose", [f"{name}.weight"], f"{name}.turned", perm=[1, 0])
+        y = self.add("MatMul", [x, turned], f"{name}.product")
+        return self.add("Add", [y, f"{name}.bias"], f"{name}.out") if f"{name}.bias" in self.weights else y
+
+    def norm(self, x: str, name: str, output: str = "") -> str:
+        inputs, output = [x, f"{name}.weight", f"{name}.bias"], output or f"{name}.out"
+        return self.add("LayerNormalization", inputs, output, axis=-1, epsilon=self.eps)
 
 
 def write(weights: EncoderWeights, path: Path, *, image_size: tuple[int, int] | None = None) -> None:
@@ -90,73 +86,49 @@ def write(weights: EncoderWeights, path: Path, *, image_size: tuple[int, int] | 
     kinds = {value.dtype for value in weights.state.values()}
     if kinds != {torch.float32}:
         raise CheckpointError(f"weights must be float32 for onnx, not {', '.join(sorted(map(str, kinds)))}")
-    graph = _Graph(onnx)
-    shape = image_size or weights.architecture.image_size
-    n = _encoder(graph, weights, shape)
-    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
-    d, chans = weights.architecture.embed_dim, weights.architecture.in_chans
-    proto = helper.make_graph(
-        graph.nodes,
-        "encoder",
-        [helper.make_tensor_value_info("images", float32, ["batch", chans, *shape])],
-        [
-            helper.make_tensor_value_info("tokens", float32, ["batch", n, d]),
-            helper.make_tensor_value_info("features", float32, ["batch", d]),
-        ],
-        initializer=graph.constants,
+    shape = weights.architecture
+    size = image_size or shape.image_size
+    grid, held = patch_grid(size, shape.patch_size), {**weights.state, "pos_embed": weights.table}
+    if grid != shape.grid:
+        held["pos_embed.interpolated"] = interpolate_pos_embed(weights.table, shape.grid, grid)
+    graph = _Graph(onnx, held, shape.norm_eps)
+    n, d, helper = grid[0] * grid[1], shape.embed_dim, onnx.helper
+    _encoder(graph, shape, n)
+    sizes = {"images": [shape.in_chans, *size], "tokens": [n, d], "features": [d]}
+    images, *outputs = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", *dims]) for name, dims in sizes.items()
     )
+    proto = helper.make_graph(graph.nodes, "encoder", [images], outputs, initializer=graph.constants)
     opset = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(proto, opset_imports=opset, producer_name="jepa_kit", ir_version=IR_VERSION)
     helper.set_model_props(model, {ABOUT: weights.about()})
-    _store(onnx, model, graph.weights, path)
+    _store(onnx, model, held, path)
 
 
-def _encoder(graph: _Graph, weights: EncoderWeights, image_size: tuple[int, int]) -> int:
-    """Add the nodes of the whole encoder, and return the number of patches."""
-    shape = weights.architecture
-    grid = patch_grid(image_size, shape.patch_size)
-    table = interpolate_pos_embed(weights.table, shape.grid, grid)
-    n, p, head = grid[0] * grid[1], shape.patch_size, shape.embed_dim // shape.num_heads
-    for name, value in weights.state.items():
-        graph.weight(name, value)
-    graph.weight("pos_embed", weights.table)
-    if grid != shape.grid:
-        graph.weight("pos_embed.interpolated", table)
+def _encoder(graph: _Graph, shape: Architecture, n: int) -> None:
+    """Add the nodes of the whole encoder, for ``n`` patches."""
+    p, head = shape.patch_size, shape.embed_dim // shape.num_heads
     graph.constant("to_tokens", [0, shape.embed_dim, n])
     graph.constant("to_heads", [0, n, 3, shape.num_heads, head])
     graph.constant("to_width", [0, n, shape.embed_dim])
-    graph.constant("scale", [1 / math.sqrt(head)], [], "FLOAT")
+    graph.constant("scale", 1 / math.sqrt(head), np.float32)
     for i in range(3):
-        graph.constant(f"index.{i}", [i], [])
+        graph.constant(f"index.{i}", i)
     patch = ["images", "patch_embed.proj.weight", "patch_embed.proj.bias"]
     x = graph.add("Conv", patch, "patches", kernel_shape=[p, p], strides=[p, p])
     x = graph.add("Reshape", [x, "to_tokens"], "patches.flat")
     x = graph.add("Transpose", [x], "patches.tokens", perm=[0, 2, 1])  # [B, N, D]
-    x = graph.add("Add", [x, "pos_embed.interpolated" if grid != shape.grid else "pos_embed"], "placed")
+    table = "pos_embed.interpolated" if "pos_embed.interpolated" in graph.weights else "pos_embed"
+    x = graph.add("Add", [x, table], "placed")
     for i in range(shape.depth):
-        x = _block(graph, x, f"blocks.{i}", weights)
-    x = _norm(graph, x, "norm", shape.norm_eps, output="tokens")
+        x = _block(graph, x, f"blocks.{i}")
+    x = graph.norm(x, "norm", output="tokens")
     graph.constant("over_patches", [1])
     graph.add("ReduceMean", [x, "over_patches"], "features", keepdims=0)
-    return n
 
 
-def _norm(graph: _Graph, x: str, name: str, eps: float, output: str = "") -> str:
-    return graph.add(
-        "LayerNormalization", [x, f"{name}.weight", f"{name}.bias"], output or f"{name}.out", axis=-1, epsilon=eps
-    )
-
-
-def _linear(graph: _Graph, x: str, name: str) -> str:
-    """Add x W^T + b, with W in torch's layout [out, in]."""
-    turned = graph.add("Transpose", [f"{name}.weight"], f"{name}.turned", perm=[1, 0])
-    y = graph.add("MatMul", [x, turned], f"{name}.product")
-    return graph.add("Add", [y, f"{name}.bias"], f"{name}.out") if f"{name}.bias" in graph.weights else y
-
-
-def _block(graph: _Graph, x: str, name: str, weights: EncoderWeights) -> str:
-    eps = weights.architecture.norm_eps
-    y = _linear(graph, _norm(graph, x, f"{name}.norm1", eps), f"{name}.attn.qkv")
+def _block(graph: _Graph, x: str, name: str) -> str:
+    y = graph.linear(graph.norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
     y = graph.add("Reshape", [y, "to_heads"], f"{name}.heads")
     y = graph.add("Transpose", [y], f"{name}.qkv", perm=[2, 0, 3, 1, 4])  # [3, B, h, N, d]
     q, k, v = (graph.add("Gather", [y, f"index.{i}"], f"{name}.{c}", axis=0) for i, c in enumerate("qkv"))
@@ -165,10 +137,10 @@ def _block(graph: _Graph, x: str, name: str, weights: EncoderWeights) -> str:
     scores = graph.add("Softmax", [graph.add("MatMul", [q, k], f"{name}.scores")], f"{name}.weights", axis=-1)
     y = graph.add("MatMul", [scores, v], f"{name}.mixed")  # [B, h, N, d]
     y = graph.add("Transpose", [y], f"{name}.mixed.turned", perm=[0, 2, 1, 3])
-    y = _linear(graph, graph.add("Reshape", [y, "to_width"], f"{name}.mixed.flat"), f"{name}.attn.proj")
+    y = graph.linear(graph.add("Reshape", [y, "to_width"], f"{name}.mixed.flat"), f"{name}.attn.proj")
     x = graph.add("Add", [x, y], f"{name}.middle")
-    y = _linear(graph, _norm(graph, x, f"{name}.norm2", eps), f"{name}.mlp.fc1")
-    y = _linear(graph, graph.add("Gelu", [y], f"{name}.gelu"), f"{name}.mlp.fc2")
+    y = graph.linear(graph.norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+    y = graph.linear(graph.add("Gelu", [y], f"{name}.gelu"), f"{name}.mlp.fc2")
     return graph.add("Add", [x, y], f"{name}.end")
 
 
@@ -181,14 +153,9 @@ def _store(onnx: Any, model: Any, weights: dict[str, Tensor], path: Path) -> Non
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(path))
         data_part = None if data is None else stack.enter_context(atomic_write(data))  # contexts exit in reverse order
-        if data is None or data_part is None:
-            _add(onnx, model, weights, None, "")
-        else:
-            with data_part.open("wb") as file:
-                _add(onnx, model, weights, file, data.name)
-        found = _digest(model, data_part)  # the digest is not part of the hashed model
-        pair = model.metadata_props.add()
-        pair.key, pair.value = DIGEST, found
+        with nullcontext() if data_part is None else data_part.open("wb") as file:
+            _add(onnx, model, weights, file, f"{path.name}.data")
+        onnx.helper.set_model_props(model, {**_metadata(model), DIGEST: _digest(onnx, model, data_part)})
         part.write_bytes(model.SerializeToString())
 
 
@@ -196,34 +163,28 @@ def _add(onnx: Any, model: Any, weights: dict[str, Tensor], file: IO[bytes] | No
     """Add the weights to the graph, their bytes to ``file`` (called ``name``) if there is one."""
     offset = 0
     for key, value in weights.items():
-        entry = model.graph.initializer.add()
-        entry.name, entry.data_type = key, onnx.TensorProto.FLOAT
-        entry.dims.extend(value.shape)
+        entry = model.graph.initializer.add(name=key, data_type=onnx.TensorProto.FLOAT, dims=value.shape)
         if file is None:
             entry.raw_data = bytes(raw(value))
             continue
         entry.data_location = onnx.TensorProto.EXTERNAL
         length = file.write(raw(value))
         for attribute, held in (("location", name), ("offset", str(offset)), ("length", str(length))):
-            pair = entry.external_data.add()
-            pair.key, pair.value = attribute, held
+            entry.external_data.add(key=attribute, value=held)
         offset += length
 
 
-def _digest(model: Any, data: Path | None) -> str:
+def _metadata(model: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _digest(onnx: Any, model: Any, data: Path | None) -> str:
     """Return the SHA-256 of the model without its digest, and of the file of its weights."""
-    found = hashlib.sha256()
     bare = type(model)()
     bare.CopyFrom(model)
-    kept = [(entry.key, entry.value) for entry in bare.metadata_props if entry.key != DIGEST]
-    del bare.metadata_props[:]
-    for key, value in kept:
-        pair = bare.metadata_props.add()
-        pair.key, pair.value = key, value
-    found.update(bare.SerializeToString(deterministic=True))
-    if data is not None:
-        found.update(sha256_of(data).encode())
-    return found.hexdigest()
+    onnx.helper.set_model_props(bare, {key: value for key, value in _metadata(model).items() if key != DIGEST})
+    content = bare.SerializeToString(deterministic=True)
+    return hashlib.sha256(content if data is None else content + sha256_of(data).encode()).hexdigest()
 
 
 def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
@@ -238,30 +199,24 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
     data = path.with_name(path.name + ".data")
     try:
         model = onnx.load(str(path), load_external_data=False)
-        entries = {entry.key: entry.value for entry in model.metadata_props}
+        metadata = _metadata(model)
         external = any(entry.data_location == onnx.TensorProto.EXTERNAL for entry in model.graph.initializer)
         if external and not data.is_file():
             raise CheckpointError(f"{path} has its weights in {data.name}, which is not beside it")
-        needed = is_sealed(entries.get(ABOUT))
-        if needed or DIGEST in entries:
-            found = _digest(model, data if external else None)
-            check_digest(entries.get(DIGEST), found, str(path), needed=needed, allow_unchecked=reading.allow_unchecked)
+        digest_of = partial(_digest, onnx, model, data if external else None)
+        check_digest(metadata, digest_of, str(path), allow_unchecked=reading.allow_unchecked)
         if external:
             onnx.load_external_data_for_model(model, str(path.parent))
     except CheckpointError:
         raise
     except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
         raise CheckpointError(f"{path} is damaged, or not an ONNX file: {error}") from error
-    about = read_about(entries.get(ABOUT))
+    about = read_about(metadata.get(ABOUT))
     if about is None:
         raise CheckpointError(f"{path} is an ONNX file, but none of jepa_kit: its weights have no names that are known")
-    architecture, provenance = about
-    held = {entry.name: entry for entry in model.graph.initializer if entry.data_type == onnx.TensorProto.FLOAT}
-    names = [name for name in held if name not in ("scale", "pos_embed.interpolated")]
-    state = {name: torch.from_numpy(onnx.numpy_helper.to_array(held[name]).copy()) for name in names}
-    table = state.pop("pos_embed", None)
-    if table is None:
-        raise CheckpointError(f"{path} has no pos_embed, which the format has")
-    check_shapes(architecture, state, str(path))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
-    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+    state = {
+        entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy())
+        for entry in model.graph.initializer
+        if entry.data_type == onnx.TensorProto.FLOAT and entry.name not in ("scale", "pos_embed.interpolated")
+    }
+    return checked_weights(state, *about, str(path), reading.positions)

@@ -16,17 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jepa_kit.errors import CheckpointError
-from jepa_kit.interop.digest import DIGEST, check_digest, digest, raw
-from jepa_kit.interop.weights import (
-    ABOUT,
-    AS_IT_IS,
-    EncoderWeights,
-    Reading,
-    check_positions,
-    check_shapes,
-    is_sealed,
-    read_about,
-)
+from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, digest, raw
+from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, checked_weights, read_about
 
 FORMAT_NAME = "jepa_kit.encoder/1"
 
@@ -59,13 +50,7 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
             f"{path} is a safetensors file, but not one of jepa_kit: it has no note {ABOUT!r}. "
             "With the names of timm it is read as timm"
         )
-    architecture, provenance = about
-    table = state.pop("pos_embed", None)
-    if table is None:
-        raise CheckpointError(f"{path} has no pos_embed, which the format has")
-    check_shapes(architecture, state, str(path))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
-    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+    return checked_weights(state, *about, str(path), reading.positions)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -107,10 +92,7 @@ def read_file(path: Path, *, allow_unchecked: bool = False) -> tuple[dict[str, T
             metadata = file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from error
-    needed = is_sealed(metadata.get(ABOUT))
-    if needed or DIGEST in metadata:
-        found = digest(tensors, metadata)
-        check_digest(metadata.get(DIGEST), found, str(path), needed=needed, allow_unchecked=allow_unchecked)
+    check_digest(metadata, lambda: digest(tensors, metadata), str(path), allow_unchecked=allow_unchecked)
     return tensors, metadata
 
 

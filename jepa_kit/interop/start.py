@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jepa_kit.encoders import SIZES, ViT
+from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_state, restore
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
 from jepa_kit.engine.run import Start
@@ -18,7 +18,7 @@ from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
-from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
+from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit, usual_heads
 from jepa_kit.recipe import JEPA
 
 
@@ -33,7 +33,7 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
         CheckpointError: it cannot be read, or does not fit; the run is unchanged then.
     """
     path = fetch(path_or_url)
-    held = read(path, None, Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
+    held = read(path, None, Reading(num_heads=_architecture_of(jepa).num_heads))
     if isinstance(held, Checkpoint) and any(name.startswith("encoder.") for name in held.model):
         weights = encoder_from(held, "context", path.name)
         names = {name.partition(".")[0] for name in held.model}
@@ -43,19 +43,16 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
         parts = {"encoder": weights.state}
     lines = [f"weights: {weights.words()}", *_check_architecture(jepa, weights.architecture, str(path))]
     modules = {part: m for part in official.PARTS if isinstance(m := getattr(jepa, part), nn.Module)}
-    if "target_encoder" not in parts:
-        parts["target_encoder"] = parts["encoder"]
-    for part, module in modules.items():
-        if part in parts:
-            check_state(module.state_dict(), parts[part], f"the run's {part} (train.init_from: {path})")
-    for part, module in modules.items():
-        if part in parts:
-            load_full_state(module, parts[part])
-    fresh = [part for part in modules if part not in parts]
-    lines += [f"not in the file, newly initialised: {', '.join(fresh)}"] if fresh else []
-    return Start(
-        0, _origin(held.origin if isinstance(held, Checkpoint) else {}, path.name, weights.provenance.licence), lines
-    )
+    parts.setdefault("target_encoder", parts["encoder"])
+    known = {part: module for part, module in modules.items() if part in parts}
+    for part, module in known.items():
+        check_state(module.state_dict(), parts[part], f"the run's {part} (train.init_from: {path})")
+    for part, module in known.items():
+        load_full_state(module, parts[part])
+    if fresh := [part for part in modules if part not in parts]:
+        lines.append(f"not in the file, newly initialised: {', '.join(fresh)}")
+    origin = held.origin if isinstance(held, Checkpoint) else {}
+    return Start(0, _origin(origin, path.name, weights.provenance.licence), lines)
 
 
 def resume_official(
@@ -68,7 +65,7 @@ def resume_official(
         CheckpointError: the format is another, a part is missing, or sizes differ; the run is unchanged then.
     """
     path = fetch(path_or_url)
-    held = read(path, "official", Reading(num_heads=architecture_of_vit(_vit(jepa)).num_heads))
+    held = read(path, "official", Reading(num_heads=_architecture_of(jepa).num_heads))
     assert isinstance(held, Checkpoint)
     parts = {name.partition(".")[0] for name in held.model}
     missing = [part for part in official.PARTS if part not in parts] + ([] if held.optimizer else ["opt"])
@@ -81,11 +78,9 @@ def resume_official(
     lines = _check_architecture(jepa, weights.architecture, str(path))
     restore(held, jepa, optimizer)
     released = held.origin.get("released")
-    if released is None:  # written by jepa_kit, which stores the step
-        step, epoch = held.step, held.step // steps_per_epoch
-    else:
-        epoch = int(released["values"].get("epoch") or 0)
-        step = epoch * steps_per_epoch
+    # A file that jepa_kit wrote stores the step.
+    step = held.step if released is None else int(released["values"].get("epoch") or 0) * steps_per_epoch
+    epoch = step // steps_per_epoch
     counts = {int(state["step"]) for state in held.optimizer.values() if "step" in state}
     lines.append(f"resumed from {path} ({origin_words(held)}) after {epoch} epochs, step {step:,}")
     if counts and max(counts) != step:
@@ -99,29 +94,26 @@ def _origin(held: dict[str, Any], name: str, licence: str | None) -> dict[str, A
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _vit(jepa: JEPA) -> ViT:
+def _architecture_of(jepa: JEPA) -> Architecture:
     if not isinstance(jepa.encoder, ViT):
         raise CheckpointError(
             f"the run's encoder is a {type(jepa.encoder).__name__}, but weights of other formats need a 'vit'"
         )
-    return jepa.encoder
+    return architecture_of_vit(jepa.encoder)
 
 
 def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]:
     """Return notes on harmless differences; raise CheckpointError for others that shapes do not reveal."""
-    run, lines = architecture_of_vit(_vit(jepa)), []
-    for name, here, there in (
-        ("num_heads", run.num_heads, found.num_heads),
-        ("norm_eps", run.norm_eps, found.norm_eps),
-        ("input_norm", run.input_norm, found.input_norm),
-    ):
+    run, lines = _architecture_of(jepa), []
+    for name in ("num_heads", "norm_eps", "input_norm"):
+        here, there = getattr(run, name), getattr(found, name)
         if here != there:
             raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as in the weights of {what}")
-    usual = {s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (run.embed_dim, run.depth)}
-    if usual and run.num_heads not in usual:  # released files do not state theirs
-        lines.append(f"note: encoders of this width and depth have {usual.pop()} heads; this run has {run.num_heads}")
+    usual = usual_heads(run.embed_dim, run.depth)
+    if usual not in (None, run.num_heads):  # released files do not state theirs
+        lines.append(f"note: encoders of this width and depth have {usual} heads; this run has {run.num_heads}")
     if run.grid != found.grid:
         (h, w), (a, b) = run.grid, found.grid
-        text = f"note: the weights were trained on {a} x {b} patches; this run has the formula's positions of {h} x {w}"
-        lines.append(text)
+        trained = f"note: the weights were trained on {a} x {b} patches"
+        lines.append(f"{trained}; this run has the formula's positions of {h} x {w}")
     return lines

@@ -15,17 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from jepa_kit.errors import CheckpointError
+from jepa_kit.interop.digest import ABOUT
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
 from jepa_kit.interop.weights import (
-    ABOUT,
     AS_IT_IS,
     EncoderWeights,
     Provenance,
     Reading,
-    check_positions,
-    check_shapes,
+    checked_weights,
     read_about,
     shapes_to_architecture,
 )
@@ -54,28 +53,15 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
         if not file.is_file():
             raise CheckpointError(f"the folder {path} has timm's config.json, but no model.safetensors")
     state, note, left_out = _open(file, reading)
-    heads = [name for name in state if name.startswith(HEADS)]
-    state = {name: value for name, value in state.items() if name not in heads}
-    left_out += heads
-    table = state.pop("pos_embed", None)
-    if table is not None and (table.ndim != 3 or len(table) != 1):
-        raise CheckpointError(f"pos_embed of {path} must be [1, N, D], not {tuple(table.shape)}")
-    table = None if table is None else table[0]
     about = read_about(note)
-    if about is not None:
-        architecture, provenance = about
-        check_shapes(architecture, state, str(path))
-    else:
-        architecture = shapes_to_architecture(
-            state, str(path), table=table, num_heads=reading.num_heads, image_size=reading.image_size
-        )
+    if about is None:
+        table, heads, size = state.get("pos_embed"), reading.num_heads, reading.image_size
+        architecture = shapes_to_architecture(state, str(path), table=table, num_heads=heads, image_size=size)
         provenance = Provenance(encoder=None, source=f"{path.name} (timm)", licence=known.get("license"))
         if "mean" in known and "std" in known:
             provenance = replace(provenance, mean=tuple(known["mean"]), std=tuple(known["std"]))
-    if left_out:
-        provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
-    own = check_positions(table, architecture.grid, f"pos_embed of {path}", reading.positions)
-    return EncoderWeights(state=state, architecture=architecture, provenance=provenance, positions=own)
+        about = architecture, provenance
+    return checked_weights(state, *about, str(path), reading.positions, needed=False, left_out=left_out)
 
 
 def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, list[str]]:
@@ -84,7 +70,7 @@ def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, 
         is_archive = file.read(4) == b"PK\x03\x04"
     if not is_archive:
         tensors, metadata = read_file(path, allow_unchecked=reading.allow_unchecked)
-        state, left_out = strip_names(tensors, str(path), reading.prefix)
+        state, left_out = strip_names(tensors, str(path), reading.prefix, HEADS)
         return state, metadata.get(ABOUT), left_out
     held: Mapping[str, Any] = open_archive(path, allow_unchecked=reading.allow_unchecked)
     prefix = reading.prefix
@@ -98,5 +84,5 @@ def _open(path: Path, reading: Reading) -> tuple[dict[str, Tensor], str | None, 
     if others or not held:
         some = ", ".join(map(str, list(held)[:8])) or "nothing"
         raise CheckpointError(f"{path} is not a checkpoint of any known layout: it contains {some}")
-    state, left_out = strip_names(held, str(path), prefix)
+    state, left_out = strip_names(held, str(path), prefix, HEADS)
     return state, None, left_out

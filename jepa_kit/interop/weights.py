@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from jepa_kit.encoders.blocks import Block
 from jepa_kit.encoders.vit import sincos_2d
 from jepa_kit.engine.checkpoint.format import check_finite, check_state
 from jepa_kit.errors import CheckpointError
+from jepa_kit.interop.digest import ABOUT, SEALED
 from jepa_kit.interop.names import hint
 from jepa_kit.structures import Grid
 
@@ -30,13 +31,7 @@ TorchBackend = Literal["auto", "sdpa", "reference"]
 Which = Literal["target", "context"]
 Positions = Literal["formula", "file"]
 
-ABOUT = "jepa_kit"
-"""Metadata key of ``EncoderWeights.about`` in every format."""
-
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SEALED = "sealed"
-"""Key of the note that is set if the file has a digest (digest.py)."""
-
 NOT_STATED = "not stated"
 
 
@@ -74,21 +69,14 @@ class Architecture:
     def grid(self) -> Grid:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``ViT``."""
+        options = {name: value for name, value in asdict(self).items() if name != "mlp_hidden"}
+        return {**options, "mlp_ratio": self.mlp_hidden / self.embed_dim}
+
     def build(self, attention: TorchBackend = "auto") -> ViT:
         """Return a ViT of this architecture, on torch's default device."""
-        return ViT(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_hidden / self.embed_dim,
-            in_chans=self.in_chans,
-            qkv_bias=self.qkv_bias,
-            norm_eps=self.norm_eps,
-            input_norm=self.input_norm,  # type: ignore[arg-type]
-            attention=attention,
-        )
+        return ViT(**self.options(), attention=attention)
 
     def words(self) -> str:
         """Return a one-line summary."""
@@ -244,37 +232,25 @@ def read_about(text: str | None) -> tuple[Architecture, Provenance] | None:
         raise CheckpointError(f"the file's note {ABOUT!r} is damaged ({error}); it was written by jepa_kit") from error
 
 
-def is_sealed(text: str | None) -> bool:
-    """Whether a note states that its file has a digest; False for a damaged note."""
-    try:
-        held = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(held, dict) and SEALED in held
-
-
 def shapes_to_architecture(
     state: Mapping[str, Tensor],
     what: str,
     *,
     table: Tensor | None,
     num_heads: int | None = None,
-    norm_eps: float = 1e-6,
     image_size: tuple[int, int] | None = None,
 ) -> Architecture:
-    """Return the architecture of weights under our names.
+    """Return the architecture of weights under our names, with the release's eps, which weights do not show.
 
     Args:
         state: the parameters.
         what: name of the file in messages.
-        table: [N, D] position table of the file, which determines the grid; may be None with ``image_size``.
+        table: position table of the file, which determines the grid; may be None with ``image_size``.
         num_heads: not visible in shapes; None for that of the size with this width and depth (``SIZES``).
-        norm_eps: not visible in the weights; 1e-6 in the release.
         image_size: size of training images, if the file states it.
 
     Raises:
-        CheckpointError: the architecture is another; names or shapes do not fit together; the position table has
-            another length; or heads or grid cannot be determined.
+        CheckpointError: the architecture is another, or heads or grid cannot be determined.
     """
     patch, fc1 = state.get("patch_embed.proj.weight"), state.get("blocks.0.mlp.fc1.weight")
     if patch is None or fc1 is None or patch.ndim != 4 or patch.shape[2] != patch.shape[3] or fc1.ndim != 2:
@@ -287,7 +263,7 @@ def shapes_to_architecture(
     embed_dim, in_chans, p, _ = patch.shape
     depth = depth_of(state)
     try:
-        architecture = Architecture(
+        return Architecture(
             image_size=image_size or _image_size(table, p, what),
             patch_size=p,
             embed_dim=embed_dim,
@@ -296,14 +272,11 @@ def shapes_to_architecture(
             mlp_hidden=fc1.shape[0],
             in_chans=in_chans,
             qkv_bias="blocks.0.attn.qkv.bias" in state,
-            norm_eps=norm_eps,
         )
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{what} has sizes that no encoder has: {error}") from error
-    check_shapes(architecture, state, what)
-    return architecture
 
 
 def depth_of(state: Mapping[str, Any]) -> int:
@@ -334,34 +307,39 @@ def _parameters(architecture: Architecture) -> dict[str, Tensor]:
         return architecture.build().state_dict()
 
 
+def usual_heads(embed_dim: int, depth: int) -> int | None:
+    """Return the number of heads of the size with this width and depth; None if there is none."""
+    return next((s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (embed_dim, depth)), None)
+
+
 def _heads(embed_dim: int, depth: int, what: str) -> int:
-    found = {s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (embed_dim, depth)}
-    if len(found) != 1:
+    heads = usual_heads(embed_dim, depth)
+    if heads is None:
         known = ", ".join(f"{name} {s.embed_dim}/{s.depth}" for name, s in SIZES.items())
         raise CheckpointError(
             f"{what}: the number of heads is not in the weights, and width {embed_dim}, depth {depth} is none of "
             f"the known sizes ({known}); give num_heads"
         )
-    return found.pop()
+    return heads
 
 
 def _image_size(table: Tensor | None, p: int, what: str) -> tuple[int, int]:
     """Return the image size from the position table: the grid whose formula it matches, or else a square one."""
     if table is None:
         raise CheckpointError(f"{what} has no position table, so it does not say its image size; give image_size")
+    table = _as_table(table, f"the position table of {what}")
     n, width = table.shape
     grids = [(h, n // h) for h in range(1, n + 1) if n % h == 0]
     grids.sort(key=lambda grid: abs(grid[0] - grid[1]))
-    square = grids[0][0] == grids[0][1]
-    for grid in grids:
-        if width % 4 == 0 and _gap(table, grid) <= tolerance(table):
-            return grid[0] * p, grid[1] * p
-    if not square:
+    known = (grid for grid in grids if width % 4 == 0 and _gap(table, grid) <= tolerance(table))
+    found = next(known, None)
+    h, w = found or grids[0]
+    if found is None and h != w:
         raise CheckpointError(
             f"{what} has positions for {n} patches, which are no square, and the table is that of no grid; "
             "give image_size"
         )
-    return grids[0][0] * p, grids[0][1] * p
+    return h * p, w * p
 
 
 def tolerance(table: Tensor) -> float:
@@ -373,22 +351,28 @@ def _gap(table: Tensor, grid: Grid) -> float:
     return float((table.float() - sincos_2d(table.shape[1], grid)).abs().max())
 
 
-def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Positions = "formula") -> Tensor | None:
-    """Check a position table [N, D] against the formula, and return it if it differs in any bit, else None.
+def _as_table(table: Tensor, what: str) -> Tensor:
+    """Return a position table [N, D], which some formats store as [1, N, D]."""
+    if table.ndim == 3 and len(table) == 1:
+        return table[0]
+    if table.ndim != 2:
+        raise CheckpointError(f"{what} must be [N, D] or [1, N, D], but is {tuple(table.shape)}")
+    return table
+
+
+def check_positions(table: Tensor, grid: Grid, what: str, positions: Positions = "formula") -> Tensor | None:
+    """Check a position table against the formula, and return it as [N, D] if it differs in any bit, else None.
 
     Args:
-        table: table of the file; None passes.
+        table: table of the file, [N, D] or [1, N, D].
         grid: grid of the table.
         what: name of the table in messages.
         positions: ``formula`` rejects a table that differs by more than rounding; ``file`` keeps it (fine-tuning).
 
     Raises:
-        CheckpointError: the length is wrong, values are not finite or, with ``formula``, the table differs.
+        CheckpointError: the shape is wrong, values are not finite or, with ``formula``, the table differs.
     """
-    if table is None:
-        return None
-    if table.ndim != 2:
-        raise CheckpointError(f"{what} must be [N, D], but is {tuple(table.shape)}")
+    table = _as_table(table, what)
     check_finite({"the table": table}, what)
     n, width = grid[0] * grid[1], table.shape[1]
     if len(table) != n:
@@ -404,6 +388,46 @@ def check_positions(table: Tensor | None, grid: Grid, what: str, positions: Posi
     return table
 
 
+def checked_weights(
+    state: Mapping[str, Tensor],
+    architecture: Architecture,
+    provenance: Provenance,
+    what: str,
+    positions: Positions,
+    *,
+    table: str = "pos_embed",
+    needed: bool = True,
+    left_out: Sequence[str] = (),
+) -> EncoderWeights:
+    """Return the weights of a file.
+
+    Args:
+        state: parameters under our names, and the position table.
+        what: name of the file in messages.
+        positions: see ``check_positions``.
+        table: name of the position table.
+        needed: whether the table must exist.
+        left_out: names that were not read, for the notes.
+
+    Raises:
+        CheckpointError: see ``check_shapes`` and ``check_positions``.
+    """
+    parameters = {name: value for name, value in state.items() if name != table}
+    if needed and table not in state:
+        raise CheckpointError(f"{table} of {what} is missing, but its format has it")
+    check_shapes(architecture, parameters, what)
+    own = check_positions(state[table], architecture.grid, f"{table} of {what}", positions) if table in state else None
+    if left_out:
+        provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
+    return EncoderWeights(state=parameters, architecture=architecture, provenance=provenance, positions=own)
+
+
+def check_which(encoder: str | None) -> None:
+    """Raise ValueError unless ``encoder`` is ``target``, ``context`` or None."""
+    if encoder not in (None, *get_args(Which)):
+        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for any")
+
+
 def choose(weights: EncoderWeights, encoder: str | None) -> EncoderWeights:
     """Return the weights if they are those of the requested encoder.
 
@@ -415,8 +439,7 @@ def choose(weights: EncoderWeights, encoder: str | None) -> EncoderWeights:
         CheckpointError: the file contains the other one, or does not state that it is the target encoder.
         ValueError: ``encoder`` is none of these.
     """
-    if encoder not in (None, *get_args(Which)):
-        raise ValueError(f"encoder (={encoder!r}) must be 'target' or 'context', or None for any")
+    check_which(encoder)
     held = weights.provenance
     if encoder is None or encoder == held.encoder:
         return weights

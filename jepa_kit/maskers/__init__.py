@@ -7,7 +7,7 @@ from jepa_kit.maskers.blockwise import Blockwise
 from jepa_kit.maskers.causal import Causal
 from jepa_kit.maskers.inverse_block import InverseBlock
 from jepa_kit.maskers.mixture import Mixture
-from jepa_kit.maskers.multiblock import RELEASED, MultiBlock, Placement
+from jepa_kit.maskers.multiblock import RELEASED, MultiBlock
 from jepa_kit.maskers.multigroup import MultiGroup
 from jepa_kit.maskers.random import Random
 from jepa_kit.maskers.rasterized import Rasterized
@@ -21,7 +21,6 @@ __all__ = [
     "Mixture",
     "MultiBlock",
     "MultiGroup",
-    "Placement",
     "Random",
     "Rasterized",
 ]

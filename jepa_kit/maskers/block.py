@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jepa_kit.maskers.blocks import Blocks, BlockShape, corners
-from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_grid, check_scale
+from jepa_kit.maskers.blocks import Blocks, block_shape, corners
+from jepa_kit.maskers.checks import check_at_least, check_at_most, check_grid
 from jepa_kit.maskers.packing import mask_batch
 from jepa_kit.registry import MASKERS
 from jepa_kit.rng import IntArray, Stream, uniforms
@@ -39,17 +39,11 @@ class Block:
     ) -> None:
         self.grid = check_grid(grid)
         self.min_keep = check_at_least("min_keep", min_keep, 1)
-        scale = check_scale("target_scale", target_scale, self.grid)
-        ratio = check_aspect_ratio("target_aspect_ratio", target_aspect_ratio)
-        self.target_shape = BlockShape(self.grid, scale, ratio, "inclusive")
-        sizes = self.target_shape.bounds(largest=True, coupled=False)
-        h, w = max(sizes, key=lambda size: size[0] * size[1])
-        rest = self.grid[0] * self.grid[1] - h * w
-        if rest < min_keep:
-            raise ValueError(
-                f"min_keep (={min_keep}) must be at most {rest}: on a grid of {self.grid[0]} x {self.grid[1]}, "
-                f"target_scale (={scale}) can draw a block of {h} x {w} patches; or reduce target_scale"
-            )
+        self.target_shape = block_shape("target", self.grid, target_scale, target_aspect_ratio)
+        h, w = max(self.target_shape.bounds(largest=True, coupled=False), key=lambda size: size[0] * size[1])
+        why = f"target_scale (={self.target_shape.scale}) can draw a block of {h} x {w} patches; or reduce target_scale"
+        rows, columns = self.grid
+        check_at_most("min_keep", min_keep, rows * columns - h * w, f": on a grid of {rows} x {columns}, {why}")
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """Return the masks of a batch; see ``Masker``. ``step`` is unused."""

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa_kit.maskers.checks import Range
+from jepa_kit.maskers.checks import Range, check_aspect_ratio, check_scale
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import Grid
 
@@ -100,6 +100,14 @@ class BlockShape:
         height, _ = self._height_width(end, tall if largest else short)
         _, width = self._height_width(end, short if largest else tall)
         return sorted(set(zip(height.tolist(), width.tolist(), strict=True)))
+
+
+def block_shape(
+    name: str, grid: Grid, scale: Sequence[float], aspect_ratio: Sequence[float], edges: Edges = "inclusive"
+) -> BlockShape:
+    """Return the shape of options ``<name>_scale`` and ``<name>_aspect_ratio``; raise ValueError if one is invalid."""
+    checked = check_scale(f"{name}_scale", scale, grid), check_aspect_ratio(f"{name}_aspect_ratio", aspect_ratio)
+    return BlockShape(grid, *checked, edges)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from jepa_kit.maskers.checks import check_at_least, check_grid
+from jepa_kit.maskers.checks import check_at_least, check_at_most, check_grid, check_range
 from jepa_kit.maskers.packing import mask_batch
 from jepa_kit.registry import MASKERS
 from jepa_kit.rng import IntArray, Stream, uniforms
@@ -42,15 +40,12 @@ class Causal:
         self.target_length = target_length
         if target_length is not None:
             check_at_least("target_length", target_length, 1)
-            if target_length >= patches:
-                raise ValueError(
-                    f"target_length (={target_length}) must be at most {patches - 1}: "
-                    f"a grid of {self.grid[0]} x {self.grid[1]} has {patches} patches, one of which is context"
-                )
-        self.context_ratio = _check_ratio(context_ratio)
-        low, high = (round(patches * share) for share in self.context_ratio)
+            why = f": a grid of {grid[0]} x {grid[1]} has {patches} patches, one of which is context"
+            check_at_most("target_length", target_length, patches - 1, why)
+        rule = " with 0 <= low <= high <= 1"
+        self.context_ratio = check_range("context_ratio", context_ratio, rule, lambda low, high: 0 <= low <= high <= 1)
         most = patches - (target_length or 1)
-        self.shortest, self.longest = min(max(low, 1), most), min(max(high, 1), most)
+        self.shortest, self.longest = (min(max(round(patches * share), 1), most) for share in self.context_ratio)
         """Lengths of the shortest and the longest context."""
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
@@ -63,9 +58,3 @@ class Causal:
         if self.target_length is not None:
             target &= place < length + self.target_length
         return mask_batch(context[None], target[None], self.grid)
-
-
-def _check_ratio(ratio: Sequence[float]) -> tuple[float, float]:
-    if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] <= 1:
-        raise ValueError(f"context_ratio (={tuple(ratio)}) must be (low, high) with 0 <= low <= high <= 1")
-    return float(ratio[0]), float(ratio[1])

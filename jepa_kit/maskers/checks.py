@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jepa_kit.structures import Grid
 
@@ -32,6 +32,12 @@ def check_at_least(name: str, value: int, least: int) -> int:
     return value
 
 
+def check_at_most(name: str, value: int, most: int, why: str) -> None:
+    """Raise ValueError, whose message ends with ``why``, if ``value`` is above ``most``."""
+    if value > most:
+        raise ValueError(f"{name} (={value}) must be at most {most}{why}")
+
+
 def check_ratio(name: str, ratio: float, grid: Grid) -> int:
     """Return the number of patches that a fraction of the grid is, rounded.
 
@@ -47,15 +53,20 @@ def check_ratio(name: str, ratio: float, grid: Grid) -> int:
     return round(patches * ratio)
 
 
+def check_range(name: str, values: Sequence[float], rule: str, is_valid: Callable[[float, float], bool]) -> Range:
+    """Return (low, high) as floats; raise ValueError, with ``rule``, if they are not valid."""
+    if len(values) != 2 or not is_valid(*values):
+        raise ValueError(f"{name} (={tuple(values)}) must be (low, high){rule}")
+    return float(values[0]), float(values[1])
+
+
 def check_scale(name: str, scale: Sequence[float], grid: Grid) -> Range:
     """Return a range of areas, as fractions of the grid.
 
     Raises:
         ValueError: not 0 < low <= high <= 1, or the largest area is less than one patch.
     """
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"{name} (={tuple(scale)}) must be (low, high) with 0 < low <= high <= 1")
-    low, high = float(scale[0]), float(scale[1])
+    low, high = check_range(name, scale, " with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1)
     patches = grid[0] * grid[1]
     if int(patches * high) < 1:
         raise ValueError(
@@ -71,6 +82,5 @@ def check_aspect_ratio(name: str, ratio: Sequence[float]) -> Range:
     Raises:
         ValueError: not 0 < low <= high, or not finite.
     """
-    if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1] or not math.isfinite(ratio[1]):
-        raise ValueError(f"{name} (={tuple(ratio)}) must be (low, high), height over width, with 0 < low <= high")
-    return float(ratio[0]), float(ratio[1])
+    rule = ", height over width, with 0 < low <= high"
+    return check_range(name, ratio, rule, lambda low, high: 0 < low <= high < math.inf)

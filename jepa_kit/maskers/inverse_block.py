@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from jepa_kit.maskers.blocks import Blocks
-from jepa_kit.maskers.checks import check_at_least, check_grid, check_ratio
+from jepa_kit.maskers.checks import check_at_least, check_at_most, check_grid, check_ratio
 from jepa_kit.maskers.packing import keep_random, mask_batch
 from jepa_kit.registry import MASKERS
 from jepa_kit.rng import IntArray, Stream, uniforms
@@ -42,10 +42,7 @@ class InverseBlock:
         patches = self.grid[0] * self.grid[1]
         self.ratio, self.num_masks = ratio, check_at_least("num_masks", num_masks, 1)
         self.block_size = check_at_least("block_size", block_size, 1)
-        if block_size > min(self.grid):
-            raise ValueError(
-                f"block_size (={block_size}) must be at most {min(self.grid)}, the shorter side of the grid"
-            )
+        check_at_most("block_size", block_size, min(self.grid), ", the shorter side of the grid")
         if not 0 <= adjust < 1:
             raise ValueError(f"adjust (={adjust}) must be in [0, 1)")
         self.context_length = patches - check_ratio("ratio", ratio, self.grid)
@@ -55,16 +52,13 @@ class InverseBlock:
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """Return the masks of a batch; see ``Masker``. ``step`` is unused."""
-        rows, columns = self.grid
         k, m = self.num_blocks, self.num_masks
         u = uniforms(Stream.MASK, samples, 2 * k * m, seed=seed, epoch=epoch).T.reshape(2, k, m, -1)  # [2, K, M, B]
-        before = self.block_size // 2
-        ends = []
-        for numbers, side in ((u[0], rows), (u[1], columns)):
-            first = (numbers * side).astype(np.int64) - before  # may lie outside the grid; clipped below
-            ends.append((np.maximum(first, 0), np.minimum(first + self.block_size, side)))
-        (top, bottom), (left, right) = ends
-        kept = Blocks(top, left, bottom - top, right - left, self.grid).cells().any(axis=0)  # [M, B, N]
+        sides = np.array(self.grid).reshape(2, 1, 1, 1)
+        first = (u * sides).astype(np.int64) - self.block_size // 2  # may lie outside the grid; clipped below
+        start = np.maximum(first, 0)
+        size = np.minimum(first + self.block_size, sides) - start
+        kept = Blocks(start[0], start[1], size[0], size[1], self.grid).cells().any(axis=0)  # [M, B, N]
         keys = uniforms(Stream.MASK_DROP, samples, m * kept.shape[-1], seed=seed, epoch=epoch)  # [B, M * N]
         keys = np.moveaxis(keys.reshape(len(samples), m, -1), 1, 0)  # [M, B, N]
         # Keep the smallest keys: random patches of the blocks first, others only if the blocks have too few.

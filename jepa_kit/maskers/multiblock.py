@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jepa_kit.maskers.blocks import Blocks, BlockShape, BoolArray, Edges, corners, fewest_left, reach
-from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_grid, check_scale
+from jepa_kit.maskers.blocks import Blocks, BoolArray, Edges, block_shape, corners, fewest_left, reach
+from jepa_kit.maskers.checks import check_at_least, check_at_most, check_grid
 from jepa_kit.maskers.packing import keep_first, keep_random, lengths_of, mask_batch, shortest
 from jepa_kit.registry import MASKERS, check_choice
-from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
+from jepa_kit.rng import IntArray, Stream, uniforms
 from jepa_kit.structures import Grid, MaskBatch
 
 SizePer = Literal["block", "image", "batch"]
@@ -164,20 +164,12 @@ class MultiBlock:
         self.allow_overlap, self.edges, self.size_per, self.truncation = allow_overlap, edges, size_per, truncation
         self.coupled = coupled_scale_and_aspect
         self.context_length, self.target_length = context_length, target_length
+        self.needed = max(self.min_keep, context_length or 0)
+        """Least patches in a context, before truncation."""
         self._check_lengths()
 
-        self.target_shape = BlockShape(
-            self.grid,
-            check_scale("target_scale", target_scale, self.grid),
-            check_aspect_ratio("target_aspect_ratio", target_aspect_ratio),
-            edges,
-        )
-        self.context_shape = BlockShape(
-            self.grid,
-            check_scale("context_scale", context_scale, self.grid),
-            check_aspect_ratio("context_aspect_ratio", context_aspect_ratio),
-            edges,
-        )
+        self.target_shape = block_shape("target", self.grid, target_scale, target_aspect_ratio, edges)
+        self.context_shape = block_shape("context", self.grid, context_scale, context_aspect_ratio, edges)
         self._check_targets()
         self._check_context()
 
@@ -195,10 +187,9 @@ class MultiBlock:
 
     def before_truncation(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """The masks that truncation would cut: those of a call, with all their patches."""
-        placement = self.place(samples, *self.sizes(samples, seed=seed, epoch=epoch, step=step), seed=seed, epoch=epoch)
         whole = copy.copy(self)
         whole.truncation = "none"
-        return whole.cut(samples, placement, seed=seed, epoch=epoch)
+        return whole(samples, seed=seed, epoch=epoch, step=step)
 
     def sizes(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> tuple[IntArray, IntArray]:
         """Height and width of all blocks, [K, B] each, the contexts first."""
@@ -213,9 +204,8 @@ class MultiBlock:
         u_scale, u_aspect = u[:, 0], u[:, 0 if self.coupled else 1]  # [K, B]
         c = self.context_shape.size(u_scale[:contexts], u_aspect[:contexts])
         t = self.target_shape.size(u_scale[contexts:], u_aspect[contexts:])
-        height, width = np.concatenate([c[0], t[0]]), np.concatenate([c[1], t[1]])
-        shape = (blocks, len(samples))
-        return np.broadcast_to(height, shape), np.broadcast_to(width, shape)
+        height, width = np.broadcast_to(np.hstack([c, t]), (2, blocks, len(samples)))
+        return height, width
 
     def place(self, samples: IntArray, height: IntArray, width: IntArray, *, seed: int, epoch: int) -> Placement:
         """Draws where blocks of these sizes lie.
@@ -224,29 +214,21 @@ class MultiBlock:
             samples: [B].
             height, width: [K, B], the contexts first, from ``sizes``.
         """
-        samples = np.asarray(samples)
-        top, left = self._draw(samples, height, width, seed=seed, epoch=epoch, attempt=0)
+        samples, size = np.asarray(samples), np.stack([height, width])  # [2, K, B]
+        corner = self._draw(samples, size, seed=seed, epoch=epoch, attempt=0)
         attempts = np.ones(len(samples), dtype=np.int64)
-        bad = np.flatnonzero(self._too_short(top, left, height, width))
-        for attempt in range(1, ATTEMPTS):
+        bad = np.flatnonzero(self._too_short(corner, size))
+        for attempt in range(1, ATTEMPTS + 1):
             if not bad.size:
                 break
             attempts[bad] += 1
-            h, w = height[:, bad], width[:, bad]
-            row, column = self._draw(samples[bad], h, w, seed=seed, epoch=epoch, attempt=attempt)
-            top[:, bad], left[:, bad] = row, column
-            bad = bad[self._too_short(row, column, h, w)]
-        if bad.size:
-            attempts[bad] = ATTEMPTS + 1
-            u = uniforms(Stream.MASK, samples[bad], 2, seed=seed, epoch=epoch, attempt=ATTEMPTS)
-            top[:, bad] = self._opposite(u[:, 0], height[:, bad], axis=0)
-            left[:, bad] = self._opposite(u[:, 1], width[:, bad], axis=1)
+            draw = self._draw if attempt < ATTEMPTS else self._opposite
+            again = draw(samples[bad], size[..., bad], seed=seed, epoch=epoch, attempt=attempt)
+            corner[..., bad] = again
+            bad = bad[self._too_short(again, size[..., bad])]
         c = self.num_contexts
-        return Placement(
-            Blocks(top[:c], left[:c], height[:c], width[:c], self.grid),
-            Blocks(top[c:], left[c:], height[c:], width[c:], self.grid),
-            attempts,
-        )
+        contexts, targets = (self._blocks(corner[:, k], size[:, k]) for k in (slice(c), slice(c, None)))
+        return Placement(contexts, targets, attempts)
 
     def cut(self, samples: IntArray, placement: Placement, *, seed: int, epoch: int) -> MaskBatch:
         """Leaves the targets out of the contexts, cuts sets as ``truncation`` says, and packs them."""
@@ -273,62 +255,53 @@ class MultiBlock:
         u = uniforms(Stream.MASK_DROP, samples, k * n, seed=seed, epoch=epoch, attempt=lane)  # [B, K * N]
         return keep_random(sets, count, np.moveaxis(u.reshape(b, k, n), 1, 0))
 
-    def _draw(
-        self, samples: IntArray, height: IntArray, width: IntArray, *, seed: int, epoch: int, attempt: int
-    ) -> tuple[IntArray, IntArray]:
-        """First row and column of each block, [K, B]."""
-        blocks = len(height)
-        u = uniforms(Stream.MASK, samples, 2 * blocks, seed=seed, epoch=epoch, attempt=attempt).T  # [2 * K, B]
-        top = corners(u[0::2], height, self.grid[0], self.edges)
-        left = corners(u[1::2], width, self.grid[1], self.edges)
-        return top, left
+    def _blocks(self, corner: IntArray, size: IntArray) -> Blocks:
+        return Blocks(corner[0], corner[1], size[0], size[1], self.grid)
 
-    def _too_short(self, top: IntArray, left: IntArray, height: IntArray, width: IntArray) -> BoolArray:
+    def _draw(self, samples: IntArray, size: IntArray, *, seed: int, epoch: int, attempt: int) -> IntArray:
+        """First row and column of each block of a size [2, K, B]: [2, K, B]."""
+        k = size.shape[1]
+        u = uniforms(Stream.MASK, samples, 2 * k, seed=seed, epoch=epoch, attempt=attempt).T  # [2 * K, B]
+        return corners(u.reshape(k, 2, -1).swapaxes(0, 1), size, np.array(self.grid)[:, None, None], self.edges)
+
+    def _opposite(self, samples: IntArray, size: IntArray, *, seed: int, epoch: int, attempt: int) -> IntArray:
+        """[2, K, B] corners that put contexts at one end of each side of the grid, targets at the other."""
+        u = uniforms(Stream.MASK, samples, 2, seed=seed, epoch=epoch, attempt=attempt).T  # [2, B]
+        at_start = np.repeat(np.stack([u < 0.5, u >= 0.5], axis=1), (self.num_contexts, self.num_targets), axis=1)
+        return np.where(at_start, 0, np.array(reach(self.grid, self.edges))[:, None, None] - size)
+
+    def _too_short(self, corner: IntArray, size: IntArray) -> BoolArray:
         """[B]: a context of the image has fewer patches than it needs."""
         c = self.num_contexts
-        area = height * width
+        area = size[0] * size[1]
         covered = 0 if self.allow_overlap else area[c:].sum(axis=0)
-        short: BoolArray = (area[:c] - covered).min(axis=0) < self._needed()
+        short: BoolArray = (area[:c] - covered).min(axis=0) < self.needed
         # Only where targets that did not overlap would leave too little is it worth counting.
         at = np.flatnonzero(short)
         if at.size and not self.allow_overlap:
-            cells = Blocks(top[:, at], left[:, at], height[:, at], width[:, at], self.grid).cells()
+            cells = self._blocks(corner[..., at], size[..., at]).cells()
             left_over = cells[:c] & ~cells[c:].any(axis=0)
-            short[at] = lengths_of(left_over).min(axis=0) < self._needed()
+            short[at] = lengths_of(left_over).min(axis=0) < self.needed
         return short
 
-    def _opposite(self, u: FloatArray, size: IntArray, *, axis: int) -> IntArray:
-        """[K, B] first rows (columns) that put contexts at one end of the grid, targets at the other."""
-        at_start = np.repeat(np.stack([u < 0.5, u >= 0.5]), (self.num_contexts, self.num_targets), axis=0)
-        return np.where(at_start, 0, reach(self.grid, self.edges)[axis] - size)
-
-    def _needed(self) -> int:
-        return max(self.min_keep, self.context_length or 0)
-
     def _check_lengths(self) -> None:
-        if self.truncation == "fixed":
-            if self.context_length is None:
-                raise ValueError("context_length (=None) must be a number of patches for truncation='fixed'")
-            check_at_least("context_length", self.context_length, 1)
-            if self.target_length is not None:
-                check_at_least("target_length", self.target_length, 1)
-            return
-        for name in ("context_length", "target_length"):
-            value = getattr(self, name)
-            if value is not None:
+        if self.truncation == "fixed" and self.context_length is None:
+            raise ValueError("context_length (=None) must be a number of patches for truncation='fixed'")
+        for name, value in (("context_length", self.context_length), ("target_length", self.target_length)):
+            if value is not None and self.truncation != "fixed":
                 raise ValueError(
                     f"{name} (={value}) is only for truncation='fixed', not {self.truncation!r}; leave it out"
                 )
+            if value is not None:
+                check_at_least(name, value, 1)
 
     def _check_targets(self) -> None:
         """The smallest target block that can be drawn has the patches it must have."""
         h, w = min(self.target_shape.bounds(largest=False, coupled=self.coupled), key=lambda size: size[0] * size[1])
+        rows, columns = self.grid
+        why = f"target_scale (={self.target_shape.scale}) can draw a block of {h} x {w} patches"
         for name, least in (("min_keep_target", self.min_keep_target), ("target_length", self.target_length or 0)):
-            if h * w < least:
-                raise ValueError(
-                    f"{name} (={least}) must be at most {h * w}: on a grid of {self.grid[0]} x {self.grid[1]}, "
-                    f"target_scale (={self.target_shape.scale}) can draw a block of {h} x {w} patches"
-                )
+            check_at_most(name, least, h * w, f": on a grid of {rows} x {columns}, {why}")
 
     def _check_context(self) -> None:
         """The placement of last resort leaves every context that can be drawn what it needs."""
@@ -336,11 +309,11 @@ class MultiBlock:
         targets = [] if self.allow_overlap else self.target_shape.bounds(largest=True, coupled=self.coupled)
         stacked = self.size_per == "block" and self.num_targets > 1
         (h, w), most = fewest_left(contexts, targets, reach(self.grid, self.edges), stacked=stacked)
-        if most < self._needed():
-            name = "context_length" if (self.context_length or 0) > self.min_keep else "min_keep"
-            raise ValueError(
-                f"{name} (={self._needed()}) must be at most {most} on a grid of {self.grid[0]} x {self.grid[1]}: "
-                f"a context block of {h} x {w} patches, the smallest of context_scale (={self.context_shape.scale}), "
-                f"may be left with no more beside the largest targets of target_scale (={self.target_shape.scale}); "
-                "or make targets smaller, or the context larger"
-            )
+        name = "context_length" if (self.context_length or 0) > self.min_keep else "min_keep"
+        why = (
+            f" on a grid of {self.grid[0]} x {self.grid[1]}: "
+            f"a context block of {h} x {w} patches, the smallest of context_scale (={self.context_shape.scale}), "
+            f"may be left with no more beside the largest targets of target_scale (={self.target_shape.scale}); "
+            "or make targets smaller, or the context larger"
+        )
+        check_at_most(name, self.needed, most, why)

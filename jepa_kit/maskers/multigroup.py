@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from jepa_kit.maskers.blocks import Blocks, BlockShape, BoolArray, corners, fewest_left
-from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_grid, check_scale
+from jepa_kit.maskers.checks import check_aspect_ratio, check_at_least, check_at_most, check_grid, check_scale
 from jepa_kit.maskers.packing import lengths_of, mask_batch
 from jepa_kit.registry import MASKERS, check_choice
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
@@ -66,11 +66,8 @@ class MultiGroup:
             shape = BlockShape(self.grid, check_scale(f"target_scale[{g}]", scale, self.grid), ratio, "inclusive")
             self.shapes.append(shape)
             _, most = fewest_left([self.grid], shape.bounds(largest=True, coupled=False), self.grid, stacked=n > 1)
-            if most < min_keep:
-                raise ValueError(
-                    f"min_keep (={min_keep}) must be at most {most} on a grid of {self.grid[0]} x {self.grid[1]}: the "
-                    f"largest blocks of target_scale[{g}] (={shape.scale}) may leave no more; or reduce it"
-                )
+            why = f"the largest blocks of target_scale[{g}] (={shape.scale}) may leave no more; or reduce it"
+            check_at_most("min_keep", min_keep, most, f" on a grid of {grid[0]} x {grid[1]}: {why}")
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
         """Return the masks of a batch; see ``Masker``. ``step`` is unused."""

@@ -36,12 +36,10 @@ def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequen
     contexts, batch_size, patches = context.shape
     if not batch_size:
         raise ValueError("samples (=[]) must name at least one image")
-    if of is not None:
-        pair = (torch.tensor(of)[:, None] * batch_size + torch.arange(batch_size)).flatten()  # [M * B]
-    else:
-        pair = _tiled(contexts * batch_size, len(targets))
-        if contexts > 1:
-            targets = np.repeat(targets, contexts, axis=0)  # [M * C, B, N]
+    if of is None:
+        of = [*range(contexts)] * len(targets)
+        targets = targets if contexts == 1 else np.repeat(targets, contexts, axis=0)  # [M * C, B, N]
+    pair = (torch.tensor(of)[:, None] * batch_size + torch.arange(batch_size)).flatten()
     return MaskBatch(
         _pack(context.reshape(-1, patches), batch_size),
         _pack(targets.reshape(-1, patches), batch_size),
@@ -54,19 +52,13 @@ def _pack(sets: BoolArray, batch_size: int) -> PatchSets:
     """Pack [S, N] booleans; set s belongs to image s % B."""
     count, patches = sets.shape
     flat = np.flatnonzero(sets)  # [P]
-    starts = np.arange(count + 1) * patches
-    lengths = np.diff(np.searchsorted(flat, starts))
-    index = flat - np.repeat(starts[:-1], lengths)
+    lengths = lengths_of(sets)
+    index = flat - np.repeat(np.arange(count) * patches, lengths)
     return PatchSets(
         torch.from_numpy(index),
-        _tiled(batch_size, count // batch_size),
+        torch.from_numpy(np.arange(count) % batch_size),
         SetLengths(lengths),
     )
-
-
-def _tiled(count: int, times: int) -> torch.Tensor:
-    """Return 0 to count - 1, repeated: [times * count]."""
-    return torch.from_numpy(np.tile(np.arange(count), times))
 
 
 def keep_first(sets: BoolArray, count: int | IntArray) -> BoolArray:

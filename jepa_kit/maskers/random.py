@@ -30,7 +30,6 @@ class Random:
 
     def __init__(self, *, grid: Grid, ratio: float = 0.6) -> None:
         self.grid = check_grid(grid)
-        self.ratio = ratio
         self.num_targets = check_ratio("ratio", ratio, self.grid)
         """Number of target patches of an image."""
 

@@ -46,10 +46,10 @@ class Device:
 
     def given(self, peak: float | None, memory: float | None) -> Device:
         """Return the device with a user's peak (for every precision, TFLOP/s) or memory (10^9 bytes)."""
-        changed = self
-        if peak is not None:
-            changed = replace(changed, bf16_tflops=peak, tf32_tflops=peak, float32_tflops=peak, source="as given")
-        return changed if memory is None else replace(changed, memory_gb=memory)
+        given = self if memory is None else replace(self, memory_gb=memory)
+        if peak is None:
+            return given
+        return replace(given, bf16_tflops=peak, tf32_tflops=peak, float32_tflops=peak, source="as given")
 
 
 def this_cpu() -> Device:

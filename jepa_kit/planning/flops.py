@@ -13,8 +13,9 @@ own body declares ``inherits_flops = True``. For any other network, torch counts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import MaskBatch
 from jepa_kit.targets import PixelTarget, RepresentationTarget
-from jepa_kit.trials.recipe_trial import trial_images, trial_recipe, trial_samples
+from jepa_kit.trials.recipe_trial import trial_images, trial_recipe
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMULA = (
     "2 FLOP a multiply-add, matrix products only. "
@@ -81,7 +84,7 @@ class SetFlops:
         return self.per_token * int(lengths.sum()) + self.per_pair * int((lengths**2).sum())
 
 
-def has_formula(part: nn.Module, base: type[nn.Module]) -> bool:
+def has_formula(part: nn.Module, base: type[M]) -> TypeGuard[M]:
     """Return whether the formula of ``base`` is valid for a part of this class, or of subclasses that declare so."""
     if not isinstance(part, base):
         return False
@@ -101,51 +104,27 @@ def encoder_flops(encoder: nn.Module) -> SetFlops | None:
     """Return the FLOP of a forward pass of an encoder; None if it has no formula."""
     if not has_formula(encoder, ViT):
         return None
-    assert isinstance(encoder, ViT)
     blocks = block_flops(encoder.blocks)
     return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)
 
 
-@dataclass(frozen=True)
-class PredictorFlops:
-    """FLOP of a forward pass of a predictor: blocks over sequences, and linear maps before and after.
-
-    Args:
-        blocks: of all blocks, if each computed everything for every token of the sequences.
-        per_context_token, per_target_token: of the maps.
-        before_attention: per token, of q, k and v in the first block.
-        after_attention: per token, of the layers after attention in the last block.
-    """
-
-    blocks: SetFlops
-    per_context_token: float
-    per_target_token: float
-    before_attention: float = 0.0
-    after_attention: float = 0.0
-
-    def __call__(self, lengths: Lengths) -> float:
-        context, targets, sequences = (int(x.sum()) for x in (lengths.context, lengths.targets, lengths.sequences))
-        maps = self.per_context_token * context + self.per_target_token * targets
-        saved = self.before_attention * (sequences - context - targets) + self.after_attention * (sequences - targets)
-        return self.blocks(lengths.sequences) + maps - saved
-
-
-def predictor_flops(predictor: nn.Module) -> PredictorFlops | None:
-    """Return the FLOP of a forward pass of a predictor; None if it has no formula."""
+def predictor_flops(predictor: nn.Module) -> Callable[[Lengths], float] | None:
+    """Return the FLOP of a forward pass of a predictor as a function of lengths; None if it has no formula."""
     if not has_formula(predictor, ViTPredictor):
         return None
-    assert isinstance(predictor, ViTPredictor)
-    first, last = predictor.blocks[0], predictor.blocks[-1]
-    assert isinstance(first, Block)
-    assert isinstance(last, Block)
-    after = (last.attn.proj, last.mlp.fc1, last.mlp.fc2)
-    return PredictorFlops(
-        block_flops(predictor.blocks),
-        2.0 * predictor.embed.weight.numel(),
-        2.0 * predictor.proj.weight.numel(),
-        2.0 * first.attn.qkv.weight.numel(),
-        2.0 * sum(m.weight.numel() for m in after),
+    first, last = (cast(Block, predictor.blocks[i]) for i in (0, -1))
+    blocks = block_flops(predictor.blocks)  # if each computed everything for every token of the sequences
+    before, after = (first.attn.qkv,), (last.attn.proj, last.mlp.fc1, last.mlp.fc2)  # attention of these blocks
+    embed, proj, before_attention, after_attention = (
+        2.0 * sum(m.weight.numel() for m in layers) for layers in ((predictor.embed,), (predictor.proj,), before, after)
     )
+
+    def forward(lengths: Lengths) -> float:
+        context, targets, sequences = (int(x.sum()) for x in (lengths.context, lengths.targets, lengths.sequences))
+        saved = before_attention * (sequences - context - targets) + after_attention * (sequences - targets)
+        return blocks(lengths.sequences) + embed * context + proj * targets - saved
+
+    return forward
 
 
 @dataclass(frozen=True)
@@ -162,7 +141,7 @@ class ModelFlops:
     """
 
     encoder: SetFlops | None
-    predictor: PredictorFlops | None
+    predictor: Callable[[Lengths], float] | None
     targets_see: Literal["images", "targets", "nothing"] | None
     targets_trained: bool
     losses_known: bool = True
@@ -191,12 +170,9 @@ class ModelFlops:
 
     def training(self, lengths: Lengths) -> float | None:
         """Return the FLOP of a training step over all images; None if there is neither a formula nor a count."""
-        if not self.has_formula:
-            return None if self.counted is None else self.counted * lengths.images
         encoder, target, predictor = self.forward(lengths)
-        assert encoder is not None
-        assert target is not None
-        assert predictor is not None
+        if encoder is None or target is None or predictor is None or not self.losses_known:
+            return None if self.counted is None else self.counted * lengths.images
         return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
 
     def of_batch(self, masks: MaskBatch, images: int) -> float | None:
@@ -231,9 +207,7 @@ def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
         device: of the recipe that is built for the count, if needed.
     """
     flops = model_flops(jepa)
-    if flops.has_formula:
-        return flops
-    return replace(flops, counted=count_flops(config, device))
+    return flops if flops.has_formula else replace(flops, counted=count_flops(config, device))
 
 
 def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
@@ -243,7 +217,7 @@ def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
     backward. The random states of the run do not change.
     """
     jepa = trial_recipe(config, device)
-    masks = build_masker(config)(trial_samples(images), seed=config.train.seed, epoch=0, step=0).to(device)
+    masks = build_masker(config)(np.arange(images), seed=config.train.seed, epoch=0, step=0).to(device)
     x = trial_images(config, device, images)
     with seeded(0), FlopCounterMode(display=False) as counter:
         loss = jepa(x, masks).loss

@@ -89,21 +89,18 @@ def training_memory(
     encoder, predictor = jepa.encoder, jepa.predictor
     if not isinstance(encoder, ViT) or not isinstance(predictor, ViTPredictor):
         raise ValueError("the formula for memory is for encoder 'vit' with predictor 'vit' only")
-    trained = [p for p in jepa.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
+    count, target = parameter_counts(jepa)
     number = 2 if precision == "bf16" else FLOAT32
     flops = model_flops(jepa)
     context, sequences = int(lengths.context.sum()), int(lengths.sequences.sum())
-    seen = int(flops.seen(lengths).sum())
-    targets = int(lengths.targets.sum())
+    seen, targets = int(flops.seen(lengths).sum()), int(lengths.targets.sum())
     kept = _network(encoder.blocks, context, number, checkpointing)
     kept += _network(predictor.blocks, sequences, number, checkpointing, context + targets, targets)
     kept += _ends(encoder, predictor, lengths, number)
     if flops.targets_trained:  # and a LayerNorm over the targets
         kept += _network(encoder.blocks, seen, number, checkpointing) + seen * _ends_of(encoder, number)
-        kept += int(lengths.targets.sum()) * (FLOAT32 * encoder.embed_dim + 8)
-    matrices = sum(p.numel() for p in trained if p.ndim > 1)
+        kept += targets * (FLOAT32 * encoder.embed_dim + 8)
+    matrices = sum(p.numel() for p in jepa.parameters() if p.requires_grad and p.ndim > 1)
     block = max(sum(p.numel() for p in b.parameters()) for b in encoder.blocks)
     return Memory(
         weights=FLOAT32 * count / shards,
@@ -120,6 +117,12 @@ def training_memory(
             _working(encoder.blocks, seen, number, False),
         ),
     )
+
+
+def parameter_counts(jepa: JEPA) -> tuple[int, int]:
+    """Return the number of trained parameters, and that of the target encoder."""
+    target = () if jepa.target_encoder is None else jepa.target_encoder.parameters()
+    return sum(p.numel() for p in jepa.parameters() if p.requires_grad), sum(p.numel() for p in target)
 
 
 def _sizes(blocks: nn.ModuleList) -> Iterator[tuple[int, int, int]]:
@@ -160,12 +163,10 @@ def _network(
     """
     sizes = list(_sizes(blocks))
     (d, _, _), (e, f, _) = sizes[0], sizes[-1]
+    more = 0 if first is None else first - tokens  # at the first block's input
     if checkpointing:
-        kept = float(sum(tokens * FLOAT32 * d for d, _, _ in sizes))
-        return kept if first is None else kept + (first - tokens) * FLOAT32 * d
-    kept = float(sum(tokens * _block(*size, number) for size in sizes))
-    if first is not None:
-        kept += (first - tokens) * _before(d, number)
+        return float(sum(tokens * FLOAT32 * d for d, _, _ in sizes) + more * FLOAT32 * d)
+    kept = float(sum(tokens * _block(*size, number) for size in sizes)) + more * _before(d, number)
     if last is not None:
         kept += (last - tokens) * _after(e, f, number) + last * number * e
     return kept

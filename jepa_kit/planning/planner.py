@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config
 from jepa_kit.planning.device_specs import Device
 from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
-from jepa_kit.planning.memory import FLOAT32, Memory, training_memory
+from jepa_kit.planning.memory import FLOAT32, Memory, parameter_counts, training_memory
 from jepa_kit.precision import precision_of, with_precision
 from jepa_kit.recipe import JEPA
 from jepa_kit.trials.contract import check_parts
@@ -89,10 +89,6 @@ class Plan:
     decode_cores: float | None
     network_gb_per_second: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -147,13 +143,9 @@ def _plan(config: Config, jepa: JEPA, flops: ModelFlops, gpus: int, given: Assum
     batch = config.train.batch_size
     if gpus < 1:
         raise ValueError(f"gpus (={gpus}) must be at least 1")
-    if batch % gpus:
-        raise ValueError(f"train.batch_size (={batch}) must be divisible by gpus (={gpus})")
-    if batch % (gpus * config.train.accumulate):
-        raise ValueError(
-            f"train.batch_size (={batch}) must be divisible by gpus (={gpus}) times train.accumulate "
-            f"(={config.train.accumulate})"
-        )
+    for parts, name in ((1, ""), (config.train.accumulate, f" times train.accumulate (={config.train.accumulate})")):
+        if batch % (gpus * parts):
+            raise ValueError(f"train.batch_size (={batch}) must be divisible by gpus (={gpus}){name}")
     part = batch // gpus
     lengths = draw_lengths(config, part)
     work = _workload(config, jepa, flops, lengths, given.samples)
@@ -183,17 +175,13 @@ def draw_lengths(config: Config, part: int) -> Lengths:
     """Return lengths of the masks of at least ``DRAWN`` images, drawn by a process with ``part`` images per step."""
     masker = build_masker(config)
     steps = max(1, -(-DRAWN // part))
-    drawn = [
-        Lengths.of(
-            masker(np.arange(step * part, (step + 1) * part), seed=config.train.seed, epoch=0, step=step),
-            part,
-        )
-        for step in range(steps)
-    ]
+    samples = np.arange(steps * part).reshape(steps, part)
+    drawn = [masker(samples[step], seed=config.train.seed, epoch=0, step=step) for step in range(steps)]
+    each = [Lengths.of(masks, part) for masks in drawn]
     context, targets, sequences = (
-        np.concatenate([getattr(d, name) for d in drawn]) for name in ("context", "targets", "sequences")
+        np.concatenate([getattr(x, name) for x in each]) for name in ("context", "targets", "sequences")
     )
-    return Lengths(context, targets, sequences, steps * part, drawn[0].patches)
+    return Lengths(context, targets, sequences, steps * part, each[0].patches)
 
 
 def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
@@ -222,24 +210,14 @@ def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, s
 
 def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) -> dict[str, Memory]:
     at_once = -(-part // config.train.accumulate)
-    share = at_once / lengths.images
-
-    def scaled(values: np.ndarray) -> np.ndarray:  # memory depends on the sums alone
-        return np.array([round(share * values.sum())])
-
-    scaled_lengths = Lengths(
-        scaled(lengths.context), scaled(lengths.targets), scaled(lengths.sequences), at_once, lengths.patches
-    )
-    shards = {"DDP" if gpus > 1 else "one process": 1, **({"FSDP": gpus} if gpus > 1 else {})}
+    # Memory depends on the sums alone.
+    sums = (x.sum() for x in (lengths.context, lengths.targets, lengths.sequences))
+    context, targets, sequences = (np.array([round(at_once / lengths.images * x)]) for x in sums)
+    scaled = Lengths(context, targets, sequences, at_once, lengths.patches)
+    needed = partial(training_memory, jepa, scaled, precision=precision_of(config), accumulate=config.train.accumulate)
+    shards = {"DDP": 1, "FSDP": gpus} if gpus > 1 else {"one process": 1}
     return {
-        name + (", checkpointed" if again else ""): training_memory(
-            jepa,
-            scaled_lengths,
-            precision=precision_of(config),
-            shards=n,
-            accumulate=config.train.accumulate,
-            checkpointing=again,
-        )
+        name + (", checkpointed" if again else ""): needed(shards=n, checkpointing=again)
         for name, n in shards.items()
         for again in (False, True)
     }
@@ -249,8 +227,7 @@ def _network(jepa: JEPA, gpus: int, seconds: float) -> dict[str, float]:
     """Return GB/s out of each device: in a ring, (N - 1) / N of each tensor per gather or scatter, in float32."""
     if gpus == 1:
         return {}
-    trained = sum(p.numel() for p in jepa.parameters() if p.requires_grad)
-    target = 0 if jepa.target_encoder is None else sum(p.numel() for p in jepa.target_encoder.parameters())
+    trained, target = parameter_counts(jepa)
     once = FLOAT32 * (gpus - 1) / gpus / seconds / 1e9
     # DDP scatters and gathers gradients. FSDP gathers weights in both passes and those of the target encoder in the
     # forward pass, and scatters gradients.
@@ -283,27 +260,18 @@ def describe(plan: Plan, given: Assumptions) -> str:
     return "\n".join([*lines, *_memory_table(plan, given)])
 
 
-HEADS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "AdamW",
-    "target_encoder": "target",
-    "gathered": "gathered",
-    "casts": "casts",
-    "activations": "kept",
-    "working": "working",
-    "total": "total",
-}
-"""Parts of ``Memory`` -> headings of the columns."""
+SHORT = {"optimizer": "AdamW", "target_encoder": "target", "activations": "kept"}
+"""Parts of ``Memory`` -> headings of their columns; others have their own name."""
 
 
 def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
     if not plan.memory:
         return ["memory       not known: the formula is for the networks of jepa_kit only, so measure a step"]
     width = max(len(name) for name in plan.memory)
-    rows = [f"memory, GB   {'':{width}} " + " ".join(f"{name:>9}" for name in HEADS.values())]
+    parts = next(iter(plan.memory.values()))
+    rows = [f"memory, GB   {'':{width}} " + " ".join(f"{SHORT.get(part, part):>9}" for part in parts)]
     for name, values in plan.memory.items():
-        cells = " ".join(f"{values[part] / 1e9:9.2f}" for part in HEADS)
+        cells = " ".join(f"{value / 1e9:9.2f}" for value in values.values())
         fits = "fits" if plan.fits[name] else f"above {given.device.memory_gb:.0f}"
         rows.append(f"             {name:{width}} {cells}  {fits}")
     return rows
@@ -312,27 +280,15 @@ def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
 def table(plans: Sequence[Plan]) -> str:
     """Return a table of plans, one line each."""
     head = ("GPUs", "images each", "s/step", "images/s", "hours", "GPU hours", "MB/s", "GB/s DDP", "GB/s FSDP", "fits")
-    rows = [
-        (
-            f"{p.gpus}",
-            f"{p.images_per_gpu}",
-            f"{p.step_seconds:.3g}",
-            f"{p.images_per_second:,.0f}",
-            f"{p.hours:,.1f}",
-            f"{p.gpu_hours:,.0f}",
-            f"{p.read_mb_per_second:,.0f}",
-            _rate(p.network_gb_per_second.get("DDP", 0.0)),
-            _rate(p.network_gb_per_second.get("FSDP", 0.0)),
-            next(
-                (name for name, fits in p.fits.items() if fits), "nothing: train.accumulate" if p.fits else "not known"
-            ),
-        )
-        for p in plans
-    ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
-    )
+    rows: list[tuple[str, ...]] = [head]
+    for p in plans:
+        network = [_rate(p.network_gb_per_second.get(name, 0.0)) for name in ("DDP", "FSDP")]
+        times = f"{p.images_per_second:,.0f}", f"{p.hours:,.1f}", f"{p.gpu_hours:,.0f}", f"{p.read_mb_per_second:,.0f}"
+        fits = [name for name, fits in p.fits.items() if fits]
+        fits += ["nothing: train.accumulate" if p.fits else "not known"]
+        rows.append((f"{p.gpus}", f"{p.images_per_gpu}", f"{p.step_seconds:.3g}", *times, *network, fits[0]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def _rate(value: float) -> str:

@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
 
@@ -116,33 +116,48 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
     """Return the step (number of updates) and the health of a checkpoint."""
+    from jepa_kit.build import build_masker
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
     from jepa_kit.evaluation.feature_sources import encoder_named
     from jepa_kit.evaluation.features import load_run
-    from jepa_kit.evaluation.health.measure import measure_run
+    from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.images import random_samples, read_images
     from jepa_kit.evaluation.shard_choice import shown_shards
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
-    config = loaded.config
-    dataset = open_shards(config, shown_shards(arguments.shards, config.data.shards))
+    config, data = loaded.config, loaded.config.data
+    dataset = open_shards(config, shown_shards(arguments.shards, data.shards))
     samples = random_samples(dataset, arguments.images, seed=arguments.seed)
-    images = read_images(dataset, ImageOptions.from_config(config.data), samples)
-    encoder = encoder_named(loaded.jepa, arguments.encoder)
     device = choose_device(config.train.device, World())
-    health = measure_run(loaded, images, encoder, masks=arguments.masks, seed=arguments.seed, device=device)
+    health = measure_health(
+        loaded.jepa.to(device),
+        read_images(dataset, ImageOptions.from_config(data), samples),
+        build_masker(config),
+        encoder=encoder_named(loaded.jepa, arguments.encoder),
+        masks=arguments.masks,
+        seed=arguments.seed,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+    )
     return loaded.step, health
 
 
 def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
     """Return a table with a row for each figure and a column for each checkpoint."""
-    from jepa_kit.evaluation.tables.table import column_table
 
-    figures = [health.to_dict() for health in found]
-    rows = [(text, ["-" if f[name] is None else f"{f[name]:.4g}" for f in figures]) for name, text in ROWS]
-    return f"images under {found[0].masks} masks, {found[0].encoder} encoder\n{column_table(titles, rows)}"
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    heading = f"images under {found[0].masks} masks, {found[0].encoder} encoder"
+    label = max(len(text) for _, text in ROWS)
+    width = max(12, *(len(title) for title in titles))
+    lines = [heading, " " * label + "".join(f"  {title:>{width}}" for title in titles)]
+    columns = [health.to_dict() for health in found]
+    lines += [f"{text:{label}}" + "".join(f"  {cell(c[name]):>{width}}" for c in columns) for name, text in ROWS]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

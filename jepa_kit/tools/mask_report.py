@@ -98,11 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:
     """Return a table with a column for each report, and the warnings of each below."""
     from jepa_kit.evaluation.masks.report import warnings
-    from jepa_kit.evaluation.tables.table import column_table
 
-    figures = [_figures(report) for report in reports]
-    rows = [(figures[0][k][0], [texts[k][1] for texts in figures]) for k in range(len(figures[0]))]
-    lines = [column_table(names, rows, least=24)]
+    rows = [dict(_figures(report)) for report in reports]
+    label = max(len(key) for key in rows[0])
+    width = max(24, *(len(name) for name in names))
+    lines = [" " * label + "".join(f"  {name:>{width}}" for name in names)]
+    lines += [f"{key:{label}}" + "".join(f"  {row[key]:>{width}}" for row in rows) for key in rows[0]]
     for name, report in zip(names, reports, strict=True):
         found = warnings(report)
         lines += ["", f"{name}: {len(found) or 'no'} warning{'' if len(found) == 1 else 's'}"]

@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     plans = plan_run(config, gpus, given)
     share = None if hours is None else implied_share(plans[0], given, hours)
     if arguments.json:
-        found = {"assumptions": asdict(given), "formula": FORMULA, "plans": [plan.to_dict() for plan in plans]}
+        found = {"assumptions": asdict(given), "formula": FORMULA, "plans": [asdict(plan) for plan in plans]}
         print(json.dumps(found | ({} if share is None else {"implied_share_of_peak": share}), indent=1))
         return
     print(describe(plans[0], given) if len(plans) == 1 else table(plans))

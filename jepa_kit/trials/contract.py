@@ -34,7 +34,7 @@ from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, SLOTS, TRANSFORMS
 from jepa_kit.structures import MaskBatch, Prediction
 from jepa_kit.trials.part_trial import Trial, agree
-from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe, trial_samples
+from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe
 
 
 def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None = None, every: bool = False) -> None:
@@ -56,10 +56,8 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
     for name, transform in zip([part["name"] for part in config.data.transforms], view.transforms, strict=True):
         if every or not of_jepa_kit(transform):
             check_transform(Trial("transform", name), transform)
-    name = config.slots["masker"].name
-    members = getattr(masker, "members", ())
-    if every or not all(map(of_jepa_kit, (masker, *members))):
-        check_masker(Trial("masker", name), masker, config)
+    if every or not all(map(of_jepa_kit, (masker, *getattr(masker, "members", ())))):
+        check_masker(Trial("masker", config.slots["masker"].name), masker, config)
     if weights_of is None or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
         _check_networks(config, device, masker, weights_of, every)
 
@@ -72,7 +70,7 @@ def _ships_with_jepa_kit(config: Config) -> bool:
             parts += [SLOTS[slot].get(member["name"]) for member in part.options[option]]
     parts += [LOSSES.get(part.name) for part, _ in config.losses]
     parts += [TRANSFORMS.get(transform["name"]) for transform in config.data.transforms]
-    return all(part.__module__.partition(".")[0] == "jepa_kit" for part in parts)
+    return all(map(of_jepa_kit, parts))
 
 
 def _parts_of(jepa: JEPA) -> Iterable[object]:
@@ -81,26 +79,25 @@ def _parts_of(jepa: JEPA) -> Iterable[object]:
 
 def _check_networks(config: Config, device: torch.device, masker: Masker, weights_of: JEPA | None, every: bool) -> None:
     jepa = trial_recipe(config, device)
-    slots = dict(zip(("encoder", "target", "predictor", "target_update"), _parts_of(jepa), strict=False))
-    slots = {slot: part for slot, part in slots.items() if every or not of_jepa_kit(part)}
-    losses = [name for name, loss in jepa.losses.items() if every or not of_jepa_kit(loss)]
-    if not slots and not losses:
+    names = [(slot, config.slots[slot].name) for slot in ("encoder", "target", "predictor", "target_update")]
+    parts = zip([*names, *(("loss", name) for name in jepa.losses)], _parts_of(jepa), strict=True)
+    trials = [Trial(slot, name, jepa) for (slot, name), part in parts if every or not of_jepa_kit(part)]
+    if not trials:
         return
-    trials = {slot: Trial(slot, config.slots[slot].name, jepa) for slot in slots}
-    trials |= {f"loss {name}": Trial("loss", name, jepa) for name in losses}
-    named = ", ".join(f"{trial.slot} {trial.name!r}" for trial in trials.values())
+    named = ", ".join(f"{trial.slot} {trial.name!r}" for trial in trials)
     if weights_of is not None:
         _check_first_weights(jepa, weights_of, named)
-    masks = masker(trial_samples(), seed=config.train.seed, epoch=0, step=0).to(device)
+    masks = masker(np.arange(IMAGES), seed=config.train.seed, epoch=0, step=0).to(device)
     images = trial_images(config, device)
     checks = {"encoder": check_encoder, "target": check_target, "predictor": check_predictor, "loss": check_loss}
     autocast = autocast_of(config.train.precision, device)
     with autocast():
-        for trial in trials.values():
+        for trial in trials:
             if trial.slot in checks:
                 checks[trial.slot](trial, jepa, images, masks)
-    if "target_update" in trials:
-        check_target_update(trials["target_update"], jepa)
+    for trial in trials:
+        if trial.slot == "target_update":
+            check_target_update(trial, jepa)
     with seeded(0):
         with autocast():
             loss = jepa(images, masks).loss
@@ -137,7 +134,7 @@ def check_transform(trial: Trial, transform: Any) -> None:
 
 def check_masker(trial: Trial, masker: Any, config: Config) -> None:
     """Check the signature, type, grid, sets of every image, and purity."""
-    samples, seed = trial_samples(), config.train.seed
+    samples, seed = np.arange(IMAGES), config.train.seed
     try:
         inspect.signature(masker).bind(samples, seed=seed, epoch=0, step=0)
     except TypeError as error:
@@ -148,8 +145,7 @@ def check_masker(trial: Trial, masker: Any, config: Config) -> None:
     if isinstance(p, int):
         grid = (config.data.image_size[0] // p, config.data.image_size[1] // p)
         trial.need(first.grid == grid, f"gave masks of the grid {first.grid}, but images have {grid}")
-        found = getattr(masker, "grid", None)
-        trial.need(found is not None and tuple(found) == grid, f"has the attribute grid {found!r}, not {grid}")
+        trial.need_grid(masker, grid)
     for name, sets in (("context", first.context), ("target", first.targets)):
         images = set(sets.image.tolist())
         missing = sorted(set(range(IMAGES)) - images)
@@ -161,22 +157,15 @@ def check_masker(trial: Trial, masker: Any, config: Config) -> None:
 def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
     """Check the attributes, and the tokens of contexts, whole images and layers."""
     encoder: Any = jepa.encoder
-    for name in ("patch_size", "embed_dim", "depth"):
-        value = getattr(encoder, name, None)
-        trial.need(type(value) is int and value >= 1, f"has {name} (={value!r}), not a whole number of at least 1")
+    trial.need_sizes(encoder, "patch_size", "embed_dim", "depth")
     grid = (images.shape[-2] // encoder.patch_size, images.shape[-1] // encoder.patch_size)
-    found = getattr(encoder, "grid", None)
-    trial.need(found is not None and tuple(found) == grid, f"has the attribute grid {found!r}, not {grid}")
+    trial.need_grid(encoder, grid)
     trial.need(hasattr(encoder, "forward_layers"), "has no method forward_layers")
+    contexts = (masks.context.num_patches, encoder.embed_dim)
+    _check_call(trial, encoder, lambda: encoder(images, masks.context), contexts, "the contexts [P_c, embed_dim]")
     whole = (len(images) * grid[0] * grid[1], encoder.embed_dim)
-    _check_tables(trial, encoder, lambda: encoder(images, masks.context))
-    first, second = trial.twice(lambda: encoder(images, masks.context))
-    trial.tensor(first, (masks.context.num_patches, encoder.embed_dim), "the contexts [P_c, embed_dim]")
-    trial.same(first, second)
     with torch.no_grad():
-        first, second = trial.twice(lambda: encoder(images))
-        trial.tensor(first, whole, "whole images [B * N, embed_dim]")
-        trial.same(first, second)
+        _check_call(trial, encoder, lambda: encoder(images), whole, "whole images [B * N, embed_dim]")
         layers, again = trial.twice(lambda: list(encoder.forward_layers(images, None, last=1)))
         trial.need(len(layers) == 1, f"gave {len(layers)} layers for forward_layers(..., last=1)")
         trial.tensor(layers[0], whole, "the last layer [B * N, embed_dim]")
@@ -186,28 +175,22 @@ def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) ->
 def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
     """Check the attributes, and the targets of all target patches."""
     target: Any = jepa.target
-    width = getattr(target, "out_dim", None)
-    trial.need(type(width) is int and width >= 1, f"has out_dim (={width!r}), not a whole number of at least 1")
-    trial.need(isinstance(getattr(target, "needs_encoder", None), bool), "has no needs_encoder (true or false)")
+    trial.need_sizes(target, "out_dim")
+    trial.need_flags(target, "needs_encoder")
 
     def targets() -> Any:
         with torch.set_grad_enabled(not jepa.target_update.stop_gradient):
             return target(images, masks.targets, jepa.target_network)
 
-    _check_tables(trial, target, targets)
-    first, second = trial.twice(targets)
-    trial.tensor(first, (masks.targets.num_patches, target.out_dim), "the targets [P_t, out_dim]")
-    trial.same(first, second)
+    _check_call(trial, target, targets, (masks.targets.num_patches, target.out_dim), "the targets [P_t, out_dim]")
 
 
 def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
     """Check the predictions for all target patches."""
     with seeded(0), unchanged_buffers(jepa):
         context = jepa.encoder(images, masks.context)
-    _check_tables(trial, jepa.predictor, lambda: jepa.predictor(context, masks))
-    first, second = trial.twice(lambda: jepa.predictor(context, masks))
-    trial.tensor(first, (masks.targets.num_patches, jepa.target.out_dim), "the predictions [P_t, out_dim]")  # type: ignore[arg-type]
-    trial.same(first, second)
+    shape = (masks.targets.num_patches, jepa.target.out_dim)
+    _check_call(trial, jepa.predictor, lambda: jepa.predictor(context, masks), shape, "the predictions [P_t, out_dim]")
 
 
 def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
@@ -219,10 +202,7 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
     with seeded(0), unchanged_buffers(jepa), torch.no_grad():
         context = jepa.encoder(images, masks.context)
     at = Prediction(guess, truth, context, masks)
-    _check_tables(trial, loss, lambda: loss(at))
-    first, second = trial.twice(lambda: loss(at))
-    trial.tensor(first, (), "the loss []")
-    trial.same(first, second)
+    first = _check_call(trial, loss, lambda: loss(at), (), "the loss []")
     if not is_distance(loss):
         return
     advice = "counts as a distance (is_distance is not False), but"
@@ -239,8 +219,7 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
 def check_target_update(trial: Trial, jepa: JEPA) -> None:
     """Check the attributes, the momenta, and that an update changes the target encoder alone and keeps it finite."""
     update = jepa.target_update
-    for name in ("tied", "stop_gradient"):
-        trial.need(isinstance(getattr(update, name, None), bool), f"has no {name} (true or false)")
+    trial.need_flags(update, "tied", "stop_gradient")
     made = jepa.target_encoder
     trial.need(made is None or isinstance(made, nn.Module), f"made a {type(made).__name__}, not a module or None")
     momenta, again = trial.twice(lambda: [update.momentum(where) for where in (0.0, 0.5, 1.0)])
@@ -251,11 +230,10 @@ def check_target_update(trial: Trial, jepa: JEPA) -> None:
     before = {name: value.detach().clone() for name, value in jepa.named_parameters()}
 
     def moved() -> list[Tensor]:
+        jepa.load_state_dict(before, strict=False)
         with torch.no_grad():
-            for name, value in jepa.named_parameters():
-                value.copy_(before[name])
-                if name.startswith("encoder."):
-                    value.mul_(1.5)  # stands for training
+            for value in jepa.encoder.parameters():
+                value.mul_(1.5)  # stands for training
         update.update(made, jepa.encoder, float(momenta[0]))
         return [value.detach().clone() for value in jepa.parameters()]
 
@@ -265,13 +243,14 @@ def check_target_update(trial: Trial, jepa: JEPA) -> None:
         untouched = not name.startswith("encoder.") or made is None or torch.equal(value, before[name] * 1.5)
         trial.need(untouched, f"changed {name}, which the optimiser alone may change")
     trial.same(first, second, "updates")
-    with torch.no_grad():
-        for name, value in jepa.named_parameters():
-            value.copy_(before[name])
+    jepa.load_state_dict(before, strict=False)
 
 
-def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> None:
-    """Check that buffers that a call changes are in the state dict, because a resumed run needs them."""
+def _check_call(trial: Trial, module: nn.Module, do: Callable[[], Any], shape: tuple[Any, ...], what: str) -> Tensor:
+    """Return the result of a call, a finite tensor of a shape, and the same if called again.
+
+    Buffers that the call changes must be in the state dict, because a resumed run needs them.
+    """
     kept = {id(owner.get_buffer(name)) for owner, name, _ in persistent_buffers(module)}
     tables = {name: value.clone() for name, value in module.named_buffers() if id(value) not in kept}
     with seeded(0), unchanged_buffers(module):
@@ -280,6 +259,10 @@ def _check_tables(trial: Trial, module: nn.Module, do: Callable[[], Any]) -> Non
     for name, value in tables.items():
         same = name in now and torch.equal(now[name], value)
         trial.need(same, f"changes its buffer {name}, which is not persistent: a resumed run would not have it")
+    first, second = trial.twice(do)
+    trial.tensor(first, shape, what)
+    trial.same(first, second)
+    return first
 
 
 def check_gradients(jepa: JEPA, loss: Tensor, named: str) -> None:

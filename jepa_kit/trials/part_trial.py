@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from jepa_kit.distributed.buffers import unchanged_buffers
 from jepa_kit.errors import ContractError
 from jepa_kit.random_state import seeded
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 FORMS = {
     "transform": "__call__(image, draws) -> RGB Pillow image, with num_draws; one that sets the size has window(size, "
@@ -41,12 +40,12 @@ class Trial:
 
     Args:
         slot, name: as in the config.
-        jepa: its buffers are restored after each call; None for parts without buffers.
+        jepa: its buffers are restored after each call; by default there are none.
     """
 
     slot: str
     name: str
-    jepa: nn.Module | None = None
+    jepa: nn.Module = field(default_factory=nn.Module)
 
     def fail(self, why: str, cause: Exception | None = None) -> NoReturn:
         """Raise ContractError."""
@@ -56,6 +55,22 @@ class Trial:
         """Raise ContractError unless ``condition`` is true."""
         if not condition:
             self.fail(why)
+
+    def need_sizes(self, part: object, *names: str) -> None:
+        """Raise ContractError unless these attributes are ints of at least 1."""
+        for name in names:
+            value = getattr(part, name, None)
+            self.need(type(value) is int and value >= 1, f"has {name} (={value!r}), not a whole number of at least 1")
+
+    def need_flags(self, part: object, *names: str) -> None:
+        """Raise ContractError unless these attributes are bools."""
+        for name in names:
+            self.need(isinstance(getattr(part, name, None), bool), f"has no {name} (true or false)")
+
+    def need_grid(self, part: object, grid: Grid) -> None:
+        """Raise ContractError unless the attribute ``grid`` is this one."""
+        found = getattr(part, "grid", None)
+        self.need(found is not None and tuple(found) == grid, f"has the attribute grid {found!r}, not {grid}")
 
     def call(self, do: Callable[[], Any]) -> Any:
         """Return the result of a call of the part; its errors become ContractError."""
@@ -71,14 +86,12 @@ class Trial:
             do: the call.
             pure: torch's random state differs between the calls, too.
         """
-        results = []
-        for k in (1, 2):
-            with (
-                seeded(k if pure else 0, k),
-                nullcontext() if self.jepa is None else unchanged_buffers(self.jepa),
-            ):
-                results.append(self.call(do))
-        return results[0], results[1]
+
+        def once(k: int) -> Any:
+            with seeded(k if pure else 0, k), unchanged_buffers(self.jepa):
+                return self.call(do)
+
+        return once(1), once(2)
 
     def tensor(self, value: Any, shape: tuple[int, ...], what: str) -> None:
         """Raise ContractError unless a value is a finite floating-point tensor of a shape."""
@@ -108,11 +121,8 @@ def agree(first: Any, second: Any) -> bool:
         parts = ((first.context, second.context), (first.targets, second.targets))
         return torch.equal(first.context_of, second.context_of) and all(agree(a, b) for a, b in parts)
     if isinstance(first, PatchSets) and isinstance(second, PatchSets):
-        return (
-            first.lengths == second.lengths
-            and torch.equal(first.index, second.index)
-            and torch.equal(first.image, second.image)
-        )
+        equal = torch.equal(first.index, second.index) and torch.equal(first.image, second.image)
+        return equal and first.lengths == second.lengths
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(agree(a, b) for a, b in zip(first, second, strict=True))
     return bool(first == second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +11,6 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, Part
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA
-from jepa_kit.rng import IntArray
 
 IMAGES = 4
 
@@ -27,16 +25,13 @@ def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -
         device: of the parameters.
         other_seed: of numpy's and Python's random states, on which first weights must not depend.
     """
-    slots = {slot: _uncompiled(part) for slot, part in config.slots.items()}
+    slots = {
+        slot: Part(part.name, {key: value if key != "compile" else False for key, value in part.options.items()})
+        for slot, part in config.slots.items()
+    }
     train = dataclasses.replace(config.train, attention="reference")
     with seeded(config.train.seed, other_seed):
         return build_recipe(dataclasses.replace(config, slots=slots, train=train)).to(device).train()
-
-
-def _uncompiled(part: Part) -> Part:
-    if "compile" not in part.options:
-        return part
-    return dataclasses.replace(part, options={**part.options, "compile": False})
 
 
 def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> Tensor:
@@ -45,12 +40,6 @@ def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> T
     return noise.to(device)
 
 
-def trial_samples(count: int = IMAGES) -> IntArray:
-    """Return [count] indices of images in a data set."""
-    return np.arange(count)
-
-
 def of_jepa_kit(part: object) -> bool:
-    """Return whether a part (an object or its class) ships with jepa_kit."""
-    cls = part if isinstance(part, type) else type(part)
-    return cls.__module__.partition(".")[0] == "jepa_kit"
+    """Return whether a part, or its class, ships with jepa_kit."""
+    return part.__module__.partition(".")[0] == "jepa_kit"

@@ -108,4 +108,6 @@ def test_gelu_is_the_exact_one(make_weights, tmp_path):
     gelus = [node for node in model.graph.node if node.op_type == "Gelu"]
     assert len(gelus) == 2
     assert not any(node.attribute for node in gelus)  # the default is not the tanh approximation
-    assert np.isclose(next(t.float_data[0] for t in model.graph.initializer if t.name == "scale"), 8**-0.5)
+    assert np.isclose(
+        next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name == "scale"), 8**-0.5
+    )

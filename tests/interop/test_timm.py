@@ -118,7 +118,10 @@ def test_known_sizes_tell_their_heads(make_weights, tmp_path):
         ({"blocks.0.ls1.gamma": torch.zeros(16)}, "unexpected: blocks.0.ls1.gamma"),
         ({"norm.bias": None}, "missing: norm.bias"),
         ({"blocks.1.mlp.fc1.weight": torch.zeros(7, 16)}, r"misshapen: blocks.1.mlp.fc1.weight \(\(7, 16\), not \(40,"),
-        ({"pos_embed": torch.zeros(16, 16)}, r"pos_embed of .* must be \[1, N, D\], not \(16, 16\)"),
+        (
+            {"pos_embed": torch.zeros(2, 16, 16)},
+            r"the position table of .* must be \[N, D\] or \[1, N, D\], but is \(2, 16, 16\)",
+        ),
         ({"pos_embed": torch.zeros(1, 17, 16)}, "positions for 17 patches, which are no square"),
         ({"pos_embed": None}, "has no position table, so it does not say its image size; give image_size"),
         ({"patch_embed.proj.weight": torch.zeros(16, 192)}, "is not a ViT as I-JEPA has it: patch_embed.proj.weight"),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_what_people_read(config):
     lines = table(plans).splitlines()
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
-    json.dumps(plans[1].to_dict())
+    json.dumps(asdict(plans[1]))
 
 
 def test_lengths_are_those_of_the_masks(config):

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.buffers import unchanged_buffers
-from jepa_kit.evaluation.features import LoadedRun, evaluating
+from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health import measures
 from jepa_kit.evaluation.health.statistics import PredictionStatistics, TokenStatistics
 from jepa_kit.interfaces import Masker
@@ -168,23 +167,6 @@ def measure_health(
         **figures,
         **tokens.figures(),
         **losses,
-    )
-
-
-def measure_run(
-    run: LoadedRun,
-    images: Tensor,
-    encoder: Literal["target", "context"],
-    *,
-    masks: int = 4,
-    seed: int = 0,
-    device: torch.device,
-) -> Health:
-    """Move a run's networks to ``device``, and return its health on images; see ``measure_health``."""
-    masker, data = build_masker(run.config), run.config.data
-    jepa = run.jepa.to(device)
-    return measure_health(
-        jepa, images, masker, encoder=encoder, masks=masks, seed=seed, mean=data.mean, std=data.std, device=device
     )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_kit.data.transforms import normalize
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets
@@ -92,7 +93,16 @@ def predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> Tensor:
         return jepa.predictor(jepa.encoder(images, masks.context), masks).float()
 
 
-def guesses(jepa: JEPA, x: Tensor, masks: MaskBatch, chosen: Sequence[int], *, nearest: int = 8) -> list[Guess]:
+def guesses(
+    jepa: JEPA,
+    images: Tensor,
+    masks: MaskBatch,
+    chosen: Sequence[int],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    nearest: int = 8,
+) -> list[Guess]:
     """Compare the prediction of one hidden patch of some images with the targets of all patches of all images.
 
     Of the hidden patches of an image, the one whose target is farthest from the mean target of its position is taken:
@@ -101,14 +111,16 @@ def guesses(jepa: JEPA, x: Tensor, masks: MaskBatch, chosen: Sequence[int], *, n
 
     Args:
         jepa: on the images' device.
-        x: [B, 3, h, w] normalised images, all of which are searched.
+        images: [B, 3, h, w] uint8, all of which are searched.
         masks: of these images.
         chosen: the images whose hidden patches are predicted.
+        mean, std: of the channels, as in training.
         nearest: number of other images in ``Guess.nearest``.
 
     Returns:
         one for each of ``chosen``.
     """
+    x = torch.cat([normalize(part, mean, std) for part in images.split(64)])
     targets = torch.cat([all_targets(jepa, part) for part in x.split(64)])  # [B, n, D]
     predictions, index = predict(jepa, x, masks), masks.targets.index
     centre = targets.mean((0, 1))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from jepa_kit.build import build_masker
 from jepa_kit.config import versions
 from jepa_kit.evaluation.features import extract_features, untrained_encoder
-from jepa_kit.evaluation.health.measure import BATCH, measure_run
+from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import judge
 from jepa_kit.evaluation.pictures.hidden_block import hidden_block_section
 from jepa_kit.evaluation.pictures.maps import Guess, attention_weights, guesses
@@ -51,7 +52,15 @@ def draw_run(
     """
     run, config = material.run, material.run.config
     log("health")
-    health = measure_run(run, material.images, material.encoder, device=material.device)
+    health = measure_health(
+        run.jepa,
+        material.images,
+        build_masker(config),
+        encoder=material.encoder,
+        mean=config.data.mean,
+        std=config.data.std,
+        device=material.device,
+    )
     verdict = judge(health)
     log("patch features")
     sections = [_components(material)]
@@ -89,14 +98,31 @@ def _components(material: Material) -> Section:
         f"{which} encoder": run.jepa.encoder_for(which),
         "untrained": untrained_encoder(run.config, run.config.train.seed),
     }
-    options: dict[str, Any] = {"device": material.device, "mean": data.mean, "std": data.std, "batch_size": BATCH}
-    tokens = {n: extract_features(e, material.images, pooling="none", **options) for n, e in encoders.items()}
+    tokens = {
+        name: extract_features(
+            encoder,
+            material.images,
+            pooling="none",
+            device=material.device,
+            mean=data.mean,
+            std=data.std,
+            batch_size=BATCH,
+        )
+        for name, encoder in encoders.items()
+    }
     return components_section(material.images[:COLUMNS], tokens, material.grid)
 
 
 def _guesses(material: Material) -> tuple[Section, list[Guess]]:
-    x, chosen = material.normalized(material.images), range(min(RANKED, len(material.images)))
-    found = guesses(material.run.jepa, x, material.masks.to(material.device), chosen)
+    data = material.run.config.data
+    found = guesses(
+        material.run.jepa,
+        material.images.to(material.device),
+        material.masks.to(material.device),
+        range(min(RANKED, len(material.images))),
+        mean=data.mean,
+        std=data.std,
+    )
     ranks = [guess.rank for guess in found]
     return guess_section(material.images, found[:GUESSES], material.grid, material.patch_size, ranks=ranks), found
 

@@ -183,24 +183,17 @@ def _cell(rows: Sequence[Row]) -> Cell:
     )
 
 
-def _by_column(cells: dict[Key, Cell]) -> dict[tuple[str, str], dict[Key, Cell]]:
-    """Return (data, column) -> its cells, in the order of the cells."""
-    found: dict[tuple[str, str], dict[Key, Cell]] = {}
-    for key, cell in cells.items():
-        found.setdefault((key.data, key.column), {})[key] = cell
-    return found
-
-
 def to_markdown(cells: dict[Key, Cell]) -> str:
     """Return a Markdown table: lines for groups of runs, protocols and networks, columns for labels and data."""
-    columns = _by_column(cells)
+    columns = list(dict.fromkeys((key.data, key.column) for key in cells))
     several = len({data for data, _ in columns}) > 1
     heads = [f"{data}: {column}" if several else column for data, column in columns]
     lines = [["run", "protocol", "features", *heads]]
     for start in dict.fromkeys((key.group, key.protocol, key.features) for key in cells):
         in_line = [cells.get(Key(start[0], data, start[1], start[2], column)) for data, column in columns]
         lines.append([*start, *(cell.text() if cell else "" for cell in in_line)])
-    lines.append(["", "", "chance", *(chance_text(c.chance for c in found.values()) for found in columns.values())])
+    chances = [chance_text(c.chance for k, c in cells.items() if (k.data, k.column) == one) for one in columns]
+    lines.append(["", "", "chance", *chances])
     return markdown(lines)
 
 
@@ -222,26 +215,29 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
     """
     from jepa_kit.plotting import Figure, colormaps, save_figure
 
-    panels = _by_column(cells)
+    panels = list(dict.fromkeys((key.data, key.column) for key in cells))
     names = list(dict.fromkeys(_series(key) for key in cells))
     colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    protocols = {one: list(dict.fromkeys(k.protocol for k in cells if (k.data, k.column) == one)) for one in panels}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    height = 1.2 + 0.42 * max(len({key.protocol for key in panel}) for panel in panels.values()) + 0.1 * len(names)
+    height = 1.2 + 0.42 * max(len(found) for found in protocols.values()) + 0.1 * len(names)
     fig = Figure(figsize=(4.2 * columns, height * rows + 0.5))
     axes = fig.subplots(rows, columns, squeeze=False)
-    for ax, (one, panel) in zip(axes.flat, panels.items(), strict=False):
-        places = {protocol: -k for k, protocol in enumerate(dict.fromkeys(key.protocol for key in panel))}
+    for ax, one in zip(axes.flat, panels, strict=False):
+        places = {protocol: -k for k, protocol in enumerate(protocols[one])}
         for n, name in enumerate(names):
-            found = [(k, c) for k, c in panel.items() if _series(k) == name]
+            found = [(k, c) for k, c in cells.items() if (k.data, k.column) == one and _series(k) == name]
             if not found:
                 continue
             y = [places[k.protocol] + 0.6 * (0.5 - (n + 0.5) / len(names)) for k, _ in found]
             x = [100 * c.mean for _, c in found]
             bars = [100 * (c.standard_error if c.deviation is None else c.deviation) for _, c in found]
-            style = {"fmt": "s" if name.endswith(BASELINES) else "o", "color": colours[n % len(colours)]}
-            ax.errorbar(x, y, xerr=bars, ms=5, capsize=2, lw=1.2, label=name, **style)
-        chance = common_chance(c.chance for c in panel.values())
+            marker = "o" if not name.endswith(BASELINES) else "s"
+            ax.errorbar(
+                x, y, xerr=bars, fmt=marker, ms=5, capsize=2, lw=1.2, color=colours[n % len(colours)], label=name
+            )
+        chance = common_chance(c.chance for k, c in cells.items() if (k.data, k.column) == one)
         if chance is not None:
             ax.axvline(100 * chance, color="0.6", ls=":", lw=1)
         ax.set_yticks(list(places.values()), list(places))

@@ -48,14 +48,6 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def column_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], least: int = 12) -> str:
-    """Return a table of rows (label, cells), with right-aligned columns of at least ``least`` characters."""
-    label = max(len(text) for text, _ in rows)
-    width = max(least, *map(len, titles))
-    lines = [("", titles), *rows]
-    return "\n".join(f"{text:{label}}" + "".join(f"  {cell:>{width}}" for cell in cells) for text, cells in lines)
-
-
 def features_title(network: str, layers: str | None) -> str:
     """Return the name of a network with its layers, as 'target encoder, last4'."""
     name = f"{network} encoder" if network in ENCODER_NAMES else network
