@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from jepa_kit.config import Config, Part, located
+from jepa_kit.config import Config
+from jepa_kit.config.check import Part
 from jepa_kit.errors import ConfigError
 from jepa_kit.interfaces import Masker
 from jepa_kit.recipe import JEPA
-from jepa_kit.registry import SLOTS, TRANSFORMS
+from jepa_kit.registry import SLOTS, TRANSFORMS, located
 from jepa_kit.structures import Grid
 
 CHANNELS = 3
@@ -31,7 +32,7 @@ def build_masker(config: Config, grid: Grid | None = None) -> Masker:
         ConfigError: a part refuses its options; one line each, beginning with the slot.
     """
     with every_problem(config):
-        return _build(config.slots["masker"], "masker", grid=grid or patch_grid_of(config))
+        return _build(config.slots["masker"], "masker", {"grid": grid or patch_grid_of(config)})
 
 
 def build_recipe(config: Config) -> JEPA:
@@ -42,48 +43,21 @@ def build_recipe(config: Config) -> JEPA:
             the host's memory.
     """
     with every_problem(config):
-        return _build_recipe(config)
-
-
-def _build_recipe(config: Config) -> JEPA:
-    if torch.empty(0).device.type != "meta":
-        _check_memory(config)
-    for slot in ("encoder", "target"):
-        channels = config.slots[slot].options.get("in_chans", CHANNELS)
-        if channels != CHANNELS:
-            with located(slot):
-                raise ValueError(f"in_chans (={channels}) must be {CHANNELS}: the data are colour images")
-    encoder = _build_encoder(config)
-    target = _build(
-        config.slots["target"],
-        "target",
-        embed_dim=encoder.embed_dim,
-        depth=encoder.depth,
-        patch_size=encoder.patch_size,
-    )
-    predictor = _build(
-        config.slots["predictor"],
-        "predictor",
-        embed_dim=encoder.embed_dim,
-        out_dim=target.out_dim,
-        grid=encoder.grid,
-        attention=config.train.attention,
-    )
-    losses = [(part.name, _build(part, "loss"), weight) for part, weight in config.losses]
-    update = _build(config.slots["target_update"], "target_update")
-    with located("target_update"):
-        return JEPA(encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=update)
+        if torch.empty(0).device.type != "meta":
+            _check_memory(config)
+        for slot in ("encoder", "target"):
+            channels = config.slots[slot].options.get("in_chans", CHANNELS)
+            if channels != CHANNELS:
+                raise ConfigError([f"{slot}: in_chans (={channels}) must be {CHANNELS}: the data are colour images"])
+        parts, losses = _build_parts(config, _build, RECIPE)
+        with located("target_update"):
+            return JEPA(**parts, losses=losses)
 
 
 def patch_grid_of(config: Config) -> Grid:
     """Return (H, W), the patch grid of a config's images; the encoder is built on the meta device to find it."""
     with torch.device("meta"):
-        return _build_encoder(config).grid
-
-
-def _build_encoder(config: Config) -> Any:
-    part = config.slots["encoder"]
-    return _build(part, "encoder", image_size=config.data.image_size, attention=config.train.attention)
+        return _build_parts(config, _build, ("encoder",))[0]["encoder"].grid
 
 
 ATTRIBUTES = {
@@ -93,13 +67,54 @@ ATTRIBUTES = {
 }
 """Slot -> attributes that the recipe reads."""
 
+RECIPE = ("encoder", "target", "predictor", "loss", "target_update")
+"""The slots of a recipe in the order in which its parts are built, and draw their weights."""
 
-def _build(part: Part, slot: str, **supplied: object) -> Any:
+
+def _build_parts(
+    config: Config, build: Callable[[Part, str, Mapping[str, Any]], Any], slots: Sequence[str]
+) -> tuple[dict[str, Any], list[tuple[str, Any, float]]]:
+    """Build the parts of some slots in this order.
+
+    Args:
+        config: of the parts.
+        build: builds a part from (part, slot, supplied values); if it returns None, later parts that need a value of
+            this one are supplied with a plausible one.
+        slots: an encoder or a target must come before the parts that need its attributes.
+
+    Returns:
+        slot -> part, and the terms of the loss (name, module, weight).
+    """
+    image_size = config.data.image_size
+    given = {k: v for k, v in config.slots["encoder"].options.items() if type(v) is int and v > 0}
+    width, side = given.get("embed_dim", 64), given.get("patch_size", 16)
+    supplied: dict[str, Any] = {
+        "image_size": image_size,
+        "attention": config.train.attention,
+        "embed_dim": width,
+        "out_dim": width,
+        "depth": given.get("depth", 12),
+        "patch_size": side,
+        "grid": tuple(max(4, pixels // side) for pixels in image_size),
+    }
+    parts: dict[str, Any] = {}
+    losses = []
+    for slot in slots:
+        if slot == "loss":
+            losses = [(part.name, build(part, slot, supplied), weight) for part, weight in config.losses]
+            continue
+        parts[slot] = built = build(config.slots[slot], slot, supplied)
+        supplied |= {name: getattr(built, name) for name in ATTRIBUTES.get(slot, ()) if hasattr(built, name)}
+    return parts, losses
+
+
+def _build(part: Part, slot: str, supplied: Mapping[str, Any]) -> Any:
+    registry = SLOTS[slot]
     with located(slot):
         try:
-            built = SLOTS[slot].build(part.name, part.options, **supplied)
+            built = registry.build(part.name, part.options, **{k: supplied[k] for k in registry.supplied})
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            if SLOTS[slot].get(part.name).__module__.startswith("jepa_kit."):
+            if registry.get(part.name).__module__.startswith("jepa_kit."):
                 raise
             raise ValueError(f"{part.name!r} failed in its constructor: {type(error).__name__}: {error}") from error
         if missing := [name for name in ATTRIBUTES.get(slot, ()) if not hasattr(built, name)]:
@@ -150,39 +165,25 @@ def part_problems(config: Config) -> list[str]:
     """
     problems: list[str] = []
 
-    def tried(part: Part, slot: str, **supplied: object) -> Any:
-        try:
-            with torch.device("meta"):
-                return _build(part, slot, **supplied)
-        except ConfigError as error:
-            problems.extend(error.problems)
-        except BUILD_ERRORS:
-            pass
-        return None
+    def build(*arguments: Any) -> Any:
+        with _collecting(problems):
+            return _build(*arguments)
 
-    slots, size = config.slots, config.data.image_size
-    given = {name: value for name, value in slots["encoder"].options.items() if type(value) is int and value > 0}
-    encoder = tried(slots["encoder"], "encoder", image_size=size, attention=config.train.attention)
-    width, depth, p = (
-        getattr(encoder, name, given.get(name, default))
-        for name, default in (("embed_dim", 64), ("depth", 12), ("patch_size", 16))
-    )
-    grid = getattr(encoder, "grid", (max(4, size[0] // p), max(4, size[1] // p)))
-    tried(slots["masker"], "masker", grid=grid)
-    target = tried(slots["target"], "target", embed_dim=width, depth=depth, patch_size=p)
-    out_dim = getattr(target, "out_dim", width)
-    supplied = {"embed_dim": width, "out_dim": out_dim, "grid": grid, "attention": config.train.attention}
-    tried(slots["predictor"], "predictor", **supplied)
-    for part, _ in config.losses:
-        tried(part, "loss")
-    tried(slots["target_update"], "target_update")
+    _build_parts(config, build, ("encoder", "masker", *RECIPE[1:]))
     for i, transform in enumerate(config.data.transforms):
         options = {key: value for key, value in transform.items() if key != "name"}
-        try:
-            with located(f"data: transforms[{i}]"):
-                TRANSFORMS.build(transform["name"], options, image_size=size)
-        except ConfigError as error:
-            problems.extend(error.problems)
-        except BUILD_ERRORS:
-            pass
+        with _collecting(problems), located(f"data: transforms[{i}]"):
+            TRANSFORMS.build(transform["name"], options, image_size=config.data.image_size)
     return problems
+
+
+@contextmanager
+def _collecting(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a part that is built inside, on the meta device, to ``problems``."""
+    try:
+        with torch.device("meta"):
+            yield
+    except ConfigError as error:
+        problems.extend(error.problems)
+    except BUILD_ERRORS:
+        pass

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 
 PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
 """Errors of a pickle that is cut short or altered."""
+
+MALFORMED = (*PICKLE_ERRORS, ArithmeticError, MemoryError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""Errors of zipfile, pickle and torch for a file that is cut short or altered."""
 
 
 class ConfigError(ValueError):

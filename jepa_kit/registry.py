@@ -49,6 +49,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
+def takes(options: Iterable[str]) -> str:
+    """Return a sentence with the names of options."""
+    return f"It takes: {', '.join(options) or 'nothing'}"
+
+
+def not_an_option(path: str, owner: str, options: Iterable[str], hint: str | None = None) -> str:
+    """Return the message for an unknown key.
+
+    Args:
+        path: of the key, whose last component is its name.
+        owner: of the options: " of 'vit'".
+        options: names that are known.
+        hint: in place of the closest one of them.
+    """
+    close = did_you_mean(path.rpartition(".")[2], options) if hint is None else hint
+    return f"{path} is not an option{owner}{close} {takes(options)}"
+
+
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Raise ValueError if ``value`` is not among the values of a Literal."""
     allowed = typing.get_args(choices)
@@ -66,20 +84,22 @@ def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
     hints = typing.get_type_hints(init)
     options: dict[str, Option] = {}
     for name, p in inspect.signature(factory).parameters.items():
-        if p.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-            stars = "**" if p.kind is inspect.Parameter.VAR_KEYWORD else "*"
-            raise TypeError(
-                f"{factory.__qualname__}: {stars}{name} must be replaced by the options themselves, each keyword-only "
-                "with an annotation: the signature is the schema of its config, and a part is given only what it names"
+        if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+            stars = "**" if p.kind is p.VAR_KEYWORD else "*"
+            wrong = (
+                f"{stars}{name} must be replaced by the options themselves, each keyword-only with an annotation: the "
+                "signature is the schema of its config, and a part is given only what it names"
             )
-        if p.kind is not inspect.Parameter.KEYWORD_ONLY:
-            raise TypeError(
-                f"{factory.__qualname__}: argument {name!r} must be keyword-only (put a * before it): "
-                "the signature is the schema of its config"
+        elif p.kind is not p.KEYWORD_ONLY:
+            wrong = (
+                f"argument {name!r} must be keyword-only (put a * before it): the signature is the schema of its config"
             )
-        if name not in hints:
-            raise TypeError(f"{factory.__qualname__}: argument {name!r} needs an annotation: it is the option's type")
-        options[name] = Option(name, hints[name], p.default)
+        elif name not in hints:
+            wrong = f"argument {name!r} needs an annotation: it is the option's type"
+        else:
+            options[name] = Option(name, hints[name], p.default)
+            continue
+        raise TypeError(f"{factory.__qualname__}: {wrong}")
     if dataclasses.is_dataclass(factory):
         for field in dataclasses.fields(factory):
             if field.init and field.default_factory is not dataclasses.MISSING:
@@ -118,11 +138,9 @@ class PartRegistry(Registry):
 
         def add(cls: T) -> T:
             signature_options(cls)
-            taken = self._obj_map.get(name)
-            if taken is not None:
-                raise ValueError(
-                    f"{self.slot} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}"
-                )
+            if taken := self._obj_map.get(name):
+                by = f"{taken.__module__}.{taken.__qualname__}"
+                raise ValueError(f"{self.slot} {name!r} is already registered by {by}")
             self._do_register(name, cls)
             return cls
 
@@ -198,12 +216,8 @@ def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supp
     if name not in registry.names():
         raise ValueError(f"{path}.name: {registry.unknown(name)}")
     known = registry.options(name)
-    for key in options:
-        if key not in known:
-            raise ValueError(
-                f"{path}.{key} is not an option of {name!r}{did_you_mean(str(key), known)} "
-                f"It takes: {', '.join(known) or 'nothing'}"
-            )
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(not_an_option(f"{path}.{unknown[0]}", f" of {name!r}", known))
     try:
         return registry.build(name, options, **supplied)
     except ValueError as error:

@@ -120,9 +120,11 @@ class PatchSets:
         return self.map_tensors(lambda x: x.pin_memory())
 
 
-def _extremes(x: Tensor) -> tuple[int, int]:
+def _outside(x: Tensor, end: int) -> int | None:
+    """Return a value of ``x`` that is not in [0, end), or None."""
     values = x.numpy()  # on the host, and faster than torch for a few numbers
-    return int(values.min()), int(values.max())
+    lowest, highest = int(values.min()), int(values.max())
+    return lowest if lowest < 0 else highest if highest >= end else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +159,9 @@ class MaskBatch:
                 f"not {self.context_of.dtype} of shape {tuple(self.context_of.shape)}"
             )
         for name, sets in (("context", self.context), ("targets", self.targets)):
-            lowest, highest = _extremes(sets.index)
-            if lowest < 0 or highest >= h * w:
-                bad = lowest if lowest < 0 else highest
+            if (bad := _outside(sets.index, h * w)) is not None:
                 raise ValueError(f"{name} holds patch {bad}, but a grid of {h} x {w} has patches 0 to {h * w - 1}")
-        lowest, highest = _extremes(self.context_of)
-        if lowest < 0 or highest >= len(self.context):
-            bad = lowest if lowest < 0 else highest
+        if (bad := _outside(self.context_of, len(self.context))) is not None:
             raise ValueError(f"context_of names context set {bad}, but there are sets 0 to {len(self.context) - 1}")
         if not torch.equal(self.context.image[self.context_of], self.targets.image):
             raise ValueError("context_of pairs a target set with the context of another image")

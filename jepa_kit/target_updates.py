@@ -21,8 +21,26 @@ def _persistent(module: nn.Module) -> list[Tensor]:
     return [part.get_buffer(name) for part in module.modules() for name in persistent_names(part)]
 
 
+class TargetUpdate:
+    """Base of the target updates: no target encoder, and nothing that moves."""
+
+    tied = False
+    stop_gradient = True
+
+    def make(self, encoder: nn.Module) -> nn.Module | None:
+        """Return the target encoder as a separate module, or None."""
+        return None
+
+    def momentum(self, where: float) -> float:
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
+        return 1.0
+
+    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
+        """Update the target encoder after an optimiser step."""
+
+
 @TARGET_UPDATES.register("ema")
-class EMA:
+class EMA(TargetUpdate):
     """An exponential moving average of the context encoder, from a copy of it (I-JEPA, A.1).
 
     theta_target <- m theta_target + (1 - m) theta, with m rising linearly. Buffers of the state dict (batch norm's
@@ -34,9 +52,6 @@ class EMA:
     Raises:
         ValueError: a momentum is outside [0, 1].
     """
-
-    tied = False
-    stop_gradient = True
 
     def __init__(self, *, momentum: tuple[float, float] = (0.996, 1.0)) -> None:
         for m in momentum:
@@ -64,7 +79,7 @@ class EMA:
 
 
 @TARGET_UPDATES.register("tied")
-class Tied:
+class Tied(TargetUpdate):
     """Use the context encoder as target encoder, as SimSiam does (Chen and He 2021).
 
     Args:
@@ -77,57 +92,16 @@ class Tied:
     def __init__(self, *, stop_gradient: bool = True) -> None:
         self.stop_gradient = stop_gradient
 
-    def make(self, encoder: nn.Module) -> None:
-        """Return None: the target encoder is the encoder itself."""
-        return None
-
-    def momentum(self, where: float) -> float:
-        """Return 1: the target encoder does not move."""
-        return 1.0
-
-    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Do nothing."""
-
 
 @TARGET_UPDATES.register("frozen")
-class Frozen:
+class Frozen(TargetUpdate):
     """Keep a copy of the first weights: targets are random features, or those of loaded weights."""
-
-    tied = False
-    stop_gradient = True
-
-    def __init__(self) -> None:
-        pass
 
     def make(self, encoder: nn.Module) -> nn.Module:
         """Return a copy of the encoder that never changes."""
         return copy.deepcopy(encoder).requires_grad_(False)
 
-    def momentum(self, where: float) -> float:
-        """Return 1: the target encoder does not move."""
-        return 1.0
-
-    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Do nothing."""
-
 
 @TARGET_UPDATES.register("none")
-class NoTargetEncoder:
+class NoTargetEncoder(TargetUpdate):
     """Make no target encoder, for targets that need none, such as pixels."""
-
-    tied = False
-    stop_gradient = True
-
-    def __init__(self) -> None:
-        pass
-
-    def make(self, encoder: nn.Module) -> None:
-        """Return None."""
-        return None
-
-    def momentum(self, where: float) -> float:
-        """Return 1: the target encoder does not move."""
-        return 1.0
-
-    def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:
-        """Do nothing."""

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "dev"))
 from house_imports import Place, find_modules, import_graph, longest_chain, read_imports
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_CHAIN = 13
+MAX_CHAIN = 12
 """Modules in the longest chain of imports, of which each imports the next outside functions (dev/house.py)."""
 
 LAYERS: list[set[str]] = [

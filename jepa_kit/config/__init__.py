@@ -12,31 +12,9 @@ check.py     checks all options against sections and signatures of parts
 resolved.py  Config, and the functions that return one
 """
 
-from jepa_kit.config.check import Part
 from jepa_kit.config.renamed import modernize
-from jepa_kit.config.resolved import Config, config_from_dict, import_named, load_config, versions
-from jepa_kit.config.sections import SECTIONS, CheckpointConfig, DataConfig, EvaluateConfig, OptimConfig, TrainConfig
-from jepa_kit.config.shipped import shipped_configs
+from jepa_kit.config.resolved import Config, config_from_dict, load_config, versions
+from jepa_kit.config.sections import DataConfig
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import located
-from jepa_kit.run_folder import RUN_CONFIG
 
-__all__ = [
-    "RUN_CONFIG",
-    "SECTIONS",
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "EvaluateConfig",
-    "OptimConfig",
-    "Part",
-    "TrainConfig",
-    "config_from_dict",
-    "import_named",
-    "load_config",
-    "located",
-    "modernize",
-    "shipped_configs",
-    "versions",
-]
+__all__ = ["Config", "ConfigError", "DataConfig", "config_from_dict", "load_config", "modernize", "versions"]

@@ -9,14 +9,23 @@ import collections.abc
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jepa_kit.config.renamed import RELEASED_CROP
-from jepa_kit.config.sections import SECTIONS, between_sections, range_problem
-from jepa_kit.errors import ConfigError
-from jepa_kit.registry import LOSSES, REQUIRED, SLOTS, Option, PartRegistry, did_you_mean, signature_options
+from jepa_kit.config.sections import SECTIONS, between_sections
+from jepa_kit.registry import (
+    LOSSES,
+    REQUIRED,
+    SLOTS,
+    Option,
+    PartRegistry,
+    did_you_mean,
+    not_an_option,
+    signature_options,
+    takes,
+)
 
 META = ("imports", "_BASE_", "versions")
 """Top-level keys that are neither a slot nor a section."""
@@ -78,22 +87,16 @@ def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
             slots[slot] = part
     sections = {name: check_section(name, raw.get(name, {}), problems) for name in SECTIONS}
     if sections["data"] and "encoder" in slots:
-        problems.extend(_too_many_patches(sections["data"].image_size, slots["encoder"].options.get("patch_size")))
+        size, side = sections["data"].image_size, slots["encoder"].options.get("patch_size")
+        patches = (size[0] // side) * (size[1] // side) if type(side) is int and side > 0 else 0
+        if patches > MOST_PATCHES:
+            problems.append(
+                f"data.image_size (={list(size)}) over encoder.patch_size (={side}) gives {patches:,} patches; they "
+                f"must be at most {MOST_PATCHES:,}"
+            )
     if sections["optim"] and sections["train"]:
         problems.extend(between_sections(sections["optim"], sections["train"]))
     return {"slots": slots, "losses": losses, **sections}
-
-
-def _too_many_patches(image_size: tuple[int, int], side: Any) -> list[str]:
-    if type(side) is not int or side < 1:
-        return []
-    patches = (image_size[0] // side) * (image_size[1] // side)
-    if patches <= MOST_PATCHES:
-        return []
-    return [
-        f"data.image_size (={list(image_size)}) over encoder.patch_size (={side}) gives {patches:,} patches; "
-        f"they must be at most {MOST_PATCHES:,}"
-    ]
 
 
 def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Part | None:
@@ -128,8 +131,8 @@ def _unknown_key(path: str, key: Any, name: str, options: Mapping[str, Option], 
     if key in registry.supplied:
         return f"{at} is supplied by the recipe ({registry.supplied[key]}); take it out"
     others = [repr(n) for n in registry.names() if n != name and key in registry.options(n)]
-    hint = f"; it belongs to {', '.join(others)}." if others else did_you_mean(str(key), options)
-    return f"{at} is not an option of {name!r}{hint} {_takes(options)}"
+    hint = f"; it belongs to {', '.join(others)}." if others else None
+    return not_an_option(at, f" of {name!r}", options, hint)
 
 
 def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
@@ -165,13 +168,9 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
     schema = SECTIONS[name]
     options = signature_options(schema)
     if not isinstance(raw, dict):
-        problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {_takes(options)}")
+        problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {takes(options)}")
         return None
-    found = [
-        f"{name}.{key} is not an option{did_you_mean(str(key), options)} {_takes(options)}"
-        for key in raw
-        if key not in options
-    ]
+    found = [not_an_option(f"{name}.{key}", "", options) for key in raw if key not in options]
     values = check_options(name, raw, options, repr(name), found)
     for field in dataclasses.fields(schema):
         registry, given = field.metadata.get("parts"), values.get(field.name)
@@ -179,16 +178,11 @@ def check_section(name: str, raw: Any, problems: list[str]) -> Any:
             parts = _check_nested(f"{name}.{field.name}", given, registry, found)
             # None if a part has mistakes: they are reported already
             values[field.name] = tuple(parts) if len(parts) == len(given) else None
-    ranges = (range_problem(schema, k, values[k]) for k in values)
-    found.extend(f"{name}.{p}" for p in ranges if p)
-    section = None
-    if not found:
-        try:
-            section = schema(**values)
-        except ConfigError as error:  # values that are valid alone, but not together
-            found.extend(f"{name}.{p}" for p in error.problems)
+    found.extend(f"{name}.{p}" for p in schema.out_of_range(values))
+    if not found:  # every value is valid alone
+        found = [f"{name}.{p}" for p in schema.relations(values)]
     problems.extend(found)
-    return section
+    return None if found else schema(**values)
 
 
 def check_options(
@@ -235,10 +229,6 @@ def check_value(path: str, value: Any, option: Option, problems: list[str]) -> A
             right += f": write {int(value)}"
         problems.append(f"{path} (={value!r}) must be {right}")
         return None
-
-
-def _takes(options: Iterable[str]) -> str:
-    return f"It takes: {', '.join(options) or 'nothing'}"
 
 
 def _registered(registry: PartRegistry) -> str:

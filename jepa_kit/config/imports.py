@@ -91,10 +91,7 @@ def import_parts(name: str, folder: str) -> Exception | None:
         folder: of the config.
     """
     try:
-        if name.endswith(".py"):
-            _import_file(name)
-        else:
-            _import_dotted(name, folder)
+        _import_file(name) if name.endswith(".py") else _import_dotted(name, folder)
     except (ImportError, SyntaxError, TypeError, ValueError, FileNotFoundError) as error:
         return error
     return None
@@ -110,35 +107,26 @@ def find_source(name: str) -> Path | None:
 
 
 def _import_dotted(name: str, folder: str) -> None:
-    try:
-        importlib.import_module(name)
-        return
-    except ModuleNotFoundError as error:
-        if not _is_missing(name, error):
-            raise
-    if IN_WHEEL and ships_with_project(name):
-        importlib.import_module(f"jepa_kit.{name}")
-        return
-    for root in _roots(folder):
-        path = os.path.join(root, *name.split("."))
-        if root in sys.path or not _is_module(path):
-            continue
-        sys.path.append(root)
-        importlib.invalidate_caches()
+    for root in ("", *_roots(folder)):
+        if root:
+            path = os.path.join(root, *name.split("."))
+            if root in sys.path or not _is_module(path):
+                continue
+            sys.path.append(root)
+            importlib.invalidate_caches()
         try:
             importlib.import_module(name)
             return
         except ModuleNotFoundError as error:
-            if not _is_missing(name, error):
+            # raised again unless it is the module itself (or its package) that was not found
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
+        if not root and IN_WHEEL and ships_with_project(name):
+            importlib.import_module(f"jepa_kit.{name}")
+            return
     raise ModuleNotFoundError(
         f"no module of this name on sys.path, in {os.getcwd()}, or in a folder above the config", name=name
     )
-
-
-def _is_missing(name: str, error: ModuleNotFoundError) -> bool:
-    """Return whether the module itself (or its package) was not found, and not a module that it imports."""
-    return error.name is not None and f"{name}.".startswith(f"{error.name}.")
 
 
 def _roots(folder: str) -> Iterator[str]:
@@ -166,9 +154,7 @@ def _import_file(path: str) -> None:
     found = importlib.util.find_spec(name) if name.isidentifier() and name not in sys.modules else None
     if found is None or found.origin is None or os.path.realpath(found.origin) != real:
         name = f"{name}_{zlib.crc32(real.encode()):08x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -8,13 +8,12 @@ Configs are YAML 1.2 with the core scalars. PyYAML alone reads YAML 1.1, in whic
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Sequence
-from typing import IO, Any, BinaryIO, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
 
 import yaml
 from yaml.reader import ReaderError
@@ -22,7 +21,7 @@ from yaml.reader import ReaderError
 from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.shipped import find_config, shipped_configs
-from jepa_kit.errors import ConfigError, reason_of
+from jepa_kit.errors import MALFORMED, ConfigError, reason_of
 from jepa_kit.registry import SLOTS
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
 
@@ -40,10 +39,8 @@ _SCALARS = (
 )
 """(tag, pattern, first characters) of scalars that are not text, in the order in which they are tried."""
 
+
 _RESOLVERS: dict[str, Any] = {}
-for _tag, _pattern, _first in _SCALARS:
-    for _character in _first:
-        _RESOLVERS.setdefault(_character, []).append((f"tag:yaml.org,2002:{_tag}", re.compile(_pattern)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,6 +73,10 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 def _represent_list(dumper: _Dumper, data: list[Any]) -> Any:
@@ -132,17 +133,12 @@ def merge(base: dict[Any, Any], over: dict[Any, Any], *, top: bool = True) -> di
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
-        other_part = top and key in SLOTS and _names_differ(old, value)
-        if isinstance(old, dict) and isinstance(value, dict) and not other_part:
-            merged[key] = merge(old, value, top=False)
-        else:
-            merged[key] = value
+        if isinstance(old, dict) and isinstance(value, dict):
+            both_named = top and key in SLOTS and "name" in old.keys() & value.keys()
+            if not (both_named and old["name"] != value["name"]):
+                value = merge(old, value, top=False)
+        merged[key] = value
     return merged
-
-
-def _names_differ(base: Any, over: Any) -> bool:
-    both = isinstance(base, dict) and isinstance(over, dict) and "name" in base and "name" in over
-    return both and bool(base["name"] != over["name"])
 
 
 def apply_overrides(raw: dict[Any, Any], overrides: Sequence[str], problems: list[str]) -> dict[Any, Any]:
@@ -207,24 +203,13 @@ def _list_on_path(raw: dict[Any, Any], keys: list[str]) -> str | None:
 
 INSIDE = (RUN_CONFIG, HEADER)
 """Files with the config of a folder: a run folder, a sharded checkpoint."""
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-)
-"""Raised by zipfile, pickle and torch for damaged checkpoints."""
 _TAKES = "a config is a YAML file, a run folder or a checkpoint"
 _ZIP = b"PK\x03\x04"
 
 
-def read_config(file: str, problems: list[str], *, trust_imports: bool = False) -> dict[Any, Any]:
+def read_config(
+    file: str, problems: list[str], *, trust_imports: bool = False, above: tuple[str, ...] = ()
+) -> dict[Any, Any]:
     """Return the raw mapping of a file laid over its bases, with the ``imports`` of all, the base's first.
 
     Args:
@@ -232,20 +217,17 @@ def read_config(file: str, problems: list[str], *, trust_imports: bool = False) 
             that a handler of ``jepa_kit.data.remote.fetch.path_manager`` opens.
         problems: gets lines about mistakes that do not prevent further checks.
         trust_imports: allow any ``imports`` in checkpoints and in files at URLs; a local YAML file may have any.
+        above: the files of which this one is a base.
 
     Raises:
         ConfigError: the file or a base is missing or none of these, the bases form a circle, or there are imports that
             are not trusted.
     """
-    return _read_over_bases(file, (), problems, trust_imports)
-
-
-def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], trust: bool) -> dict[Any, Any]:
     path = _config_file(file, above)
     if path in above:
         raise ConfigError([f"_BASE_ goes round in a circle: {' -> '.join([*above[above.index(path) :], path])}"], path)
     raw, is_checkpoint = _read_mapping(path)
-    if "imports" in raw and not trust and (is_checkpoint or "://" in path):
+    if "imports" in raw and not trust_imports and (is_checkpoint or "://" in path):
         check_trusted(raw["imports"], path)
     if "imports" in raw:
         raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
@@ -254,7 +236,8 @@ def _read_over_bases(file: str, above: tuple[str, ...], problems: list[str], tru
     base = raw.pop("_BASE_")
     if not isinstance(base, str) or not base:
         raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file, or a name"], path)
-    lower = _read_over_bases(find_config(base, os.path.dirname(path)), (*above, path), problems, trust)
+    below = find_config(base, os.path.dirname(path))
+    lower = read_config(below, problems, trust_imports=trust_imports, above=(*above, path))
     lower.pop("versions", None)
     merged = merge(lower, modernize(raw, below=lower, problems=problems))
     if "imports" in lower and "imports" in raw:
@@ -292,40 +275,34 @@ def _is_file(path: str) -> bool:
         return True
 
 
-def _open(path: str) -> IO[Any]:
+@contextmanager
+def _local(path: str) -> Iterator[str]:
+    """Yield the path of a file, or of its copy here if it is at a URL."""
     if "://" not in path:
-        return open(path, "rb")
-    from jepa_kit.data.remote.fetch import path_manager
+        yield path
+        return
+    from jepa_kit.data.remote.fetch import Access, copy
 
-    return path_manager.open(path, "rb")
+    with tempfile.NamedTemporaryFile() as file:
+        copy(path, cast(BinaryIO, file), Access())
+        yield file.name
 
 
 def _read_mapping(path: str) -> tuple[dict[Any, Any], bool]:
     """Return the mapping of a file, and whether the file is a checkpoint."""
-    with _open(path) as file:
-        start = file.read(len(_ZIP))
-        data = b"" if start == _ZIP else start + file.read()
-    if start == _ZIP:
-        return _read_checkpoint(path), True
+    with _local(path) as local:
+        with open(local, "rb") as file:
+            start = file.read(len(_ZIP))
+            data = start + (b"" if start == _ZIP else file.read())
+        if start == _ZIP:
+            return _config_of_checkpoint(local, path), True
     try:
-        text = data.decode("utf-8")
+        raw = parse_yaml(data.decode("utf-8"), path)
     except UnicodeDecodeError as error:
         raise ConfigError([f"neither text nor a checkpoint that torch.save wrote; {_TAKES}"], path) from error
-    raw = parse_yaml(text, path)
     if not isinstance(raw, dict):
         raise ConfigError([f"the file has {_kind(raw)}, but a config is a mapping with keys such as masker"], path)
     return raw, False
-
-
-def _read_checkpoint(path: str) -> dict[Any, Any]:
-    """Return the config of a checkpoint, which is copied here first if it is at a URL."""
-    if "://" not in path:
-        return _config_of_checkpoint(path, path)
-    from jepa_kit.data.remote.fetch import Access, copy
-
-    with tempfile.NamedTemporaryFile() as local:
-        copy(path, cast(BinaryIO, local), Access())
-        return _config_of_checkpoint(local.name, path)
 
 
 def _config_of_checkpoint(file: str, source: str) -> dict[Any, Any]:
@@ -337,7 +314,7 @@ def _config_of_checkpoint(file: str, source: str) -> dict[Any, Any]:
                 if name.endswith("/data.pkl"):
                     archive.read(name)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
+    except MALFORMED as error:
         raise ConfigError([f"the checkpoint cannot be read: {reason_of(error)}"], source) from error
     config = content.get("config") if isinstance(content, dict) else None
     if not isinstance(config, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -65,11 +66,10 @@ class Config:
 
     def save(self, folder: str | os.PathLike[str]) -> str:
         """Write ``config.yaml`` into a run folder, created if necessary; return the path of the file."""
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(os.fspath(folder), RUN_CONFIG)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(self.to_yaml())
-        return path
+        path = Path(folder, RUN_CONFIG)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_yaml(), encoding="utf-8")
+        return str(path)
 
 
 def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_imports: bool = False) -> Config:
@@ -166,29 +166,21 @@ def versions() -> dict[str, str]:
 
     ``git_commit`` is that of the checkout, with ``-dirty`` if tracked files differ from it.
     """
-    return dict(_versions())
+    return _versions().copy()
 
 
 @functools.cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = {"jepa_kit": jepa_kit.__version__, "git_commit": _git_commit(), "python": platform.python_version()}
-    found |= {name: _installed(name) for name in ("torch", "numpy", "xformers")}
-    return tuple((k, v) for k, v in found.items() if v is not None)
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    folder = Path(__file__).parent
+def _versions() -> dict[str, str]:
+    found = {"jepa_kit": jepa_kit.__version__, "python": platform.python_version()}
     # If jepa_kit is installed in an environment inside another repository, that repository's commit is not ours.
-    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    file = Path(__file__)
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is not None:
+        commit = _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        found |= {"git_commit": commit} if commit else {}
+    for name in ("torch", "numpy", "xformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

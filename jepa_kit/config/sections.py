@@ -15,11 +15,13 @@ from jepa_kit.config.renamed import RELEASED_CROP
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import TRANSFORMS, Backend, PartRegistry
 
-Range = Callable[[Any], bool]
-
 
 def _option(
-    allowed: str, is_valid: Range, default: Any = dataclasses.MISSING, *, parts: PartRegistry | None = None
+    allowed: str,
+    is_valid: Callable[[Any], bool],
+    default: Any = dataclasses.MISSING,
+    *,
+    parts: PartRegistry | None = None,
 ) -> Any:
     """Return a field with a range.
 
@@ -32,35 +34,31 @@ def _option(
     return field(default=default, metadata={"allowed": allowed, "is_valid": is_valid, "parts": parts})
 
 
-def _finite(low: float, *, strict: bool = False) -> Range:
-    return lambda x: math.isfinite(x) and (x > low if strict else x >= low)
-
-
 def _above_0(default: Any) -> Any:
-    return _option("above 0 and finite", _finite(0, strict=True), default)
+    return _option("above 0 and finite", lambda x: 0 < x < math.inf, default)
 
 
 def _at_least(low: int, default: Any) -> Any:
     allowed = f"at least {low}" + (" and finite" if isinstance(default, float) else "")
-    return _option(allowed, _finite(low), default)
-
-
-def range_problem(section: type, name: str, value: Any) -> str | None:
-    """Return a message if a value of the right type is out of range: 'lr (=0.0) must be above 0'."""
-    checks = section.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
-    if value is None or not checks or checks["is_valid"](value):
-        return None
-    return f"{name} (={value!r}) must be {checks['allowed']}"
+    return _option(allowed, lambda x: low <= x < math.inf, default)
 
 
 class _Section:
     """Base of the sections: checks all ranges at construction and reports every problem."""
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        problems = [p for k, v in values.items() if (p := range_problem(type(self), k, v))]
-        if problems := problems or self.relations(values):
+        if problems := self.out_of_range(vars(self)) or self.relations(vars(self)):
             raise ConfigError(problems)
+
+    @classmethod
+    def out_of_range(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return a message for each value of the right type that is out of range: 'lr (=0.0) must be above 0'."""
+        checks = {f.name: f.metadata for f in dataclasses.fields(cls) if f.metadata}  # type: ignore[arg-type]
+        return [
+            f"{name} (={value!r}) must be {checks[name]['allowed']}"
+            for name, value in values.items()
+            if name in checks and value is not None and not checks[name]["is_valid"](value)
+        ]
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
@@ -174,13 +172,10 @@ class OptimConfig(_Section):
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
         lr, problems = values["lr"], []
         for name in ("start_lr", "final_lr"):
-            value = values[name]
-            if value > lr and value == getattr(cls, name):  # perhaps not given by the user
-                problems.append(
-                    f"{name} (={value!r}, its default) must not be above lr (={lr!r}): give {name} too, at most {lr!r}"
-                )
-            elif value > lr:
-                problems.append(f"{name} (={value!r}) must not be above lr (={lr!r})")
+            if (value := values[name]) > lr:
+                is_default = value == getattr(cls, name)  # perhaps not given by the user
+                note, hint = (", its default", f": give {name} too, at most {lr!r}") if is_default else ("", "")
+                problems.append(f"{name} (={value!r}{note}) must not be above lr (={lr!r}){hint}")
         return problems
 
 
@@ -306,10 +301,8 @@ class EvaluateConfig(_Section):
         if values["every"] is None:
             return [f"{name} (={values[name]!r}) has no effect if every is null" for name in changed]
         if values["probe"] == "none":
-            of_probe = ("probe_samples", "label")
-            return [
-                f"{name} (={values[name]!r}) has no effect if probe is none" for name in changed if name in of_probe
-            ]
+            unused = [name for name in changed if name in ("probe_samples", "label")]
+            return [f"{name} (={values[name]!r}) has no effect if probe is none" for name in unused]
         if values["label"] is None:
             return [f"label (=None) must name the label that probe (={values['probe']!r}) predicts"]
         return []

@@ -107,12 +107,10 @@ def read_environment(environ: MutableMapping[str, str] = os.environ) -> World:
         return World()
     if missing:
         raise ValueError(f"the environment has some of torchrun's variables, but not {', '.join(missing)}")
-    numbers = {}
     for name in TORCHRUN[:3]:
         if not environ[name].isdigit():
             raise ValueError(f"{name} (={environ[name]!r}) must be a whole number")
-        numbers[name] = int(environ[name])
-    return World(numbers["RANK"], numbers["LOCAL_RANK"], numbers["WORLD_SIZE"])
+    return World(*(int(environ[name]) for name in TORCHRUN[:3]))
 
 
 def choose_device(name: str, world: World) -> torch.device:

@@ -8,8 +8,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -33,9 +31,15 @@ def start_store(rank: int, size: int, timeout: timedelta | None = None) -> dist.
     whom = f"at {at} for the other ranks" if rank == 0 else f"for rank 0 at {at} and for the other ranks"
     line = f"rank {rank} of {size} is waiting {whom}, for up to {_minutes(limit)} (MASTER_ADDR, MASTER_PORT)"
     why = _unresolved(host)
-    with _notice(f"{line}; {why}" if why else line, after=0.0 if why else NOTICE):
+    line = f"{line}; {why}" if why else line
+    notice = threading.Timer(0.0 if why else NOTICE, lambda: print(line, file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
         return dist.PrefixStore(_name_of_start(store, rank, size, limit), store)
+    finally:
+        notice.cancel()
 
 
 def _minutes(limit: timedelta) -> str:
@@ -50,18 +54,6 @@ def _unresolved(host: str | None) -> str | None:
     except OSError as error:
         return f"this machine knows no address of {host!r} ({error.strerror})"
     return None
-
-
-@contextmanager
-def _notice(line: str, after: float) -> Iterator[None]:
-    """Print a line if the block takes longer than ``after`` seconds."""
-    timer = threading.Timer(after, lambda: print(line, file=sys.stderr, flush=True))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _name_of_start(store: dist.Store, rank: int, size: int, limit: timedelta) -> str:

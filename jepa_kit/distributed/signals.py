@@ -23,7 +23,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from enum import IntEnum
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -106,9 +106,7 @@ class Signals:
         self.before = {number: signal.signal(number, self.handle) for number in handled}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

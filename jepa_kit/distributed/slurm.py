@@ -59,24 +59,20 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-(?P<rest>\d+(?::\d+){0,2})|(?P<short>\d+(?::\d+){0,2}))")
-
-
 def minutes(time: str) -> int:
     """Return the minutes, rounded up, of a time in Slurm's format: 90, 90:00, 1:30:00, 3-0, 3-12:30, 3-12:30:00.
 
     Raises:
         ValueError: another form, or no time at all.
     """
-    match = _TIME.fullmatch(time)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", time)
     seconds = 0
-    if match and match["rest"] is not None:  # days-hours[:minutes[:seconds]]
-        numbers = [*map(int, match["rest"].split(":")), 0, 0][:3]
-        seconds = int(match["days"]) * 86400 + numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
-    elif match:  # minutes, minutes:seconds or hours:minutes:seconds
-        numbers = list(map(int, match["short"].split(":")))
-        numbers = {1: [0, *numbers, 0], 2: [0, *numbers], 3: numbers}[len(numbers)]
-        seconds = numbers[0] * 3600 + numbers[1] * 60 + numbers[2]
+    if match:
+        numbers = [int(number) for number in match[2].split(":")]
+        if match[1] is None and len(numbers) < 3:  # minutes or minutes:seconds; after days the first are hours
+            numbers.insert(0, 0)
+        hours, mins, rest = [*numbers, 0, 0][:3]
+        seconds = int(match[1] or 0) * 86400 + hours * 3600 + mins * 60 + rest
     if seconds <= 0:
         raise ValueError(f"time (={time!r}) must be minutes, hours:minutes:seconds or days-hours:minutes, above 0")
     return -(-seconds // 60)

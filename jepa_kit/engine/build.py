@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from jepa_kit.build import build_masker, build_recipe, every_problem
-from jepa_kit.config import Config, located
+from jepa_kit.config import Config
 from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
@@ -23,6 +23,7 @@ from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.interfaces import Encoder
+from jepa_kit.registry import located
 from jepa_kit.trials.contract import check_parts
 
 

@@ -82,12 +82,8 @@ def check_command(config: Config, command: Mapping[str, Any]) -> None:
         ValueError: they differ; the same message on every rank, with each key, its values and their ranks.
     """
     raw = {key: value for key, value in config.to_dict().items() if key not in ("imports", "versions")}
-    settings = {key: value for key, value in flatten(raw).items() if not _may_differ(key)}
+    settings = {key: value for key, value in flatten(raw).items() if key.partition("[")[0] not in MAY_DIFFER}
     check_same({**settings, **flatten({"command": dict(command), "code": code_version(config)})})
-
-
-def _may_differ(key: str) -> bool:
-    return key.partition("[")[0] in MAY_DIFFER
 
 
 def check_same(facts: Mapping[str, Any]) -> None:

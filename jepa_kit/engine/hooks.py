@@ -42,11 +42,6 @@ def check_hooks(config: Config, factories: Sequence[HookFactory]) -> None:
         )
 
 
-def build_hooks(factories: Sequence[HookFactory], run: Run) -> list[Hook]:
-    """Return the hooks of a run."""
-    return [hook for factory in factories if (hook := factory(run)) is not None]
-
-
 def due_hooks(hooks: Sequence[Hook], step: int, last: int) -> list[Hook]:
     """Return the hooks to call after ``step``; ``last`` is the last step of the run."""
     return [hook for hook in hooks if (step + 1) % hook.every == 0 or step == last]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from jepa_kit.config import versions
@@ -38,7 +37,6 @@ class Session:
 
     Args:
         run, start: what is trained, and from which step.
-        folder: of the run.
         hooks: called every so many steps.
         meter: measures speed.
         saver: writes checkpoints in the background.
@@ -51,7 +49,6 @@ class Session:
 
     run: Run
     start: Start
-    folder: Path
     hooks: list[Hook]
     meter: Meter
     saver: Saver
@@ -89,7 +86,7 @@ def run_steps(session: Session) -> End:
     #   4. watch   the numbers of earlier steps, which have reached the host by now
     #   5. log     a line of metrics.jsonl, with what the hooks return
     #   6. save    a checkpoint
-    with under_way(s.folder), journal or nullcontext(), s.saver:
+    with under_way(s.saver.store.run), journal or nullcontext(), s.saver:
         batches = to_device(run.loader.batches(first), run.device, prefetch=run.config.data.prefetch)
         for step in range(first, last + 1):
             with meter.waiting():

@@ -8,6 +8,7 @@ are grouped with the predictor's.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -35,15 +36,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """
     groups: list[dict[str, Any]] = []
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for decayed in (True, False):
-        for of_encoder in (True, False):
-            params = [
-                (name, p)
-                for name, p in trained
-                if is_decayed(name, p) == decayed and name.startswith("encoder.") == of_encoder
-            ]
-            if params:
-                groups.append({"params": params, "decayed": decayed, "weight_decay": 0.0})
+    for kind in itertools.product((True, False), repeat=2):  # decayed, of the encoder
+        params = [(name, p) for name, p in trained if (is_decayed(name, p), name.startswith("encoder.")) == kind]
+        if params:
+            groups.append({"params": params, "decayed": kind[0], "weight_decay": 0.0})
     if not groups:
         raise ValueError("the model has no parameter that requires a gradient: there is nothing to train")
     return groups

@@ -7,10 +7,11 @@ gives the weights of the step bit for bit, with several within rounding.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jepa_kit.engine.checkpoint.manager import store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import build_optimizer
-from jepa_kit.engine.run import ForeignWeights, Run
+from jepa_kit.engine.run import ForeignWeights
 from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import seed_torch, train_on
 from jepa_kit.errors import reason_of
@@ -142,28 +143,37 @@ def weights_before(
     if latest is not None and start_file is not None:
         raise ValueError(f"--start (={start_file!r}) does nothing: {latest} is left from before step {step}")
     config = config_of(dump)
-    if again and (latest is None or latest.step != step):
+    again = again and (latest is None or latest.step != step)
+    if again:
         run = build_run(config, World(), device)
-        if latest is None:
-            first, source = _begin(dump, run.jepa, run.optimizer, run.steps_per_epoch, foreign, start_file)
-        else:
-            first, source = resume_run(run, store, latest).step, f"{folder.name}/{latest.name}"
-        say(f"weights: {source}, and {step - first} steps done again" + _rounding(dump))
-        _steps_again(run, first, step, left_out(read_record(folder)))
-        return run.jepa
-    torch.manual_seed(config.train.seed)
-    jepa = build_recipe(config).to(device).train()
-    if latest is None:
+        jepa, optimizer, steps_per_epoch = run.jepa, run.optimizer, run.steps_per_epoch
+    else:
+        torch.manual_seed(config.train.seed)
+        jepa = build_recipe(config).to(device).train()
         optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
         steps_per_epoch = config.train.steps_per_epoch or dump["data"]["samples"] // config.train.batch_size
+    if latest is None:
         first, source = _begin(dump, jepa, optimizer, steps_per_epoch, foreign, start_file)
+    elif again:
+        first, source = resume_run(run, store, latest).step, f"{folder.name}/{latest.name}"
     else:
         checkpoint = load_checkpoint(store.fetch(latest))
         check_resumable(checkpoint, config.to_dict(), dump["data"])
         restore(checkpoint, jepa)
         store.clear_cache()
         first, source = checkpoint.step, f"{folder.name}/{latest.name}"
-    say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
+    if not again:
+        say(f"weights: {source}" + (f", {step - first} steps before the bad one" if first < step else ""))
+        return jepa
+    ranks = dump["world_size"]
+    rounding = f" (by one process, within rounding of the {ranks})" if ranks > 1 else ""
+    say(f"weights: {source}, and {step - first} steps done again{rounding}")
+    without = left_out(read_record(folder))
+    for number, batch in itertools.islice(run.loader.batches(first), step - first):
+        if number in without:
+            jepa.update_target(run.schedule(number).momentum)
+        else:
+            train_on(run, number, batch.to(device))
     return jepa
 
 
@@ -199,21 +209,6 @@ def _begin(
     return first, f"those of {released}"
 
 
-def _rounding(dump: dict[str, Any]) -> str:
-    return f" (by one process, within rounding of the {dump['world_size']})" if dump["world_size"] > 1 else ""
-
-
-def _steps_again(run: Run, first: int, last: int, without: frozenset[int]) -> None:
-    """Run the updates from ``first`` to the one before ``last`` again; those in ``without`` leave out their batch."""
-    for step, batch in run.loader.batches(first):
-        if step == last:
-            return
-        if step in without:
-            run.jepa.update_target(run.schedule(step).momentum)
-            continue
-        train_on(run, step, batch.to(run.device))
-
-
 def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:
     """Run the batch forward and, if the loss is finite, backward.
 
@@ -223,14 +218,13 @@ def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Findi
     config = config_from_dict(dump["config"])
     masks = masks_of(dump).to(device)
     images = normalize(dump["images"].to(device), config.data.mean, config.data.std)
-    found = [f for f in [look("images", "after normalisation", images)] if f]
-    weights = (look("weights", name, value) for name, value in jepa.state_dict().items())
-    found += [f for f in weights if f][:1]
+    found: list[Finding] = []
+    look(found, "images", "after normalisation", images)
+    for name, value in jepa.state_dict().items():
+        look(found, "weights", name, value)
     seed_torch(config.train.seed, int(dump["step"]), int(dump["rank"]))
-    forward: list[Finding] = []
-    backward: list[Finding] = []
     handles = [
-        module.register_forward_hook(_hook(f"{name or 'jepa'} [{type(module).__name__}]", forward, backward))
+        module.register_forward_hook(partial(_look_at_output, found, f"{name or 'jepa'} [{type(module).__name__}]"))
         for name, module in jepa.named_modules()
     ]
     try:
@@ -239,51 +233,38 @@ def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Findi
     finally:
         for handle in handles:
             handle.remove()
-    found += forward[:1]
-    losses = (look("loss", name, value) for name, value in [*out.terms.items(), ("sum of all terms", out.loss)])
-    found += [f for f in losses if f][:1]
-    if not torch.isfinite(out.loss):
-        return found
-    for name, parameter in jepa.named_parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(partial(_note, f"gradient of {name}", backward))
-    out.loss.backward()
-    return found + backward[:1]
+    for name, value in [*out.terms.items(), ("sum of all terms", out.loss)]:
+        look(found, "loss", name, value)
+    if torch.isfinite(out.loss):
+        for name, parameter in jepa.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(look, found, "backward", f"gradient of {name}"))
+        out.loss.backward()
+    return found
 
 
-def _hook(name: str, forward: list[Finding], backward: list[Finding]) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        for tensor in tensors(output):
-            if finding := look("forward", f"output of {name}", tensor):
-                forward.append(finding)
-            if tensor.requires_grad:
-                tensor.register_hook(partial(_note, f"gradient of the output of {name}", backward))
-
-    return hook
+def _look_at_output(found: list[Finding], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    """Look at the output of a module, and at its gradient once it is computed."""
+    for tensor in tensors(output):
+        look(found, "forward", f"output of {name}", tensor)
+        if tensor.requires_grad:
+            tensor.register_hook(partial(look, found, "backward", f"gradient of the output of {name}"))
 
 
-def _note(name: str, found: list[Finding], gradient: Tensor) -> None:
-    if finding := look("backward", name, gradient):
-        found.append(finding)
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors of an output: a tensor, or tensors in tuples, lists or dataclasses."""
+def tensors(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors of an output: a tensor, or tensors in tuples, lists or dataclasses."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from tensors(inner)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from tensors(getattr(value, field.name))
+        return [value] if value.is_floating_point() else []
+    if is_dataclass(value):
+        value = tuple(vars(value).values())
+    return [tensor for inner in value for tensor in tensors(inner)] if isinstance(value, tuple | list) else []
 
 
-def look(phase: str, name: str, value: Tensor) -> Finding | None:
-    """Return the finding for a tensor that is not finite, else None."""
+def look(found: list[Finding], phase: str, name: str, value: Tensor) -> None:
+    """Append a finding if a tensor is not finite, and the first one in its phase."""
+    if any(finding.phase == phase for finding in found):
+        return
     finite = torch.isfinite(value.detach())
-    if bool(finite.all()):
-        return None
-    first = value.detach()[~finite].flatten()[0].item()
-    return Finding(phase, name, int((~finite).sum()), value.numel(), str(first))
+    if not finite.all():
+        first = value.detach()[~finite].flatten()[0].item()
+        found.append(Finding(phase, name, int((~finite).sum()), value.numel(), str(first)))

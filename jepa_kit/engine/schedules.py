@@ -98,16 +98,14 @@ class Schedule:
         momentum: Callable[[float], float] | None = None,
         stretch: float = 1.0,
     ) -> None:
-        for name, count in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-            if count < 1:
-                raise ValueError(f"{name} (={count}) must be at least 1")
-        if stretch < 1.0:
-            raise ValueError(f"stretch (={stretch}) must be at least 1: a run cannot be longer than its schedules")
-        values = (("lr", lr), ("start_lr", start_lr), ("final_lr", final_lr), ("warmup_epochs", warmup_epochs))
-        decays = tuple((f"weight_decay[{k}]", value) for k, value in enumerate(weight_decay))
-        for name, value in (*values, *decays):
-            if not value >= 0.0:  # also catches nan
-                raise ValueError(f"{name} (={value}) must be 0 or more")
+        # a run cannot be longer than its schedules, so stretch is at least 1 too
+        ones: dict[str, float] = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "stretch": stretch}
+        zeros = {"lr": lr, "start_lr": start_lr, "final_lr": final_lr, "warmup_epochs": warmup_epochs}
+        zeros |= {f"weight_decay[{k}]": value for k, value in enumerate(weight_decay)}
+        for least, values in ((1, ones), (0, zeros)):
+            for name, value in values.items():
+                if not value >= least:  # also catches nan
+                    raise ValueError(f"{name} (={value}) must be at least {least}")
         self.steps = epochs * steps_per_epoch
         self.planned = int(stretch * epochs * steps_per_epoch)  # rounded in the release's order
         self.warmup_steps = int(warmup_epochs * steps_per_epoch)

@@ -180,27 +180,26 @@ def prepare(
     )
 
 
-def sbatch_script(submission: Submission) -> str:
-    """Return the text of a script for sbatch."""
+def write_script(submission: Submission) -> Path:
+    """Write ``train.sbatch``, a script for sbatch, into the job's folder and return its path."""
     options = {
         "job-name": submission.name,
         "output": str(submission.folder / "%j.out"),
         "chdir": str(submission.directory),
         **submission.job.sbatch_options(),
     }
-    lines = [f"#SBATCH --{name}{'=' + shlex.quote(value) if value else ''}" for name, value in options.items()]
-    command = shlex.join([sys.executable, *submission.command])
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            *lines,
-            "",
-            "# One task is one process of the run. If one fails, Slurm ends the others.",
-            *_environment(submission),
-            f"srun --kill-on-bad-exit=1 {command}",
-            "",
-        ]
-    )
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{name}{'=' + shlex.quote(value) if value else ''}" for name, value in options.items()),
+        "",
+        "# One task is one process of the run. If one fails, Slurm ends the others.",
+        *_environment(submission),
+        f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, *submission.command])}",
+        "",
+    ]
+    path = submission.folder / "train.sbatch"
+    path.write_text("\n".join(lines))
+    return path
 
 
 def _environment(submission: Submission) -> list[str]:
@@ -212,32 +211,18 @@ def _environment(submission: Submission) -> list[str]:
     ]
 
 
-def write_script(submission: Submission) -> Path:
-    """Write ``train.sbatch`` into the job's folder and return its path."""
-    path = submission.folder / "train.sbatch"
-    path.write_text(sbatch_script(submission))
-    return path
-
-
-@dataclass(frozen=True)
-class RunTool:
-    """A callable for submitit that runs a program with its arguments in the task's own process.
+def run_tool(command: Sequence[str], python_path: Sequence[str]) -> None:
+    """Run a program with its arguments in this process, for submitit; raise SystemExit if its status is not 0.
 
     Slurm's signals then reach the handlers of the run, and not those of a parent process.
     """
-
-    command: tuple[str, ...]
-    python_path: tuple[str, ...]
-
-    def __call__(self) -> None:
-        """Run the program; raise SystemExit if its status is not 0."""
-        sys.path[:0] = [path for path in self.python_path if path not in sys.path]
-        sys.argv = list(self.command)
-        try:
-            runpy.run_path(self.command[0], run_name="__main__")
-        except SystemExit as stopped:
-            if stopped.code:  # submitit takes any SystemExit for a failure, also that of status 0
-                raise
+    sys.path[:0] = [path for path in python_path if path not in sys.path]
+    sys.argv = list(command)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stopped:
+        if stopped.code:  # submitit takes any SystemExit for a failure, also that of status 0
+            raise
 
 
 def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
@@ -262,7 +247,6 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
         raise ValueError("--submit slurm needs Slurm on this machine: there is no sbatch on the path")
     import submitit
 
-    task = RunTool(submission.command, submission.python_path)
     executor = submitit.AutoExecutor(folder=submission.folder, cluster=cluster)
     job, own = submission.job, ("nodes", "ntasks-per-node")
     options = {name: value or True for name, value in job.sbatch_options().items() if name not in own}
@@ -277,6 +261,6 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
         slurm_stderr_to_stdout=True,
     )
     try:
-        return executor.submit(task)
+        return executor.submit(run_tool, submission.command, submission.python_path)
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"sbatch refused the job: {error}") from error

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from jepa_kit.config import Config, versions
-from jepa_kit.data.loader import Batch
+from jepa_kit.config import Config
 from jepa_kit.data.workers import limit_threads
 from jepa_kit.distributed.collectives import (
     barrier,
@@ -31,7 +29,7 @@ from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
-from jepa_kit.engine.hooks import HookFactory, build_hooks, check_hooks
+from jepa_kit.engine.hooks import HookFactory, check_hooks
 from jepa_kit.engine.logging.announce import announce
 from jepa_kit.engine.logging.curves import Panel, drawn, plot_curves
 from jepa_kit.engine.logging.loggers import check_loggers, open_loggers
@@ -140,81 +138,42 @@ def build_session(
     Raises:
         ValueError: the hooks do not fit the data, or a file of the run folder cannot be read.
     """
-    settings, folder = run.config.checkpoint, store.run
-    sharded = settings.format == "sharded" or (settings.format == "auto" and run.config.train.parallel == "fsdp")
-    built = build_hooks(hooks, run)
-    flops = flops_of(run.config, run.jepa, run.device)
-    peak = matrix_peak(run.device, precision_of(run.config))
-    meter = Meter(flops=flops.of_batch if flops else None, peak=peak)
-    saver = Saver(store, keep=settings.keep, keep_every=settings.keep_every, sharded=sharded)
+    config, folder, loader = run.config, store.run, run.loader
+    settings, checkpoint = config.train, config.checkpoint
+    sharded = checkpoint.format == "sharded" or (checkpoint.format == "auto" and settings.parallel == "fsdp")
+    built = [hook for factory in hooks if (hook := factory(run)) is not None]
+    flops = flops_of(config, run.jepa, run.device)
+    peak = matrix_peak(run.device, precision_of(config))
+    saver = Saver(store, keep=checkpoint.keep, keep_every=checkpoint.keep_every, sharded=sharded)
+
+    def latest_checkpoint() -> int | None:
+        saver.wait()
+        latest = store.newest()
+        return None if latest is None else latest.step
+
+    bad_steps = BadSteps(run, folder, checkpoint=latest_checkpoint, origin=start.origin, resume_from=resume_from)
+    skipped = SkippedSamples(
+        folder,
+        first_step=start.step,
+        steps_per_epoch=loader.steps_per_epoch,
+        allowance=Allowance(config.data.max_skipped, loader.steps_per_epoch * loader.batch_size),
+        device=run.device,
+    )
+    journal = None
+    if run.world.is_main:
+        loggers = open_loggers(
+            folder, start.step, tensorboard=settings.tensorboard, wandb=settings.wandb, config=config.to_dict()
+        )
+        journal = Journal(folder, first_step=start.step, steps=run.schedule.steps, loggers=loggers)
     return Session(
         run=run,
         start=start,
-        folder=folder,
         hooks=built,
-        meter=meter,
+        meter=Meter(flops=flops.of_batch if flops else None, peak=peak),
         saver=saver,
-        bad_steps=build_bad_steps(run, folder, saver, start, resume_from),
-        skipped=build_skipped(run, folder, start.step),
-        journal=open_journal(run, folder, start.step) if run.world.is_main else None,
+        bad_steps=bad_steps,
+        skipped=skipped,
+        journal=journal,
         signals=signals,
         consensus=consensus,
-    )
-
-
-def open_journal(run: Run, folder: Path, first_step: int) -> Journal:
-    """Open ``metrics.jsonl`` and the loggers of the run for lines from ``first_step`` on."""
-    settings = run.config.train
-    loggers = open_loggers(
-        folder,
-        first_step=first_step,
-        tensorboard=settings.tensorboard,
-        wandb=settings.wandb,
-        config=run.config.to_dict(),
-    )
-    return Journal(folder, first_step=first_step, steps=run.schedule.steps, loggers=loggers)
-
-
-def build_skipped(run: Run, folder: Path, first_step: int) -> SkippedSamples:
-    """Return the run's list of unusable samples, with ``data.max_skipped`` as its limit."""
-    loader = run.loader
-    samples = loader.steps_per_epoch * loader.batch_size
-    return SkippedSamples(
-        folder,
-        first_step=first_step,
-        steps_per_epoch=loader.steps_per_epoch,
-        allowance=Allowance(run.config.data.max_skipped, samples),
-        device=run.device,
-    )
-
-
-def build_bad_steps(run: Run, folder: Path, saver: Saver, start: Start, resume_from: str | None) -> BadSteps:
-    """Return what handles steps that are not finite, as the run's config has it."""
-
-    def checkpoint() -> int | None:
-        saver.wait()
-        latest = saver.store.newest()
-        return None if latest is None else latest.step
-
-    def facts(batch: Batch) -> dict[str, Any]:
-        return {
-            "rank": run.world.rank,
-            "world_size": run.world.size,
-            "keys": [run.dataset.key(int(i)) for i in batch.samples],
-            "folder": str(folder.resolve()),
-            "config": run.config.to_dict(),
-            "data": run.data_identity,
-            "versions": versions(),
-            "origin": start.origin,
-            "resume_from": resume_from,
-        }
-
-    return BadSteps(
-        policy=run.config.train.on_nonfinite,
-        limit=run.config.train.nonfinite_limit,
-        folder=folder,
-        rank=run.world.rank,
-        device=run.device,
-        checkpoint=checkpoint,
-        facts=facts,
     )

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jepa_kit.build import build_recipe
-from jepa_kit.config import Config, DataConfig, config_from_dict, import_named
+from jepa_kit.config import Config, DataConfig, config_from_dict
+from jepa_kit.config.resolved import import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.locate import to_read

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from jepa_kit.config import Config, Part, config_from_dict, modernize, versions
-from jepa_kit.config.check import check_part, check_section
+from jepa_kit.config import Config, config_from_dict, modernize, versions
+from jepa_kit.config.check import Part, check_part, check_section
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import Checkpoint

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, digest, raw
+from jepa_kit.interop.files import FORMAT_NAME, read_header
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, checked_weights, read_about
-
-FORMAT_NAME = "jepa_kit.encoder/1"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -51,32 +50,6 @@ def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
             "With the names of timm it is read as timm"
         )
     return checked_weights(state, *about, str(path), reading.positions)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: names, shapes, and ``__metadata__``.
-
-    Raises:
-        CheckpointError: it is not a safetensors file, or truncated.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is cut short: it has {size} bytes, but its header has {length}")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        metadata = header.setdefault("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ must map names to text")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} begins like a safetensors file, but its header is damaged: {error}") from error
-    needed = 8 + length + max(ends, default=0)
-    if size < needed:
-        raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed}")
-    return header
 
 
 def read_file(path: Path, *, allow_unchecked: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,15 +14,30 @@ from jepa_kit.registry import LOSSES
 from jepa_kit.structures import Prediction
 
 
+class Distance(nn.Module):
+    """Base of the distances: the mean over the width of one error for each value."""
+
+    is_distance = True
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        """[P, D] twice -> []."""
+        return prediction.mean(self.errors(prediction.prediction, prediction.target).mean(-1))
+
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """[P, D] twice -> [P, D]."""
+        raise NotImplementedError
+
+
 @LOSSES.register("smooth_l1")
-class SmoothL1(nn.Module):
+class SmoothL1(Distance):
     """Smooth L1, mean over the width: the released code's loss (the paper says L2).
 
     Args:
         beta: errors e below beta count as e^2 / (2 beta), larger ones as e - beta / 2.
     """
-
-    is_distance = True
 
     def __init__(self, *, beta: float = 1.0) -> None:
         super().__init__()
@@ -30,48 +45,29 @@ class SmoothL1(nn.Module):
             raise ValueError(f"beta (={beta}) must be above 0 and finite; use the loss 'l1' for beta 0")
         self.beta = beta
 
-    def forward(self, prediction: Prediction) -> Tensor:
-        """[P, D] twice -> []."""
-        error = F.smooth_l1_loss(prediction.prediction, prediction.target, beta=self.beta, reduction="none")
-        return prediction.mean(error.mean(-1))
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(prediction, target, beta=self.beta, reduction="none")
 
 
 @LOSSES.register("l2")
-class L2(nn.Module):
+class L2(Distance):
     """Squared error, mean over the width (the paper's distance, section 3, up to the factor D)."""
 
-    is_distance = True
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def forward(self, prediction: Prediction) -> Tensor:
-        """[P, D] twice -> []."""
-        return prediction.mean(F.mse_loss(prediction.prediction, prediction.target, reduction="none").mean(-1))
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target, reduction="none")
 
 
 @LOSSES.register("l1")
-class L1(nn.Module):
+class L1(Distance):
     """Absolute error, mean over the width (V-JEPA, Bardes et al. 2024)."""
 
-    is_distance = True
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def forward(self, prediction: Prediction) -> Tensor:
-        """[P, D] twice -> []."""
-        return prediction.mean(F.l1_loss(prediction.prediction, prediction.target, reduction="none").mean(-1))
+    def errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(prediction, target, reduction="none")
 
 
 @LOSSES.register("cosine")
-class Cosine(nn.Module):
+class Cosine(Distance):
     """One minus the cosine between prediction and target, in [0, 2]."""
-
-    is_distance = True
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def forward(self, prediction: Prediction) -> Tensor:
         """[P, D] twice -> []."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.rng import FloatArray
-from jepa_kit.scenes.shapes import PATTERNS, SOLIDS
+from jepa_kit.scenes.shapes import PATTERNS, SOLIDS, rotate
 
 DROP, WALL = 1.85, 4.0
 """Height of the camera above the floor, on the screen at distance 1; and the distance of the wall."""
@@ -59,24 +59,19 @@ class Room:
 
     def paint(self, height: int, width: int) -> FloatArray:
         """Return [h, w, 3] the empty room."""
-        unit = 2.0 / min(height, width)
-        y = ((height - 1) / 2 - np.arange(height))[:, None] * unit  # [h, 1]
-        x = (np.arange(width) - (width - 1) / 2)[None, :] * unit  # [1, w]
+        y, x, unit = _coordinates(height, width)
         foot = self.horizon - DROP / WALL
         # the wall
-        c, s = np.cos(self.wall_turn), np.sin(self.wall_turn)
-        mix = _pattern(
-            self.wall_kind, self.wall_scale * (x * c + y * s), self.wall_scale * (y * c - x * s) + self.offset
-        )
+        p, q = rotate(x, y, self.wall_turn)
+        mix = _pattern(self.wall_kind, self.wall_scale * p, self.wall_scale * q + self.offset)
         mix = 0.55 * mix + 1.3 * _noise(self.grain[1], height, width)
         wall = self.wall + (self.wall2 - self.wall) * np.clip(mix, 0, 1)[..., None]
         wall = wall * (0.86 + 0.22 * np.clip(y - foot, 0, 1.2) - 0.1 * x * -self.light[0])[..., None]
         # the floor, in coordinates of the room
         away = DROP / np.maximum(self.horizon - y, DROP / (WALL * 1.05))  # [h, 1] distance
         across = x * away * 1.2
-        c, s = np.cos(self.floor_turn), np.sin(self.floor_turn)
-        p, q = self.floor_scale * (across * c + away * s), self.floor_scale * (away * c - across * s)
-        mix = _pattern(self.floor_kind, p, q + self.offset)
+        p, q = rotate(across, away, self.floor_turn)
+        mix = _pattern(self.floor_kind, self.floor_scale * p, self.floor_scale * q + self.offset)
         mix = 0.5 + (mix - 0.5) / (1.0 + (away * self.floor_scale / 7.0) ** 4)  # fade what is finer than a pixel
         mix = mix + 0.8 * _noise(self.grain[0], height, width)
         floor = self.floor + (self.floor2 - self.floor) * np.clip(mix, 0, 1)[..., None]
@@ -89,6 +84,13 @@ class Room:
         """Return a colour blended with that of the haze: 0 % of it at distance 1, 37 % at 3."""
         clear = np.exp(-0.23 * np.maximum(np.asarray(distance) - 1.0, 0.0))
         return self.haze + (colour - self.haze) * clear
+
+
+def _coordinates(height: int, width: int) -> tuple[FloatArray, FloatArray, float]:
+    """Return y [h, 1] and x [1, w] of the pixels' middles, and the side of a pixel."""
+    unit = 2.0 / min(height, width)
+    y, x = (height - 1) / 2 - np.arange(height, dtype=float), np.arange(width, dtype=float) - (width - 1) / 2
+    return y[:, None] * unit, x[None, :] * unit, unit
 
 
 def _colour(hue: float, saturation: float, value: float) -> FloatArray:
@@ -152,9 +154,8 @@ class Look:
 
     def shade(self, normal: FloatArray, uv: FloatArray, room: Room) -> FloatArray:
         """Return [3, P] the colours of surface points: pattern, diffuse light, highlight."""
-        c, s = np.cos(self.turn), np.sin(self.turn)
         u, v = self.frequency * uv + self.phase[:, None]
-        mix = self.pattern(u * c + v * s, v * c - u * s)
+        mix = self.pattern(*rotate(u, v, self.turn))
         sky = 0.825 + 0.275 * normal[1]  # more light comes from above than from the floor
         light = room.ambient * sky + 0.72 * np.maximum(room.light @ normal, 0.0)
         if room.night:
@@ -244,7 +245,7 @@ class Canvas:
 
     def _shade_floor(self, picture: FloatArray, room: Room, look: Look, x: float, y: float, radius: float) -> None:
         """Draw the shadow of a solid, on the side away from the light, or at night its light on the floor."""
-        unit = 2.0 / min(self.height, self.width)
+        y_of, x_of, unit = _coordinates(self.height, self.width)
         x = x - 0.75 * radius * room.light[0] * (not room.night)
         wide, deep = 1.15 * radius, 0.36 * radius
         middle = y - 0.88 * radius
@@ -252,9 +253,7 @@ class Canvas:
         left, right = (self.width / 2 + (x + s * 1.4 * wide) / unit for s in (-1, 1))
         rows = slice(max(int(top), 0), max(int(bottom) + 1, 0))
         columns = slice(max(int(left), 0), max(int(right) + 1, 0))
-        yy = ((self.height - 1) / 2 - np.arange(self.height)[rows, None]) * unit
-        xx = (np.arange(self.width)[None, columns] - (self.width - 1) / 2) * unit
-        far = np.sqrt(((xx - x) / wide) ** 2 + ((yy - middle) / deep) ** 2)
+        far = np.sqrt(((x_of[:, columns] - x) / wide) ** 2 + ((y_of[rows] - middle) / deep) ** 2)
         shade = np.clip((1.35 - far) / 0.9, 0.0, 1.0)
         shade = (shade * shade * (3 - 2 * shade))[..., None]
         if room.night:

@@ -44,7 +44,7 @@ def _rotation(yaw: float, pitch: float) -> FloatArray:
     return tilt @ turn
 
 
-def _rotate(x: FloatArray, y: FloatArray, angle: float) -> tuple[FloatArray, FloatArray]:
+def rotate(x: FloatArray, y: FloatArray, angle: float) -> tuple[FloatArray, FloatArray]:
     """Return x and y rotated clockwise by an angle."""
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
@@ -55,7 +55,7 @@ def sphere(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     x, y = x[mask], y[mask]
     z = np.sqrt(1.0 - x * x - y * y)
     # longitude and latitude of a globe that leans to one side
-    across, up = _rotate(x, y, (pose[0] - 0.5) * 1.6)
+    across, up = rotate(x, y, (pose[0] - 0.5) * 1.6)
     uv = np.stack([np.arctan2(across, z) * (2 / np.pi), np.arcsin(np.clip(up, -1, 1)) * (2 / np.pi)])
     return Surface(mask, np.stack([x, y, z]), uv * 1.3)
 
@@ -169,7 +169,7 @@ def star(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     lean = (pose[0] - 0.5) * 0.5
     tips = np.cos(0.4 * np.pi * np.arange(5) - lean)
     y = tips.min() + (y + 1.0) / 2.0 * (tips.max() - tips.min())  # from foot to top
-    x, y = _rotate(x, y, lean)
+    x, y = rotate(x, y, lean)
     rho, angle = np.sqrt(x * x + y * y), np.arctan2(x, y)
     sector = np.round(angle / (0.4 * np.pi)) * (0.4 * np.pi)
     inside = angle - sector
@@ -185,13 +185,13 @@ def star(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     along, away = facet[0], facet[1] * side
     nx = along * np.sin(sector) + away * np.cos(sector)
     ny = along * np.cos(sector) - away * np.sin(sector)
-    return Surface(mask, np.stack([*_rotate(nx, ny, -lean), np.full_like(x, facet[2])]), np.stack([x, y]))
+    return Surface(mask, np.stack([*rotate(nx, ny, -lean), np.full_like(x, facet[2])]), np.stack([x, y]))
 
 
 def cross(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     """Return a plus sign with bevelled edges."""
     lean = (pose[0] - 0.5) * 0.3
-    x, y = _rotate(x, y, lean)
+    x, y = rotate(x, y, lean)
     arm = 0.34 + 0.05 * pose[1]
     ax, ay = np.abs(x), np.abs(y)
     end = 0.95
@@ -206,19 +206,10 @@ def cross(x: FloatArray, y: FloatArray, pose: FloatArray) -> Surface:
     nx = np.where(lying, tilt_far, tilt_near) * np.sign(x)
     ny = np.where(lying, tilt_near, tilt_far) * np.sign(y)
     nz = np.sqrt(1.0 - nx * nx - ny * ny)
-    return Surface(mask, np.stack([*_rotate(nx, ny, -lean), nz]), np.stack([x, y]))
+    return Surface(mask, np.stack([*rotate(nx, ny, -lean), nz]), np.stack([x, y]))
 
 
-SOLIDS: dict[str, Solid] = {
-    "sphere": sphere,
-    "cube": cube,
-    "cylinder": cylinder,
-    "cone": cone,
-    "ring": ring,
-    "star": star,
-    "cross": cross,
-    "diamond": diamond,
-}
+SOLIDS: dict[str, Solid] = {f.__name__: f for f in (sphere, cube, cylinder, cone, ring, star, cross, diamond)}
 """The shapes; the label is the index in this order."""
 
 
@@ -259,12 +250,6 @@ def waves(u: FloatArray, v: FloatArray) -> FloatArray:
     return _soft_step(np.sin(np.pi * (u + 0.35 * np.sin(np.pi * v))))
 
 
-PATTERNS: dict[str, Callable[[FloatArray, FloatArray], FloatArray]] = {
-    "plain": plain,
-    "stripes": stripes,
-    "checks": checks,
-    "dots": dots,
-    "gradient": gradient,
-    "waves": waves,
-}
+Pattern = Callable[[FloatArray, FloatArray], FloatArray]
+PATTERNS: dict[str, Pattern] = {f.__name__: f for f in (plain, stripes, checks, dots, gradient, waves)}
 """Functions of surface coordinates that return the weight of the second colour, 0 to 1, with period 2 (dots: 1)."""

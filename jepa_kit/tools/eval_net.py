@@ -140,7 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(list_protocols())
         return
     # imported here, so that --help does not import torch and scikit-learn
-    from jepa_kit.config import import_named, load_config
+    from jepa_kit.config import load_config
+    from jepa_kit.config.resolved import import_named
     from jepa_kit.distributed.collectives import choose_device, process_group, read_environment
     from jepa_kit.engine.build import open_together
     from jepa_kit.evaluation.features import latest_checkpoint, load_run

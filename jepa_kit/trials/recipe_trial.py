@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from jepa_kit.build import build_recipe
-from jepa_kit.config import Config, Part
+from jepa_kit.config import Config
+from jepa_kit.config.check import Part
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA
 

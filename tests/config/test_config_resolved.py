@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import jepa_kit
-from jepa_kit.config import config_from_dict, load_config, located, versions
+from jepa_kit.config import config_from_dict, load_config, versions
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.resolved import _git
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import REQUIRED, SLOTS
+from jepa_kit.registry import REQUIRED, SLOTS, located
 
 Write = Callable[..., Path]
 

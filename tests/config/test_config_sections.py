@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from jepa_kit.config import SECTIONS, CheckpointConfig, DataConfig, OptimConfig, TrainConfig
+from jepa_kit.config import DataConfig
+from jepa_kit.config.sections import SECTIONS, CheckpointConfig, OptimConfig, TrainConfig
 from jepa_kit.errors import ConfigError
 
 SCALE = ", as pixel values are in [0, 1]: divide values of the scale from 0 to 255 by 255"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jepa_kit.config import load_config, shipped, shipped_configs
+from jepa_kit.config import load_config, shipped
+from jepa_kit.config.shipped import shipped_configs
 from jepa_kit.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import jepa_kit
 from jepa_kit.config import load_config
 from jepa_kit.engine import submit as module
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.submit import Job, RunTool, prepare, submit, write_script
+from jepa_kit.engine.submit import Job, prepare, run_tool, submit, write_script
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
 
@@ -162,11 +162,11 @@ def test_the_tool_runs_in_the_task_itself(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    RunTool((str(tool), str(tmp_path / "out"), "0"), ("/somewhere",))()
+    run_tool((str(tool), str(tmp_path / "out"), "0"), ("/somewhere",))
     assert (tmp_path / "out").read_text() == f"{os.getpid()} __main__"
     assert sys.path[0] == "/somewhere"
     with pytest.raises(SystemExit) as stopped:
-        RunTool((str(tool), str(tmp_path / "out"), "85"), ())()
+        run_tool((str(tool), str(tmp_path / "out"), "85"), ())
     assert stopped.value.code == 85
 
 

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from jepa_kit.errors import PICKLE_ERRORS, CheckpointError, first_line
+from jepa_kit.errors import MALFORMED, CheckpointError, first_line
 from jepa_kit.run_folder import HEADER
 
 FORMAT = "jepa_kit/1"
 
 _ZIP = b"PK\x03\x04"
-_MALFORMED = (*PICKLE_ERRORS, ArithmeticError, MemoryError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""Errors of zipfile, pickle and torch for a file that is cut short or altered."""
 
 
 @contextmanager
@@ -28,14 +26,14 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever a damaged or unreadable file raises into one error that names it.
 
     Raises:
-        CheckpointError: for any of ``_MALFORMED``.
+        CheckpointError: for any of ``errors.MALFORMED``.
         FileNotFoundError: as it is.
     """
     try:
         yield
     except (CheckpointError, FileNotFoundError):
         raise
-    except _MALFORMED as error:
+    except MALFORMED as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek out of the file
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         size = f" ({path.stat().st_size} bytes)" if path.is_file() else ""

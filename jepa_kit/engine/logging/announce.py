@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jepa_kit.config import located, versions
+from jepa_kit.config import versions
 from jepa_kit.data.shards.index import brief
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.checkpoint.manager import Store
@@ -16,6 +16,7 @@ from jepa_kit.engine.logging.topology import Place, describe, to_dict
 from jepa_kit.engine.run import Run, Start
 from jepa_kit.files import write_text
 from jepa_kit.precision import precision_of
+from jepa_kit.registry import located
 from jepa_kit.run_folder import FACTS, RUN_CONFIG
 
 

@@ -73,15 +73,16 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
     last = max(record["step"] for record in records) + 1
 
     grid = parts[0].add_gridspec(1 + rows, COLUMNS, height_ratios=[1.8, *[1] * rows])
-    _loss(parts[0].add_subplot(grid[0, :]), records, sorted(key for key in given if key.startswith("loss/")), last)
+    terms = sorted(key for key in given if key.startswith("loss/"))
+    loss = Panel("loss", ("loss", *(terms if len(terms) > 1 else [])))
+    _draw(parts[0].add_subplot(grid[0, :]), records, loss, last, small=False)
     for number, panel in enumerate(training):
-        _small(parts[0].add_subplot(grid[1 + number // COLUMNS, number % COLUMNS]), records, panel, last, color="gray")
+        _draw(parts[0].add_subplot(grid[1 + number // COLUMNS, number % COLUMNS]), records, panel, last, color="gray")
     if below:
         parts[1].suptitle("evaluation during the run")
         grid = parts[1].add_gridspec(below, COLUMNS)
         for number, panel in enumerate(measured):
-            axes = parts[1].add_subplot(grid[number // COLUMNS, number % COLUMNS])
-            _small(axes, records, panel, last, marker=".")
+            _draw(parts[1].add_subplot(grid[number // COLUMNS, number % COLUMNS]), records, panel, last, marker=".")
     path = folder / "curves.png"
     figure.savefig(path, dpi=100)
     return path
@@ -99,47 +100,28 @@ def _points(records: Sequence[Record], key: str, factor: float = 1.0) -> tuple[l
     return [record["step"] + 1 for record in having], [factor * record[key] for record in having]
 
 
-def _loss(axes: Any, records: Sequence[Record], terms: Sequence[str], last: float) -> None:
-    for key in ["loss", *(terms if len(terms) > 1 else [])]:
-        axes.plot(*_points(records, key), linewidth=1.2, label=key.removeprefix("loss/"))
-    axes.set_title("loss")
-    axes.set_xlabel("update")
-    if len(terms) > 1:
-        axes.legend(frameon=False)
-    _finish(axes, last, ticks=10)
+def _draw(axes: Any, records: Sequence[Record], panel: Panel, last: float, *, small: bool = True, **style: str) -> None:
+    """Draw the values of a panel over the updates of a run; the loss is larger than the others."""
+    from jepa_kit.plotting import MaxNLocator
 
-
-def _small(
-    axes: Any,
-    records: Sequence[Record],
-    panel: Panel,
-    last: float,
-    *,
-    color: str | None = None,
-    marker: str | None = None,
-) -> None:
     for key in panel.keys:
         label = key.rpartition("/")[2].replace("_", " ")
-        axes.plot(*_points(records, key, panel.factor), linewidth=1.2, color=color, marker=marker, label=label)
-    axes.set_title(panel.title, fontsize="medium")
-    axes.tick_params(labelsize="small")
+        axes.plot(*_points(records, key, panel.factor), linewidth=1.2, label=label, **style)
+    axes.set_title(panel.title, fontsize="medium" if small else "large")
+    axes.tick_params(labelsize="small" if small else "medium")
     if panel.names:
         axes.set_yticks(range(len(panel.names)), [name.replace(" ", "\n") for name in panel.names])
         axes.set_ylim(-0.3, len(panel.names) - 0.7)
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
     if len(panel.keys) > 1 or panel.title.startswith("accuracy"):  # which probe it is, the title does not say
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, fontsize="x-small" if small else "medium")
     if panel.from_zero:
         most = max(max(_points(records, key, panel.factor)[1]) for key in panel.keys)
         axes.set_ylim(0, 1.08 * most or 1)
-    _finish(axes, last, ticks=4)
-
-
-def _finish(axes: Any, last: float, *, ticks: int) -> None:
-    from jepa_kit.plotting import MaxNLocator
-
+    if not small:
+        axes.set_xlabel("update")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.set_xlim(0, max(last, 2))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if small else 10, integer=True))

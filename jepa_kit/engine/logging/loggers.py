@@ -15,22 +15,18 @@ TENSORBOARD = "tensorboard"
 WANDB_RUN = "wandb_run.txt"
 """File in a run folder with the id of its wandb run."""
 
-GROUPS = {
-    "loss": "loss",
-    "grad_norm": "optim",
-    "lr": "optim",
-    "weight_decay": "optim",
-    "momentum": "optim",
-    "images_per_second": "speed",
-    "tokens_per_second": "speed",
-    "gflop_per_image": "speed",
-    "tflops": "speed",
-    "mfu": "speed",
-    "reserved_memory_gib": "speed",
-    "data_wait": "speed",
-    "peak_memory_gib": "speed",
-}
-"""Group of a value in a logger. A name with a slash has its group in itself; all others are in ``run``."""
+SPEED = (
+    "images_per_second",
+    "tokens_per_second",
+    "gflop_per_image",
+    "tflops",
+    "mfu",
+    "reserved_memory_gib",
+    "data_wait",
+    "peak_memory_gib",
+)
+GROUPS = {"optim": ("grad_norm", "lr", "weight_decay", "momentum"), "speed": SPEED}
+"""Groups of values in a logger. A name with a slash has its group in itself; all others are in ``run``."""
 
 
 class Logger(Protocol):
@@ -57,7 +53,7 @@ def check_loggers(*, tensorboard: bool, wandb: str | None) -> None:
 
 
 def open_loggers(
-    folder: Path, *, first_step: int, tensorboard: bool, wandb: str | None, config: Mapping[str, Any]
+    folder: Path, first_step: int, *, tensorboard: bool, wandb: str | None, config: Mapping[str, Any]
 ) -> list[Logger]:
     """Return the loggers of a run; only the main process has any.
 
@@ -80,7 +76,8 @@ def tag(name: str) -> str:
     """Return the name of a value in a logger: 'lr' -> 'optim/lr'."""
     if name == "loss":
         return "loss/total"
-    return name if "/" in name else f"{GROUPS.get(name, 'run')}/{name}"
+    group = next((group for group, names in GROUPS.items() if name in names), "run")
+    return name if "/" in name else f"{group}/{name}"
 
 
 class TensorBoard:

@@ -30,10 +30,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from jepa_kit.distributed.collectives import all_gather
-from jepa_kit.engine.logging.loggers import Logger
+from jepa_kit.engine.logging.loggers import SPEED, Logger
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.peak_flops import peak_memory
@@ -52,19 +51,7 @@ Record = dict[str, float]
 """A line of metrics.jsonl."""
 
 BAR = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
-MEASURED = frozenset(
-    (
-        "images_per_second",
-        "tokens_per_second",
-        "data_wait",
-        "tflops",
-        "mfu",
-        "peak_memory_gib",
-        "reserved_memory_gib",
-        "gflop_per_image",
-        "eval/seconds",
-    )
-)
+MEASURED = frozenset((*SPEED, "eval/seconds"))
 """Values measured on the machine. All others of a line are the same in a resumed run."""
 
 
@@ -84,9 +71,7 @@ class Meter:
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.flops = flops
-        self.peak = peak
-        self.clock = clock
+        self.flops, self.peak, self.clock = flops, peak, clock
         self.restart()
 
     def restart(self) -> None:
@@ -129,49 +114,42 @@ class Meter:
         losses = on_device.tolist()  # waits for the device: only now is the time that of the steps
         seconds = max(self.clock() - self.start, 1e-9)
         device = on_device.device
-        own = [
-            *losses,
-            self.images / seconds,
-            self.tokens / seconds,
-            self.waited / seconds,
-            masks.context.num_patches / len(masks.context),
-            masks.targets.num_patches / len(masks.targets),
-            peak_memory(device) / 2**30,
-            torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else math.nan,
-            math.nan if self.flop is None else self.flop / seconds,
-            math.nan if self.peak is None else self.peak,
-        ]
-        table = all_gather(torch.tensor(own, dtype=torch.float64, device=device))  # [ranks, values]
-        means = dict(zip(measured, table.mean(0).tolist(), strict=False))
-        record: Record = {
-            **means,
-            "lr": hyper.lr,
-            "weight_decay": hyper.weight_decay,
-            "momentum": hyper.momentum,
-            **self._speed(table[:, len(measured) :]),
+        speed = {
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait": self.waited / seconds,
+            "context_length": masks.context.num_patches / len(masks.context),
+            "target_length": masks.targets.num_patches / len(masks.targets),
+            "peak_memory_gib": peak_memory(device) / 2**30,
+            "reserved_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30
+            if device.type == "cuda"
+            else math.nan,
+            "flop": math.nan if self.flop is None else self.flop / seconds,
+            "peak": math.nan if self.peak is None else self.peak,
         }
+        table = all_gather(torch.tensor([*losses, *speed.values()], dtype=torch.float64, device=device))
         self.restart()
-        return record
+        means = dict(zip(measured, table.mean(0).tolist(), strict=False))
+        return {**means, **vars(hyper), **speed_over_ranks(list(speed), table[:, len(measured) :])}
 
-    def _speed(self, table: Tensor) -> Record:
-        """Return the values on speed and memory from those of each rank [ranks, 9]."""
-        ranks = len(table)
-        images, tokens, wait, context, target, _, _, flop, peak = table.mean(0).tolist()
-        record = {
-            "images_per_second": images * ranks,
-            "tokens_per_second": tokens * ranks,
-            "data_wait": wait,
-            "peak_memory_gib": float(table[:, 5].max()),
-            "context_length": context,
-            "target_length": target,
-        }
-        if math.isfinite(reserved := float(table[:, 6].max())):
-            record["reserved_memory_gib"] = reserved
-        if math.isfinite(flop):
-            record |= {"gflop_per_image": flop / max(images, 1e-9) / 1e9, "tflops": flop / 1e12}
-            if math.isfinite(peak):
-                record["mfu"] = flop / peak
-        return record
+
+def speed_over_ranks(names: Sequence[str], table: Tensor) -> Record:
+    """Return the values on speed and memory of a line, without those that are NaN.
+
+    Args:
+        names: of the columns; ``flop`` is the FLOP/s of the training, ``peak`` those of the device.
+        table: [ranks, names] values of each rank.
+    """
+    record: Record = dict(zip(names, table.mean(0).tolist(), strict=True))
+    largest: Record = dict(zip(names, table.amax(0).tolist(), strict=True))
+    flop, peak = record.pop("flop"), record.pop("peak")
+    images = record["images_per_second"]
+    record |= {"gflop_per_image": flop / max(images, 1e-9) / 1e9, "tflops": flop / 1e12, "mfu": flop / peak}
+    for name in ("images_per_second", "tokens_per_second"):
+        record[name] *= len(table)
+    for name in ("peak_memory_gib", "reserved_memory_gib"):
+        record[name] = largest[name]
+    return {name: value for name, value in record.items() if math.isfinite(value)}
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -190,7 +168,7 @@ def read_metrics(folder: Path) -> list[Record]:
     return records
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Writes the lines of a run and shows its progress, on the main process.
 
     Args:
@@ -202,29 +180,16 @@ class Journal:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        first_step: int,
-        steps: int,
-        bar: bool | None = None,
-        loggers: Sequence[Logger] = (),
+        self, folder: Path, *, first_step: int, steps: int, bar: bool | None = None, loggers: Sequence[Logger] = ()
     ) -> None:
-        self.folder = folder
-        self.steps = steps
-        self.loggers = loggers
+        self.folder, self.steps, self.loggers = folder, steps, loggers
         kept = [record for record in read_metrics(folder) if record["step"] < first_step]
         write_json_lines(folder / METRICS, kept)
         self.file = (folder / METRICS).open("a")
         with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = tqdm(total=steps, initial=first_step, bar_format=BAR, dynamic_ncols=True) if with_bar else None
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.file.close()
         if self.bar is not None:
             self.bar.close()

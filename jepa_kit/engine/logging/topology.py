@@ -39,15 +39,8 @@ class Place:
 def find_places(world: World, device: torch.device, precision: Precision) -> list[Place]:
     """Return the places of all processes by rank; all must call it."""
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    own = Place(
-        world.rank,
-        world.local_rank,
-        platform.node(),
-        str(device),
-        model,
-        round(matrix_peak(device, precision) / 1e12, 4),
-    )
-    return all_gather_object(own)
+    tflops = round(matrix_peak(device, precision) / 1e12, 4)
+    return all_gather_object(Place(world.rank, world.local_rank, platform.node(), str(device), model, tflops))
 
 
 def to_dict(places: Sequence[Place], precision: Precision) -> dict[str, Any]:

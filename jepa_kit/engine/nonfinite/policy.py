@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from jepa_kit.config import versions
 from jepa_kit.data.loader import Batch
 from jepa_kit.distributed.collectives import all_gather, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.nonfinite.detect import Suspect
+from jepa_kit.engine.run import Run
 from jepa_kit.files import atomic_write, read_json_lines, write_archive, write_json_lines
 from jepa_kit.run_folder import RECORD
 
@@ -161,11 +161,11 @@ class BadSteps:
     """The bad steps of a run, and the policy for new ones.
 
     Args:
-        policy, limit: ``train.on_nonfinite`` and ``train.nonfinite_limit``.
+        run: whose steps these are.
         folder: of the run.
-        rank, device: of this process.
         checkpoint: returns the updates in the checkpoint that a roll-back resumes from, or None; called on rank 0.
-        facts: returns what is saved of a batch besides the step (``write_dump``).
+        origin: of the run's weights, as in a checkpoint.
+        resume_from: the released checkpoint that the run started from, or None.
 
     Attributes:
         left_out: steps whose batch is left out.
@@ -173,20 +173,30 @@ class BadSteps:
 
     def __init__(
         self,
-        *,
-        policy: Policy,
-        limit: int,
+        run: Run,
         folder: Path,
-        rank: int,
-        device: torch.device,
+        *,
         checkpoint: Callable[[], int | None],
-        facts: Callable[[Batch], dict[str, Any]],
+        origin: dict[str, Any],
+        resume_from: str | None,
     ) -> None:
-        self.policy, self.limit, self.folder = policy, limit, folder
-        self.rank, self.device = rank, device
-        self.checkpoint, self.facts = checkpoint, facts
+        self.run, self.folder, self.checkpoint = run, folder, checkpoint
+        self.started = {"origin": origin, "resume_from": resume_from}
         self.record = broadcast_from_rank0(lambda: read_record(folder))
         self.left_out = left_out(self.record)
+
+    def facts(self, batch: Batch) -> dict[str, Any]:
+        """Return what is saved of a batch besides the step (``write_dump``)."""
+        return {
+            "rank": self.run.world.rank,
+            "world_size": self.run.world.size,
+            "keys": [self.run.dataset.key(int(i)) for i in batch.samples],
+            "folder": str(self.folder.resolve()),
+            "config": self.run.config.to_dict(),
+            "data": self.run.data_identity,
+            "versions": versions(),
+            **self.started,
+        }
 
     def handle(self, suspect: Suspect) -> str:
         """Save the batch, record the step and return a message; all ranks must call it for the same step.
@@ -194,32 +204,30 @@ class BadSteps:
         Raises:
             FloatingPointError: the run must stop.
         """
-        numbers = all_gather(suspect.numbers[:2].to(self.device))  # [ranks, 2]
+        settings, rank = self.run.config.train, self.run.world.rank
+        numbers = all_gather(suspect.numbers[:2].to(self.run.device))  # [ranks, 2]
         losses = tuple(str(value) for value in numbers[:, 0].tolist())
-        bad = BadStep(
-            suspect.step, self.policy, losses, str(float(numbers[0, 1])), broadcast_from_rank0(self.checkpoint)
-        )
-        if self.rank in bad.ranks or not bad.ranks:
-            own = dump_path(self.folder, bad.step, self.rank)
-            run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)))
-        else:
-            run_on_all_ranks(lambda: None)
+        latest = broadcast_from_rank0(self.checkpoint)
+        bad = BadStep(suspect.step, settings.on_nonfinite, losses, str(float(numbers[0, 1])), latest)
+        own = dump_path(self.folder, bad.step, rank)
+        writes = rank in bad.ranks or not bad.ranks
+        run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)) if writes else None)
         broadcast_from_rank0(lambda: append_record(self.folder, bad))
         dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
         replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"
         message = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"
-        if self.policy == "stop":
+        if settings.on_nonfinite == "stop":
             raise FloatingPointError(
                 f"{message}: weights were not updated with it, and no checkpoint was written after it. {replay}. "
                 "A run that has diverged may want a smaller optim.lr, a longer warm-up or optim.clip_grad; "
                 "train.on_nonfinite=skip continues without such batches"
             )
-        why = over_limit(self.record, bad, self.limit)
+        why = over_limit(self.record, bad, settings.nonfinite_limit)
         self.record.append(bad)
         self.left_out = left_out(self.record)
         if why is not None:
             raise FloatingPointError(f"{message}, and {why}. {replay}")
         done = "its batch is skipped"
-        if self.policy == "rollback":
+        if settings.on_nonfinite == "rollback":
             done = f"back to step {bad.checkpoint or 0}, to continue without its batch"
         return f"{message}: {done}; {dump.parent.name} contains it"

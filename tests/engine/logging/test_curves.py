@@ -60,18 +60,19 @@ def test_what_hooks_gave_has_panels_of_its_own(tmp_path):
 
 def test_figures_of_one_unit_share_a_panel(tmp_path, monkeypatch):
     drawn = []
-    plain = curves._small
+    plain = curves._draw
 
-    def small(axes, records, panel, last, **options):
+    def draw_panel(axes, records, panel, last, **options):
         plain(axes, records, panel, last, **options)
         texts = [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
         drawn.append((axes.get_title(), len(axes.lines), texts, [t.get_text() for t in axes.get_yticklabels()]))
 
-    monkeypatch.setattr(curves, "_small", small)
+    monkeypatch.setattr(curves, "_draw", draw_panel)
     values = {"eval/knn": 0.5, "eval/verdict": 1.0, "eval/rankme": 5.0, "eval/lidar": 4.0, "eval/cosine": 0.1}
     draw(tmp_path, [line(0), line(1, **values, **{"other/value": 1.0}), line(2)])
     titles = [title for title, *_ in drawn]
-    assert titles[:2] + titles[7:] == [
+    assert titles[:3] + titles[8:] == [
+        "loss",
         "learning rate",
         "weight decay",
         "peak memory, GiB",

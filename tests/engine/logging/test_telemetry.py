@@ -237,10 +237,11 @@ def test_the_bar_has_room_for_itself(tmp_path, monkeypatch):
     assert len(last.split("|")[1]) >= 25
 
 
-def test_reserved_memory_is_logged_on_cuda(monkeypatch):
-    monkeypatch.setattr(telemetry.torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
-    table = torch.tensor([[1.0, 2.0, 0.1, 4.0, 5.0, 1.5, 3.0, math.nan, math.nan]] * 2)
-    assert Meter()._speed(table)["reserved_memory_gib"] == 3.0
+def test_reserved_memory_is_that_of_the_largest_rank():
+    of_rank = dict.fromkeys(("images_per_second", "tokens_per_second", "peak_memory_gib", "flop", "peak"), math.nan)
+    table = torch.tensor([[*of_rank.values(), memory] for memory in (3.0, 2.0)])
+    record = telemetry.speed_over_ranks([*of_rank, "reserved_memory_gib"], table)
+    assert record == {"reserved_memory_gib": 3.0}
 
 
 # --- what figures are held against ---
