@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa_kit.data.making.sample_workers import Workers
 from jepa_kit.data.making.write_log import WriteLog, clear, existing, folders_with_shards
-from jepa_kit.data.shards.members import Refusal
+from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.data.shards.writing import INDEX, Packed, tar_size, write_index, write_packed
 from jepa_kit.data.sources.base import Source
 from jepa_kit.rng import IntArray, Stream, generator, permutation

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 
-from jepa_kit.data.shards.members import Refusal
+from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
 from jepa_kit.data.sources.base import Refused, Source
 from jepa_kit.rng import IntArray

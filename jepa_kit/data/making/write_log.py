@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kit.data.shards.indexing import scan
-from jepa_kit.data.shards.members import Refusal
+from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.data.shards.writing import INDEX, KEYS, LABELS, MASKS, OFFSETS, UNFINISHED, Rows, Shard
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.lock import LockedError, lock_file

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa_kit.data.shards.members import Refusal, group_samples, list_members
-from jepa_kit.data.shards.tars import BLOCK, COMPRESSED, compressed_shard, compression
+from jepa_kit.data.shards.members import group_samples, list_members
+from jepa_kit.data.shards.tars import BLOCK, COMPRESSED, Refusal, compressed_shard, compression
 from jepa_kit.data.shards.writing import (
     IMAGE_EXTENSIONS,
     INDEX,

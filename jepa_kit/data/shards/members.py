@@ -7,14 +7,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jepa_kit.data.shards.tars import HEADER_ERRORS, Link, follow, is_filler, read_link, stored_size
-
-
-class Refusal(NamedTuple):
-    """Something that does not become part of a shard or of its index: its name and the reason."""
-
-    name: str
-    reason: str
+from jepa_kit.data.shards.tars import HEADER_ERRORS, Link, Refusal, follow, is_filler, read_link, stored_size
 
 
 class Member(NamedTuple):

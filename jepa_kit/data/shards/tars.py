@@ -28,6 +28,13 @@ _MAGIC = {
 }
 
 
+class Refusal(NamedTuple):
+    """Something that does not become part of a shard or of its index: its name and the reason."""
+
+    name: str
+    reason: str
+
+
 class Link(NamedTuple):
     """A link in a tar file: its own name, the normalised path of its target, and the target as written."""
 

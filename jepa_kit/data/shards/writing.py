@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from jepa_kit.data.shards.members import Refusal
+from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.files import atomic_write, sha256_of, write_text
 from jepa_kit.rng import IntArray
 
