@@ -69,8 +69,8 @@ AREAS: dict[str, tuple[str, str]] = {
     ),
     "probes": ("evaluation/protocols/*.py", "evaluation/protocols"),
     "health": (
-        "evaluation/health/measure.py evaluation/health/measures.py",
-        "evaluation/test_health*.py evaluation/test_online.py",
+        "evaluation/health/measure.py evaluation/health/measures.py evaluation/health/statistics.py",
+        "evaluation/health evaluation/test_online.py",
     ),
     "conversions": ("interop/*.py", "interop"),
 }

@@ -54,7 +54,7 @@ PANELS = (
     Panel("loss over that of a mean target", ("eval/relative_to_position", "eval/relative_to_mean")),
     Panel("loss of predictions", ("eval/loss", "eval/loss_position", "eval/loss_mean", "eval/loss_other")),
     Panel("ranks, in directions", ("eval/token_rank", "eval/rankme", "eval/effective_rank", "eval/lidar")),
-    Panel("shares of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
+    Panel("fractions of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
     Panel("deviation of features", ("eval/std", "eval/unit_std")),
     Panel("cosine of features", ("eval/cosine",)),
     Panel("uniformity of features", ("eval/uniformity",)),

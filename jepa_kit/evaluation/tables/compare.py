@@ -85,7 +85,7 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
     data_names, titles = _data_names(answers), _titles(answers)
     found: dict[Key, list[Row]] = {}
     for group, members in zip(_first_unique(_group_names(groups)), groups, strict=True):
-        for data, _, row, title in ((*a, titles[_question(a)]) for run in members for a in run.rows):
+        for data, _, row, title in ((*a, titles[_protocol(a)]) for run in members for a in run.rows):
             key = Key(group, data_names[data], title, features_title(row.network, row.layers), row.column)
             found.setdefault(key, []).append(row)
     return {key: _cell(rows) for key, rows in found.items()}
@@ -141,7 +141,7 @@ def _end(path: Path, parts: int) -> str:
     return "/".join(path.parts[-parts:])
 
 
-def _question(answer: Answer) -> tuple[str, str]:
+def _protocol(answer: Answer) -> tuple[str, str]:
     """Return the title of the protocol, and its options as text."""
     return answer.row.title, json.dumps(answer.options, sort_keys=True)
 
@@ -150,15 +150,14 @@ def _titles(answers: Sequence[Answer]) -> dict[tuple[str, str], str]:
     """Return names of protocols: the title, and the options in which protocols of one title differ."""
     by_title: dict[str, dict[str, Answer]] = {}
     for answer in answers:
-        title, text = _question(answer)
+        title, text = _protocol(answer)
         by_title.setdefault(title, {})[text] = answer
     found = {}
     for title, ways in by_title.items():
         known = [answer.options for answer in ways.values() if answer.row.options]
         for text, answer in ways.items():
-            added = differing_options(
-                answer.options, known if answer.row.options else [a.options for a in ways.values()]
-            )
+            others = known if answer.row.options else [a.options for a in ways.values()]
+            added = differing_options(answer.options, others)
             unknown = "" if answer.row.options or not known else "options unknown"
             found[title, text] = " ".join(filter(None, (title, added, unknown)))
     return found
