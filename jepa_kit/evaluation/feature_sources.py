@@ -6,7 +6,7 @@ B  images of a batch    n  patches of an image    D  width of a feature
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -114,16 +114,11 @@ def run_networks(
     encoders = [encoder_named(run.jepa)] if encoders is None else encoders
     check_names("encoders", encoders, ENCODER_NAMES)
     config = resolve_precision(run.config, torch.device(device))
-    networks = [
-        _encoder_network(
-            which,
-            run.jepa.encoder_for(encoder_named(run.jepa, which)),
-            config,
-            device,
-            identity=None if checkpoint_sha256 is None else {"checkpoint": checkpoint_sha256, "encoder": which},
-        )
-        for which in encoders
-    ]
+    networks = []
+    for which in encoders:
+        identity = None if checkpoint_sha256 is None else {"checkpoint": checkpoint_sha256, "encoder": which}
+        encoder = run.jepa.encoder_for(encoder_named(run.jepa, which))
+        networks.append(_encoder_network(which, encoder, config, device, identity))
     return networks + config_networks(config, baselines=baselines, untrained_seed=untrained_seed, device=device)
 
 
@@ -143,7 +138,7 @@ def config_networks(
     if "untrained" in baselines:
         # the same seed gives other weights in another release of torch
         identity = {"untrained": config.to_dict()["encoder"], "seed": seed, "torch": torch.__version__}
-        networks.append(_encoder_network("untrained", encoder, config, device, identity=identity, seed=seed))
+        networks.append(replace(_encoder_network("untrained", encoder, config, device, identity), seed=seed))
     if "pixels" in baselines:
         networks.append(pixel_network(cast(Encoder, encoder).patch_size))
     return networks
@@ -168,13 +163,7 @@ def pixel_network(patch_size: int | None = None) -> Network:
 
 
 def _encoder_network(
-    name: str,
-    encoder: nn.Module,
-    config: Config,
-    device: torch.device | str,
-    *,
-    identity: dict[str, Any] | None,
-    seed: int | None = None,
+    name: str, encoder: nn.Module, config: Config, device: torch.device | str, identity: dict[str, Any] | None
 ) -> Network:
     data, precision = config.data, precision_of(config)
     network = cast(Encoder, encoder)
@@ -182,7 +171,7 @@ def _encoder_network(
     if identity is not None:
         kind = torch.device(device).type
         identity |= {"mean": list(data.mean), "std": list(data.std), "precision": precision, "device": kind}
-    return Network(name, source, network.depth, identity, seed, encoder)
+    return Network(name, source, network.depth, identity, encoder=encoder)
 
 
 def check_names(kind: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -189,7 +189,12 @@ class Logistic(Probe):
         penalties, cuts, holdout = self.penalties, self.cuts or CUTS, self.holdout or HOLDOUT
         if np.unique(train_labels, return_counts=True)[1].min() == 1:  # no split is possible
             penalties, cuts = (_middle(penalties),), (_middle(cuts),)
-        prepared = _whitenings(train, cuts) if self.whiten else {train.shape[1]: Standardising(train)}
+        prepared: dict[int, Callable[[Array], NDArray[np.float32]]]  # number of components -> what computes them
+        if self.whiten:
+            whitening = Whitening(train)
+            prepared = {n: partial(whitening, components=n) for n in map(whitening.above, cuts)}
+        else:
+            prepared = {train.shape[1]: Standardising(train)}
         tried: list[dict[str, float]] = []
         if len(prepared) > 1 or len(penalties) > 1:
             pairs = _pairs(train_labels, holdout, seed)
@@ -218,12 +223,6 @@ class Logistic(Probe):
 def _middle(values: Sequence[float]) -> float:
     """Return the middle value; of an even number, the first of the middle two."""
     return values[(len(values) - 1) // 2]
-
-
-def _whitenings(train: Array, cuts: Sequence[float]) -> dict[int, Callable[[Array], NDArray[np.float32]]]:
-    """Return number of components -> function that whitens features to them."""
-    whitening = Whitening(train)
-    return {n: partial(whitening, components=n) for n in dict.fromkeys(whitening.above(cut) for cut in cuts)}
 
 
 def _pairs(labels: IntArray, holdout: float, seed: int) -> list[Pair]:
