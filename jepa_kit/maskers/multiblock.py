@@ -1,4 +1,4 @@
-"""Multi-block masking: a few target blocks, and one large context block without them (I-JEPA, section 3 and figure 4).
+"""Multi-block masking: several target blocks, and a large context block without them (I-JEPA, section 3, figure 4).
 
 Legend of shapes:
 
@@ -25,7 +25,7 @@ SizePer = Literal["block", "image", "batch"]
 Truncation = Literal["none", "released", "random", "fixed"]
 
 ATTEMPTS = 16
-"""Draws of an image's places before the placement that always leaves enough context."""
+"""Maximum number of draws of an image's places; then the blocks are placed so that enough context is left."""
 
 RELEASED: dict[str, Any] = {
     "edges": "released",
@@ -35,19 +35,18 @@ RELEASED: dict[str, Any] = {
     "min_keep": 11,
     "min_keep_target": 11,
 }
-"""The options that make the masker the released one (facebookresearch/ijepa, commit 52c1ae9; its min_keep of 10 asks
-for more than 10). An option left out here has the corrected default."""
+"""Options that reproduce the released masker (facebookresearch/ijepa, commit 52c1ae9; its min_keep of 10 means more
+than 10). Other options have the same default there."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the blocks of a batch lie, and how often each image's were drawn.
+    """Blocks of a batch, and the number of draws of each image.
 
     Args:
-        contexts: C blocks an image, the targets still inside.
-        targets: M blocks an image.
-        attempts: [B], 1 where the first draw was good; ``ATTEMPTS`` + 1 where none was and the placement that
-            always leaves enough context stands in.
+        contexts: C blocks per image, before targets are removed.
+        targets: M blocks per image.
+        attempts: [B], 1 if the first draw was accepted; ``ATTEMPTS`` + 1 if none was and blocks were placed in corners.
     """
 
     contexts: Blocks
@@ -57,16 +56,16 @@ class Placement:
 
 @MASKERS.register("multiblock")
 class MultiBlock:
-    """Target blocks of one shape range, contexts of another; a context leaves out every patch of a target.
+    """Draw target blocks and context blocks; a context excludes every patch of a target.
 
-    The defaults are the released masker's ranges without its quirks; ``RELEASED`` has them all, and each is an
-    option of its own. With the defaults the masks of an image are a pure function of (seed, epoch, sample).
+    The defaults are the released masker's ranges without its quirks, each of which is an option; ``RELEASED`` sets all
+    of them. With the defaults, the masks of an image are a pure function of (seed, epoch, sample).
 
-    An image with a context of fewer than ``min_keep`` (or ``context_length``) patches has its places drawn again,
-    sizes kept. After 16 draws, all targets are laid on top of one another in one corner of the grid and the contexts
-    in the opposite one, which the constructor has found good for every size that can be drawn. (The release draws the
-    context 20 times, then no longer leaves out the last target.) Measured with the defaults over 10^6 images: none is
-    redrawn at 14 x 14; at 4 x 4, 1.6 % are, at most four times, and none comes to the corners.
+    If a context has fewer than ``min_keep`` (or ``context_length``) patches, the places of the image are drawn again,
+    with the same sizes. After 16 draws, all targets go into one corner of the grid and the contexts into the opposite
+    one; the constructor checks that this leaves enough for all possible sizes. (The release draws the context 20 times,
+    then stops excluding the last target.) Measured with the defaults over 10^6 images: none is redrawn at 14 x 14; at
+    4 x 4, 1.6 % are, at most four times, and none needs the corners.
 
     Equivalent code for one image, if ``rng`` draws from ``Stream.MASK_SIZE``, then attempt by attempt from
     ``Stream.MASK``::
@@ -98,39 +97,38 @@ class MultiBlock:
     Results of the paper (table 6; ImageNet 1 %, frozen linear, ViT-B/16, 300 epochs, as released): multi-block 54.2,
     rasterized 15.5, block 20.2, random 17.6. Tables 8 to 10, same protocol: target scale (0.125, 0.2) 42.4,
     (0.2, 0.25) 38.9; context scale (0.75, 1.0) 49.3, (0.4, 1.0) 31.2; targets 1, 2, 3, 4: 9.0, 22.0, 48.5, 54.2.
-    What the corrections do to these numbers is not known.
+    The effect of the corrections on these numbers is not known.
 
     Args:
         grid: (H, W), each at least 4.
         num_targets: M, target blocks of an image. They may overlap.
         target_scale: area of a target block over the grid's, 0 to 1.
         target_aspect_ratio: height over width of a target block.
-        num_contexts: C. Every target block is predicted from every context of its image.
-        context_scale: area of a context block over the grid's, before targets are left out.
+        num_contexts: C. Each target block is predicted from each context of its image.
+        context_scale: area of a context block over the grid's, before targets are removed.
         context_aspect_ratio: height over width of a context block.
-        min_keep: least patches in a context, before truncation.
-        min_keep_target: least patches in a target block.
-        allow_overlap: leave the targets' patches in the context.
-        edges: "inclusive": a block may lie anywhere in the grid. "released": no block touches the last row or the
-            last column of patches (blocks.py says how).
-        coupled_scale_and_aspect: one random number for scale and aspect ratio, so that bigger is always taller, as
-            released.
-        size_per: which blocks share a size (a context and a target never do). "block": none. "image": those of
-            an image. "batch": those of a batch, as released; the size is then a function of (seed, step).
-        truncation: "none": contexts of different lengths. "released": every context is cut to the shortest of the
-            batch, first patches in row-major order, so that the bottom of the image goes. "random": cut to the same
-            lengths, patches dropped at random. "fixed": ``context_length`` patches, chosen at random. With "released"
-            and "random", masks depend on the whole batch. Targets stay whole (the released ones are of one size).
-        context_length: patches in a context, for truncation "fixed". Images with less are redrawn, so above the
-            usual length targets overlap more: at 14 x 14, 0.5 % of the images for 50 patches, 3.5 % for 60, 30 % for
-            80, and 70 % for 100 (where 19 % come to the corners).
-        target_length: patches in a target, chosen at random from its block, for truncation "fixed"; None leaves
-            targets whole.
+        min_keep: minimum number of context patches, before truncation.
+        min_keep_target: minimum number of patches of a target block.
+        allow_overlap: whether contexts may contain patches of targets.
+        edges: "inclusive" places blocks anywhere in the grid; "released" never touches the last row and the last column
+            of patches (see blocks.py).
+        coupled_scale_and_aspect: use one random number for scale and aspect ratio, as released, so that larger blocks
+            are always taller.
+        size_per: which blocks have the same size (contexts and targets are drawn separately): "block" none, "image"
+            those of an image, "batch" those of a batch, as released, as a function of (seed, step).
+        truncation: "none" keeps contexts of different lengths. "released" truncates each context to the shortest of the
+            batch, keeping the first patches in row-major order, which drops the bottom of the image. "random" drops
+            random patches instead. "fixed" keeps ``context_length`` random patches. With "released" and "random",
+            masks depend on the whole batch. Targets are not truncated (the released ones have one size).
+        context_length: patches of a context, for truncation "fixed". Images with fewer are redrawn, so that targets
+            overlap more: at 14 x 14, 0.5 % of the images for 50 patches, 3.5 % for 60, 30 % for 80, and 70 % for 100
+            (of which 19 % need the corners).
+        target_length: random patches of a target, for truncation "fixed"; None keeps whole targets.
 
     Raises:
-        ValueError: an option out of its range; a choice that is none; sizes that cannot leave ``min_keep`` or
-            ``context_length`` patches of context, or ``min_keep_target`` or ``target_length`` of a target, whatever
-            is drawn; a length without truncation "fixed", or "fixed" without ``context_length``.
+        ValueError: an option is out of its range or an unknown choice; some sizes cannot leave ``min_keep`` or
+            ``context_length`` patches of context, or ``min_keep_target`` or ``target_length`` of a target; a length is
+            given without truncation "fixed", or "fixed" without ``context_length``.
     """
 
     def __init__(
@@ -165,7 +163,7 @@ class MultiBlock:
         self.coupled = coupled_scale_and_aspect
         self.context_length, self.target_length = context_length, target_length
         self.needed = max(self.min_keep, context_length or 0)
-        """Least patches in a context, before truncation."""
+        """Minimum number of context patches, before truncation."""
         self._check_lengths()
 
         self.target_shape = block_shape("target", self.grid, target_scale, target_aspect_ratio, edges)
@@ -174,25 +172,25 @@ class MultiBlock:
         self._check_context()
 
     def __call__(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks of a batch.
+        """Return the masks of a batch.
 
         Args:
             samples: [B] index of each image in its data set.
-            seed: of the run.
-            epoch: in which the images are drawn.
-            step: of the run; looked at only where blocks share their size across the batch.
+            seed: seed of the run.
+            epoch: epoch of the images.
+            step: step of the run; used only with ``size_per="batch"``.
         """
         placement = self.place(samples, *self.sizes(samples, seed=seed, epoch=epoch, step=step), seed=seed, epoch=epoch)
         return self.cut(samples, placement, seed=seed, epoch=epoch)
 
     def before_truncation(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> MaskBatch:
-        """The masks that truncation would cut: those of a call, with all their patches."""
+        """Return the masks of a call before truncation."""
         whole = copy.copy(self)
         whole.truncation = "none"
         return whole(samples, seed=seed, epoch=epoch, step=step)
 
     def sizes(self, samples: IntArray, *, seed: int, epoch: int, step: int = 0) -> tuple[IntArray, IntArray]:
-        """Height and width of all blocks, [K, B] each, the contexts first."""
+        """Return height and width of all blocks, [K, B] each, contexts first."""
         contexts, blocks = self.num_contexts, self.num_contexts + self.num_targets
         if self.size_per == "batch":
             u = uniforms(Stream.MASK_SIZE, np.array([step]), 4, seed=seed, epoch=0).reshape(2, 2, 1)
@@ -208,11 +206,11 @@ class MultiBlock:
         return height, width
 
     def place(self, samples: IntArray, height: IntArray, width: IntArray, *, seed: int, epoch: int) -> Placement:
-        """Draws where blocks of these sizes lie.
+        """Draw the places of blocks of these sizes.
 
         Args:
             samples: [B].
-            height, width: [K, B], the contexts first, from ``sizes``.
+            height, width: [K, B], contexts first, from ``sizes``.
         """
         samples, size = np.asarray(samples), np.stack([height, width])  # [2, K, B]
         corner = self._draw(samples, size, seed=seed, epoch=epoch, attempt=0)
@@ -231,7 +229,7 @@ class MultiBlock:
         return Placement(contexts, targets, attempts)
 
     def cut(self, samples: IntArray, placement: Placement, *, seed: int, epoch: int) -> MaskBatch:
-        """Leaves the targets out of the contexts, cuts sets as ``truncation`` says, and packs them."""
+        """Remove targets from contexts, truncate sets, and pack them."""
         targets = placement.targets.cells()  # [M, B, N]
         context = placement.contexts.cells()  # [C, B, N]
         if not self.allow_overlap:
@@ -248,7 +246,7 @@ class MultiBlock:
     def _keep(
         self, samples: IntArray, sets: BoolArray, count: int | None, *, lane: int, seed: int, epoch: int
     ) -> BoolArray:
-        """``count`` patches of each set [*, B, N], chosen at random; all of them where it is None."""
+        """Keep ``count`` random patches of each set [*, B, N]; all if it is None."""
         if count is None:
             return sets
         k, b, n = sets.shape
@@ -259,24 +257,24 @@ class MultiBlock:
         return Blocks(corner[0], corner[1], size[0], size[1], self.grid)
 
     def _draw(self, samples: IntArray, size: IntArray, *, seed: int, epoch: int, attempt: int) -> IntArray:
-        """First row and column of each block of a size [2, K, B]: [2, K, B]."""
+        """Draw the first row and column of blocks of these sizes: [2, K, B] -> [2, K, B]."""
         k = size.shape[1]
         u = uniforms(Stream.MASK, samples, 2 * k, seed=seed, epoch=epoch, attempt=attempt).T  # [2 * K, B]
         return corners(u.reshape(k, 2, -1).swapaxes(0, 1), size, np.array(self.grid)[:, None, None], self.edges)
 
     def _opposite(self, samples: IntArray, size: IntArray, *, seed: int, epoch: int, attempt: int) -> IntArray:
-        """[2, K, B] corners that put contexts at one end of each side of the grid, targets at the other."""
+        """Place contexts at one end of each side of the grid, targets at the other: -> [2, K, B]."""
         u = uniforms(Stream.MASK, samples, 2, seed=seed, epoch=epoch, attempt=attempt).T  # [2, B]
         at_start = np.repeat(np.stack([u < 0.5, u >= 0.5], axis=1), (self.num_contexts, self.num_targets), axis=1)
         return np.where(at_start, 0, np.array(reach(self.grid, self.edges))[:, None, None] - size)
 
     def _too_short(self, corner: IntArray, size: IntArray) -> BoolArray:
-        """[B]: a context of the image has fewer patches than it needs."""
+        """Return whether a context of the image has too few patches, [B]."""
         c = self.num_contexts
         area = size[0] * size[1]
         covered = 0 if self.allow_overlap else area[c:].sum(axis=0)
         short: BoolArray = (area[:c] - covered).min(axis=0) < self.needed
-        # Only where targets that did not overlap would leave too little is it worth counting.
+        # Count patches only if targets without overlap would leave too few.
         at = np.flatnonzero(short)
         if at.size and not self.allow_overlap:
             cells = self._blocks(corner[..., at], size[..., at]).cells()
@@ -296,7 +294,7 @@ class MultiBlock:
                 check_at_least(name, value, 1)
 
     def _check_targets(self) -> None:
-        """The smallest target block that can be drawn has the patches it must have."""
+        """Check that the smallest possible target block has enough patches."""
         h, w = min(self.target_shape.bounds(largest=False, coupled=self.coupled), key=lambda size: size[0] * size[1])
         rows, columns = self.grid
         why = f"target_scale (={self.target_shape.scale}) can draw a block of {h} x {w} patches"
@@ -304,7 +302,7 @@ class MultiBlock:
             check_at_most(name, least, h * w, f": on a grid of {rows} x {columns}, {why}")
 
     def _check_context(self) -> None:
-        """The placement of last resort leaves every context that can be drawn what it needs."""
+        """Check that blocks in opposite corners leave enough patches to every possible context."""
         contexts = self.context_shape.bounds(largest=False, coupled=self.coupled)
         targets = [] if self.allow_overlap else self.target_shape.bounds(largest=True, coupled=self.coupled)
         stacked = self.size_per == "block" and self.num_targets > 1

@@ -140,9 +140,7 @@ class Block(nn.Module):
 @torch.no_grad()
 def init_weights(network: nn.Module) -> None:
     for name, p in network.named_parameters():
-        if (
-            p.ndim == 4
-        ):  # Xavier over a patch's pixels (MAE): with 0.02, tokens of small patches are little but positions
+        if p.ndim == 4:  # as in MAE; with 0.02, tokens of small patches would be little but positions
             nn.init.xavier_uniform_(p.view(len(p), -1))
         elif p.ndim == 2:
             nn.init.trunc_normal_(p, std=0.02)
