@@ -442,4 +442,4 @@ def test_an_error_of_one_process_ends_all(run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert f"eval_net.py: sample 95 ({dataset.key(95)!r}) of {shards} cannot be used: " in done.stderr
+    assert f"eval_net.py (rank 0): sample 95 ({dataset.key(95)!r}) of {shards} cannot be used: " in done.stderr
