@@ -2,7 +2,7 @@
 
 Decoders, by name:
 
-``pillow``  Pillow; the definition.
+``pillow``  Pillow: the reference, which defines the result.
 ``fast``    simplejpeg (libjpeg-turbo without Pillow's copies) for JPEGs that need no rotation; Pillow for the rest and
             for damaged files, so that both decoders accept and reject the same files.
 
@@ -32,6 +32,7 @@ except ImportError:  # the extra `fast`
 
 DecoderName = Literal["pillow", "fast"]
 Pixels = NDArray[np.uint8]
+"""RGB, [H, W, 3]."""
 
 KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 """Formats whose files go into a shard unchanged, and the extension there. (MPO is a JPEG with more images after it.)"""
@@ -99,7 +100,7 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageError("the file is empty")
     with _image_errors():
-        Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, with a reason, and may be higher
+        Image.MAX_IMAGE_PIXELS = None  # max_pixels, which may be higher, is checked below
         try:
             image = Image.open(io.BytesIO(_strip_png(data) if data.startswith(_PNG) else data))
         except UnidentifiedImageError as error:  # its message contains a memory address
@@ -114,13 +115,16 @@ def open_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _strip_png(data: bytes) -> bytes:
-    """Remove text and colour profile from a PNG; return it unchanged if it has none, or if one of them is damaged.
+    """Remove text and colour profile from a PNG, because Pillow rejects large ones; verify the checksums of the pixels.
+
+    Returns:
+        the data unchanged if there is nothing to remove, or if a chunk of text or profile is damaged.
 
     Raises:
         ImageError: the checksum of the pixels is wrong.
     """
-    kept, at, copied = [], len(_PNG), 0
-    while at + 12 <= len(data):
+    kept, at, copied = [], len(_PNG), 0  # pieces to keep; start of this chunk; end of the last chunk removed
+    while at + 12 <= len(data):  # a chunk: length (4 bytes), kind (4), content, CRC-32 (4)
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
         if (kind == b"IDAT" or kind in _UNUSED_CHUNKS) and end <= len(data):
@@ -244,9 +248,9 @@ def decode_fast(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image | Pixe
 def _has_no_exif(data: bytes) -> bool:
     """Return whether the segments of a JPEG lead to its scan and none of them is EXIF, which may have an orientation.
 
-    Reading the header with Pillow, or searching the whole file, would take a tenth of a millisecond.
+    Reading the header with Pillow, or searching the whole file, would take a tenth of a millisecond per image.
     """
-    at = 2
+    at = 2  # after the marker of the start; then segments: 0xFF, marker, length (2 bytes, which it includes), content
     while at + 10 <= len(data) and data[at] == 0xFF:
         if data[at + 1] == _SCAN:
             return True

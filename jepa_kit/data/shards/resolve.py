@@ -7,6 +7,10 @@ The index is, in this order:
    again if shards were added or changed;
 3. for shards that are named one by one: made once and kept under ``CACHE/indexes``, CACHE being ``data.cache`` or,
    by default, ``~/.cache/jepa_kit``. Remote shards are downloaded once for it.
+
+An index is foreign if it was made here for shards that another tool wrote (``is_foreign``), as in 2 and 3. Only such an
+index is made again. The index that make_shards.py wrote has checksums of its shards, so if they differ from it, they
+are damaged.
 """
 
 from __future__ import annotations
@@ -93,7 +97,7 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
             parts += [_open_folder(address, access) for address in addresses]
         else:
             parts.append(_open_shards(parent, addresses, access, cache))
-    _check_once([place for part in parts for place in part.places], path)
+    _check_once([place for part in parts for place in part.places], path)  # a folder and one of its shards
     return parts
 
 
@@ -134,10 +138,12 @@ def _check_once(addresses: Sequence[str], path: str | Sequence[str]) -> None:
 
 
 def _parent(address: str) -> str:
+    """Return the folder or URL of a shard; ``pipe:`` for all pipes, which then share an index."""
     return "pipe:" if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[0]
 
 
 def _open_folder(folder: str, access: Access) -> ShardPart:
+    """Return the part of all shards of a folder or URL; a local folder without a valid index is indexed."""
     if is_remote(folder):
         found = _remote_index(folder, access)
         if found is None:
@@ -146,7 +152,7 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
                 f"without one are named one by one, as {folder.rstrip('/')}/train-{{000000..000127}}.tar"
             )
         return _all_shards(folder, *found)
-    own, index = folder, _own_index(folder)
+    index_folder, index = folder, _own_index(folder)
     if index is not None:
         files = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
         fault = _difference(folder, index, files)
@@ -160,8 +166,8 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
             index_files(files, folder, folder)
             index = read_index(os.path.join(folder, INDEX))
         else:
-            own, index = _local_index(files, folder, access)
-    return _all_shards(folder, own, index)
+            index_folder, index = _local_index(files, folder, access)
+    return _all_shards(folder, index_folder, index)
 
 
 def _own_index(folder: str) -> dict[str, Any] | None:
@@ -171,15 +177,16 @@ def _own_index(folder: str) -> dict[str, Any] | None:
 
 
 def _difference(folder: str, index: dict[str, Any], files: Sequence[str]) -> str | None:
-    """Return how shards differ from the folder's index in size, or, for a foreign index, are newer.
+    """Return a message if the index of a folder does not describe the given shards, else None.
 
-    A foreign index from an earlier release differs if all of its shards are here to index again.
+    It does not if a shard has another size or is missing in the index, or, for a foreign index, if a shard is newer,
+    or the index is of an earlier release and all of its shards are here to index again.
 
-    The times of our own shards are not compared: copying may change their order, and they have checksums. A time in
-    the future is ignored: the shard comes from a machine whose clock is ahead.
+    The times of shards that make_shards.py wrote are not compared: copying may change their order, and they have
+    checksums. A time in the future is ignored: the shard comes from a machine whose clock is ahead.
     """
     sizes, foreign = {entry["file"]: entry["bytes"] for entry in index["shards"]}, is_foreign(index)
-    made = os.path.getmtime(os.path.join(folder, INDEX)) if foreign else math.inf
+    made = os.path.getmtime(os.path.join(folder, INDEX)) if foreign else math.inf  # inf: no shard is newer
     there = {os.path.basename(file): os.stat(file) for file in sorted(files) if os.path.isfile(file)}
     if foreign and index["made_by"].get("version") != INDEXER and sizes.keys() <= there.keys():
         return f"{INDEX} in {folder} is of an earlier version, without checksums"
@@ -302,7 +309,7 @@ def _streamed_index(
                         "The next try resumes after the shards that were read"
                     )
                 found = scan(file, _file(shard.address), checksum=True)
-                shards.summed(shard, found.entry)
+                shards.summed(shard, found.entry)  # training finds the shard in the cache by its checksum
                 found.save(saved)
             return found
 

@@ -14,7 +14,7 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_LINKS = 40
 """Links that are followed from one to the next, as in Linux."""
 HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
-"""What tarfile raises on damaged headers; the last three come from pax headers, also from thousands in a row."""
+"""What tarfile raises on damaged headers; the last three are of pax headers (RecursionError: thousands in a row)."""
 STREAM_ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError)
 """What tarfile raises on a damaged archive that may be compressed."""
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z))$", re.IGNORECASE)
@@ -77,17 +77,21 @@ def stored_size(member: tarfile.TarInfo) -> int:
     """Return the bytes of a member's data in the archive: 0 for links, less than its size for a sparse file."""
     if member.issparse():
         return sum(count for _, count in pieces(member))
+    # tarfile takes a member of an unknown type for a regular file
     return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
 
 
 def pieces(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
-    """Return (offset, size) of the parts of a sparse file that the archive stores, one after another."""
+    """Return (offset in the file, size) of the parts of a sparse file that the archive stores, one after another."""
     found: Any = member.sparse
     return tuple((int(offset), int(count)) for offset, count in found or ())
 
 
 def is_filler(stream: IO[bytes], begin: int, end: int) -> bool:
-    """Return whether a range of a tar file has only zeros and pax headers for the whole archive."""
+    """Return whether a range of a tar file has only zeros and pax headers for the whole archive.
+
+    These may come between members and at the end; any other byte that tarfile skips is damage.
+    """
     stream.seek(begin)
     while begin < end:
         block = stream.read(min(BLOCK, end - begin))
@@ -102,7 +106,7 @@ def is_filler(stream: IO[bytes], begin: int, end: int) -> bool:
             return False
         if header.type != tarfile.XGLTYPE:
             return False
-        begin += -(-header.size // BLOCK) * BLOCK
+        begin += -(-header.size // BLOCK) * BLOCK  # its content, in whole blocks
         stream.seek(begin)
     return True
 

@@ -150,7 +150,10 @@ class Recode:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """Return unique WebDataset keys of files: paths without extension and without a dot in the last part."""
+    """Return unique WebDataset keys of files: paths without extension.
+
+    Dots in the last part of a path become underscores, because WebDataset ends a key at the first of them.
+    """
     stems = []
     for name in names:
         folder, slash, base = name.encode("utf-8", "replace").decode().rpartition("/")
@@ -159,7 +162,7 @@ def unique_keys(names: Sequence[str]) -> list[str]:
 
 
 def each_once(keys: Iterable[str]) -> list[str]:
-    """Return keys that are unique, by a number after repeated ones, relative, and not of the form ``__x__``."""
+    """Make keys unique by a number after repeated ones; remove what makes them absolute, or begin with ``__``."""
     unique: list[str] = []
     taken: set[str] = set()
     following: dict[str, int] = {}  # key -> the next number to try

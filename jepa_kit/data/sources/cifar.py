@@ -1,7 +1,7 @@
 """CIFAR-10's and CIFAR-100's python archives (Krizhevsky, 2009): pixels in pickles, which become PNG.
 
-Loading a pickle can run code, so the unpickler here accepts three names only and returns arrays as bytes. The archive's
-batches are the splits ``train`` and ``test``.
+Loading a pickle can run code, so the unpickler here accepts only the names that a numpy array needs, and replaces them
+by classes that keep its shape and bytes. The archive's batches are the splits ``train`` and ``test``.
 
 Legend: n images of 32 x 32 pixels, colour planes one after another, row by row.
 """
@@ -26,7 +26,6 @@ from jepa_kit.errors import PICKLE_ERRORS
 from jepa_kit.rng import IntArray
 
 SIDE = 32
-
 
 LAYOUTS: dict[str, tuple[str, dict[str, tuple[str, str]], dict[str, tuple[str, ...]]]] = {
     "cifar-10-batches-py": (
@@ -118,8 +117,8 @@ class Cifar(Source):
 
     def __init__(self, path: str, recode: Recode) -> None:
         folder = cifar_folder(path)
-        assert folder is not None, path
-        batch, label_keys, splits = LAYOUTS[folder]
+        assert folder is not None, path  # the caller chose this source by it
+        file, label_keys, splits = LAYOUTS[folder]
         try:
             files = read_files(path, "r|*")
         except STREAM_ERRORS as error:
@@ -130,12 +129,12 @@ class Cifar(Source):
         self.splits: dict[str, IntArray] = {}
         labels: dict[str, list[int]] = {name: [] for name in label_keys}
         try:
-            meta = unpickle(files[batch])
+            meta = unpickle(files[file])
             self.classes = {name: tuple(map(_text, meta[key])) for name, (_, key) in label_keys.items()}
             for split, batches in splits.items():
                 start = len(self._names)
-                for batch in batches:
-                    content = unpickle(files[batch])
+                for file in batches:  # the name is also for the error below
+                    content = unpickle(files[file])
                     pixels = content["data"]
                     images.append(pixels.reshape(-1, 3, SIDE, SIDE))
                     self._names += map(_text, content["filenames"])
@@ -146,7 +145,7 @@ class Cifar(Source):
                 self.splits[split] = np.arange(start, len(self._names))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             missing = " is missing" if isinstance(error, KeyError) else ""
-            raise ValueError(f"{batch} in source (={path!r}) is invalid: {error}{missing}") from error
+            raise ValueError(f"{file} in source (={path!r}) is invalid: {error}{missing}") from error
         self._images = np.concatenate(images)  # [n, 3, 32, 32]
         self._labels = Labels(self.classes, {name: np.array(numbers) for name, numbers in labels.items()})
         self._keys = unique_keys(self._names)
@@ -156,7 +155,7 @@ class Cifar(Source):
 
     def sample(self, i: int) -> Sample:
         png = encode_png(Image.fromarray(np.ascontiguousarray(self._images[i].transpose(1, 2, 0))))
-        if self.recode == Recode():
+        if self.recode == Recode():  # the PNG stays as it is, and needs no decoding
             return Sample(self._keys[i], "png", png, self._labels.of(i))
         return self.recode.sample(self._keys[i], png, self._labels.of(i))
 

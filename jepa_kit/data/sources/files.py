@@ -101,18 +101,22 @@ def folder_files(path: str) -> Listing:
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder, its files) of a folder and those below; links are followed, except to a folder above them."""
+    """Yield (folder, its files) of a folder and those below.
+
+    Links are followed, except one to a folder above it, which would never end.
+    """
     above = {root: [os.path.realpath(root)]}  # folder -> real paths of it and of the folders above it
     for folder, inner, files in os.walk(root, followlinks=True):
         way = above.pop(folder)
         places = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        # os.walk descends into what is left in `inner`
         inner[:] = [n for n in inner if not any(os.path.commonpath([p, places[n]]) == places[n] for p in way)]
         above.update((os.path.join(folder, name), [*way, places[name]]) for name in inner)
         yield folder, files
 
 
 def _with_slashes(name: str, root: str) -> str:
-    """Return a path of a table with forward slashes, unless a file with backslashes in its name exists."""
+    """Return a path of a table with forward slashes if there is no file of that very name, backslashes included."""
     return name if "\\" in name and os.path.exists(os.path.join(root, name)) else name.replace("\\", "/")
 
 
