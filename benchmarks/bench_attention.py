@@ -1,17 +1,16 @@
-"""``attend`` and the ways it could have gone: forward and backward, over the ragged sets of real masks.
+"""Time ``attend`` and its alternatives, forward and backward, on the ragged sets of real masks.
 
     python benchmarks/bench_attention.py --threads 1
     python benchmarks/bench_attention.py --grid 8 --batch-size 128 --heads 3 --dtypes bf16
 
 Sets are the contexts of a batch, the predictor's sequences (a context and one target block), and as many of one length.
-Lengths are new at every repeat, as in training: some CPU kernels are compiled for each size that they have not seen.
-The ways:
+Lengths are new at every repeat, as in training: some CPU kernels are compiled for each new size. The alternatives:
 
     xformers, sdpa   backends of ``attend``, where they can run here
     fused            torch's scaled_dot_product_attention: one call for sets of one length, else one for each set
     padded           one scaled_dot_product_attention over sets padded to the longest, with a mask
 
-Times are medians, in milliseconds: of the process's CPU time on a CPU (others may use the machine), of events on a GPU.
+Times are medians in milliseconds: CPU time of the process on a CPU (others may use the machine), events on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Way = Callable[[Tensor, Tensor, Tensor, SetLengths], Tensor]
 
 
 def draw_lengths(grid: int, batch_size: int, device: str, count: int) -> Iterator[dict[str, SetLengths]]:
-    """New lengths of each kind of sets, ``count`` times."""
+    """Yield lengths of each kind of sets, ``count`` times."""
     masker = MultiBlock(grid=(grid, grid))
     for epoch in range(count):
         masks = masker(np.arange(batch_size), seed=0, epoch=epoch).to(device)
@@ -54,7 +53,7 @@ def draw_lengths(grid: int, batch_size: int, device: str, count: int) -> Iterato
 
 
 def padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """Sets padded to the longest one, and a mask."""
+    """Return sets padded to the longest one, and a mask."""
     place = torch.arange(lengths.longest, device=q.device)
     length = torch.tensor(lengths.on_host, device=q.device)
     mask = place < length[:, None]  # [S, L]
@@ -65,7 +64,7 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """torch's fused kernel: one call for sets of one length, and one for each set otherwise."""
+    """Run torch's fused kernel: one call for sets of one length, otherwise one per set."""
     rows = [lengths.total] if lengths.uniform else list(lengths.on_host)
     out = []
     for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True):
@@ -82,7 +81,7 @@ def ways(device: str, dtype: torch.dtype) -> dict[str, Way]:
 
 
 def timed(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
-    """Milliseconds, and what came of it."""
+    """Return milliseconds and the result of a call."""
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -96,7 +95,7 @@ def timed(run: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:
 
 
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Median time of forward and backward for each kind of sets and each way, whose values are compared."""
+    """Return the median time of forward and backward per kind of sets and alternative; compare their values."""
     times: dict[tuple[str, str], list[float]] = {}
     tolerance = 6e-2 if dtype == torch.bfloat16 else 1e-5
     for repeat, kinds in enumerate(draw_lengths(args.grid, args.batch_size, args.device, args.repeats + 1)):
@@ -113,7 +112,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
 
 
 def both(way: Way, qkv: Tensor, lengths: SetLengths) -> Tensor:
-    """Forward and backward."""
+    """Run forward and backward."""
     q, k, v = qkv.unbind(1)
     out = way(q, k, v, lengths)
     out.backward(torch.ones_like(out))

@@ -1,13 +1,13 @@
-"""Images a second from JPEG shards to batches of 224 x 224 pixels, against two others in the same run.
+"""Measure images per second from JPEG shards to batches of 224 x 224 pixels, and compare with two other loaders.
 
     python benchmarks/bench_data.py                       ratios on one core and on two
     python benchmarks/bench_data.py --memory 200000       memory of a loader worker over so many images
 
-The images are made for it: 500 x 375 pixels of noise whose spectrum falls as a photograph's does, JPEG quality 90,
-about as many bytes as ImageNet's have. They lie in the page cache, so no disk is measured. All sides take turns, round
-after round, in one order and then in the opposite one; a ratio is the median over rounds of the ratio in one round. One
-core: everything in one process, bound to that core. Two cores: two loader workers, or two processes. Loaders are
-measured in full course: workers are started, and some batches made, before the clock.
+The images are noise of 500 x 375 pixels with the spectrum of photographs, JPEG quality 90, about as large as those of
+ImageNet. They are in the page cache, so no disk is measured. All contenders take turns in rounds, in one order and then
+in the opposite one; a ratio is the median of the ratios of rounds. One core: everything in one process, bound to that
+core. Two cores: two loader workers, or two processes. Before the clock starts, workers are running and have made some
+batches.
 
     bare      decoding and resizing alone, in a loop over bytes in memory, into an array: (a)
     folder    files, Pillow, a torch DataLoader, float tensors normalised one by one: plain_images.py, (b)
@@ -15,8 +15,8 @@ measured in full course: workers are started, and some batches made, before the 
     floats    the same, and each batch normalised here, on the CPU
 
 ``bare``, ``engine`` and ``floats`` are measured for each decoder; a ratio to ``bare`` is to that of the same decoder.
-On a machine that others use too, wall times are theirs as much as ours: go by CPU time (of this process and its
-workers). The spread of the rounds is in the result.
+On a shared machine, use the CPU time (of this process and its workers) instead of wall times. The result has the spread
+of the rounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Times = tuple[float, float]
 
 
 def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Noise with a spectrum that falls with the frequency f as f ** -power, brightness more than colour."""
+    """Return noise with the spectrum f ** -power of the frequency f, stronger in brightness than in colour."""
     rng = np.random.default_rng(seed)
     h, w = size if seed % 4 else size[::-1]
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w))
@@ -80,7 +80,7 @@ def picture(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
 
 
 def make_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> float:
-    """``count`` files in folders of 32; their mean size in bytes."""
+    """Write ``count`` files in folders of 32; return their mean size in bytes."""
     sizes = []
     for k in range(count):
         path = folder / f"class_{k // 32:03d}" / f"{k:05d}.jpg"
@@ -93,13 +93,13 @@ def make_folder(folder: Path, count: int, size: tuple[int, int] = SIZE) -> float
 
 
 def make_shards(folder: Path, shards: Path) -> None:
-    """By the tool, as a user would; it keeps the bytes of the files."""
+    """Make shards with the tool, which keeps the bytes of the files."""
     tool = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(folder), str(shards)]
     subprocess.run(tool, check=True, stdout=subprocess.DEVNULL)
 
 
 def bare(paths: list[Path], images: int, decoder: str) -> Times:
-    """Nothing but decoding and resizing, with the crops drawn beforehand."""
+    """Decode and resize only, with crops that were drawn before."""
     files, view = [path.read_bytes() for path in paths], train_view(image_size=(SIDE, SIDE))
     draws = view.draws(np.arange(images), seed=0, epoch=0)
     boxes = []
@@ -134,7 +134,7 @@ def engine(shards: Path, images: int, num_workers: int, decoder: str, floats: bo
 
 
 def stream(batches: Iterable[Any], images: int, num_workers: int) -> Times:
-    """What so many images cost a loader in full course."""
+    """Return the seconds that a running loader takes for a number of images."""
     iterator = iter(batches)
     for _ in range(1 + 2 * num_workers):  # torch's loaders have two batches of each worker under way
         next(iterator)
@@ -145,7 +145,7 @@ def stream(batches: Iterable[Any], images: int, num_workers: int) -> Times:
 
 
 def clock() -> Times:
-    """Wall, and CPU of this process and of its living children, in seconds."""
+    """Return wall seconds, and CPU seconds of this process and its living children."""
     cpu = time.process_time()
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -163,7 +163,7 @@ def in_process(side: Callable[[], Times], queue: Any) -> None:
 
 
 def together(side: Callable[[], Times], count: int) -> Times:
-    """(longest wall, all CPU) seconds of ``count`` processes that do the same at the same time."""
+    """Return (longest wall, total CPU) seconds of ``count`` processes that do the same in parallel."""
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=in_process, args=(side, queue)) for _ in range(count)]
@@ -177,7 +177,7 @@ def together(side: Callable[[], Times], count: int) -> Times:
 
 @contextmanager
 def bound_to(cores: int) -> Iterator[None]:
-    """Runs on the first so many of the cores that this process may use."""
+    """Run on the first ``count`` cores that this process may use."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(allowed)[:cores])
     try:
@@ -187,7 +187,7 @@ def bound_to(cores: int) -> Iterator[None]:
 
 
 def ratios(rounds: list[dict[str, Times]], side: str, other: str) -> dict[str, list[float]]:
-    """How many times as fast as another a side is, by wall and by CPU time: median, least, most over rounds."""
+    """Return the speed of a contender relative to another, by wall and CPU time: median, least, most over rounds."""
     found = {}
     for k, clock in enumerate(("wall", "cpu")):
         each = [r[other][k] / r[side][k] for r in rounds]
@@ -196,7 +196,7 @@ def ratios(rounds: list[dict[str, Times]], side: str, other: str) -> dict[str, l
 
 
 def compare(files: Path, shards: Path, cores: int, images: int, rounds: int) -> dict[str, Any]:
-    """All sides in turns on so many cores."""
+    """Time all contenders in turns on a number of cores."""
     workers = 0 if cores == 1 else cores
     paths = sorted(files.glob("*/*.jpg"))
     sides: dict[str, Callable[[], Times]] = {"folder": partial(folder, files, images, workers)}
@@ -231,7 +231,7 @@ def compare(files: Path, shards: Path, cores: int, images: int, rounds: int) -> 
 
 
 def memory(shards: Path, images: int, decoder: str) -> dict[str, Any]:
-    """Memory of one loader worker that is its own (no file, nothing shared), in MB, in ten places of a long run."""
+    """Return the private memory of a loader worker (no files, nothing shared) in MB, at ten times in a long run."""
     view = train_view(image_size=SMALL, decoder=decoder)  # type: ignore[arg-type]
     loader = TrainLoader(dataset=ShardDataset(shards), masker=None, view=view, batch_size=BATCH, num_workers=1)
     steps, places = images // BATCH, []

@@ -1,8 +1,8 @@
-"""Ways from the bytes of a JPEG to a random crop of 224 x 224 pixels: CPU time, and how far each is from Pillow.
+"""Compare decoders of a JPEG to a random crop of 224 x 224 pixels: CPU time, and difference from Pillow.
 
     python benchmarks/bench_decoders.py
 
-``pillow`` and ``fast`` are what ``data.decoder`` offers; the others are what was weighed against them. ``scaled`` has
+``pillow`` and ``fast`` are the values of ``data.decoder``; the others are alternatives. ``scaled`` has
 libjpeg decode at 1/2, 1/4 or 1/8 (from fewer coefficients) as far as the crop stays at least as large as the result;
 ``draft`` is the same by Pillow. Differences are in levels of 255. All take turns; times are medians over rounds.
 """
@@ -107,7 +107,7 @@ def opencv_linear(data: bytes, box: Box) -> Pixels:
 
 
 def reduction(box: Box) -> int:
-    """1, 2, 4 or 8: how far a crop can shrink and stay at least as large as the result."""
+    """Return 1, 2, 4 or 8: the largest reduction that leaves a crop at least as large as the result."""
     most = min(box[2] - box[0], box[3] - box[1]) / SIDE
     return max(k for k in (1, 2, 4, 8) if k <= max(most, 1))
 
@@ -127,7 +127,7 @@ WAYS: list[Callable[[bytes, Box], Pixels]] = [
 
 
 def measure(size: tuple[int, int], count: int, rounds: int) -> list[dict[str, Any]]:
-    """Every way over the same crops of images of a size."""
+    """Time every decoder on the same crops of images of one size."""
     cases = []
     for k, draws in enumerate(np.random.default_rng(0).random((count, 22)).tolist()):
         image, out = picture(k, size), io.BytesIO()

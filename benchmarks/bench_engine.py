@@ -1,14 +1,14 @@
-"""A training step with each option of the engine, against plain eager PyTorch doing the same maths (plain_step.py).
+"""Time a training step with each option of the engine, and plain eager PyTorch with the same maths (plain_step.py).
 
     python benchmarks/bench_engine.py                     # CPU, one thread: ViT-S/16 and B/16 at 224
     python benchmarks/bench_engine.py --device cuda       # ViT-B/16, L/16, H/14 in bf16, and where the time goes
     python benchmarks/bench_engine.py --sizes small --options bf16 bf16_compile --no-processes
 
 Every option is a step of one model, with the same weights, images and (ragged) masks as the plain one. The learning
-rate is 0, so that nothing moves, and loss and gradient norm must be the plain ones. Times are medians over repeats in
-which all take turns, and ratios are taken repeat by repeat. What is measured:
+rate is 0, so that weights stay, and loss and gradient norm must equal the plain ones. All take turns in repeats; times
+are medians over repeats, and ratios are computed per repeat. Results:
 
-    seconds, cpu_seconds     of a step; on a machine that others use too, go by the CPU time (with --threads 1)
+    seconds, cpu_seconds     of a step; on a shared machine, use the CPU time (with --threads 1)
     ratio, cpu_ratio         over the plain step in the same precision
     images_per_second        by wall clock
     share_of_peak            FLOP of the equations (bench_step.py) over time, over a large matrix product's rate in the
@@ -77,7 +77,7 @@ TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}
 
 @dataclass(frozen=True)
 class Option:
-    """What is switched on in our step."""
+    """An option of the engine's step."""
 
     dtype: str
     compile: bool = False
@@ -101,7 +101,7 @@ Result = tuple[Tensor, Tensor]
 
 
 class Ours:
-    """Our step; ``use`` switches options on and off in one model."""
+    """The engine's step; ``use`` switches options of the model on and off."""
 
     def __init__(self, s: Setting, mode: Mode = "auto") -> None:
         self.s, self.jepa, self.images = s, make_ours(s), make_images(s)
@@ -129,7 +129,7 @@ class Ours:
 
 
 class Plain:
-    """The plain step, with torch's DDP around it where there are several processes."""
+    """The plain step, inside torch's DDP if there are several processes."""
 
     def __init__(self, s: Setting, ours: JEPA, *, ddp: bool = False) -> None:
         self.s, self.model, self.images = s, make_plain(s, ours), make_images(s)
@@ -152,7 +152,7 @@ Step = Callable[[MaskBatch], Result]
 
 
 def chosen(s: Setting, name: str, ours: Ours, plain: Plain) -> tuple[Setting, Step]:
-    """Prepares a step of an option, or of ``plain_<dtype>``."""
+    """Prepare a step of an option, or of ``plain_<dtype>``."""
     if name.startswith("plain_"):
         plain.s = replace(s, dtype=name.removeprefix("plain_"))
         return plain.s, plain
@@ -161,7 +161,7 @@ def chosen(s: Setting, name: str, ours: Ours, plain: Plain) -> tuple[Setting, St
 
 
 def with_plain(names: list[str]) -> list[str]:
-    """The options, and the plain step of every precision among them."""
+    """Return the options with the plain step of every precision among them."""
     dtypes = dict.fromkeys(OPTIONS[name].dtype for name in names)
     return [f"plain_{dtype}" for dtype in dtypes] + names
 
@@ -180,7 +180,7 @@ def check(name: str, found: Result, wanted: Result, dtype: str) -> None:
 
 
 def measure(s: Setting, names: list[str], repeats: int, profile: bool) -> dict[str, Any]:
-    """Times of all options, in turns."""
+    """Time all options in turns."""
     ours = Ours(s)
     plain = Plain(s, ours.jepa)
     every, masks = with_plain(names), make_masks(s)
@@ -242,7 +242,7 @@ def compared(mine: list[tuple[float, float]], other: list[tuple[float, float]], 
 
 
 def kernels(step: Step, masks: list[MaskBatch]) -> dict[str, float]:
-    """Return the share of the time of some steps by kind of kernel; ``none`` is time in which no kernel ran."""
+    """Return the fraction of the time of some steps by kind of kernel; ``none`` is time without a kernel."""
     seconds: list[float] = []
     found = profiled(lambda: seconds.extend(timed(lambda m=m: step(m)[0], "cuda")[0] for m in masks), "cuda")
     shares = {kind: spent / sum(seconds) for kind, spent in found["seconds"].items()}
@@ -264,7 +264,7 @@ def in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def peak_memory(s: Setting, name: str) -> int:
-    """Bytes of a process with this step alone, at most, in two steps; less what the imports take."""
+    """Return the peak bytes of a process with this step alone in two steps, minus those of the imports."""
     torch.set_num_threads(s.threads)
     before = process_memory("VmRSS")
     if name.startswith("plain_"):
@@ -280,7 +280,7 @@ def peak_memory(s: Setting, name: str) -> int:
 
 
 def measure_processes(s: Setting, repeats: int, world: World, queue: Any) -> None:
-    """DDP and FSDP2 over two processes against torch's DDP around the plain model; rank 0 tells."""
+    """Time DDP and FSDP2 over two processes, and torch's DDP around the plain model; rank 0 sends the result."""
     torch.set_num_threads(1)
     s = replace(s, batch_size=s.batch_size // world.size)
     with process_group(world, torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Does the loader feed a GPU? Training runs from JPEG files, by number of workers and decoder.
+"""Measure whether the loader keeps up with a GPU: training on JPEG files, by number of workers and decoder.
 
     python benchmarks/bench_feed.py --size base --workers 2 14 --device cuda
     python benchmarks/bench_feed.py --size tiny --image-size 96 --images 24 --batch-size 4 --steps 4 --device cpu
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, shards: Path, folder: Path, workers: int, 
 
 
 def main(argv: list[str] | None = None, tell: Callable[[dict[str, Any]], None] = print) -> None:
-    """Measure all pairs; ``tell`` gets each result when it is there."""
+    """Measure all pairs; ``tell`` gets each result immediately."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels")

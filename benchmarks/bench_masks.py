@@ -1,8 +1,8 @@
-"""Time to draw the masks of a batch, for every registered masker and the released multi-block one.
+"""Time the masks of a batch, for every registered masker and the released multi-block masks.
 
-Each is held against a plain loop over the images (below) that draws the same kind of masks, one block at a time, with
-Python's own generator, and packs them the same way. Before timing, the two are checked to draw contexts of the same
-mean length. Times are CPU time of one thread, the best of the repeats: other programs on the machine hardly show.
+Each is compared with a plain loop over the images (below) that draws the same kind of masks block by block with
+Python's random generator and packs them the same way. Before timing, their contexts are checked to have the same mean length.
+Times are the CPU time of one thread, the best of the repeats, so that other programs have little influence.
 
     python benchmarks/bench_masks.py
     python benchmarks/bench_masks.py --batch-sizes 128 --grids 14x14
@@ -44,7 +44,7 @@ CASES["multiblock, released"] = ("multiblock", RELEASED)
 
 
 def block_size(grid: Grid, scale: float, ratio: float, released: bool) -> tuple[int, int]:
-    """(height, width); see jepa_kit/maskers/blocks.py."""
+    """Return (height, width); see jepa_kit/maskers/blocks.py."""
     rows, columns = grid
     area = int(rows * columns * scale) if released else rows * columns * scale
     height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
@@ -62,7 +62,7 @@ def place(grid: Grid, size: tuple[int, int], released: bool) -> Patches:
 
 
 def multiblock(grid: Grid, sizes: list[tuple[int, int]] | None = None) -> Masks:
-    """With ``sizes``, of the targets and then the context, as released."""
+    """Draw multi-block masks; ``sizes`` are those of the targets and the context, as released."""
     released = sizes is not None
     if sizes is None:
         draws = [(random.uniform(0.15, 0.2), random.uniform(0.75, 1.5)) for _ in range(4)]
@@ -173,7 +173,7 @@ LOOPS: dict[str, Callable[[Grid], Any]] = {
 
 
 def packed(sets: list[tuple[int, Patches]]) -> PatchSets:
-    """Of (image, patches) each."""
+    """Pack sets of (image, patches)."""
     lists = [sorted(patches) for _, patches in sets]
     index = torch.tensor([p for patches in lists for p in patches])
     return PatchSets(index, torch.tensor([image for image, _ in sets]), SetLengths([len(x) for x in lists]))
@@ -195,7 +195,7 @@ def loop(case: str, grid: Grid, images: int) -> MaskBatch:
 
 
 def best_time(call: Callable[[], object], seconds: float) -> float:
-    """Least CPU time of a call, in ms, over at least 3 calls and so many seconds."""
+    """Return the least CPU time of a call in ms, over at least 3 calls and ``seconds`` seconds."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         start = time.thread_time()
@@ -205,13 +205,13 @@ def best_time(call: Callable[[], object], seconds: float) -> float:
 
 
 def mean_context(draw: Callable[[int], MaskBatch]) -> float:
-    """Patches of a context, over 30 batches of 128 images."""
+    """Return the mean patches of a context over 30 batches of 128 images."""
     contexts = [draw(i).context for i in range(30)]
     return float(np.mean([sets.num_patches / len(sets) for sets in contexts]))
 
 
 def check(case: str, grid: Grid) -> float:
-    """Raises SystemExit where masker and loop draw different masks; the mean context of the masker."""
+    """Return the mean context of the masker; raise SystemExit if masker and loop draw different masks."""
     name, options = CASES[case]
     masker = MASKERS.build(name, options, grid=grid)
     ours = mean_context(lambda i: masker(np.arange(128), seed=0, epoch=i, step=i))

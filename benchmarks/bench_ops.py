@@ -1,4 +1,4 @@
-"""Count what one training step asks of a CUDA device, on a machine that has none.
+"""Count the operations of a training step on a CUDA device, on a machine without one.
 
 The whole ``train_step`` of a config runs on fake CUDA tensors (shapes and dtypes without memory), and a dispatch mode
 logs every operator. The autograd graph is walked in Python, because torch's own engine needs a driver. Reported for
@@ -143,7 +143,7 @@ def phase(counter: CountOperators, name: str) -> Iterator[None]:
 
 
 def named_phases(jepa: JEPA, counter: CountOperators) -> None:
-    """Give the forward passes of the three networks, the optimiser and the average phases of their own."""
+    """Name the phases of a step: forward passes of the three networks, optimizer and average."""
 
     def wrap(owner: Any, method: str, name: str) -> None:
         inner = getattr(owner, method)
@@ -201,7 +201,7 @@ def count_step(config: Config, batch_size: int) -> tuple[CountOperators, float]:
 
 
 def report(model: str, masks: str, compiled: bool, batch_size: int) -> tuple[dict[str, Any], CountOperators]:
-    """Counts of one setting, by phase and in all."""
+    """Return the counts of a setting, by phase and in total."""
     # Attention is named, because what ``auto`` takes depends on the machine.
     overrides = [f"masker.{k}={v}" for k, v in MASKS[masks].items()] + ["train.attention=sdpa"]
     if compiled:
@@ -215,7 +215,7 @@ def report(model: str, masks: str, compiled: bool, batch_size: int) -> tuple[dic
 
 
 def describe(r: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Return a line of the table."""
     t = r["total"]
     return (
         f"{r['model']:6s}{r['masks']:10s}{'compiled' if r['compiled'] else 'eager':10s}{t['kernels']:7d}"

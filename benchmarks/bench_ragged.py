@@ -1,10 +1,10 @@
-"""What ragged sets cost: an encoder on them, against the same tokens in uniform sets and against truncation; and each
-attention backend at the sizes of ViT-S, B, L and H. (Ways to write one backend: bench_attention.py.)
+"""Measure the cost of ragged sets: an encoder on them, on the same tokens in uniform sets, and with truncation; and
+each attention backend at the sizes of ViT-S, B, L and H. (bench_attention.py has alternatives within a backend.)
 
     python benchmarks/bench_ragged.py --encoder-sizes small --batch-size 8 --threads 1
     python benchmarks/bench_ragged.py --device cuda --dtype bf16 --batch-size 128
 
-All that is compared is timed in turns in one run; times are medians, on a CPU the CPU time of the process. Contexts
+All cases take turns in one run; times are medians, on a CPU of the CPU time of the process. Contexts
 are those of the multi-block masker. "Uniform" packs as many tokens (to half a token a set) into as many sets of equal
 length. "Truncated" cuts contexts as released: it computes less, and loses those tokens. On CUDA also: achieved TFLOP/s
 against a large matrix product's, peak memory, and the attention kernels that the profiler saw.
@@ -44,19 +44,19 @@ SIDE = 224
 
 
 def contexts(grid: int, batch_size: int, truncation: str = "none") -> PatchSets:
-    """Context sets of a batch."""
+    """Return the context sets of a batch."""
     masker = MultiBlock(grid=(grid, grid), truncation=truncation)  # type: ignore[arg-type]
     return masker(np.arange(batch_size), seed=0, epoch=0).context
 
 
 def uniform(sets: PatchSets, patches: int) -> PatchSets:
-    """As many tokens in as many sets, of one length (the mean, rounded)."""
+    """Return as many sets of one length, the rounded mean, with as many tokens."""
     length = round(sets.num_patches / len(sets))
     return PatchSets.from_padded(torch.arange(patches)[:length].repeat(len(sets), 1))
 
 
 def now(device: str) -> float:
-    """Seconds: of the process on a CPU, of the clock on CUDA, where all that was asked for is done."""
+    """Return the seconds of the process on a CPU, or of the clock on CUDA after a synchronisation."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -64,7 +64,7 @@ def now(device: str) -> float:
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, after one that does not count."""
+    """Return the median seconds of each call, after a warm-up call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name in list(calls) if turn % 2 else list(calls)[::-1]:
@@ -76,7 +76,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], device: str, repeats: int) 
 
 
 def encoder_case(size: str, batch_size: int, dtype: str, device: str, repeats: int, compile: bool) -> dict[str, Any]:
-    """Forward and backward of an encoder over the three kinds of sets."""
+    """Time forward and backward of an encoder on the three kinds of sets."""
     patch = PATCH.get(size, 16)
     torch.manual_seed(0)
     torch._dynamo.reset()  # each size is compiled as in a run of its own
@@ -126,7 +126,7 @@ def encoder_case(size: str, batch_size: int, dtype: str, device: str, repeats: i
 
 
 def kernels(call: Callable[[], Any]) -> list[str]:
-    """Names of the CUDA kernels of a call that have to do with attention: which library's ran."""
+    """Return the names of the CUDA kernels of attention in a call, which show the library that ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -135,7 +135,7 @@ def kernels(call: Callable[[], Any]) -> list[str]:
 
 
 def matrix_peak(dtype: str, device: str) -> float:
-    """FLOP/s of a square matrix product; the best of five."""
+    """Return the FLOP/s of a square matrix product, the best of five."""
     side = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     a @ b
@@ -148,7 +148,7 @@ def matrix_peak(dtype: str, device: str) -> float:
 
 
 def backend_case(size: str, batch_size: int, dtype: str, device: str, repeats: int) -> dict[str, Any]:
-    """Attention alone, forward and backward, on ragged and on uniform sets, by each backend that can run."""
+    """Time attention alone, forward and backward, on ragged and uniform sets with each available backend."""
     shape, grid = SIZES[size], SIDE // PATCH.get(size, 16)
     width = shape.embed_dim // shape.num_heads
     ragged = contexts(grid, batch_size)

@@ -1,4 +1,4 @@
-"""Is a run repeatable? Two equal runs, and one resumed from their middle, compared weight by weight and loss by loss.
+"""Measure whether a run is reproducible: compare weights and losses of two equal runs and one resumed from the middle.
 
     python benchmarks/bench_repeats.py --device cuda
     python benchmarks/bench_repeats.py --device cpu --size tiny --steps 4 --batch-size 4
@@ -57,7 +57,7 @@ def config_of(args: argparse.Namespace, shards: Path, folder: Path, precision: s
 
 
 def apart(one: Path, other: Path) -> dict[str, Any]:
-    """Return how far the final weights and the losses of two runs are apart, relative to their largest values."""
+    """Return the differences of final weights and losses of two runs, relative to their largest values."""
     first, second = (load_checkpoint(folder).model for folder in (one, other))
     gaps = {
         name: float((value.double() - second[name].double()).abs().max() / value.double().abs().max().clamp(min=1e-30))

@@ -1,8 +1,8 @@
-"""What it costs to go on in the middle of an epoch: measured on small shards, and extrapolated to one of ImageNet.
+"""Measure the cost of resuming in the middle of an epoch on small shards, extrapolated to ImageNet.
 
     python benchmarks/bench_resume.py --images 2000 --repeats 5
 
-Four things are measured, in turns:
+Measured in turns:
 
 order     the order of an epoch of ImageNet itself (1,281,167 samples in 1,282 shards of 1,000)
 local     the first batch from step 0, and from the last step of an epoch, of shards on this machine
@@ -10,9 +10,9 @@ forward   reading shards to their end and decoding nothing, as a stream of tar f
           members, bare reading, a fetch over HTTP from this machine, and a fetch through a pipe
 decoding  200 of the images decoded and cropped, for comparison
 
-The files lie in the page cache of this machine: the rates are those of the programs, and a slower network or disk sets
-its own. Extrapolated to ImageNet: a whole epoch read forward, and the shards of one shuffle window, which are all that
-is fetched again if the shards are remote.
+The files are in the page cache of this machine, so rates are those of the programs; a network or disk may be slower.
+Extrapolated to ImageNet: reading a whole epoch forward, and fetching the shards of one shuffle window, which a resume
+must fetch again if shards are remote.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ IMAGES, PER_SHARD, WINDOW, IMAGE_BYTES = 1_281_167, 1000, 16384, 110_000
 
 
 def photo(seed: int) -> bytes:
-    """A JPEG of 500 x 375 of about ImageNet's mean size: smooth noise, and the quality that gives the size."""
+    """Return a JPEG of 500 x 375 pixels of smooth noise, with a quality that gives about ImageNet's mean size."""
     noise = np.random.default_rng(seed).integers(0, 256, (94, 125, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
     for quality in range(98, 60, -2):
@@ -66,7 +66,7 @@ def photo(seed: int) -> bytes:
 
 
 def make_shards(folder: Path, count: int) -> ShardDataset:
-    """Shards of 500 images."""
+    """Write shards of 500 images."""
     photos = [photo(seed) for seed in range(20)]
     parts = []
     for shard, start in enumerate(range(0, count, 500)):
@@ -77,21 +77,21 @@ def make_shards(folder: Path, count: int) -> ShardDataset:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and prints nothing."""
+    """A silent HTTP server of a folder."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
 def serve(folder: str, port: Any) -> None:
-    """A server of a folder, for a process of its own."""
+    """Serve a folder, in a process of its own."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
         port.put(server.server_port)
         server.serve_forever()
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of the clock, and of the CPU: of this process and of commands that it ran."""
+    """Return seconds by clock, and CPU seconds of this process and its commands."""
 
     def cpu() -> float:
         both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -103,27 +103,27 @@ def timed(action: Callable[[], Any]) -> tuple[float, float]:
 
 
 def imagenet_order() -> None:
-    """The order of an epoch."""
+    """Compute the order of an epoch."""
     sizes = np.full(-(-IMAGES // PER_SHARD), PER_SHARD)
     sizes[-1] = IMAGES - sizes[:-1].sum()
     epoch_order(sizes, seed=0, epoch=3, window=WINDOW)
 
 
 def first_batch(dataset: ShardDataset, step: int) -> None:
-    """The batch of a step, by a loader that was just made."""
+    """Make the batch of a step with a new loader."""
     view = train_view(image_size=(224, 224))
     loader = TrainLoader(dataset=dataset, masker=None, view=view, batch_size=32, shuffle_window=1024)
     next(loader.batches(step if step >= 0 else loader.steps_per_epoch + step))
 
 
 def members(paths: list[str]) -> None:
-    """All samples of shards, by WebDataset, as bytes."""
+    """Read all samples of shards with WebDataset, as bytes."""
     for _ in webdataset.WebDataset(paths, shardshuffle=False):
         pass
 
 
 def bare(paths: list[str]) -> None:
-    """All bytes of shards."""
+    """Read all bytes of shards."""
     for path in paths:
         with open(path, "rb", buffering=0) as stream:
             while stream.read(1 << 18):
@@ -131,14 +131,14 @@ def bare(paths: list[str]) -> None:
 
 
 def fetch(addresses: list[str]) -> None:
-    """All bytes of shards, into a file each."""
+    """Copy each shard to a file."""
     for address in addresses:
         with tempfile.TemporaryFile() as out:
             copy(address, out, Access())
 
 
 def decode(dataset: ShardDataset, count: int) -> None:
-    """Images decoded, cropped and resized."""
+    """Decode, crop and resize images."""
     view = train_view(image_size=(224, 224))
     draws = view.draws(np.arange(count), seed=0, epoch=0)
     for i in range(count):
@@ -146,7 +146,7 @@ def decode(dataset: ShardDataset, count: int) -> None:
 
 
 def measure(dataset: ShardDataset, port: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians in seconds of the clock and of the CPU, all in turns."""
+    """Measure all in turns; return medians in seconds by clock and CPU."""
     paths = [place for part in dataset.parts for place in part.places]
     addresses = [f"http://127.0.0.1:{port}/{os.path.basename(path)}" for path in paths]
     actions: dict[str, Callable[[], Any]] = {
@@ -170,7 +170,7 @@ def measure(dataset: ShardDataset, port: int, repeats: int) -> dict[str, dict[st
 
 
 def summary(seconds: dict[str, dict[str, float]], dataset: ShardDataset) -> dict[str, Any]:
-    """Rates, and what they come to for ImageNet."""
+    """Return rates, and times extrapolated to ImageNet."""
     count, size = len(dataset), sum(shard["bytes"] for shard in dataset.shards)
     window = -(-WINDOW // PER_SHARD) + 1
     report: dict[str, Any] = {
@@ -193,7 +193,7 @@ def summary(seconds: dict[str, dict[str, float]], dataset: ShardDataset) -> dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints and writes the results."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")

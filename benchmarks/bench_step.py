@@ -1,4 +1,4 @@
-"""One training step of jepa_kit against other code for the same equations.
+"""Compare a training step of jepa_kit with other code for the same equations.
 
     plain       projects/ijepa/plain.py: dense tokens, padding and masks; our fused AdamW and average
     release     the same as the released code does it: attention with its scores in memory, AdamW neither fused
@@ -6,19 +6,19 @@
     reference   --reference PATH: a checkout of the released code itself (uniform masks only)
     base        --base PATH: another checkout of jepa_kit
 
-Each contender is a process of its own. They start from the same weights and see the same images and masks (new masks
-at every step, as in training); their losses are compared before anything is timed. Then they take turns, step by step;
+Each contender has its own process. All start from the same weights and get the same images and masks (new masks at
+every step, as in training); their losses are compared before timing. Then they take turns, step by step;
 ratios are medians over the turns. Peak memory is that of each process.
 
     python benchmarks/bench_step.py --batch-size 16 --threads 1
     python benchmarks/bench_step.py --sizes small base --base ../before --dtypes bf16
 
-What the masks are: ``ragged`` is the default multi-block masker (contexts and blocks of different lengths; the plain
+Masks: ``ragged`` is the default multi-block masker (contexts and blocks of different lengths; the plain
 side pads them to the longest and masks); ``uniform`` has the released truncation (one length for the batch).
 
 Achieved FLOP/s counts what the equations need, by the formula of jepa_kit/planning/flops.py, over a step's time; the
-peak is a large matrix product in the same run and dtype. On a machine that others use too, wall times are theirs as
-much as ours: with ``--threads 1`` go by the CPU time of the process.
+peak is a large matrix product in the same run and dtype. On a shared machine, use the CPU time of the process
+with ``--threads 1`` instead of wall times.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Contender:
 
 
 def measure(s: Setting, others: dict[str, Path | None], repeats: int) -> dict[str, Any]:
-    """Check that the losses agree, then time, weigh and profile ours and the others."""
+    """Check that the losses agree; then measure time and memory of all contenders, and profile them."""
     contenders: dict[str, Contender] = {}
     try:
         for name, path in {"ours": None, **others}.items():
@@ -123,7 +123,7 @@ def measure(s: Setting, others: dict[str, Path | None], repeats: int) -> dict[st
 def summary(
     s: Setting, times: dict[str, list[tuple[float, float]]], memory: dict[str, tuple[int, int]]
 ) -> dict[str, Any]:
-    """What the report gives, from (wall, CPU) seconds of each turn and (most, before) bytes."""
+    """Return the results from (wall, CPU) seconds of each turn and (peak, initial) bytes."""
     others = [name for name in times if name != "ours"]
 
     def median(i: int) -> dict[str, float]:
@@ -176,7 +176,7 @@ def describe(r: dict[str, Any]) -> str:
 
 
 def instruction_set() -> str:
-    """What the CPU computes with, as torch and oneDNN see it."""
+    """Return the instruction sets that torch and oneDNN use on this CPU."""
     found = [torch.backends.cpu.get_cpu_capability()]
     found += [name for name, has in (("bf16", "avx512_bf16"), ("amx", "amx_tile")) if has in _flags()]
     return "_".join(found).lower()

@@ -42,7 +42,7 @@ VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKT
 
 
 def serve() -> None:
-    """In a child: take as many steps as each line of stdin names, and print the seconds of each step."""
+    """Run in a child process: take as many steps as each line of stdin says, and print the seconds of each step."""
     import numpy as np
     import torch
 
@@ -73,7 +73,7 @@ def serve() -> None:
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """Processes that never wait, as many as there are cores."""
+    """Start a busy process per core."""
     load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         time.sleep(0.3)
@@ -86,7 +86,7 @@ def busy(processes: int) -> Iterator[None]:
 
 @contextmanager
 def child(variables: dict[str, str], precision: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that takes steps, warmed up."""
+    """Start a process that takes steps, and warm it up."""
     kept = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environment = kept | variables | {"PYTHONPATH": str(ROOT), "PRECISION": precision}
     command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
@@ -107,7 +107,7 @@ def set_policy(process: subprocess.Popen[str], realtime: bool) -> None:
 
 
 def steps(process: subprocess.Popen[str], count: int) -> list[float]:
-    """Seconds of each of ``count`` steps of a child."""
+    """Return the seconds of each of ``count`` steps of a child."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{count}\n")
@@ -116,7 +116,7 @@ def steps(process: subprocess.Popen[str], count: int) -> list[float]:
 
 
 def measure(rounds: int, count: int, precision: str, realtime: bool) -> dict[str, dict[str, float]]:
-    """policy -> {"idle", "loaded": median seconds a step; "idle_over_spinning", "loaded_over_idle": ratios}."""
+    """Return policy -> {"idle", "loaded": median seconds a step; "idle_over_spinning", "loaded_over_idle": ratios}."""
     cores = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         children = {name: stack.enter_context(child(v, precision)) for name, v in POLICIES.items()}

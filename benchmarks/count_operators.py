@@ -56,7 +56,7 @@ def tensors_on(device: str, tree: object) -> list[Tensor]:
 
 
 def launches(name: str, args: Sequence[Any]) -> int:
-    """Launches of one call of an operator."""
+    """Return the number of kernel launches of a call of an operator."""
     for start, tensors in TENSORS_A_LAUNCH.items():
         if name.startswith(start):
             return -(-len(args[0]) // tensors)
@@ -64,7 +64,7 @@ def launches(name: str, args: Sequence[Any]) -> int:
 
 
 def waits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether the host waits for the device during this operator."""
+    """Return whether the host waits for the device during this operator."""
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     if name in ("_to_copy", "copy_"):
@@ -79,7 +79,7 @@ def waits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """What inductor made of one graph."""
+    """Counts of one graph after inductor scheduled it."""
 
     kernels: int
     gigabytes: float
@@ -100,7 +100,7 @@ class CountOperators(TorchDispatchMode):
         super().__init__()
 
     def clear(self) -> None:
-        """Forget what was counted so far."""
+        """Reset all counts."""
         for counts in (self.phases, self.kernels_of, self.bytes_of):
             counts.clear()
 
@@ -155,7 +155,7 @@ class CountOperators(TorchDispatchMode):
 
     @contextmanager
     def without_kernels(self) -> Iterator[None]:
-        """Count products' FLOP and waits alone: inside a compiled graph."""
+        """Count only FLOP of products and waits, inside a compiled graph."""
         self.compiled = True
         try:
             yield
@@ -164,7 +164,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def is_view(func: Any, args: Sequence[Any], out: object) -> bool:
-    """Whether an operator returns its argument's memory and computes nothing."""
+    """Return whether an operator only returns a view of its argument."""
     if func._schema.is_mutable:
         return False
     if func.is_view or func._schema.name in ("aten::_unsafe_view", "aten::_reshape_alias"):

@@ -1,4 +1,4 @@
-"""Answers to what torch asks a CUDA driver, so that code runs on fake CUDA tensors where there is none."""
+"""Replacements of torch's calls of a CUDA driver, so that code runs on fake CUDA tensors without one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOPPER = SimpleNamespace(
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What ``scaled_dot_product_attention`` runs on a card, where without a driver it chooses plain products."""
+    """Run the kernel of ``scaled_dot_product_attention`` on a GPU; without a driver, torch chooses plain products."""
     if q.dtype == torch.float32:
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, q.requires_grad)[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -60,7 +60,7 @@ class IndexByOperators(TorchFunctionMode):
 
 @contextmanager
 def as_if_on_hopper() -> Iterator[None]:
-    """Answer the questions that torch asks the driver: autocast, foreach operators, attention's choice of a kernel."""
+    """Replace calls of the driver: for autocast, foreach operators and the choice of an attention kernel."""
     foreach = torch.utils._foreach_utils
     with (
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False),

@@ -1,4 +1,4 @@
-"""Where the time of a step goes on a device: kernels sorted into kinds by their names, out of torch's profiler.
+"""Sort the kernels of torch's profiler into kinds by their names.
 
 Names are those of torch 2.11 for CUDA 13 (out of its libraries, demangled), cuBLAS, cuDNN and Triton; on a CPU the
 operators of ATen are sorted in the same way.
@@ -72,7 +72,7 @@ def sorted_by_kind(events: Iterable[Any], device: str) -> dict[str, Any]:
 
 
 def profiled(work: Callable[[], object], device: str) -> dict[str, Any]:
-    """Return ``sorted_by_kind`` of what ``work`` launches; the device is idle before it and after it."""
+    """Return ``sorted_by_kind`` of the kernels of ``work``; the device is idle before and after it."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device == "cuda"

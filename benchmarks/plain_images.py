@@ -1,4 +1,4 @@
-"""A folder of image files behind a torch DataLoader: what bench_data.py measures the data engine against.
+"""A torch DataLoader of a folder of image files, with which bench_data.py compares the loader of jepa_kit.
 
 Written from the description of the usual pipeline: open with Pillow, convert to RGB, random resized crop (bilinear),
 to a float tensor in [0, 1], normalise, all image by image in the loader; default collation.
@@ -42,7 +42,7 @@ class ImageFolder(Dataset):
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random resized crop of scale (0.3, 1.0)."""
+    """Return (left, top, width, height) of a random resized crop of scale (0.3, 1.0)."""
     for _ in range(10):
         area = width * height * random.uniform(0.3, 1.0)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -54,7 +54,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def folder_batches(folder: Path, *, side: int, batch_size: int, images: int, num_workers: int) -> DataLoader:
-    """Batches of so many images in all, drawn from a folder."""
+    """Return a loader of batches with ``images`` images in total, drawn from a folder."""
     dataset = ImageFolder(folder, side)
     sampler = RandomSampler(dataset, replacement=True, num_samples=images)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)

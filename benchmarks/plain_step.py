@@ -1,4 +1,4 @@
-"""projects/ijepa/plain.py as a contender: its masks from ours, and what is different in a step of the released code.
+"""projects/ijepa/plain.py as a contender: converted masks, and the parts of a step that differ in the released code.
 
 S = sets    L = tokens of the longest set    h = heads    d = width of a head
 """
@@ -57,7 +57,7 @@ class ContenderAttention(Attention):
 
 
 def scores_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention over [S, h, L, d] with its scores in memory; ``mask`` is True for keys."""
+    """Compute attention over [S, h, L, d] with scores in memory; ``mask`` is True for keys."""
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # [S, h, L, L]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

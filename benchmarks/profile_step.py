@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: kernels by kind, the longest of them, and waits of the host.
+"""Profile a training step: kernels by kind, the longest kernels, and waits of the host.
 
     python benchmarks/profile_step.py --size huge --patch-size 14 --batch-size 128 --device cuda
     python benchmarks/profile_step.py --size tiny --image-size 96 --batch-size 2 --device cpu --output profile.json
@@ -30,7 +30,7 @@ STEPS = 3
 
 
 def measure(s: Setting, name: str) -> dict[str, Any]:
-    """Profile ``STEPS`` steps with an option of bench_engine, after two that are not looked at."""
+    """Profile ``STEPS`` steps with an option of bench_engine, after two warm-up steps."""
     step = Ours(s)
     step.use(OPTIONS[name])
     masks = list(islice(make_masks(s), 2 + STEPS))

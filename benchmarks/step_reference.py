@@ -1,7 +1,8 @@
 """A checkout of the released I-JEPA code (github.com/facebookresearch/ijepa) as a contender of bench_step.py.
 
-Nothing of it is here: the user has it (CC-BY-NC 4.0). Called are ``src.models.vision_transformer``'s ``vit_*`` and
-``vit_predictor``, ``src.masks.utils.apply_masks``, ``encoder(images, masks)`` and ``predictor(z, context, targets)``.
+The checkout (CC-BY-NC 4.0) is the user's; none of its code is here. It must have
+``vit_*`` and ``vit_predictor`` in ``src.models.vision_transformer``, ``src.masks.utils.apply_masks``,
+``encoder(images, masks)`` and ``predictor(z, context, targets)``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Reference(nn.Module):
 
 
 def _load(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy weights; the network's position tables stay."""
+    """Copy weights, except position tables."""
     own = network.state_dict()
     shaped = {name: value.view(own[name].shape) for name, value in state.items()}
     missing, _ = network.load_state_dict(shaped, strict=False)

@@ -1,9 +1,9 @@
-"""One contender of bench_step.py, in a process of its own: reads orders from stdin, writes answers as JSON lines.
+"""Process of a contender of bench_step.py: reads commands from stdin and writes results as JSON lines.
 
     python benchmarks/step_worker.py ROOT KIND SETTING [CHECKOUT]
 
 ROOT is the checkout whose jepa_kit is imported; KIND is ``ours``, ``plain``, ``release`` or ``reference``, whose code
-is at CHECKOUT. Each order is a JSON list: a name of ``Worker``'s methods and its arguments.
+is at CHECKOUT. Each command is a JSON list: the name of a method of ``Worker``, and its arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARM_UP, STEPS = 2, 8
 
 
 def make_step(s: Setting, state: Path) -> tuple[Callable[[MaskBatch], Any], Callable[[Any], Tensor]]:
-    """(what prepares masks, the step over them), with the weights at ``state``."""
+    """Return (function that prepares masks, step on them), with the weights at ``state``."""
     images, ours = make_images(s), make_ours(s)
     ours.load_state_dict(torch.load(state, map_location=s.device))
     if KIND == "ours":
@@ -76,14 +76,14 @@ def plain_step(s: Setting, model: Any, images: Tensor) -> Callable[[Any], Tensor
 
 
 class Worker:
-    """Answers orders; step i of every contender has the same masks."""
+    """Runs commands; step i of every contender has the same masks."""
 
     def __init__(self, s: Setting) -> None:
         self.s, self.masks, self.drawn = s, make_masks(s), 0
         self.cuda = s.device.startswith("cuda")
 
     def save(self, path: str) -> None:
-        """Write the weights that all start from."""
+        """Write the initial weights of all contenders."""
         torch.save(make_ours(self.s).state_dict(), path)
 
     def start(self, path: str) -> None:
@@ -103,7 +103,7 @@ class Worker:
         return float(self.step(self._next()))
 
     def turn(self) -> tuple[float, float]:
-        """(wall, CPU) seconds of a step; on CUDA of one of several between two synchronisations."""
+        """Return (wall, CPU) seconds of a step; on CUDA the mean of several between two synchronisations."""
         if not self.cuda:
             masks = self._next()
             return timed(lambda: self.step(masks), self.s.device)
@@ -115,11 +115,11 @@ class Worker:
         return wall / STEPS, cpu / STEPS
 
     def memory(self) -> tuple[int, int]:
-        """Bytes at most, and before the first step."""
+        """Return the peak bytes, and those before the first step."""
         return self._memory("VmHWM"), self.before
 
     def profile(self) -> dict[str, float]:
-        """Shares of a step's time on a CPU: matrix products, fused attention, and what else takes 1 % or more."""
+        """Return fractions of a step's time on a CPU: matrix products, attention, and all others of at least 1 %."""
         from torch.profiler import ProfilerActivity, profile
 
         masks, of = self._next(), Counter[str]()

@@ -1,4 +1,4 @@
-"""Training steps that are compared, and what is measured of them.
+"""Training steps for the benchmarks, and functions that measure them.
 
 A step is forward, backward, AdamW and the target encoder's average. ``make_plain`` copies our weights.
 """
@@ -37,13 +37,13 @@ WIDTH = 384
 
 
 def predictor_depth(size: str) -> int:
-    """6 up to ViT-B, 12 for larger ones (I-JEPA, A.1)."""
+    """Return 6 up to ViT-B, 12 for larger networks (I-JEPA, A.1)."""
     return 6 if SIZES[size].embed_dim <= SIZES["base"].embed_dim else 12
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """Sizes of a measurement."""
 
     size: str
     image_size: int
@@ -57,7 +57,7 @@ class Setting:
 
 
 def make_ours(s: Setting) -> JEPA:
-    """Weights are drawn on the device: ViT-H takes 17 s on a CPU."""
+    """Build jepa_kit's model; weights are drawn on the device, as ViT-H takes 17 s on a CPU."""
     torch.manual_seed(0)
     side = (s.image_size, s.image_size)
     with torch.device(s.device):
@@ -77,7 +77,7 @@ def make_ours(s: Setting) -> JEPA:
 
 
 def make_plain(s: Setting, ours: JEPA, *, explicit: bool = False) -> IJEPA:
-    """Our weights in plain code; ``explicit`` computes attention's scores, as the released code does."""
+    """Build the plain model with our weights; ``explicit`` computes attention scores, as the released code does."""
     shape, grid = SIZES[s.size], ours.encoder.grid
     with torch.device(s.device):
         encoder = Encoder(grid, s.patch_size, shape.embed_dim, shape.depth, shape.num_heads, shape.mlp_ratio)
@@ -94,7 +94,7 @@ def make_images(s: Setting) -> Tensor:
 
 
 def make_masks(s: Setting) -> Iterator[MaskBatch]:
-    """The masks of step 0, 1, ...: in training, no two steps have the same sizes."""
+    """Yield the masks of step 0, 1, ..., whose sizes differ as in training."""
     side = s.image_size // s.patch_size
     options = {**RELEASED, "min_keep_target": 1} if s.masks == "uniform" else {}
     masker = MultiBlock(grid=(side, side), **options)
@@ -115,7 +115,7 @@ def synchronize(device: str) -> None:
 
 
 def timed(run: Callable[[], Tensor], device: str) -> tuple[float, float]:
-    """(wall, CPU of this process) in seconds."""
+    """Return (wall, CPU of this process) in seconds."""
     synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
     run()
@@ -124,7 +124,7 @@ def timed(run: Callable[[], Tensor], device: str) -> tuple[float, float]:
 
 
 def matrix_peak(s: Setting, repeats: int = 7) -> tuple[float, float]:
-    """FLOP/s of a large square matrix product in the dtype, by wall and by CPU time; the best of the repeats."""
+    """Return the FLOP/s of a large square matrix product, by wall and CPU time; the best of the repeats."""
     side = 8192 if s.device.startswith("cuda") else 3072
     a, b = (torch.randn(side, side, device=s.device, dtype=DTYPES[s.dtype]) for _ in range(2))
     a @ b
@@ -139,14 +139,14 @@ def _flops(s: Setting) -> ModelFlops:
 
 
 def step_flops(s: Setting, masks: MaskBatch) -> float:
-    """FLOP of a step by the formula of jepa_kit/planning/flops.py."""
+    """Return the FLOP of a step by the formula of jepa_kit/planning/flops.py."""
     flops = _flops(s).training(Lengths.of(masks, s.batch_size))
     assert flops is not None
     return flops
 
 
 def process_memory(which: str) -> int:
-    """Bytes of this process in memory: ``VmRSS`` now, ``VmHWM`` at most (Linux)."""
+    """Return the memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its peak (Linux)."""
     # Not getrusage: a process that was spawned begins with the peak of its parent there.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{which}:")))

@@ -1,4 +1,4 @@
-"""The backward pass walked in Python: torch's engine asks for a driver as soon as a tensor is on CUDA, fake or not."""
+"""A backward pass in Python, because torch's engine needs a driver for CUDA tensors, even fake ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def walk(
 
 
 def in_order(roots: set[Any], ends: Collection[Any] = ()) -> Iterator[Any]:
-    """Every node of the graph above ``ends`` after all nodes that have an edge into it."""
+    """Yield the nodes of the graph above ``ends`` in topological order."""
 
     def below(node: Any) -> list[Any]:
         return [] if node in ends else [n for n, _ in node.next_functions if n is not None]
@@ -69,7 +69,7 @@ def in_order(roots: set[Any], ends: Collection[Any] = ()) -> Iterator[Any]:
 
 
 def set_gradients(loss: Tensor) -> None:
-    """Walk as ``loss.backward()``."""
+    """Do what ``loss.backward()`` does."""
     for (node, _), gradient in walk([loss], [torch.ones_like(loss)]).items():
         parameter = node.variable
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -78,14 +78,14 @@ def set_gradients(loss: Tensor) -> None:
 def gradients_of(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], **_: Any
 ) -> tuple[Tensor | None, ...]:
-    """Walk as ``torch.autograd.grad``: the compiler traces backward passes with it."""
+    """Do what ``torch.autograd.grad`` does, with which the compiler traces backward passes."""
     edges = [get_gradient_edge(x)[:2] for x in inputs]
     found = walk(outputs, grad_outputs, {node for node, _ in edges})
     return tuple(found.get(edge) for edge in edges)
 
 
 def backward_of(node: Any, given: dict[int, Tensor]) -> Sequence[Tensor | None]:
-    """Gradients for the nodes below a node, from those of its outputs."""
+    """Return gradients for the nodes below a node from those of its outputs."""
     wanted = [below is not None for below, _ in node.next_functions]
     if not given:
         return (None,) * sum(wanted)

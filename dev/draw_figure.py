@@ -134,7 +134,7 @@ class Sample:
 
 
 def draw_inputs(d: Drawing, sample: Sample) -> None:
-    """Draw what each encoder sees."""
+    """Draw the input of each encoder."""
     centre = X_IMAGE + SIDE / 2
     d.image(sample.visible(), X_IMAGE, UPPER)
     d.image(sample.image, X_IMAGE, LOWER)
@@ -170,7 +170,7 @@ def draw_encoders(d: Drawing, sample: Sample) -> None:
 
 
 def draw_predictor(d: Drawing, sample: Sample) -> None:
-    """Draw the predictor with a mask token for each patch of a target, and the way of the targets below it."""
+    """Draw the predictor with a mask token for each target patch, and the path of the targets below it."""
     upper, lower = UPPER + SIDE / 2, LOWER + SIDE / 2
     d.arrow((X_TOKENS + SIDE + 0.06, upper), (X_PREDICTOR - 0.05, upper))
     d.network(X_PREDICTOR, upper, 1.35, "predictor", r"$g_\phi$", TEAL)

@@ -1,11 +1,10 @@
-"""Four runs on scenes and what their health says: the figures of docs/evaluation.md and docs/images/health.png.
+"""Train four runs on scenes and draw their health: the numbers of docs/evaluation.md and docs/images/health.png.
 
     make quickstart
     python dev/draw_health.py output/quickstart/shards output/health --picture docs/images/health.png
 
 Each run is `tools/train_net.py` on the quickstart's config; it measures itself on held-out scenes (`evaluate.every`).
-Runs that are there already are kept. A collapse is over early: those runs end after two of the sixteen epochs that
-their schedules are laid out for.
+Complete runs are not repeated. A collapse happens early, so those runs stop after two of their sixteen epochs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WIDTH = 96
 
 
 class Case(NamedTuple):
-    """A run: its name, what it changes in the quickstart's config, and how it is drawn."""
+    """A run: its name, its overrides of the quickstart's config, and the style of its line."""
 
     name: str
     overrides: tuple[str, ...]
@@ -71,7 +70,7 @@ TABLE = ("loss", "varying", "of_images", "within_images", "token_rank", "relativ
 
 
 def measured(case: Case, shards: Path, out: Path) -> list[Record]:
-    """The lines of a run that hold its health; it is trained where it is not there."""
+    """Return the metrics with the health of a run; train it if it does not exist."""
     folder = out / case.name.replace(" ", "_")
     own = (f"data.shards={shards / 'train'}", f"evaluate.shards={shards / 'test'}", f"train.output_dir={folder}")
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIG), "--resume"]
@@ -80,7 +79,7 @@ def measured(case: Case, shards: Path, out: Path) -> list[Record]:
 
 
 def draw(runs: Sequence[tuple[Case, list[Record]]], picture: Path) -> None:
-    """A panel for each figure, a line for each run, over the logarithm of updates."""
+    """Draw a panel for each measurement, with a line for each run over the logarithm of the step."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(2, 3)
     for ax, (panel, scale, line) in zip(axes.flat, PANELS, strict=True):
@@ -103,12 +102,12 @@ def draw(runs: Sequence[tuple[Case, list[Record]]], picture: Path) -> None:
 
 
 def update(line: Record) -> int:
-    """How many updates were done when a line was written."""
+    """Return the number of updates before a line was written."""
     return int(line["step"]) + 1
 
 
 def table(case: Case, lines: Sequence[Record]) -> str:
-    """The run's figures in about ten places, and where the verdict changes."""
+    """Return the measurements at about ten steps, and the steps at which the verdict changes."""
     rows = [f"{case.name}: update, {', '.join(TABLE)}"]
     shown = max(1, len(lines) // 10)
     before: Any = None

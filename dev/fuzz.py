@@ -1,22 +1,21 @@
 #!/usr/bin/env python
-"""Damages configs, checkpoints, weights, shards, indices and images in thousands of ways, and opens each of them.
+"""Damage configs, checkpoints, weights, shards, indices and images at random, and open each of them.
 
-Each case must succeed or raise one of our errors, within a time limit. A case fails if
+Each case must succeed or raise an error of jepa_kit within a time limit. A case fails if
 
-- an exception comes from another library, or is none that our functions document (no traceback reaches a user);
-- it takes too long, or its process dies or asks for more memory than a small file can need;
-- a damaged file that carries a checksum is accepted and its content is not the original's;
-- weights that are not finite are accepted.
+- an exception comes from another library, or is not documented, so that a user would see a traceback;
+- it takes too long, or its process dies or allocates more memory than a small file can need;
+- a damaged file with a checksum is accepted although its content has changed;
+- non-finite weights are accepted.
 
 examples:
   python dev/fuzz.py                                     # 2,000 cases, 2 processes; below five minutes
   python dev/fuzz.py --cases 100 --processes 1           # what `make test` runs
-  python dev/fuzz.py --seed 7 --kinds weights,configs    # kinds that begin so
-  python dev/fuzz.py --again weights.onnx:7:12           # one case again: kind, seed and number, as a failure names it
+  python dev/fuzz.py --seed 7 --kinds weights,configs    # kinds with these prefixes
+  python dev/fuzz.py --again weights.onnx:7:12           # repeat a case: kind, seed and number of a failure
 
-A kind is a function ``cases(seed)`` that yields (name, call), the same for the same seed; ``call`` returns if what it
-opened is as it was, and raises ``Harmed`` if it accepted something else.
-Exit status: 0, or 1 after any failure.
+A kind is a function ``cases(seed)`` that yields (name, call), deterministically. ``call`` returns if the opened content
+equals the original, and raises ``Harmed`` if other content was accepted. Exit status: 0, or 1 after any failure.
 """
 
 from __future__ import annotations
@@ -63,11 +62,11 @@ ACCEPTED, REFUSED, FAILED = "accepted unharmed", "refused", "failures"
 
 
 class Harmed(Exception):
-    """Something damaged was accepted, and is not what it was."""
+    """Damaged content was accepted."""
 
 
 class Failure(NamedTuple):
-    """A case that failed: how to run it again, its name, and what happened."""
+    """A case that failed: the argument of ``--again``, its name, and the failure."""
 
     case: str
     name: str
@@ -76,14 +75,14 @@ class Failure(NamedTuple):
 
 @functools.cache
 def temporary_folder(kind: str) -> Path:
-    """Return the folder in which this process keeps what it damages; removed at exit."""
+    """Return a folder for damaged files of this process, which is removed at exit."""
     place = Path(tempfile.mkdtemp(prefix=f"jepa_kit_fuzz_{kind}_"))
     atexit.register(shutil.rmtree, place, True)
     return place
 
 
 def kinds() -> dict[str, Cases]:
-    """All kinds by name; modules that are not there are left out."""
+    """Return all kinds by name, without those of missing modules."""
     found: dict[str, Cases] = {}
     for name in MODULES:
         if not (ROOT / "dev" / f"{name}.py").exists():
@@ -94,7 +93,7 @@ def kinds() -> dict[str, Cases]:
 
 
 def outcome(call: Callable[[], object]) -> tuple[str, str]:
-    """(what became of a case, the text of a failure)."""
+    """Run a case; return (outcome, message of a failure)."""
     try:
         call()
     except Harmed as error:
@@ -109,7 +108,7 @@ def outcome(call: Callable[[], object]) -> tuple[str, str]:
 
 
 def ours(error: BaseException) -> bool:
-    """Whether an error was raised by a line of jepa_kit: another library's own has its last frame there."""
+    """Return whether an error was raised by a line of jepa_kit, and not inside another library."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -118,7 +117,7 @@ def ours(error: BaseException) -> bool:
 
 
 def work(channel: Connection, known: Mapping[str, Cases]) -> None:
-    """A worker: (kind, seed, first, last) in; a message before and after each case out."""
+    """Run a worker: receives (kind, seed, first, last), and sends a message before and after each case."""
     limited = False
     while (task := channel.recv()) is not None:
         kind, seed, first, last = task
@@ -133,13 +132,13 @@ def work(channel: Connection, known: Mapping[str, Cases]) -> None:
 
 
 def limit_memory() -> None:
-    """Let this process ask for ``MEMORY`` bytes more than it has."""
+    """Limit the memory of this process to ``MEMORY`` bytes more than it has."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 class Worker:
-    """A process, what it works on, and since when."""
+    """A process, its case, and the time at which the case started."""
 
     def __init__(self, known: Mapping[str, Cases]) -> None:
         context = multiprocessing.get_context("fork")
@@ -162,7 +161,7 @@ class Worker:
 
 
 class Run:
-    """All cases of all kinds, spread over processes."""
+    """Run all cases of all kinds in several processes."""
 
     def __init__(self, known: Mapping[str, Cases], *, cases: int, seed: int, processes: int, limit: float) -> None:
         self.known, self.limit = known, limit
@@ -175,7 +174,7 @@ class Run:
         self.workers = [Worker(known) for _ in range(processes)]
 
     def task(self) -> tuple[str, int, int, int] | None:
-        """The next chunk: of the kind that is furthest behind."""
+        """Return the next chunk of the kind with the least progress."""
         if self.waiting:
             return self.waiting.popleft()
         behind = [kind for kind in self.known if self.given[kind] < self.quota[kind]]
@@ -195,7 +194,7 @@ class Run:
         self.failures.append(Failure(f"{kind}:{seed}:{number}", name, text))
 
     def lost(self, place: int, text: str) -> None:
-        """A worker that hangs or died: its case failed, another worker does the rest of its chunk."""
+        """Record a failure for a worker that hangs or died; another worker does the rest of its chunk."""
         worker = self.workers[place]
         if worker.task is not None:
             self.fail(worker, text)
@@ -206,7 +205,7 @@ class Run:
         self.workers[place] = Worker(self.known)
 
     def hear(self, worker: Worker) -> None:
-        """Take one message of a worker."""
+        """Process one message of a worker."""
         what, number, *rest = worker.channel.recv()
         assert worker.task is not None
         worker.since = time.monotonic()
@@ -220,7 +219,7 @@ class Run:
             worker.task = None
 
     def look(self, place: int, worker: Worker, ready: bool) -> None:
-        """Take a message, or find that the worker hangs or died."""
+        """Process a message, or a worker that hangs or died."""
         try:
             if ready:
                 self.hear(worker)
@@ -231,7 +230,7 @@ class Run:
             self.lost(place, f"its process died with status {worker.process.exitcode}")
 
     def __call__(self) -> None:
-        """Run all."""
+        """Run all cases."""
         try:
             while True:
                 for worker in self.workers:
@@ -247,7 +246,7 @@ class Run:
                 worker.end()
 
     def table(self) -> str:
-        """A row for each kind, and their sums."""
+        """Return a table with a row per kind, and their sum."""
         head = ("kind", "cases", REFUSED, ACCEPTED, FAILED)
         rows = [
             (kind, sum(counts.values()), *(counts[one] for one in head[2:])) for kind, counts in self.counts.items()
@@ -274,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, known: Mapping[str, Cases] | None = None) -> int:
-    """Runs the tool; returns the exit status."""
+    """Run the tool; return the exit status."""
     arguments = parser().parse_args(argv)
     known = kinds() if known is None else known
     if arguments.again:
@@ -297,7 +296,7 @@ def main(argv: Sequence[str] | None = None, known: Mapping[str, Cases] | None = 
 
 
 def damaged(data: bytes, random: Any) -> tuple[str, bytes]:
-    """(how, the bytes) of a file that was cut, changed, or has bytes too many."""
+    """Return (description, bytes) of a file that is cut, changed or extended."""
     n = len(data)
     at, length = random.randrange(n), random.choice((1, 1, 4, 64, 512))
     way = random.choice(("bit", "bit", "byte", "zeros", "noise", "cut", "drop", "insert", "swap", "repeat"))

@@ -1,4 +1,4 @@
-"""Kinds of fuzz.py: configs as text, as mappings, and overrides; and files of results."""
+"""Kinds of fuzz.py: configs as text and mappings, overrides, and results files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def whole(file: Path) -> dict[str, Any]:
 
 
 def again(config: Config) -> None:
-    """A config that was accepted must come back from its own text."""
+    """Check that an accepted config equals the one read from its own text."""
     try:
         back = config_from_dict(config.to_dict())
         (folder() / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -53,7 +53,7 @@ def again(config: Config) -> None:
 
 
 def texts(seed: int) -> Cases:
-    """YAML with bytes or words changed."""
+    """Yield YAML with changed bytes or words."""
     chance = random.Random(f"text {seed}")
     while True:
         source = chance.choice(CONFIGS)
@@ -94,7 +94,7 @@ def _changed(value: Any, chance: random.Random, depth: int = 0) -> Any:
 
 
 def mappings(seed: int) -> Cases:
-    """Resolved configs with values of another type or range."""
+    """Yield resolved configs with values of another type or range."""
     chance = random.Random(f"mapping {seed}")
     while True:
         source = chance.choice(CONFIGS)
@@ -110,7 +110,7 @@ def mappings(seed: int) -> Cases:
 
 
 def overrides(seed: int) -> Cases:
-    """What may stand on a command line."""
+    """Yield overrides as on a command line."""
     chance = random.Random(f"override {seed}")
     keys = [f"{slot}.{key}" for slot, held in whole(CONFIGS[0]).items() if isinstance(held, dict) for key in held]
     keys += ["masker", "loss", "data", "x", "", ".", "train.", "train..seed", "loss.0.name", "imports", "_BASE_"]
@@ -153,7 +153,7 @@ def results() -> dict[str, Any]:
 
 
 def result_files(seed: int) -> Cases:
-    """Files of results with bytes or values changed, put into a table."""
+    """Yield tables of results files with changed bytes or values."""
     chance = random.Random(f"results {seed}")
     while True:
         held = results()

@@ -1,4 +1,4 @@
-"""Kinds of fuzz.py: shards, their indices, archives that become shards, and images, damaged at random."""
+"""Kinds of fuzz.py: damaged shards, their indices, archives for make_shards, and images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def encoded(image: Image.Image, file_format: str) -> bytes:
 
 @functools.cache
 def images() -> dict[str, bytes]:
-    """A file of each kind, about 1 kB."""
+    """Return an image file of each format, about 1 kB."""
     pixels = np.random.default_rng(0).integers(0, 256, (14, 18, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     deep = (pixels[..., 0].astype(np.uint16) << 8) + 7
@@ -64,13 +64,13 @@ def images() -> dict[str, bytes]:
 
 @functools.cache
 def samples() -> list[Sample]:
-    """Eight samples, JPEG and PNG in turn."""
+    """Return eight samples, alternately JPEG and PNG."""
     files = [("jpg", images()["JPEG"]), ("png", images()["PNG"])]
     return [Sample(f"d/{k}", *files[k % 2], {"class": k % 3}) for k in range(8)]
 
 
 def shards(place: Path) -> Path:
-    """A data set of ours in a new folder: two shards of four samples."""
+    """Write a data set of jepa_kit to a new folder: two shards of four samples."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     parts = [write_shard(str(place / f"shard-{k:06d}.tar"), samples()[4 * k : 4 * k + 4]) for k in range(2)]
@@ -80,7 +80,7 @@ def shards(place: Path) -> Path:
 
 
 def read_all(dataset: ShardDataset) -> dict[str, bytes]:
-    """Key -> bytes of each sample that can be read."""
+    """Return key -> bytes of all readable samples."""
     found = {}
     for i in range(len(dataset)):
         try:
@@ -91,7 +91,7 @@ def read_all(dataset: ShardDataset) -> dict[str, bytes]:
 
 
 def index_cases(seed: int) -> Cases:
-    """Files of our own data sets, damaged: arrays carry checksums, and --verify finds what a shard's reader cannot."""
+    """Yield damaged data sets of jepa_kit: arrays have checksums, and --verify finds what a reader cannot."""
     rng = random.Random(seed)
     while True:
         name, numbered = rng.choice(FILES), rng.randrange(2**32)
@@ -129,7 +129,7 @@ def _index(name: str, old: bool, seed: int) -> None:
 
 
 def tar_members(rng: random.Random) -> bytes:
-    """A tar of odd members: links, pax headers, devices, folders, long names, JSON labels."""
+    """Return a tar with unusual members: links, pax headers, devices, folders, long names, JSON labels."""
     out = io.BytesIO()
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
     headers = {"comment": "x" * rng.randrange(900)} if rng.random() < 0.3 else {}
@@ -155,7 +155,7 @@ def tar_members(rng: random.Random) -> bytes:
 
 
 def foreign_cases(seed: int) -> Cases:
-    """Shards without an index, of odd members, damaged three times of four: opened, and each sample read."""
+    """Yield shards without an index and with unusual members, three in four damaged; all samples are read."""
     rng = random.Random(seed)
     while True:
         yield f"shard {(numbered := rng.randrange(2**32))}", functools.partial(_foreign, numbered)
@@ -178,7 +178,7 @@ def _foreign(seed: int) -> None:
 
 
 def archive_cases(seed: int) -> Cases:
-    """Tars and zips for make_shards, damaged: listed, and each file read."""
+    """Yield damaged tars and zips for make_shards; all files are listed and read."""
     rng = random.Random(seed)
     while True:
         kind = rng.choice(("tar", "zip"))
@@ -209,7 +209,7 @@ def _archive(kind: str, seed: int) -> None:
 
 
 def image_cases(seed: int) -> Cases:
-    """Image files, damaged: decoded to RGB or refused; a PNG's chunks carry their CRC-32."""
+    """Yield damaged image files, which must be decoded to RGB or rejected; chunks of a PNG have a CRC-32."""
     rng = random.Random(seed)
     while True:
         kind = rng.choice(FORMATS)
@@ -236,7 +236,7 @@ KINDS: dict[str, Callable[[int], Cases]] = {
 
 
 def cases(seed: int) -> Cases:
-    """All kinds in turn."""
+    """Yield cases of all kinds in turn."""
     running: list[Any] = [kind(seed) for kind in KINDS.values()]
     while True:
         for one in running:

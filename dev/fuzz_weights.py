@@ -1,4 +1,4 @@
-"""Kinds of fuzz.py: weights and checkpoints of all formats, damaged, not finite, or of another structure."""
+"""Kinds of fuzz.py: weights and checkpoints of all formats, damaged, non-finite, or with another structure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ folder = functools.partial(temporary_folder, "weights")
 
 @functools.cache
 def config() -> Any:
-    """Of a run of a tiny ViT."""
+    """Return the config of a run of a tiny ViT."""
     return config_from_dict(
         {
             "masker": {"name": "multiblock"},
@@ -60,7 +60,7 @@ def config() -> Any:
 
 @functools.cache
 def checkpoint() -> Checkpoint:
-    """Of that run, with moments."""
+    """Return a checkpoint of that run, with optimizer moments."""
     torch.manual_seed(0)
     jepa = build_recipe(config())
     optimizer = build_optimizer(jepa)
@@ -73,7 +73,7 @@ def checkpoint() -> Checkpoint:
 
 @functools.cache
 def weights() -> EncoderWeights:
-    """Of a tiny encoder."""
+    """Return the weights of a tiny encoder."""
     shape = Architecture(image_size=(32, 32), patch_size=8, embed_dim=16, depth=2, num_heads=HEADS, mlp_hidden=40)
     seeded = torch.Generator().manual_seed(0)
     state = {k: torch.randn(v.shape, generator=seeded) for k, v in shape.build().state_dict().items()}
@@ -82,7 +82,7 @@ def weights() -> EncoderWeights:
 
 @functools.cache
 def original(format: str) -> Path:
-    """A file or folder of a format, whole."""
+    """Return an undamaged file or folder of a format."""
     path = folder() / f"{format}.original"
     write(checkpoint() if format in ("official", "jepa_kit") else weights(), path, format)  # type: ignore[arg-type]
     return path
@@ -90,12 +90,12 @@ def original(format: str) -> Path:
 
 @functools.cache
 def content(format: str) -> Any:
-    """What the whole file holds."""
+    """Return the content of the undamaged file."""
     return read(original(format), None, Reading(num_heads=HEADS))
 
 
 def fresh(name: str) -> Path:
-    """A place for a case, empty."""
+    """Return an empty folder for a case."""
     place = folder() / name
     shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
     return place
@@ -114,7 +114,7 @@ def compare(found: Any, expected: Any) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, tensors bit for bit."""
+    """Return whether two values are equal, with tensors bit for bit."""
     if isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(b, dict):
@@ -123,7 +123,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def damaged_files(format: str, seed: int) -> Cases:
-    """A file with a checksum, its bytes damaged."""
+    """Yield files with a checksum and damaged bytes."""
     chance = random.Random(f"{format} {seed}")
     while True:
         source = original(format)
@@ -144,7 +144,7 @@ def damaged_files(format: str, seed: int) -> Cases:
 
 
 def foreign(kind: str, state: dict[str, torch.Tensor]) -> Path:
-    """A file of another maker, which has no checksum of ours."""
+    """Return a file of another library, which has no checksum of jepa_kit."""
     place = fresh("y")
     if kind == "torch":
         torch.save(state, place)
@@ -159,7 +159,7 @@ def foreign(kind: str, state: dict[str, torch.Tensor]) -> Path:
 
 
 def foreign_files(seed: int) -> Cases:
-    """Bytes damaged in a file without a checksum: accepted or not, nothing may be infinite, and no name another."""
+    """Yield damaged files without a checksum: if accepted, all numbers are finite and all names unchanged."""
     chance = random.Random(f"foreign {seed}")
     while True:
         kind = chance.choice(("timm", "hf"))
@@ -179,7 +179,7 @@ def foreign_files(seed: int) -> Cases:
 
 
 def not_finite(seed: int) -> Cases:
-    """One number of one tensor is NaN or infinite, and the checksum is right."""
+    """Yield files with one NaN or infinite number and a correct checksum."""
     chance = random.Random(f"finite {seed}")
     while True:
         format = chance.choice((*FORMATS, "foreign torch", "foreign timm", "foreign hf"))
@@ -207,7 +207,7 @@ def not_finite(seed: int) -> Cases:
 
 
 def changed(value: Any, chance: random.Random, depth: int = 0) -> Any:
-    """A value with one part of it replaced, dropped or added."""
+    """Return a value with one part replaced, removed or added."""
     if isinstance(value, dict) and value and depth < 6 and chance.random() < 0.85:
         key = chance.choice(sorted(value, key=str))
         way = chance.random()
@@ -226,7 +226,7 @@ def changed(value: Any, chance: random.Random, depth: int = 0) -> Any:
 
 
 def structures(seed: int) -> Cases:
-    """Archives with another structure inside, their CRCs right."""
+    """Yield archives with another structure and correct CRCs."""
     chance = random.Random(f"structure {seed}")
     while True:
         format = chance.choice(("official", "jepa_kit"))
@@ -247,7 +247,7 @@ def structures(seed: int) -> Cases:
 
 
 def run_folders(seed: int) -> Cases:
-    """A checkpoint in a run folder, its bytes damaged: as what a run resumes from, and as a config."""
+    """Yield damaged checkpoints in a run folder, read to resume and as a config."""
     chance = random.Random(f"run {seed}")
     place = folder() / "run"
     place.mkdir(exist_ok=True)
@@ -273,7 +273,7 @@ def run_folders(seed: int) -> Cases:
 
 @functools.cache
 def in_shards() -> Path:
-    """The same checkpoint as a folder of shards."""
+    """Return the same checkpoint as a folder of shards."""
     place = folder() / "shards" / "checkpoint_00000003"
     saved = checkpoint()
     save_sharded(place, saved.model, saved.optimizer)
@@ -284,7 +284,7 @@ def in_shards() -> Path:
 
 
 def sharded(seed: int) -> Cases:
-    """A checkpoint in shards: bytes of one file are damaged, or it is missing."""
+    """Yield sharded checkpoints with one damaged or missing file."""
     chance = random.Random(f"sharded {seed}")
     while True:
         source = in_shards()

@@ -1,13 +1,13 @@
-"""Everything that a machine with a GPU can tell of jepa_kit, in one command that needs no network.
+"""Run all tests and measurements that need a GPU, without a network.
 
     dev/gpu_check.sh OUT                                on a GPU: under ten minutes
-    dev/gpu_check.sh OUT --images cifar10/train         the last stage trains on these (a folder a class), not on scenes
+    dev/gpu_check.sh OUT --images cifar10/train         the last stage trains on these (a folder per class)
     dev/gpu_check.sh OUT --device cpu --small           the same stages, tiny: minutes on two CPU cores
     dev/gpu_check.sh OUT --stages parity compiled       some of them
 
-Each stage (gpu_stages.py) is a process with a time limit of its own. A stage that fails or is stopped keeps what it
-measured so far and does not stop the others. OUT gets N_STAGE.json and N_STAGE.log of each, and summary.txt: one page
-with a figure for every stage. Exit status: 0 if all stages ended well, 1 if one did not, 2 for a wrong command.
+Each stage (gpu_stages.py) is a process with its own time limit. A stage that fails or is stopped keeps its results so
+far and does not stop the others. OUT gets N_STAGE.json and N_STAGE.log of each stage, and summary.txt, one page with
+results of all. Exit status: 0 if all stages succeed, 1 if one fails, 2 for a mistake in the command.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ STAGES = {
 
 
 def run_stage(stage: Stage, limit: float, stem: Path) -> dict[str, Any]:
-    """Run a stage and return its result: rows and data, status ("ok", or what went wrong) and seconds."""
+    """Run a stage and return its rows and data, status ("ok", or the error) and seconds."""
     begin, file = time.monotonic(), stem.with_suffix(".json")
     file.unlink(missing_ok=True)
     with stem.with_suffix(".log").open("w") as log:
@@ -84,7 +84,7 @@ def run_stage(stage: Stage, limit: float, stem: Path) -> dict[str, Any]:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """Kill a process and its children."""
     with suppress(ProcessLookupError):  # all of them have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -112,7 +112,7 @@ def run_all(stages: Sequence[Stage], out: Path, total: float) -> list[dict[str, 
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Return the lines of the summary for a stage: name, time, status, and a line for each figure."""
+    """Return the lines of the summary for a stage: name, time, status, and a line per result."""
     head = f"{result['stage']:10s} {result['seconds']:6.1f} s  {result['status']}"
     return "\n".join([head, *(f"    {label:34s} {value}" for label, value in result["rows"])])
 

@@ -1,9 +1,9 @@
-"""The stages of gpu_check.py, each a function that records figures as it measures them.
+"""The stages of gpu_check.py: functions that record results as they are measured.
 
     python dev/gpu_stages.py NAME --device cuda|cpu [--small] --end SECONDS FILE     (as gpu_check.py runs them)
 
-Measurements are those of benchmarks/ and of the toolkit's own logs. With --small everything is tiny, and compiled
-blocks run without Inductor, whose compilation takes minutes of a CPU: their rows are marked "(aot_eager)".
+Measurements are those of benchmarks/ and of the logs of runs. With --small everything is tiny, and compiled blocks run
+without Inductor, which would take minutes to compile on a CPU: their rows are marked "(aot_eager)".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIGS = ROOT / "projects" / "ijepa" / "configs"
 
 
 class Record:
-    """What a stage found; its file is written anew with each row, so that a stage that is stopped loses nothing."""
+    """The results of a stage; each row rewrites the file, so that a stage that is stopped loses nothing."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.small, self.images, self.file = args.device, args.small, args.images, args.file
@@ -40,11 +40,11 @@ class Record:
 
     @property
     def left(self) -> float:
-        """Seconds until all stages must have ended."""
+        """Return the seconds until all stages must end."""
         return self.end - time.time()
 
     def row(self, label: str, value: str, **data: Any) -> None:
-        """Add a line of the summary, and data beside it."""
+        """Add a line of the summary, with its data."""
         self.rows.append((label, value))
         self.data |= data
         self.file.write_text(json.dumps({"rows": self.rows, "data": self.data}, indent=1) + "\n")
@@ -64,7 +64,7 @@ class Record:
 
 
 def machine(r: Record) -> None:
-    """Versions, bandwidth and the rate of large matrix products."""
+    """Record versions, bandwidth and the rate of large matrix products."""
     import platform
 
     import torch
@@ -88,7 +88,7 @@ def machine(r: Record) -> None:
 
 
 def seconds_of(work: Callable[[], object], cuda: bool) -> float:
-    """Return the time of some work: by events on CUDA, else by the clock."""
+    """Return the seconds of some work, by events on CUDA, else by the clock."""
     import torch
 
     if not cuda:
@@ -104,7 +104,7 @@ def seconds_of(work: Callable[[], object], cuda: bool) -> float:
 
 
 def tests(r: Record) -> None:
-    """All tests marked gpu; on a CPU the same bodies that run there. The row is kept up to date while they run."""
+    """Run all tests marked gpu, or on a CPU the same tests there; the row is updated while they run."""
     what = ["-m", "gpu", "tests"] if r.cuda else ["-m", "not gpu", "tests/engine/test_on_device.py"]
     if r.small:
         what += ["-k", "six_steps or accumulat"]
@@ -126,7 +126,7 @@ def tests(r: Record) -> None:
 
 
 def parity(r: Record) -> None:
-    """The recording of the released code, in both precisions."""
+    """Compare with the recording of the released code, in both precisions."""
     import torch
 
     from projects.ijepa.check_parity import check
@@ -146,7 +146,7 @@ def parity(r: Record) -> None:
 
 
 def attention(r: Record) -> None:
-    """``attend`` forward and backward with heads of H/14 (80) and of the predictor (24), with cuDNN and without."""
+    """Time ``attend`` forward and backward with heads of H/14 (80) and the predictor (24), with and without cuDNN."""
     sizes = (
         ("--grid", 6, "--batch-size", 2, "--heads", 2)
         if r.small
@@ -184,7 +184,7 @@ contenders share the device's memory at once: with them, batches are small enoug
 
 
 def eager(r: Record) -> None:
-    """A training step of ours, of plain code, and of plain code as the release does it (bench_step.py)."""
+    """Time a training step of jepa_kit, of plain code, and of plain code as the release does it (bench_step.py)."""
     small = (("tiny", "ragged", 2, BOTH), ("tiny", "uniform", 2, ()))
     for size, masks, images, against in small if r.small else STEPS:
         shape = ("--masks", masks, "--batch-size", images, *(("--image-size", 96) if r.small else ()))
@@ -203,7 +203,7 @@ def eager(r: Record) -> None:
 
 
 def compiled(r: Record) -> None:
-    """The same step with compiled blocks (bench_engine.py)."""
+    """Time the same step with compiled blocks (bench_engine.py)."""
     if r.small:
         from jepa_kit.encoders import compiled as blocks
 
@@ -237,7 +237,7 @@ def show_compiled(r: Record, rows: list[dict[str, Any]]) -> None:
 
 
 def profile(r: Record) -> None:
-    """Kernels by kind in three steps, eager and compiled, and waits of the host."""
+    """Profile kernels by kind in three steps, eager and compiled, and waits of the host."""
     shape = ("--size", "huge", "--patch-size", 14)
     if r.small:
         shape = ("--size", "tiny", "--image-size", 96, "--batch-size", 2, "--compiler", "aot_eager")
@@ -256,7 +256,7 @@ def profile(r: Record) -> None:
 
 
 def repeats(r: Record) -> None:
-    """Two equal runs and one resumed from their middle: equal bits, or how far apart."""
+    """Compare two equal runs and one that is resumed from their middle: equal bits, or the difference."""
     options = ("--steps", 4, "--batch-size", 4, "--size", "tiny") if r.small else ("--steps", 20, "--batch-size", 64)
     found = r.benchmark("bench_repeats.py", *options, "--device", r.device)
     if found is None:
@@ -268,7 +268,7 @@ def repeats(r: Record) -> None:
 
 
 def loader(r: Record) -> None:
-    """A training run of B/16 from JPEG files of 500 x 375, by workers and decoder: images a second, and its waits."""
+    """Measure images per second and data waits of training B/16 on JPEG files of 500 x 375, by workers and decoder."""
     from bench_feed import main as feed
 
     output = r.file.with_name("feed.json")
@@ -285,7 +285,7 @@ def loader(r: Record) -> None:
 
 
 def training(r: Record) -> None:
-    """CIFAR-10 (``--images``) or scenes, trained for the time that is left, then probes and health."""
+    """Train on CIFAR-10 (``--images``) or scenes for the remaining time, then measure probes and health."""
     from gpu_training import pretrain_and_probe
 
     pretrain_and_probe(r)

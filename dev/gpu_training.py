@@ -1,4 +1,4 @@
-"""The last stage of gpu_check.py: a pretrained network, its probes and its health, in the time that is left."""
+"""The last stage of gpu_check.py: pretraining, probes and health, in the remaining time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARGIN = 10.0
 
 
 def make_shards(r: Any) -> tuple[Path, Path]:
-    """Return shards to train on and to test on: of ``--images`` (train and test or val in it, or split), or scenes."""
+    """Return training and test shards: of ``--images`` (its train and test or val, or a split), or of scenes."""
     from jepa_kit.tools import make_shards as tool
 
     def make(*arguments: object) -> None:
@@ -95,7 +95,7 @@ def pretrain_and_probe(r: Any) -> None:
 
 
 def probe(r: Any, run: Path, protocol: str, train_shards: Path, test_shards: Path) -> None:
-    """Evaluate a run by one protocol, beside the untrained network and pixels, and add a row."""
+    """Evaluate a run, the untrained network and pixels by one protocol, and add a row."""
     from jepa_kit.tools import eval_net
 
     found = r.file.with_name(f"{protocol}.json")
@@ -112,7 +112,7 @@ def probe(r: Any, run: Path, protocol: str, train_shards: Path, test_shards: Pat
 
 
 def train_run(r: Any, shards: Path, name: str, steps: int) -> Path:
-    """Train so many steps and return the run folder."""
+    """Train ``steps`` steps and return the run folder."""
     from jepa_kit.config import load_config
     from jepa_kit.training import train
 
@@ -131,7 +131,7 @@ def train_run(r: Any, shards: Path, name: str, steps: int) -> Path:
 
 
 def steady_rate(run: Path) -> float:
-    """Return the steps a second of the end of a run."""
+    """Return the steps per second at the end of a run."""
     from jepa_kit.config import load_config
     from jepa_kit.engine.logging.telemetry import read_metrics
 

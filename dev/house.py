@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prints figures on the shape of the code: chains of imports, sizes, words, and what runs before the first step.
+"""Measure the code: chains of imports, sizes, words, and the work before the first step.
 
 The table is Markdown, with one column for jepa_kit and one for tools; below it are the chain of imports, long files,
 long functions and what else a figure is made of. --compare prints the tables of two such measurements side by side.

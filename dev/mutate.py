@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures the tests: makes one small fault at a time in a copy of the tree, and runs the tests of its area.
+"""Measure the tests: make one small fault at a time in a copy of the tree, and run the tests of its area.
 
 A mutant is one change of the syntax tree (an operator, a constant off by one, a negated condition, a dropped
 statement, swapped arguments). It is killed if a test fails, and survives if all pass. Mutants are stored by file,
@@ -169,7 +169,7 @@ class Sandbox:
                 shutil.copyfile(tree / name, folder / name)
 
     def write(self, file: str, text: str) -> None:
-        """Change a file; its compiled form goes, which could have the same size and second."""
+        """Change a file; delete its bytecode, whose source could have the same size and time."""
         (self.folder / file).write_text(text)
         Path(cache_from_source(str(self.folder / file))).unlink(missing_ok=True)
 
@@ -183,7 +183,7 @@ class Sandbox:
         self.pid = start(self.folder, stages(self.folder, area, self.file, killer), self.log, cpu)
 
     def poll(self) -> tuple[str, str, float] | None:
-        """(verdict, the test that failed, seconds of CPU) once the tests are through, and the file is as it was."""
+        """Return (verdict, the test that failed, seconds of CPU) after the tests end, and restore the file."""
         late = time.monotonic() > self.deadline
         if late:
             os.killpg(self.pid, signal.SIGKILL)
@@ -219,7 +219,7 @@ class Run:
         self.broken: list[str] = []
 
     def next(self, box: Sandbox) -> tuple[str, dict[str, Any] | None] | None:
-        """Begin the next mutant in a free box; None if there is none (any more)."""
+        """Start the next mutant in a free box; return None if none is left."""
         while self.waiting:
             area, mutant = self.waiting.pop(0)
             change = mutated(box.folder, mutant) if mutant else None

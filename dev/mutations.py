@@ -1,4 +1,4 @@
-"""One small change of a syntax tree at a time, how it is stored, and how it is found again: for `dev/mutate.py`."""
+"""Make, store and find small changes of a syntax tree, for `dev/mutate.py`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ NAMES = {a: b for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.spli
 
 
 def altered(node: ast.AST, **fields: Any) -> Any:
-    """A copy of a node with some of its fields replaced."""
+    """Return a copy of a node with other values of some fields."""
     return ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), **fields}), node)
 
 
 def replaced(items: Sequence[Any], index: int, *new: Any) -> list[Any]:
-    """A copy of a list with one item replaced by others."""
+    """Return a copy of a list with one item replaced by others."""
     return [*items[:index], *new, *items[index + 1 :]]
 
 
 def expression_changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """(operator, mutated node) for everything that can be done to one expression."""
+    """Yield (operator, mutated node) for all changes of an expression."""
     match node:
         case ast.Compare(ops=ops):
             yield from (
@@ -68,7 +68,7 @@ def expression_changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """(operator, mutated node) for everything that can be done to one node."""
+    """Yield (operator, mutated node) for all changes of a node."""
     yield from expression_changes(node)
     match node:
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
@@ -89,7 +89,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def sites(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST, str, ast.AST]]:
-    """(function, node, operator, mutated node) of a module; annotations, texts of messages and imports are left out."""
+    """Yield (function, node, operator, mutated node) of a module, except annotations, messages and imports."""
     for field, value in ast.iter_fields(tree):
         for node in value if isinstance(value, list) else [value]:
             left_out = field in {"annotation", "returns"} or isinstance(
@@ -104,7 +104,7 @@ def sites(tree: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST, str
 
 
 class Replace(ast.NodeTransformer):
-    """Puts ``new`` where ``old`` is."""
+    """Replaces ``old`` by ``new``."""
 
     def __init__(self, old: ast.AST, new: ast.AST) -> None:
         self.old, self.new = old, new
@@ -117,7 +117,7 @@ KEY = ("file", "function", "operator", "line", "was", "now", "nth")
 
 
 def described(tree: Path, file: str) -> Iterator[tuple[dict[str, Any], ast.Module, ast.AST, ast.AST]]:
-    """Each mutant of a file as it is stored, with the module and the node to replace in it."""
+    """Yield each mutant of a file in its stored form, with the module and the node to replace."""
     source = (tree / file).read_text()
     lines, module, seen = source.splitlines(), ast.parse(source), Counter[tuple[str, ...]]()
     for function, node, operator, new in sites(module):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Kills a training run again and again, in every phase, and checks that nothing of it shows in the end.
+"""Kill a training run repeatedly in every phase, and check that its results equal those of an undisturbed run.
 
-A tiny run is done once without a stop, and once with stops: SIGKILL while it starts, between two steps, while a
-checkpoint is being written, just after one was, at any time; and SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP, which
-must write a checkpoint and leave the status 75, or 130 for SIGINT. It is resumed after each. Losses, gradient norms and
-schedules of every line, and all weights and moments at the end, must be the same bit for bit. With --processes N the
-run is one of N processes under torchrun, which starts all again when one of them is killed.
+A tiny run is trained once without stops and once with: SIGKILL during its start, between two steps, during and just
+after the writing of a checkpoint, and at random; and SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP, which must write a
+checkpoint and exit with status 75, or 130 for SIGINT. It is resumed after each stop. Losses, gradient norms and
+schedules of every step, and the final weights and moments, must be equal bit for bit. With --processes N the run
+has N processes under torchrun, which restarts all if one is killed.
 
 examples:
   python dev/torture.py                               # 20 SIGKILLs and 4 other signals; a few minutes
@@ -13,7 +13,7 @@ examples:
   python dev/torture.py --processes 2 --kills 4       # one rank is killed, torchrun restarts all
   python dev/torture.py --processes 2 --kills 4 train.parallel=fsdp checkpoint.format=sharded
 
-Exit status: 0 where nothing shows, 1 otherwise.
+Exit status: 0 if all is equal, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PATIENCE = 1800.0
 
 
 def write_shards(folder: Path, images: int = 24) -> None:
-    """Small images of random colours."""
+    """Write shards of small images of random colours."""
     draw = np.random.default_rng(0)
     samples = []
     for number in range(images):
@@ -70,7 +70,7 @@ def write_shards(folder: Path, images: int = 24) -> None:
 
 
 def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Sequence[str] = ()) -> None:
-    """A run of ``steps`` steps of 4 images with all that hangs on chance: order, crops, masks, stochastic depth."""
+    """Write the config of a run of ``steps`` steps of 4 images with random order, crops, masks and stochastic depth."""
     transforms = [{"name": "random_resized_crop"}, {"name": "flip", "p": 0.5}]
     config = {
         "masker": {"name": "multiblock"},
@@ -96,7 +96,7 @@ def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Se
 
 
 class Process:
-    """A run of the config into a folder, resumed: a new process, a fork of this one, or several under torchrun."""
+    """A resumed run of the config: a new process, a fork of this one, or several under torchrun."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Process:
             os._exit(status)
 
     def poll(self) -> int | None:
-        """The exit status, negative for a signal, or None while it runs."""
+        """Return the exit status, negative for a signal, or None during the run."""
         if hasattr(self, "child"):
             return self.child.poll()
         if not hasattr(self, "status"):
@@ -173,12 +173,12 @@ class Process:
         return status
 
     def send(self, number: int, rank: int | None = None) -> None:
-        """Signals the process, or one rank of torchrun's."""
+        """Send a signal to the process, or to one rank of torchrun."""
         with suppress(ProcessLookupError, FileNotFoundError, KeyError):  # it has just ended by itself
             os.kill(self.pid if rank is None else self.ranks()[rank], number)
 
     def ranks(self) -> dict[int, int]:
-        """rank -> process, of torchrun's children."""
+        """Return rank -> process id of the children of torchrun."""
         found = {}
         for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
             environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
@@ -189,7 +189,7 @@ class Process:
 
 
 def lines(folder: Path) -> int:
-    """Finished lines of metrics.jsonl."""
+    """Return the number of complete lines of metrics.jsonl."""
     path = folder / METRICS
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -200,7 +200,7 @@ def last_step(folder: Path) -> int:
 
 
 def phases(draw: random.Random, folder: Path) -> dict[str, Callable[[], Callable[[], bool]]]:
-    """Phase -> makes, when a process begins, what tells whether the phase is there."""
+    """Return phase -> function that, at the start of a process, returns a test of whether the phase is reached."""
 
     def after(seconds: float) -> Callable[[], bool]:
         end = time.monotonic() + seconds
@@ -237,7 +237,7 @@ def phases(draw: random.Random, folder: Path) -> dict[str, Callable[[], Callable
 
 
 def stop_once(process: Process, there: Callable[[], bool], number: int, rank: int | None) -> bool:
-    """Waits for the phase and signals; whether it came before the end of the process."""
+    """Wait for the phase and send the signal; return whether the phase came before the process ended."""
     start = time.monotonic()
     while not there():
         if process.poll() is not None:
@@ -250,7 +250,7 @@ def stop_once(process: Process, there: Callable[[], bool], number: int, rank: in
 
 
 def plan(draw: random.Random, kills: int, signals: int, names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """(phase, signal), every phase as often as any other, in a random order."""
+    """Yield pairs (phase, signal) in random order, with each phase equally often."""
     stops = [(names[k % len(names)], signal.SIGKILL) for k in range(kills)]
     stops += [("step", SIGNALS[k % len(SIGNALS)]) for k in range(signals)]
     draw.shuffle(stops)
@@ -258,12 +258,12 @@ def plan(draw: random.Random, kills: int, signals: int, names: Sequence[str]) ->
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run without what a clock measured."""
+    """Return the metrics of a run without times."""
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(folder)]
 
 
 def differences(whole: Path, stopped: Path) -> list[str]:
-    """What shows of the stops; nothing where all is the same, bit for bit."""
+    """Return the differences between the two runs; empty if all is equal bit for bit."""
     found = []
     one, other = numbers(whole), numbers(stopped)
     if [line["step"] for line in one] != [line["step"] for line in other]:
@@ -282,7 +282,7 @@ def differences(whole: Path, stopped: Path) -> list[str]:
 
 
 def torture(work: Path, options: argparse.Namespace) -> int:
-    """The two runs, and the verdict as an exit status."""
+    """Train both runs, compare them, and return the exit status."""
     draw = random.Random(options.seed)
     (work / "shards").mkdir(parents=True)
     write_shards(work / "shards")
