@@ -1,8 +1,8 @@
 """Time the masks of a batch, for every registered masker and the released multi-block masks.
 
 Each is compared with a plain loop over the images (below) that draws the same kind of masks block by block with
-Python's random generator and packs them the same way. Before timing, their contexts are checked to have the same mean length.
-Times are the CPU time of one thread, the best of the repeats, so that other programs have little influence.
+Python's random generator and packs them the same way. Before timing, their contexts are checked to have the same mean
+length. Times are the CPU time of one thread, the best of the repeats, so that other programs have little influence.
 
     python benchmarks/bench_masks.py
     python benchmarks/bench_masks.py --batch-sizes 128 --grids 14x14
