@@ -172,7 +172,8 @@ class TrainLoader:
         self.steps_per_epoch = samples // batch_size
         self._batches = _TrainBatches(dataset, masker, view, seed)
         self._window_steps = -(-shuffle_window // batch_size)
-        self._check_cache()
+        if dataset.remote:
+            self._check_cache()
 
     def order(self, epoch: int) -> IntArray:
         """Return the samples [N] of an epoch in order; the last ``N % batch_size`` are not used."""
