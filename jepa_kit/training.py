@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jepa_kit.config import Config
 from jepa_kit.engine import train as engine
-from jepa_kit.engine.hooks import HookFactory
+from jepa_kit.engine.run import HookFactory
 from jepa_kit.evaluation.online import PANELS, online_evaluation
 from jepa_kit.interop import start
 
@@ -27,7 +27,7 @@ def train(
         config: checked.
         resume: resume the run in ``train.output_dir``.
         resume_from: a checkpoint of the run, or a released one to start from.
-        hooks: more hooks, each made by a function of the run (jepa_kit/engine/hooks.py).
+        hooks: more hooks, each made by a function of the run (jepa_kit/engine/run.py).
 
     Returns:
         the run folder.

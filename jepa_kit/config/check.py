@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jepa_kit.config.renamed import RELEASED_CROP
-from jepa_kit.config.sections import SECTIONS, between_sections
+from jepa_kit.config.sections import SECTIONS, between_sections, plain
 from jepa_kit.registry import (
     LOSSES,
     REQUIRED,
@@ -329,12 +329,3 @@ def _convert_sequence(value: list[Any] | tuple[Any, ...], origin: Any, args: tup
         return tuple(convert(x, a) for x, a in zip(value, args, strict=True))
     items = [convert(x, args[0] if args else Any) for x in value]
     return items if origin is list else tuple(items)
-
-
-def plain(value: Any) -> Any:
-    """Return a copy of a value as YAML has it, with tuples as lists."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value

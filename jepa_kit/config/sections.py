@@ -327,3 +327,12 @@ def between_sections(optim: OptimConfig, train: TrainConfig) -> list[str]:
     if optim.stretch != 1:
         planned = f"optim.stretch times train.epochs (={length})"
     return [f"optim.warmup_epochs (={optim.warmup_epochs!r}) must be below {planned}"]
+
+
+def plain(value: Any) -> Any:
+    """Return a copy of a value as YAML has it, with tuples as lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value

@@ -11,14 +11,12 @@ from jepa_kit.config import versions
 from jepa_kit.data.device import to_device
 from jepa_kit.distributed.collectives import broadcast_from_rank0
 from jepa_kit.distributed.signals import Decision, Signals, StopConsensus
-from jepa_kit.engine.checkpoint.async_save import Saver
-from jepa_kit.engine.checkpoint.failures import under_way
+from jepa_kit.engine.checkpoint.async_save import Saver, under_way
 from jepa_kit.engine.checkpoint.format import Checkpoint
-from jepa_kit.engine.hooks import Hook, due_hooks, run_hooks
 from jepa_kit.engine.logging.telemetry import Journal, Meter, Record
 from jepa_kit.engine.nonfinite.detect import Watch
 from jepa_kit.engine.nonfinite.policy import BadSteps
-from jepa_kit.engine.run import Run, Start
+from jepa_kit.engine.run import Hook, Run, Start, due_hooks, run_hooks
 from jepa_kit.engine.skipped_samples import SkippedSamples
 from jepa_kit.engine.step import train_on
 
@@ -68,7 +66,7 @@ def run_steps(session: Session) -> End:
     """Run the steps from the start's to the last one, or until the run has to stop earlier.
 
     Raises:
-        RunError: the run failed (failures.py); TooManySkippedError if more samples are unusable than
+        RunError: the run failed (async_save.py); TooManySkippedError if more samples are unusable than
             ``data.max_skipped`` allows.
         FloatingPointError: loss, gradient or weights are not finite, and the run stops for it (nonfinite/policy.py).
         SaveError: a checkpoint could not be written.

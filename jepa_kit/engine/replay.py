@@ -25,9 +25,10 @@ from jepa_kit.config.imports import check_trusted
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
-from jepa_kit.engine.checkpoint.format import load_checkpoint, restore, step_of
+from jepa_kit.engine.checkpoint.format import load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
+from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.run import ForeignWeights

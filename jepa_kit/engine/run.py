@@ -1,8 +1,9 @@
-"""The types of a training run: what it is made of (``Run``) and where it begins (``Start``)."""
+"""The types of a training run: what it is made of (``Run``), where it begins (``Start``) and its hooks."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -88,3 +89,57 @@ class ForeignWeights(Protocol):
     ) -> Start:
         """Load weights, optimiser state and epoch of a released checkpoint (``--resume FILE``)."""
         ...
+
+
+class Hook(Protocol):
+    """Something that a run does between updates, such as an evaluation every n steps.
+
+    A hook is called on every process after the update of a step if ``(step + 1) % every == 0``, and after the last
+    step. The numbers that it returns are added to the step's line of ``metrics.jsonl``. Its time does not count in
+    ``images_per_second``.
+
+    A hook must not change weights, gradients or ``train()``. It may use torch's random numbers, which are seeded again
+    for each step.
+    """
+
+    every: int
+
+    def __call__(self, run: Run, step: int) -> dict[str, float]:
+        """Run after the update of ``step`` (counted from 0), on every process.
+
+        Returns:
+            numbers for the step's line, the same on all processes; their names must be the hook's own ("eval/...").
+        """
+        ...
+
+
+HookFactory = Callable[[Run], Hook | None]
+"""Makes a hook for a run before its first step, on every process; None if the run's config does not ask for it."""
+
+
+def check_hooks(config: Config, factories: Sequence[HookFactory]) -> None:
+    """Raise ValueError if the config asks for an evaluation inside the run and there is no hook to do it."""
+    if config.evaluate.every is not None and not factories:
+        raise ValueError(
+            f"evaluate.every (={config.evaluate.every}) needs a hook that evaluates: jepa_kit.training.train passes it"
+        )
+
+
+def due_hooks(hooks: Sequence[Hook], step: int, last: int) -> list[Hook]:
+    """Return the hooks to call after ``step``; ``last`` is the last step of the run."""
+    return [hook for hook in hooks if (step + 1) % hook.every == 0 or step == last]
+
+
+def run_hooks(hooks: Sequence[Hook], run: Run, step: int) -> dict[str, float]:
+    """Call hooks in their order and return all their numbers.
+
+    Raises:
+        ValueError: two hooks return the same name.
+    """
+    numbers: dict[str, float] = {}
+    for hook in hooks:
+        found = hook(run, step)
+        if twice := numbers.keys() & found.keys():
+            raise ValueError(f"two hooks give {', '.join(sorted(twice))} for one step: names must be a hook's own")
+        numbers.update(found)
+    return numbers

@@ -7,10 +7,11 @@ from typing import Any
 from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
 from jepa_kit.engine.checkpoint.files import reading, verify
-from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore, step_of
+from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import Location, Store
 from jepa_kit.engine.checkpoint.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.checkpoint.state_dict import local_part, state_of
+from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.run import ORIGIN, ForeignWeights, Run, Start
 from jepa_kit.errors import CheckpointError
 from jepa_kit.precision import resolve_precision

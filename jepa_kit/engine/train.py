@@ -29,15 +29,13 @@ from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
-from jepa_kit.engine.hooks import HookFactory, check_hooks
-from jepa_kit.engine.logging.announce import announce
+from jepa_kit.engine.logging.announce import announce, find_places
 from jepa_kit.engine.logging.curves import Panel, drawn, plot_curves
 from jepa_kit.engine.logging.loggers import check_loggers, open_loggers
 from jepa_kit.engine.logging.telemetry import Journal, Meter
-from jepa_kit.engine.logging.topology import find_places
 from jepa_kit.engine.loop import End, Session, run_steps
 from jepa_kit.engine.nonfinite.policy import BadSteps
-from jepa_kit.engine.run import ForeignWeights, Run, Start
+from jepa_kit.engine.run import ForeignWeights, HookFactory, Run, Start, check_hooks
 from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples
 from jepa_kit.engine.start import start_from
 from jepa_kit.lock import only_run_in
@@ -64,7 +62,7 @@ def train(
         resume: resume the run in ``train.output_dir``; the policy is in checkpoint/resume.py.
         resume_from: a checkpoint of the run to resume from; or a released one, from which the run starts if it has no
             checkpoint of its own.
-        hooks: called with the run before its first step; each returns a hook, or None (hooks.py).
+        hooks: called with the run before its first step; each returns a hook, or None (run.py).
         panels: of ``curves.png``, for the values that the hooks return.
         foreign: reads released checkpoints and the file of ``train.init_from``.
 

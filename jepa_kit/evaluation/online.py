@@ -72,7 +72,7 @@ MASKS = 2
 
 @dataclass(eq=False)
 class OnlineEvaluation:
-    """A hook of the training loop (jepa_kit/engine/hooks.py).
+    """A hook of the training loop (jepa_kit/engine/run.py).
 
     Args:
         every: steps between two evaluations.

@@ -59,7 +59,8 @@ from pathlib import Path
 from jepa_kit.arguments import add_config, fail, in_order, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
-from jepa_kit.engine.checkpoint.format import checkpoints, step_of
+from jepa_kit.engine.checkpoint.format import checkpoints
+from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.submit import Job, prepare, submit, write_script
 from jepa_kit.errors import RunError
 

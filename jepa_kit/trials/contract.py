@@ -34,7 +34,7 @@ from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, SLOTS, TRANSFORMS
 from jepa_kit.structures import MaskBatch, Prediction
 from jepa_kit.trials.part_trial import Trial, agree
-from jepa_kit.trials.recipe_trial import IMAGES, of_jepa_kit, trial_images, trial_recipe
+from jepa_kit.trials.recipe_trial import IMAGES, trial_images, trial_recipe
 
 
 def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None = None, every: bool = False) -> None:
@@ -71,6 +71,11 @@ def _ships_with_jepa_kit(config: Config) -> bool:
     parts += [LOSSES.get(part.name) for part, _ in config.losses]
     parts += [TRANSFORMS.get(transform["name"]) for transform in config.data.transforms]
     return all(map(of_jepa_kit, parts))
+
+
+def of_jepa_kit(part: object) -> bool:
+    """Return whether a part, or its class, ships with jepa_kit."""
+    return part.__module__.partition(".")[0] == "jepa_kit"
 
 
 def _parts_of(jepa: JEPA) -> Iterable[object]:

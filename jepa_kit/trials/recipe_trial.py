@@ -39,8 +39,3 @@ def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> T
     """Return [count, 3, h, w] noise with the scale of normalised images."""
     noise = torch.randn(count, 3, *config.data.image_size, generator=torch.Generator().manual_seed(0))
     return noise.to(device)
-
-
-def of_jepa_kit(part: object) -> bool:
-    """Return whether a part, or its class, ships with jepa_kit."""
-    return part.__module__.partition(".")[0] == "jepa_kit"

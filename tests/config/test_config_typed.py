@@ -5,7 +5,8 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from jepa_kit.config.check import DoesNotFitError, convert, describe, plain
+from jepa_kit.config.check import DoesNotFitError, convert, describe
+from jepa_kit.config.sections import plain
 
 
 @pytest.mark.parametrize(

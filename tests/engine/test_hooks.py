@@ -5,8 +5,8 @@ import time
 import pytest
 
 from jepa_kit.engine import train as engine
-from jepa_kit.engine.hooks import due_hooks, run_hooks
 from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.engine.run import due_hooks, run_hooks
 from jepa_kit.training import train
 
 

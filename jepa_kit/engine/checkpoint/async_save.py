@@ -1,4 +1,4 @@
-"""Write the checkpoints of a run in a thread, while the steps continue.
+"""Write the checkpoints of a run in a thread, while the steps continue; errors of a run under way.
 
 A checkpoint costs the run a copy of the state into host memory: of a file, all of it on rank 0; of shards, each rank's
 part. The next checkpoint, and the end of the run, wait for the thread.
@@ -17,10 +17,11 @@ upload, which need the same thread and group, and it does not write files.
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,10 +41,9 @@ from jepa_kit.distributed.collectives import (
     run_on_all_ranks,
 )
 from jepa_kit.engine.checkpoint.dcp import METADATA, save_sharded
-from jepa_kit.engine.checkpoint.failures import save_error, upload_error
 from jepa_kit.engine.checkpoint.files import FORMAT, checksum
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoint_path, save_checkpoint
-from jepa_kit.engine.checkpoint.manager import Store
+from jepa_kit.engine.checkpoint.manager import Store, store_in
 from jepa_kit.engine.checkpoint.state_dict import (
     ModelState,
     OptimizerState,
@@ -52,7 +52,7 @@ from jepa_kit.engine.checkpoint.state_dict import (
     local_part,
     state_of,
 )
-from jepa_kit.errors import CheckpointError
+from jepa_kit.errors import CheckpointError, RunError, SaveError, cause_of
 from jepa_kit.files import delete, flush, part_path, write_archive
 from jepa_kit.run_folder import HEADER
 
@@ -241,3 +241,62 @@ def check_finite(model: ModelState, optimizer: OptimizerState, step: int) -> Non
             f"{len(broken)} of {len(local)} weights and moments are not finite after {step} steps, first {broken[0]}: "
             "the run has diverged, and no checkpoint is written"
         )
+
+
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO)
+"""Errors after which nothing more can be written to a folder."""
+
+
+@contextmanager
+def under_way(folder: Path) -> Iterator[None]:
+    """Wrap the errors of the steps of a run in ``folder``.
+
+    Raises:
+        RunError: for a ValueError, OSError or RuntimeError, with the same message.
+        SaveError: as it is; also for an OSError after which nothing more can be written to the folder.
+    """
+    try:
+        yield
+    except (RunError, SaveError):
+        raise
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            raise RunError(str(error)) from error
+        left = _resumable(store_in(folder), "checkpoint", "there is no checkpoint")
+        raise SaveError(f"{folder} cannot be written to: {error.strerror}; {left}") from error
+    except (ValueError, RuntimeError) as error:
+        raise RunError(str(error)) from error
+
+
+def save_error(store: Store, step: int, error: BaseException) -> SaveError:
+    """Return the error of a checkpoint that could not be written."""
+    return SaveError(
+        f"the checkpoint of step {step} could not be written to {store.folder}: {cause_of(error)}; "
+        f"{_resumable(store, 'one', 'there is no earlier one')}"
+    )
+
+
+def upload_error(store: Store, error: BaseException) -> SaveError:
+    """Return the error of checkpoints that could not be uploaded, or of old ones that could not be deleted."""
+    if not store.remote:
+        return SaveError(
+            f"old checkpoints could not be deleted from {store}: {cause_of(error)}; "
+            f"{_resumable(store, 'checkpoint', 'there is no checkpoint')}"
+        )
+    left = ", ".join(map(str, store.pending_uploads())) or "none"
+    return SaveError(
+        f"checkpoints could not be uploaded to {store}: {cause_of(error)}; still in the run folder: {left}; "
+        "--resume continues from the latest of all, and uploads them"
+    )
+
+
+def _resumable(store: Store, what: str, none: str) -> str:
+    """Say which checkpoint the run can be resumed from. Remote ones are not downloaded to verify them."""
+    if not store.remote:
+        good = store.last_good()
+        return f"the last good {what} is {good.name}" if good else none
+    try:
+        latest = store.newest()
+    except OSError as error:
+        return cause_of(error)
+    return f"the latest {what} is {latest}" if latest else none

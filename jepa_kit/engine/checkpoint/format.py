@@ -23,7 +23,6 @@ every record. resume.py chooses the checkpoint to resume from, async_save.py wri
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +34,9 @@ from torch import Tensor, nn
 from jepa_kit.engine.checkpoint.dcp import read_full
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state, parameters_of
+from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, write_archive
-
-_NAME = re.compile(r"checkpoint_(\d+)(\.pt)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +68,6 @@ class Checkpoint:
 def checkpoint_path(folder: Path, step: int, *, sharded: bool = False) -> Path:
     """Return the path of the checkpoint after ``step`` updates."""
     return folder / (f"checkpoint_{step:08d}" + ("" if sharded else ".pt"))
-
-
-def step_of(path: Path | str) -> int | None:
-    """Return the step in the name of a checkpoint (a path, a URL, or the name), or None for another name."""
-    match = _NAME.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
-    return int(match[1]) if match else None
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -8,19 +8,8 @@ from pathlib import Path
 
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.renamed import modernize
-from jepa_kit.engine.checkpoint.format import step_of
-from jepa_kit.engine.checkpoint.storage import RemoteStorage, Storage, is_url, open_storage
+from jepa_kit.engine.checkpoint.storage import RemoteStorage, checkpoint_names, is_url, open_storage, step_of
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
-
-
-def checkpoint_names(storage: Storage) -> dict[str, int]:
-    """Return name -> step of the complete checkpoints of a storage, by step.
-
-    Raises:
-        RemoteError: the storage cannot be listed.
-    """
-    found = sorted((step, name) for name in storage.names() if (step := step_of(name)) is not None)
-    return {name: step for step, name in found if storage.complete(name)}
 
 
 def recorded_checkpoint_dir(run: Path) -> str | None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from jepa_kit.config import Config
 from jepa_kit.engine.checkpoint.files import verify
-from jepa_kit.engine.checkpoint.format import load_checkpoint, step_of
-from jepa_kit.engine.checkpoint.locate import checkpoint_names, recorded_checkpoint_dir
-from jepa_kit.engine.checkpoint.storage import LocalStorage, Storage, is_url, open_storage
+from jepa_kit.engine.checkpoint.format import load_checkpoint
+from jepa_kit.engine.checkpoint.locate import recorded_checkpoint_dir
+from jepa_kit.engine.checkpoint.storage import LocalStorage, Storage, checkpoint_names, is_url, open_storage, step_of
 from jepa_kit.errors import CheckpointError, cause_of
 from jepa_kit.files import PART, delete
 from jepa_kit.run_folder import METRICS, RUN_CONFIG
@@ -73,7 +73,7 @@ class Store:
         Raises:
             RemoteError: the remote storage cannot be listed.
         """
-        storages = (self.target, self.local)  # the second wins: a remote copy may be cut short
+        storages = dict.fromkeys((self.target, self.local))  # the second wins: a remote copy may be cut short
         found = {name: Location(s, name, step) for s in storages for name, step in checkpoint_names(s).items()}
         return sorted(found.values(), key=lambda location: (location.step, location.name))
 

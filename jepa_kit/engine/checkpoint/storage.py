@@ -1,4 +1,4 @@
-"""Folders of checkpoints, on this machine or remote, with the same methods.
+"""Folders of checkpoints, on this machine or remote, with the same methods; names of checkpoints.
 
 An entry of a storage is a file, or a folder of files (a sharded checkpoint). Remote storage is what a handler of
 iopath's ``path_manager`` reaches; register handlers as for shards, in a file under ``imports:``:
@@ -9,6 +9,7 @@ reading, ``_ls``, ``_exists`` and ``_rm``; ``_mkdirs``, ``_mv`` and ``_copy`` ar
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -273,3 +274,22 @@ def _call(do: Callable[[], object], what: str) -> None:
 def name_of(place: str) -> str:
     """Return the last part of a path or URL."""
     return place.rstrip("/").rpartition("/")[2]
+
+
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)(\.pt)?")
+
+
+def step_of(path: Path | str) -> int | None:
+    """Return the step in the name of a checkpoint (a path, a URL, or the name), or None for another name."""
+    match = _CHECKPOINT.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def checkpoint_names(storage: Storage) -> dict[str, int]:
+    """Return name -> step of the complete checkpoints of a storage, by step.
+
+    Raises:
+        RemoteError: the storage cannot be listed.
+    """
+    found = sorted((step, name) for name in storage.names() if (step := step_of(name)) is not None)
+    return {name: step for step, name in found if storage.complete(name)}

@@ -17,7 +17,7 @@ One line of ``metrics.jsonl`` for each logged step:
     reserved_memory_gib           CUDA: the most that torch's allocator reserved
     context_length, target_length mean patches of a context set and of a target set in this step
     data/skipped                  unusable images that were left out since the run began (skipped_samples.py)
-    <hook>/<name>                 numbers that hooks returned after this step (hooks.py)
+    <hook>/<name>                 numbers that hooks returned after this step (run.py)
 
 Figures of FLOP are left out if a network has no formula and was not counted.
 """

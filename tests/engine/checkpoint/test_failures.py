@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from jepa_kit.engine.checkpoint.failures import under_way
+from jepa_kit.engine.checkpoint.async_save import under_way
 from jepa_kit.errors import RunError, SaveError, TooManySkippedError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jepa_kit.distributed.collectives import World
-from jepa_kit.engine.logging.topology import Place, describe, find_places, to_dict
+from jepa_kit.engine.logging.announce import Place, describe, find_places, to_dict
 
 
 def place(rank, host="a", tflops=100.0, model="H100", device=None):
@@ -58,7 +58,7 @@ def test_what_programs_read(monkeypatch):
 SCRIPT = """
     import torch
     from jepa_kit.distributed.collectives import all_gather, process_group, read_environment
-    from jepa_kit.engine.logging.topology import find_places
+    from jepa_kit.engine.logging.announce import find_places
 
     world = read_environment()
     with process_group(world, torch.device("cpu")):
