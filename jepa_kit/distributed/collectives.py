@@ -1,4 +1,4 @@
-"""Processes of a run, started by torchrun or by Slurm's srun; one process without them.
+"""The processes of a run: who they are, the device of each, and collectives. All functions work with one process too.
 
 torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process; slurm.py derives them from
 Slurm's variables. If srun or mpirun started several processes and these variables are missing, so that each would train
@@ -28,7 +28,6 @@ from jepa_kit.errors import PeerError, StartError
 
 T = TypeVar("T")
 
-
 SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)
 """Errors that are sent to the other processes, which raise them as well."""
 
@@ -53,10 +52,10 @@ _SYNC_BUFFERS = next(
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""How many processes mpirun started: Open MPI's, MPICH's and Intel's."""
+"""Variables with the number of processes that mpirun started: Open MPI's; that of MPICH and Intel."""
 
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""How often torchrun's agent, or Slurm, started the same command before."""
+"""Variables with the number of times that torchrun's agent, or Slurm, started the same command before."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,9 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, or DDP around it if there are several processes.
 
     DDP starts every process from rank 0's weights and averages gradients. Parameters without a gradient (the target
-    encoder) are left out: each process updates its own copy by the same rule. Buffers that training changes are rank
-    0's at each forward pass, as in a checkpoint; constant tables are not sent.
+    encoder) are left out: each process updates its own copy by the same rule. Before each forward pass, buffers that
+    training changes become rank 0's, which a checkpoint has (``broadcast_buffers``, instead of DDP's own option, which
+    would also send constant tables).
     """
     if not joined():
         return model
@@ -227,7 +227,7 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(values: torch.Tensor) -> torch.Tensor:
-    """[n] -> [ranks, n] on the host: the values of every process; all must call it."""
+    """Return the values of every process on the host, [n] -> [ranks, n]; all must call it."""
     if not joined():
         return values.cpu()[None]
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -302,7 +302,7 @@ def run_on_all_ranks(do: Callable[[], T], group: Any = None) -> T:
 def _outcome(do: Callable[[], T], send: Callable[[PeerError], Any]) -> tuple[Any, Exception | None]:
     """Return (result of ``do``, None) or (None, the error that all ranks are to raise).
 
-    An error of another kind is raised here, after a PeerError has been sent to the others, which must not wait.
+    An error of another kind is raised here, after a PeerError has been sent to the others, which would wait otherwise.
     """
     try:
         return do(), None

@@ -36,6 +36,7 @@ class _Flash(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None
     ) -> Tensor:
         """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
+        # 0.0, False, False: no dropout, not causal, no debug mask
         out, logsumexp, *rng, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, offsets, offsets, longest, longest, 0.0, False, False, scale=scale
         )
@@ -66,6 +67,7 @@ class _Efficient(torch.autograd.Function):
         """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))  # [1, P, h, d]
         needed = any(ctx.needs_input_grad)
+        # None, 0.0, 0: no bias, no dropout, no causal mask; `needed`: compute the logsumexp, for the backward pass
         out, logsumexp, *rng, _, _ = torch.ops.aten._efficient_attention_forward(
             q, k, v, None, offsets, offsets, longest, longest, 0.0, 0, needed, scale=scale
         )

@@ -1,6 +1,7 @@
 """torch.compile for transformer blocks over packed tokens: everything except attention, which depends on lengths.
 
-R, R_k = rows of packed tokens before and after attention    D = width    h = heads    d = D / h
+R, R_k = rows of packed tokens before and after attention (a ``Route`` selects rows; ``fill_rows`` adds some)
+D = width    h = heads    d = D / h
 
 Lengths of ragged sets are a new tuple of integers at every step, and a compiler would make a program for each. Regions
 depend only on the number of rows, which is marked as dynamic. A region extends from one attention to the next, across
@@ -116,17 +117,17 @@ def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: 
     qkv = regions.first(mark_dynamic(x), before)
     for block, route, following in zip(blocks, routes, (*blocks[1:], None), strict=True):
         stream = _stream(block, x, qkv, lengths, route)
-        of_block = after
         if following is None:
-            x = regions.last(stream, of_block)
+            x = regions.last(stream, after)
         else:
-            before, after = _weights(following, x)
-            x, qkv = regions.between(stream, of_block, before)
+            before, following_after = _weights(following, x)
+            x, qkv = regions.between(stream, after, before)
+            after = following_after
         yield x
 
 
 def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any) -> Stream:
-    """Run the attention of a block."""
+    """Run the attention of a block, which is not compiled."""
     x, after = (x, lengths) if route is None else (route.rows(x), route.lengths)  # [R_k, D]
     y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x))  # [R_k, D]
     drops = block.training and block.drop_path.rate > 0

@@ -59,18 +59,18 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused, foreach=not fused)
 
 
-def clip_gradients(model: nn.Module, largest: float | None = None) -> Tensor:
-    """Scale all gradients down to a joint norm of at most ``largest``, and return their norm [] before that.
+def clip_gradients(model: nn.Module, max_norm: float | None = None) -> Tensor:
+    """Scale all gradients down to a joint norm of at most ``max_norm``, and return their norm [] before that.
 
-    Under FSDP it is the norm over all shards (an all-reduce of one number); all ranks must call it. Never waits for the
-    device.
+    Under FSDP it is the norm over all shards (an all-reduce of one number); all ranks must call it. It never waits for
+    the device, so a norm that is not finite is not noticed here (engine/nonfinite).
 
     Args:
         model: with gradients.
-        largest: above 0, or None to scale nothing.
+        max_norm: above 0, or None to scale nothing.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if largest is not None:
-        nn.utils.clip_grads_with_norm_(trained, largest, norm)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm.full_tensor() if is_sharded(norm) else norm
