@@ -1,4 +1,4 @@
-"""Features of images from an encoder or from raw pixels, and loading of runs.
+"""Features of images from an encoder or from raw pixels (the baseline), and loading of runs.
 
 B  images of a batch    n  patches of an image    D  width of a feature
 N  images of all        h, w  sides in pixels
@@ -64,7 +64,7 @@ def layer_numbers(layers: str, depth: int) -> tuple[int, ...]:
         )
     count = int(match[1] or 1)
     if count > depth:
-        raise ValueError(f"layers (={layers!r}) asks for {count} layers, but the encoder has {depth}")
+        raise ValueError(f"layers (={layers!r}) needs {count} layers, but the encoder has {depth}")
     return tuple(range(depth - count + 1, depth + 1))
 
 
@@ -111,7 +111,7 @@ def extract_features(
             raise ValueError(f"images must be uint8 [B, 3, h, w], not {batch.dtype} of shape {tuple(batch.shape)}")
         parts.append(torch.cat(source(batch, wanted), dim=-1).numpy())
     if not parts:
-        raise ValueError("images must hold at least one batch")
+        raise ValueError("images must contain at least one batch")
     return np.concatenate(parts)
 
 
@@ -125,6 +125,8 @@ def block_source(
 ) -> BlockSource:
     """Return a function from images to the outputs of several blocks, averaged over patches or not, in one pass.
 
+    ``extract_features`` is the simpler interface; evaluations call this one, because several protocols share a pass.
+
     Raises:
         ValueError: another precision.
     """
@@ -135,7 +137,7 @@ def block_source(
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be used in training later
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
-        first = min(block for block, _ in wanted)
+        first = min(block for block, _ in wanted)  # forward_layers returns it and all blocks after it
         x = normalize(images.to(device, non_blocking=True), mean, std)
         with evaluating(network), autocast_of(precision, device)():
             tokens = network.forward_layers(x, last=network.depth - first + 1)  # tensors [B * n, D]
@@ -213,7 +215,7 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = (), *, trust_imp
             override of a part).
         ConfigError: an override that the config does not have, or imports that are not trusted.
     """
-    import_named(overrides)
+    import_named(overrides)  # first, because the URL of the checkpoint may need a handler that they register
     loaded = load_checkpoint(latest_checkpoint(checkpoint))
     config = config_from_dict(
         loaded.config,

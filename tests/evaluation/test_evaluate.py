@@ -395,7 +395,7 @@ def test_layers_that_the_encoder_does_not_have(loaded, scenes):
     with pytest.raises(ValueError) as error:
         evaluate(run_networks(loaded), *scenes, IMAGES, layers="last5")
     assert str(error.value) == (
-        "protocol 'logistic', target: layers (='last5') asks for 5 layers, but the encoder has 4; --layers last fits "
+        "protocol 'logistic', target: layers (='last5') needs 5 layers, but the encoder has 4; --layers last fits "
         "any encoder"
     )
 
@@ -407,9 +407,7 @@ def test_a_protocol_of_its_own_layers_on_a_shallow_encoder(tiny_config, scenes):
     raw = tiny_config.to_dict()
     raw["encoder"]["depth"] = 2
     networks = config_networks(config_from_dict(raw))
-    with pytest.raises(
-        ValueError, match=r"asks for 4 .* has 2; --protocol '{name: linear, layers: \[last\]}' fits any"
-    ):
+    with pytest.raises(ValueError, match=r"needs 4 .* has 2; --protocol '{name: linear, layers: \[last\]}' fits any"):
         evaluate(networks, *scenes, IMAGES, protocols=["linear"])
 
 

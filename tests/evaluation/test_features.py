@@ -140,7 +140,7 @@ def test_pixel_patches():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": "last6"}, "layers (='last6') asks for 6 layers, but the encoder has 5"),
+        ({"layers": "last6"}, "layers (='last6') needs 6 layers, but the encoder has 5"),
         ({"pooling": "max"}, "pooling (='max') must be 'mean' or 'none'"),
         ({"precision": "fp16"}, "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"),
     ],
@@ -160,7 +160,7 @@ def test_images_of_another_kind(encoder):
     assert str(error.value) == "images must be uint8 [B, 3, h, w], not torch.uint8 of shape (3, 16, 24)"
     with pytest.raises(ValueError) as error:
         extract_features(encoder, [])
-    assert str(error.value) == "images must hold at least one batch"
+    assert str(error.value) == "images must contain at least one batch"
 
 
 def test_a_run_is_loaded(tiny_run, tiny_config):

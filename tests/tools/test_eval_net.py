@@ -196,7 +196,7 @@ def test_no_baselines(tool, run, capsys):
         ),
         (["--protocol", "knn", "--label", "colour"], "label (='colour') is not among the labels of"),
         (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', 'last4' (any number) for"),
-        (["--protocol", "knn", "--layers", "last9"], "layers (='last9') asks for 9 layers, but the encoder has 4"),
+        (["--protocol", "knn", "--layers", "last9"], "layers (='last9') needs 9 layers, but the encoder has 4"),
         (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels."),
         (["--protocol", "knn", "--seed", "-1"], "seed (=-1) must be at least 0"),
         (["--protocol", "knn", "--batch-size", "0"], "batch_size (=0) must be at least 1"),

@@ -1,7 +1,8 @@
 """A small decoder from targets to pixels, to see what a representation contains and what a predictor expects.
 
 It is trained on frozen targets only, and then applied to predictions. Each patch is drawn from its own token and noise,
-half of which is shared by the image: a drawing of a hidden block depends on nothing but the predictions there.
+so a drawing of a hidden block depends on nothing but the predictions there. Half of the noise is the same for all
+patches of an image, so that patches can agree on what their tokens do not determine, such as a colour.
 
 B = images    n = patches of an image    D = width of a target    Z = width of the noise    p = patch size
 """
@@ -19,6 +20,7 @@ from jepa_kit.evaluation.pictures.panels import to_uint8
 from jepa_kit.structures import Grid
 
 NOISE = 16
+"""Z."""
 
 
 class Decoder(nn.Module):
@@ -158,7 +160,7 @@ def image_scale(images: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     if not whole:
         return images.new_zeros(len(images), 3, 1, 1), images.new_ones(len(images), 1, 1, 1)
     centre = images.mean((2, 3), keepdim=True)
-    return centre, (images - centre).std((1, 2, 3), keepdim=True) + 0.1
+    return centre, (images - centre).std((1, 2, 3), keepdim=True) + 0.1  # 0.1 as in the encoder (vit.py)
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,6 +1,9 @@
 """Draw the page of pictures of a run, and each of its sections.
 
-B = images    n = patches of an image, H * W    D = width of a target    h = heads
+A guess is a prediction for a hidden patch, compared with the targets of all patches of all images (``maps.Guess``): the
+rank of the true patch says how much the prediction knows.
+
+m = images of the section    n = patches of an image, H * W    h = heads
 """
 
 from __future__ import annotations
@@ -93,6 +96,7 @@ def draw_run(
 
 
 def _components(material: Material) -> Section:
+    """Return the principal components of patch features as colours, of the encoder and of an untrained one."""
     run, data, which = material.run, material.run.config.data, material.encoder
     encoders: dict[str, Any] = {
         f"{which} encoder": run.jepa.encoder_for(which),
@@ -114,6 +118,7 @@ def _components(material: Material) -> Section:
 
 
 def _guesses(material: Material) -> tuple[Section, list[Guess]]:
+    """Return the section of the first guesses, and the guesses of all ``RANKED`` images."""
     data = material.run.config.data
     found = guesses(
         material.run.jepa,
@@ -128,7 +133,7 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
 
 
 def _attention(material: Material, queries: Sequence[int]) -> Section:
-    """Return the attention of the patches that the guesses are about."""
+    """Return the attention of the patches ``queries``, one for each image: those that the guesses are about."""
     encoder: Any = material.run.jepa.encoder_for(material.encoder)
     images = material.images[:ATTENTIONS]
     weights = attention_weights(encoder, material.normalized(images)).cpu()  # [m, h, n, n]

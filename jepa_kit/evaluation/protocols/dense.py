@@ -97,9 +97,10 @@ class Dense(Probe):
             raise ValueError(f"masks of {task.train.dataset.path} must contain at least 2 values, not 1")
         targets = patch_fractions(masks[0], patches, classes).flatten(0, 1)  # [N * n, K]
         flat = {self.features: flatten_patches(train)}
-        known = targets.sum(1).numpy() > 0
+        known = targets.sum(1).numpy() > 0  # [N * n]: patches with a labelled pixel
         pair = None
         if self.holdout is not None:  # else there is one setting, and nothing to choose
+            # by images, because patches of one image are alike
             order = generator(Stream.EVALUATION, seed=task.seed, lane=6).permutation(len(train))
             choose_on, fit_on = np.split(order, [max(1, round(self.holdout * len(train)))])
             fit, choose = (patches_of(images, patches) for images in (fit_on, choose_on))
@@ -123,14 +124,16 @@ class Dense(Probe):
         union = counts.sum(0) + counts.sum(1) - right
         there = union > 0
         iou = right[there] / union[there]
-        largest = counts.sum(1).max() / total
+        largest = counts.sum(1).max() / total  # fraction of the most frequent class
         settings: dict[str, Any] = {
             "chosen": self.settings[best].plain(),
+            # a single setting has no validation, and `tried` is empty
             "tried": [s.plain() | {"validation": v} for s, v in zip(self.settings, tried, strict=False)],
             "iou": {int(k): float(v) for k, v in zip(np.flatnonzero(there), iou, strict=True)},
             "most": self.most,
             "confusion": counts.tolist(),
         }
+        # (figure, chance); chance predicts the most frequent class everywhere, so the IoU of all others is 0
         figures = {
             "accuracy": (float(right.sum() / total), float(largest)),
             "mIoU": (float(iou.mean()), float(largest / (counts.sum(1) > 0).sum())),
@@ -146,6 +149,7 @@ class Dense(Probe):
                 classes=len(counts),
                 chance=by_chance,
                 predictions=np.empty(0, np.int64),
+                # of independent images, not pixels: those of one image are correlated
                 standard_error=float(np.sqrt(figure * (1.0 - figure) / sizes[1])),
                 metric=metric,
             )
@@ -173,7 +177,10 @@ def patch_grid(patches: int, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_fractions(masks: Masks, patches: int, classes: int) -> Tensor:
-    """Return the fraction of each patch's pixels that each class has, 255 left out: [N, h, w] -> [N, n, K] float32."""
+    """Return the fraction of each patch's pixels that each class has: [N, h, w] -> [N, n, K] float32.
+
+    Unlabelled pixels have no class, so the fractions of a patch add up to less than 1 with them.
+    """
     rows, columns = patch_grid(patches, (masks.shape[1], masks.shape[2]))
     blocks = torch.from_numpy(masks).unflatten(2, (columns, -1)).unflatten(1, (rows, -1))  # [N, H, p, W, p]
     return torch.stack([(blocks == k).float().mean(dim=(2, 4)).flatten(1) for k in range(classes)], dim=-1)

@@ -65,14 +65,14 @@ class Finetune(Probe):
     Args:
         epochs: of the training.
         batch_size: images of an update, at most.
-        lr: at the top layer, for a batch of ``batch_size``.
+        lr: of the head after warm-up; it is not scaled with ``batch_size``.
         weight_decay: of weights; none for biases and norms.
         layer_decay: in (0, 1]; the head has lr, the last block lr * layer_decay, and so on to the patch embedding.
         warmup_epochs: of linear warm-up.
         label_smoothing: in [0, 1).
         mixup: alpha of its Beta distribution (Zhang et al. 2018, arXiv 1710.09412); 0 for no mixup.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first, in [0, 1).
-        crop_scale: of random resized crops; the paper has no crops for counts and distances, (1, 1).
+        drop_path: rate of stochastic depth of the last block, in [0, 1); it rises linearly from 0 at the first.
+        crop_scale: of random resized crops; (1, 1) for none, as in the paper for counts and distances (Clevr).
         flip: probability of a horizontal flip.
         subset: of the labels: all, a fraction as 1%, or images as 10/class; one draw.
 
@@ -130,7 +130,7 @@ class Finetune(Probe):
             model = self._model(task.encoder, len(classes)).to(task.device)
             losses = self._train(model, task, answers, chosen)
         settings = {"loss_by_epoch": losses, "samples": len(chosen), **asdict(self)}
-        del settings["subset"]
+        del settings["subset"]  # the row has it as its variant
         found = classes[predict(model, task)]
         result = classification_result("finetune", found, labels[chosen], test_labels, None, settings)
         return [result if self.subset == "all" else replace(result, variant=self.subset)]

@@ -17,12 +17,12 @@ from jepa_kit.evaluation.protocols.base import check_values
 from jepa_kit.rng import IntArray, Stream, generator
 
 _FORMS = re.compile(r"(?=[0.]*[1-9])0*(?P<percent>\d{1,2}(?:\.\d+)?)%|(?P<each>0*[1-9]\d*)/class|all")
-"""A percentage in (0, 100), or a number above 0."""
+"""A percentage in (0, 100) (the lookahead requires a digit other than 0), a number above 0, or ``all``."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A rule that draws samples.
+    """A rule that draws a part of the training samples.
 
     Args:
         text: ``all``; a fraction as ``1%`` or ``12.5%``; or a number per class as ``10/class``.
@@ -44,8 +44,13 @@ class Subset:
     def draw(self, labels: IntArray, *, seed: int, draw: int) -> IntArray:
         """Return the sample numbers of one draw, ascending.
 
-        A fraction is taken of each class, rounded, and at least one image. Draws of one seed are nested: ``10%``
-        contains ``1%``.
+        A fraction is taken of each class, rounded, and at least one image. For one seed and draw, subsets are nested:
+        ``10%`` contains ``1%``.
+
+        Args:
+            labels: [N] classes.
+            seed: of the evaluation.
+            draw: number of the draw; each is another subset.
 
         Raises:
             ValueError: a class with too few images.
