@@ -1,4 +1,8 @@
-"""Interfaces of a recipe's parts, as Protocols; ``jepa_kit/trials`` checks user-defined parts against them."""
+"""Interfaces of a recipe's parts, as Protocols; ``jepa_kit/trials`` checks user-defined parts against them.
+
+B  images of a batch    C, h, w  channels and sides of an image in pixels    D  width of tokens
+P  packed patches: those of all sets, one after another (P_c of contexts, P_t of targets), see ``PatchSets``
+"""
 
 from __future__ import annotations
 

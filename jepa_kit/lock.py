@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 
 TIMEOUT = 120.0
-"""Seconds that a start waits for the run before it. An NFS server takes 90 s to notice that a machine has crashed."""
+"""Seconds that a new run waits for an earlier one. An NFS server takes 90 s to notice that a machine has crashed."""
 
 
 class LockedError(OSError):
@@ -41,8 +41,10 @@ def lock_file(file: Path, *, timeout: float = 0.0, work: str = "") -> Iterator[N
     Args:
         file: its folder is created if it is missing.
         timeout: seconds to wait for the process that has the lock.
-        work: what the lock is for, such as ``run``. If it is given, a wait is printed, and that the file system has no
-            locks: the block runs without one then.
+        work: what the lock is for, such as ``run``, in two notes that are printed: that this process waits, and that
+            the file system has no locks. If it is empty, nothing is printed.
+
+    If the file system has no locks, the block runs without one.
 
     Raises:
         LockedError: another process has the lock.
@@ -109,7 +111,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = lock_file(folder / LOCK, timeout=TIMEOUT, work="run")
-    try:
+    try:  # no `with`: errors of locking are converted here, and not those of the block
         lock.__enter__()
     except LockedError as error:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""``train.precision``: the precision of matrix products; ``train.deterministic``.
+"""The options ``train.precision``, the precision of matrix products, and ``train.deterministic``.
 
-Weights, optimiser state and losses are always float32.
+Weights, optimiser state and losses are always float32. Values of ``train.precision``:
 
 float32  also on CUDA: TensorFloat-32 is off while a run trains
 tf32     factors of products are rounded to 10 bits; CUDA, compute capability 8.0 (Ampere) and up
@@ -28,6 +28,7 @@ from jepa_kit.distributed.collectives import broadcast_from_rank0
 from jepa_kit.structures import Precision
 
 REPEATS = 3
+"""Timed products, of which the fastest counts."""
 FLOP = 2**29
 """FLOP of one timed product, forward and backward: 4 to 12 ms of one core in float32."""
 WIDTHS = (64, 384)
@@ -124,13 +125,14 @@ def faster_on_cpu(width: int) -> Precision:
 
 
 def _seconds(width: int, precision: Precision) -> float:
-    """CPU seconds of a layer from ``width`` to four times that, forward and backward: the best of ``REPEATS``."""
+    """Return the CPU seconds of a layer from ``width`` to four times that, forward and backward; the fastest repeat."""
     generator = torch.Generator().manual_seed(0)
+    # a row costs 24 * width**2 FLOP: three products (one forward, two backward) of width and 4 * width, 2 FLOP each
     rows = max(256, min(4096, FLOP // (24 * width**2)))
     weight = torch.randn(4 * width, width, generator=generator).requires_grad_()
     tokens = torch.randn(rows, width, generator=generator).requires_grad_()
     best = float("inf")
-    for repeat in range(1 + REPEATS):  # the first one compiles
+    for repeat in range(1 + REPEATS):  # the first one, in which oneDNN compiles its kernels, does not count
         start = time.thread_time()
         with torch.enable_grad(), autocast_of(precision, tokens.device)():
             out = F.gelu(F.linear(tokens, weight))

@@ -1,9 +1,12 @@
 """Training with everything that jepa_kit has: evaluation inside the run, and weights of other formats to start from.
 
-from jepa_kit.config import load_config
-from jepa_kit.training import train
+It is above ``engine/train.py``, which does the training and imports neither evaluation/ nor interop/: they are passed
+to it here.
 
-folder = train(load_config("config.yaml", ["train.epochs=10"]))
+    from jepa_kit.config import load_config
+    from jepa_kit.training import train
+
+    folder = train(load_config("config.yaml", ["train.epochs=10"]))
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from jepa_kit.interop import start
 def train(
     config: Config, *, resume: bool = False, resume_from: str | None = None, hooks: Sequence[HookFactory] = ()
 ) -> Path:
-    """Train a config, as ``jepa_kit.engine.train.train``, with the evaluation that its section ``evaluate`` asks for.
+    """Train a config, as ``jepa_kit.engine.train.train``, with the evaluation that its section ``evaluate`` selects.
 
     Args:
-        config: checked.
+        config: from ``load_config``, which checks it.
         resume: resume the run in ``train.output_dir``.
         resume_from: a checkpoint of the run, or a released one to start from.
         hooks: more hooks, each made by a function of the run (jepa_kit/engine/run.py).

@@ -90,12 +90,13 @@ def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
     with path.open("rb") as file:
         start = file.read(512)
     what = f"{path} ({path.stat().st_size} bytes)"
-    if start.startswith(b"PK\x03\x04"):
-        held = open_archive(path, allow_unchecked=allow_unchecked)
-        if held.get("format") == FORMAT:
+    if start.startswith(b"PK\x03\x04"):  # a zip file, as torch.save writes
+        content = open_archive(path, allow_unchecked=allow_unchecked)
+        if content.get("format") == FORMAT:
             return "jepa_kit"
-        encoders = [isinstance(held.get(part), dict) for part in ("encoder", "target_encoder")]
+        encoders = [isinstance(content.get(part), dict) for part in ("encoder", "target_encoder")]
         return "official" if any(encoders) else "timm"
+    # safetensors: the length of the header, at most 100 MB, and the header, which is JSON
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
         return "safetensors" if read_header(path)["__metadata__"].get("format_name") == FORMAT_NAME else "timm"
     if start[:1] == b"\x08":  # field ir_version of a protobuf
@@ -111,8 +112,8 @@ def _recognise_folder(path: Path) -> Format:
         return "jepa_kit"
     config = path / "config.json"
     if config.is_file():
-        held = read_json(config)
-        return "timm" if "architecture" in held and "model_type" not in held else "hf"
+        content = read_json(config)
+        return "timm" if "architecture" in content and "model_type" not in content else "hf"
     raise CheckpointError(
         f"the folder {path} is neither a run folder (checkpoint_<step>.pt) nor one of transformers (config.json)"
     )
@@ -125,12 +126,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is not JSON, or not a mapping.
     """
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{path} must contain a mapping, not a {type(held).__name__}")
-    return held
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must contain a mapping, not a {type(content).__name__}")
+    return content
 
 
 def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]:
@@ -148,15 +149,15 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
     with reading(path):
         check_records(path, checksums=not allow_unchecked, hint=f"; {HOW}")
         try:
-            held = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{what} contains more than tensors and plain values, which could run code, and is rejected: "
                 f"{reason_of(error)}"
             ) from error
-    if not isinstance(held, dict):
-        raise CheckpointError(f"{what} must contain a mapping of names to tensors, not a {type(held).__name__}")
-    return {str(key): value for key, value in held.items()}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{what} must contain a mapping of names to tensors, not a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -51,6 +51,11 @@ class FrozenEncoder(nn.Module):
         image_size: (h, w) of ``preprocess``; None for the size in training.
         attention: the backend of ``attend``.
 
+    Attributes:
+        about: one line on the encoder: its source, step, shape and licence.
+        provenance, architecture: the same as data, with the mean and std of images.
+        embed_dim: D.
+
     Raises:
         ValueError: the patch size does not divide the image size.
     """

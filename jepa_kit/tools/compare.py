@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
     p.add_argument("--protocol", metavar="NAMES", help="only these, separated by commas")
     p.add_argument("--network", metavar="NAMES", help="only these: target, context, untrained, pixels")
-    p.add_argument("--label", metavar="NAMES", help="only these, separated by commas")
+    p.add_argument("--label", metavar="NAMES", help="only these labels of the data (class, shape, ...)")
     p.add_argument("--output", metavar="PATH", help="write PATH.md, PATH.csv and PATH.png")
     return p
 
@@ -44,22 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table and write the files."""
-    # here, so that --help does not wait for torch and scikit-learn
+    # imported here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.engine.logging.curves import drawn
     from jepa_kit.evaluation.tables.compare import compare, figure, to_csv, to_markdown
     from jepa_kit.evaluation.tables.runs import load
 
     runs = load(*arguments.runs)
-    for option, field in (("protocol", "protocol"), ("network", "network"), ("label", "label")):
+    for option in ("protocol", "network", "label"):  # each is also a field of a row
         names = getattr(arguments, option)
         if names is None:
             continue
         wanted = [name.strip() for name in names.split(",")]
-        known = sorted({getattr(answer.row, field) for one in runs for answer in one.rows})
+        known = sorted({getattr(answer.row, option) for one in runs for answer in one.rows})
         for name in wanted:
             if name not in known:
                 raise ValueError(f"--{option} (={name!r}) must be one of those in the results: {', '.join(known)}")
-        runs = [one._replace(rows=[a for a in one.rows if getattr(a.row, field) in wanted]) for one in runs]
+        runs = [one._replace(rows=[a for a in one.rows if getattr(a.row, option) in wanted]) for one in runs]
     cells = compare(runs)
     table = to_markdown(cells)
     if arguments.output:
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         base.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{base}.md").write_text(table + "\n", encoding="utf-8")
         Path(f"{base}.csv").write_text(to_csv(cells), encoding="utf-8")
-        drawn(f"{base}.png", lambda: figure(cells, f"{base}.png"))
+        drawn(f"{base}.png", lambda: figure(cells, f"{base}.png"))  # a warning if it fails: the table is printed anyway
     print(table)
 
 

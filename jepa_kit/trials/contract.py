@@ -6,7 +6,7 @@ types, shapes and values, and be equal. For networks, losses and updates, both c
 and different ones of numpy and Python, because a run sets torch's alone. Maskers and transforms must not depend on any
 random state, because their numbers are functions of (seed, epoch, sample).
 
-Legend: B images; P_c, P_t patches of all contexts and targets; D widths.
+B images    N patches of an image    P_c, P_t patches of all contexts and targets
 """
 
 from __future__ import annotations
@@ -79,10 +79,12 @@ def of_jepa_kit(part: object) -> bool:
 
 
 def _parts_of(jepa: JEPA) -> Iterable[object]:
+    """Return the parts with tensors or an update, losses last; ``_check_networks`` names them in this order."""
     return (jepa.encoder, jepa.target, jepa.predictor, jepa.target_update, *jepa.losses.values())
 
 
 def _check_networks(config: Config, device: torch.device, masker: Masker, weights_of: JEPA | None, every: bool) -> None:
+    """Check the parts of a recipe alone, then the gradients of a training step; arguments as for ``check_parts``."""
     jepa = trial_recipe(config, device)
     names = [(slot, config.slots[slot].name) for slot in ("encoder", "target", "predictor", "target_update")]
     parts = zip([*names, *(("loss", name) for name in jepa.losses)], _parts_of(jepa), strict=True)
@@ -210,13 +212,13 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
     first = _check_call(trial, loss, lambda: loss(at), (), "the loss []")
     if not is_distance(loss):
         return
-    advice = "counts as a distance (is_distance is not False), but"
+    but = "counts as a distance (is_distance is not False), but"
     one, other = trial.twice(lambda: loss(at), pure=True)
-    trial.need(agree(one, other), f"{advice} draws random numbers: a regulariser declares is_distance = False")
+    trial.need(agree(one, other), f"{but} draws random numbers: a regulariser declares is_distance = False")
     right = trial.call(lambda: loss(Prediction(truth, truth, context, masks)))
     trial.need(
         float(right) <= float(first) * (1 + 1e-6) + 1e-6,
-        f"{advice} is {float(right):.4g} if predictions equal targets, and {float(first):.4g} if they do not: "
+        f"{but} is {float(right):.4g} if predictions equal targets, and {float(first):.4g} if they do not: "
         "a loss that is not a distance declares is_distance = False",
     )
 

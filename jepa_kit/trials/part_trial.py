@@ -18,15 +18,15 @@ FORMS = {
     "transform": "__call__(image, draws) -> RGB Pillow image, with num_draws; one that sets the size has window(size, "
     "draws) -> Window",
     "masker": "__call__(samples, *, seed, epoch, step=0) -> MaskBatch(context, targets, grid, context_of), a pure "
-    "function of its arguments, with the attribute grid (jepa_kit/maskers/__init__.py)",
+    "function of its arguments, with the attribute grid (jepa_kit/interfaces.py)",
     "encoder": "__call__(images, patches=None) -> [P, embed_dim] and forward_layers(images, patches=None, *, last) -> "
-    "a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/encoders/__init__.py)",
+    "a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/interfaces.py)",
     "target": "__call__(images, patches, encoder) -> [P_t, out_dim], with out_dim and needs_encoder "
-    "(jepa_kit/targets/__init__.py)",
-    "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/predictors/vit.py)",
-    "loss": "__call__(prediction) -> a scalar [], with is_distance (jepa_kit/losses/__init__.py)",
+    "(jepa_kit/interfaces.py)",
+    "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/interfaces.py)",
+    "loss": "__call__(prediction) -> a scalar [], with is_distance (jepa_kit/interfaces.py)",
     "target_update": "make(encoder), momentum(where) -> float and update(target_encoder, encoder, momentum), with tied "
-    "and stop_gradient (jepa_kit/target_updates.py)",
+    "and stop_gradient (jepa_kit/interfaces.py)",
 }
 """Slot -> the correct form of its parts, for messages."""
 
