@@ -122,7 +122,13 @@ def _check_range(name: str, value: int, least: int, bits: int) -> None:
 
 
 def generator(stream: Stream, *, seed: int, epoch: int = 0, lane: int = 0) -> np.random.Generator:
-    """Return numpy's Philox generator for draws that belong to (seed, epoch), such as the order of an epoch."""
+    """Return numpy's Philox generator for draws that belong to (seed, epoch), such as the order of an epoch.
+
+    Args:
+        stream: purpose of the draws.
+        seed, epoch: as for ``uniforms``.
+        lane: number of one of several independent uses of a stream.
+    """
     return np.random.Generator(np.random.Philox(key=[seed, int(stream)], counter=[0, lane, epoch, 0]))
 
 

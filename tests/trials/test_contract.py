@@ -3,6 +3,8 @@
 import contextlib
 import json
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from jepa_kit.targets import RepresentationTarget
 from jepa_kit.training import train
 from jepa_kit.trials import contract
 from jepa_kit.trials.contract import check_parts
+from jepa_kit.trials.part_trial import FORMS
 
 CPU = torch.device("cpu")
 RAW = {
@@ -438,3 +441,10 @@ def test_recipes_of_jepa_kit_cost_nothing(monkeypatch):
     jepa = build_recipe(config)
     monkeypatch.setattr(contract, "trial_recipe", lambda *_: pytest.fail("a recipe was built"))
     check_parts(config, CPU, weights_of=jepa)
+
+
+@pytest.mark.parametrize("slot", sorted(SLOTS))
+def test_a_form_names_the_file_of_the_interface(slot):
+    (file,) = re.findall(r"jepa_kit/[\w/]+\.py", FORMS[slot])
+    name = "".join(map(str.capitalize, slot.split("_")))
+    assert f"class {name}(Protocol)" in (Path(__file__).parents[2] / file).read_text()
