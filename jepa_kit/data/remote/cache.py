@@ -105,7 +105,7 @@ class ShardCache:
                 return Fetched(path)
             return _recent_fault(path, self.opened) or self._fetch(path, shard)
 
-    def summed(self, shard: RemoteShard, entry: Shard) -> None:
+    def rename_by_checksum(self, shard: RemoteShard, entry: Shard) -> None:
         """Rename a downloaded shard to the name that includes its size and SHA-256.
 
         Args:

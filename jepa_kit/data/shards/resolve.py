@@ -309,7 +309,7 @@ def _streamed_index(
                         "The next try resumes after the shards that were read"
                     )
                 found = scan(file, _file(shard.address), checksum=True)
-                shards.summed(shard, found.entry)  # training finds the shard in the cache by its checksum
+                shards.rename_by_checksum(shard, found.entry)  # training finds the shard in the cache by its checksum
                 found.save(saved)
             return found
 

@@ -76,12 +76,12 @@ def compressed_shard(path: str, how: str) -> ValueError:
 def stored_size(member: tarfile.TarInfo) -> int:
     """Return the bytes of a member's data in the archive: 0 for links, less than its size for a sparse file."""
     if member.issparse():
-        return sum(count for _, count in pieces(member))
+        return sum(count for _, count in sparse_parts(member))
     # tarfile takes a member of an unknown type for a regular file
     return member.size if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES else 0
 
 
-def pieces(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
+def sparse_parts(member: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
     """Return (offset in the file, size) of the parts of a sparse file that the archive stores, one after another."""
     found: Any = member.sparse
     return tuple((int(offset), int(count)) for offset, count in found or ())

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import IO, NamedTuple
 
-from jepa_kit.data.shards.tars import BLOCK, HEADER_ERRORS, Link, compression, follow, pieces, read_link
+from jepa_kit.data.shards.tars import BLOCK, HEADER_ERRORS, Link, compression, follow, read_link, sparse_parts
 from jepa_kit.data.sources.files import Listing, hidden
 from jepa_kit.files import atomic_write
 
@@ -168,7 +168,7 @@ def _list_members(stream: IO[bytes], start: int) -> tuple[list[Member], int]:
         for member in tar:
             name = re.sub(r"^(\./)+", "", member.name)
             if member.isreg():
-                stretches = pieces(member) if member.issparse() else None
+                stretches = sparse_parts(member) if member.issparse() else None
                 every.append(Member(name, member.offset_data, member.size, pieces=stretches))
             elif member.islnk() or member.issym():
                 links[os.path.normpath(name)] = read_link(member, name)

@@ -158,10 +158,10 @@ def unique_keys(names: Sequence[str]) -> list[str]:
     for name in names:
         folder, slash, base = name.encode("utf-8", "replace").decode().rpartition("/")
         stems.append(f"{folder}{slash}{os.path.splitext(base)[0].replace('.', '_')}")
-    return each_once(stems)
+    return safe_keys(stems)
 
 
-def each_once(keys: Iterable[str]) -> list[str]:
+def safe_keys(keys: Iterable[str]) -> list[str]:
     """Make keys unique by a number after repeated ones; remove what makes them absolute, or begin with ``__``."""
     unique: list[str] = []
     taken: set[str] = set()

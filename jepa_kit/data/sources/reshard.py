@@ -10,7 +10,7 @@ from jepa_kit.data.remote.fetch import expand
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import is_foreign
 from jepa_kit.data.shards.writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
-from jepa_kit.data.sources.base import Recode, Refused, Source, each_once, fingerprint, single_split
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, safe_keys, single_split
 from jepa_kit.errors import SampleError
 
 SEARCHED_MEMBERS = 1000
@@ -36,7 +36,7 @@ class ShardSource(Source):
             raise ValueError(f"source (='wds:{pattern}') cannot become one set of shards: {conflicts[0]}")
         n = len(self.dataset)
         self._old = [self.dataset.key(i) for i in range(n)]
-        self._keys = each_once(self._old)
+        self._keys = safe_keys(self._old)
         foreign = [part.index for part in self.dataset.parts if is_foreign(part.index)]
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes

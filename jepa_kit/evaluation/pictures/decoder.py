@@ -133,7 +133,7 @@ def train_decoder(
     return decoder.eval().requires_grad_(False)
 
 
-def explained(decoder: Decoder, tokens: Tensor, pixels: Tensor, *, draws: int = 8, seed: int = 1) -> float:
+def r_squared(decoder: Decoder, tokens: Tensor, pixels: Tensor, *, draws: int = 8, seed: int = 1) -> float:
     """Return R^2 of the mean of several draws: the fraction of the pixels' variance that it explains, at most 1.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jepa_kit.build import build_masker
 from jepa_kit.evaluation.health.measure import BATCH, several_masks
-from jepa_kit.evaluation.pictures.decoder import Decoder, explained, patchify, to_pixels, train_decoder, unpatchify
+from jepa_kit.evaluation.pictures.decoder import Decoder, patchify, r_squared, to_pixels, train_decoder, unpatchify
 from jepa_kit.evaluation.pictures.material import Material
 from jepa_kit.evaluation.pictures.sections import Drawing, Section, decoder_section
 from jepa_kit.rng import Stream, generator, permutation
@@ -99,7 +99,7 @@ def explained_variance(material: Material, decoder: Decoder) -> dict[str, float]
     means = sums / torch.bincount(index).clamp(min=1)[:, None]
     truth = torch.cat(pixels)
     sources = {"targets": own, "predictions": torch.cat(predictions), "positions": means[index]}
-    return {name: explained(decoder, tokens, truth) for name, tokens in sources.items()}
+    return {name: r_squared(decoder, tokens, truth) for name, tokens in sources.items()}
 
 
 def middle_block(grid: Grid) -> NDArray[np.int64]:

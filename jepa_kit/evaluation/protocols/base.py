@@ -269,7 +269,7 @@ def choose_holdout(holdout: float | None, default: float, settings: int, what: s
         holdout: the user's value.
         default: if that is None.
         settings: number of settings.
-        what: "(a single setting) leaves", for messages.
+        what: subject and verb of the message if there is one setting: "one k leaves" (nothing to choose).
 
     Raises:
         ValueError: an impossible fraction, or one without effect.

@@ -28,7 +28,7 @@ from jepa_kit.evaluation.protocols.base import (
     choose_holdout,
 )
 from jepa_kit.evaluation.protocols.heads import HeadGrid, Recipe, fit_best
-from jepa_kit.evaluation.protocols.linear import ONE, Head, grid
+from jepa_kit.evaluation.protocols.linear import SINGLE_SETTING, Head, grid
 from jepa_kit.rng import IntArray, Stream, generator
 
 IGNORED = 255
@@ -81,7 +81,7 @@ class Dense(Probe):
         settings = grid((self.layers,), self.heads, self.lrs, self.weight_decays)
         self.settings = [replace(setting, features=self.features) for setting in settings]
         self.recipe = Recipe(optimizer="adamw", epochs=self.epochs, batch_size=self.batch_size)
-        self.holdout = choose_holdout(self.holdout, 0.1, len(self.settings), ONE)
+        self.holdout = choose_holdout(self.holdout, 0.1, len(self.settings), SINGLE_SETTING)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return (self.features,)

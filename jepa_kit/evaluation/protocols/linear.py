@@ -22,7 +22,8 @@ Head = Literal["plain", "norm"]
 LAYERS = ("last", "last4")
 HEADS: tuple[Head, ...] = ("plain", "norm")
 HOLDOUT = 0.2
-ONE = "one combination of layers, heads, lrs and weight_decays leaves"
+SINGLE_SETTING = "one combination of layers, heads, lrs and weight_decays leaves"
+"""``what`` of ``choose_holdout``."""
 
 
 def grid(
@@ -77,7 +78,7 @@ class LinearProbe(Probe):
     per_256: bool = False
 
     def __post_init__(self) -> None:
-        self.holdout = choose_holdout(self.holdout, self.default_holdout, len(self.settings), ONE)
+        self.holdout = choose_holdout(self.holdout, self.default_holdout, len(self.settings), SINGLE_SETTING)
 
     def wanted(self, layers: str) -> tuple[LayerSet, ...]:
         return tuple(dict.fromkeys(setting.features for setting in self.settings))

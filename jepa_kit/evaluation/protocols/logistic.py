@@ -34,7 +34,7 @@ from jepa_kit.evaluation.protocols.base import (
     classification_result,
     split,
 )
-from jepa_kit.evaluation.protocols.subsets import Subset, listed
+from jepa_kit.evaluation.protocols.subsets import Subset, listed_samples
 from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
 from jepa_kit.rng import IntArray
 
@@ -141,7 +141,7 @@ class Logistic(Probe):
         """Yield (variant, the samples of each draw) of each figure."""
         if self.names is not None:
             assert key is not None
-            yield Path(self.names).name, [listed(self.names, key, len(labels))]
+            yield Path(self.names).name, [listed_samples(self.names, key, len(labels))]
             return
         for subset in map(Subset, SUBSETS if self.subsets is None else self.subsets):
             draws = range(1 if subset.is_all else DRAWS if self.draws is None else self.draws)

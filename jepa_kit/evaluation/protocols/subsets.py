@@ -70,7 +70,7 @@ class Subset:
         return np.sort(np.concatenate(chosen))
 
 
-def listed(file: str, key: Callable[[int], str], samples: int) -> IntArray:
+def listed_samples(file: str, key: Callable[[int], str], samples: int) -> IntArray:
     """Return the sample numbers, ascending, that a text file names, one per line; empty lines are skipped.
 
     A name is the sample's key, with or without an extension; or the last part of the key, if that is unique. Common

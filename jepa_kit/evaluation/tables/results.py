@@ -1,4 +1,4 @@
-"""Write the results of an evaluation: one JSON file for each call.
+"""Write the results of an evaluation: one JSON file for each call of tools/eval_net.py.
 
 A file has the checkpoint (digest of its bytes), the config, the data (digests of their indexes), the seeds, the
 versions, and for each row the protocol with its settings, the network, its layers and pooling.

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from small_shards import encoded, picture, write_shards
 
-from jepa_kit.data.sources.base import Refused, each_once, unique_keys
+from jepa_kit.data.sources.base import Refused, safe_keys, unique_keys
 from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 TREE = {
@@ -194,7 +194,7 @@ def test_keys_are_unique_and_webdatasets():
 def test_keys_that_repeat_often_take_no_longer():
     """Shards that each count from 0 are common; trying every number again would take 10 s."""
     begin = time.process_time()
-    keys = each_once(["a", "b"] * 10_000)
+    keys = safe_keys(["a", "b"] * 10_000)
     assert time.process_time() - begin < 1
     assert len(set(keys)) == 20_000
     assert keys[:6] == ["a", "b", "a_1", "b_1", "a_2", "b_2"]
@@ -364,7 +364,7 @@ def test_possible_shards_give_an_error_that_names_the_prefix(tmp_path, what, sam
 
 
 def test_keys_are_safe_to_unpack():
-    assert each_once(["../../a", "/abs/b", "./c", "a", ".hidden/x"]) == ["a", "abs/b", "c", "a_1", ".hidden/x"]
+    assert safe_keys(["../../a", "/abs/b", "./c", "a", ".hidden/x"]) == ["a", "abs/b", "c", "a_1", ".hidden/x"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jepa_kit.evaluation.protocols.subsets import Subset, listed
+from jepa_kit.evaluation.protocols.subsets import Subset, listed_samples
 
 LABELS = np.repeat([0, 1, 2], [500, 300, 10])
 
@@ -51,7 +51,7 @@ KEYS = ["train/n01/n01_3", "train/n01/n01_10", "train/n02/0001", "train/n03/0001
 def test_names_of_files(tmp_path):
     file = tmp_path / "list.txt"
     file.write_text("n01_10.JPEG\n\ntrain/n01/n01_3\ntrain/n03/0001.png\n")
-    assert listed(str(file), KEYS.__getitem__, 4).tolist() == [0, 1, 3]
+    assert listed_samples(str(file), KEYS.__getitem__, 4).tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -66,5 +66,5 @@ def test_names_that_are_wrong(tmp_path, text, message):
     file = tmp_path / "list.txt"
     file.write_text(text)
     with pytest.raises(ValueError, match="names") as error:
-        listed(str(file), KEYS.__getitem__, 4)
+        listed_samples(str(file), KEYS.__getitem__, 4)
     assert message in str(error.value)
