@@ -9,7 +9,7 @@ B = images    n = patches of an image    D = width of a target    Z = width of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, noise: Tensor) -> Tensor:
         """Map tokens [B, n, D] and noise [B, n, Z] to normalised pixels [B, n, 3 * p * p]."""
-        x = torch.cat([tokens, noise], dim=-1)
-        x = F.gelu(self.embed(x))
+        x = F.gelu(self.embed(torch.cat([tokens, noise], dim=-1)))
         x = x + F.gelu(self.hidden(self.norm(x)))
         return self.out(x)
 
@@ -77,9 +76,8 @@ def energy_score(draws: tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
         draws: two of [B, ...].
         truth: [B, ...].
     """
-    first, second = draws
-    apart = [(a - b).flatten(1).norm(dim=1) for a, b in ((first, truth), (second, truth), (first, second))]
-    return (apart[0] + apart[1] - apart[2]).mean() / 2
+    first, second, between = ((a - b).flatten(1).norm(dim=1) for a, b in (*((x, truth) for x in draws), draws))
+    return (first + second - between).mean() / 2
 
 
 def train_decoder(
@@ -91,7 +89,6 @@ def train_decoder(
     lr: float = 2e-3,
     seed: int = 0,
     hidden: int = 256,
-    progress: Callable[[int], None] | None = None,
 ) -> Decoder:
     """Train a decoder of frozen tokens. Equal arguments give equal decoders; torch's random state does not change.
 
@@ -103,7 +100,6 @@ def train_decoder(
         lr: learning rate at the start.
         seed: of weights, order and noise.
         hidden: see ``Decoder``.
-        progress: called with the number of each step.
 
     Raises:
         ValueError: if tokens and pixels have different numbers of images or patches, or a number is below 1.
@@ -119,7 +115,7 @@ def train_decoder(
         decoder = Decoder(dim=tokens.shape[-1], patch_size=round((pixels.shape[-1] / 3) ** 0.5), hidden=hidden)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+    for _ in range(steps):
         chosen = torch.randint(len(tokens), (min(batch_size, len(tokens)),), generator=generator)
         x, y = tokens[chosen], pixels[chosen]
         with torch.enable_grad():
@@ -128,8 +124,6 @@ def train_decoder(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
-        if progress is not None:
-            progress(step)
     return decoder.eval().requires_grad_(False)
 
 

@@ -14,7 +14,9 @@ from jepa_kit.build import build_masker
 from jepa_kit.evaluation.health.measure import BATCH, several_masks
 from jepa_kit.evaluation.pictures.decoder import Decoder, patchify, r_squared, to_pixels, train_decoder, unpatchify
 from jepa_kit.evaluation.pictures.material import Material
-from jepa_kit.evaluation.pictures.sections import Drawing, Section, decoder_section
+from jepa_kit.evaluation.pictures.panels import show_image
+from jepa_kit.evaluation.pictures.sections import RED, Section, dimmed, frame
+from jepa_kit.plotting import Axes
 from jepa_kit.rng import Stream, generator, permutation
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
@@ -52,15 +54,25 @@ def hidden_block_section(material: Material, steps: int) -> tuple[Section, dict[
     sources = [*expected[:1] * DRAWS, *expected[1:], material.targets(images)[:, hidden]]  # [m, T, D] each
     noise = torch.Generator().manual_seed(material.seed)
     filled = [_filled(material, images, decoder.draw(x, noise), hidden) for x in sources]
-    drawn = [filled[-1], *filled[:-1]]
-    drawings = [
-        Drawing(image, torch.from_numpy(seen), torch.from_numpy(hidden), [column[k] for column in drawn])
-        for k, image in enumerate(images)
-    ]
-    titles = ["drawn from the\ntrue targets", *[f"expected,\ndraw {k + 1}" for k in range(DRAWS)]]
+    columns = [images, dimmed(images, torch.from_numpy(seen), grid), filled[-1], *filled[:-1]]
+
+    def draw(axes: list[list[Axes]]) -> None:
+        for row, pictures in zip(axes, zip(*columns, strict=True), strict=True):
+            for panel, picture in zip(row, pictures, strict=False):
+                show_image(panel, picture)
+                frame(panel, hidden.tolist(), grid, material.patch_size, RED, 1.2)
+
+    titles = ["image", "context", "drawn from the\ntrue targets", *[f"expected,\ndraw {k + 1}" for k in range(DRAWS)]]
     titles += [f"expected from\nhalf the context {half}" for half in ("A", "B")]
-    text = _text(material, fractions)
-    return decoder_section(drawings, titles, grid, material.patch_size, text=text), fractions
+    section = Section(
+        name="decoder",
+        title="4  What the predictor expects in a hidden block",
+        text=_text(material, fractions),
+        rows=len(images),
+        draw=draw,
+        titles=titles,
+    )
+    return section, fractions
 
 
 def _text(material: Material, fractions: dict[str, float]) -> str:
@@ -84,21 +96,19 @@ def explained_variance(material: Material, decoder: Decoder) -> dict[str, float]
     Returns:
         ``targets``, ``predictions``, and ``positions``: from the mean target of each position.
     """
-    targets, predictions, positions, pixels = [], [], [], []
+    parts = []
     masker = build_masker(material.run.config)
     for first in range(0, len(material.images), BATCH):
         images = material.images[first : first + BATCH]
         # image numbers of a batch begin at 0
         masks = several_masks(masker, np.arange(first, first + len(images)), 1, seed=material.seed)
-        targets.append(masks.targets.gather(material.targets(images)))
-        predictions.append(material.predictions(images, masks))
-        positions.append(masks.targets.index)
-        pixels.append(masks.targets.gather(material.pixels(images)[0]))
-    own, index = torch.cat(targets), torch.cat(positions)
+        dense = (material.targets(images), material.pixels(images)[0])
+        tokens, pixels = (masks.targets.gather(x) for x in dense)
+        parts.append((tokens, pixels, material.predictions(images, masks), masks.targets.index))
+    own, truth, predictions, index = map(torch.cat, zip(*parts, strict=True))
     sums = torch.zeros(int(index.max()) + 1, own.shape[1]).index_add_(0, index, own)
     means = sums / torch.bincount(index).clamp(min=1)[:, None]
-    truth = torch.cat(pixels)
-    sources = {"targets": own, "predictions": torch.cat(predictions), "positions": means[index]}
+    sources = {"targets": own, "predictions": predictions, "positions": means[index]}
     return {name: r_squared(decoder, tokens, truth) for name, tokens in sources.items()}
 
 

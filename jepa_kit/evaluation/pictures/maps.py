@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kit.data.transforms import normalize
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets
@@ -98,9 +97,6 @@ def guesses(
     images: Tensor,
     masks: MaskBatch,
     chosen: Sequence[int],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
     nearest: int = 8,
 ) -> list[Guess]:
     """Compare the prediction of one hidden patch of some images with the targets of all patches of all images.
@@ -111,18 +107,16 @@ def guesses(
 
     Args:
         jepa: on the images' device.
-        images: [B, 3, h, w] uint8, all of which are searched.
+        images: [B, 3, h, w] float, normalised, all of which are searched.
         masks: of these images.
         chosen: the images whose hidden patches are predicted.
-        mean, std: of the channels, as in training.
         nearest: number of other images in ``Guess.nearest``.
 
     Returns:
         one for each of ``chosen``.
     """
-    x = torch.cat([normalize(part, mean, std) for part in images.split(64)])
-    targets = torch.cat([all_targets(jepa, part) for part in x.split(64)])  # [B, n, D]
-    predictions, index = predict(jepa, x, masks), masks.targets.index
+    targets = torch.cat([all_targets(jepa, part) for part in images.split(64)])  # [B, n, D]
+    predictions, index = predict(jepa, images, masks), masks.targets.index
     centre = targets.mean((0, 1))
     unit = F.normalize(targets - centre, dim=-1)
     unlikely = (targets - targets.mean(0)).square().sum(-1)  # [B, n]

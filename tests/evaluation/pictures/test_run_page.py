@@ -75,7 +75,7 @@ def test_a_guess_is_ranked_among_all_patches(tiny_run):
         x = normalize(images, MEAN, STD)
         targets = jepa.target(x, PatchSets.full(20, 16), jepa.target_encoder).view(20, 16, 16).double().numpy()
         predictions = jepa(x, masks).prediction.prediction.double().numpy()
-    for guess in guesses(jepa, images, masks, [3, 11], mean=MEAN, std=STD, nearest=4):
+    for guess in guesses(jepa, x, masks, [3, 11], nearest=4):
         rows = [
             k
             for k, (i, p) in enumerate(
