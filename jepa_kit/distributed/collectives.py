@@ -28,7 +28,7 @@ from jepa_kit.errors import PeerError, StartError
 
 T = TypeVar("T")
 
-SHARED = (ValueError, OSError, ArithmeticError, RuntimeError)
+PROPAGATED = (ValueError, OSError, ArithmeticError, RuntimeError)
 """Errors that are sent to the other processes, which raise them as well."""
 
 PATIENCE = timedelta(hours=6)
@@ -306,7 +306,7 @@ def _outcome(do: Callable[[], T], send: Callable[[PeerError], Any]) -> tuple[Any
     """
     try:
         return do(), None
-    except SHARED as error:
+    except PROPAGATED as error:
         return None, error
     except KeyboardInterrupt:  # a terminal sends it to all
         raise

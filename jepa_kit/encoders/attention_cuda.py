@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from jepa_kit.set_lengths import SetLengths
 
 HALF = (torch.bfloat16, torch.float16)
-STEP = 8
+WIDTH_MULTIPLE = 8
 """The kernels need a head width that is a multiple of this."""
 
 
@@ -112,7 +112,7 @@ def _has_flash() -> bool:
 def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
     """Attend over all sets in one launch: [P, h, d] -> [P, h, d]."""
     width = q.shape[-1]
-    missing = -width % STEP
+    missing = -width % WIDTH_MULTIPLE
     scale = None  # by default d ** -0.5 of the padded d
     if missing:  # zeros change no product of q and k; their outputs are removed below
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))

@@ -18,7 +18,7 @@ SEALED = "sealed"
 DIGEST = "jepa_kit.sha256"
 """Metadata key of the digest. The note (``ABOUT``) also states that there is one, so damage to this key is detected."""
 
-HOW = "allow_unchecked=True (--allow-unchecked) loads it anyway"
+UNCHECKED_HINT = "allow_unchecked=True (--allow-unchecked) loads it anyway"
 
 
 def raw(value: Tensor) -> memoryview:
@@ -63,9 +63,9 @@ def check_digest(
     if allow_unchecked or (stored is None and not is_sealed(metadata.get(ABOUT))):
         return
     if stored is None:
-        raise CheckpointError(f"{what} is damaged: its checksum ({DIGEST}) is missing; {HOW}")
+        raise CheckpointError(f"{what} is damaged: its checksum ({DIGEST}) is missing; {UNCHECKED_HINT}")
     if stored != (found := digest_of()):
         raise CheckpointError(
             f"{what} is damaged, or was changed after jepa_kit wrote it: its SHA-256 is {found[:16]}..., "
-            f"not {stored[:16]}...; {HOW}"
+            f"not {stored[:16]}...; {UNCHECKED_HINT}"
         )

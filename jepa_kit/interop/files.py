@@ -16,7 +16,7 @@ from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.errors import CheckpointError, reason_of
 from jepa_kit.files import sha256_of
-from jepa_kit.interop.digest import HOW
+from jepa_kit.interop.digest import UNCHECKED_HINT
 from jepa_kit.run_folder import HEADER
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
@@ -147,7 +147,7 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
     """
     what = f"{path} ({path.stat().st_size} bytes)"
     with reading(path):
-        check_records(path, checksums=not allow_unchecked, hint=f"; {HOW}")
+        check_records(path, checksums=not allow_unchecked, hint=f"; {UNCHECKED_HINT}")
         try:
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
