@@ -11,20 +11,13 @@ import torch
 
 from jepa_kit.config import Config, config_from_dict, modernize, versions
 from jepa_kit.config.check import Part, check_part, check_section
-from jepa_kit.encoders import ViT
+from jepa_kit.encoders.vit import ViT
 from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import Checkpoint
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.files import write_archive
-from jepa_kit.interop.weights import (
-    Architecture,
-    EncoderWeights,
-    Provenance,
-    Which,
-    architecture_of_vit,
-    check_shapes,
-    check_which,
-)
+from jepa_kit.interop.weight_checks import check_shapes
+from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance, Which, architecture_of_vit, check_which
 from jepa_kit.maskers.multiblock import RELEASED
 from jepa_kit.registry import ENCODERS, SLOTS
 

@@ -32,15 +32,8 @@ from jepa_kit.interop.digest import ABOUT
 from jepa_kit.interop.files import open_archive
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.native import architecture_of, config_of, released_config, steps_per_epoch
-from jepa_kit.interop.weights import (
-    AS_IT_IS,
-    Architecture,
-    Reading,
-    check_positions,
-    check_shapes,
-    depth_of,
-    shapes_to_architecture,
-)
+from jepa_kit.interop.weight_checks import check_positions, check_shapes, depth_of, shapes_to_architecture
+from jepa_kit.interop.weights import AS_IT_IS, Architecture, Reading
 
 PREFIX = "predictor_"
 POSITIONS = ("pos_embed", "predictor_pos_embed")

@@ -25,7 +25,8 @@ from jepa_kit.encoders.vit import interpolate_pos_embed, patch_grid
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, sha256_of
 from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, raw
-from jepa_kit.interop.weights import AS_IT_IS, Architecture, EncoderWeights, Reading, checked_weights, read_about
+from jepa_kit.interop.weight_checks import checked_weights
+from jepa_kit.interop.weights import AS_IT_IS, Architecture, EncoderWeights, Reading, read_about
 
 OPSET = 20
 """The first opset with Gelu; onnxruntime 1.17 and later support it."""

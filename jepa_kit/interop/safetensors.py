@@ -18,7 +18,8 @@ from torch import Tensor
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, digest, raw
 from jepa_kit.interop.files import FORMAT_NAME, read_header
-from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, checked_weights, read_about
+from jepa_kit.interop.weight_checks import checked_weights
+from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, read_about
 
 _DTYPES = {
     torch.float64: "F64",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jepa_kit.encoders import ViT
+from jepa_kit.encoders.vit import ViT
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_state, restore
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
 from jepa_kit.engine.run import Start
@@ -18,7 +18,8 @@ from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
-from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit, usual_heads
+from jepa_kit.interop.weight_checks import usual_heads
+from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
 from jepa_kit.recipe import JEPA
 
 
