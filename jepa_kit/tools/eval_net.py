@@ -218,7 +218,7 @@ def evaluate_run(
         networks = config_networks(config, **about)
     else:
         digest = broadcast_from_rank0(lambda: sha256_of(file))
-        checkpoint = about_checkpoint(checkpoint_name(arguments.checkpoint, file), digest, loaded)
+        checkpoint = about_checkpoint(file, loaded, name=checkpoint_name(arguments.checkpoint, file), digest=digest)
         chosen = arguments.encoder or encoder_named(loaded.jepa)
         encoders = [which for which in ENCODER_NAMES if chosen in (which, "both")]
         networks = run_networks(loaded, encoders=encoders, checkpoint_sha256=digest, **about)
@@ -254,10 +254,10 @@ def report(
 ) -> None:
     """Write the file of results, with all options of the protocols, and then print the table."""
     from jepa_kit.evaluation.protocols import plain_options
-    from jepa_kit.evaluation.tables.results import config_results, write_results
+    from jepa_kit.evaluation.tables.results import results, write_results
     from jepa_kit.evaluation.tables.table import format_table
 
-    content = config_results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
+    content = results(rows, config=config, checkpoint=checkpoint, train=train, test=test, seed=arguments.seed)
     content["protocols"] = plain_options(built)
     output = arguments.output or (default_output(arguments.checkpoint, content) if checkpoint else None)
     if output:

@@ -46,7 +46,7 @@ from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
-from jepa_kit.evaluation.tables.results import results, write_results
+from jepa_kit.evaluation.tables.results import about_checkpoint, results, write_results
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
 from jepa_kit.interfaces import Encoder
@@ -122,7 +122,8 @@ def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.devi
         seed=seed,
         progress=True,
     )
-    content = results(rows, run=run, checkpoint=run.config.train.output_dir, train=training, test=test, seed=seed)
+    checkpoint = about_checkpoint(run.config.train.output_dir, run)
+    content = results(rows, config=run.config, checkpoint=checkpoint, train=training, test=test, seed=seed)
     write_results(content, file)
     return rows
 

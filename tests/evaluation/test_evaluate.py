@@ -20,7 +20,7 @@ from jepa_kit.evaluation.features import extract_features, load_run, untrained_e
 from jepa_kit.evaluation.protocols.finetune import Finetune
 from jepa_kit.evaluation.protocols.knn import KNN
 from jepa_kit.evaluation.protocols.logistic import Logistic
-from jepa_kit.evaluation.tables.results import results, write_results
+from jepa_kit.evaluation.tables.results import about_checkpoint, results, write_results
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
 
@@ -230,7 +230,8 @@ def test_the_table():
 def test_results_name_everything_that_a_number_depends_on(loaded, tiny_run, scenes, tmp_path):
     train, test = scenes
     rows = evaluate([PIXELS], train, test, IMAGES, seed=4)
-    content = results(rows, run=loaded, checkpoint=tiny_run[0], train=train, test=test, seed=4)
+    checkpoint = about_checkpoint(tiny_run[0], loaded)
+    content = results(rows, config=loaded.config, checkpoint=checkpoint, train=train, test=test, seed=4)
     file = write_results(content, tmp_path / "new" / "results.json")
     read = json.loads(file.read_text())
     latest = tiny_run[0] / "checkpoint_00000005.pt"

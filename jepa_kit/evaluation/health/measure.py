@@ -8,8 +8,8 @@ S = target sets of a batch    P = target patches of a batch    q = masks of an i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -145,7 +145,7 @@ def measure_health(
     cuda = [device] if device.type == "cuda" else []
     tokens, predictions, contexts = TokenStatistics(), PredictionStatistics(), []
     with torch.no_grad(), torch.random.fork_rng(cuda), evaluating(jepa), unchanged_buffers(jepa):
-        for number, chosen in enumerate(_batches(len(images))):
+        for number, chosen in enumerate(np.array_split(np.arange(len(images)), -(-len(images) // BATCH))):
             drawn = several_masks(masker, chosen, masks, seed=seed, step=number)
             x = normalize(images[torch.from_numpy(chosen)].to(device), mean, std)
             with autocast_of(precision, device)():
@@ -156,7 +156,6 @@ def measure_health(
             contexts.append(_pooled(out.context.double().cpu(), drawn.context))
         losses = predictions.losses(jepa)
     features = np.concatenate(tokens.pooled)
-    figures = {name: measure(features) for name, measure in MEASURES.items()}
     return Health(
         images=len(images),
         masks=masks,
@@ -164,27 +163,16 @@ def measure_health(
         width=features.shape[1],
         lidar=_lidar(contexts),
         features=features,
-        **figures,
+        std=measures.deviation(features),
+        unit_std=measures.unit_deviation(features),
+        cosine=measures.mean_cosine(features),
+        uniformity=measures.uniformity(features),
+        rankme=measures.rankme(features),
+        effective_rank=measures.effective_rank(features),
+        alpha=measures.alpha_req(features),
         **tokens.figures(),
         **losses,
     )
-
-
-MEASURES: dict[str, Callable[[FloatArray], Any]] = {
-    "std": measures.deviation,
-    "unit_std": measures.unit_deviation,
-    "cosine": measures.mean_cosine,
-    "uniformity": measures.uniformity,
-    "rankme": measures.rankme,
-    "effective_rank": measures.effective_rank,
-    "alpha": measures.alpha_req,
-}
-"""Name in ``Health`` -> measure of the features [N, D]."""
-
-
-def _batches(count: int) -> Iterator[np.ndarray]:
-    """Yield the numbers 0 to count - 1 in batches of about one length, at most ``BATCH``."""
-    yield from np.array_split(np.arange(count), -(-count // BATCH))
 
 
 def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int, step: int = 0) -> MaskBatch:
@@ -192,25 +180,23 @@ def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int,
     parts = [masker(samples, seed=seed, epoch=EPOCH - k, step=step) for k in range(count)]
     offsets = np.cumsum([0] + [len(part.context) for part in parts])
     return MaskBatch(
-        _concatenate([part.context for part in parts]),
-        _concatenate([part.targets for part in parts]),
+        _concatenate(*(part.context for part in parts)),
+        _concatenate(*(part.targets for part in parts)),
         parts[0].grid,
         torch.cat([part.context_of + int(offset) for part, offset in zip(parts, offsets, strict=False)]),
     )
 
 
-def _concatenate(parts: Sequence[PatchSets], images: Sequence[Tensor] | None = None) -> PatchSets:
-    """Concatenate sets; ``images`` replaces the image of each set."""
+def _concatenate(*parts: PatchSets) -> PatchSets:
     lengths = [n for part in parts for n in part.lengths.on_host]
-    image = torch.cat(list(images or [part.image for part in parts]))
-    index = torch.cat([part.index for part in parts])
+    index, image = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "image"))
     return PatchSets(index, image, SetLengths(lengths, index.device))
 
 
 def _predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> tuple[Prediction, Tensor]:
     """Return the prediction, as ``JEPA.forward``, and the next image's targets [P, D] at the same places."""
     own = masks.targets
-    both = _concatenate([own, own], [own.image, (own.image + 1) % len(images)])
+    both = _concatenate(own, replace(own, image=(own.image + 1) % len(images)))
     s_y, s_other = jepa.target(images, both, jepa.target_network).float().chunk(2)
     s_x = jepa.encoder(images, masks.context)
     s_hat_y = jepa.predictor(s_x, masks).float()

@@ -5,6 +5,7 @@ B = images of a batch    n = patches of an image    D = width of a token    P = 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -100,18 +101,18 @@ class PredictionStatistics:
         """Return the four losses of ``Health``, each averaged over images as in training."""
         distance = distance_of(jepa, self.batches[0][0])
         mean, at = self.mean_targets()
-        names = ("loss", "loss_mean", "loss_position", "loss_other")
-        sums, images, square = dict.fromkeys(names, 0.0), 0, 0.0
+        sums: defaultdict[str, float] = defaultdict(float)
+        images, square = 0, 0.0
         for out, other in self.batches:
-            target, masks = out.target.double(), out.masks
+            prediction, target, masks = out.prediction.double(), out.target.double(), out.masks
             here = int(masks.targets.image.max()) + 1
-            pairs = (
-                (out.prediction.double(), target),
-                (mean.expand_as(target), target),
-                (at[masks.targets.index], target),
-                (out.prediction.double(), other.double()),
-            )
-            for name, (guess, truth) in zip(names, pairs, strict=True):
+            pairs = {
+                "loss": (prediction, target),
+                "loss_mean": (mean.expand_as(target), target),
+                "loss_position": (at[masks.targets.index], target),
+                "loss_other": (prediction, other.double()),
+            }
+            for name, (guess, truth) in pairs.items():
                 sums[name] += distance(Prediction(guess, truth, out.context, masks)) * here
             images += here
             square += float(target.square().mean()) * here

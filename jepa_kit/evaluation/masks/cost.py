@@ -5,9 +5,9 @@ The formula is that of jepa_kit/planning/flops.py.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from jepa_kit.planning.flops import FORMULA, Lengths, model_flops
+from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import IntArray
 
@@ -28,9 +28,6 @@ class Cost:
     target_encoder: NetworkCost
     predictor: NetworkCost
     training_gflop: float | None
-
-    def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "formula": FORMULA}
 
 
 def cost_of(jepa: JEPA, lengths: Lengths) -> Cost:

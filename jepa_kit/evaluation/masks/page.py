@@ -191,13 +191,12 @@ def _gallery(band: SubFigure, images: Tensor, masks: MaskBatch, sets: int) -> No
     band.suptitle("what the context encoder sees, and the target blocks", fontsize=9)
     for panel in axes.flat:
         panel.set_axis_off()
-    seen = [0] * GALLERY
-    for s, image in enumerate(masks.context.image.tolist()):
+    for image in range(GALLERY):
         half, column = divmod(image, GALLERY // 2)
-        panel = axes[half * sets + seen[image]][column]
-        seen[image] += 1
-        show_image(panel, shown[s])
-        draw_blocks(panel, masks, s, images.shape[2:], linewidths=1.2)
+        for row, s in enumerate(np.flatnonzero(masks.context.image == image).tolist()):
+            panel = axes[half * sets + row][column]
+            show_image(panel, shown[s])
+            draw_blocks(panel, masks, s, images.shape[2:], linewidths=1.2)
 
 
 def _warnings(band: SubFigure, report: MaskReport) -> None:

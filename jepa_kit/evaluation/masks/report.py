@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from jepa_kit.evaluation.masks.cost import Cost
+from jepa_kit.planning.flops import FORMULA
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import Grid
 
@@ -110,7 +111,7 @@ class MaskReport:
             "distinct_context_blocks": self.context_blocks,
             "target_shapes_reached_of": self.reached,
             "mean_context_by_images_per_batch": {str(k): v for k, v in self.by_batch.items()},
-            "cost_per_image": self.cost.to_dict(),
+            "cost_per_image": asdict(self.cost) | {"formula": FORMULA},
         }
 
 

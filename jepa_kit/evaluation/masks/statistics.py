@@ -142,15 +142,13 @@ def _context_blocks(masker: Masker, seed: int) -> int | None:
     """Return the number of different context blocks in 1024 images; None if the masker is no ``multiblock``."""
     if not isinstance(masker, MultiBlock):
         return None
-    blocks = set()
+    blocks = []
     for step in range(64):
         samples = np.arange(16 * step, 16 * step + 16)
         sizes = masker.sizes(samples, seed=seed, epoch=0, step=step)
         drawn = masker.place(samples, *sizes, seed=seed, epoch=0).contexts
-        blocks |= set(
-            zip(*(x.ravel().tolist() for x in (drawn.top, drawn.left, drawn.height, drawn.width)), strict=True)
-        )
-    return len(blocks)
+        blocks.append(np.stack([drawn.top, drawn.left, drawn.height, drawn.width]).reshape(4, -1))
+    return np.unique(np.concatenate(blocks, axis=1), axis=1).shape[1]
 
 
 def _missing_shapes(masker: Masker, seed: int) -> tuple[int, int] | None:
@@ -185,14 +183,11 @@ def _contexts(masker: Masker, seed: int, images_per_batch: int, images_per_step:
     The step depends on the image alone, so that batches of any size draw the same.
     """
     lengths = []
-    parts = [
-        (step, np.arange(first, min(first + images_per_batch, (step + 1) * images_per_step)))
-        for step in range(steps)
-        for first in range(step * images_per_step, (step + 1) * images_per_step, images_per_batch)
-    ]
-    for step, samples in parts:
-        sets = masker(samples, seed=seed, epoch=0, step=step).context
-        lengths.append(np.array(sets.lengths.on_host)[np.argsort(sets.image.numpy(), kind="stable")])
+    for step in range(steps):
+        of_step = np.arange(step * images_per_step, (step + 1) * images_per_step)
+        for samples in np.split(of_step, range(images_per_batch, images_per_step, images_per_batch)):
+            sets = masker(samples, seed=seed, epoch=0, step=step).context
+            lengths.append(sets.lengths.each[np.argsort(sets.image.numpy(), kind="stable")])
     return np.concatenate(lengths)
 
 

@@ -30,13 +30,11 @@ class Decoder(nn.Module):
         dim: D.
         patch_size: p.
         hidden: width of the two hidden layers.
-        noise: Z.
     """
 
-    def __init__(self, *, dim: int, patch_size: int, hidden: int = 256, noise: int = NOISE) -> None:
+    def __init__(self, *, dim: int, patch_size: int, hidden: int = 256) -> None:
         super().__init__()
-        self.patch_size, self.noise = patch_size, noise
-        self.embed = nn.Linear(dim + noise, hidden)
+        self.embed = nn.Linear(dim + NOISE, hidden)
         self.hidden = nn.Linear(hidden, hidden)
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, 3 * patch_size**2)
@@ -50,8 +48,8 @@ class Decoder(nn.Module):
     def draw(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Return pixels as ``forward``, for random noise."""
         count, patches = tokens.shape[:2]
-        shared = torch.randn(count, 1, self.noise // 2, generator=generator).expand(-1, patches, -1)
-        own = torch.randn(count, patches, self.noise - self.noise // 2, generator=generator)
+        shared = torch.randn(count, 1, NOISE // 2, generator=generator).expand(-1, patches, -1)
+        own = torch.randn(count, patches, NOISE // 2, generator=generator)
         return self(tokens, torch.cat([shared, own], dim=-1))
 
 

@@ -82,10 +82,8 @@ def mask_gallery(
             most = max(most, len(blocks))
             panel.set_xlabel(_caption(masks.context.lengths.on_host[s], blocks), fontsize=7, labelpad=3)
     legend: list[Patch | Line2D] = [Patch(facecolor=GREY, edgecolor="none", label="hidden from the context encoder")]
-    legend += [
-        Line2D([], [], color=colour, linewidth=2, label=f"target block {m}")
-        for m, colour in enumerate(COLOURS[:most], start=1)
-    ]
+    for m, colour in enumerate(COLOURS[:most], start=1):
+        legend.append(Line2D([], [], color=colour, linewidth=2, label=f"target block {m}"))
     in_a_row = int(figure.get_figwidth() // LABEL)
     figure.legend(handles=legend, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=8)
     return save_figure(figure, path, dpi=DPI)
@@ -133,9 +131,9 @@ def patch_pca(
         raise ValueError("encoders (={}) must have at least one")
     check_images(images, (1, 1))
     columns = min(shown, len(images))
-    aspect = images.shape[2] / images.shape[3]
-    figure, axes = _panels([0.08] * (1 + len(encoders)), columns, aspect, around=0.3, heading=heading)
-    _label(axes[0][0], "image")
+    captions = [0.08] * (1 + len(encoders))
+    figure, axes = _panels(captions, columns, images.shape[2] / images.shape[3], around=0.3, heading=heading)
+    axes[0][0].set_ylabel("image", fontsize=8)
     for column in range(columns):
         _show(axes[0][column], images[column])
     for row, (name, encoder) in zip(axes[1:], encoders.items(), strict=True):
@@ -145,7 +143,7 @@ def patch_pca(
         large = F.interpolate(colours[:columns], images.shape[2:], mode="bicubic", antialias=False)
         for column, picture in enumerate(to_uint8(large)):
             _show(row[column], picture)
-        _label(row[0], f"{name}\n{100 * explained:.0f} % of variance")
+        row[0].set_ylabel(f"{name}\n{100 * explained:.0f} % of variance", fontsize=8)
     return save_figure(figure, path, dpi=DPI)
 
 
@@ -169,10 +167,5 @@ def _panels(
 def _show(panel: Axes, image: Tensor, title: str = "") -> None:
     panel.set_axis_on()
     panel.spines[:].set_visible(False)
+    panel.set_title(title, fontsize=7, pad=3)
     show_image(panel, image)
-    if title:
-        panel.set_title(title, fontsize=7, pad=3)
-
-
-def _label(panel: Axes, text: str) -> None:
-    panel.set_ylabel(text, fontsize=8)

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +35,7 @@ class Key(NamedTuple):
     column: str
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A figure over seeds, in [0, 1].
 
     Args:
@@ -200,10 +198,8 @@ def to_csv(cells: dict[Key, Cell]) -> str:
     """Return CSV with a line for each figure, with all digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*Key._fields, "mean", "deviation", "standard_error", "runs", "chance"])
-    for key, cell in cells.items():
-        deviation = "" if cell.deviation is None else cell.deviation
-        writer.writerow([*key, cell.mean, deviation, cell.standard_error, cell.runs, cell.chance])
+    writer.writerow(Key._fields + Cell._fields)
+    writer.writerows(key + cell for key, cell in cells.items())
     return out.getvalue()
 
 

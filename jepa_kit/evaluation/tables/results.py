@@ -24,34 +24,23 @@ from jepa_kit.evaluation.tables.rows import FORMAT, Row
 from jepa_kit.files import sha256_of, write_text
 
 
-def results(
-    rows: Sequence[Row],
-    *,
-    run: LoadedRun,
-    checkpoint: str | Path,
-    train: ShardDataset,
-    test: ShardDataset,
-    seed: int,
+def about_checkpoint(
+    checkpoint: str | Path, run: LoadedRun, *, name: str | None = None, digest: str | None = None
 ) -> dict[str, Any]:
-    """Return the content of a file of results of a run, as plain values for JSON.
+    """Return what results record of a checkpoint: file, digest, step, and the training data that it names.
 
     Args:
-        rows: from ``evaluate``.
-        run: the run that was evaluated.
-        checkpoint: its file or run folder.
-        train, test, seed: the arguments of ``evaluate``.
+        checkpoint: a file or run folder.
+        run: the run that was loaded from it.
+        name: to record for the file; by default its path.
+        digest: SHA-256 of the file, if it is known already.
     """
     file = latest_checkpoint(checkpoint)
-    about = about_checkpoint(str(file), sha256_of(file), run)
-    return config_results(rows, config=run.config, checkpoint=about, train=train, test=test, seed=seed)
+    data = None if run.data is None else brief(run.data)
+    return {"file": name or str(file), "sha256": digest or sha256_of(file), "step": run.step, "data": data}
 
 
-def about_checkpoint(file: str, digest: str, run: LoadedRun) -> dict[str, Any]:
-    """Return what results record of a checkpoint: file, digest, step, and the training data that it names."""
-    return {"file": file, "sha256": digest, "step": run.step, "data": None if run.data is None else brief(run.data)}
-
-
-def config_results(
+def results(
     rows: Sequence[Row],
     *,
     config: Config,
@@ -60,7 +49,14 @@ def config_results(
     test: ShardDataset,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the content of a file of results, as ``results``; ``checkpoint`` is None for a config without a run."""
+    """Return the content of a file of results, as plain values for JSON.
+
+    Args:
+        rows: from ``evaluate``.
+        config: of the run.
+        checkpoint: from ``about_checkpoint``; None for a config without a run.
+        train, test, seed: the arguments of ``evaluate``.
+    """
     return {
         "format": FORMAT,
         "checkpoint": None if checkpoint is None else dict(checkpoint),

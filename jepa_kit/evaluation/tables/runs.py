@@ -13,24 +13,10 @@ from typing import Any, NamedTuple
 from jepa_kit.config import modernize
 from jepa_kit.evaluation.tables.rows import Row, read_results
 
-NOT_RECIPE = (
-    ("train", "seed"),
-    ("train", "output_dir"),
-    ("train", "log_every"),
-    ("train", "tensorboard"),
-    ("train", "wandb"),
-    ("train", "deterministic"),
-    ("train", "device"),
-    ("train", "attention"),
-    ("data", "num_workers"),
-    ("data", "prefetch"),
-    ("data", "shards"),
-    ("data", "cache"),
-    ("data", "cache_gb"),
-    ("data", "retries"),
-    ("data", "backoff"),
-    ("data", "timeout"),
-)
+NOT_RECIPE = {
+    "train": ("seed", "output_dir", "log_every", "tensorboard", "wandb", "deterministic", "device", "attention"),
+    "data": ("num_workers", "prefetch", "shards", "cache", "cache_gb", "retries", "backoff", "timeout"),
+}
 """Options in which configs of one recipe may differ, besides all of ``checkpoint`` and ``evaluate``."""
 
 
@@ -145,8 +131,9 @@ def _recipe(content: dict[str, Any]) -> str:
     for section in ("versions", "checkpoint", "evaluate"):
         config.pop(section, None)
     shards = config.get("data", {}).get("shards")
-    for section, key in NOT_RECIPE:
-        config.get(section, {}).pop(key, None)
+    for section, keys in NOT_RECIPE.items():
+        for key in keys:
+            config.get(section, {}).pop(key, None)
     recorded = (content["checkpoint"] or {}).get("data") or {}
     data = recorded if recorded.get("digest") else shards
     return json.dumps({"config": config, "data": data, "step": _step(content)}, sort_keys=True)
