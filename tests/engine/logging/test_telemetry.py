@@ -11,7 +11,7 @@ from jepa_kit.engine.logging import telemetry
 from jepa_kit.engine.logging.telemetry import Journal, Meter, read_metrics
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.planning import peak_flops
-from jepa_kit.planning.flops import ModelFlops, PredictorFlops, SetFlops
+from jepa_kit.planning.flops import Lengths, ModelFlops, SetFlops
 from jepa_kit.structures import MaskBatch, PatchSets
 
 MASKS = MaskBatch(
@@ -22,7 +22,13 @@ MASKS = MaskBatch(
 )
 HYPER = Hyper(lr=1e-3, weight_decay=0.05, momentum=0.99)
 # sum(n) = 5, 6, 32 and sum(n^2) = 13, 18, 512 for contexts, targets and whole images; sequences of 5 and 6
-FLOPS = ModelFlops(SetFlops(100.0, 10.0), PredictorFlops(SetFlops(7.0, 1.0), 3.0, 2.0), "images", False)
+
+
+def predictor_flops(lengths: Lengths) -> float:
+    return SetFlops(7.0, 1.0)(lengths.sequences) + 3.0 * int(lengths.context.sum()) + 2.0 * int(lengths.targets.sum())
+
+
+FLOPS = ModelFlops(SetFlops(100.0, 10.0), predictor_flops, "images", False)
 ENCODER, TARGET_ENCODER, PREDICTOR = 500 + 130, 3200 + 5120, 7 * 11 + 25 + 36 + 3 * 5 + 2 * 6
 
 
