@@ -114,8 +114,7 @@ class OnlineEvaluation:
         record = {f"eval/{name}": float(v) for name, v in health.to_dict().items() if isinstance(v, float)}
         if self.labels is not None and self.probe != "none":
             rest = self.features(run.jepa, self.images[self.samples :], run.device)
-            features = np.concatenate([health.features, rest]) if len(rest) else health.features
-            record[f"eval/{self.probe}"] = PROBES[self.probe](features, self.labels)
+            record[f"eval/{self.probe}"] = PROBES[self.probe](np.concatenate([health.features, *rest]), self.labels)
         record["eval/verdict"] = float(STATES.index(verdict.state))
         record["eval/seconds"] = time.perf_counter() - start
         self.last = verdict
@@ -124,8 +123,8 @@ class OnlineEvaluation:
         return record
 
     @torch.no_grad()
-    def features(self, jepa: JEPA, images: Tensor, device: torch.device) -> FloatArray:
-        """Return [N, D]: the target encoder's tokens, averaged over each image, as the features of ``Health``."""
+    def features(self, jepa: JEPA, images: Tensor, device: torch.device) -> list[FloatArray]:
+        """Return [B, D] of each batch: the target encoder's tokens, averaged over each image, as for ``Health``."""
         parts = []
         with evaluating(jepa):
             for part in images.split(BATCH) if len(images) else ():  # torch splits an empty tensor into one empty part
@@ -133,7 +132,7 @@ class OnlineEvaluation:
                 with autocast_of(self.options.precision, device)():
                     tokens = jepa.encoder_for("target")(x)  # [B * n, D]
                 parts.append(tokens.unflatten(0, (len(x), -1)).double().mean(1).cpu().numpy())
-        return np.concatenate(parts) if parts else np.empty((0, 0))
+        return parts
 
     def _message(self, record: dict[str, float], step: int, verdict: Verdict, before: Verdict | None) -> str:
         """Return a line with the main figures, and the reason if the verdict is new."""

@@ -131,7 +131,7 @@ def test_a_probe_uses_the_images_of_health_and_more(config_of):
     config = config_of("run", *PROBED)
     run = build_run(config, World(), torch.device("cpu"))
     hook = online_evaluation(run)
-    features = hook.features(run.jepa, hook.images, run.device)
+    features = np.concatenate(hook.features(run.jepa, hook.images, run.device))
     assert hook(run, 0)["eval/knn"] == knn_accuracy(features, hook.labels)
 
 

@@ -163,13 +163,9 @@ def _dead(report: MaskReport) -> list[str]:
     dead = np.asarray((report.probability.context == 0) & (report.probability.target == 0))
     if not dead.any():
         return []
-    sides = {
-        "the first row": dead[0],
-        "the last row": dead[-1],
-        "the first column": dead[:, 0],
-        "the last column": dead[:, -1],
-    }
-    edges = [name for name, line in sides.items() if line.all()]
+    names = ("the first row", "the last row", "the first column", "the last column")
+    sides = (dead[0], dead[-1], dead[:, 0], dead[:, -1])
+    edges = [name for name, line in zip(names, sides, strict=True) if line.all()]
     place = f"{' and '.join(edges)}: " if edges else ""
     return [
         f"{place}{dead.sum()} of {dead.size} patches ({dead.mean():.1%}) are never context and never target, "

@@ -59,12 +59,13 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
     shared_size = _shared_size(counts.sides)
     sides = np.concatenate(counts.sides)  # [S_t, 2], zero where a target is no rectangle
     shapes = Counter(map(tuple, sides[sides[:, 0] > 0].tolist()))
+    tables = (counts.in_context / len(context), counts.in_target / total, counts.in_none / total)
     return MaskReport(
         masker={"name": part.name, **part.options},
         grid=masker.grid,
         images=total,
         images_per_batch=images_per_batch,
-        probability=counts.probabilities(len(context), total),
+        probability=Probabilities(*(table.reshape(masker.grid) for table in tables)),
         **lengths,
         standard_errors=counts.standard_errors(lengths) if shared_size or len(by_batch) > 1 else {},
         sets_per_image=(len(context) / total, len(targets) / total),
@@ -120,10 +121,6 @@ class _Counts:
         """Return the standard errors of mean lengths, from the means of batches."""
         means = {name: np.array([batch.mean() for batch in self.lengths[name]]) for name in names}
         return {name: float(x.std(ddof=1) / len(x) ** 0.5) for name, x in means.items() if len(x) > 1}
-
-    def probabilities(self, contexts: int, images: int) -> Probabilities:
-        tables = (self.in_context / contexts, self.in_target / images, self.in_none / images)
-        return Probabilities(*(table.reshape(self.grid) for table in tables))
 
 
 def rectangles(sets: NDArray[np.bool_], grid: Grid) -> IntArray:

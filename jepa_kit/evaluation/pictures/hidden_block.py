@@ -102,8 +102,7 @@ def explained_variance(material: Material, decoder: Decoder) -> dict[str, float]
         images = material.images[first : first + BATCH]
         # image numbers of a batch begin at 0
         masks = several_masks(masker, np.arange(first, first + len(images)), 1, seed=material.seed)
-        dense = (material.targets(images), material.pixels(images)[0])
-        tokens, pixels = (masks.targets.gather(x) for x in dense)
+        tokens, pixels = map(masks.targets.gather, (material.targets(images), material.pixels(images)[0]))
         parts.append((tokens, pixels, material.predictions(images, masks), masks.targets.index))
     own, truth, predictions, index = map(torch.cat, zip(*parts, strict=True))
     sums = torch.zeros(int(index.max()) + 1, own.shape[1]).index_add_(0, index, own)

@@ -150,7 +150,6 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
     def draw(axes: list[list[Axes]]) -> None:
         for row, guess in zip(axes, found, strict=False):
             low, high = float(np.percentile(guess.cosine.numpy(), 50)), float(guess.cosine.max())
-            own = guess.cosine[guess.image]
             show_image(row[0], dimmed(images[guess.image], guess.context, grid))
             frame(row[0], [guess.patch], grid, patch_size, RED)
             shown = [(guess.image, guess.patch), *guess.nearest]
@@ -158,7 +157,8 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
                 show_map(panel, images[image], guess.cosine[image].view(grid).numpy(), low, high)
                 frame(panel, [patch], grid, patch_size, RED if image == guess.image else "white")
                 panel.set_xlabel(f"cosine {guess.cosine[image, patch]:.2f}", fontsize=7)
-            row[1].set_xlabel(f"{own[guess.patch]:.2f}; rank {guess.rank:,} of {guess.total:,}", fontsize=7)
+            own = guess.cosine[guess.image, guess.patch]
+            row[1].set_xlabel(f"{own:.2f}; rank {guess.rank:,} of {guess.total:,}", fontsize=7)
 
     others = ["nearest patch\nof other images", "second", "third", "fourth", "fifth", "sixth"]
     section = Section(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -244,9 +244,7 @@ def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
             ax.axhline(0.5 - k, color="0.92", lw=0.8)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
-    handles: dict[str, Any] = {}
-    for ax in axes.flat:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(4, len(handles)), fontsize=9)
     fig.tight_layout(rect=(0, 0.35 / fig.get_figheight() * -(-len(handles) // 4) + 0.02, 1, 1))
     return save_figure(fig, file, dpi=130)
