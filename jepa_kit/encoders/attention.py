@@ -4,47 +4,69 @@ Legend of shapes:
 
     P = packed tokens of all sets    S = sets         L = tokens of a set
     h = heads                        d = width of a head
+    Pk, Lk = keys instead of tokens; P and L unless ``key_lengths`` is given
 
-Every backend computes softmax(q k^T / sqrt(d)) v within each set.
+Every backend computes softmax(q k^T / sqrt(d) + bias) v within each set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jepa_kit.encoders.attention_cuda import attend_packed, attend_xformers, packed_kernel, why_not_xformers
 from jepa_kit.encoders.attention_dense import attend_dense
+from jepa_kit.encoders.attention_general import attend_general, bias_of_sets, causal_mask, check_terms
 from jepa_kit.registry import Backend
 from jepa_kit.set_lengths import SetLengths
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths | Sequence[int], backend: Backend = "auto") -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths | Sequence[int],
+    backend: Backend = "auto",
+    *,
+    key_lengths: SetLengths | Sequence[int] | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     """Attend within each set of packed tokens.
 
-    Equivalent plain code::
+    Equivalent plain code, with the bias of each set, [h, L, Lk], in ``biases``::
 
-        sets = zip(q.split(lengths), k.split(lengths), v.split(lengths))
-        torch.cat([torch.einsum("hij,jhd->ihd", (torch.einsum("ihd,jhd->hij", q, k) / d**0.5).softmax(-1), v)
-                   for q, k, v in sets])
+        sets = zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths), biases)
+        later = [torch.full((i, j), -torch.inf).triu(1) if causal else 0 for i, j in zip(lengths, key_lengths)]
+        torch.cat([torch.einsum("hij,jhd->ihd", (torch.einsum("ihd,jhd->hij", q, k) / d**0.5 + b + m).softmax(-1), v)
+                   for (q, k, v, b), m in zip(sets, later)])
 
     Args:
-        q, k, v: [P, h, d].
-        lengths: the length of each set; they add up to P.
-        backend: ``auto`` uses xformers if its kernels load, else ``sdpa``, torch's own kernels. Any other name uses
-            that backend or raises.
+        q: [P, h, d].
+        k, v: [Pk, h, d].
+        lengths: the length of each set of queries; they add up to P.
+        backend: ``auto`` uses xformers if its kernels load and there is no bias, else ``sdpa``, torch's own kernels.
+            Any other name uses that backend or raises.
+        key_lengths: the length of each set of keys; as many, and they add up to Pk. ``lengths`` by default.
+        bias: added to the scores, in the dtype of q. [h, L, Lk] for all sets or [S, h, L, Lk] for each, if sets have
+            equal lengths. Flat for any sets: [h, N], N = sum of L * Lk over sets, by set, then query, then key
+            (``token_pairs``). With a bias, ragged sets are padded on CUDA: no kernel for packed sets takes one.
+        causal: whether a query attends only to the keys up to its own position in the set.
 
     Returns:
         [P, h, d].
 
     Raises:
-        ValueError: shapes differ, lengths do not add up to P, or the backend is unknown or cannot run here (with the
-            reason).
+        ValueError: shapes or lengths do not fit, causal sets have keys of other lengths, or the backend is unknown or
+            cannot run here (with the reason).
     """
     if not isinstance(lengths, SetLengths):
         lengths = SetLengths(lengths, q.device)
+    if key_lengths is not None or bias is not None or causal:
+        return _attend_with_terms(q, k, v, lengths, backend, key_lengths, bias, causal)
     if not q.shape == k.shape == v.shape or q.ndim != 3:
         raise ValueError(
             f"q, k and v must have one shape [P, heads, head_dim], not {tuple(q.shape)}, {tuple(k.shape)}, "
@@ -55,18 +77,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths | Sequence[int],
     return BACKENDS[_choose(backend, q)](q, k, v, lengths)
 
 
-def why_not(backend: str, q: Tensor) -> str | None:
-    """Return why a backend cannot run on tensors like ``q`` [P, h, d], or None if it can."""
+def _attend_with_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths,
+    backend: Backend,
+    key_lengths: SetLengths | Sequence[int] | None,
+    bias: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    if key_lengths is None:
+        key_lengths = lengths
+    elif not isinstance(key_lengths, SetLengths):
+        key_lengths = SetLengths(key_lengths, q.device)
+    check_terms(q, k, v, lengths, key_lengths, bias, causal)
+    name = _choose(backend, q, bias=bias is not None, causal=causal)
+    terms: dict[str, Any] = {"key_lengths": key_lengths, "causal": causal}
+    if bias is not None:
+        terms["bias"] = bias.to(q.dtype)
+    return BACKENDS[name](q, k, v, lengths, **terms)
+
+
+def why_not(backend: str, q: Tensor, *, bias: bool = False, causal: bool = False) -> str | None:
+    """Return why a backend cannot run on tensors like ``q`` [P, h, d], or None if it can.
+
+    Args:
+        bias: whether there is a bias.
+        causal: whether attention is causal.
+    """
     if backend not in BACKENDS:
         return f"there is no such backend; there are auto, {', '.join(BACKENDS)}"
-    return why_not_xformers(q) if backend == "xformers" else None
+    if backend != "xformers":
+        return None
+    return why_not_xformers(q, causal) or ("it takes no bias over packed sets; use 'sdpa'" if bias else None)
 
 
-def _choose(backend: Backend, q: Tensor) -> str:
+def _choose(backend: Backend, q: Tensor, *, bias: bool = False, causal: bool = False) -> str:
     """Return the name of the backend to use; it depends on what can run, never on timing, so that all ranks agree."""
     if backend == "auto":
-        return "xformers" if why_not("xformers", q) is None else "sdpa"
-    if (reason := why_not(backend, q)) is not None:
+        return "xformers" if why_not("xformers", q, bias=bias, causal=causal) is None else "sdpa"
+    if (reason := why_not(backend, q, bias=bias, causal=causal)) is not None:
         raise ValueError(f"attention (={backend!r}) cannot run: {reason}")
     return backend
 
@@ -91,26 +142,54 @@ def describe_backend(device: torch.device, dtype: torch.dtype, backend: Backend 
     return text
 
 
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+def _attend_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths,
+    *,
+    key_lengths: SetLengths | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
     kernel = packed_kernel(q)
     # Whole images have the same shape at every step, so cuDNN builds its plan (23 to 37 ms of host time on Hopper)
     # once. All other lengths change from step to step, also those of uniform sets, and each would need a new plan.
-    if kernel is None or lengths.whole:
+    if kernel is not None and bias is None and not (lengths.whole and (key_lengths is None or key_lengths.whole)):
+        return attend_packed(kernel, q, k, v, lengths, key_lengths, causal)
+    if key_lengths is None:
         return attend_dense(q, k, v, lengths)
-    return attend_packed(kernel, q, k, v, lengths)
+    return attend_general(q, k, v, lengths, key_lengths, bias, causal)
 
 
-def _attend_reference(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
+def _attend_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths,
+    *,
+    key_lengths: SetLengths | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    keys = lengths if key_lengths is None else key_lengths
+    biases = [None] * len(lengths) if bias is None else bias_of_sets(bias, lengths, keys)
+    packed = (x.split(each.on_host) for x, each in ((q, lengths), (k, keys), (v, keys)))
     out = []
-    for qs, ks, vs in zip(*(x.split(lengths.on_host) for x in (q, k, v)), strict=True):
-        weight = (torch.einsum("ihd,jhd->hij", qs, ks) * qs.shape[-1] ** -0.5).softmax(-1)
-        out.append(torch.einsum("hij,jhd->ihd", weight, vs))
+    for qs, ks, vs, b in zip(*packed, biases, strict=True):
+        scores = torch.einsum("ihd,jhd->hij", qs, ks) * qs.shape[-1] ** -0.5
+        if b is not None:
+            scores = scores + b
+        if causal:
+            scores = scores + causal_mask(len(qs), scores)
+        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), vs))
     return torch.cat(out)
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, SetLengths], Tensor]] = {
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "xformers": attend_xformers,
     "sdpa": _attend_sdpa,
     "reference": _attend_reference,
 }
-"""Backends by name; each is tested against plain maths in float64."""
+"""Backends by name; each is tested against plain maths in float64. They take (q, k, v, lengths), and by keyword
+``key_lengths``, ``causal`` and, except xformers, ``bias``."""

@@ -33,26 +33,33 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        key_offsets: Tensor,
+        longest: tuple[int, int],
+        scale: float | None,
+        causal: bool,
     ) -> Tensor:
-        """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
-        # 0.0, False, False: no dropout, not causal, no debug mask
+        """q [P, h, d], k, v [Pk, h, d], offsets [S + 1] int32, longest set of each -> [P, h, d]."""
+        # 0.0, False: no dropout, no debug mask
         out, logsumexp, *rng, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, offsets, offsets, longest, longest, 0.0, False, False, scale=scale
+            q, k, v, offsets, key_offsets, *longest, 0.0, causal, False, scale=scale
         )
-        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, key_offsets, *rng)
+        ctx.longest, ctx.scale, ctx.causal = longest, scale, causal
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
-        n = ctx.longest
+        q, k, v, out, logsumexp, offsets, key_offsets, *rng = ctx.saved_tensors
         grads = torch.ops.aten._flash_attention_backward(
-            grad, q, k, v, out, logsumexp, offsets, offsets, n, n, 0.0, False, *rng, scale=ctx.scale
+            grad, q, k, v, out, logsumexp, offsets, key_offsets, *ctx.longest, 0.0, ctx.causal, *rng, scale=ctx.scale
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class _Efficient(torch.autograd.Function):
@@ -62,29 +69,48 @@ class _Efficient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offsets: Tensor,
+        key_offsets: Tensor,
+        longest: tuple[int, int],
+        scale: float | None,
+        causal: bool,
     ) -> Tensor:
-        """q, k, v [P, h, d], offsets [S + 1] int32 -> [P, h, d]."""
+        """q [P, h, d], k, v [Pk, h, d], offsets [S + 1] int32, longest set of each -> [P, h, d]."""
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))  # [1, P, h, d]
         needed = any(ctx.needs_input_grad)
-        # None, 0.0, 0: no bias, no dropout, no causal mask; `needed`: compute the logsumexp, for the backward pass
+        # None, 0.0: no bias, no dropout; int(causal): 1 is a mask from the top left; `needed`: compute the logsumexp,
+        # for the backward pass
         out, logsumexp, *rng, _, _ = torch.ops.aten._efficient_attention_forward(
-            q, k, v, None, offsets, offsets, longest, longest, 0.0, 0, needed, scale=scale
+            q, k, v, None, offsets, key_offsets, *longest, 0.0, int(causal), needed, scale=scale
         )
-        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, *rng)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.save_for_backward(q, k, v, out, logsumexp, offsets, key_offsets, *rng)
+        ctx.longest, ctx.scale, ctx.causal = longest, scale, causal
         return out.squeeze(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, logsumexp, offsets, *rng = ctx.saved_tensors
-        n = ctx.longest
+        q, k, v, out, logsumexp, offsets, key_offsets, *rng = ctx.saved_tensors
         grad = grad.contiguous().unsqueeze(0)
         *grads, _ = torch.ops.aten._efficient_attention_backward(
-            grad, q, k, v, None, out, offsets, offsets, n, n, logsumexp, 0.0, *rng, 0, False, scale=ctx.scale
+            grad,
+            *(q, k, v),
+            None,
+            out,
+            *(offsets, key_offsets),
+            *ctx.longest,
+            logsumexp,
+            0.0,
+            *rng,
+            int(ctx.causal),
+            False,
+            scale=ctx.scale,
         )
-        return (*(x.squeeze(0) for x in grads), None, None, None)
+        return (*(x.squeeze(0) for x in grads), None, None, None, None, None)
 
 
 def packed_kernel(q: Tensor) -> type[_Flash | _Efficient] | None:
@@ -109,40 +135,63 @@ def _has_flash() -> bool:
     return not torch.cuda.is_available() or torch.backends.cuda.is_flash_attention_available()
 
 
-def attend_packed(kernel: type[_Flash | _Efficient], q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """Attend over all sets in one launch: [P, h, d] -> [P, h, d]."""
+def attend_packed(
+    kernel: type[_Flash | _Efficient],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths,
+    key_lengths: SetLengths | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attend over all sets in one launch: q [P, h, d], k and v [Pk, h, d] -> [P, h, d]."""
+    keys = lengths if key_lengths is None else key_lengths
     width = q.shape[-1]
     missing = -width % WIDTH_MULTIPLE
     scale = None  # by default d ** -0.5 of the padded d
     if missing:  # zeros change no product of q and k; their outputs are removed below
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         scale = width**-0.5
-    out: Tensor = kernel.apply(q, k, v, lengths.offsets, lengths.longest, scale)
+    out: Tensor = kernel.apply(q, k, v, lengths.offsets, keys.offsets, (lengths.longest, keys.longest), scale, causal)
     return out.narrow(-1, 0, width) if missing else out
 
 
-def attend_xformers(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
-    """Attend with xformers' ``memory_efficient_attention``: [P, h, d] -> [P, h, d]."""
+def attend_xformers(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: SetLengths,
+    *,
+    key_lengths: SetLengths | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attend with xformers' ``memory_efficient_attention``: q [P, h, d], k and v [Pk, h, d] -> [P, h, d]."""
     ops, _ = _xformers()
-    if lengths.uniform:
-        shape = (len(lengths), lengths.longest, *q.shape[1:])  # [S, L, h, d]
-        out = ops.memory_efficient_attention(q.reshape(shape), k.reshape(shape), v.reshape(shape))
-        return out.reshape(q.shape)
-    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=lengths.layout(_block_mask))[0]
+    keys = lengths if key_lengths is None else key_lengths
+    if lengths.uniform and keys.uniform:
+        qs, ks, vs = (x.reshape(len(lengths), -1, *x.shape[1:]) for x in (q, k, v))  # [S, L or Lk, h, d]
+        mask = ops.fmha.attn_bias.LowerTriangularMask() if causal else None
+        return ops.memory_efficient_attention(qs, ks, vs, attn_bias=mask).reshape(q.shape)
+    name = (_block_mask, keys.on_host, causal)
+    if name not in lengths.layouts:
+        lengths.layouts[name] = _block_mask(lengths, keys, causal)
+    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=lengths.layouts[name])[0]
 
 
-def _block_mask(lengths: SetLengths) -> Any:
+def _block_mask(lengths: SetLengths, key_lengths: SetLengths, causal: bool) -> Any:
     """Return xformers' mask of these lengths."""
-    return _xformers()[0].fmha.BlockDiagonalMask.from_seqlens(list(lengths.on_host), device=lengths.device)
+    mask = _xformers()[0].fmha.BlockDiagonalMask.from_seqlens(list(lengths), list(key_lengths), device=lengths.device)
+    return mask.make_causal() if causal else mask
 
 
-def why_not_xformers(q: Tensor) -> str | None:
+def why_not_xformers(q: Tensor, causal: bool = False) -> str | None:
     """Return why xformers cannot attend over tensors like ``q`` [P, h, d], or None if it can."""
     if q.device.type != "cuda":
         return f"it has kernels for CUDA only, and the tokens are on {q.device.type}; use 'sdpa'"
     if q.dtype == torch.float64:
         return "it has no float64 kernels; use 'sdpa' or 'reference'"
-    return _xformers()[1] or _refusal(q.device, q.dtype, q.shape[-1], torch.are_deterministic_algorithms_enabled())
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _xformers()[1] or _refusal(q.device, q.dtype, q.shape[-1], deterministic, causal)
 
 
 @lru_cache
@@ -172,15 +221,17 @@ def _xformers() -> tuple[Any, str | None]:
 
 
 @lru_cache
-def _refusal(device: torch.device, dtype: torch.dtype, width: int, deterministic: bool) -> str | None:
+def _refusal(device: torch.device, dtype: torch.dtype, width: int, deterministic: bool, causal: bool) -> str | None:
     """Return why none of xformers' operators supports such tensors, forward and backward, or None if one does.
 
     Args:
         deterministic: whether torch uses deterministic algorithms; part of the cache key, as operators depend on it.
+        causal: whether attention is causal.
     """
     fmha = _xformers()[0].fmha
     x = torch.empty(1, 1, 1, width, device=device, dtype=dtype)
-    inputs = fmha.Inputs(x, x, x, attn_bias=fmha.BlockDiagonalMask.from_seqlens([1], device=device))
+    mask = fmha.BlockDiagonalMask.from_seqlens([1], device=device)
+    inputs = fmha.Inputs(x, x, x, attn_bias=mask.make_causal() if causal else mask)
     for operators in (fmha.ALL_FW_OPS, fmha.ALL_BW_OPS):
         reasons = {op.NAME: op.not_supported_reasons(inputs) for op in operators}
         if all(reasons.values()):

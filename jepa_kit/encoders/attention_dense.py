@@ -76,7 +76,7 @@ def _padded_length(lengths: SetLengths) -> int:
     return -(-lengths.longest // STEP) * STEP
 
 
-def _padded(lengths: SetLengths) -> _Padded:
+def padded(lengths: SetLengths) -> _Padded:
     """Return the padded layout of these lengths."""
     each = np.array(lengths.on_host)[:, None]
     column = np.arange(_padded_length(lengths))
@@ -93,7 +93,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tens
     Padded lengths take few values, while groups of ``_attend_by_length`` have new sizes at every step; on a CPU in half
     precision oneDNN compiles a kernel for each size, about half a millisecond.
     """
-    layout = lengths.layout(_padded)
+    layout = lengths.layout(padded)
     shape = (len(lengths), layout.mask.shape[-1])
     packed = torch.stack((q, k, v), dim=1).index_select(0, layout.token)  # [S * L, 3, h, d]
     qs, ks, vs = packed.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # 3 x [S, h, L, d]

@@ -107,6 +107,51 @@ class Attention(nn.Module):
         return add_rows(out if kept is None else out.index_select(0, kept), rows)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens of each set to the tokens of another set, with one projection for k and v.
+
+    Args:
+        dim: D, width of the queries and of the output.
+        num_heads: h; it must divide the width.
+        key_dim: width of the tokens that are attended to; ``dim`` by default.
+        qkv_bias: whether the projections to q, k and v have a bias.
+        backend: of ``attend``.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide the width.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        key_dim: int | None = None,
+        qkv_bias: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads (={num_heads}) must divide the width (={dim})")
+        self.num_heads = num_heads
+        self.backend: Backend = backend
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim if key_dim is None else key_dim, 2 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, lengths: SetLengths, key_lengths: SetLengths) -> Tensor:
+        """Map queries [R, D] and context [Rk, key_dim] -> [R, D]; tokens first, as in ``Block.forward``.
+
+        Args:
+            lengths: lengths of the sets of queries.
+            key_lengths: lengths of the sets of context tokens; as many.
+        """
+        q = take_rows(self.q(x), lengths.total).unflatten(-1, (self.num_heads, -1))  # [P, h, d]
+        k, v = take_rows(self.kv(context), key_lengths.total).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        out = attend(q, k, v, lengths, self.backend, key_lengths=key_lengths)  # [P, h, d]
+        return self.proj(add_rows(out.flatten(1), len(x)))
+
+
 class MLP(nn.Module):
     """Two linear maps with a GELU between them."""
 

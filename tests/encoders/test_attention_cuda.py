@@ -86,6 +86,28 @@ def test_a_width_that_the_kernels_do_not_take_is_padded() -> None:
     assert seen.names.count("constant_pad_nd") == 3
 
 
+@pytest.mark.parametrize(
+    ("sets", "key_lengths", "causal"),
+    [(RAGGED, (2, 1, 9, 40), False), (RAGGED, RAGGED, True), ((9, 9, 9), (5, 5, 5), False)],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.usefixtures("fake_cuda")
+def test_one_launch_with_other_keys_causal_or_a_bias(
+    sets: tuple[int, ...], key_lengths: tuple[int, ...], causal: bool, with_bias: bool
+) -> None:
+    lengths, keys = (on_cuda(SetLengths(each)) for each in (sets, key_lengths))
+    pairs = sum(i * j for i, j in zip(sets, key_lengths, strict=True))
+    bias = torch.empty(2, pairs, device="cuda") if with_bias else None
+    q, k = (torch.empty(each.total, 2, 8, device="cuda", dtype=torch.bfloat16) for each in (lengths, keys))
+    with Launched() as seen:
+        out = attend(q, k, k, lengths, key_lengths=keys, bias=bias, causal=causal)
+    assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
+    if with_bias:  # no kernel for packed sets; torch decomposes its attention into two products without a GPU
+        assert (seen.attention, seen.names.count("bmm")) == ([], 2)
+    else:
+        assert seen.attention == ["_flash_attention_forward"]
+
+
 @pytest.mark.usefixtures("fake_cuda")
 def test_float64_has_no_packed_kernel() -> None:
     assert attention_cuda.packed_kernel(torch.empty(4, 2, 8, device="cuda", dtype=torch.float64)) is None
@@ -103,23 +125,34 @@ def test_older_gpus_get_the_kernels_that_they_have(monkeypatch: pytest.MonkeyPat
 # --- what is passed to the kernels: with operators of plain maths in their place ---
 
 
-def masked(q: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """[P, P] -inf between tokens of different sets."""
-    token = torch.arange(len(q), device=offsets.device)
-    sets = torch.bucketize(token, offsets[1:], right=True)
-    return torch.where(sets[:, None] == sets, 0.0, -torch.inf).to(q.dtype)
+Sets = tuple[Tensor, Tensor, bool]
+"""Offsets of the queries and of the keys, and whether attention is causal."""
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, offsets, scale)
+def masked(q: Tensor, k: Tensor, sets: Sets) -> Tensor:
+    """[P, Pk] -inf between tokens of different sets, and for later keys."""
+    places = []
+    for x, offsets in zip((q, k), sets, strict=False):
+        token = torch.arange(len(x), device=x.device)
+        index = torch.bucketize(token, offsets[1:], right=True)
+        places.append((index, token - offsets[:-1][index]))
+    (of_q, i), (of_k, j) = places
+    seen = of_q[:, None] == of_k
+    if sets[2]:
+        seen &= i[:, None] >= j
+    return torch.where(seen, 0.0, -torch.inf).to(q.dtype)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, sets: Sets, scale: float) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, k, sets)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
 def plain_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, offsets: Tensor, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, sets: Sets, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dao et al. 2022, appendix B.4: from the output and the logsumexp, without the scores of the forward pass."""
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, offsets, scale)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale + masked(q, k, sets)
     weight = torch.exp(scores - logsumexp[..., None])
     of_weight = torch.einsum("ihd,jhd->hij", grad, v)
     of_scores = weight * (of_weight - (grad * out).sum(-1).T[..., None]) * scale
@@ -130,25 +163,29 @@ def plain_gradients(
     )
 
 
+def longest(of_q: Tensor, of_k: Tensor) -> tuple[int, int]:
+    return int(of_q.diff().max()), int(of_k.diff().max())
+
+
 def flash(q, k, v, of_q, of_k, n, m, dropout, causal, debug, *, scale=None, **others):  # type: ignore[no-untyped-def]
-    assert (n, m, dropout, causal, debug) == (int(of_q.diff().max()), n, 0.0, False, False)
-    assert of_q is of_k or torch.equal(of_q, of_k)
+    assert (n, m, dropout, debug) == (*longest(of_q, of_k), 0.0, False)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, logsumexp = plain(q, k, v, of_q, scale)
+    out, logsumexp = plain(q, k, v, (of_q, of_k, causal), scale)
     return out, logsumexp, torch.tensor([1, 2]), torch.tensor(3), q.new_empty(0)
 
 
 def flash_backward(grad, q, k, v, out, lse, of_q, of_k, n, m, dropout, causal, rng, unused, *, scale=None, **others):  # type: ignore[no-untyped-def]
     assert (rng.tolist(), int(unused)) == ([1, 2], 3)
-    assert (n, m, dropout, causal) == (int(of_q.diff().max()), n, 0.0, False)
+    assert (n, m, dropout) == (*longest(of_q, of_k), 0.0)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return plain_gradients(grad, q, k, v, out, lse, of_q, scale)
+    return plain_gradients(grad, q, k, v, out, lse, (of_q, of_k, causal), scale)
 
 
 def efficient(q, k, v, bias, of_q, of_k, n, m, dropout, mask, needs_lse=False, *, scale=None, **others):  # type: ignore[no-untyped-def]
-    assert (bias, n, m, dropout, mask, len(q)) == (None, int(of_q.diff().max()), n, 0.0, 0, 1)
+    assert (bias, n, m, dropout, len(q)) == (None, *longest(of_q, of_k), 0.0, 1)
+    assert mask in (0, 1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, logsumexp = plain(q[0], k[0], v[0], of_q, scale)
+    out, logsumexp = plain(q[0], k[0], v[0], (of_q, of_k, mask == 1), scale)
     lse = logsumexp if needs_lse else q.new_empty(0)
     return out[None], lse, torch.tensor(1), torch.tensor(2), n, m
 
@@ -156,10 +193,11 @@ def efficient(q, k, v, bias, of_q, of_k, n, m, dropout, mask, needs_lse=False, *
 def efficient_backward(  # type: ignore[no-untyped-def]
     grad, q, k, v, bias, out, of_q, of_k, n, m, lse, dropout, seed, offset, mask, of_bias, *, scale=None, **others
 ):
-    assert (bias, dropout, int(seed), int(offset), mask, of_bias) == (None, 0.0, 1, 2, 0, False)
+    assert (bias, dropout, int(seed), int(offset), of_bias) == (None, 0.0, 1, 2, False)
+    assert (n, m) == longest(of_q, of_k)
     assert grad.is_contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    grads = plain_gradients(grad[0], q[0], k[0], v[0], out[0], lse, of_q, scale)
+    grads = plain_gradients(grad[0], q[0], k[0], v[0], out[0], lse, (of_q, of_k, mask == 1), scale)
     return (*(x[None] for x in grads), None)
 
 
@@ -193,6 +231,29 @@ def test_operators_of_plain_maths_give_attention_and_its_gradients(kernel: Any, 
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(ours), gradient(theirs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("kernel", [attention_cuda._Flash, attention_cuda._Efficient])
+@pytest.mark.usefixtures("plain_operators")
+def test_operators_of_plain_maths_with_other_keys_and_causal(kernel: Any, width: int, causal: bool) -> None:
+    lengths, keys = SetLengths(RAGGED), SetLengths(RAGGED if causal else (2, 1, 9, 40))
+    torch.manual_seed(0)
+    shapes = [(each.total, 2, width) for each in (lengths, keys, keys)]
+    qkv = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(shapes[0], dtype=torch.float64)
+    ours = attention_cuda.attend_packed(kernel, *qkv, lengths, keys, causal)
+    sets = zip(*(x.split(n) for x, n in zip(qkv, (RAGGED, *[keys.on_host] * 2), strict=True)), strict=True)
+    theirs = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one), is_causal=causal).transpose(0, 1)
+            for one in sets
+        ]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for mine, their in zip(*(torch.autograd.grad(x, qkv, upstream) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, their, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", [attention_cuda._Flash, attention_cuda._Efficient])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from launched import Launched, on_cuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,7 +43,7 @@ def fake_xformers(monkeypatch: pytest.MonkeyPatch, *, loads: bool, refuses: str 
         ALL_FW_OPS=[Operator],
         ALL_BW_OPS=[Operator],
         Inputs=lambda q, k, v, attn_bias: SimpleNamespace(query=q),
-        BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths),
+        BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, keys=None, device=None: lengths),
     )
     modules: dict[str, Any] = {name: ModuleType(name) for name in ("xformers", "xformers.ops", "xformers._cpp_lib")}
     modules["xformers"].ops, modules["xformers"]._cpp_lib = modules["xformers.ops"], modules["xformers._cpp_lib"]
@@ -119,3 +120,66 @@ def test_auto_does_without_an_xformers_that_does_not_import(monkeypatch: pytest.
     assert reason is not None
     assert reason.startswith("xformers does not import (")
     assert "_flash_attention_forward" in attend_on_fake_cuda()
+
+
+# --- keys of other lengths, bias, causal ---
+
+
+@pytest.fixture
+def real_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of the installed xformers, with attention by plain maths, on a CPU."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, h, L, d]
+        mask = None if attn_bias is None else attn_bias.materialize((*q.shape[:3], k.shape[2]), dtype=q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+    ops = SimpleNamespace(fmha=fmha, memory_efficient_attention=attention)
+    monkeypatch.setattr(attention_cuda, "_xformers", lambda: (ops, None))
+    monkeypatch.setattr("jepa_kit.encoders.attention.why_not_xformers", lambda q, causal: None)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "keys", "causal"),
+    [
+        ((3, 17, 1), (2, 1, 9), False),
+        ((3, 17, 1), (3, 17, 1), True),
+        ((4, 4), (7, 7), False),
+        ((4, 4), (3, 5), False),
+        ((4, 4), (4, 4), True),
+    ],
+)
+@pytest.mark.usefixtures("real_masks")
+def test_masks_of_xformers_are_those_of_the_reference(
+    lengths: tuple[int, ...], keys: tuple[int, ...], causal: bool
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(n), 2, 8, dtype=torch.float64) for n in (lengths, keys, keys))
+    ours, exact = (
+        attend(q, k, v, lengths, backend, key_lengths=keys, causal=causal)  # type: ignore[arg-type]
+        for backend in ("xformers", "reference")
+    )
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("real_masks")
+def test_xformers_takes_no_bias() -> None:
+    q, bias = torch.randn(6, 2, 8), torch.randn(2, 3, 3)
+    with pytest.raises(ValueError, match=r"'xformers'\) cannot run: it takes no bias over packed sets; use 'sdpa'"):
+        attend(q, q, q, [3, 3], "xformers", bias=bias)
+    assert torch.equal(attend(q, q, q, [3, 3], bias=bias), attend(q, q, q, [3, 3], "sdpa", bias=bias))
+
+
+def test_causal_needs_operators_that_support_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_xformers(monkeypatch, loads=True, refuses=None)
+    fmha = sys.modules["xformers.ops"].fmha
+    mask = SimpleNamespace(make_causal=lambda: "causal")
+    fmha.BlockDiagonalMask = SimpleNamespace(from_seqlens=lambda lengths, keys=None, device=None: mask)
+    operator = fmha.ALL_FW_OPS[0]
+    fmha.Inputs = lambda q, k, v, attn_bias: attn_bias
+    monkeypatch.setattr(operator, "not_supported_reasons", lambda bias: ["no causal mask"] * (bias == "causal"))
+    with FakeTensorMode():
+        q = torch.empty(26, 2, 8, device="cuda", dtype=torch.bfloat16)
+        assert why_not("xformers", q) is None
+        assert "no causal mask" in str(why_not("xformers", q, causal=True))
