@@ -27,7 +27,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor
     """Attend by the fastest method of this file for device, precision and lengths: [P, h, d] -> [P, h, d]."""
     if lengths.uniform:
         q, k, v = (x.unflatten(0, (len(lengths), lengths.longest)).transpose(1, 2) for x in (q, k, v))  # [S, h, L, d]
-        return _dense(q, k, v).transpose(1, 2).flatten(0, 1)
+        return dense(q, k, v).transpose(1, 2).flatten(0, 1)
     if _plain_products(q) and _padded_length(lengths) * len(lengths) <= MOST_PADDING * lengths.total:
         return _attend_padded(q, k, v, lengths)
     if q.device.type == "cpu" and not _plain_products(q):
@@ -40,8 +40,8 @@ def _plain_products(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attend over [S, h, L, d]; mask [S, 1, L] is 0 for keys and -inf for padding."""
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend over q [S, h, L, d], k and v [S, h, Lk, d]; mask [S, 1, Lk] is 0 for keys and -inf for padding."""
     if _plain_products(q):
         # The backward pass of torch's fused kernel does not use the CPU's matrix units: with 40 to 200 tokens per set
         # it takes 2 to 4 times as long as two plain products, with 700 as long (benchmarks/bench_attention.py).
@@ -51,7 +51,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attend over [n, L, d] by two products; mask [S, 1, L] as in ``_dense``, with n = S * heads."""
+    """Attend over [n, L, d] by two products; mask [S, 1, L] as in ``dense``, with n = S * heads."""
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)  # [n, L, L]
     if mask is not None:
         scores = (scores.view(len(mask), -1, scores.shape[-1]) + mask).view(scores.shape)
@@ -97,7 +97,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tens
     shape = (len(lengths), layout.mask.shape[-1])
     packed = torch.stack((q, k, v), dim=1).index_select(0, layout.token)  # [S * L, 3, h, d]
     qs, ks, vs = packed.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # 3 x [S, h, L, d]
-    out = _dense(qs, ks, vs, layout.mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
+    out = dense(qs, ks, vs, layout.mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
     return out.index_select(0, layout.place)
 
 
@@ -167,6 +167,6 @@ def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> T
     out = []
     for group, *qkv in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qg, kg, vg = (x.unflatten(0, group).transpose(1, 2) for x in qkv)  # 3 x [S_g, h, L_g, d]
-        out.append(_dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
+        out.append(dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
     y = torch.cat(out)
     return y if layout.order is None else _Reorder.apply(y, layout.place, layout.order)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kit.encoders.attention_dense import padded
+from jepa_kit.encoders.attention_dense import dense, padded
 from jepa_kit.set_lengths import SetLengths
 
 K = TypeVar("K")
@@ -120,14 +120,16 @@ def attend_general(
             bias = bias.unflatten(1, (*shape, -1)).transpose(0, 1)  # [S, h, L, Lk]
         qs = q.unflatten(0, shape).transpose(1, 2)  # [S, h, L, d]
         ks, vs = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (k, v))  # [S, h, Lk, d]
-        return _dense(qs, ks, vs, bias, causal).transpose(1, 2).flatten(0, 1)
+        return _dense_with_terms(qs, ks, vs, bias, causal).transpose(1, 2).flatten(0, 1)
     if q.device.type == "cpu":
         return _attend_in_turn(q, k, v, lengths, key_lengths, bias, causal)
     return _attend_padded(q, k, v, lengths, key_lengths, bias, causal)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+def _dense_with_terms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
     """Attend over q [S, h, L, d], k and v [S, h, Lk, d], bias broadcastable to [S, h, L, Lk]."""
+    if bias is None and not causal:
+        return dense(q, k, v)
     if bias is not None:
         bias = bias.unsqueeze(0) if bias.ndim == 3 else bias
         if causal:  # torch takes one of the two
@@ -144,7 +146,7 @@ def _attend_in_turn(
     out = []
     for *one, b in zip(q.split(lengths.on_host), k.split(keys), v.split(keys), biases, strict=True):
         qs, ks, vs = (x.transpose(0, 1)[None] for x in one)  # [1, h, L or Lk, d]
-        out.append(_dense(qs, ks, vs, b, causal)[0].transpose(0, 1))
+        out.append(_dense_with_terms(qs, ks, vs, b, causal)[0].transpose(0, 1))
     return torch.cat(out)
 
 
@@ -161,7 +163,7 @@ def _attend_padded(
         size = len(queries.token) * ks.shape[2]
         full = bias.new_zeros(h, size).index_copy(1, _layout(_pair_places, lengths, key_lengths), bias)
         mask = full.view(h, sets, qs.shape[2], -1).transpose(0, 1) + mask  # [S, h, L, Lk]
-    return _dense(qs, ks, vs, mask, causal).transpose(1, 2).flatten(0, 1).index_select(0, queries.place)
+    return _dense_with_terms(qs, ks, vs, mask, causal).transpose(1, 2).flatten(0, 1).index_select(0, queries.place)
 
 
 def _pair_places(lengths: SetLengths, key_lengths: SetLengths) -> Tensor:

@@ -108,6 +108,16 @@ def test_one_launch_with_other_keys_causal_or_a_bias(
         assert seen.attention == ["_flash_attention_forward"]
 
 
+@pytest.mark.parametrize("whole_keys", [False, True])
+@pytest.mark.usefixtures("fake_cuda")
+def test_whole_images_with_other_keys_take_torchs_choice_if_these_are_whole_too(whole_keys: bool) -> None:
+    lengths, keys = on_cuda(SetLengths([9, 9], whole=True)), on_cuda(SetLengths([5, 5], whole=whole_keys))
+    q, k = (torch.empty(each.total, 2, 8, device="cuda") for each in (lengths, keys))
+    with Launched() as seen:
+        attend(q, k, k, lengths, key_lengths=keys)
+    assert seen.attention == ([] if whole_keys else ["_efficient_attention_forward"])
+
+
 @pytest.mark.usefixtures("fake_cuda")
 def test_float64_has_no_packed_kernel() -> None:
     assert attention_cuda.packed_kernel(torch.empty(4, 2, 8, device="cuda", dtype=torch.float64)) is None
