@@ -164,6 +164,18 @@ def test_masks_of_xformers_are_those_of_the_reference(
 
 
 @pytest.mark.usefixtures("real_masks")
+def test_masks_of_the_same_lengths_are_cached_apart() -> None:
+    torch.manual_seed(0)
+    q, more = torch.randn(21, 2, 8, dtype=torch.float64), torch.randn(12, 2, 8, dtype=torch.float64)
+    lengths = SetLengths((3, 17, 1))
+    cases: list[tuple[Tensor, dict[str, Any]]] = [(q, {}), (q, {"causal": True}), (more, {"key_lengths": (2, 1, 9)})]
+    for k, terms in cases * 2:
+        ours, exact = (attend(q, k, k, lengths, name, **terms) for name in ("xformers", "reference"))
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+    assert len(lengths.layouts) == 3
+
+
+@pytest.mark.usefixtures("real_masks")
 def test_xformers_takes_no_bias() -> None:
     q, bias = torch.randn(6, 2, 8), torch.randn(2, 3, 3)
     with pytest.raises(ValueError, match=r"'xformers'\) cannot run: it takes no bias over packed sets; use 'sdpa'"):
