@@ -1,6 +1,7 @@
 """Lengths of packed sets, kept on the host and on the device.
 
 S  sets    P  patches of all sets together, packed one set after another
+L, Lk  queries and keys of a set    N  pairs of a query and a key of the same set: the sum of L * Lk over sets
 """
 
 from __future__ import annotations
@@ -112,7 +113,46 @@ class SetLengths:
             self.layouts[make] = make(self)
         return self.layouts[make]
 
+    def layout_with(self, make: Callable[[SetLengths, SetLengths], K], key_lengths: SetLengths) -> K:
+        """Return ``make(self, key_lengths)``, computed once per pair of lengths."""
+        name = (make, key_lengths.on_host)  # not key_lengths: a cycle would keep device memory until a collection
+        if name not in self.layouts:
+            self.layouts[name] = make(self, key_lengths)
+        return self.layouts[name]
+
     def map_tensors(self, fn: Any) -> SetLengths:
         """Return these lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
         on_host = {name: getattr(self, name) for name in ("each", "on_host", "total", "longest", "uniform", "whole")}
         return unchecked(SetLengths, **on_host, offsets=fn(self.offsets), layouts={})
+
+
+def token_pairs(lengths: SetLengths, key_lengths: SetLengths | None = None) -> tuple[Tensor, Tensor]:
+    """Return the packed query and the packed key of each entry of a flat bias: two [N] int64 tensors.
+
+    The order is by set, then query, then key. Computed once per pair of lengths, without waiting for the device. With
+    relative positions of patches, a flat bias is one gather::
+
+        i, j = token_pairs(lengths)
+        bias = table[:, relative[patch[i], patch[j]]]  # [h, N]
+
+    Args:
+        lengths: lengths of the sets of queries.
+        key_lengths: lengths of the sets of keys; ``lengths`` by default.
+    """
+    return lengths.layout_with(_pairs, lengths if key_lengths is None else key_lengths)
+
+
+def _pairs(lengths: SetLengths, key_lengths: SetLengths) -> tuple[Tensor, Tensor]:
+    starts, key_starts = (x.offsets.narrow(0, 0, len(x)).long() for x in (lengths, key_lengths))  # [S]
+    keys = key_lengths.offsets.diff().long()  # [S]
+    sizes = lengths.offsets.diff() * keys  # [S]
+    n = count_pairs(lengths, key_lengths)
+    sets = torch.arange(len(lengths), device=lengths.device).repeat_interleave(sizes, output_size=n)  # [N]
+    before, i, j, keys = torch.stack((sizes.cumsum(0) - sizes, starts, key_starts, keys)).index_select(1, sets)
+    inside = torch.arange(n, device=lengths.device) - before
+    return i + inside // keys, j + inside % keys
+
+
+def count_pairs(lengths: SetLengths, key_lengths: SetLengths) -> int:
+    """Return N, the number of pairs of a query and a key of the same set."""
+    return int((lengths.each * key_lengths.each).sum())

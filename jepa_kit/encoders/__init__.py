@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jepa_kit.encoders.attention import attend
-from jepa_kit.encoders.attention_general import token_pairs
 from jepa_kit.encoders.vit import SIZES, ViT
+from jepa_kit.set_lengths import token_pairs
 
 __all__ = ["SIZES", "ViT", "attend", "token_pairs"]

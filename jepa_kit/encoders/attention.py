@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from jepa_kit.encoders.attention_cuda import attend_packed, attend_xformers, packed_kernel, why_not_xformers
-from jepa_kit.encoders.attention_dense import attend_dense
-from jepa_kit.encoders.attention_general import attend_general, bias_of_sets, causal_mask, check_terms
+from jepa_kit.encoders.attention_dense import attend_dense, attend_dense_with_terms, bias_of_sets, causal_mask
 from jepa_kit.registry import Backend
-from jepa_kit.set_lengths import SetLengths
+from jepa_kit.set_lengths import SetLengths, count_pairs
 
 
 def attend(
@@ -91,12 +90,47 @@ def _attend_with_terms(
         key_lengths = lengths
     elif not isinstance(key_lengths, SetLengths):
         key_lengths = SetLengths(key_lengths, q.device)
-    check_terms(q, k, v, lengths, key_lengths, bias, causal)
+    _check_terms(q, k, v, lengths, key_lengths, bias, causal)
     name = _choose(backend, q, bias=bias is not None, causal=causal)
     terms: dict[str, Any] = {"key_lengths": key_lengths, "causal": causal}
     if bias is not None:
         terms["bias"] = bias.to(q.dtype)
     return BACKENDS[name](q, k, v, lengths, **terms)
+
+
+def _check_terms(
+    q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths, key_lengths: SetLengths, bias: Tensor | None, causal: bool
+) -> None:
+    """Raise ValueError if keys, bias or causal mask do not fit q [P, h, d] and its lengths."""
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:]:
+        raise ValueError(
+            f"q must be [P, heads, head_dim], and k and v [Pk, heads, head_dim], not {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    for name, each, tensor, x in (("lengths", lengths, "q", q), ("key_lengths", key_lengths, "k", k)):
+        if each.total != len(x):
+            raise ValueError(f"{name} add up to {each.total}, but {tensor} has {len(x)} tokens")
+    if len(key_lengths) != len(lengths):
+        raise ValueError(f"key_lengths has {len(key_lengths)} sets, but lengths has {len(lengths)}: give as many")
+    if causal and key_lengths != lengths:
+        raise ValueError(
+            "causal attention needs key_lengths equal to lengths: otherwise it is not defined which keys come before "
+            "a query; use a bias of 0 and -inf"
+        )
+    if bias is not None:
+        _check_bias(bias, q.shape[1], lengths, key_lengths)
+
+
+def _check_bias(bias: Tensor, heads: int, lengths: SetLengths, key_lengths: SetLengths) -> None:
+    if not bias.is_floating_point():
+        raise ValueError(f"bias is added to the scores, so it must be floating point, not {bias.dtype}")
+    shapes: list[tuple[int, ...]] = [(heads, count_pairs(lengths, key_lengths))]
+    if lengths.uniform and key_lengths.uniform:
+        image = (heads, lengths.longest, key_lengths.longest)
+        shapes += [image, (len(lengths), *image)]
+    if tuple(bias.shape) not in shapes:
+        kind = "sets of equal lengths" if len(shapes) > 1 else "sets of different lengths"
+        raise ValueError(f"bias for {kind} must be {' or '.join(map(str, shapes))}, not {tuple(bias.shape)}")
 
 
 def why_not(backend: str, q: Tensor, *, bias: bool = False, causal: bool = False) -> str | None:
@@ -159,7 +193,7 @@ def _attend_sdpa(
         return attend_packed(kernel, q, k, v, lengths, key_lengths, causal)
     if key_lengths is None:
         return attend_dense(q, k, v, lengths)
-    return attend_general(q, k, v, lengths, key_lengths, bias, causal)
+    return attend_dense_with_terms(q, k, v, lengths, key_lengths, bias, causal)
 
 
 def _attend_reference(

@@ -172,16 +172,15 @@ def attend_xformers(
         qs, ks, vs = (x.reshape(len(lengths), -1, *x.shape[1:]) for x in (q, k, v))  # [S, L or Lk, h, d]
         mask = ops.fmha.attn_bias.LowerTriangularMask() if causal else None
         return ops.memory_efficient_attention(qs, ks, vs, attn_bias=mask).reshape(q.shape)
-    name = (_block_mask, keys.on_host, causal)
-    if name not in lengths.layouts:
-        lengths.layouts[name] = _block_mask(lengths, keys, causal)
-    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=lengths.layouts[name])[0]
+    mask = lengths.layout_with(_block_mask, keys)
+    if causal:
+        mask = mask.make_causal()  # another view of the same offsets
+    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
 
 
-def _block_mask(lengths: SetLengths, key_lengths: SetLengths, causal: bool) -> Any:
+def _block_mask(lengths: SetLengths, key_lengths: SetLengths) -> Any:
     """Return xformers' mask of these lengths."""
-    mask = _xformers()[0].fmha.BlockDiagonalMask.from_seqlens(list(lengths), list(key_lengths), device=lengths.device)
-    return mask.make_causal() if causal else mask
+    return _xformers()[0].fmha.BlockDiagonalMask.from_seqlens(list(lengths), list(key_lengths), device=lengths.device)
 
 
 def why_not_xformers(q: Tensor, causal: bool = False) -> str | None:

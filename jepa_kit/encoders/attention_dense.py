@@ -1,6 +1,7 @@
 """Attention over packed sets with dense kernels: padded, set by set, or grouped by length.
 
-For devices and precisions without a kernel for packed sets. Legend of shapes as in attention.py.
+For devices and precisions without a kernel for packed sets, and for a bias, which no such kernel takes. Legend of
+shapes as in attention.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kit.set_lengths import SetLengths
+from jepa_kit.set_lengths import SetLengths, token_pairs
 
 STEP = 8
 """The padded length is a multiple of this."""
@@ -27,7 +28,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor
     """Attend by the fastest method of this file for device, precision and lengths: [P, h, d] -> [P, h, d]."""
     if lengths.uniform:
         q, k, v = (x.unflatten(0, (len(lengths), lengths.longest)).transpose(1, 2) for x in (q, k, v))  # [S, h, L, d]
-        return dense(q, k, v).transpose(1, 2).flatten(0, 1)
+        return _dense(q, k, v).transpose(1, 2).flatten(0, 1)
     if _plain_products(q) and _padded_length(lengths) * len(lengths) <= MOST_PADDING * lengths.total:
         return _attend_padded(q, k, v, lengths)
     if q.device.type == "cpu" and not _plain_products(q):
@@ -40,7 +41,7 @@ def _plain_products(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attend over q [S, h, L, d], k and v [S, h, Lk, d]; mask [S, 1, Lk] is 0 for keys and -inf for padding."""
     if _plain_products(q):
         # The backward pass of torch's fused kernel does not use the CPU's matrix units: with 40 to 200 tokens per set
@@ -51,7 +52,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attend over [n, L, d] by two products; mask [S, 1, L] as in ``dense``, with n = S * heads."""
+    """Attend over [n, L, d] by two products; mask [S, 1, L] as in ``_dense``, with n = S * heads."""
     scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)  # [n, L, L]
     if mask is not None:
         scores = (scores.view(len(mask), -1, scores.shape[-1]) + mask).view(scores.shape)
@@ -76,7 +77,7 @@ def _padded_length(lengths: SetLengths) -> int:
     return -(-lengths.longest // STEP) * STEP
 
 
-def padded(lengths: SetLengths) -> _Padded:
+def _padded(lengths: SetLengths) -> _Padded:
     """Return the padded layout of these lengths."""
     each = np.array(lengths.on_host)[:, None]
     column = np.arange(_padded_length(lengths))
@@ -93,11 +94,11 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tens
     Padded lengths take few values, while groups of ``_attend_by_length`` have new sizes at every step; on a CPU in half
     precision oneDNN compiles a kernel for each size, about half a millisecond.
     """
-    layout = lengths.layout(padded)
+    layout = lengths.layout(_padded)
     shape = (len(lengths), layout.mask.shape[-1])
     packed = torch.stack((q, k, v), dim=1).index_select(0, layout.token)  # [S * L, 3, h, d]
     qs, ks, vs = packed.unflatten(0, shape).permute(2, 0, 3, 1, 4)  # 3 x [S, h, L, d]
-    out = dense(qs, ks, vs, layout.mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
+    out = _dense(qs, ks, vs, layout.mask.to(q.dtype)).transpose(1, 2).flatten(0, 1)
     return out.index_select(0, layout.place)
 
 
@@ -167,6 +168,85 @@ def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> T
     out = []
     for group, *qkv in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qg, kg, vg = (x.unflatten(0, group).transpose(1, 2) for x in qkv)  # 3 x [S_g, h, L_g, d]
-        out.append(dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
+        out.append(_dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
     y = torch.cat(out)
     return y if layout.order is None else _Reorder.apply(y, layout.place, layout.order)
+
+
+def bias_of_sets(bias: Tensor, lengths: SetLengths, key_lengths: SetLengths) -> list[Tensor]:
+    """Return the bias of each set, [h, L, Lk], as views."""
+    if bias.ndim == 3:
+        return [bias] * len(lengths)
+    if bias.ndim == 4:
+        return list(bias.unbind())
+    shapes = list(zip(lengths, key_lengths, strict=True))
+    return [b.unflatten(1, s) for b, s in zip(bias.split([i * j for i, j in shapes], dim=1), shapes, strict=True)]
+
+
+def causal_mask(n: int, like: Tensor) -> Tensor:
+    """Return [n, n]: 0 for keys up to the query, -inf for later ones."""
+    return like.new_full((n, n), -torch.inf).triu(1)
+
+
+def attend_dense_with_terms(
+    q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths, key_lengths: SetLengths, bias: Tensor | None, causal: bool
+) -> Tensor:
+    """Attend by scaled_dot_product_attention: q [P, h, d], k and v [Pk, h, d] -> [P, h, d]; bias as in ``attend``."""
+    if lengths.uniform and key_lengths.uniform:
+        shape = (len(lengths), lengths.longest)
+        if bias is not None and bias.ndim == 2:
+            bias = bias.unflatten(1, (*shape, -1)).transpose(0, 1)  # [S, h, L, Lk]
+        qs = q.unflatten(0, shape).transpose(1, 2)  # [S, h, L, d]
+        ks, vs = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (k, v))  # [S, h, Lk, d]
+        return _dense_with_terms(qs, ks, vs, bias, causal).transpose(1, 2).flatten(0, 1)
+    if q.device.type == "cpu":
+        return _attend_in_turn_with_terms(q, k, v, lengths, key_lengths, bias, causal)
+    return _attend_padded_with_terms(q, k, v, lengths, key_lengths, bias, causal)
+
+
+def _dense_with_terms(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """Attend over q [S, h, L, d], k and v [S, h, Lk, d], bias broadcastable to [S, h, L, Lk]."""
+    if bias is None and not causal:
+        return _dense(q, k, v)
+    if bias is not None:
+        bias = bias.unsqueeze(0) if bias.ndim == 3 else bias
+        if causal:  # torch takes one of the two
+            bias, causal = bias + causal_mask(q.shape[2], bias), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+
+def _attend_in_turn_with_terms(
+    q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths, key_lengths: SetLengths, bias: Tensor | None, causal: bool
+) -> Tensor:
+    """Attend set by set, without a copy."""
+    biases = [None] * len(lengths) if bias is None else bias_of_sets(bias, lengths, key_lengths)
+    keys = key_lengths.on_host
+    out = []
+    for *one, b in zip(q.split(lengths.on_host), k.split(keys), v.split(keys), biases, strict=True):
+        qs, ks, vs = (x.transpose(0, 1)[None] for x in one)  # [1, h, L or Lk, d]
+        out.append(_dense_with_terms(qs, ks, vs, b, causal)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _attend_padded_with_terms(
+    q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths, key_lengths: SetLengths, bias: Tensor | None, causal: bool
+) -> Tensor:
+    """Attend in one launch over sets padded to the longest; padding repeats the first token of its set."""
+    queries, keys = lengths.layout(_padded), key_lengths.layout(_padded)
+    sets, h = len(lengths), q.shape[1]
+    qs = q.index_select(0, queries.token).unflatten(0, (sets, -1)).transpose(1, 2)  # [S, h, L, d]
+    ks, vs = (x.index_select(0, keys.token).unflatten(0, (sets, -1)).transpose(1, 2) for x in (k, v))
+    mask = keys.mask.unsqueeze(1).to(q.dtype)  # [S, 1, 1, Lk]
+    if bias is not None:
+        size = len(queries.token) * ks.shape[2]
+        full = bias.new_zeros(h, size).index_copy(1, lengths.layout_with(_pair_places, key_lengths), bias)
+        mask = full.view(h, sets, qs.shape[2], -1).transpose(0, 1) + mask  # [S, h, L, Lk]
+    return _dense_with_terms(qs, ks, vs, mask, causal).transpose(1, 2).flatten(0, 1).index_select(0, queries.place)
+
+
+def _pair_places(lengths: SetLengths, key_lengths: SetLengths) -> Tensor:
+    """Return the place of each entry of a flat bias among all S * L * Lk padded pairs: [N]."""
+    i, j = token_pairs(lengths, key_lengths)
+    queries, keys = lengths.layout(_padded), key_lengths.layout(_padded)
+    width = keys.mask.shape[-1]
+    return queries.place.index_select(0, i) * width + keys.place.index_select(0, j) % width

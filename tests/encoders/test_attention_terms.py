@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders import attend, attention_general, token_pairs
+from jepa_kit.encoders import attend, attention_dense, token_pairs
 from jepa_kit.encoders.attention import why_not
 from jepa_kit.encoders.blocks import CrossAttention
 from jepa_kit.set_lengths import SetLengths
@@ -87,7 +87,7 @@ def test_values_and_gradients_equal_the_plain_code_in_float64(
 ) -> None:
     leaves, terms = draw(case)
     if backend == "padded":  # as on a GPU
-        monkeypatch.setattr(attention_general, "_attend_in_turn", attention_general._attend_padded)
+        monkeypatch.setattr(attention_dense, "_attend_in_turn_with_terms", attention_dense._attend_padded_with_terms)
         backend = "sdpa"
     elif backend != "auto":
         like = torch.empty(1, HEADS, 8, device=device, dtype=dtype)
@@ -135,7 +135,7 @@ def test_a_bias_in_another_dtype_is_cast(backend: Any) -> None:
 def test_other_sets_change_nothing(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even NaN passes a boundary, forward or backward."""
     if padded:
-        monkeypatch.setattr(attention_general, "_attend_in_turn", attention_general._attend_padded)
+        monkeypatch.setattr(attention_dense, "_attend_in_turn_with_terms", attention_dense._attend_padded_with_terms)
     (q, k, v, bias), _ = draw("keys and bias")
     before = attend(q, k, v, RAGGED, "sdpa", key_lengths=OTHER, bias=bias)
     q[3:20] = k[2:3] = v[2:3] = torch.nan
