@@ -1,16 +1,12 @@
 """Small encoders in every format, made from the fixture in the released layout."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from jepa_kit.config import config_from_dict
-from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance
 
@@ -88,24 +84,6 @@ def saved(tmp_path):
         return tmp_path / name
 
     return save
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """20 small images in two shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    random = np.random.default_rng(0)
-    parts = []
-    for shard in range(2):
-        samples = []
-        for number in range(10):
-            buffer = io.BytesIO()
-            Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
-            samples.append(Sample(f"{shard}-{number}", "png", buffer.getvalue()))
-        parts.append(write_shard(str(folder / f"shard-{shard:06d}.tar"), samples))
-    infos, rows = zip(*parts, strict=True)
-    write_index(str(folder), infos, rows, classes={}, refused=[], made_by={})
-    return folder
 
 
 @pytest.fixture(scope="session")
