@@ -7,6 +7,7 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 from pathlib import Path
@@ -217,7 +218,11 @@ def save_small(picture: Image.Image, path: Path) -> None:
 
 
 def main() -> int:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images" / "ijepa.png"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "path", type=Path, nargs="?", default=ROOT / "docs" / "images" / "ijepa.png", help="PNG to write"
+    )
+    path = parser.parse_args().path
     buffer = io.BytesIO()
     drawing, sample = Drawing(), Sample()
     for part in (draw_inputs, draw_encoders, draw_predictor, draw_loss):

@@ -7,6 +7,7 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -64,7 +65,11 @@ def draw_probe(axes: Axes, results: Path) -> None:
 
 
 def main() -> int:
-    folder, path = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="output of `make quickstart`")
+    parser.add_argument("path", type=Path, help="PNG to write")
+    arguments = parser.parse_args()
+    folder, path = arguments.folder, arguments.path
     figure = Figure(figsize=(WIDTH, HEIGHT))
     card = figure.add_axes((0, 0, 1, 1))
     card.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
