@@ -49,7 +49,7 @@ from jepa_kit.files import read_json_lines, write_text
 AREAS: dict[str, tuple[str, str]] = {
     "maskers": ("maskers/[!p]*.py", "maskers"),
     "packing": (
-        "maskers/packing.py structures.py",
+        "maskers/packing.py structures.py set_lengths.py",
         "maskers/test_packing.py test_structures.py maskers test_recipe.py",
     ),
     "attention": ("encoders/attention*.py encoders/blocks.py", "encoders predictors"),
@@ -64,8 +64,8 @@ AREAS: dict[str, tuple[str, str]] = {
     "random numbers": ("rng.py", "test_rng.py data/test_order.py data/test_exactness.py"),
     "loader": (
         "data/loader.py data/shards/reader.py data/making/sample_workers.py data/remote/prefetch.py",
-        "data/test_loader.py data/test_ahead.py data/test_shards.py data/test_streams.py data/test_exactness.py "
-        "data/test_faults.py data/test_shard_making.py tools/test_make_shards.py",
+        "data/test_loader.py data/remote data/shards/test_dataset.py data/test_exactness.py data/test_errors.py "
+        "data/making tools/test_make_shards.py",
     ),
     "probes": ("evaluation/protocols/*.py", "evaluation/protocols"),
     "health": (

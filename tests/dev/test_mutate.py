@@ -1,6 +1,7 @@
 """dev/mutate.py on a toy package: which mutants there are, which are killed, and which are not run."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,16 @@ from pathlib import Path
 import pytest
 
 DEV = Path(__file__).parents[2] / "dev"
+
+
+def test_every_pattern_of_an_area_finds_files(monkeypatch):
+    """A file that moves would otherwise be left out without a word."""
+    monkeypatch.syspath_prepend(str(DEV))
+    areas = importlib.import_module("mutate").AREAS.items()
+    for folder, patterns in (("jepa_kit", 0), ("tests", 1)):
+        for area, parts in areas:
+            for pattern in parts[patterns].split():
+                assert list((DEV.parent / folder).glob(pattern)), f"{area}: {folder}/{pattern}"
 
 
 @pytest.fixture
