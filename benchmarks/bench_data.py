@@ -51,7 +51,7 @@ from plain_images import MEAN, STD, folder_batches
 from jepa_kit.data.images import simplejpeg
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import normalize, train_view
+from jepa_kit.data.transforms import normalize, train_pipeline
 
 SIDE, BATCH = 224, 64
 SIZE = (375, 500)
@@ -100,12 +100,12 @@ def make_shards(folder: Path, shards: Path) -> None:
 
 def bare(paths: list[Path], images: int, decoder: str) -> Times:
     """Decode and resize only, with crops that were drawn before."""
-    files, view = [path.read_bytes() for path in paths], train_view(image_size=(SIDE, SIDE))
-    draws = view.draws(np.arange(images), seed=0, epoch=0)
+    files, pipeline = [path.read_bytes() for path in paths], train_pipeline(image_size=(SIDE, SIDE))
+    draws = pipeline.draws(np.arange(images), seed=0, epoch=0)
     boxes = []
     for k in range(images):
         with Image.open(io.BytesIO(files[k % len(files)])) as image:
-            boxes.append(view.transforms[0].window((image.height, image.width), draws[k].tolist()).box)  # type: ignore
+            boxes.append(pipeline.transforms[0].window((image.height, image.width), draws[k].tolist()).box)  # type: ignore
     begin = clock()
     for k, (left, top, right, bottom) in enumerate(boxes):
         data = files[k % len(files)]
@@ -125,9 +125,9 @@ def folder(root: Path, images: int, num_workers: int) -> Times:
 
 
 def engine(shards: Path, images: int, num_workers: int, decoder: str, floats: bool = False) -> Times:
-    view = train_view(image_size=(SIDE, SIDE), decoder=decoder)  # type: ignore[arg-type]
+    pipeline = train_pipeline(image_size=(SIDE, SIDE), decoder=decoder)  # type: ignore[arg-type]
     loader = TrainLoader(
-        dataset=ShardDataset(shards), masker=None, view=view, batch_size=BATCH, num_workers=num_workers
+        dataset=ShardDataset(shards), masker=None, pipeline=pipeline, batch_size=BATCH, num_workers=num_workers
     )
     use = (lambda item: normalize(item[1].images, MEAN, STD)) if floats else (lambda item: item)
     return stream(map(use, loader.batches(0)), images, num_workers)
@@ -232,8 +232,8 @@ def compare(files: Path, shards: Path, cores: int, images: int, rounds: int) -> 
 
 def memory(shards: Path, images: int, decoder: str) -> dict[str, Any]:
     """Return the private memory of a loader worker (no files, nothing shared) in MB, at ten times in a long run."""
-    view = train_view(image_size=SMALL, decoder=decoder)  # type: ignore[arg-type]
-    loader = TrainLoader(dataset=ShardDataset(shards), masker=None, view=view, batch_size=BATCH, num_workers=1)
+    pipeline = train_pipeline(image_size=SMALL, decoder=decoder)  # type: ignore[arg-type]
+    loader = TrainLoader(dataset=ShardDataset(shards), masker=None, pipeline=pipeline, batch_size=BATCH, num_workers=1)
     steps, places = images // BATCH, []
     for step, _ in islice(loader.batches(0), steps + 1):
         if step and step % (steps // 10) == 0:

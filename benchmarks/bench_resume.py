@@ -46,7 +46,7 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access, copy
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
-from jepa_kit.data.transforms import train_view
+from jepa_kit.data.transforms import train_pipeline
 from jepa_kit.rng import epoch_order
 
 IMAGES, PER_SHARD, WINDOW, IMAGE_BYTES = 1_281_167, 1000, 16384, 110_000
@@ -111,8 +111,8 @@ def imagenet_order() -> None:
 
 def first_batch(dataset: ShardDataset, step: int) -> None:
     """Make the batch of a step with a new loader."""
-    view = train_view(image_size=(224, 224))
-    loader = TrainLoader(dataset=dataset, masker=None, view=view, batch_size=32, shuffle_window=1024)
+    pipeline = train_pipeline(image_size=(224, 224))
+    loader = TrainLoader(dataset=dataset, masker=None, pipeline=pipeline, batch_size=32, shuffle_window=1024)
     next(loader.batches(step if step >= 0 else loader.steps_per_epoch + step))
 
 
@@ -139,10 +139,10 @@ def fetch(addresses: list[str]) -> None:
 
 def decode(dataset: ShardDataset, count: int) -> None:
     """Decode, crop and resize images."""
-    view = train_view(image_size=(224, 224))
-    draws = view.draws(np.arange(count), seed=0, epoch=0)
+    pipeline = train_pipeline(image_size=(224, 224))
+    draws = pipeline.draws(np.arange(count), seed=0, epoch=0)
     for i in range(count):
-        view(dataset.image_bytes(i), draws[i])
+        pipeline(dataset.image_bytes(i), draws[i])
 
 
 def measure(dataset: ShardDataset, port: int, repeats: int) -> dict[str, dict[str, float]]:

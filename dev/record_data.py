@@ -86,7 +86,7 @@ def record_order(folder: Path) -> dict[str, Any]:
             found("TrainLoader")(
                 dataset=found("open_shards")(config),
                 masker=found("build_masker")(config),
-                view=found("training_view")(config),
+                pipeline=found("training_pipeline")(config),
                 batch_size=200,
                 seed=3,
                 rank=rank,

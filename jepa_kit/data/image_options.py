@@ -19,7 +19,7 @@ class ImageOptions:
         image_size: (h, w) of the centre crop.
         batch_size: images at a time if nothing is trained.
         num_workers: loader processes; 0 loads in this process.
-        decoder: ``pillow`` or ``fast``, see ``jepa_kit.data.transforms.View``.
+        decoder: ``pillow`` or ``fast``, see ``jepa_kit.data.transforms.Pipeline``.
         max_pixels: an image of more rows times columns is rejected.
         mean, std: of the channels, for pixel values in [0, 1]; ImageNet's by default.
         precision: of the network's matrix products.

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import View, eval_view
+from jepa_kit.data.transforms import Pipeline, eval_pipeline
 from jepa_kit.data.workers import Workers, choose_workers, load
 from jepa_kit.interfaces import Masker
 from jepa_kit.rng import IntArray, epoch_order
@@ -77,13 +77,13 @@ class Request:
 class _TrainBatches(Dataset):
     """Map a Request to a Batch."""
 
-    def __init__(self, dataset: ShardDataset, masker: Masker | None, view: View, seed: int) -> None:
-        self.dataset, self.masker, self.view, self.seed = dataset, masker, view, seed
+    def __init__(self, dataset: ShardDataset, masker: Masker | None, pipeline: Pipeline, seed: int) -> None:
+        self.dataset, self.masker, self.pipeline, self.seed = dataset, masker, pipeline, seed
 
     def __getitem__(self, request: Request) -> Batch:
-        draws = self.view.draws(request.samples, seed=self.seed, epoch=request.epoch)
+        draws = self.pipeline.draws(request.samples, seed=self.seed, epoch=request.epoch)
         files = self.dataset.image_files(request.samples)
-        images, kept, errors = self.view.load([file.read for file in files], draws)
+        images, kept, errors = self.pipeline.load([file.read for file in files], draws)
         skipped = [Skipped(int(request.samples[b]), files[b].key, str(error)) for b, error in errors.items()]
         if images is None:
             raise ValueError(
@@ -100,12 +100,12 @@ class _TrainBatches(Dataset):
 class _EvalBatches(Dataset):
     """Map sample numbers [B] to a batch of all of them."""
 
-    def __init__(self, dataset: ShardDataset, view: View, seed: int, epoch: int) -> None:
-        self.dataset, self.view, self.seed, self.epoch = dataset, view, seed, epoch
+    def __init__(self, dataset: ShardDataset, pipeline: Pipeline, seed: int, epoch: int) -> None:
+        self.dataset, self.pipeline, self.seed, self.epoch = dataset, pipeline, seed, epoch
 
     def __getitem__(self, samples: IntArray) -> Batch:
-        draws = self.view.draws(samples, seed=self.seed, epoch=self.epoch)
-        images, _, errors = self.view.load([file.read for file in self.dataset.image_files(samples)], draws)
+        draws = self.pipeline.draws(samples, seed=self.seed, epoch=self.epoch)
+        images, _, errors = self.pipeline.load([file.read for file in self.dataset.image_files(samples)], draws)
         for b, error in errors.items():  # a score over fewer samples would pass for one over all
             raise self.dataset.unusable(int(samples[b]), error) from error
         assert images is not None, "no request is empty"
@@ -126,7 +126,7 @@ class TrainLoader:
     Args:
         dataset: samples.
         masker: draws the masks; None for images alone.
-        view: from an image file's bytes to pixels.
+        pipeline: from an image file's bytes to pixels.
         batch_size: over all ranks.
         seed: of the run.
         rank, world_size: of this process.
@@ -144,7 +144,7 @@ class TrainLoader:
         *,
         dataset: ShardDataset,
         masker: Masker | None,
-        view: View,
+        pipeline: Pipeline,
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
@@ -170,7 +170,7 @@ class TrainLoader:
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.steps_per_epoch = samples // batch_size
-        self._batches = _TrainBatches(dataset, masker, view, seed)
+        self._batches = _TrainBatches(dataset, masker, pipeline, seed)
         self._window_steps = -(-shuffle_window // batch_size)
         if dataset.remote:
             self._check_cache()
@@ -199,10 +199,10 @@ class TrainLoader:
     def seconds_per_image(self, count: int = 16) -> float | None:
         """Return the CPU time to load an image, over the first ``count``; None if none of them can be used."""
         samples = next(self.requests(0)).samples[:count]
-        view, files = self._batches.view, self.dataset.image_files(samples)
-        draws = view.draws(samples, seed=self.seed, epoch=0)
+        pipeline, files = self._batches.pipeline, self.dataset.image_files(samples)
+        draws = pipeline.draws(samples, seed=self.seed, epoch=0)
         start = time.thread_time()
-        kept = view.load([file.read for file in files], draws).kept
+        kept = pipeline.load([file.read for file in files], draws).kept
         return (time.thread_time() - start) / len(kept) if kept else None
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -312,13 +312,15 @@ def eval_batches(
     chosen = np.arange(len(dataset)) if samples is None else np.asarray(samples, dtype=np.int64)
     size = options.batch_size
     parts = [chosen[k : k + size] for k in range(0, len(chosen), size)]
-    view = eval_view(image_size=options.image_size, share=share, decoder=options.decoder, max_pixels=options.max_pixels)
-    return whole_batches(dataset, view, parts, num_workers=options.num_workers, pin_memory=pin_memory)
+    pipeline = eval_pipeline(
+        image_size=options.image_size, share=share, decoder=options.decoder, max_pixels=options.max_pixels
+    )
+    return whole_batches(dataset, pipeline, parts, num_workers=options.num_workers, pin_memory=pin_memory)
 
 
 def whole_batches(
     dataset: ShardDataset,
-    view: View,
+    pipeline: Pipeline,
     parts: Sequence[IntArray],
     *,
     num_workers: int,
@@ -330,7 +332,7 @@ def whole_batches(
 
     Args:
         dataset: of the images.
-        view: of each image; its random numbers depend on ``seed``, ``epoch`` and the sample.
+        pipeline: of each image; its random numbers depend on ``seed``, ``epoch`` and the sample.
         parts: the samples of each batch.
         num_workers: loader processes; 0 loads in this process.
         pin_memory: put batches into pinned memory.
@@ -339,4 +341,4 @@ def whole_batches(
         ValueError: a sample that cannot be used.
         RuntimeError: a loader worker died.
     """
-    return load(_EvalBatches(dataset, view, seed, epoch), parts, num_workers, pin_memory)
+    return load(_EvalBatches(dataset, pipeline, seed, epoch), parts, num_workers, pin_memory)

@@ -14,7 +14,7 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief, identity
-from jepa_kit.data.transforms import View, build_view
+from jepa_kit.data.transforms import Pipeline, build_pipeline
 from jepa_kit.distributed.collectives import World, broadcast_from_rank0, joined, run_on_all_ranks
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.consistency import check_same, flatten
@@ -52,7 +52,7 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
     return dataset
 
 
-def training_view(config: Config) -> View:
+def training_pipeline(config: Config) -> Pipeline:
     """Return the transforms of a config's training images.
 
     Raises:
@@ -60,7 +60,9 @@ def training_view(config: Config) -> View:
     """
     data = config.data
     with every_problem(config), located("data"):
-        return build_view(data.transforms, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
+        return build_pipeline(
+            data.transforms, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels
+        )
 
 
 def check_shares(settings: TrainConfig, processes: int) -> None:
@@ -93,7 +95,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         dataset=dataset,
         masker=build_masker(config, encoder.grid),
         batch_size=settings.batch_size,
-        view=training_view(config),
+        pipeline=training_pipeline(config),
         seed=settings.seed,
         rank=world.rank,
         world_size=world.size,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from jepa_kit.build import build_masker
 from jepa_kit.config import Config
-from jepa_kit.data.transforms import Window, build_view
+from jepa_kit.data.transforms import Window, build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
 from jepa_kit.interfaces import Masker
@@ -51,9 +51,9 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
     """
     if not every and _ships_with_jepa_kit(config):
         return
-    view = build_view(config.data.transforms, image_size=config.data.image_size)
+    pipeline = build_pipeline(config.data.transforms, image_size=config.data.image_size)
     masker = build_masker(config)
-    for name, transform in zip([part["name"] for part in config.data.transforms], view.transforms, strict=True):
+    for name, transform in zip([part["name"] for part in config.data.transforms], pipeline.transforms, strict=True):
         if every or not of_jepa_kit(transform):
             check_transform(Trial("transform", name), transform)
     if every or not all(map(of_jepa_kit, (masker, *getattr(masker, "members", ())))):

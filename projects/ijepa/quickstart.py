@@ -40,7 +40,7 @@ from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.distributed.collectives import choose_device, read_environment
 from jepa_kit.distributed.signals import Preempted
-from jepa_kit.engine.build import open_shards, training_view
+from jepa_kit.engine.build import open_shards, training_pipeline
 from jepa_kit.engine.logging.curves import drawn
 from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
@@ -135,7 +135,7 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
         dataset=open_shards(config, str(shards)),
         masker=build_masker(config),
         batch_size=8,
-        view=training_view(config),
+        pipeline=training_pipeline(config),
         seed=config.train.seed,
     )
     _, batch = next(loader.batches(0))

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, chisquare, kstest
 
-from jepa_kit.data.transforms import ColorJitter, Flip, GaussianBlur, Grayscale, Solarize, View, colours
+from jepa_kit.data.transforms import ColorJitter, Flip, GaussianBlur, Grayscale, Pipeline, Solarize, colours
 from jepa_kit.data.transforms.crops import Resize
 
 IMAGE = photo(40, 30, seed=3)
@@ -100,8 +100,8 @@ class _Recorder:
 
 
 def _draws(transform, n):
-    view = View([("resize", Resize(image_size=(4, 4))), ("it", transform)])
-    return view.draws(np.arange(n), seed=5, epoch=1)
+    pipeline = Pipeline([("resize", Resize(image_size=(4, 4))), ("it", transform)])
+    return pipeline.draws(np.arange(n), seed=5, epoch=1)
 
 
 def test_amounts_are_uniform(monkeypatch):

@@ -16,7 +16,7 @@ from jepa_kit.data.transforms import (
     Window,
     crop_box,
     resample,
-    train_view,
+    train_pipeline,
 )
 
 SIDE = 20_000
@@ -24,7 +24,7 @@ SIDE = 20_000
 
 
 def boxes(n=4000, size=(SIDE, SIDE), scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
-    draws = train_view(image_size=(8, 8)).draws(np.arange(n), seed=4, epoch=0)
+    draws = train_pipeline(image_size=(8, 8)).draws(np.arange(n), seed=4, epoch=0)
     return np.array([crop_box(size, row.tolist(), scale=scale, ratio=ratio) for row in draws])
 
 

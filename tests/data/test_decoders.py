@@ -8,7 +8,7 @@ from photos import photo, saved
 from PIL import Image
 
 from jepa_kit.data import images
-from jepa_kit.data.transforms import Window, build_view, eval_view, resample, train_view
+from jepa_kit.data.transforms import Window, build_pipeline, eval_pipeline, resample, train_pipeline
 from jepa_kit.data.transforms.crops import resample_array
 from jepa_kit.errors import ImageError
 
@@ -18,9 +18,9 @@ SIZES = [(375, 500), (500, 375), (64, 48), (33, 200), (1, 1), (7, 3), (1000, 800
 
 
 def pair(data, transforms, seed=0):
-    views = [build_view(transforms, image_size=(96, 80), decoder=name) for name in ("pillow", "fast")]
-    for row in views[0].draws(np.arange(4), seed=seed, epoch=0):
-        exact, fast = (view(data, row).astype(int) for view in views)
+    pipelines = [build_pipeline(transforms, image_size=(96, 80), decoder=name) for name in ("pillow", "fast")]
+    for row in pipelines[0].draws(np.arange(4), seed=seed, epoch=0):
+        exact, fast = (pipeline(data, row).astype(int) for pipeline in pipelines)
         assert exact.shape == fast.shape == (96, 80, 3)
         yield exact, fast
 
@@ -104,7 +104,7 @@ BROKEN = {
 def outcome(data, decoder):
     """Return the pixels, or the error's message."""
     try:
-        return eval_view(image_size=(96, 80), decoder=decoder)(data, np.empty(0)).astype(int)
+        return eval_pipeline(image_size=(96, 80), decoder=decoder)(data, np.empty(0)).astype(int)
     except ImageError as error:
         return str(error)
 
@@ -129,7 +129,7 @@ def test_bytes_flipped_at_random(seed):
 
 def test_max_pixels_of_the_fast_decoder():
     with pytest.raises(ImageError, match=r"90 x 120 pixels are more than max_pixels \(=100\) allows"):
-        eval_view(image_size=(8, 8), decoder="fast", max_pixels=100)(WHOLE, np.empty(0))
+        eval_pipeline(image_size=(8, 8), decoder="fast", max_pixels=100)(WHOLE, np.empty(0))
 
 
 def test_transforms_after_the_fast_decoder():
@@ -157,8 +157,8 @@ def test_resample_array_is_resample(window):
 
 def test_unavailable_decoders(monkeypatch):
     with pytest.raises(ValueError, match=r"decoder \(='quick'\) must be one of 'pillow', 'fast'"):
-        train_view(image_size=(8, 8), decoder="quick")
+        train_pipeline(image_size=(8, 8), decoder="quick")
     monkeypatch.setattr(images, "simplejpeg", None)
     with pytest.raises(ValueError, match=r"decoder \(='fast'\) needs simplejpeg: pip install 'jepa_kit\[fast\]'"):
-        train_view(image_size=(8, 8), decoder="fast")
-    assert train_view(image_size=(8, 8)).decoder == "pillow"
+        train_pipeline(image_size=(8, 8), decoder="fast")
+    assert train_pipeline(image_size=(8, 8)).decoder == "pillow"

@@ -18,7 +18,7 @@ from jepa_kit.data.loader import TrainLoader, eval_batches
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.transforms import train_view
+from jepa_kit.data.transforms import train_pipeline
 from jepa_kit.engine.skipped_samples import Allowance
 from jepa_kit.maskers.multiblock import MultiBlock
 
@@ -41,7 +41,7 @@ def broken(whole, tmp_path):
 def a_loader(dataset, **options):
     defaults = {
         "masker": MultiBlock(grid=(6, 6)),
-        "view": train_view(image_size=(12, 12)),
+        "pipeline": train_pipeline(image_size=(12, 12)),
         "batch_size": 12,
         "seed": 2,
         "shuffle_window": 12,

@@ -24,7 +24,7 @@ from small_shards import make_samples, write_shards
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import train_view
+from jepa_kit.data.transforms import train_pipeline
 from jepa_kit.maskers.multiblock import MultiBlock
 
 SAMPLES, BATCH, SEED = 53, 8, 11
@@ -41,7 +41,7 @@ def a_loader(dataset, *, rank=0, world_size=1, num_workers=0, window=20):
     return TrainLoader(
         dataset=dataset,
         masker=MultiBlock(grid=(6, 6)),
-        view=train_view(image_size=(12, 12), flip=0.5),
+        pipeline=train_pipeline(image_size=(12, 12), flip=0.5),
         batch_size=BATCH,
         seed=SEED,
         rank=rank,

@@ -22,7 +22,7 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.transforms import eval_view, train_view
+from jepa_kit.data.transforms import eval_pipeline, train_pipeline
 from jepa_kit.rng import Stream, epoch_order, uniforms
 from jepa_kit.structures import MaskBatch, PatchSets
 
@@ -50,11 +50,11 @@ class Steps(Halves):
         return MaskBatch(sets, sets, self.grid, torch.arange(len(samples)))
 
 
-VIEW = train_view(image_size=(12, 16), flip=0.5)
+PIPELINE = train_pipeline(image_size=(12, 16), flip=0.5)
 
 
 def loader(dataset, **options):
-    defaults = {"masker": Halves(), "view": VIEW, "batch_size": 6, "seed": 3, "shuffle_window": 8}
+    defaults = {"masker": Halves(), "pipeline": PIPELINE, "batch_size": 6, "seed": 3, "shuffle_window": 8}
     return TrainLoader(dataset=dataset, **(defaults | options))
 
 
@@ -77,9 +77,9 @@ def test_a_batch_assembled_by_hand(dataset):
     assert step == 7
     samples = epoch_order([10, 10, 3], seed=3, epoch=2, window=8)[6:12]
     np.testing.assert_array_equal(batch.samples, samples)
-    draws = VIEW.draws(samples, seed=3, epoch=2)
+    draws = PIPELINE.draws(samples, seed=3, epoch=2)
     for b, i in enumerate(samples):
-        expected = VIEW(dataset.image_bytes(i), draws[b])
+        expected = PIPELINE(dataset.image_bytes(i), draws[b])
         np.testing.assert_array_equal(batch.images[b].permute(1, 2, 0), expected)
     masks = Halves()(samples, seed=3, epoch=2)
     assert torch.equal(batch.masks.context.index, masks.context.index)
@@ -173,9 +173,9 @@ def test_evaluation_reads_each_sample_once_in_order(dataset, num_workers):
     assert [len(b) for b in batches] == [9, 9, 5]
     assert torch.cat([b.samples for b in batches]).tolist() == list(range(23))
     images = torch.cat([b.images for b in batches])
-    view = eval_view(image_size=(10, 14), share=0.9)
+    pipeline = eval_pipeline(image_size=(10, 14), share=0.9)
     for i in range(23):
-        expected = view(dataset.image_bytes(i), np.empty(0))
+        expected = pipeline(dataset.image_bytes(i), np.empty(0))
         np.testing.assert_array_equal(images[i].permute(1, 2, 0), expected)
     assert batches[0].masks is None
 
@@ -189,7 +189,7 @@ def test_evaluation_of_chosen_samples(dataset):
 
 @dataclass
 class Deadly(Halves):
-    """A view that kills its own process, as the kernel does when memory runs out."""
+    """A pipeline that kills its own process, as the kernel does when memory runs out."""
 
     def __call__(self, samples, *, seed, epoch, step=0):
         if step == 2:
@@ -223,10 +223,11 @@ def test_workers_do_not_delay_the_exit_after_an_error(dataset):
     script = (
         "import sys\nfrom jepa_kit.data.loader import TrainLoader\n"
         "from jepa_kit.data.shards.dataset import ShardDataset\n"
-        "from jepa_kit.data.transforms import train_view\n"
-        "view = train_view(image_size=(12, 16))\n"
+        "from jepa_kit.data.transforms import train_pipeline\n"
+        "pipeline = train_pipeline(image_size=(12, 16))\n"
         "dataset = ShardDataset(sys.argv[1])\n"
-        "batches = TrainLoader(dataset=dataset, masker=None, view=view, batch_size=6, num_workers=2).batches()\n"
+        "loader = TrainLoader(dataset=dataset, masker=None, pipeline=pipeline, batch_size=6, num_workers=2)\n"
+        "batches = loader.batches()\n"
         "next(batches)\n"
         "sys.last = batches\n"
         "raise KeyError('of its own')\n"
@@ -294,9 +295,10 @@ import resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import eval_view
+from jepa_kit.data.transforms import eval_pipeline
 loader = TrainLoader(
-    dataset=ShardDataset({folder!r}), masker=None, view=eval_view(image_size=(8, 8)), batch_size=2, num_workers=2
+    dataset=ShardDataset({folder!r}), masker=None, pipeline=eval_pipeline(image_size=(8, 8)), batch_size=2,
+    num_workers=2,
 )
 for step, batch in loader.batches():
     time.sleep(0.05)  # so that workers run ahead

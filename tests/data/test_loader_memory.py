@@ -12,7 +12,7 @@ from small_shards import encoded, picture, write_shards
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.transforms import train_view
+from jepa_kit.data.transforms import train_pipeline
 from jepa_kit.maskers.multiblock import MultiBlock
 
 
@@ -31,7 +31,7 @@ def test_a_worker_does_not_grow(tmp_path):
     loader = TrainLoader(
         dataset=dataset,
         masker=MultiBlock(grid=(6, 6)),
-        view=train_view(image_size=(12, 12)),
+        pipeline=train_pipeline(image_size=(12, 12)),
         batch_size=200,
         shuffle_window=4096,
         num_workers=1,

@@ -1,8 +1,8 @@
 """Transforms: what happens to an image between its file and the encoder.
 
-crops.py    crops, resizing and flips, and their computation and application
-colours.py  colour, blur and solarisation
-view.py     a list of transforms as one function of image files and random numbers; batches and their normalisation
+crops.py     crops, resizing and flips, and their computation and application
+colours.py   colour, blur and solarisation
+pipeline.py  a list of transforms as one function of image files and random numbers; batches and their normalisation
 """
 
 from jepa_kit.data.transforms.colours import ColorJitter, GaussianBlur, Grayscale, Solarize
@@ -19,7 +19,7 @@ from jepa_kit.data.transforms.crops import (
     crop_box,
     resample,
 )
-from jepa_kit.data.transforms.view import View, build_view, eval_view, normalize, stack, train_view
+from jepa_kit.data.transforms.pipeline import Pipeline, build_pipeline, eval_pipeline, normalize, stack, train_pipeline
 
 __all__ = [
     "ATTEMPTS",
@@ -30,17 +30,17 @@ __all__ = [
     "Flip",
     "GaussianBlur",
     "Grayscale",
+    "Pipeline",
     "RandomResizedCrop",
     "Resize",
     "Solarize",
     "Transform",
-    "View",
     "Window",
-    "build_view",
+    "build_pipeline",
     "crop_box",
-    "eval_view",
+    "eval_pipeline",
     "normalize",
     "resample",
     "stack",
-    "train_view",
+    "train_pipeline",
 ]

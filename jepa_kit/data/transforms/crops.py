@@ -63,7 +63,7 @@ class Transform(Protocol):
 
 @runtime_checkable
 class Crop(Transform, Protocol):
-    """A transform whose result has the size (h, w) of the view."""
+    """A transform whose result has the size (h, w) of the result."""
 
     def window(self, size: tuple[int, int], draws: Sequence[float]) -> Window:
         """Return the window that becomes the result, for an image of size (H, W)."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.data.loader import eval_batches, whole_batches
-from jepa_kit.data.transforms import normalize, train_view
+from jepa_kit.data.transforms import normalize, train_pipeline
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     LayerSet,
@@ -152,7 +152,7 @@ class Finetune(Probe):
         groups = layer_groups(model, lr=self.lr, weight_decay=self.weight_decay, decay=self.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
         autocast = autocast_of(images.precision, task.device)
-        view = train_view(
+        pipeline = train_pipeline(
             image_size=images.image_size,
             scale=self.crop_scale,
             flip=self.flip,
@@ -165,7 +165,7 @@ class Finetune(Probe):
             total = 0.0
             parts = epoch_batches(chosen, self.batch_size, seed=task.seed, epoch=epoch, lane=7)
             batches = whole_batches(
-                task.train.dataset, view, parts, num_workers=images.num_workers, seed=task.seed, epoch=epoch
+                task.train.dataset, pipeline, parts, num_workers=images.num_workers, seed=task.seed, epoch=epoch
             )
             for step, batch in enumerate(batches):
                 factor = self._factor(epoch + (step + 1) / len(parts))

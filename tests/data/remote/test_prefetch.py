@@ -11,7 +11,7 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.transforms import train_view
+from jepa_kit.data.transforms import train_pipeline
 from jepa_kit.errors import CacheError
 
 
@@ -97,9 +97,14 @@ def test_loaders_of_few_shards_go_on_and_end(folder, tmp_path, window, num_worke
     """Every shard is used in every window: there is nothing to fetch after the first."""
     with serving(folder) as server:
         dataset = ShardDataset(server.address, access=Access(cache=str(tmp_path / "cache"), retries=0))
-        view = train_view(image_size=(8, 8))
+        pipeline = train_pipeline(image_size=(8, 8))
         loader = TrainLoader(
-            dataset=dataset, masker=None, view=view, batch_size=5, shuffle_window=window, num_workers=num_workers
+            dataset=dataset,
+            masker=None,
+            pipeline=pipeline,
+            batch_size=5,
+            shuffle_window=window,
+            num_workers=num_workers,
         )
         before = threading.active_count()
         batches = loader.batches()

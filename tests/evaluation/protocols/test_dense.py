@@ -8,7 +8,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.images import encode_png
-from jepa_kit.data.transforms import eval_view
+from jepa_kit.data.transforms import eval_pipeline
 from jepa_kit.evaluation.protocols.base import Features, LayerSet, Part, Task
 from jepa_kit.evaluation.protocols.dense import Dense, confusion, crop_mask, patch_fractions, patch_grid
 from jepa_kit.evaluation.protocols.heads import HeadGrid, Setting
@@ -135,7 +135,7 @@ def test_values_above_most_are_one_class():
 def test_masks_are_cropped_as_images_are():
     mask = np.random.default_rng(0).integers(0, 9, size=(20, 16), dtype=np.uint8)
     image = encode_png(Image.fromarray(mask).convert("RGB"))
-    cropped = eval_view(image_size=(16, 16))(image, np.empty(0))
+    cropped = eval_pipeline(image_size=(16, 16))(image, np.empty(0))
     assert np.array_equal(crop_mask(mask, (16, 16)), cropped[..., 0])
     assert crop_mask(mask, (40, 32)).tolist() == mask.repeat(2, 0).repeat(2, 1).tolist()
     assert crop_mask(mask, (8, 10)).shape == (8, 10)

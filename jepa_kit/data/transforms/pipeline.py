@@ -1,6 +1,6 @@
-"""Views: from image files to batches of pixels, and the normalisation of batches.
+"""Pipelines: from image files to batches of pixels, and the normalisation of batches.
 
-A view is a list of transforms, of which at least one is a crop that sets the size of the result.
+A pipeline is a list of transforms, of which at least one is a crop that sets the size of the result.
 
 Shapes: B images, n random numbers for each, h, w rows and columns of the result.
 """
@@ -36,7 +36,7 @@ class Lane(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Result of ``View.load``.
+    """Result of ``Pipeline.load``.
 
     Attributes:
         images: [K, 3, h, w] uint8, channels last in memory; None if K is 0.
@@ -49,7 +49,7 @@ class Loaded(NamedTuple):
     errors: dict[int, SampleError | ImageError]
 
 
-class View:
+class Pipeline:
     """Decode, crop, resize and augment images: a pure function of their bytes and draws.
 
     Args:
@@ -135,7 +135,7 @@ class View:
         return Loaded(None if images is None else images[: len(kept)].permute(0, 3, 1, 2), kept, errors)
 
     def __call__(self, data: bytes, draws: FloatArray) -> Pixels:
-        """Return the view [h, w, 3] uint8 of one image.
+        """Return the pixels [h, w, 3] uint8 of one image.
 
         Args:
             data: bytes of an image file.
@@ -196,19 +196,19 @@ def _hash16(name: str, count: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{name}.{count}".encode()).digest()[:2], "big")
 
 
-def build_view(
+def build_pipeline(
     transforms: Sequence[Mapping[str, Any]],
     *,
     image_size: tuple[int, int],
     decoder: DecoderName = "pillow",
     max_pixels: int = MAX_PIXELS,
-) -> View:
-    """Return the view of a config's ``data.transforms``.
+) -> Pipeline:
+    """Return the pipeline of a config's ``data.transforms``.
 
     Args:
         transforms: ``name`` and options of each.
         image_size: (h, w) of the result.
-        decoder, max_pixels: see ``View``.
+        decoder, max_pixels: see ``Pipeline``.
 
     Raises:
         ValueError: an unregistered name, an unknown option or a value outside its range.
@@ -217,10 +217,10 @@ def build_view(
         (part.get("name", ""), build_part(f"transforms[{i}]", part, TRANSFORMS, image_size=image_size))
         for i, part in enumerate(transforms)
     ]
-    return View(built, decoder=decoder, max_pixels=max_pixels)
+    return Pipeline(built, decoder=decoder, max_pixels=max_pixels)
 
 
-def train_view(
+def train_pipeline(
     *,
     image_size: tuple[int, int],
     scale: tuple[float, float] = (0.3, 1.0),
@@ -228,21 +228,21 @@ def train_view(
     flip: float = 0.0,
     decoder: DecoderName = "pillow",
     max_pixels: int = MAX_PIXELS,
-) -> View:
+) -> Pipeline:
     """Return the released augmentation: a random resized crop, then a horizontal flip with probability ``flip``."""
     parts: list[tuple[str, Transform]] = [
         ("random_resized_crop", RandomResizedCrop(image_size=image_size, scale=scale, ratio=ratio))
     ]
     if flip:
         parts.append(("flip", Flip(p=flip)))
-    return View(parts, decoder=decoder, max_pixels=max_pixels)
+    return Pipeline(parts, decoder=decoder, max_pixels=max_pixels)
 
 
-def eval_view(
+def eval_pipeline(
     *, image_size: tuple[int, int], share: float = 1.0, decoder: DecoderName = "pillow", max_pixels: int = MAX_PIXELS
-) -> View:
-    """Return the view for evaluation: a centre crop, without random numbers; see ``CenterCrop``."""
-    return View(
+) -> Pipeline:
+    """Return the pipeline of an evaluation: a centre crop, without random numbers; see ``CenterCrop``."""
+    return Pipeline(
         [("center_crop", CenterCrop(image_size=image_size, share=share))], decoder=decoder, max_pixels=max_pixels
     )
 
