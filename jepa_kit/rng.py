@@ -31,6 +31,7 @@ class Stream(IntEnum):
     STEP = 8
     MASK_DROP = 9
     TRANSFORM = 10
+    COMMON = 11
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Data types that packages exchange: sets of patches, masks of a batch, predictions, outputs.
+"""Data types that packages exchange: masks of a batch, views, predictions, outputs; ``PatchSets`` is in patch_sets.py.
 
 Legend of shapes:
 
@@ -13,13 +13,30 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_kit.patch_sets import PatchSets
+from jepa_kit.rng import Stream, generator
 from jepa_kit.set_lengths import SetLengths, unchecked
+
+__all__ = [
+    "START",
+    "Grid",
+    "MaskBatch",
+    "Output",
+    "PatchSets",
+    "Pooling",
+    "Precision",
+    "Prediction",
+    "Progress",
+    "Tokens",
+    "Update",
+    "View",
+]
 
 Grid = tuple[int, int]
 """(H, W): rows and columns of patches."""
@@ -29,95 +46,6 @@ Precision = Literal["float32", "tf32", "bf16"]
 
 Pooling = Literal["mean", "none"]
 """Whether a feature is the mean over an image's patches, or there is one for each patch."""
-
-
-@dataclass(frozen=True, eq=False)
-class PatchSets:
-    """Sets of patches of a batch of images, packed one after another.
-
-    Args:
-        index: [P] int64, row-major index of each patch in its image.
-        image: [S] int64, the image (0 to B - 1) that each set belongs to.
-        lengths: S integers that add up to P.
-
-    Raises:
-        ValueError: tensors have a wrong type or shape, a set is empty, or lengths do not add up.
-    """
-
-    index: Tensor
-    image: Tensor
-    lengths: SetLengths
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.lengths, SetLengths):
-            object.__setattr__(self, "lengths", SetLengths(self.lengths, self.index.device))
-        for name, x in (("index", self.index), ("image", self.image)):
-            if x.dtype != torch.int64 or x.ndim != 1:
-                raise ValueError(f"{name} must be a 1-D int64 tensor, not {x.dtype} of shape {tuple(x.shape)}")
-        if self.index.numel() != self.lengths.total:
-            raise ValueError(f"lengths add up to {self.lengths.total}, but index holds {self.index.numel()} patches")
-        if self.image.numel() != len(self.lengths):
-            raise ValueError(f"image names {self.image.numel()} sets, but there are {len(self.lengths)} lengths")
-
-    @classmethod
-    def full(cls, batch_size: int, num_patches: int, device: torch.device | str = "cpu") -> PatchSets:
-        """Return every patch of every image: B sets of N patches."""
-        index = torch.arange(num_patches, device=device).repeat(batch_size)
-        return cls(
-            index,
-            torch.arange(batch_size, device=device),
-            SetLengths([num_patches] * batch_size, device, whole=True),
-        )
-
-    @classmethod
-    def from_padded(cls, index: Tensor, image: Tensor | None = None) -> PatchSets:
-        """Return sets of equal length from a table [S, L]; set s belongs to ``image[s]``, by default to image s."""
-        s, n = index.shape
-        image = torch.arange(s, device=index.device) if image is None else image
-        return cls(index.reshape(-1), image, SetLengths([n] * s, index.device))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all sets have one length, so that a packed [P, ...] can be viewed as [S, L, ...]."""
-        return self.lengths.uniform
-
-    @property
-    def num_patches(self) -> int:
-        """P, the number of patches of all sets together."""
-        return self.lengths.total
-
-    @property
-    def image_of_token(self) -> Tensor:
-        """[P] int64: the image of each patch."""
-        return self.image[self.lengths.set_of_token]
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Select these patches from dense tokens: [B, N, ...] -> [P, ...]."""
-        flat = self.image_of_token * x.shape[1] + self.index
-        return x.flatten(0, 1).index_select(0, flat)
-
-    def split(self) -> list[Tensor]:
-        """Return the patch indices of each set: S tensors [L_s]."""
-        return list(self.index.split(self.lengths.on_host))
-
-    def of_images(self, first: int, end: int) -> PatchSets:
-        """Return the sets of images ``first`` to ``end`` - 1, renumbered from 0. On the host only."""
-        chosen = (self.image >= first) & (self.image < end)  # [S]
-        lengths = SetLengths(self.lengths.each[chosen.numpy()])
-        return PatchSets(self.index[chosen[self.lengths.set_of_token]], self.image[chosen] - first, lengths)
-
-    def map_tensors(self, fn: Any) -> PatchSets:
-        """Return these sets with ``fn`` applied to the tensors."""
-        return unchecked(PatchSets, index=fn(self.index), image=fn(self.image), lengths=self.lengths.map_tensors(fn))
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PatchSets:
-        return self.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self, device: Any = None) -> PatchSets:
-        return self.map_tensors(lambda x: x.pin_memory())
 
 
 def _outside(x: Tensor, end: int) -> int | None:
@@ -226,27 +154,120 @@ class MaskBatch:
         return self.map_tensors(lambda x: x.pin_memory())
 
 
+class Tokens(NamedTuple):
+    """Output of an encoder with its prefix.
+
+    Attributes:
+        patches: [P, D], one token for each patch.
+        prefix: [S, k, D], the tokens before those of each set: the class token if there is one, then the registers.
+    """
+
+    patches: Tensor
+    prefix: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One view of the images of a batch.
+
+    Args:
+        images: [B, 3, h, w].
+        masks: of the B images; None if the whole image is seen.
+        action: [B, A] float32, how the view was made, for a predictor that is told; None if nobody asks.
+    """
+
+    images: Tensor
+    masks: MaskBatch | None = None
+    action: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def map_tensors(self, fn: Any) -> View:
+        """Return this view with ``fn`` applied to the tensors."""
+        masks = None if self.masks is None else self.masks.map_tensors(fn)
+        return View(fn(self.images), masks, None if self.action is None else fn(self.action))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> View:
+        return self.map_tensors(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self, device: Any = None) -> View:
+        return self.map_tensors(lambda x: x.pin_memory())
+
+    def split(self, ends: Sequence[int]) -> list[View]:
+        """Return the view of images ``ends[k]`` to ``ends[k + 1]`` - 1 for each k, without waiting for a device."""
+        masks = [None] * (len(ends) - 1) if self.masks is None else self.masks.split(ends)
+        parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+        return [
+            View(self.images[part], mask, None if self.action is None else self.action[part])
+            for part, mask in zip(parts, masks, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Args:
+        step: number of updates before this one.
+        where: fraction of the planned updates before this one, in [0, 1].
+        epoch, epochs: the current one from 0, and their number.
+        seed: of the run.
+    """
+
+    step: int = 0
+    where: float = 0.0
+    epoch: int = 0
+    epochs: int = 1
+    seed: int = 0
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a generator whose numbers are a function of seed and step: the same on all ranks."""
+        seed = int(generator(Stream.COMMON, seed=self.seed, epoch=self.step).integers(2**63))
+        return torch.Generator(device).manual_seed(seed)
+
+
+START = Progress()
+"""Before the first update."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What a loss is given.
 
     Args:
-        prediction: s_hat_y [P_t, D], packed as ``masks.targets``.
-        target: s_y [P_t, D], without a gradient unless targets are trained.
+        prediction: s_hat_y [P_t, ...], packed as ``masks.targets``.
+        target: s_y [P_t, ...], without a gradient unless targets are trained. Its width may differ: a loss may compare
+            scores of classes with the number of one.
         context: s_x [P_c, D_e], tokens of the context encoder, packed as ``masks.context``.
         masks: the masks of the batch.
+        progress: of the run; for losses whose weights or random numbers depend on it.
+
+    Raises:
+        ValueError: prediction and target do not have equally many rows.
     """
 
     prediction: Tensor
     target: Tensor
     context: Tensor
     masks: MaskBatch
+    progress: Progress = START
 
     def __post_init__(self) -> None:
-        if self.prediction.shape != self.target.shape:
+        if len(self.prediction) != len(self.target):
             raise ValueError(
-                f"prediction {tuple(self.prediction.shape)} and target {tuple(self.target.shape)} differ in shape"
+                f"prediction {tuple(self.prediction.shape)} and target {tuple(self.target.shape)} differ in rows"
             )
+
+    @property
+    def step(self) -> int:
+        """Number of updates before this one."""
+        return self.progress.step
+
+    @property
+    def where(self) -> float:
+        """Progress of training, in [0, 1]."""
+        return self.progress.where
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a value per target patch [P_t] over the patches of a set, then an image's sets, then images: -> [].
@@ -265,15 +286,23 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What a recipe returns for a batch: the loss [], its terms [] by name (unweighted), and the prediction."""
+    """What a recipe returns for a batch.
+
+    Args:
+        loss: [].
+        terms: [] by name, unweighted.
+        prediction: None for a recipe that predicts no patches.
+        figures: [] by name, further numbers for the log.
+    """
 
     loss: Tensor
     terms: dict[str, Tensor]
-    prediction: Prediction
+    prediction: Prediction | None = None
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Update(Output):
     """What the forward pass of an update gave, and grad_norm []: of all gradients, over all ranks, before clipping."""
 
-    grad_norm: Tensor
+    grad_norm: Tensor = field(kw_only=True)

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "files",
         "lock",
         "machine",
+        "patch_sets",
         "plotting",
         "progress",
         "random_state",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import MaskBatch, PatchSets, Prediction
+from jepa_kit.structures import MaskBatch, PatchSets, Prediction, Progress, View
 
 LENGTHS = (3, 1, 4)
 
@@ -224,9 +226,9 @@ def prediction_of(lengths: tuple[int, ...]) -> Prediction:
     return Prediction(x, x, torch.randn(2 * len(lengths), 5), masks)
 
 
-def test_prediction_refuses_unlike_shapes() -> None:
-    with pytest.raises(ValueError, match=r"prediction \(6, 5\) and target \(6, 4\) differ in shape"):
-        Prediction(torch.zeros(6, 5), torch.zeros(6, 4), torch.zeros(8, 5), make_masks())
+def test_prediction_refuses_unlike_rows() -> None:
+    with pytest.raises(ValueError, match=r"prediction \(6, 5\) and target \(5, 5\) differ in rows"):
+        Prediction(torch.zeros(6, 5), torch.zeros(5, 5), torch.zeros(8, 5), make_masks())
 
 
 def test_every_set_counts_the_same_in_a_mean() -> None:
@@ -323,3 +325,92 @@ def test_parts_move_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MaskBatch, "to", to)
     masks.split([0, 1, 3])
     assert waits == [False, False]
+
+
+HIDDEN = PatchSets(
+    torch.tensor([3, 1, 2, 0, 7]), torch.tensor([1, 0]), SetLengths([2, 3]), torch.tensor([1, 0, 0, 1, 1]).bool()
+)
+
+
+def rows(sets: PatchSets) -> list[tuple[int, list[int], list[bool] | None]]:
+    """(image, patches, hidden) of each set."""
+    hidden = (
+        [None] * len(sets) if sets.hidden is None else [x.tolist() for x in sets.hidden.split(sets.lengths.on_host)]
+    )
+    return list(zip(sets.image.tolist(), [x.tolist() for x in sets.split()], hidden, strict=True))
+
+
+def test_every_method_keeps_hidden_patches():
+    assert rows(HIDDEN) == [(1, [3, 1], [True, False]), (0, [2, 0, 7], [False, True, True])]
+    assert rows(HIDDEN.take(np.array([1, 0, 1]))) == [rows(HIDDEN)[k] for k in (1, 0, 1)]
+    assert rows(HIDDEN.of_images(1, 2)) == [(0, [3, 1], [True, False])]
+    assert rows(HIDDEN.select(HIDDEN.hidden)) == [(1, [3], [True]), (0, [0, 7], [True, True])]
+    assert rows(HIDDEN.map_tensors(lambda x: x.clone())) == rows(HIDDEN)
+    assert rows(PatchSets.from_dict(HIDDEN.to_dict())) == rows(HIDDEN)
+    seen = PatchSets.pack([torch.tensor([5])], torch.tensor([2]))
+    assert rows(PatchSets.cat([HIDDEN, seen])) == [*rows(HIDDEN), (2, [5], [False])]
+    assert PatchSets.cat([seen, seen]).hidden is None
+    assert "hidden" not in seen.to_dict()
+
+
+def test_hidden_must_be_one_boolean_per_patch():
+    with pytest.raises(ValueError, match=r"hidden must be bool of the shape of index \(2,\), not torch.int64 of shape"):
+        PatchSets(torch.arange(2), torch.arange(1), SetLengths([2]), torch.zeros(2).long())
+
+
+def test_select_needs_a_patch_of_each_set():
+    with pytest.raises(ValueError, match=r"lengths\[0\] \(=0\) must be at least 1"):
+        HIDDEN.select(torch.tensor([0, 0, 1, 1, 1]).bool())
+
+
+def test_pool_is_the_mean_over_each_set():
+    tokens = torch.randn(5, 3, dtype=torch.float64)
+    expected = torch.stack([tokens[:2].mean(0), tokens[2:].mean(0)])
+    assert torch.allclose(HIDDEN.pool(tokens), expected, atol=1e-15)
+    assert torch.allclose(PatchSets.full(5, 1).pool(tokens), tokens, atol=0)
+
+
+def test_from_mask_takes_the_true_patches_of_each_row():
+    chosen = np.array([[True, False, True], [False, True, False]])
+    assert rows(PatchSets.from_mask(chosen, np.array([1, 0]))) == [(1, [0, 2], None), (0, [1], None)]
+
+
+@pytest.mark.parametrize("folder", ["jepa_kit", "projects"])
+def test_sets_are_built_by_the_methods_of_their_type(folder):
+    """A field that is added to PatchSets must not be lost silently by code that calls the constructor."""
+    root = Path(__file__).parents[1]
+    calls = {
+        f"{file.relative_to(root)}:{node.lineno}"
+        for file in (root / folder).rglob("*.py")
+        if file.name != "patch_sets.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "PatchSets"
+    }
+    assert not calls
+
+
+def test_view_splits_like_its_parts():
+    masks = MaskBatch(
+        PatchSets.from_padded(torch.tensor([[0, 1], [2, 3], [1, 2]])), PatchSets.full(3, 4), (2, 2), torch.arange(3)
+    )
+    view = View(torch.arange(3.0).reshape(3, 1, 1, 1), masks, torch.arange(6.0).reshape(3, 2))
+    first, second = view.split([0, 1, 3])
+    assert (len(first), len(second)) == (1, 2)
+    assert second.images.flatten().tolist() == [1.0, 2.0]
+    assert second.masks is not None
+    assert rows(second.masks.context) == [(0, [2, 3], None), (1, [1, 2], None)]
+    assert second.action is not None
+    assert second.action.tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    bare = View(view.images).map_tensors(lambda x: x + 1)
+    assert bare.images.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert bare.masks is None
+    assert bare.action is None
+    assert [part.masks for part in bare.split([0, 3])] == [None]
+
+
+def test_common_random_numbers_are_a_function_of_seed_and_step():
+    def draw(progress: Progress) -> list[float]:
+        return torch.rand(4, generator=progress.generator()).tolist()
+
+    assert draw(Progress(step=3, seed=1)) == draw(Progress(step=3, where=0.5, seed=1))
+    assert len({tuple(draw(Progress(step=s, seed=k))) for s in range(3) for k in range(3)}) == 9

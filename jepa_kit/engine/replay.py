@@ -96,9 +96,7 @@ def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
 def masks_of(dump: dict[str, Any]) -> MaskBatch:
     """Return the masks of a dump."""
     masks = dump["masks"]
-    context, targets = (
-        PatchSets(masks[name]["index"], masks[name]["image"], masks[name]["lengths"]) for name in ("context", "targets")
-    )
+    context, targets = (PatchSets.from_dict(masks[name]) for name in ("context", "targets"))
     return MaskBatch(context, targets, tuple(masks["grid"]), masks["context_of"])
 
 

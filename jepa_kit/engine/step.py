@@ -57,7 +57,7 @@ def train_step(
     buffers.restore_unless(torch.isfinite(grad_norm))
     optimizer.zero_grad(set_to_none=True)
     jepa.update_target(hyper.momentum)
-    return Update(out.loss, out.terms, out.prediction, grad_norm)
+    return Update(**vars(out), grad_norm=grad_norm)
 
 
 def train_on(run: Run, step: int, batch: Batch) -> Update:

@@ -8,13 +8,13 @@ Legend of shapes: as in blocks.py, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from jepa_kit.maskers.blocks import BoolArray
 from jepa_kit.rng import FloatArray, IntArray
-from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 
@@ -40,25 +40,9 @@ def mask_batch(context: BoolArray, targets: BoolArray, grid: Grid, *, of: Sequen
         of = [*range(contexts)] * len(targets)
         targets = targets if contexts == 1 else np.repeat(targets, contexts, axis=0)  # [M * C, B, N]
     pair = (torch.tensor(of)[:, None] * batch_size + torch.arange(batch_size)).flatten()
-    return MaskBatch(
-        _pack(context.reshape(-1, patches), batch_size),
-        _pack(targets.reshape(-1, patches), batch_size),
-        grid,
-        pair,
-    )
-
-
-def _pack(sets: BoolArray, batch_size: int) -> PatchSets:
-    """Pack [S, N] booleans; set s belongs to image s % B."""
-    count, patches = sets.shape
-    flat = np.flatnonzero(sets)  # [P]
-    lengths = lengths_of(sets)
-    index = flat - np.repeat(np.arange(count) * patches, lengths)
-    return PatchSets(
-        torch.from_numpy(index),
-        torch.from_numpy(np.arange(count) % batch_size),
-        SetLengths(lengths),
-    )
+    sets = (context.reshape(-1, patches), targets.reshape(-1, patches))
+    first, second = (PatchSets.from_mask(x, np.arange(len(x)) % batch_size) for x in sets)
+    return MaskBatch(first, second, grid, pair)
 
 
 def keep_first(sets: BoolArray, count: int | IntArray) -> BoolArray:
@@ -117,7 +101,6 @@ def join(parts: Sequence[tuple[MaskBatch, IntArray]], grid: Grid) -> MaskBatch:
 def _interleave(parts: Sequence[tuple[PatchSets, IntArray]]) -> tuple[PatchSets, IntArray]:
     """Return the sets of all parts, ordered by index within the image, then by image; and the new index of each [S]."""
     image = np.concatenate([at[sets.image.numpy()] for sets, at in parts])
-    lengths = np.concatenate([sets.lengths.each for sets, _ in parts])
     ascending = np.arange(len(image))
     order = np.argsort(image, kind="stable")
     count = np.bincount(image)
@@ -129,9 +112,5 @@ def _interleave(parts: Sequence[tuple[PatchSets, IntArray]]) -> tuple[PatchSets,
         order = np.argsort(number)
     place = np.empty_like(order)
     place[order] = ascending
-    starts = np.cumsum(lengths) - lengths
-    moved = lengths[order]
-    token = np.repeat(starts[order] - (np.cumsum(moved) - moved), moved)  # [P]
-    token += np.arange(len(token))
-    index = np.concatenate([sets.index.numpy() for sets, _ in parts])[token]
-    return PatchSets(torch.from_numpy(index), torch.from_numpy(image[order]), SetLengths(moved)), place
+    numbered = [replace(sets, image=torch.from_numpy(at[sets.image.numpy()])) for sets, at in parts]
+    return PatchSets.cat(numbered).take(order), place

@@ -33,7 +33,6 @@ from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
 from jepa_kit.recipe import JEPA
-from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 from .parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
@@ -122,9 +121,7 @@ def masks_of(fixture: Fixture, step: int, grid: Grid) -> MaskBatch:
 
 def _pack(sets: list[Tensor]) -> PatchSets:
     """Concatenate sets [B, L_i]."""
-    b = len(sets[0])
-    lengths = SetLengths([s.shape[1] for s in sets for _ in range(b)])
-    return PatchSets(torch.cat([s.flatten() for s in sets]), torch.arange(b).repeat(len(sets)), lengths)
+    return PatchSets.pack([patches for s in sets for patches in s], torch.arange(len(sets[0])).repeat(len(sets)))
 
 
 @dataclass

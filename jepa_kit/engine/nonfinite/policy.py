@@ -145,10 +145,8 @@ def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]
         "masks": {
             "grid": list(masks.grid),
             "context_of": masks.context_of,
-            **{
-                name: {"index": sets.index, "image": sets.image, "lengths": list(sets.lengths)}
-                for name, sets in (("context", masks.context), ("targets", masks.targets))
-            },
+            "context": masks.context.to_dict(),
+            "targets": masks.targets.to_dict(),
         },
         **facts,
     }

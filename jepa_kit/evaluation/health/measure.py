@@ -26,7 +26,6 @@ from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray
-from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import MaskBatch, PatchSets, Precision, Prediction
 
 EPOCH = 2**32 - 1
@@ -180,23 +179,17 @@ def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int,
     parts = [masker(samples, seed=seed, epoch=EPOCH - k, step=step) for k in range(count)]
     offsets = np.cumsum([0] + [len(part.context) for part in parts])
     return MaskBatch(
-        _concatenate(*(part.context for part in parts)),
-        _concatenate(*(part.targets for part in parts)),
+        PatchSets.cat([part.context for part in parts]),
+        PatchSets.cat([part.targets for part in parts]),
         parts[0].grid,
         torch.cat([part.context_of + int(offset) for part, offset in zip(parts, offsets, strict=False)]),
     )
 
 
-def _concatenate(*parts: PatchSets) -> PatchSets:
-    lengths = [n for part in parts for n in part.lengths.on_host]
-    index, image = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "image"))
-    return PatchSets(index, image, SetLengths(lengths, index.device))
-
-
 def _predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> tuple[Prediction, Tensor]:
     """Return the prediction, as ``JEPA.forward``, and the next image's targets [P, D] at the same places."""
     own = masks.targets
-    both = _concatenate(own, replace(own, image=(own.image + 1) % len(images)))
+    both = PatchSets.cat([own, replace(own, image=(own.image + 1) % len(images))])
     s_y, s_other = jepa.target(images, both, jepa.target_network).float().chunk(2)
     s_x = jepa.encoder(images, masks.context)
     s_hat_y = jepa.predictor(s_x, masks).float()

@@ -95,7 +95,7 @@ def test_the_watch_looks_later():
     watch = Watch(lag=2)
 
     def add(step, norm):
-        out = Update(torch.tensor(1.0), {"l2": torch.tensor(1.0)}, None, torch.tensor(norm))
+        out = Update(torch.tensor(1.0), {"l2": torch.tensor(1.0)}, grad_norm=torch.tensor(norm))
         watch.add(step, HYPER, None, out)
 
     add(0, math.nan)
