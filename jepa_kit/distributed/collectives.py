@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_kit.distributed.buffers import broadcast_buffers
+from jepa_kit.distributed.gradients import GatherRows
 from jepa_kit.distributed.rendezvous import start_store
 from jepa_kit.distributed.slurm import torchrun_variables
 from jepa_kit.errors import PeerError, StartError
@@ -196,6 +197,11 @@ def is_main() -> bool:
     return not joined() or dist.get_rank() == 0
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return (rank, number of processes): (0, 1) for one process."""
+    return (dist.get_rank(), dist.get_world_size()) if joined() else (0, 1)
+
+
 def barrier() -> None:
     """Wait until every process has called this."""
     if joined():
@@ -233,6 +239,26 @@ def all_gather(values: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values)
     return torch.stack(parts).cpu()
+
+
+def row_counts(count: int) -> list[int]:
+    """Return the ``count`` of each rank, without waiting for the device; all must call it."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [count]
+    counts = torch.zeros(size, dtype=torch.int64)
+    dist.all_gather(list(counts.split(1)), torch.tensor([count]), group=_host_group)
+    return counts.tolist()
+
+
+def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, [B, ...] -> [sum of B, ...] in the order of the ranks; ``x`` on one process.
+
+    Ranks may have unequally many rows; rank r's begin at ``sum(row_counts(B)[:r])``. In backward, a row's gradient
+    comes back to the rank that it is from, summed over the losses of all ranks (gradients.py). All ranks must call it,
+    in forward and in backward.
+    """
+    return GatherRows.apply(x, row_counts(len(x))) if joined() else x
 
 
 def all_gather_object(value: T, group: Any = None) -> list[T]:
