@@ -6,6 +6,7 @@ P  packed patches: those of all sets, one after another (P_c of contexts, P_t of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Encoder(Protocol):
         grid: (H, W) patches of a training image.
         patch_size: side of a patch in pixels.
         embed_dim: D, the width of its tokens.
-        depth: number of layers that ``forward_layers`` can return.
+        depth: number of layers; ``forward_layers`` returns any of them.
     """
 
     grid: Grid
@@ -56,8 +57,16 @@ class Encoder(Protocol):
         """Encode [B, C, h, w] -> [P, D], packed as ``patches``; all patches if None."""
         ...
 
-    def forward_layers(self, images: Tensor, patches: PatchSets | None = None, *, last: int) -> list[Tensor]:
-        """Return the outputs of the last ``last`` layers, each [P, D] as from ``__call__``."""
+    def forward_layers(
+        self, images: Tensor, patches: PatchSets | None = None, *, layers: Sequence[int], norm: bool = True
+    ) -> list[Tensor]:
+        """Return the outputs of some layers, each [P, D], in the order of ``layers``.
+
+        Args:
+            images, patches: as for ``__call__``, which returns layer ``depth`` with the norm.
+            layers: from 1 to ``depth``; 0 is the embedding before the first.
+            norm: whether the encoder's final norm is applied to each.
+        """
         ...
 
 

@@ -199,6 +199,9 @@ class Block(nn.Module):
             [0, 1), or the backend is unknown.
     """
 
+    is_block = True
+    """Marks what FSDP shards and activation checkpointing recomputes as a whole."""
+
     def __init__(
         self,
         dim: int,

@@ -6,8 +6,9 @@ C = channels  p = patch size in pixels         D = width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -106,6 +107,9 @@ class ViT(nn.Module):
             image; heads or positions do not divide the width; or another value is outside its range.
     """
 
+    forward_methods = ("forward_layers",)
+    """Methods that are called besides ``forward``; FSDP gathers weights for them too."""
+
     def __init__(
         self,
         *,
@@ -182,15 +186,30 @@ class ViT(nn.Module):
         Raises:
             ValueError: the number of channels is wrong, or the patch size does not divide the image.
         """
-        return self.forward_layers(images, patches, last=1)[0]
+        return self.forward_layers(images, patches, layers=(self.depth,))[0]
 
-    def forward_layers(self, images: Tensor, patches: PatchSets | None = None, *, last: int) -> list[Tensor]:
-        """Return the outputs of the last ``last`` blocks after the final norm: ``last`` tensors [P, D]."""
-        if not 1 <= last <= self.depth:
-            raise ValueError(f"last (={last}) must be from 1 to the encoder's depth (={self.depth})")
+    def forward_layers(
+        self, images: Tensor, patches: PatchSets | None = None, *, layers: Sequence[int], norm: bool = True
+    ) -> list[Tensor]:
+        """Return the outputs of some layers, each [P, D], in the order of ``layers``.
+
+        Args:
+            images, patches: as for ``forward``.
+            layers: numbers of blocks from 1; 0 is the input of the first. Blocks after the last of them are not run.
+            norm: whether the final norm is applied to each.
+
+        Raises:
+            ValueError: a layer does not exist, or there is none.
+        """
+        check_layers(layers, self.depth)
         x, lengths = self.embed(images, patches)
-        outputs = islice(run_blocks(self.blocks, x, lengths), self.depth - last, None)
-        return [take_rows(self.norm(output), lengths.total) for output in outputs]
+        outputs = {}
+        for number, output in enumerate(chain([x], run_blocks(self.blocks, x, lengths))):
+            if number in layers:
+                outputs[number] = take_rows(self.norm(output) if norm else output, lengths.total)
+            if number == max(layers):
+                break
+        return [outputs[number] for number in layers]
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
         """Return content plus position of each patch, [R, D] with the P tokens first, and the lengths of the sets."""
@@ -223,6 +242,15 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:
     if patch_size < 1 or h < patch_size or w < patch_size or h % patch_size or w % patch_size:
         raise ValueError(f"patch_size (={patch_size}) must divide the height (={h}) and the width (={w}) of an image")
     return h // patch_size, w // patch_size
+
+
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise ValueError unless ``layers`` of ``forward_layers`` are layers of an encoder of this depth."""
+    if not layers or not all(0 <= number <= depth for number in layers):
+        raise ValueError(
+            f"layers (={tuple(layers)}) must be numbers of blocks, from 1 to the encoder's depth (={depth}), or 0 for "
+            "the input of the first"
+        )
 
 
 def _resolve(size: str | None, **values: Any) -> _Shape:

@@ -137,13 +137,13 @@ def block_source(
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be used in training later
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
-        first = min(block for block, _ in wanted)  # forward_layers returns it and all blocks after it
+        blocks = sorted({block for block, _ in wanted})
         x = normalize(images.to(device, non_blocking=True), mean, std)
         with evaluating(network), autocast_of(precision, device)():
-            tokens = network.forward_layers(x, last=network.depth - first + 1)  # tensors [B * n, D]
+            tokens = network.forward_layers(x, layers=blocks)  # tensors [B * n, D]
         outputs = {
-            block: tokens[block - first].float().unflatten(0, (len(images), -1))  # [B, n, D]
-            for block in {block for block, _ in wanted}
+            block: x.float().unflatten(0, (len(images), -1))  # [B, n, D]
+            for block, x in zip(blocks, tokens, strict=True)
         }
         return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
 

@@ -53,18 +53,24 @@ class RepresentationTarget(nn.Module):
         check_choice("masked_at", masked_at, MaskedAt)
         if layers < 1:
             raise ValueError(f"layers (={layers}) must be at least 1")
-        if depth is not None and layers > depth:
-            raise ValueError(f"layers (={layers}) must be at most the encoder's depth (={depth})")
         self.out_dim = embed_dim
         self.norm = norm
         self.layers = layers
+        if depth is not None:
+            self._last(depth)
         self.masked_at = masked_at
+
+    def _last(self, depth: int) -> range:
+        """Return the numbers of the last ``layers`` blocks of an encoder of this depth."""
+        if self.layers > depth:
+            raise ValueError(f"layers (={self.layers}) must be at most the encoder's depth (={depth})")
+        return range(depth - self.layers + 1, depth + 1)
 
     def forward(self, images: Tensor, patches: PatchSets, encoder: Encoder | None) -> Tensor:
         """[B, C, h, w] -> [P, D], packed as ``patches``."""
         assert encoder is not None
         seen = patches if self.masked_at == "input" else None
-        outputs = encoder.forward_layers(images, seen, last=self.layers)  # [B * N, D] or [P, D] each
+        outputs = encoder.forward_layers(images, seen, layers=self._last(encoder.depth))  # [B * N, D] or [P, D] each
         if seen is None:
             # Select first, normalise then: the result is the same, and P < B * N tokens are fewer to normalise.
             outputs = [patches.gather(x.unflatten(0, (len(images), -1))) for x in outputs]

@@ -173,8 +173,8 @@ def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) ->
     whole = (len(images) * grid[0] * grid[1], encoder.embed_dim)
     with torch.no_grad():
         _check_call(trial, encoder, lambda: encoder(images), whole, "whole images [B * N, embed_dim]")
-        layers, again = trial.twice(lambda: list(encoder.forward_layers(images, None, last=1)))
-        trial.need(len(layers) == 1, f"gave {len(layers)} layers for forward_layers(..., last=1)")
+        layers, again = trial.twice(lambda: list(encoder.forward_layers(images, None, layers=(encoder.depth,))))
+        trial.need(len(layers) == 1, f"gave {len(layers)} tensors for one layer of forward_layers")
         trial.tensor(layers[0], whole, "the last layer [B * N, embed_dim]")
         trial.same(layers, again)
 

@@ -19,8 +19,8 @@ FORMS = {
     "draws) -> Window",
     "masker": "__call__(samples, *, seed, epoch, step=0) -> MaskBatch(context, targets, grid, context_of), a pure "
     "function of its arguments, with the attribute grid (jepa_kit/interfaces.py)",
-    "encoder": "__call__(images, patches=None) -> [P, embed_dim] and forward_layers(images, patches=None, *, last) -> "
-    "a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/interfaces.py)",
+    "encoder": "__call__(images, patches=None) -> [P, embed_dim] and forward_layers(images, patches=None, *, layers, "
+    "norm=True) -> a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/interfaces.py)",
     "target": "__call__(images, patches, encoder) -> [P_t, out_dim], with out_dim and needs_encoder "
     "(jepa_kit/interfaces.py)",
     "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/interfaces.py)",

@@ -193,11 +193,28 @@ def test_layers_are_the_blocks_outputs_through_the_final_norm() -> None:
     for block in vit.blocks:
         x = block(x, lengths)
         expected.append(F.layer_norm(x, (32,), vit.norm.weight, vit.norm.bias, eps=1e-6))
-    outputs = vit.forward_layers(images, last=3)
+    outputs = vit.forward_layers(images, layers=(1, 2, 3))
     for ours, theirs in zip(outputs, expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(vit.forward_layers(images, last=2)[0], outputs[1])
     assert torch.equal(vit(images), outputs[-1])
+    third, first = vit.forward_layers(images, layers=(3, 1))
+    assert torch.equal(third, outputs[2])
+    assert torch.equal(first, outputs[0])
+
+
+def test_layers_before_the_first_block_and_without_the_norm() -> None:
+    vit = make_vit()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x, lengths = vit.embed(images, None)
+    embedded, second = vit.forward_layers(images, layers=(0, 2), norm=False)
+    assert torch.equal(embedded, x)
+    assert torch.equal(second, vit.blocks[1](vit.blocks[0](x, lengths), lengths))
+
+
+def test_blocks_after_the_last_layer_are_not_run() -> None:
+    vit = make_vit()
+    vit.blocks[2].register_forward_pre_hook(lambda *_: pytest.fail("the last block was run"))
+    assert len(vit.forward_layers(torch.zeros(1, 3, 32, 32, dtype=torch.float64), layers=(2, 1))) == 2
 
 
 # --- sizes of models ---
@@ -320,10 +337,14 @@ def test_refuses_images(shape: tuple[int, ...], message: str) -> None:
         ViT(**SMALL)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("last", [0, 4])
-def test_refuses_layers_that_it_has_not(last: int) -> None:
-    with pytest.raises(ValueError, match=rf"last \(={last}\) must be from 1 to the encoder's depth \(=3\)"):
-        ViT(**SMALL).forward_layers(torch.zeros(1, 3, 32, 32), last=last)
+@pytest.mark.parametrize("layers", [(), (4,), (1, -1)])
+def test_refuses_layers_that_it_has_not(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        ViT(**SMALL).forward_layers(torch.zeros(1, 3, 32, 32), layers=layers)
+    assert str(error.value) == (
+        f"layers (={layers}) must be numbers of blocks, from 1 to the encoder's depth (=3), or 0 for the input of the "
+        "first"
+    )
 
 
 def test_patch_grid_is_rows_by_columns() -> None:

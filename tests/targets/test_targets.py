@@ -98,7 +98,7 @@ def test_representation_refuses() -> None:
 
 def test_representation_of_more_layers_than_there_are() -> None:
     target = RepresentationTarget(embed_dim=DIM, layers=4)
-    with pytest.raises(ValueError, match=r"last \(=4\) must be from 1 to the encoder's depth \(=3\)"):
+    with pytest.raises(ValueError, match=r"layers \(=4\) must be at most the encoder's depth \(=3\)"):
         target(make_images(), make_sets(), make_encoder())
 
 

@@ -181,8 +181,8 @@ class Dense(OwnViT):
 
 
 class TwoLayers(OwnViT):
-    def forward_layers(self, images, patches=None, *, last):
-        return super().forward_layers(images, patches, last=last) * 2
+    def forward_layers(self, images, patches=None, *, layers, norm=True):
+        return super().forward_layers(images, patches, layers=layers, norm=norm) * 2
 
 
 class Unused(OwnViT):
@@ -325,7 +325,7 @@ BREACHES = [
     ("masker", Table, "failed in a trial call: ValueError: index must be a 1-D int64 tensor"),
     ("encoder", NumpyNoise, "gave different results in two calls"),
     ("encoder", Dense, r"gave a tensor of shape \[64, 16\] for the contexts \[P_c, embed_dim\], not \["),
-    ("encoder", TwoLayers, r"gave 2 layers for forward_layers\(..., last=1\)"),
+    ("encoder", TwoLayers, r"gave 2 tensors for one layer of forward_layers"),
     ("encoder", Unused, r"no gradient reaches 2 of \d+ parameters, first encoder.head.weight, with encoder 'own'"),
     ("encoder", NumpyWeights, r"the first weights differ in two builds with one train.seed, first encoder.norm.weight"),
     ("encoder", Table_, "changes its buffer pos_embed, which is not persistent"),

@@ -280,11 +280,11 @@ class Turned(nn.Module):
         self.grid, self.patch_size = encoder.grid, encoder.patch_size
         self.embed_dim, self.depth = encoder.embed_dim, encoder.depth
 
-    def forward_layers(self, images, patches=None, *, last):
-        return [x @ self.matrix for x in self.inner.forward_layers(images, patches, last=last)]
+    def forward_layers(self, images, patches=None, *, layers, norm=True):
+        return [x @ self.matrix for x in self.inner.forward_layers(images, patches, layers=layers, norm=norm)]
 
     def forward(self, images, patches=None):
-        return self.forward_layers(images, patches, last=1)[0]
+        return self.forward_layers(images, patches, layers=(self.depth,))[0]
 
 
 @pytest.fixture(scope="module")
