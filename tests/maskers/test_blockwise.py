@@ -68,6 +68,30 @@ def test_what_the_last_round_leaves_is_made_up(monkeypatch: pytest.MonkeyPatch) 
     assert np.mean(ends) > 0.9
 
 
+def test_at_most_the_ratio_is_masked_by_whole_blocks() -> None:
+    masker = Blockwise(grid=(14, 14), ratio=(0.2, 0.5), min_scale=0.08, count="at_most")
+    masks = masker(np.arange(500), seed=0, epoch=0)
+    lengths = np.array(list(masks.targets.lengths))
+    assert lengths.min() >= 16
+    assert 60 < lengths.mean() < 69  # half way between 39 and 98, less what no further block fits into
+    assert lengths.max() <= 98
+    alone = masker(np.array([7]), seed=0, epoch=0)  # an image's mask does not depend on its batch
+    assert alone.targets.index.tolist() == masks.targets.split()[7].tolist()
+
+
+def test_a_range_of_ratios_is_drawn_uniformly() -> None:
+    lengths = Blockwise(grid=(10, 10), ratio=(0.2, 0.5))(np.arange(3000), seed=0, epoch=0).targets.lengths
+    counts = np.bincount(np.array(list(lengths)), minlength=51)[20:]
+    assert counts.sum() == 3000
+    expected = np.array([0.5, *[1] * 29, 0.5]) * 100  # the ends are rounded to from one side
+    assert stats.chisquare(counts, expected).pvalue > LEVEL
+
+
+def test_an_image_that_no_block_fits_into_gets_patches_of_one_end() -> None:
+    masks = Blockwise(grid=(4, 30), ratio=0.25, aspect_ratio=(9, 9), count="at_most")(np.arange(40), seed=0, epoch=0)
+    assert {tuple(t.tolist()) for t in masks.targets.split()} == {tuple(range(30)), tuple(range(90, 120))}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -77,6 +101,9 @@ def test_what_the_last_round_leaves_is_made_up(monkeypatch: pytest.MonkeyPatch) 
             "ratio (=0.01) must leave a target and a context among the 36 patches of a 6 x 6 grid: "
             "from 0.0278 to 0.972",
         ),
+        ({"ratio": (0.6, 0.5)}, "ratio (=(0.6, 0.5)) must be (low, high) with low <= high"),
+        ({"ratio": (0.3, 0.5), "min_scale": 0.4}, "min_scale (=0.4) must be above 0 and at most ratio (=0.3)"),
+        ({"count": "most"}, "count (='most') must be one of 'exact', 'at_most'"),
         ({"min_scale": 0.5}, "min_scale (=0.5) must be above 0 and at most ratio (=0.4)"),
         ({"min_scale": 0.0}, "min_scale (=0.0) must be above 0 and at most ratio (=0.4)"),
         (
