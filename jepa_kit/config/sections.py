@@ -138,6 +138,14 @@ class DataConfig(_Section):
         return [f"transforms (={names}) must have one that sets the size: {', '.join(crops)}"]
 
 
+Counting = Literal["from_1", "from_0", "both_ends"]
+"""Which progress update i = 0, 1, ... of a schedule has.
+
+``from_1`` is i + 1 (the released I-JEPA), ``from_0`` is i (MAE), and so is ``both_ends`` (DINO, BEiT), but there the
+last update of the warm-up, and not the one after it, is the first with the highest learning rate.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(_Section):
     """AdamW and its schedules; the defaults are the release's.
@@ -151,6 +159,7 @@ class OptimConfig(_Section):
         betas, eps: of AdamW.
         clip_grad: largest norm of all gradients; None for no clipping.
         stretch: length of the schedules over the length of the run (the release's ``ipe_scale``).
+        counting: which progress an update has: "from_1" as in the release, "from_0", or "both_ends" (``Counting``).
 
     Raises:
         ConfigError: a value is outside its range.
@@ -167,6 +176,7 @@ class OptimConfig(_Section):
     eps: float = _above_0(1e-8)
     clip_grad: float | None = _above_0(None)
     stretch: float = _at_least(1, 1.0)
+    counting: Counting = "from_1"
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,8 @@ update i = 0, 1, ..., n - 1 uses:
     weight decay   cosine in (i + 1) / T
     momentum       i / (stretch * n): as released, this one starts at 0 and its length is not rounded
 
-The release counts before it uses a value, hence i + 1. The paper (appendix A) has weight decay linear.
+The release counts before it uses a value, hence i + 1. The paper (appendix A) has weight decay linear. Other methods
+count differently (``Counting``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fvcore.common.param_scheduler import (
 )
 
 from jepa_kit.config import Config
+from jepa_kit.config.sections import Counting
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,18 @@ class WarmupThenCosine(ParamScheduler):
         peak: value at the end of the warm-up.
         end: value at 1.
         warmup: fraction of the whole that is warm-up, 0 and up; from 1 on the peak is not reached.
+        rise: fraction of the whole after which the peak is reached, at most ``warmup``; None for ``warmup``.
     """
 
-    def __init__(self, start: float, peak: float, end: float, warmup: float) -> None:
+    def __init__(self, start: float, peak: float, end: float, warmup: float, rise: float | None = None) -> None:
         self.warmup = warmup
+        self.rise_over = warmup if rise is None else rise
         self.rise = LinearParamScheduler(start, peak)
         self.fall = CosineParamScheduler(peak, end)
 
     def __call__(self, where: float) -> float:
         if where < self.warmup:
-            return self.rise(where / self.warmup)
+            return self.rise(where / self.rise_over if where else 0.0)
         return self.fall((where - self.warmup) / (1.0 - self.warmup) if self.warmup < 1.0 else 0.0)
 
 
@@ -80,6 +84,7 @@ class Schedule:
         momentum: fraction of the planned updates [0, 1] -> momentum; ``JEPA.momentum``. None: always 1.
         stretch: length of the schedules in lengths of the run, 1 and up (the release's ``ipe_scale``); the run ends
             before them if it is above 1.
+        counting: which progress an update has, see ``Counting``.
 
     Raises:
         ValueError: a number out of range.
@@ -97,6 +102,7 @@ class Schedule:
         weight_decay: tuple[float, float],
         momentum: Callable[[float], float] | None = None,
         stretch: float = 1.0,
+        counting: Counting = "from_1",
     ) -> None:
         # a run cannot be longer than its schedules, so stretch is at least 1 too
         ones: dict[str, float] = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "stretch": stretch}
@@ -110,7 +116,9 @@ class Schedule:
         self.planned = int(stretch * epochs * steps_per_epoch)  # rounded in the release's order
         self.warmup_steps = int(warmup_epochs * steps_per_epoch)
         self._unrounded = stretch * self.steps
-        self._lr = WarmupThenCosine(start_lr, lr, final_lr, self.warmup_steps / self.planned)
+        self._first = 1 if counting == "from_1" else 0
+        rise = max(0, self.warmup_steps - 1) if counting == "both_ends" else self.warmup_steps
+        self._lr = WarmupThenCosine(start_lr, lr, final_lr, self.warmup_steps / self.planned, rise / self.planned)
         self._weight_decay = CosineParamScheduler(*weight_decay)
         self._momentum = momentum or ConstantParamScheduler(1.0)
 
@@ -128,13 +136,14 @@ class Schedule:
             weight_decay=optim.weight_decay,
             momentum=momentum,
             stretch=optim.stretch,
+            counting=optim.counting,
         )
 
     def __call__(self, step: int) -> Hyper:
         """Return the values of update ``step``; raise ValueError for a step outside the run."""
         if not 0 <= step < self.steps:
             raise ValueError(f"step (={step}) must be from 0 to {self.steps - 1}: the run has {self.steps} updates")
-        where = (step + 1) / self.planned
+        where = (step + self._first) / self.planned
         return Hyper(self._lr(where), self._weight_decay(where), self._momentum(step / self._unrounded))
 
 

@@ -3,6 +3,7 @@ import math
 from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,19 @@ def test_every_step_of_other_schedules(epochs, per_epoch, warmup_epochs, stretch
     for step in range(schedule.steps):
         want = plain_rule(step, epochs=epochs, per_epoch=per_epoch, warmup_epochs=warmup_epochs, stretch=stretch)
         assert astuple(schedule(step)) == pytest.approx(want, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 10])
+@pytest.mark.parametrize("counting", ["from_0", "both_ends"])
+def test_counting_of_other_methods(counting, warmup):
+    """MAE: epochs so far, as a number with a fraction; DINO: a line with both ends, then a cosine without its end."""
+    schedule = make_schedule(warmup_epochs=warmup / 10, counting=counting)
+    rise = np.linspace(2e-4, 1e-3, warmup, endpoint=counting == "both_ends")
+    fall = 1e-6 + (1e-3 - 1e-6) * (1 + np.cos(np.pi * np.arange(30 - warmup) / (30 - warmup))) / 2
+    decay = 0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(30) / 30)) / 2
+    for step, values in enumerate(zip(np.concatenate([rise, fall]), decay, strict=True)):
+        hyper = schedule(step)
+        assert (hyper.lr, hyper.weight_decay) == pytest.approx(values, rel=0, abs=1e-15)
 
 
 def test_a_stretched_schedule_ends_before_its_end():
