@@ -69,7 +69,7 @@ def tool_parser(name: str, text: str | None) -> argparse.ArgumentParser:
 def without_clone(text: str) -> str:
     """Return a help text with commands that also work outside a clone: modules for tools, and names of configs."""
     text = re.sub(r"(python |torchrun .*?)tools/(\w+)\.py", r"\1-m jepa_kit.tools.\2", text)
-    return re.sub(r"projects/\w+/configs/(\w+)\.yaml", r"\1", text)
+    return re.sub(r"projects/(\w+)/configs/(\w+)\.yaml", r"\1/\2", text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "--config-file",
         required=True,
         metavar="FILE",
-        help="a YAML file, a run folder, a checkpoint, or the name of a config, as in1k_vitb16",
+        help="a YAML file, a run folder, a checkpoint, or the name of a config, as ijepa/in1k_vitb16",
     )
     add_trust(parser)
     parser.add_argument(

@@ -46,8 +46,8 @@ def test_help_without_a_clone() -> None:
     assert (
         without_clone(text)
         == """\
-  python -m jepa_kit.tools.train_net --config-file NAME
-  torchrun --nproc-per-node 8 -m jepa_kit.tools.train_net --config-file in1k_vitb16
+  python -m jepa_kit.tools.train_net --config-file ijepa/NAME
+  torchrun --nproc-per-node 8 -m jepa_kit.tools.train_net --config-file ijepa/in1k_vitb16
   # a run of tools/train_net.py
 """
     )

@@ -1,6 +1,6 @@
 """Configs: from YAML to checked values.
 
-    config = load_config("in1k_vitb16", ["masker.num_targets=8", "optim.lr=1e-3"])
+    config = load_config("ijepa/in1k_vitb16", ["masker.num_targets=8", "optim.lr=1e-3"])
     MASKERS.build(config.slots["masker"].name, config.slots["masker"].options, grid=grid)
 
 load.py      reads YAML files with their bases, run folders, checkpoints and overrides

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jepa_kit.config import load_config, shipped
-from jepa_kit.config.shipped import shipped_configs
+from jepa_kit.config.shipped import find_config, shipped_configs
 from jepa_kit.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_config_of_a_project_has_a_name() -> None:
     files = {path.stem: path for path in ROOT.glob("projects/*/configs/*.yaml")}
-    assert {"quickstart", "in1k_vitb16"} <= files.keys()
-    assert shipped_configs() == files
-    assert load_config("quickstart") == load_config(files["quickstart"])
+    assert {"quickstart", "released_in1k_vith14"} <= files.keys()
+    assert set(shipped_configs().values()) == set(ROOT.glob("projects/*/configs/*.yaml"))
+    assert load_config("quickstart") == load_config("ijepa/quickstart") == load_config(files["quickstart"])
 
 
 def test_names_that_two_projects_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,10 +33,15 @@ def test_names_that_two_projects_have(tmp_path: Path, monkeypatch: pytest.Monkey
     assert shipped_configs() == dict(
         zip(("a/base", "b/base", "other"), (tmp_path / f"{n}.yaml" for n in names), strict=True)
     )
+    for name, file in (("b/base", names[1]), ("other", names[2]), ("b/other", names[2])):
+        assert find_config(name, "") == str(tmp_path / f"{file}.yaml")
+    assert find_config("base", "") == "base"  # of which project?
 
 
 def test_a_name_that_no_config_has() -> None:
-    with pytest.raises(ConfigError, match=r"in1k_vitb' does not exist; .*, or one of these names: cifar10_quick, .*16"):
+    with pytest.raises(
+        ConfigError, match=r"in1k_vitb' does not exist; .*, or one of these names: .*cifar10_quick, .*16"
+    ):
         load_config("in1k_vitb")
     with pytest.raises(ConfigError, match=r"in1k_vitb.yaml' does not exist; a config is .* or a checkpoint$"):
         load_config("in1k_vitb.yaml")
