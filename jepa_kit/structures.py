@@ -306,3 +306,8 @@ class Update(Output):
     """What the forward pass of an update gave, and grad_norm []: of all gradients, over all ranks, before clipping."""
 
     grad_norm: Tensor = field(kw_only=True)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if it has half precision, in which small differences would be rounded away."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

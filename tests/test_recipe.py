@@ -20,7 +20,7 @@ from jepa_kit.encoders import ViT
 from jepa_kit.engine.build import training_pipeline
 from jepa_kit.errors import ConfigError
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official
-from jepa_kit.losses import L2, SmoothL1
+from jepa_kit.losses import L2, SmoothL1, is_distance
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS
@@ -155,8 +155,9 @@ def is_legal(target: str, update: str) -> bool:
     return update != "none" or not TARGETS.get(target).needs_encoder
 
 
+DISTANCES = [name for name in LOSSES.names() if is_distance(LOSSES.get(name))]
 COMBINATIONS = [
-    c for c in itertools.product(TARGETS.names(), LOSSES.names(), TARGET_UPDATES.names()) if is_legal(c[0], c[2])
+    c for c in itertools.product(TARGETS.names(), DISTANCES, TARGET_UPDATES.names()) if is_legal(c[0], c[2])
 ]
 
 

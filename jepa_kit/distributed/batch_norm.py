@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jepa_kit.distributed.collectives import joined, rank_and_size
 from jepa_kit.distributed.gradients import GatherRows
+from jepa_kit.structures import at_least_float32
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
@@ -39,7 +40,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
             raise ValueError(f"batch norm needs rows [N, {self.num_features}], not {tuple(input.shape)}")
         if not (self.training and joined()):
             return super().forward(input)
-        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        x = at_least_float32(input)
         with torch.autocast(x.device.type, enabled=False):
             mean, variance, count = self._statistics(x)
             self._track(mean, variance * (count / (count - 1).clamp(min=1)))

@@ -5,9 +5,11 @@ A recipe sums weighted terms; each is given the whole ``Prediction`` and returns
 
 from __future__ import annotations
 
+from jepa_kit.losses.contrastive import info_nce
+from jepa_kit.losses.cross_entropy import CrossEntropy
 from jepa_kit.losses.distances import L1, L2, Cosine, SmoothL1
 
-__all__ = ["L1", "L2", "Cosine", "SmoothL1", "is_distance"]
+__all__ = ["L1", "L2", "Cosine", "CrossEntropy", "SmoothL1", "info_nce", "is_distance"]
 
 
 def is_distance(loss: object) -> bool:

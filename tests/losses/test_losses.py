@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kit.losses import L1, L2, Cosine, SmoothL1
+from jepa_kit.losses import L1, L2, Cosine, CrossEntropy, SmoothL1, is_distance
 from jepa_kit.registry import LOSSES
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import MaskBatch, PatchSets, Prediction
@@ -54,6 +54,7 @@ OF_A_TOKEN: dict[str, Callable[[list[float], list[float]], float]] = {
     "cosine": cosine,
 }
 BUILT_IN = [name for name in LOSSES.names() if LOSSES.get(name).__module__.startswith("jepa_kit.")]
+DISTANCES = [name for name in BUILT_IN if is_distance(LOSSES.get(name))]
 
 
 def expected_loss(name: str, p: Prediction) -> float:
@@ -64,7 +65,7 @@ def expected_loss(name: str, p: Prediction) -> float:
 
 
 @pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", DISTANCES)
 def test_is_its_formula(name: str, lengths: tuple[int, ...]) -> None:
     p = make_prediction(lengths)
     loss = LOSSES.build(name, {})(p)
@@ -98,13 +99,13 @@ def test_smooth_l1_with_another_beta(beta: float) -> None:
 
 
 @pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", DISTANCES)
 def test_gradient_by_finite_differences(name: str, lengths: tuple[int, ...]) -> None:
     p, loss = make_prediction(lengths), LOSSES.build(name, {})
     assert torch.autograd.gradcheck(lambda x: loss(Prediction(x, p.target, p.context, p.masks)), [p.prediction])
 
 
-@pytest.mark.parametrize("name", [n for n in LOSSES.names() if n in OF_A_TOKEN])
+@pytest.mark.parametrize("name", DISTANCES)
 def test_a_perfect_prediction_costs_nothing(name: str) -> None:
     p = make_prediction(RAGGED)
     assert LOSSES.build(name, {})(Prediction(p.target, p.target, p.context, p.masks)).item() == pytest.approx(
@@ -113,7 +114,60 @@ def test_a_perfect_prediction_costs_nothing(name: str) -> None:
 
 
 def test_every_built_in_loss_has_its_formula_here() -> None:
-    assert set(BUILT_IN) == set(OF_A_TOKEN)
+    assert set(DISTANCES) == set(OF_A_TOKEN)
+    assert set(BUILT_IN) == {*DISTANCES, "cross_entropy"}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_all_patches_may_have_one_weight(name: str) -> None:
+    p = make_prediction(RAGGED)
+    pairs = list(zip(p.prediction.tolist(), p.target.tolist(), strict=True))
+    expected = math.fsum(OF_A_TOKEN[name](a, b) for a, b in pairs) / len(pairs)
+    found = LOSSES.build(name, {"average": "patches"})(p)
+    assert found.item() == pytest.approx(expected, abs=1e-14)
+    assert found.item() != pytest.approx(expected_loss(name, p), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_a_distance_has_one_width(name: str) -> None:
+    p = make_prediction(RAGGED)
+    narrow = Prediction(p.prediction, p.target[:, :1], p.context, p.masks)
+    message = r"one width, not \(8, 6\) and \(8, 1\); codes as targets need a loss such as 'cross_entropy'"
+    with pytest.raises(ValueError, match=message):
+        LOSSES.build(name, {})(narrow)
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("average", ["images", "patches"])
+@pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
+def test_cross_entropy_is_that_of_each_code(lengths: tuple[int, ...], average: str, column: bool) -> None:
+    p = make_prediction(lengths)
+    codes = torch.arange(len(p.target)) % WIDTH
+    chances = p.prediction.exp() / p.prediction.exp().sum(1, keepdim=True)
+    each = iter([-math.log(row[code]) for row, code in zip(chances.tolist(), codes.tolist(), strict=True)])
+    sets = [[next(each) for _ in range(n)] for n in lengths]
+    by_set = [sum(values) / len(values) for values in sets]
+    wanted = sum(by_set) / len(sets) if average == "images" else sum(map(sum, sets)) / sum(lengths)
+    loss = LOSSES.build("cross_entropy", {"average": average})
+    given = Prediction(p.prediction, codes[:, None] if column else codes, p.context, p.masks)
+    assert loss(given).item() == pytest.approx(wanted, abs=1e-14)
+    assert torch.autograd.gradcheck(lambda x: loss(Prediction(x, codes, p.context, p.masks)), [p.prediction])
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(9), torch.zeros(9, 2).long(), torch.zeros(9, WIDTH)])
+def test_cross_entropy_needs_codes(targets: Tensor) -> None:
+    p = make_prediction(UNIFORM)
+    message = (
+        r"needs predictions \[P, K\] and targets int64 \[P\] or \[P, 1\], the code of each patch; not \(9, 6\) and"
+    )
+    with pytest.raises(ValueError, match=message):
+        CrossEntropy()(Prediction(p.prediction, targets, p.context, p.masks))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_average_that_does_not_exist(name: str) -> None:
+    with pytest.raises(ValueError, match=r"average \(='sets'\) must be one of 'images', 'patches'"):
+        LOSSES.build(name, {"average": "sets"})
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
