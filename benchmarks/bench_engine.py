@@ -67,7 +67,7 @@ from jepa_kit.engine.parallel import Mode, parallelize
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, View
 from jepa_kit.target_updates import EMA
 
 STILL = Hyper(lr=0.0, weight_decay=0.0, momentum=1.0)
@@ -124,7 +124,8 @@ class Ours:
 
     def __call__(self, masks: MaskBatch) -> Result:
         context: Callable[[], AbstractContextManager[object]] = partial(autocast, self.s)
-        out = train_step(self.jepa, self.optimizer, STILL, self.images, masks, forward=self.forward, autocast=context)
+        views = [View(self.images, masks)]
+        out = train_step(self.jepa, self.optimizer, STILL, views, forward=self.forward, autocast=context)
         return out.loss.detach(), out.grad_norm
 
 

@@ -59,7 +59,7 @@ from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.structures import View
 
 CONFIGS = ROOT / "projects" / "ijepa" / "configs"
 MODELS = {"B/16": "in1k_vitb16", "L/16": "in1k_vitl16", "H/14": "released_in1k_vith14"}
@@ -142,7 +142,7 @@ def phase(counter: CountOperators, name: str) -> Iterator[None]:
         counter.phase = before
 
 
-def named_phases(jepa: JEPA, counter: CountOperators) -> None:
+def named_phases(jepa: Any, counter: CountOperators) -> None:
     """Name the phases of a step: forward passes of the three networks, optimizer and average."""
 
     def wrap(owner: Any, method: str, name: str) -> None:
@@ -189,9 +189,8 @@ def count_step(config: Config, batch_size: int) -> tuple[CountOperators, float]:
                 on_device = of_step.to("cuda")
                 counter.clear()
                 with counter:
-                    train_step(
-                        jepa, optimizer, HYPER, images, on_device, autocast=autocast_of("bf16", torch.device("cuda"))
-                    )
+                    views = [View(images, on_device)]
+                    train_step(jepa, optimizer, HYPER, views, autocast=autocast_of("bf16", torch.device("cuda")))
         flops = model_flops(jepa).training(Lengths.of(masks[-1], batch_size))
     assert flops is not None, "every network of these configs has a formula"
     return counter, flops

@@ -52,6 +52,7 @@ def serve() -> None:
     from jepa_kit.engine.schedules import Hyper
     from jepa_kit.engine.step import train_step
     from jepa_kit.precision import autocast_of
+    from jepa_kit.structures import View
 
     config = load_config(CONFIG)
     torch.manual_seed(0)
@@ -66,7 +67,7 @@ def serve() -> None:
         for _ in range(int(line)):
             masks = masker(np.arange(batch), seed=0, epoch=0, step=(number := number + 1))
             start = time.perf_counter()
-            train_step(jepa, optimizer, hyper, images, masks, autocast=autocast)
+            train_step(jepa, optimizer, hyper, [View(images, masks)], autocast=autocast)
             seconds.append(time.perf_counter() - start)
         print(json.dumps(seconds), flush=True)
 

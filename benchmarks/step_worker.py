@@ -30,7 +30,7 @@ from jepa_kit.engine.optimizer import build_optimizer, parameter_groups
 from jepa_kit.engine.schedules import set_hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, View
 from jepa_kit.target_updates import EMA
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
@@ -53,7 +53,11 @@ def make_step(s: Setting, state: Path) -> tuple[Callable[[MaskBatch], Any], Call
 
 def our_step(s: Setting, jepa: JEPA, images: Tensor) -> Callable[[Any], Tensor]:
     optimizer = build_optimizer(jepa)
-    return lambda masks: train_step(jepa, optimizer, HYPER, images, masks, autocast=lambda: autocast(s)).loss.detach()
+
+    def step(masks: Any) -> Tensor:
+        return train_step(jepa, optimizer, HYPER, [View(images, masks)], autocast=lambda: autocast(s)).loss.detach()
+
+    return step
 
 
 def plain_step(s: Setting, model: Any, images: Tensor) -> Callable[[Any], Tensor]:

@@ -12,9 +12,20 @@ import torch
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
 from jepa_kit.errors import ConfigError
-from jepa_kit.interfaces import Masker
-from jepa_kit.recipe import JEPA
-from jepa_kit.registry import SLOTS, TRANSFORMS, located
+from jepa_kit.interfaces import Encoder, Masker
+from jepa_kit.recipe import Recipe
+from jepa_kit.registry import (
+    ENCODERS,
+    HEADS,
+    LOSSES,
+    PREDICTORS,
+    RECIPES,
+    TARGET_UPDATES,
+    TARGETS,
+    TRANSFORMS,
+    located,
+    registry_of,
+)
 from jepa_kit.structures import Grid
 
 CHANNELS = 3
@@ -32,10 +43,14 @@ def build_masker(config: Config, grid: Grid | None = None) -> Masker:
         ConfigError: a part refuses its options; one line each, beginning with the slot.
     """
     with every_problem(config):
-        return _build(config.slots["masker"], "masker", {"grid": grid or patch_grid_of(config)})
+        if "masker" not in config.slots:
+            raise ConfigError([f"the recipe {config.recipe.name!r} has no masker: its views have no masks"])
+        encoder = _encoder_of(config)
+        supplied = {"grid": grid or encoder.grid, "patch_size": encoder.patch_size}
+        return _build(config.slots["masker"], "masker", supplied)
 
 
-def build_recipe(config: Config) -> JEPA:
+def build_recipe(config: Config) -> Recipe:
     """Return the recipe of a config, with weights drawn from torch's current random state.
 
     Raises:
@@ -46,70 +61,92 @@ def build_recipe(config: Config) -> JEPA:
         if torch.empty(0).device.type != "meta":
             _check_memory(config)
         for slot in ("encoder", "target"):
-            channels = config.slots[slot].options.get("in_chans", CHANNELS)
+            part = config.slots.get(slot)
+            channels = CHANNELS if part is None else part.options.get("in_chans", CHANNELS)
             if channels != CHANNELS:
                 raise ConfigError([f"{slot}: in_chans (={channels}) must be {CHANNELS}: the data are colour images"])
-        parts, losses = _build_parts(config, _build, RECIPE)
-        with located("target_update"):
-            return JEPA(**parts, losses=losses)
+        parts = _build_parts(config, _build, build_order(config.recipe.name))
+        with located("recipe"):
+            recipe: Recipe = RECIPES.get(config.recipe.name)(**parts, **config.recipe.options)
+            return recipe
 
 
 def patch_grid_of(config: Config) -> Grid:
     """Return (H, W), the patch grid of a config's images; the encoder is built on the meta device to find it."""
+    return _encoder_of(config).grid
+
+
+def _encoder_of(config: Config) -> Encoder:
     with torch.device("meta"):
-        return _build_parts(config, _build, ("encoder",))[0]["encoder"].grid
+        encoder: Encoder = _build_parts(config, _build, ("encoder",))["encoder"]
+        return encoder
 
 
 ATTRIBUTES = {
     "encoder": ("grid", "patch_size", "embed_dim", "depth"),
     "target": ("out_dim",),
+    "head": ("out_dim",),
     "target_update": ("tied", "stop_gradient"),
 }
-"""Slot -> attributes that the recipe reads."""
+"""Slot -> attributes that recipes and other parts read."""
 
-RECIPE = ("encoder", "target", "predictor", "loss", "target_update")
-"""The slots of a recipe in the order in which its parts are built, and draw their weights."""
+ORDER = (ENCODERS, TARGETS, PREDICTORS, HEADS, LOSSES, TARGET_UPDATES)
+"""Registries in the order in which their parts are built, and draw their weights."""
+
+
+def build_order(recipe: str) -> list[str]:
+    """Return the slots of a recipe but the masker, in the order in which their parts are built."""
+    slots = RECIPES.slots(recipe)
+    return [slot for registry in ORDER for slot in slots if registry_of(slot) is registry]
 
 
 def _build_parts(
     config: Config, build: Callable[[Part, str, Mapping[str, Any]], Any], slots: Sequence[str]
-) -> tuple[dict[str, Any], list[tuple[str, Any, float]]]:
-    """Build the parts of some slots in this order.
+) -> dict[str, Any]:
+    """Build the parts of some slots in this order; return the arguments of the recipe by name.
 
     Args:
         config: of the parts.
         build: builds a part from (part, slot, supplied values); if it returns None, later parts that need a value of
             this one are supplied with a plausible one.
-        slots: an encoder or a target must come before the parts that need its attributes.
-
-    Returns:
-        slot -> part, and the terms of the loss (name, module, weight).
+        slots: parts that supply values must come before those that need them.
     """
     image_size = config.data.image_size
-    given = {k: v for k, v in config.slots["encoder"].options.items() if type(v) is int and v > 0}
+    options = config.slots["encoder"].options if "encoder" in config.slots else {}
+    given = {k: v for k, v in options.items() if type(v) is int and v > 0}
     width, side = given.get("embed_dim", 64), given.get("patch_size", 16)
-    supplied: dict[str, Any] = {
-        "image_size": image_size,
-        "attention": config.train.attention,
+    encoder: dict[str, Any] = {
         "embed_dim": width,
-        "out_dim": width,
         "depth": given.get("depth", 12),
         "patch_size": side,
         "grid": tuple(max(4, pixels // side) for pixels in image_size),
     }
+    head_inputs = RECIPES.get(config.recipe.name).head_inputs
+    widths: dict[str, int] = {}  # slot -> width of its output
+
+    def first_width(*names: str) -> int:
+        return next((widths[name] for name in names if name in widths), encoder["embed_dim"])
+
     parts: dict[str, Any] = {}
-    losses = []
     for slot in slots:
-        if slot == "loss":
-            losses = [(part.name, build(part, slot, supplied), weight) for part, weight in config.losses]
+        supplied = {"image_size": image_size, "attention": config.train.attention, **encoder}
+        prefix = slot.removesuffix("predictor")
+        supplied["out_dim"] = first_width(f"{prefix}target", "target", *(["head"] if slot == "loss" else []))
+        supplied["in_dim"] = first_width(head_inputs.get(slot, ""))
+        if slot == LOSSES.slot:
+            parts["losses"] = [(part.name, build(part, slot, supplied), weight) for part, weight in config.losses]
             continue
         parts[slot] = built = build(config.slots[slot], slot, supplied)
-        supplied |= {name: getattr(built, name) for name in ATTRIBUTES.get(slot, ()) if hasattr(built, name)}
-    return parts, losses
+        if slot == ENCODERS.slot:
+            encoder |= {name: getattr(built, name) for name in ATTRIBUTES[slot] if hasattr(built, name)}
+        elif hasattr(built, "out_dim"):
+            widths[slot] = built.out_dim
+    return parts
 
 
 def _build(part: Part, slot: str, supplied: Mapping[str, Any]) -> Any:
-    registry = SLOTS[slot]
+    registry = registry_of(slot)
+    assert registry is not None, slot
     with located(slot):
         try:
             built = registry.build(part.name, part.options, **{k: supplied[k] for k in registry.supplied})
@@ -117,7 +154,7 @@ def _build(part: Part, slot: str, supplied: Mapping[str, Any]) -> Any:
             if registry.get(part.name).__module__.startswith("jepa_kit."):
                 raise
             raise ValueError(f"{part.name!r} failed in its constructor: {type(error).__name__}: {error}") from error
-        if missing := [name for name in ATTRIBUTES.get(slot, ()) if not hasattr(built, name)]:
+        if missing := [name for name in ATTRIBUTES.get(registry.slot, ()) if not hasattr(built, name)]:
             raise ValueError(f"{part.name!r} must have the attribute {', '.join(missing)}, which the recipe reads")
         return built
 
@@ -127,7 +164,7 @@ def _check_memory(config: Config) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     problems = []
     for slot, name in (("encoder", "embed_dim"), ("predictor", "width")):
-        options = config.slots[slot].options
+        options = config.slots[slot].options if slot in config.slots else {}
         depth, width, ratio = (options.get(key) for key in ("depth", name, "mlp_ratio"))
         if type(depth) is int and type(width) is int:
             needed = 4.0 * depth * width**2 * (4 + 2 * (ratio if isinstance(ratio, float) else 0))
@@ -169,7 +206,9 @@ def part_problems(config: Config) -> list[str]:
         with _collecting(problems):
             return _build(*arguments)
 
-    _build_parts(config, build, ("encoder", "masker", *RECIPE[1:]))
+    order = build_order(config.recipe.name)
+    after_encoder = ["masker"] if "masker" in config.slots else []
+    _build_parts(config, build, [*order[:1], *after_encoder, *order[1:]])
     for i, transform in enumerate(config.data.transforms):
         options = {key: value for key, value in transform.items() if key != "name"}
         with _collecting(problems), located(f"data: transforms[{i}]"):

@@ -6,13 +6,13 @@ P  packed patches: those of all sets, one after another (P_c of contexts, P_t of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import Grid, MaskBatch, PatchSets, Prediction
+from jepa_kit.structures import START, Grid, MaskBatch, Output, PatchSets, Prediction, Progress, Tokens, View
 
 
 @runtime_checkable
@@ -55,6 +55,10 @@ class Encoder(Protocol):
 
     def __call__(self, images: Tensor, patches: PatchSets | None = None) -> Tensor:
         """Encode [B, C, h, w] -> [P, D], packed as ``patches``; all patches if None."""
+        ...
+
+    def forward_tokens(self, images: Tensor, patches: PatchSets | None = None) -> list[Tokens]:
+        """Return the last layer with its prefix; only of an encoder that has a prefix."""
         ...
 
     def forward_layers(
@@ -110,6 +114,54 @@ class Loss(Protocol):
         ...
 
 
+class Head(Protocol):
+    """Interface of a head, a module registered in ``HEADS``.
+
+    Attributes:
+        out_dim: width of its output.
+    """
+
+    out_dim: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [N, in_dim] -> [N, out_dim]."""
+        ...
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """What the engine needs of a recipe, a module registered in ``RECIPES``; ``jepa_kit.recipe.Recipe`` is its base.
+
+    A recipe that predicts patches may also have ``predict(view) -> Prediction`` and ``targets_at(images, patches)``,
+    which health and pictures call.
+    """
+
+    num_views: ClassVar[tuple[int, int | None]]
+    masked: ClassVar[bool]
+    head_inputs: ClassVar[Mapping[str, str]]
+    encoder: nn.Module
+
+    def __call__(self, *views: View, progress: Progress = START) -> Output:
+        """Return the loss of a batch of normalised images; all views are of the same images."""
+        ...
+
+    def update_target(self, momentum: float) -> None:
+        """Update the networks that follow others."""
+        ...
+
+    def momentum(self, where: float) -> float:
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
+        ...
+
+    def adjust_gradients(self, progress: Progress) -> None:
+        """Change gradients after the backward pass and before they are clipped; may set some to None."""
+        ...
+
+    def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
+        """Return the encoder to evaluate; the context encoder if there is no target encoder."""
+        ...
+
+
 class TargetUpdate(Protocol):
     """Interface of a target update, a class registered in ``TARGET_UPDATES``.
 
@@ -122,7 +174,7 @@ class TargetUpdate(Protocol):
     stop_gradient: bool
 
     def make(self, encoder: nn.Module) -> nn.Module | None:
-        """Return the target encoder as a separate module, or None if there is none or it is tied."""
+        """Return what follows a network as a separate module, or None if there is none or it is tied."""
         ...
 
     def momentum(self, where: float) -> float:

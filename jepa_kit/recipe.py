@@ -1,4 +1,4 @@
-"""JEPA: the equations.
+"""``Recipe``, the base of all recipes, and JEPA: the equations.
 
 s_y     = target(images)            at the target patches      (no gradient)
 s_x     = encoder(images)           at the context patches
@@ -8,17 +8,132 @@ loss    = D(s_hat_y, s_y);  target encoder <- target_update(encoder)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kit.interfaces import Encoder, TargetUpdate
-from jepa_kit.structures import MaskBatch, Output, Prediction
+from jepa_kit.registry import RECIPES
+from jepa_kit.structures import START, Output, PatchSets, Prediction, Progress, View
+from jepa_kit.target_updates import NoTargetEncoder
 
 
-class JEPA(nn.Module):
+class Recipe(nn.Module):
+    """Base of the recipes: an encoder, and networks that follow others as ``target_update`` says.
+
+    A recipe is registered in ``RECIPES``. The arguments of its constructor that are slots (``encoder``, ``head``,
+    ``losses``, or a name that ends with a slot's: ``patch_head``) are the slots of its config; all others are options
+    of ``recipe:``. It keeps each part as the attribute of that name.
+
+    Args:
+        encoder: the context encoder.
+        target_update: makes the networks that follow, and updates them; None for none.
+
+    Attributes:
+        num_views: fewest and most views of an image that ``forward`` takes; None for any number.
+        masked: whether views have masks; then the config has a slot ``masker``.
+        head_inputs: head -> the head whose output it maps; other heads map the encoder's tokens.
+    """
+
+    num_views: ClassVar[tuple[int, int | None]] = (1, 1)
+    masked: ClassVar[bool] = True
+    head_inputs: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, *, encoder: nn.Module, target_update: TargetUpdate | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.target_update: TargetUpdate = target_update or NoTargetEncoder()
+        self._followers: dict[str, bool] = {}  # name of a network -> whether its follower has a training mode
+        self.target_encoder = self.follow("encoder")
+
+    def follow(self, name: str, *, training: bool = False) -> nn.Module | None:
+        """Return the network that follows the attribute ``name``; to be kept as the attribute ``target_`` + ``name``.
+
+        Args:
+            name: of a network of this recipe.
+            training: whether it has a training mode, for batch norm by the statistics of a batch; else it stays in
+                eval mode.
+        """
+        made = self.target_update.make(getattr(self, name))
+        if made is not None:
+            self._followers[name] = training
+        return made
+
+    def network(self, name: str) -> nn.Module | None:
+        """Return the follower of ``name``, or the network itself if the two are tied, or None if there is neither."""
+        network: nn.Module | None = getattr(self, name if self.target_update.tied else f"target_{name}")
+        return network
+
+    @property
+    def target_network(self) -> nn.Module | None:
+        """The network that computes targets: the target encoder, or the context encoder if the two are tied."""
+        return self.network("encoder")
+
+    def forward(self, *views: View, progress: Progress = START) -> Output:
+        """Return the loss of a batch of normalised images.
+
+        Args:
+            views: of the same images.
+            progress: of the run.
+        """
+        raise NotImplementedError
+
+    def update_target(self, momentum: float) -> None:
+        """Update all networks that follow others: target encoder <- target_update(encoder)."""
+        for name in self._followers:
+            self.target_update.update(getattr(self, f"target_{name}"), getattr(self, name), momentum)
+
+    def momentum(self, where: float) -> float:
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
+        return self.target_update.momentum(where)
+
+    def adjust_gradients(self, progress: Progress) -> None:
+        """Change gradients after the backward pass and before they are clipped; may set some to None."""
+
+    def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
+        """Return the encoder to evaluate: as in the paper the target encoder, or the context encoder if none exists."""
+        if which not in ("target", "context"):
+            raise ValueError(f"which (={which!r}) must be 'target' or 'context'")
+        network = self.target_network if which == "target" else self.encoder
+        return self.encoder if network is None else network
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode as ``nn.Module.train``; networks that follow others stay in eval mode."""
+        super().train(mode)
+        for name, training in self._followers.items():
+            if not training:
+                getattr(self, f"target_{name}").eval()
+        return self
+
+
+class PatchRecipe(Recipe):
+    """Base of the recipes that predict patches of a view with masks; health and pictures show their predictions.
+
+    Attributes:
+        losses: name -> each term of the loss that compares predictions with targets.
+        weights: name -> weight of that term.
+    """
+
+    losses: nn.ModuleDict
+    weights: dict[str, float]
+
+    def targets_at(self, images: Tensor, patches: PatchSets) -> Tensor:
+        """Return s_y [P, D], the targets at some patches of images [B, C, h, w], packed as ``patches``."""
+        raise NotImplementedError
+
+    def predict(self, view: View, progress: Progress = START) -> Prediction:
+        """Return predictions and targets of a view, in float32 or better.
+
+        Raises:
+            ValueError: the view has no masks, or their grid differs from that of the images.
+        """
+        raise NotImplementedError
+
+
+@RECIPES.register("jepa")
+class JEPA(PatchRecipe):
     """A joint-embedding predictive architecture, assembled from exchangeable parts.
 
     Args:
@@ -42,20 +157,16 @@ class JEPA(nn.Module):
         losses: Sequence[tuple[str, nn.Module, float]],
         target_update: TargetUpdate,
     ) -> None:
-        super().__init__()
         names = [name for name, _, _ in losses]
         if not names:
             raise ValueError("losses (=[]) must contain at least one term")
         if len(set(names)) < len(names):
             raise ValueError(f"losses (={names}) must have different names")
-        self.encoder = encoder
+        super().__init__(encoder=encoder, target_update=target_update)
         self.predictor = predictor
         self.target = target
         self.losses = nn.ModuleDict({name: module for name, module, _ in losses})
         self.weights = {name: weight for name, _, weight in losses}
-        self.target_update = target_update
-        # A tied target encoder is not registered a second time.
-        self.target_encoder: nn.Module | None = target_update.make(encoder)
         if getattr(target, "needs_encoder", False) and self.target_network is None:
             raise ValueError(
                 "target needs a target encoder, and target_update makes none; "
@@ -63,52 +174,38 @@ class JEPA(nn.Module):
             )
         self.train()
 
-    @property
-    def target_network(self) -> nn.Module | None:
-        """The network that computes targets: the target encoder, or the context encoder if the two are tied."""
-        return self.encoder if self.target_update.tied else self.target_encoder
+    def targets_at(self, images: Tensor, patches: PatchSets) -> Tensor:
+        """Return the targets at some patches; see ``PatchRecipe``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.target_update.stop_gradient):
+            targets: Tensor = self.target(images, patches, self.target_network)
+            return targets
 
-    def forward(self, images: Tensor, masks: MaskBatch) -> Output:
-        """Return the loss of a batch of normalised images [B, C, h, w].
-
-        Raises:
-            ValueError: the masks' grid differs from that of the images.
-        """
+    def predict(self, view: View, progress: Progress = START) -> Prediction:
+        """Return predictions and targets of a view; see ``PatchRecipe``."""
+        images, masks = view.images, view.masks
+        if masks is None:
+            raise ValueError("the view (masks=None) must have masks: data.views needs an entry with masked: true")
         p = cast(Encoder, self.encoder).patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
         if grid != masks.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be that of the images (={grid})")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.target_update.stop_gradient):
-            s_y = self.target(images, masks.targets, self.target_network)  # [P_t, D]
-        s_x = self.encoder(images, masks.context)  # [P_c, D_e]
-        s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
+        s_y = self.targets_at(images, masks.targets)  # [P_t, D]
+        if getattr(self.predictor, "uses_prefix", False):
+            s_x, prefix = cast(Encoder, self.encoder).forward_tokens(images, masks.context)[0]
+            s_hat_y = self.predictor(s_x, masks, prefix=prefix)
+        else:
+            s_x = self.encoder(images, masks.context)  # [P_c, D_e]
+            s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
         # Distances and their sums are computed in float32 or better: half precision would round them away.
-        prediction = Prediction(_at_least_float32(s_hat_y), _at_least_float32(s_y), s_x, masks)
+        return Prediction(_at_least_float32(s_hat_y), _at_least_float32(s_y), s_x, masks, progress)
+
+    def forward(self, *views: View, progress: Progress = START) -> Output:
+        """Return the weighted sum of the losses of one view."""
+        (view,) = views
+        prediction = self.predict(view, progress)
         terms = {name: loss(prediction) for name, loss in self.losses.items()}
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Output(total, terms, prediction)
-
-    def update_target(self, momentum: float) -> None:
-        """Update the target encoder: target encoder <- target_update(encoder)."""
-        self.target_update.update(self.target_encoder, self.encoder, momentum)
-
-    def momentum(self, where: float) -> float:
-        """Return the momentum at progress ``where`` in [0, 1] of training."""
-        return self.target_update.momentum(where)
-
-    def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
-        """Return the encoder to evaluate: as in the paper the target encoder, or the context encoder if none exists."""
-        if which not in ("target", "context"):
-            raise ValueError(f"which (={which!r}) must be 'target' or 'context'")
-        network = self.target_network if which == "target" else self.encoder
-        return self.encoder if network is None else network
-
-    def train(self, mode: bool = True) -> JEPA:
-        """Set the training mode as ``nn.Module.train``; a separate target encoder stays in eval mode."""
-        super().train(mode)
-        if self.target_encoder is not None:
-            self.target_encoder.eval()
-        return self
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from fvcore.common.registry import Registry
 
@@ -181,6 +181,29 @@ class PartRegistry(Registry):
         return cls(**options, **{k: v for k, v in supplied.items() if k in wanted})
 
 
+class RecipeRegistry(PartRegistry):
+    """The registry of recipes: arguments of the constructor that are slots decide which slots a config has."""
+
+    def slots(self, name: str) -> list[str]:
+        """Return the slots of a recipe, in the order in which data passes them."""
+        cls = self.get(name)
+        arguments = ["loss" if argument == "losses" else argument for argument in signature_options(cls)]
+        found = [*(["masker"] if cls.masked else []), *(x for x in arguments if registry_of(x))]
+        order = list(SLOTS.values())
+        return sorted(found, key=lambda slot: order.index(cast(PartRegistry, registry_of(slot))))
+
+    def options(self, name: str) -> dict[str, Option]:
+        """Return the options of a recipe in a config: its arguments that are not slots."""
+        options = super().options(name)
+        return {k: o for k, o in options.items() if k != "losses" and registry_of(k) is None}
+
+
+def registry_of(slot: str) -> PartRegistry | None:
+    """Return the registry of a slot: of its own name, or of the slot that it ends with, as in ``patch_head``."""
+    ends = [name for name in SLOTS if slot == name or slot.endswith(f"_{name}")]
+    return SLOTS[max(ends, key=len)] if ends else None
+
+
 @contextmanager
 def located(path: str) -> Iterator[None]:
     """Prefix a constructor's error with the path of its entry in the config: ``masker: num_targets (=0) must be ...``.
@@ -225,7 +248,9 @@ def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supp
 
 
 _GRID = "data.image_size over encoder.patch_size"
-MASKERS = PartRegistry("masker", {"grid": _GRID}, package="jepa_kit.maskers")
+RECIPES = RecipeRegistry("recipe", package="jepa_kit.recipe")
+"""For ``recipe``, which decides the slots of a config."""
+MASKERS = PartRegistry("masker", {"grid": _GRID, "patch_size": "the encoder's"}, package="jepa_kit.maskers")
 ENCODERS = PartRegistry(
     "encoder", {"image_size": "data.image_size", "attention": "train.attention"}, package="jepa_kit.encoders"
 )
@@ -239,10 +264,17 @@ TARGETS = PartRegistry(
     {"embed_dim": "the encoder's", "depth": "the encoder's", "patch_size": "the encoder's"},
     package="jepa_kit.targets",
 )
-LOSSES = PartRegistry("loss", package="jepa_kit.losses")
+HEADS = PartRegistry("head", {"in_dim": "the encoder's width, or another head's"}, package="jepa_kit.heads")
+LOSSES = PartRegistry(
+    "loss",
+    {"embed_dim": "the encoder's", "out_dim": "the target's, or the head's"},
+    package="jepa_kit.losses",
+)
 TARGET_UPDATES = PartRegistry("target_update", package="jepa_kit.target_updates")
 TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"}, package="jepa_kit.data.transforms")
 """For ``data.transforms``, which is not a slot of a recipe."""
 
-SLOTS: dict[str, PartRegistry] = {r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, LOSSES, TARGET_UPDATES)}
-"""The six slots of a recipe, in the order in which data passes them."""
+SLOTS: dict[str, PartRegistry] = {
+    r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, HEADS, LOSSES, TARGET_UPDATES)
+}
+"""The slots that recipes can have, in the order in which data passes them."""

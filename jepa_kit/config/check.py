@@ -11,24 +11,28 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from jepa_kit.config.renamed import RELEASED_CROP
 from jepa_kit.config.sections import SECTIONS, between_sections, plain
 from jepa_kit.registry import (
     LOSSES,
+    RECIPES,
     REQUIRED,
     SLOTS,
     Option,
     PartRegistry,
     did_you_mean,
     not_an_option,
+    registry_of,
     signature_options,
     takes,
 )
 
 META = ("imports", "_BASE_", "versions")
 """Top-level keys that are neither a slot nor a section."""
+
+DEFAULT_RECIPE = {"name": "jepa"}
 
 WEIGHT = Option("weight", float, 1.0)
 """Option of every term of the loss, besides those of its part."""
@@ -69,16 +73,25 @@ class Part:
 
 
 def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
-    """Check a whole config and return the arguments of ``Config``: slots, losses and sections."""
-    known = [*SLOTS, *SECTIONS, *META]
-    problems.extend(
-        f"{key} is neither a slot nor a section{did_you_mean(str(key), known)} A config takes: {', '.join(known)}"
-        for key in raw
-        if key not in known
-    )
+    """Check a whole config and return the arguments of ``Config``: recipe, slots, losses and sections."""
+    raw = {key: value for key, value in raw.items() if value is not None or not _is_slot(key)}
+    recipe = check_part(RECIPES.slot, raw.get(RECIPES.slot, DEFAULT_RECIPE), RECIPES, problems)
+    wanted = [slot for slot in raw if _is_slot(slot)] if recipe is None else RECIPES.slots(recipe.name)
+    known = [RECIPES.slot, *wanted, *SECTIONS, *META]
+    for key in raw:
+        if key in known:
+            continue
+        if _is_slot(key):
+            of = "" if recipe is None else f" {recipe.name!r}"
+            has = ", ".join(wanted)
+            problems.append(f"{key} is a slot that the recipe{of} does not have; take it out. It has: {has}")
+        else:
+            close = did_you_mean(str(key), known)
+            problems.append(f"{key} is neither a slot nor a section{close} A config takes: {', '.join(known)}")
     slots: dict[str, Part] = {}
     losses: list[tuple[Part, float]] = []
-    for slot, registry in SLOTS.items():
+    for slot in wanted:
+        registry = cast(PartRegistry, registry_of(slot))
         if slot not in raw:
             problems.append(f"{slot} is missing: give it a mapping with a name. {_registered(registry)}")
         elif slot == LOSSES.slot:
@@ -96,7 +109,23 @@ def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
             )
     if sections["optim"] and sections["train"]:
         problems.extend(between_sections(sections["optim"], sections["train"]))
-    return {"slots": slots, "losses": losses, **sections}
+    if recipe is not None and sections["data"]:
+        _check_number_of_views(recipe, sections["data"].num_views, problems)
+    return {"recipe": recipe, "slots": slots, "losses": losses, **sections}
+
+
+def _is_slot(key: object) -> bool:
+    return isinstance(key, str) and registry_of(key) is not None
+
+
+def _check_number_of_views(recipe: Part, count: int, problems: list[str]) -> None:
+    fewest, most = RECIPES.get(recipe.name).num_views
+    if count < fewest or (most is not None and count > most):
+        right = f"{fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
+        problems.append(
+            f"data.views (={count} in all) must give {right} to the recipe {recipe.name!r}; each entry counts "
+            "``count`` times, and without data.views there is one"
+        )
 
 
 def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Part | None:

@@ -22,7 +22,7 @@ from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.shipped import find_config, shipped_configs
 from jepa_kit.errors import MALFORMED, ConfigError, reason_of
-from jepa_kit.registry import SLOTS
+from jepa_kit.registry import RECIPES, registry_of
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
 
 _SCALARS = (
@@ -134,11 +134,15 @@ def merge(base: dict[Any, Any], over: dict[Any, Any], *, top: bool = True) -> di
     for key, value in over.items():
         old = base.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            both_named = top and key in SLOTS and "name" in old.keys() & value.keys()
+            both_named = top and _is_part(key) and "name" in old.keys() & value.keys()
             if not (both_named and old["name"] != value["name"]):
                 value = merge(old, value, top=False)
         merged[key] = value
     return merged
+
+
+def _is_part(key: object) -> bool:
+    return key == RECIPES.slot or (isinstance(key, str) and registry_of(key) is not None)
 
 
 def apply_overrides(raw: dict[Any, Any], overrides: Sequence[str], problems: list[str]) -> dict[Any, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jepa_kit
-from jepa_kit.config.check import Part, check_config
+from jepa_kit.config.check import DEFAULT_RECIPE, Part, check_config
 from jepa_kit.config.imports import check_trusted, import_parts, resolve_imports
 from jepa_kit.config.load import apply_overrides, dump_yaml, read_config
 from jepa_kit.config.renamed import modernize
@@ -29,7 +29,7 @@ from jepa_kit.config.sections import (
 )
 from jepa_kit.config.shipped import find_config
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import LOSSES, SLOTS
+from jepa_kit.registry import LOSSES, RECIPES
 from jepa_kit.run_folder import RUN_CONFIG
 
 
@@ -38,13 +38,15 @@ class Config:
     """The checked config of a run: converted values, with every default written out.
 
     Args:
+        recipe: the recipe, whose parts are ``slots`` and ``losses``.
         slots: slot -> part, for every slot but ``loss``.
-        losses: the terms of the loss, each with its weight; at least one.
+        losses: the terms of the loss, each with its weight; none if the recipe has no slot ``loss``.
         data, optim, train, checkpoint, evaluate: the sections.
         imports: modules (dotted) and .py files (absolute) that registered parts.
         written_by: ``versions`` of the file, if it was a resolved config; not compared.
     """
 
+    recipe: Part = field(default_factory=lambda: Part(DEFAULT_RECIPE["name"], {}))
     slots: Mapping[str, Part]
     losses: Sequence[tuple[Part, float]]
     data: DataConfig
@@ -58,7 +60,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which ``config_from_dict`` makes an equal Config, with the present ``versions``."""
         resolved: dict[str, Any] = {"imports": list(self.imports)} if self.imports else {}
-        for slot in SLOTS:
+        resolved[RECIPES.slot] = {"name": self.recipe.name, **self.recipe.options}
+        for slot in RECIPES.slots(self.recipe.name):
             if slot == LOSSES.slot:
                 terms = [{"name": part.name, **part.options, "weight": weight} for part, weight in self.losses]
                 resolved[slot] = terms[0] if len(terms) == 1 else terms

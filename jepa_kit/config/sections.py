@@ -129,6 +129,11 @@ class DataConfig(_Section):
     )
     prefetch: int = _at_least(0, 2)
 
+    @property
+    def num_views(self) -> int:
+        """Number of views of each image."""
+        return 1
+
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
         names = [part.get("name") for part in values["transforms"]]

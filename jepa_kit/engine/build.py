@@ -93,7 +93,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     encoder = cast(Encoder, jepa.encoder)
     loader = TrainLoader(
         dataset=dataset,
-        masker=build_masker(config, encoder.grid),
+        masker=build_masker(config, encoder.grid) if "masker" in config.slots else None,
         batch_size=settings.batch_size,
         pipeline=training_pipeline(config),
         seed=settings.seed,
@@ -108,7 +108,8 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     compile_blocks(jepa, device, encoder.embed_dim)
     if settings.activation_checkpointing:
         checkpoint_activations(jepa.encoder)
-        checkpoint_activations(jepa.predictor)
+        if hasattr(jepa, "predictor"):
+            checkpoint_activations(jepa.predictor)
     check_shares(settings, world.size)
     every = config.checkpoint.every or steps_per_epoch
     keep_every = config.checkpoint.keep_every

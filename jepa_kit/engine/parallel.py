@@ -13,21 +13,21 @@ the residual stream bf16, so the run would differ from that of one process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_kit.compat import initialize_fsdp
 from jepa_kit.distributed.buffers import broadcast_buffers
 from jepa_kit.distributed.collectives import joined, wrap
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch, Output
+from jepa_kit.recipe import Recipe
+from jepa_kit.structures import START, Output, Progress, View
 
 Mode = Literal["auto", "none", "ddp", "fsdp"]
 
@@ -35,7 +35,7 @@ METHODS = ("forward_layers",)
 """Methods of an encoder that are called beside ``forward``."""
 
 
-def parallelize(jepa: JEPA, device: torch.device, mode: Mode = "auto", accumulate: int = 1) -> nn.Module:
+def parallelize(jepa: Recipe, device: torch.device, mode: Mode = "auto", accumulate: int = 1) -> nn.Module:
     """Return the module that a training step calls in place of ``jepa``; to be called before the optimiser is built.
 
     Args:
@@ -67,7 +67,7 @@ def parallelize(jepa: JEPA, device: torch.device, mode: Mode = "auto", accumulat
     return Accumulated(forward, accumulate) if accumulate > 1 else forward
 
 
-def shard(jepa: JEPA, device: torch.device) -> None:
+def shard(jepa: Recipe, device: torch.device) -> None:
     """Apply FSDP2 over all processes, in place: to each block, the rest of each network, and the rest of the recipe.
 
     Encoder and target encoder are sharded alike, so that each process has the same part of both, and the update of the
@@ -79,7 +79,11 @@ def shard(jepa: JEPA, device: torch.device) -> None:
     for value in (*jepa.parameters(), *jepa.buffers()):  # as DDP does
         dist.broadcast(value.detach(), 0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    networks = [part for part in (jepa.encoder, jepa.target_encoder, jepa.predictor) if part is not None]
+    networks = [
+        part
+        for part in jepa.children()
+        if not isinstance(part, nn.ModuleDict | nn.ModuleList) and any(True for _ in part.parameters())
+    ]
     for network in networks:
         for block in network.modules():
             if isinstance(block, Block):
@@ -110,36 +114,40 @@ class Accumulated(nn.Module):
         self.inner = inner
         self.parts = parts
 
-    def forward(self, images: Tensor, masks: MaskBatch) -> Output:
-        """As ``JEPA.forward``."""
+    def forward(self, *views: View, progress: Progress = START) -> Output:
+        """As ``Recipe.forward``."""
         loss: Any = 0.0
         terms: dict[str, Any] = {}
-        for last, weight, x, m in self.split(images, masks):
+        figures: dict[str, Any] = {}
+        for last, weight, part_views in self.split(views):
             with nullcontext() if last else self.local_gradients():
-                out = self.inner(x, m)
+                out = self.inner(*part_views, progress=progress)
                 part = weight * out.loss
                 if not last:
                     if part.requires_grad:
-                        with torch.autocast(images.device.type, enabled=False):  # backward runs in what forward ran in
+                        # backward runs in what forward ran in
+                        with torch.autocast(views[0].images.device.type, enabled=False):
                             part.backward()
                     part = part.detach()
             loss = loss + part
             terms = {name: terms.get(name, 0.0) + weight * term.detach() for name, term in out.terms.items()}
-        return Output(loss, terms, out.prediction)
+            figures = {name: figures.get(name, 0.0) + weight * value.detach() for name, value in out.figures.items()}
+        return Output(loss, terms, out.prediction, figures)
 
-    def split(self, images: Tensor, masks: MaskBatch) -> Iterator[tuple[bool, float, Tensor, MaskBatch]]:
-        """Yield (whether it is the last, its fraction of the images, images, masks) for each part.
+    def split(self, views: Sequence[View]) -> Iterator[tuple[bool, float, list[View]]]:
+        """Yield (whether it is the last, its fraction of the images, views) for each part.
 
         There are always as many parts, since sharded ranks communicate in each. If this rank has fewer images than
         parts, because some were unusable, the first parts are its first image with a weight of 0, which adds nothing.
         """
-        whole = min(self.parts, len(images))
+        count = len(views[0])
+        whole = min(self.parts, count)
         if whole < self.parts:
-            (first,) = masks.split([0, 1])
-            yield from [(False, 0.0, images[:1], first)] * (self.parts - whole)
-        ends = [len(images) * k // whole for k in range(whole + 1)]
-        for k, m in enumerate(masks.split(ends)):
-            yield k == whole - 1, (ends[k + 1] - ends[k]) / len(images), images[ends[k] : ends[k + 1]], m
+            first = [view.split([0, 1])[0] for view in views]
+            yield from [(False, 0.0, first)] * (self.parts - whole)
+        ends = [count * k // whole for k in range(whole + 1)]
+        for k, part in enumerate(zip(*(view.split(ends) for view in views), strict=True)):
+            yield k == whole - 1, (ends[k + 1] - ends[k]) / count, list(part)
 
     def local_gradients(self) -> AbstractContextManager[object]:
         """Return a context in which gradients stay in this process."""

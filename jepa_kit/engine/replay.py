@@ -36,9 +36,9 @@ from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import seed_torch, train_on
 from jepa_kit.errors import reason_of
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.run_folder import RUN_CONFIG
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch, PatchSets, View
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def weights_before(
     say: Callable[[str], None],
     foreign: ForeignWeights,
     start_file: str | None = None,
-) -> JEPA:
+) -> Recipe:
     """Return the model as it was before the step, in training mode.
 
     Args:
@@ -178,7 +178,7 @@ def weights_before(
 
 def _begin(
     dump: dict[str, Any],
-    jepa: JEPA,
+    jepa: Recipe,
     optimizer: torch.optim.Optimizer,
     steps_per_epoch: int,
     foreign: ForeignWeights,
@@ -208,7 +208,7 @@ def _begin(
     return first, f"those of {released}"
 
 
-def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Finding]:
+def replay(dump: dict[str, Any], jepa: Recipe, device: torch.device) -> list[Finding]:
     """Run the batch forward and, if the loss is finite, backward.
 
     Returns:
@@ -228,7 +228,7 @@ def replay(dump: dict[str, Any], jepa: JEPA, device: torch.device) -> list[Findi
     ]
     try:
         with autocast_of(config.train.precision, device)():
-            out = jepa(images, masks)
+            out = jepa(View(images, masks))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,8 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import identity
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.schedules import Schedule
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
+from jepa_kit.structures import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,16 @@ class Run:
     device: torch.device
     dataset: ShardDataset
     loader: TrainLoader
-    jepa: JEPA
+    jepa: Recipe
     forward: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     steps_per_epoch: int
+
+    def progress(self, step: int) -> Progress:
+        """Return the progress before the update ``step``."""
+        train = self.config.train
+        return Progress(step, self.schedule.where(step), step // self.steps_per_epoch, train.epochs, train.seed)
 
     @property
     def data_identity(self) -> dict[str, Any]:
@@ -76,13 +82,13 @@ class Start(NamedTuple):
 class ForeignWeights(Protocol):
     """Reads weights that are not in a checkpoint of the run; the module ``jepa_kit.interop.start`` is one."""
 
-    def init_from(self, jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
+    def init_from(self, jepa: Recipe, path_or_url: str | os.PathLike[str]) -> Start:
         """Load the weights of any file into a new run (``train.init_from``)."""
         ...
 
     def resume_official(
         self,
-        jepa: JEPA,
+        jepa: Recipe,
         optimizer: torch.optim.Optimizer,
         path_or_url: str | os.PathLike[str],
         steps_per_epoch: int,

@@ -81,7 +81,7 @@ class Schedule:
         final_lr: learning rate at the end.
         warmup_epochs: length of the warm-up, 0 for none.
         weight_decay: (at the start, at the end).
-        momentum: fraction of the planned updates [0, 1] -> momentum; ``JEPA.momentum``. None: always 1.
+        momentum: fraction of the planned updates [0, 1] -> momentum; ``Recipe.momentum``. None: always 1.
         stretch: length of the schedules in lengths of the run, 1 and up (the release's ``ipe_scale``); the run ends
             before them if it is above 1.
         counting: which progress an update has, see ``Counting``.
@@ -144,7 +144,11 @@ class Schedule:
         if not 0 <= step < self.steps:
             raise ValueError(f"step (={step}) must be from 0 to {self.steps - 1}: the run has {self.steps} updates")
         where = (step + self._first) / self.planned
-        return Hyper(self._lr(where), self._weight_decay(where), self._momentum(step / self._unrounded))
+        return Hyper(self._lr(where), self._weight_decay(where), self._momentum(self.where(step)))
+
+    def where(self, step: int) -> float:
+        """Return the fraction of the planned updates before ``step``, in [0, 1)."""
+        return step / self._unrounded
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:

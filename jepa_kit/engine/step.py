@@ -1,12 +1,12 @@
-"""One update: the three lines of I-JEPA, the gradient, AdamW, the target encoder."""
+"""One update: the forward pass of the recipe, the gradient, the optimiser, the target encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.data.transforms import normalize
@@ -16,18 +16,18 @@ from jepa_kit.engine.optimizer import clip_gradients
 from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Hyper, set_hyper
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.rng import Stream, generator
-from jepa_kit.structures import MaskBatch, Update
+from jepa_kit.structures import START, Progress, Update, View
 
 
 def train_step(
-    jepa: JEPA,
+    jepa: Recipe,
     optimizer: torch.optim.Optimizer,
     hyper: Hyper,
-    images: Tensor,
-    masks: MaskBatch,
+    views: Sequence[View],
     *,
+    progress: Progress = START,
     forward: nn.Module | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip_grad: float | None = None,
@@ -41,8 +41,8 @@ def train_step(
         jepa: the recipe, in training mode.
         optimizer: over the parameters of ``jepa``, with no gradients left from before.
         hyper: learning rate, weight decay and momentum of this update.
-        images: [B, 3, h, w] float, normalised.
-        masks: of the B images.
+        views: of B images [B, 3, h, w], float and normalised.
+        progress: of the run before this update.
         forward: called in place of ``jepa``: for several processes, or parts of the batch (parallel.py).
         autocast: makes the context of the forward pass.
         clip_grad: largest joint norm of all gradients, or None.
@@ -50,8 +50,9 @@ def train_step(
     set_hyper(optimizer, hyper)
     buffers = Buffers(jepa)
     with autocast():
-        out = (forward or jepa)(images, masks)
+        out = (forward or jepa)(*views, progress=progress)
     propagate_nonfinite(out.loss).backward()
+    jepa.adjust_gradients(progress)
     grad_norm = clip_gradients(jepa, clip_grad)
     step_if_finite(optimizer, grad_norm)
     buffers.restore_unless(torch.isfinite(grad_norm))
@@ -66,14 +67,13 @@ def train_on(run: Run, step: int, batch: Batch) -> Update:
     Random numbers of torch (stochastic depth, dropout) are those of seed, step and rank.
     """
     config = run.config
-    assert batch.masks is not None  # the loader has a masker
     seed_torch(config.train.seed, step, run.world.rank)
     return train_step(
         run.jepa,
         run.optimizer,
         run.schedule(step),
-        normalize(batch.images, config.data.mean, config.data.std),
-        batch.masks,
+        [View(normalize(batch.images, config.data.mean, config.data.std), batch.masks)],
+        progress=run.progress(step),
         forward=run.forward,
         autocast=autocast_of(config.train.precision, run.device),
         clip_grad=config.optim.clip_grad,

@@ -1,6 +1,6 @@
 """Training from a config to a run folder: set-up, resume and roll-back around the steps of loop.py.
 
-    train(config) -> build_run -> start_from -> run_steps -> train_step -> JEPA.forward
+    train(config) -> build_run -> start_from -> run_steps -> train_step -> Recipe.forward
 
 A run folder has ``config.yaml`` (resolved), ``run.json`` (versions, machine, data), ``metrics.jsonl``, the latest
 ``checkpoint_<step>.pt`` and, at the end, ``curves.png``.

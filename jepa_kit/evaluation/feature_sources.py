@@ -25,7 +25,7 @@ from jepa_kit.evaluation.features import (
 )
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import precision_of, resolve_precision
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.registry import did_you_mean
 
 BASELINES = ("untrained", "pixels")
@@ -34,7 +34,7 @@ NO_BLOCK = 0
 """Block number of features that come from no layer."""
 
 
-def encoder_named(jepa: JEPA, which: str | None = None) -> Literal["target", "context"]:
+def encoder_named(jepa: Recipe, which: str | None = None) -> Literal["target", "context"]:
     """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one.
 
     Raises:

@@ -28,7 +28,7 @@ from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, res
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.registry import check_choice
 from jepa_kit.structures import Pooling, Precision
 
@@ -188,7 +188,7 @@ class LoadedRun(NamedTuple):
     """
 
     config: Config
-    jepa: JEPA
+    jepa: Recipe
     step: int
     data: Mapping[str, Any] | None = None
 

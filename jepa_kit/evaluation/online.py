@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of, precision_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import PatchRecipe, Recipe
 from jepa_kit.rng import FloatArray, IntArray
 
 STATES: tuple[State, ...] = get_args(State)
@@ -100,7 +100,7 @@ class OnlineEvaluation:
         """Evaluate after the update of ``step``; return the values that the module's docstring lists."""
         start = time.perf_counter()
         health = measure_health(
-            run.jepa,
+            cast(PatchRecipe, run.jepa),
             self.images[: self.samples],
             self.masker,
             masks=MASKS,
@@ -123,7 +123,7 @@ class OnlineEvaluation:
         return record
 
     @torch.no_grad()
-    def features(self, jepa: JEPA, images: Tensor, device: torch.device) -> list[FloatArray]:
+    def features(self, jepa: Recipe, images: Tensor, device: torch.device) -> list[FloatArray]:
         """Return [B, D] of each batch: the target encoder's tokens, averaged over each image, as for ``Health``."""
         parts = []
         with evaluating(jepa):

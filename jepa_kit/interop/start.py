@@ -20,10 +20,10 @@ from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
 from jepa_kit.interop.weight_checks import usual_heads
 from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 
 
-def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
+def init_from(jepa: Recipe, path_or_url: str | os.PathLike[str]) -> Start:
     """Load the weights of a file into a new run, which starts at step 0 with a new optimizer.
 
     A whole checkpoint initialises each part that the run has. A single encoder initialises the context and the target
@@ -57,7 +57,7 @@ def init_from(jepa: JEPA, path_or_url: str | os.PathLike[str]) -> Start:
 
 
 def resume_official(
-    jepa: JEPA, optimizer: torch.optim.Optimizer, path_or_url: str | os.PathLike[str], steps_per_epoch: int
+    jepa: Recipe, optimizer: torch.optim.Optimizer, path_or_url: str | os.PathLike[str], steps_per_epoch: int
 ) -> Start:
     """Resume a run in the released layout: weights, moments of the optimizer, and the epoch.
 
@@ -95,7 +95,7 @@ def _origin(held: dict[str, Any], name: str, licence: str | None) -> dict[str, A
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _architecture_of(jepa: JEPA) -> Architecture:
+def _architecture_of(jepa: Recipe) -> Architecture:
     if not isinstance(jepa.encoder, ViT):
         raise CheckpointError(
             f"the run's encoder is a {type(jepa.encoder).__name__}, but weights of other formats need a 'vit'"
@@ -103,7 +103,7 @@ def _architecture_of(jepa: JEPA) -> Architecture:
     return architecture_of_vit(jepa.encoder)
 
 
-def _check_architecture(jepa: JEPA, found: Architecture, what: str) -> list[str]:
+def _check_architecture(jepa: Recipe, found: Architecture, what: str) -> list[str]:
     """Return notes on harmless differences; raise CheckpointError for others that shapes do not reveal."""
     run, lines = _architecture_of(jepa), []
     for name in ("num_heads", "norm_eps", "input_norm"):

@@ -28,9 +28,9 @@ from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, View
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 from jepa_kit.trials.recipe_trial import trial_images, trial_recipe
 
@@ -180,8 +180,10 @@ class ModelFlops:
         return self.training(Lengths.of(masks, images))
 
 
-def model_flops(jepa: JEPA) -> ModelFlops:
+def model_flops(jepa: Recipe) -> ModelFlops:
     """Return the formula of a recipe's networks, which may be on the meta device."""
+    if not isinstance(jepa, JEPA):
+        return ModelFlops(None, None, None, targets_trained=False)
     see: Literal["images", "targets", "nothing"] | None = "images"
     if has_formula(jepa.target, PixelTarget):
         see = "nothing"
@@ -198,7 +200,7 @@ def model_flops(jepa: JEPA) -> ModelFlops:
     )
 
 
-def flops_of(config: Config, jepa: JEPA, device: torch.device) -> ModelFlops:
+def flops_of(config: Config, jepa: Recipe, device: torch.device) -> ModelFlops:
     """Return the formula of a recipe; if it has none, the count of a training step on one small batch.
 
     Args:
@@ -220,7 +222,7 @@ def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
     masks = build_masker(config)(np.arange(images), seed=config.train.seed, epoch=0, step=0).to(device)
     x = trial_images(config, device, images)
     with seeded(0), FlopCounterMode(display=False) as counter:
-        loss = jepa(x, masks).loss
+        loss = jepa(View(x, masks)).loss
         if loss.requires_grad:
             loss.backward()
     return counter.get_total_flops() / images

@@ -28,7 +28,7 @@ from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.predictors import ViTPredictor
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.structures import Precision
 
 FLOAT32 = 4
@@ -65,7 +65,7 @@ class Memory:
 
 
 def training_memory(
-    jepa: JEPA,
+    jepa: Recipe,
     lengths: Lengths,
     *,
     precision: Precision,
@@ -119,7 +119,7 @@ def training_memory(
     )
 
 
-def parameter_counts(jepa: JEPA) -> tuple[int, int]:
+def parameter_counts(jepa: Recipe) -> tuple[int, int]:
     """Return the number of trained parameters, and that of the target encoder."""
     target = () if jepa.target_encoder is None else jepa.target_encoder.parameters()
     return sum(p.numel() for p in jepa.parameters() if p.requires_grad), sum(p.numel() for p in target)

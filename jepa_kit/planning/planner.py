@@ -21,7 +21,7 @@ from jepa_kit.planning.device_specs import Device
 from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
 from jepa_kit.planning.memory import FLOAT32, Memory, parameter_counts, training_memory
 from jepa_kit.precision import precision_of, with_precision
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.trials.contract import check_parts
 
 DRAWN = 512
@@ -139,7 +139,7 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
     return [_plan(config, jepa, flops, n, assumptions) for n in gpus]
 
 
-def _plan(config: Config, jepa: JEPA, flops: ModelFlops, gpus: int, given: Assumptions) -> Plan:
+def _plan(config: Config, jepa: Recipe, flops: ModelFlops, gpus: int, given: Assumptions) -> Plan:
     batch = config.train.batch_size
     if gpus < 1:
         raise ValueError(f"gpus (={gpus}) must be at least 1")
@@ -184,7 +184,7 @@ def draw_lengths(config: Config, part: int) -> Lengths:
     return Lengths(context, targets, sequences, steps * part, each[0].patches)
 
 
-def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
+def _workload(config: Config, jepa: Recipe, flops: ModelFlops, lengths: Lengths, samples: int) -> Workload:
     training = flops.training(lengths)
     assert training is not None  # counted if there is no formula
     parts = dict(zip(("encoder", "target encoder", "predictor"), flops.forward(lengths), strict=True))
@@ -208,7 +208,7 @@ def _workload(config: Config, jepa: JEPA, flops: ModelFlops, lengths: Lengths, s
     )
 
 
-def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) -> dict[str, Memory]:
+def _memory(config: Config, jepa: Recipe, lengths: Lengths, part: int, gpus: int) -> dict[str, Memory]:
     at_once = -(-part // config.train.accumulate)
     # Memory depends on the sums alone.
     sums = (x.sum() for x in (lengths.context, lengths.targets, lengths.sequences))
@@ -223,7 +223,7 @@ def _memory(config: Config, jepa: JEPA, lengths: Lengths, part: int, gpus: int) 
     }
 
 
-def _network(jepa: JEPA, gpus: int, seconds: float) -> dict[str, float]:
+def _network(jepa: Recipe, gpus: int, seconds: float) -> dict[str, float]:
     """Return GB/s out of each device: in a ring, (N - 1) / N of each tensor per gather or scatter, in float32."""
     if gpus == 1:
         return {}

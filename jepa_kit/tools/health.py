@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
 
@@ -125,6 +125,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.images import random_samples, read_images
     from jepa_kit.evaluation.shard_choice import shown_shards
+    from jepa_kit.recipe import PatchRecipe
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data
@@ -132,7 +133,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     samples = random_samples(dataset, arguments.images, seed=arguments.seed)
     device = choose_device(config.train.device, World())
     health = measure_health(
-        loaded.jepa.to(device),
+        cast(PatchRecipe, loaded.jepa.to(device)),
         read_images(dataset, ImageOptions.from_config(data), samples),
         build_masker(config),
         encoder=encoder_named(loaded.jepa, arguments.encoder),

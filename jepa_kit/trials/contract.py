@@ -30,14 +30,14 @@ from jepa_kit.interfaces import Masker
 from jepa_kit.losses import is_distance
 from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.registry import LOSSES, SLOTS, TRANSFORMS
-from jepa_kit.structures import MaskBatch, Prediction
+from jepa_kit.structures import MaskBatch, Prediction, View
 from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import IMAGES, trial_images, trial_recipe
 
 
-def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None = None, every: bool = False) -> None:
+def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | None = None, every: bool = False) -> None:
     """Check the user-defined parts of a config; if there are none, build nothing.
 
     Args:
@@ -58,7 +58,7 @@ def check_parts(config: Config, device: torch.device, *, weights_of: JEPA | None
             check_transform(Trial("transform", name), transform)
     if every or not all(map(of_jepa_kit, (masker, *getattr(masker, "members", ())))):
         check_masker(Trial("masker", config.slots["masker"].name), masker, config)
-    if weights_of is None or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
+    if not isinstance(weights_of, JEPA) or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
         _check_networks(config, device, masker, weights_of, every)
 
 
@@ -83,9 +83,13 @@ def _parts_of(jepa: JEPA) -> Iterable[object]:
     return (jepa.encoder, jepa.target, jepa.predictor, jepa.target_update, *jepa.losses.values())
 
 
-def _check_networks(config: Config, device: torch.device, masker: Masker, weights_of: JEPA | None, every: bool) -> None:
+def _check_networks(
+    config: Config, device: torch.device, masker: Masker, weights_of: Recipe | None, every: bool
+) -> None:
     """Check the parts of a recipe alone, then the gradients of a training step; arguments as for ``check_parts``."""
     jepa = trial_recipe(config, device)
+    if not isinstance(jepa, JEPA):
+        return
     names = [(slot, config.slots[slot].name) for slot in ("encoder", "target", "predictor", "target_update")]
     parts = zip([*names, *(("loss", name) for name in jepa.losses)], _parts_of(jepa), strict=True)
     trials = [Trial(slot, name, jepa) for (slot, name), part in parts if every or not of_jepa_kit(part)]
@@ -107,11 +111,11 @@ def _check_networks(config: Config, device: torch.device, masker: Masker, weight
             check_target_update(trial, jepa)
     with seeded(0):
         with autocast():
-            loss = jepa(images, masks).loss
+            loss = jepa(View(images, masks)).loss
         check_gradients(jepa, loss, named)
 
 
-def _check_first_weights(jepa: JEPA, run: JEPA, named: str) -> None:
+def _check_first_weights(jepa: Recipe, run: Recipe, named: str) -> None:
     """Raise ContractError unless a build with other random states of numpy and Python has the same weights."""
     again = jepa.state_dict()
     for name, value in run.state_dict().items():
@@ -272,7 +276,7 @@ def _check_call(trial: Trial, module: nn.Module, do: Callable[[], Any], shape: t
     return first
 
 
-def check_gradients(jepa: JEPA, loss: Tensor, named: str) -> None:
+def check_gradients(jepa: Recipe, loss: Tensor, named: str) -> None:
     """Check that finite gradients of the loss reach every parameter that is not frozen.
 
     Raises:

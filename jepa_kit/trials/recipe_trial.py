@@ -11,12 +11,12 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 
 IMAGES = 4
 
 
-def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -> JEPA:
+def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -> Recipe:
     """Build the recipe of a config as a run does, with its first weights, in training mode, uncompiled.
 
     Attention uses the plain backend, whose operations torch's counter knows.

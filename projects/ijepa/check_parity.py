@@ -33,7 +33,7 @@ from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
 from jepa_kit.recipe import JEPA
-from jepa_kit.structures import Grid, MaskBatch, PatchSets
+from jepa_kit.structures import Grid, MaskBatch, PatchSets, View
 
 from .parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
 
@@ -236,7 +236,7 @@ def compare_run(
         report.add("parameters without weight decay", len(names ^ set(fixture.meta["no_weight_decay"])), 0.0)
     for step, recorded in enumerate(fixture.trajectory):
         hyper = schedule(step)
-        out = train_step(jepa, optimizer, hyper, images[step % len(images)], masks[step])
+        out = train_step(jepa, optimizer, hyper, [View(images[step % len(images)], masks[step])])
         for name in ("lr", "weight_decay", "momentum"):
             if name in recorded:
                 report.add(f"schedule of {name}", getattr(hyper, name), recorded[name])

@@ -4,7 +4,7 @@ A file ``checkpoint_<step>.pt`` is a mapping of plain values and tensors, read w
 
     format     ``jepa_kit/1``
     step       number of updates; the next update is number ``step``, counted from 0
-    model      name -> tensor, all of ``JEPA.state_dict()``: encoder.*, predictor.*, target_encoder.*, ...
+    model      name -> tensor, all of ``Recipe.state_dict()``: encoder.*, predictor.*, target_encoder.*, ...
     optimizer  name of the parameter -> AdamW's state for it
     config     the resolved config as a mapping
     versions   jepa_kit, torch, python, git commit, ... that wrote the file

@@ -2,7 +2,7 @@
 
 A state is two mappings, the same for one process, DDP and FSDP:
 
-    model      name -> tensor, all of ``JEPA.state_dict()``
+    model      name -> tensor, all of ``Recipe.state_dict()``
     optimizer  name of the parameter -> AdamW's state for it: exp_avg, exp_avg_sq, step
 
 A checkpoint file contains it whole, which fits one process's memory (ViT-H/14 with its target encoder and AdamW's

@@ -62,7 +62,7 @@ def announce(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with located("train"):
         attention = describe_backend(run.device, dtype, run.config.train.attention)
-    networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor}
+    networks = {name: part for name, part in run.jepa.named_children() if not name.startswith("target_")}
     compiled = [name for name, part in networks.items() if any(getattr(m, "compiled", False) for m in part.modules())]
     facts: dict[str, Any] = {
         "versions": versions(),

@@ -24,9 +24,9 @@ from jepa_kit.evaluation.health import measures
 from jepa_kit.evaluation.health.statistics import PredictionStatistics, TokenStatistics
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import PatchRecipe
 from jepa_kit.rng import FloatArray
-from jepa_kit.structures import MaskBatch, PatchSets, Precision, Prediction
+from jepa_kit.structures import MaskBatch, PatchSets, Precision, Prediction, View
 
 EPOCH = 2**32 - 1
 """Masks are those of this epoch, the one before it and so on: no run trains on them."""
@@ -101,7 +101,7 @@ class Health:
 
 
 def measure_health(
-    jepa: JEPA,
+    jepa: PatchRecipe,
     images: Tensor,
     masker: Masker,
     *,
@@ -186,14 +186,11 @@ def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int,
     )
 
 
-def _predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> tuple[Prediction, Tensor]:
-    """Return the prediction, as ``JEPA.forward``, and the next image's targets [P, D] at the same places."""
+def _predict(jepa: PatchRecipe, images: Tensor, masks: MaskBatch) -> tuple[Prediction, Tensor]:
+    """Return the prediction, as ``Recipe.forward``, and the next image's targets [P, D] at the same places."""
     own = masks.targets
-    both = PatchSets.cat([own, replace(own, image=(own.image + 1) % len(images))])
-    s_y, s_other = jepa.target(images, both, jepa.target_network).float().chunk(2)
-    s_x = jepa.encoder(images, masks.context)
-    s_hat_y = jepa.predictor(s_x, masks).float()
-    return Prediction(s_hat_y, s_y, s_x, masks), s_other
+    elsewhere = replace(own, image=(own.image + 1) % len(images))
+    return jepa.predict(View(images, masks)), jepa.targets_at(images, elsewhere).float()
 
 
 def _pooled(tokens: Tensor, sets: PatchSets) -> tuple[Tensor, Tensor]:

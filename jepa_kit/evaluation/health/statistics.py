@@ -15,7 +15,7 @@ from torch import Tensor
 from jepa_kit.evaluation.health.measures import entropy_rank
 from jepa_kit.losses import is_distance
 from jepa_kit.random_state import seeded
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import PatchRecipe
 from jepa_kit.rng import FloatArray
 from jepa_kit.structures import MaskBatch, Prediction
 
@@ -97,7 +97,7 @@ class PredictionStatistics:
             counts += torch.bincount(index, minlength=h * w)
         return sums.sum(0) / counts.sum(), sums / counts.clamp(min=1)[:, None]
 
-    def losses(self, jepa: JEPA) -> dict[str, float]:
+    def losses(self, jepa: PatchRecipe) -> dict[str, float]:
         """Return the four losses of ``Health``, each averaged over images as in training."""
         distance = distance_of(jepa, self.batches[0][0])
         mean, at = self.mean_targets()
@@ -119,7 +119,7 @@ class PredictionStatistics:
         return {name: 0.0 if value < ROUNDING * square else value / images for name, value in sums.items()}
 
 
-def distance_of(jepa: JEPA, example: Prediction) -> Callable[[Prediction], float]:
+def distance_of(jepa: PatchRecipe, example: Prediction) -> Callable[[Prediction], float]:
     """Return the weighted sum of the loss terms that are distances between predictions and targets.
 
     A regulariser would hide the ratio of two losses, so two kinds of terms are left out: those that declare

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jepa_kit.planning.flops import Lengths, model_flops
-from jepa_kit.recipe import JEPA
+from jepa_kit.recipe import Recipe
 from jepa_kit.rng import IntArray
 
 
@@ -30,7 +30,7 @@ class Cost:
     training_gflop: float | None
 
 
-def cost_of(jepa: JEPA, lengths: Lengths) -> Cost:
+def cost_of(jepa: Recipe, lengths: Lengths) -> Cost:
     """Return the cost of a recipe's networks for an image, averaged over the images of ``lengths``.
 
     Weights are not used: the networks may be on the meta device.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.evaluation.features import evaluating
-from jepa_kit.recipe import JEPA
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.recipe import PatchRecipe
+from jepa_kit.structures import MaskBatch, PatchSets, View
 
 
 def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Tensor:
@@ -78,22 +78,22 @@ class Guess:
     nearest: list[tuple[int, int]]
 
 
-def all_targets(jepa: JEPA, images: Tensor) -> Tensor:
+def all_targets(jepa: PatchRecipe, images: Tensor) -> Tensor:
     """Return [B, n, D] float32: the target of every patch of normalised images."""
     encoder: Any = jepa.encoder
     sets = PatchSets.full(len(images), encoder.grid[0] * encoder.grid[1], images.device)
     with torch.no_grad(), evaluating(jepa):
-        return jepa.target(images, sets, jepa.target_network).float().unflatten(0, (len(images), -1))
+        return jepa.targets_at(images, sets).float().unflatten(0, (len(images), -1))
 
 
-def predict(jepa: JEPA, images: Tensor, masks: MaskBatch) -> Tensor:
+def predict(jepa: PatchRecipe, images: Tensor, masks: MaskBatch) -> Tensor:
     """Return [P, D] float32: predictions for normalised images, packed as ``masks.targets``, without gradients."""
     with torch.no_grad(), evaluating(jepa):
-        return jepa.predictor(jepa.encoder(images, masks.context), masks).float()
+        return jepa.predict(View(images, masks)).prediction
 
 
 def guesses(
-    jepa: JEPA,
+    jepa: PatchRecipe,
     images: Tensor,
     masks: MaskBatch,
     chosen: Sequence[int],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from jepa_kit.evaluation.health.measure import BATCH, several_masks
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.pictures.decoder import image_scale, patchify
 from jepa_kit.evaluation.pictures.maps import all_targets, predict
+from jepa_kit.recipe import PatchRecipe
 from jepa_kit.structures import Grid, MaskBatch
 
 FEWEST = 24
@@ -74,11 +75,11 @@ class Material:
 
     def targets(self, images: Tensor) -> Tensor:
         """Return [B, n, D] on the host: the target of every patch."""
-        return all_targets(self.run.jepa, self.normalized(images)).cpu()
+        return all_targets(cast(PatchRecipe, self.run.jepa), self.normalized(images)).cpu()
 
     def predictions(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """Return [P, D] on the host: predictions, packed as ``masks.targets``."""
-        return predict(self.run.jepa, self.normalized(images), masks.to(self.device)).cpu()
+        return predict(cast(PatchRecipe, self.run.jepa), self.normalized(images), masks.to(self.device)).cpu()
 
     def pixels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a decoder can draw, [B, n, 3 * p * p] on the host, and the centre and deviation left out of it.

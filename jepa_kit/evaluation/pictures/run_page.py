@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from jepa_kit.evaluation.pictures.sections import (
 )
 from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.plotting import Axes
+from jepa_kit.recipe import PatchRecipe
 
 GUESSES, ATTENTIONS = 3, 2
 """Rows of these sections: always the first images, so that none is picked."""
@@ -60,7 +61,7 @@ def draw_run(
     run, config = material.run, material.run.config
     log("health")
     health = measure_health(
-        run.jepa,
+        cast(PatchRecipe, run.jepa),
         material.images,
         build_masker(config),
         encoder=material.encoder,
@@ -145,7 +146,9 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
     """
     images, grid, patch_size = material.images, material.grid, material.patch_size
     chosen = range(min(RANKED, len(images)))
-    found = guesses(material.run.jepa, material.normalized(images), material.masks.to(material.device), chosen)
+    found = guesses(
+        cast(PatchRecipe, material.run.jepa), material.normalized(images), material.masks.to(material.device), chosen
+    )
 
     def draw(axes: list[list[Axes]]) -> None:
         for row, guess in zip(axes, found, strict=False):
