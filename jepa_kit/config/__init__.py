@@ -12,9 +12,9 @@ check.py     checks all options against sections and signatures of parts
 resolved.py  Config, and the functions that return one
 """
 
+from jepa_kit.config.data_section import DataConfig
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.resolved import Config, config_from_dict, load_config, versions
-from jepa_kit.config.sections import DataConfig
 from jepa_kit.errors import ConfigError
 
 __all__ = ["Config", "ConfigError", "DataConfig", "config_from_dict", "load_config", "modernize", "versions"]

@@ -5,16 +5,22 @@ Nothing is built; each problem becomes a line with its path, its value and what 
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import math
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, cast, get_args, get_origin
+from typing import Any, cast
 
+from jepa_kit.config.data_section import DataConfig
 from jepa_kit.config.renamed import RELEASED_CROP
-from jepa_kit.config.sections import SECTIONS, between_sections, plain
+from jepa_kit.config.sections import (
+    CheckpointConfig,
+    EvaluateConfig,
+    OptimConfig,
+    TrainConfig,
+    between_sections,
+)
+from jepa_kit.config.typed import DoesNotFitError, convert, describe
 from jepa_kit.registry import (
     LOSSES,
     RECIPES,
@@ -28,6 +34,15 @@ from jepa_kit.registry import (
     signature_options,
     takes,
 )
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+    "evaluate": EvaluateConfig,
+}
+"""Key in YAML -> schema. A new section needs an entry here and a field of ``Config``."""
 
 META = ("imports", "_BASE_", "versions")
 """Top-level keys that are neither a slot nor a section."""
@@ -262,99 +277,3 @@ def check_value(path: str, value: Any, option: Option, problems: list[str]) -> A
 
 def _registered(registry: PartRegistry) -> str:
     return f"Registered: {', '.join(registry.names()) or 'none'}"
-
-
-_NAMES: dict[Any, str] = {
-    int: "an int",
-    float: "a float",
-    bool: "true or false",
-    str: "a str",
-    None: "null",
-    type(None): "null",
-    Any: "any value",
-    object: "any value",
-}
-HUGE = 1 << 1000
-"""Larger ints are far from every float."""
-_LISTS = (list, collections.abc.Sequence)
-_MAPPINGS = (dict, collections.abc.Mapping)
-
-
-class DoesNotFitError(Exception):
-    """A value is not of the annotated type."""
-
-
-def describe(annotation: Any) -> str:
-    """Return an annotation in English: 'a list of 2 (a float, a float)'."""
-    if annotation in _NAMES:
-        return _NAMES[annotation]
-    origin, args = get_origin(annotation) or annotation, get_args(annotation)
-    if origin is Literal:
-        return ("one of " if len(args) > 1 else "") + ", ".join(repr(a) for a in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(a) for a in args)
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} ({', '.join(describe(a) for a in args)})"
-    if origin is tuple or origin in _LISTS:
-        return f"a list, each {describe(args[0])}" if args else "a list"
-    if origin in _MAPPINGS:
-        return f"a mapping of {describe(args[0])} to {describe(args[1])}" if args else "a mapping"
-    return f"of the type {getattr(annotation, '__name__', annotation)}, which a config cannot write"
-
-
-def convert(value: Any, annotation: Any) -> Any:
-    """Convert a value to its annotation: an int to a float, a list to a tuple.
-
-    Args:
-        value: plain YAML, or a default, which may be a tuple.
-        annotation: int, float, bool, str, None, Any, Literal, Union, tuple, list, Sequence, dict or Mapping.
-
-    Raises:
-        DoesNotFitError: the value has another type. A bool is not an int, but an int is a float.
-    """
-    origin, args = get_origin(annotation) or annotation, get_args(annotation)
-    if origin in (Any, object):
-        return plain(value)
-    if type(value) is int and abs(value) >= HUGE:
-        raise DoesNotFitError
-    if origin is float and type(value) is int:
-        return float(value)
-    if origin in (int, float, bool, str) and type(value) is origin:
-        return value
-    if origin in (None, type(None)) and value is None:
-        return None
-    if origin is Literal and any(type(a) is type(value) and a == value for a in args):
-        return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, args)
-    if isinstance(value, (list, tuple)) and (origin is tuple or origin in _LISTS):
-        return _convert_sequence(value, origin, args)
-    if isinstance(value, dict) and origin in _MAPPINGS:
-        k, v = args or (Any, Any)
-        return {convert(a, k): convert(b, v) for a, b in value.items()}
-    raise DoesNotFitError
-
-
-def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:
-    fitting = [x for member in members for x in _fits(value, member)]
-    if not fitting:
-        raise DoesNotFitError
-    # An int stays an int if the union has int, in any order of its members.
-    return next((x for x in fitting if type(x) is type(value)), fitting[0])
-
-
-def _fits(value: Any, annotation: Any) -> list[Any]:
-    """Return the converted value, or nothing."""
-    try:
-        return [convert(value, annotation)]
-    except DoesNotFitError:
-        return []
-
-
-def _convert_sequence(value: list[Any] | tuple[Any, ...], origin: Any, args: tuple[Any, ...]) -> Any:
-    if origin is tuple and args and args[-1] is not Ellipsis:
-        if len(value) != len(args):
-            raise DoesNotFitError
-        return tuple(convert(x, a) for x, a in zip(value, args, strict=True))
-    items = [convert(x, args[0] if args else Any) for x in value]
-    return items if origin is list else tuple(items)

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jepa_kit
-from jepa_kit.config.check import DEFAULT_RECIPE, Part, check_config
+from jepa_kit.config.check import DEFAULT_RECIPE, SECTIONS, Part, check_config
+from jepa_kit.config.data_section import DataConfig
 from jepa_kit.config.imports import check_trusted, import_parts, resolve_imports
 from jepa_kit.config.load import apply_overrides, dump_yaml, read_config
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.sections import (
-    SECTIONS,
     CheckpointConfig,
-    DataConfig,
     EvaluateConfig,
     OptimConfig,
     TrainConfig,
-    plain,
 )
 from jepa_kit.config.shipped import find_config
+from jepa_kit.config.typed import plain
 from jepa_kit.errors import ConfigError
 from jepa_kit.registry import LOSSES, RECIPES
 from jepa_kit.run_folder import RUN_CONFIG

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jepa_kit.config.sections import DataConfig
+from jepa_kit.config.data_section import DataConfig
 from jepa_kit.data.images import MAX_PIXELS, DecoderName
 from jepa_kit.registry import check_choice
 from jepa_kit.structures import Precision

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from jepa_kit.config.sections import DataConfig
+from jepa_kit.config.data_section import DataConfig
 from jepa_kit.encoders.blocks import Block
 from jepa_kit.encoders.vit import ViT, sincos_2d
 from jepa_kit.errors import CheckpointError

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from jepa_kit.config import config_from_dict, load_config, modernize
+from jepa_kit.config.check import SECTIONS
 from jepa_kit.config.renamed import OPTIONS, PARTS, RELEASED_CROP
-from jepa_kit.config.sections import SECTIONS
 from jepa_kit.registry import TRANSFORMS
 
 Write = Callable[..., Path]

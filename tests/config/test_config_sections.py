@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from jepa_kit.config import DataConfig
-from jepa_kit.config.sections import SECTIONS, CheckpointConfig, OptimConfig, TrainConfig
+from jepa_kit.config.check import SECTIONS
+from jepa_kit.config.sections import CheckpointConfig, OptimConfig, TrainConfig
 from jepa_kit.errors import ConfigError
 
 SCALE = ", as pixel values are in [0, 1]: divide values of the scale from 0 to 255 by 255"

@@ -5,8 +5,7 @@ from typing import Any, Literal, Optional, Union
 
 import pytest
 
-from jepa_kit.config.check import DoesNotFitError, convert, describe
-from jepa_kit.config.sections import plain
+from jepa_kit.config.typed import DoesNotFitError, convert, describe, plain
 
 
 @pytest.mark.parametrize(

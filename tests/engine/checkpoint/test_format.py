@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.config.sections import SECTIONS
+from jepa_kit.config.check import SECTIONS
 from jepa_kit.data.shards.index import identity
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.checkpoint.files import FORMAT
