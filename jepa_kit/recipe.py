@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jepa_kit.interfaces import Encoder, TargetUpdate
 from jepa_kit.registry import RECIPES
-from jepa_kit.structures import START, Output, PatchSets, Prediction, Progress, View
+from jepa_kit.structures import START, Output, PatchSets, Prediction, Progress, View, at_least_float32
 from jepa_kit.target_updates import NoTargetEncoder
 
 
@@ -197,7 +197,7 @@ class JEPA(PatchRecipe):
             s_x = self.encoder(images, masks.context)  # [P_c, D_e]
             s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
         # Distances and their sums are computed in float32 or better: half precision would round them away.
-        return Prediction(_at_least_float32(s_hat_y), _at_least_float32(s_y), s_x, masks, progress)
+        return Prediction(at_least_float32(s_hat_y), at_least_float32(s_y), s_x, masks, progress)
 
     def forward(self, *views: View, progress: Progress = START) -> Output:
         """Return the weighted sum of the losses of one view."""
@@ -206,7 +206,3 @@ class JEPA(PatchRecipe):
         terms = {name: loss(prediction) for name, loss in self.losses.items()}
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Output(total, terms, prediction)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

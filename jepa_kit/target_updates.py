@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,29 +45,43 @@ class TargetUpdate:
 class EMA(TargetUpdate):
     """An exponential moving average of the context encoder, from a copy of it (I-JEPA, A.1).
 
-    theta_target <- m theta_target + (1 - m) theta, with m rising linearly. Buffers of the state dict (batch norm's
+    theta_target <- m theta_target + (1 - m) theta, with m rising. Buffers of the state dict (batch norm's
     statistics) are copied, because the target encoder runs in eval mode and never updates its own.
 
     Args:
         momentum: first and last m, each in [0, 1]; 0.996 and 1 in the released run.
+        schedule: how m gets from the first to the last: ``linear``, or half a ``cosine`` (DINO, MoCo v3).
+        until: fraction of training after which m stays at the last, in (0, 1] (data2vec: a number of steps).
 
     Raises:
-        ValueError: a momentum is outside [0, 1].
+        ValueError: a value is outside its range.
     """
 
-    def __init__(self, *, momentum: tuple[float, float] = (0.996, 1.0)) -> None:
+    def __init__(
+        self,
+        *,
+        momentum: tuple[float, float] = (0.996, 1.0),
+        schedule: Literal["linear", "cosine"] = "linear",
+        until: float = 1.0,
+    ) -> None:
         for m in momentum:
             if not 0.0 <= m <= 1.0:
                 raise ValueError(f"momentum (={momentum}) must be two numbers in [0, 1]")
+        if not 0.0 < until <= 1.0:
+            raise ValueError(f"until (={until}) must be a fraction of training, above 0 and at most 1")
         self.first, self.last = momentum
+        self.until, self.cosine = until, schedule == "cosine"
 
     def make(self, encoder: nn.Module) -> nn.Module:
         """Return a copy of the encoder that is not trained."""
         return copy.deepcopy(encoder).requires_grad_(False)
 
     def momentum(self, where: float) -> float:
-        """Return first + where * (last - first)."""
-        return self.first + where * (self.last - self.first)
+        """Return the momentum at progress ``where`` in [0, 1] of training."""
+        done = min(where / self.until, 1.0)
+        if self.cosine:
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return self.first + done * (self.last - self.first)
 
     @torch.no_grad()
     def update(self, target_encoder: nn.Module | None, encoder: nn.Module, momentum: float) -> None:

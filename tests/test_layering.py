@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
         "structures",
         "interfaces",
     },
-    {"distributed", "encoders", "losses", "maskers"},
+    {"distributed", "encoders", "heads", "losses", "maskers"},
     {"predictors", "target_updates", "targets"},
     {"build", "config", "data", "recipe", "scenes"},
     {"precision"},

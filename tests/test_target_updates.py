@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 from torch import nn
 
 from jepa_kit.registry import TARGET_UPDATES
@@ -104,6 +105,22 @@ def test_ema_momentum_is_linear_in_the_share_of_the_run() -> None:
     update = EMA(momentum=(0.99, 0.999))
     assert [update.momentum(w) for w in (0.0, 0.5, 1.0)] == pytest.approx([0.99, 0.9945, 0.999], rel=1e-15)
     assert EMA().momentum(0.25) == pytest.approx(0.997, rel=1e-15)
+
+
+@pytest.mark.parametrize("until", [1.0, 0.3])
+@pytest.mark.parametrize(("schedule", "theirs"), [("linear", LinearParamScheduler), ("cosine", CosineParamScheduler)])
+def test_ema_momentum_is_fvcores_schedule(schedule: str, theirs: type, until: float) -> None:
+    update = EMA(momentum=(0.99, 0.999), schedule=schedule, until=until)
+    wanted = theirs(0.99, 0.999)
+    for where in (0.0, 0.1, 0.25, 0.3, 0.8, 1.0):
+        assert update.momentum(where) == pytest.approx(wanted(min(1.0, where / until)), rel=1e-15)
+    assert update.momentum(until) == update.momentum(1.0) == 0.999
+
+
+@pytest.mark.parametrize("until", [0.0, -0.1, 1.5, float("nan")])
+def test_ema_refuses_an_end_outside_of_training(until: float) -> None:
+    with pytest.raises(ValueError, match=r"until \(=.*\) must be a fraction of training, above 0 and at most 1"):
+        EMA(until=until)
 
 
 @pytest.mark.parametrize("momentum", [(1.1, 1.0), (0.9, -0.1), (0.9, float("nan"))])
