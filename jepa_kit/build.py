@@ -65,7 +65,7 @@ def build_recipe(config: Config) -> Recipe:
             channels = CHANNELS if part is None else part.options.get("in_chans", CHANNELS)
             if channels != CHANNELS:
                 raise ConfigError([f"{slot}: in_chans (={channels}) must be {CHANNELS}: the data are colour images"])
-        parts = _build_parts(config, _build, build_order(config.recipe.name))
+        parts = _build_parts(config, _build, build_order(config))
         with located("recipe"):
             recipe: Recipe = RECIPES.get(config.recipe.name)(**parts, **config.recipe.options)
             return recipe
@@ -94,9 +94,9 @@ ORDER = (ENCODERS, TARGETS, PREDICTORS, HEADS, LOSSES, TARGET_UPDATES)
 """Registries in the order in which their parts are built, and draw their weights."""
 
 
-def build_order(recipe: str) -> list[str]:
-    """Return the slots of a recipe but the masker, in the order in which their parts are built."""
-    slots = RECIPES.slots(recipe)
+def build_order(config: Config) -> list[str]:
+    """Return the slots of a config but the masker, in the order in which their parts are built."""
+    slots = [slot for slot in RECIPES.slots(config.recipe.name) if slot in config.slots or slot == LOSSES.slot]
     return [slot for registry in ORDER for slot in slots if registry_of(slot) is registry]
 
 
@@ -206,7 +206,7 @@ def part_problems(config: Config) -> list[str]:
         with _collecting(problems):
             return _build(*arguments)
 
-    order = build_order(config.recipe.name)
+    order = build_order(config)
     after_encoder = ["masker"] if "masker" in config.slots else []
     _build_parts(config, build, [*order[:1], *after_encoder, *order[1:]])
     for i, transform in enumerate(config.data.transforms):

@@ -192,6 +192,10 @@ class RecipeRegistry(PartRegistry):
         order = list(SLOTS.values())
         return sorted(found, key=lambda slot: order.index(cast(PartRegistry, registry_of(slot))))
 
+    def optional_slots(self, name: str) -> set[str]:
+        """Return the slots that a config may lack, because the recipe has a default for them."""
+        return {k for k, option in signature_options(self.get(name)).items() if option.default is not REQUIRED}
+
     def options(self, name: str) -> dict[str, Option]:
         """Return the options of a recipe in a config: its arguments that are not slots."""
         options = super().options(name)

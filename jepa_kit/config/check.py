@@ -107,6 +107,8 @@ def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
     losses: list[tuple[Part, float]] = []
     for slot in wanted:
         registry = cast(PartRegistry, registry_of(slot))
+        if slot not in raw and recipe is not None and slot in RECIPES.optional_slots(recipe.name):
+            continue
         if slot not in raw:
             problems.append(f"{slot} is missing: give it a mapping with a name. {_registered(registry)}")
         elif slot == LOSSES.slot:

@@ -64,7 +64,7 @@ class Config:
             if slot == LOSSES.slot:
                 terms = [{"name": part.name, **part.options, "weight": weight} for part, weight in self.losses]
                 resolved[slot] = terms[0] if len(terms) == 1 else terms
-            else:
+            elif slot in self.slots:
                 resolved[slot] = {"name": self.slots[slot].name, **self.slots[slot].options}
         for name in SECTIONS:
             resolved[name] = asdict(getattr(self, name))
