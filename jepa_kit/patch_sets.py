@@ -169,7 +169,9 @@ class PatchSets:
         token += np.arange(len(token))
         rows = torch.from_numpy(token)
         hidden = None if self.hidden is None else self.hidden[rows]
-        return PatchSets(self.index[rows], self.image[torch.from_numpy(order)], SetLengths(lengths), hidden)
+        return PatchSets(
+            self.index[rows], self.image[torch.from_numpy(order)], SetLengths(lengths, whole=self.lengths.whole), hidden
+        )
 
     def of_images(self, first: int, end: int) -> PatchSets:
         """Return the sets of images ``first`` to ``end`` - 1, renumbered from 0. On the host only."""

@@ -120,6 +120,25 @@ class SetLengths:
             self.layouts[name] = make(self, key_lengths)
         return self.layouts[name]
 
+    def plus(self, count: int) -> SetLengths:
+        """Return these lengths with ``count`` more tokens in each set; computed once, without waiting for a device."""
+        if not count:
+            return self
+        if (name := (SetLengths.plus, count)) not in self.layouts:
+            more = torch.arange(len(self) + 1, device=self.device, dtype=torch.int32) * count
+            self.layouts[name] = unchecked(
+                SetLengths,
+                each=self.each + count,
+                on_host=tuple(n + count for n in self.on_host),
+                total=self.total + len(self) * count,
+                longest=self.longest + count,
+                uniform=self.uniform,
+                whole=self.whole,
+                offsets=self.offsets + more,
+                layouts={},
+            )
+        return self.layouts[name]
+
     def map_tensors(self, fn: Any) -> SetLengths:
         """Return these lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
         on_host = {name: getattr(self, name) for name in ("each", "on_host", "total", "longest", "uniform", "whole")}

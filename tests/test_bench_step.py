@@ -23,7 +23,7 @@ def apply_masks(x, masks):
 import torch
 from torch import nn
 from plain import Block, Encoder
-from jepa_kit.encoders.vit import sincos_2d
+from jepa_kit.encoders.positions import sincos_2d
 from src.masks.utils import apply_masks
 
 class ReleasedEncoder(Encoder):

@@ -159,18 +159,23 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(grad, inverse, order), None, None
 
 
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return x[order] for a permutation and its inverse, two [P] int64: [P, ...] -> [P, ...]."""
+    return _Reorder.apply(x, order, inverse)
+
+
 def _attend_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: SetLengths) -> Tensor:
     layout = lengths.layout(_by_length)
     # On a CPU in bf16 this takes 0.9 of the time of padding to buckets of similar length.
     if layout.order is not None:
-        q, k, v = (_Reorder.apply(x, layout.order, layout.place) for x in (q, k, v))
+        q, k, v = (reorder(x, layout.order, layout.place) for x in (q, k, v))
     sizes = [sets * length for sets, length in layout.groups]
     out = []
     for group, *qkv in zip(layout.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         qg, kg, vg = (x.unflatten(0, group).transpose(1, 2) for x in qkv)  # 3 x [S_g, h, L_g, d]
         out.append(_dense(qg, kg, vg).transpose(1, 2).flatten(0, 1))
     y = torch.cat(out)
-    return y if layout.order is None else _Reorder.apply(y, layout.place, layout.order)
+    return y if layout.order is None else reorder(y, layout.place, layout.order)
 
 
 def bias_of_sets(bias: Tensor, lengths: SetLengths, key_lengths: SetLengths) -> list[Tensor]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from jepa_kit.compat import has_forward_hooks
 from jepa_kit.encoders.attention import attend
 from jepa_kit.encoders.casts import cast_weights
 from jepa_kit.encoders.compiled import run_compiled
-from jepa_kit.encoders.products import Linear, by_onednn
+from jepa_kit.encoders.packed import Route, add_rows, take_rows
+from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
 
@@ -29,56 +30,27 @@ Compile = bool | Literal["auto"]
 WIDE = 768
 """Width of an encoder from which compilation pays off on CUDA: ViT-B. Smaller ones are bound by kernel launches."""
 
-COUNTS = 32
-"""Number of different row counts that ``fill_rows`` produces between two powers of two."""
 
+class Terms(NamedTuple):
+    """What attention adds to queries, keys and scores: positions of tokens relative to each other.
 
-def fill_rows(x: Tensor) -> Tensor:
-    """Append zero rows if that makes the matrix products faster: [P, D] -> [R, D].
-
-    oneDNN compiles a kernel for each size of a product (about 2 ms) and caches the last 1,024 of them, 0.6 MB each.
-    Ragged sets have a different number of tokens at every step, so rows are rounded up, by at most 1 / COUNTS. The
-    extra rows belong to no set: attention ignores them, and the caller removes them at the end (``take_rows``).
-    """
-    if not by_onednn(x):
-        return x
-    step = max(1, (1 << (len(x) - 1).bit_length()) // (2 * COUNTS))
-    return add_rows(x, -(-len(x) // step) * step)
-
-
-def add_rows(x: Tensor, rows: int) -> Tensor:
-    """Pad with zero rows: [P, D] -> [rows, D]."""
-    return x if len(x) == rows else nn.functional.pad(x, (0, 0, 0, rows - len(x)))
-
-
-def take_rows(x: Tensor, rows: int) -> Tensor:
-    """Return the first rows: [R, ...] -> [rows, ...].
-
-    If these are all rows, return ``x`` itself: the backward of a view fills a tensor with zeros, and FSDP2 warns of it.
-    """
-    return x if len(x) == rows else x[:rows]
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """Which rows of a block's input form its sets, and which tokens the block returns.
-
-    Args:
-        source: [P], the input row of each token of the sets; a row may be in several sets. None if row i is token i.
-        kept: [P_k], the tokens that the block returns, in this order; None for all.
-        lengths: lengths of the sets of kept tokens; as many sets as before.
+    Attributes:
+        bias: of the scores, see ``attend``.
+        rotation: cosine and sine of the angle by which each channel is rotated, two [P, 1, d] (``rotate``).
     """
 
-    source: Tensor | None
-    kept: Tensor | None
-    lengths: SetLengths
+    bias: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return the input rows of the kept tokens, plus ``fill_rows``: [R, D] -> [R_k, D]."""
-        index = self.source if self.kept is None else self.kept
-        if self.source is not None and self.kept is not None:
-            index = self.source.index_select(0, self.kept)
-        return x if index is None else fill_rows(x.index_select(0, index))
+
+NO_TERMS = Terms()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs of channels (2i, 2i + 1) of x [P, h, d] (Su et al. 2021)."""
+    cos, sin = rotation
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -93,17 +65,26 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None, rows: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        lengths: SetLengths,
+        route: Route | None = None,
+        rows: int | None = None,
+        terms: Terms = NO_TERMS,
+    ) -> Tensor:
         """Map [R, D] -> [rows, D], tokens first; see ``Block.forward``. ``rows`` is R by default."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
-        return self.proj(self.attend(qkv, lengths, route, len(x) if rows is None else rows))
+        return self.proj(self.attend(qkv, lengths, route, len(x) if rows is None else rows, terms))
 
-    def attend(self, qkv: Tensor, lengths: SetLengths, route: Route | None, rows: int) -> Tensor:
+    def attend(self, qkv: Tensor, lengths: SetLengths, route: Route | None, rows: int, terms: Terms) -> Tensor:
         """Attend, without the two projections: [R, 3, h, d] -> [rows, D]."""
         source, kept = (None, None) if route is None else (route.source, route.kept)
         qkv = take_rows(qkv, lengths.total) if source is None else qkv.index_select(0, source)
         q, k, v = qkv.unbind(1)  # 3 x [P, h, d]
-        out = attend(q, k, v, lengths, self.backend).flatten(1)  # [P, D]
+        if terms.rotation is not None:
+            q, k = rotate(q, terms.rotation), rotate(k, terms.rotation)
+        out = attend(q, k, v, lengths, self.backend, bias=terms.bias).flatten(1)  # [P, D]
         return add_rows(out if kept is None else out.index_select(0, kept), rows)
 
 
@@ -188,6 +169,10 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
+    Args:
+        layer_scale: initial value of a learned factor of each channel of both branches (LayerScale, Touvron et al.
+            2021, "Going deeper with image transformers"); None for no factors.
+
     Attributes:
         compiled: whether to run in compiled regions (compiled.py).
         may_compile: whether ``compile_blocks`` may set ``compiled``.
@@ -211,10 +196,13 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
         backend: Backend = "auto",
         compiled: Compile = False,
     ) -> None:
         super().__init__()
+        if layer_scale is not None and not math.isfinite(layer_scale):
+            raise ValueError(f"layer_scale (={layer_scale}) must be finite, or null for none")
         if not math.isfinite(mlp_ratio) or round(dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio (={mlp_ratio}) must be above 0 and finite: the MLP needs a unit")
         if not 0 < norm_eps < math.inf:
@@ -229,28 +217,38 @@ class Block(nn.Module):
         # The ratios of ViT-g and ViT-G are fractions: rounding gives their integer widths.
         self.mlp = MLP(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.layer_scale = layer_scale
+        self.scale1, self.scale2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
+        )
 
-    def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: SetLengths, route: Route | None = None, terms: Terms = NO_TERMS) -> Tensor:
         """Map [R, D] -> [R, D], or with a ``route`` to the tokens that it keeps.
 
         norm1, q, k and v are computed once per row of ``x``, everything after attention for kept tokens only.
         """
         if self.checkpointed and torch.is_grad_enabled():
             draws = self.training and self.drop_path.rate > 0
-            return checkpoint(self._forward, x, lengths, route, use_reentrant=False, preserve_rng_state=draws)
-        return self._forward(x, lengths, route)
+            return checkpoint(self._forward, x, lengths, route, terms, use_reentrant=False, preserve_rng_state=draws)
+        return self._forward(x, lengths, route, terms)
 
-    def _forward(self, x: Tensor, lengths: SetLengths, route: Route | None) -> Tensor:
+    def _forward(self, x: Tensor, lengths: SetLengths, route: Route | None, terms: Terms) -> Tensor:
         if self.compiled:
-            return next(run_compiled([self], x, lengths, [route]))
+            return next(run_compiled([self], x, lengths, [route], [terms]))
         stream, after = (x, lengths) if route is None else (route.rows(x), route.lengths)
         with cast_weights([self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2], x.device.type):
-            x = stream + self.drop_path(self.attn(self.norm1(x), lengths, route, len(stream)), after)
-            return x + self.drop_path(self.mlp(self.norm2(x)), after)
+            y = self.attn(self.norm1(x), lengths, route, len(stream), terms)
+            x = stream + self.drop_path(y if self.scale1 is None else y * self.scale1, after)
+            y = self.mlp(self.norm2(x))
+            return x + self.drop_path(y if self.scale2 is None else y * self.scale2, after)
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, lengths: SetLengths, routes: Sequence[Route | None] | None = None
+    blocks: nn.ModuleList,
+    x: Tensor,
+    lengths: SetLengths,
+    routes: Sequence[Route | None] | None = None,
+    terms: Iterable[Terms] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the output of each block, [R, D], one after another, so that none is stored here.
 
@@ -259,16 +257,18 @@ def run_blocks(
         x: [R, D].
         lengths: lengths of the sets.
         routes: a route or None per block, see ``Block.forward``; None for no routes.
+        terms: of each block's attention; None for none.
     """
     every: list[Any] = list(blocks)
+    terms = repeat(NO_TERMS, len(every)) if terms is None else terms
     routes = [None] * len(every) if routes is None else routes
     # Hooks (FSDP2 gathers weights in one) and activation checkpoints need each block to be called.
     apart = any(has_forward_hooks(b) or (b.checkpointed and torch.is_grad_enabled()) for b in every)
     if all(b.compiled for b in every) and not apart:
-        yield from run_compiled(every, x, lengths, routes)
+        yield from run_compiled(every, x, lengths, routes, terms)
         return
-    for block, route in zip(every, routes, strict=True):
-        x = block(x, lengths, route)
+    for block, route, term in zip(every, routes, terms, strict=True):
+        x = block(x, lengths, route, term)
         yield x
 
 
@@ -317,7 +317,7 @@ def make_blocks(dim: int, depth: int, num_heads: int, *, drop_path: float = 0.0,
 
 
 def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> None:
-    """Initialise every Linear by a truncated normal (0.02) with zero bias, and every LayerNorm by one and zero.
+    """Initialise every Linear by a truncated normal (0.02) with zero bias, every LayerNorm by one and zero.
 
     ``released`` does no more, as the released code in effect: its constructor scales by depth, but a second
     initialisation undoes that. ``depth_scaled`` also divides attn.proj and mlp.fc2 of block l = 1, 2, ... by sqrt(2 l),
@@ -335,6 +335,10 @@ def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> No
         elif isinstance(m, nn.LayerNorm):
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
+        elif isinstance(m, Block) and m.layer_scale is not None:
+            for scale in (m.scale1, m.scale2):
+                assert scale is not None
+                nn.init.constant_(scale, m.layer_scale)
     if init == "depth_scaled":
         with torch.no_grad():
             for i, block in enumerate(blocks, start=1):

@@ -11,7 +11,7 @@ blocks of the same shape share a program, and a copied block (of a target encode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ class After(NamedTuple):
     norm: Affine
     fc1: Affine
     fc2: Affine
+    scale1: Tensor | None
+    scale2: Tensor | None
 
 
 class Stream(NamedTuple):
@@ -77,8 +79,10 @@ class Regions:
         def last(stream: Stream, after: After) -> Tensor:
             x, y, kept, kept_mlp = stream
             y = F.linear(y, *after.proj)
+            y = y if after.scale1 is None else y * after.scale1
             x = x + (y if kept is None else y * kept)
             y = F.linear(F.gelu(F.linear(norm(x, after.norm), *after.fc1)), *after.fc2)
+            y = y if after.scale2 is None else y * after.scale2
             return x + (y if kept_mlp is None else y * kept_mlp)
 
         def between(stream: Stream, after: After, before: Before) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,9 @@ class Regions:
 _regions = lru_cache(maxsize=None)(Regions)
 
 
-def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: Sequence[Any]) -> Iterator[Tensor]:
+def run_compiled(
+    blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: Sequence[Any], terms: Iterable[Any]
+) -> Iterator[Tensor]:
     """Yield what each block of jepa_kit/encoders/blocks.py returns without compilation, to rounding.
 
     Args:
@@ -111,12 +117,13 @@ def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: 
         x: [R, D].
         lengths: lengths of the sets.
         routes: a ``Route`` or None per block.
+        terms: ``Terms`` of each block.
     """
     regions = _regions(blocks[0].norm1.eps, COMPILER)
     before, after = _weights(blocks[0], x)
     qkv = regions.first(mark_dynamic(x), before)
-    for block, route, following in zip(blocks, routes, (*blocks[1:], None), strict=True):
-        stream = _stream(block, x, qkv, lengths, route)
+    for block, route, term, following in zip(blocks, routes, terms, (*blocks[1:], None), strict=True):
+        stream = _stream(block, x, qkv, lengths, route, term)
         if following is None:
             x = regions.last(stream, after)
         else:
@@ -126,10 +133,10 @@ def run_compiled(blocks: Sequence[Any], x: Tensor, lengths: SetLengths, routes: 
         yield x
 
 
-def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any) -> Stream:
+def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any, terms: Any) -> Stream:
     """Run the attention of a block, which is not compiled."""
     x, after = (x, lengths) if route is None else (route.rows(x), route.lengths)  # [R_k, D]
-    y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x))  # [R_k, D]
+    y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x), terms)
     drops = block.training and block.drop_path.rate > 0
     kept, kept_mlp = (mark_dynamic(block.drop_path(x.new_ones(len(x), 1), after)) if drops else None for _ in range(2))
     return Stream(mark_dynamic(x), mark_dynamic(y), kept, kept_mlp)
@@ -139,4 +146,4 @@ def _weights(block: Any, x: Tensor) -> tuple[Before, After]:
     linears: list[nn.Linear] = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2]
     qkv, proj, fc1, fc2 = cast_together(linears, x.device.type)
     norm1, norm2 = ((norm.weight, norm.bias) for norm in (block.norm1, block.norm2))
-    return Before(norm1, qkv), After(proj, norm2, fc1, fc2)
+    return Before(norm1, qkv), After(proj, norm2, fc1, fc2, block.scale1, block.scale2)

@@ -6,81 +6,33 @@ C = channels  p = patch size in pixels         D = width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from jepa_kit.encoders.blocks import (
-    Compile,
-    Init,
-    add_rows,
-    fill_rows,
-    init_transformer,
-    make_blocks,
-    run_blocks,
-    take_rows,
-)
-from jepa_kit.encoders.products import linear
+from jepa_kit.encoders.blocks import Compile, Init, Terms, init_transformer, make_blocks, run_blocks
+from jepa_kit.encoders.packed import add_rows, fill_rows, take_rows
+from jepa_kit.encoders.patch_embed import PatchEmbed, standardise
+from jepa_kit.encoders.positions import RelativeBias, interpolate_pos_embed, patch_grid, rotary_angles, sincos_2d
+from jepa_kit.encoders.prefix import add_prefix, split_prefix
+from jepa_kit.encoders.sizes import Size, check_layers, shape_of
 from jepa_kit.registry import ENCODERS, Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import Grid, PatchSets
+from jepa_kit.structures import Grid, PatchSets, Tokens
 
 PatchInit = Literal["released", "xavier"]
 InputNorm = Literal["none", "image"]
-Size = Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-
-
-SIZES: dict[str, _Shape] = {
-    "tiny": _Shape(192, 12, 3),  # DeiT, Touvron et al. 2021, table 1
-    "small": _Shape(384, 12, 6),  # DeiT, table 1
-    "base": _Shape(768, 12, 12),  # ViT, Dosovitskiy et al. 2021, table 1
-    "large": _Shape(1024, 24, 16),  # ViT, table 1
-    "huge": _Shape(1280, 32, 16),  # ViT, table 1
-    "giant": _Shape(1408, 40, 16, 48 / 11),  # ViT-g, Zhai et al. 2022, table 2: MLP 6144
-    "gigantic": _Shape(1664, 48, 16, 64 / 13),  # ViT-G, Zhai et al. 2022, table 2: MLP 8192
-}
-
-
-class PatchEmbed(nn.Module):
-    """Map the pixels of each selected patch to a token, linearly.
-
-    The weight has the shape of the convolution of other code bases, [D, C, p, p].
-    """
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor, patches: PatchSets | None) -> Tensor:
-        """Embed [B, C, H * p, W * p] -> [R, D]: P patches, or B * N if ``patches`` is None, plus ``fill_rows``."""
-        p = self.patch_size
-        if patches is None:
-            pixels = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
-        else:
-            w = images.shape[-1] // p
-            view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
-            pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
-        return linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
+Positions = Literal["sincos", "learned", "rotary", "none"]
+Bias = Literal["none", "shared", "per_block"]
 
 
 @ENCODERS.register("vit")
 class ViT(nn.Module):
-    """Pre-norm ViT with fixed sine-cosine positions and without a class token (I-JEPA, section 3 and A.1).
+    """Pre-norm ViT; by default I-JEPA's, with fixed sine-cosine positions and without a class token (section 3, A.1).
 
     Args:
         image_size: (h, w) in pixels of training images; supplied by the recipe.
@@ -88,9 +40,26 @@ class ViT(nn.Module):
         size: a standard size (``SIZES`` names its source), or None if the next options are given.
         embed_dim, depth, num_heads, mlp_ratio: override the values of ``size``. mlp_ratio is 4 by default.
         in_chans: channels of an image.
-        qkv_bias: whether q, k and v have a bias.
+        qkv_bias: whether q, k and v have a bias. BEiT's keys have none: a bias of the keys adds the same to all scores
+            of a query, so it changes no output and gets no gradient, unless positions are rotary.
         norm_eps: eps of every LayerNorm.
+        final_norm: whether a LayerNorm follows the last block.
+        layer_scale: initial value of the factors of each block's branches (``Block``), 0.1 in BEiT; null for none.
         drop_path: rate of stochastic depth at the last block, in [0, 1); it rises linearly from 0 at the first.
+        mask_token: learn a token that replaces the content of hidden patches before positions are added (BEiT, SimMIM),
+            for masker ``in_place``.
+        class_token: begin each set with a learned token.
+        registers: number of learned tokens of each set after the class token (Darcet et al. 2024).
+        positions: ``sincos`` adds fixed ones to the content, ``learned`` learned ones, ``rotary`` rotates queries and
+            keys (``rotary_angles``), ``none`` does neither. The class token has a learned one or none (MAE); registers
+            have none.
+        interpolation_offset: added to the sides of another grid when tables are interpolated for it, which moves the
+            samples by a fraction of a patch: 0.1 in DINO's and MSN's code, 0 in I-JEPA's.
+        rotary_base: of ``rotary``; 100 in RoPE-ViT (Heo et al. 2024), 10,000 in V-JEPA 2.
+        relative_bias: biases of scores by relative position (``RelativeBias``): none, ``shared`` by all blocks (BEiT,
+            SimMIM), or of each block (``per_block``).
+        decay_tokens: whether weight decay applies to class token, registers and learned positions: true in MAE and
+            DINO, false in BEiT, SimMIM and data2vec.
         input_norm: ``image`` subtracts each image's mean per channel and divides by the image's standard deviation
             (plus 0.1), so that overall colour and brightness are not the easiest thing to predict; ``none`` does
             nothing, as the release.
@@ -105,9 +74,13 @@ class ViT(nn.Module):
     Raises:
         ValueError: neither a size nor all of width, depth and heads are given; the patch size does not divide the
             image; heads or positions do not divide the width; or another value is outside its range.
+
+    Attributes:
+        num_prefix: k, the number of tokens before the patches of each set.
+        extras: names of the options in which it differs from I-JEPA's.
     """
 
-    forward_methods = ("forward_layers",)
+    forward_methods = ("forward_layers", "forward_tokens")
     """Methods that are called besides ``forward``; FSDP gathers weights for them too."""
 
     def __init__(
@@ -123,7 +96,17 @@ class ViT(nn.Module):
         in_chans: int = 3,
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
+        final_norm: bool = True,
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
+        mask_token: bool = False,
+        class_token: bool = False,
+        registers: int = 0,
+        positions: Positions = "sincos",
+        interpolation_offset: float = 0.0,
+        rotary_base: float = 100.0,
+        relative_bias: Bias = "none",
+        decay_tokens: bool = True,
         input_norm: InputNorm = "none",
         init: Init = "released",
         patch_init: PatchInit = "xavier",
@@ -131,21 +114,46 @@ class ViT(nn.Module):
         attention: Backend = "auto",
     ) -> None:
         super().__init__()
-        shape = _resolve(size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        shape = shape_of(size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
         check_choice("patch_init", patch_init, PatchInit)
         check_choice("input_norm", input_norm, InputNorm)
-        if in_chans < 1:
-            raise ValueError(f"in_chans (={in_chans}) must be at least 1")
+        check_choice("positions", positions, Positions)
+        check_choice("relative_bias", relative_bias, Bias)
+        for name, value, least in (("in_chans", in_chans, 1), ("registers", registers, 0)):
+            if value < least:
+                raise ValueError(f"{name} (={value}) must be at least {least}")
+        if not 0 <= interpolation_offset < 1:
+            raise ValueError(f"interpolation_offset (={interpolation_offset}) must be in [0, 1)")
+        if not 0 < rotary_base < math.inf:
+            raise ValueError(f"rotary_base (={rotary_base}) must be above 0 and finite")
         self.patch_size = patch_size
         self.grid: Grid = patch_grid(image_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.embed_dim, self.depth = shape.embed_dim, shape.depth
+        self.embed_dim, self.depth, self.num_heads = shape.embed_dim, shape.depth, shape.num_heads
         self.in_chans = in_chans
         self.input_norm = input_norm
         self.init: Init = init
         self.patch_init = patch_init
-        self.pos_embed: Tensor
-        self.register_buffer("pos_embed", sincos_2d(shape.embed_dim, self.grid), persistent=False)
+        self.positions: Positions = positions
+        self.interpolation_offset, self.rotary_base = interpolation_offset, rotary_base
+        self.class_token, self.num_prefix = class_token, class_token + registers
+        more = {
+            "final_norm": not final_norm,
+            "layer_scale": layer_scale is not None,
+            "mask_token": mask_token,
+            "class_token": class_token,
+            "registers": registers > 0,
+            "positions": positions != "sincos",
+            "interpolation_offset": interpolation_offset > 0,
+            "relative_bias": relative_bias != "none",
+        }
+        self.extras = tuple(name for name, differs in more.items() if differs)
+        self.pos_embed: Tensor  # None without a table
+        if positions == "sincos":
+            self.register_buffer("pos_embed", sincos_2d(shape.embed_dim, self.grid), persistent=False)
+        else:
+            rows = class_token + self.num_patches if positions == "learned" else 0
+            self.register_parameter("pos_embed", self._token(rows))
         self.patch_embed = PatchEmbed(patch_size, in_chans, shape.embed_dim)
         self.blocks = make_blocks(
             shape.embed_dim,
@@ -155,16 +163,35 @@ class ViT(nn.Module):
             qkv_bias=qkv_bias,
             norm_eps=norm_eps,
             drop_path=drop_path,
+            layer_scale=layer_scale,
             backend=attention,
             compiled=compile,
         )
-        self.norm = nn.LayerNorm(shape.embed_dim, eps=norm_eps)
+        if positions == "rotary":
+            self.angles(self.grid)  # checks the width of heads
+        self.relative = None
+        if relative_bias != "none":
+            tables = shape.depth if relative_bias == "per_block" else 1
+            self.relative = RelativeBias(self.grid, shape.num_heads, tables=tables, prefix=self.num_prefix)
+        self.norm = nn.LayerNorm(shape.embed_dim, eps=norm_eps) if final_norm else nn.Identity()
+        self.mask_token = self._token(int(mask_token))
+        self.cls_token = self._token(int(class_token))
+        self.register_tokens = self._token(registers)
+        if not decay_tokens:
+            for token in (self.cls_token, self.register_tokens, self.pos_embed):
+                if isinstance(token, nn.Parameter):
+                    token.no_decay = True  # type: ignore[attr-defined]
         self.init_weights()
+
+    def _token(self, rows: int) -> nn.Parameter | None:
+        """Return learned tokens [rows, D], or None for no row."""
+        return nn.Parameter(torch.zeros(rows, self.embed_dim)) if rows else None
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise all parameters and buffers."""
-        self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid))
+        if self.positions == "sincos":
+            self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid))
         init_transformer(self, self.blocks, self.init)
         if self.patch_init == "xavier":
             nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
@@ -172,21 +199,28 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
+        for token in (self.mask_token, self.cls_token, self.register_tokens, self.pos_embed):
+            if isinstance(token, nn.Parameter):
+                nn.init.trunc_normal_(token, std=0.02)
+        if self.relative is not None:
+            for table in self.relative.tables:
+                nn.init.zeros_(table)
 
     def forward(self, images: Tensor, patches: PatchSets | None = None) -> Tensor:
         """Encode the given patches; each set attends only to itself.
 
         Args:
             images: [B, C, h, w], normalised; positions are interpolated for sizes other than ``image_size``.
-            patches: the sets to encode; None for all patches of each image.
+            patches: the sets to encode, with mask tokens at ``patches.hidden``; None for all patches of each image.
 
         Returns:
             [P, D], packed as ``patches``; [B * N, D] if it is None.
 
         Raises:
-            ValueError: the number of channels is wrong, or the patch size does not divide the image.
+            ValueError: the number of channels is wrong, the patch size does not divide the image, patches are hidden
+                and there is no mask token, or ``relative_bias`` has no table for images of this size.
         """
-        return self.forward_layers(images, patches, layers=(self.depth,))[0]
+        return self._encode(images, patches, (self.depth,), True)[0].patches
 
     def forward_layers(
         self, images: Tensor, patches: PatchSets | None = None, *, layers: Sequence[int], norm: bool = True
@@ -199,108 +233,103 @@ class ViT(nn.Module):
             norm: whether the final norm is applied to each.
 
         Raises:
-            ValueError: a layer does not exist, or there is none.
+            ValueError: a layer does not exist, or there is none; or as for ``forward``.
         """
+        return [tokens.patches for tokens in self._encode(images, patches, layers, norm)]
+
+    def forward_tokens(
+        self,
+        images: Tensor,
+        patches: PatchSets | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> list[Tokens]:
+        """Return what ``forward_layers`` returns, with the class token and the registers of each set.
+
+        Args:
+            layers: None for the last block alone; otherwise as for ``forward_layers``.
+        """
+        return self._encode(images, patches, (self.depth,) if layers is None else layers, norm)
+
+    def _encode(self, images: Tensor, patches: PatchSets | None, layers: Sequence[int], norm: bool) -> list[Tokens]:
         check_layers(layers, self.depth)
         x, lengths = self.embed(images, patches)
+        blocks = run_blocks(self.blocks, x, lengths, terms=self.terms(images, patches, lengths))
         outputs = {}
-        for number, output in enumerate(chain([x], run_blocks(self.blocks, x, lengths))):
+        for number, output in enumerate(chain([x], blocks)):
             if number in layers:
-                outputs[number] = take_rows(self.norm(output) if norm else output, lengths.total)
+                tokens = take_rows(self.norm(output) if norm else output, lengths.total)
+                outputs[number] = split_prefix(tokens, lengths, self.num_prefix)
             if number == max(layers):
                 break
         return [outputs[number] for number in layers]
 
     def embed(self, images: Tensor, patches: PatchSets | None) -> tuple[Tensor, SetLengths]:
-        """Return content plus position of each patch, [R, D] with the P tokens first, and the lengths of the sets."""
+        """Return the input of the first block, [R, D], and the lengths of its sets.
+
+        Each set is its prefix, without position or with a learned one for the class token, then content plus position
+        of each patch. R is the number of tokens, or more (``fill_rows``).
+        """
         if images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, h, w], not {tuple(images.shape)}")
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         if self.input_norm == "image":
-            centred = images - images.mean((2, 3), keepdim=True)
-            # as torch.std, which takes 30 times as long on a CPU
-            deviation = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / (centred[0].numel() - 1) ** 0.5
-            images = centred / (deviation + 0.1)
-        table = interpolate_pos_embed(self.pos_embed, self.grid, grid)  # [N, D]
-        content = self.patch_embed(images, patches)  # [R, D]
+            images = standardise(images)
+        x = self.patch_embed(images, patches)  # [R, D]
         if patches is None:
-            lengths = SetLengths([len(table)] * len(images), images.device, whole=True)
-            position = table.repeat(len(images), 1)
+            lengths = SetLengths([grid[0] * grid[1]] * len(images), images.device, whole=True)
         else:
             lengths = patches.lengths
-            position = table.index_select(0, patches.index)
-        return content + add_rows(position, len(content)), lengths
+            x = self._hide(x, patches)
+        if self.pos_embed is None:
+            x = x.to(self.patch_embed.proj.weight.dtype)  # as after the sum with a table, if autocast made it bf16
+        else:
+            prefix = len(self.pos_embed) - self.num_patches
+            table = interpolate_pos_embed(self.pos_embed[prefix:], self.grid, grid, self.interpolation_offset)
+            position = table.repeat(len(images), 1) if patches is None else table.index_select(0, patches.index)
+            x = x + add_rows(position, len(x))
+        if not self.num_prefix:
+            return x, lengths
+        x = add_prefix(self._prefix().expand(len(lengths), -1, -1), take_rows(x, lengths.total), lengths)
+        return fill_rows(x), lengths.plus(self.num_prefix)
 
+    def _hide(self, content: Tensor, patches: PatchSets) -> Tensor:
+        """Return the content [R, D] with the mask token at hidden patches."""
+        if patches.hidden is None:
+            return content
+        if self.mask_token is None:
+            raise ValueError(
+                "patches.hidden is given, but this encoder has no mask token: set encoder.mask_token to true, or take "
+                "a masker other than 'in_place'"
+            )
+        hidden = add_rows(patches.hidden[:, None], len(content))
+        return torch.where(hidden, self.mask_token, content)
 
-def patch_grid(image_size: tuple[int, int], patch_size: int) -> Grid:
-    """Return (H, W), the patch grid of an image.
+    def _prefix(self) -> Tensor:
+        """Return the class token and the registers, [k, D]."""
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.register_tokens) if token is not None]
+        if self.class_token and self.positions == "learned":
+            tokens[0] = tokens[0] + self.pos_embed[:1]
+        return torch.cat(tokens)
 
-    Raises:
-        ValueError: the patch size does not divide both sides.
-    """
-    h, w = image_size
-    if patch_size < 1 or h < patch_size or w < patch_size or h % patch_size or w % patch_size:
-        raise ValueError(f"patch_size (={patch_size}) must divide the height (={h}) and the width (={w}) of an image")
-    return h // patch_size, w // patch_size
+    def terms(self, images: Tensor, patches: PatchSets | None, lengths: SetLengths) -> Iterable[Terms] | None:
+        """Return what the attention of each block adds: rotations and biases of sets with these lengths."""
+        grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
+        rotation = None
+        if self.positions == "rotary":
+            angles = self.angles(grid)  # [N, d]
+            angles = angles.repeat(len(images), 1) if patches is None else angles.index_select(0, patches.index)
+            still = angles.new_zeros(len(lengths), self.num_prefix, angles.shape[1])
+            angles = add_prefix(still, angles, lengths.plus(-self.num_prefix)).unsqueeze(1)  # [P, 1, d]
+            rotation = (angles.cos(), angles.sin())
+        if self.relative is not None:
+            biases = self.relative(patches, lengths, grid)
+            if len(self.relative.tables) == 1:
+                return repeat(Terms(next(biases), rotation), self.depth)
+            return (Terms(bias, rotation) for bias in biases)
+        return None if rotation is None else repeat(Terms(rotation=rotation), self.depth)
 
-
-def check_layers(layers: Sequence[int], depth: int) -> None:
-    """Raise ValueError unless ``layers`` of ``forward_layers`` are layers of an encoder of this depth."""
-    if not layers or not all(0 <= number <= depth for number in layers):
-        raise ValueError(
-            f"layers (={tuple(layers)}) must be numbers of blocks, from 1 to the encoder's depth (={depth}), or 0 for "
-            "the input of the first"
-        )
-
-
-def _resolve(size: str | None, **values: Any) -> _Shape:
-    """Return the shape of a size, with those of its fields replaced whose value is not None."""
-    given = {name: value for name, value in values.items() if value is not None}
-    if size is not None and size not in SIZES:
-        raise ValueError(f"size (={size!r}) must be one of {', '.join(SIZES)}")
-    if size is not None:
-        return replace(SIZES[size], **given)
-    missing = [name for name in ("embed_dim", "depth", "num_heads") if name not in given]
-    if missing:
-        raise ValueError(f"size (=None) needs {', '.join(missing)} to be given; sizes: {', '.join(SIZES)}")
-    return _Shape(**given)
-
-
-def sincos_2d(embed_dim: int, grid: Grid) -> Tensor:
-    """Return the fixed sine-cosine positions of a grid (Vaswani et al. 2017; in two dimensions MAE, He et al. 2022).
-
-    The first half of the width encodes the column, the second half the row; each half is the sine, then the cosine of
-    position / 10000**(i / (D / 4)). Computed in float64 and stored in float32, as the released code does.
-
-    Returns:
-        [N, D] float32.
-
-    Raises:
-        ValueError: ``embed_dim`` is not a multiple of 4.
-    """
-    if embed_dim < 4 or embed_dim % 4:
-        raise ValueError(f"embed_dim (={embed_dim}) must be a multiple of 4: sine and cosine of rows and columns")
-    h, w = grid
-    quarter = embed_dim // 4
-    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
-    row = torch.arange(h, dtype=torch.float64).repeat_interleave(w)  # [N]
-    column = torch.arange(w, dtype=torch.float64).repeat(h)  # [N]
-    angles = [x[:, None] * frequency for x in (column, row)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
-
-
-def interpolate_pos_embed(table: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
-    """Return positions for another grid by bicubic interpolation, as ViT and DINO do.
-
-    Args:
-        table: [N, D] for ``from_grid``.
-
-    Returns:
-        [N', D] for ``to_grid``, in the dtype of ``table``.
-    """
-    if from_grid == to_grid:
-        return table
-    image = table.T.reshape(1, -1, *from_grid)
-    image = image if image.dtype == torch.float64 else image.float()
-    image = F.interpolate(image, size=to_grid, mode="bicubic", align_corners=False)
-    return image.flatten(2)[0].T.to(table.dtype).contiguous()
+    def angles(self, grid: Grid) -> Tensor:
+        """Return the angles by which queries and keys are rotated, [N, d]: see ``rotary_angles``."""
+        return rotary_angles(self.embed_dim // self.num_heads, grid, self.rotary_base, self.patch_embed.proj.weight)

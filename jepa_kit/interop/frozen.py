@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jepa_kit.data.images import decode, to_rgb
 from jepa_kit.data.transforms import CenterCrop, normalize, stack
-from jepa_kit.encoders.vit import patch_grid
+from jepa_kit.encoders.positions import patch_grid
 from jepa_kit.errors import ImageError
 from jepa_kit.interop.formats import read_encoder
 from jepa_kit.interop.weights import EncoderWeights, Positions, TorchBackend

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from jepa_kit.config import Config
-from jepa_kit.encoders.vit import sincos_2d
+from jepa_kit.encoders.positions import sincos_2d
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.errors import CheckpointError

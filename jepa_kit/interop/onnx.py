@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.encoders.vit import interpolate_pos_embed, patch_grid
+from jepa_kit.encoders.positions import interpolate_pos_embed, patch_grid
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, sha256_of
 from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest, raw

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kit.encoders.vit import SIZES, sincos_2d
+from jepa_kit.encoders.positions import sincos_2d
+from jepa_kit.encoders.sizes import SIZES
 from jepa_kit.engine.checkpoint.format import check_finite, check_state
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.names import hint

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jepa_kit.config.data_section import DataConfig
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.encoders.vit import ViT, sincos_2d
+from jepa_kit.encoders.positions import sincos_2d
+from jepa_kit.encoders.vit import ViT
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import ABOUT, SEALED
 from jepa_kit.structures import Grid
@@ -83,9 +84,19 @@ class Architecture:
 
 
 def architecture_of_vit(vit: ViT) -> Architecture:
-    """Return the architecture of a module, which may be on the meta device."""
+    """Return the architecture of a module, which may be on the meta device.
+
+    Raises:
+        CheckpointError: it has parts that the formats do not share.
+    """
+    if vit.extras:
+        raise CheckpointError(
+            f"formats share I-JEPA's ViT alone, and this encoder differs in {', '.join(vit.extras)}; evaluate its run "
+            "folder with tools/eval_net.py"
+        )
     (h, w), p, block = vit.grid, vit.patch_size, vit.blocks[0]
     assert isinstance(block, Block)
+    assert isinstance(vit.norm, nn.LayerNorm)
     return Architecture(
         image_size=(h * p, w * p),
         patch_size=p,

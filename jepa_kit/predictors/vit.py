@@ -9,18 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders.blocks import (
-    Compile,
-    Init,
-    Route,
-    fill_rows,
-    init_transformer,
-    make_blocks,
-    run_blocks,
-    take_rows,
-)
+from jepa_kit.encoders.blocks import Compile, Init, init_transformer, make_blocks, run_blocks
+from jepa_kit.encoders.packed import Route, fill_rows, take_rows
+from jepa_kit.encoders.positions import sincos_2d
 from jepa_kit.encoders.products import Linear
-from jepa_kit.encoders.vit import sincos_2d
 from jepa_kit.registry import PREDICTORS, Backend
 from jepa_kit.structures import MaskBatch
 

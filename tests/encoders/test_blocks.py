@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from jepa_kit.encoders.blocks import (
-    COUNTS,
     Attention,
     Block,
     DropPath,
-    add_rows,
-    fill_rows,
     init_transformer,
     make_blocks,
 )
+from jepa_kit.encoders.packed import COUNTS, add_rows, fill_rows
 from jepa_kit.encoders.products import by_onednn
 from jepa_kit.set_lengths import SetLengths
 

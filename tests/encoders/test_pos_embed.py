@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from jepa_kit.encoders.vit import interpolate_pos_embed, sincos_2d
+from jepa_kit.encoders.positions import interpolate_pos_embed, sincos_2d
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released_step.safetensors"
 

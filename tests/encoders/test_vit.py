@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.encoders import SIZES, ViT
-from jepa_kit.encoders.vit import PatchEmbed, interpolate_pos_embed, patch_grid, sincos_2d
+from jepa_kit.encoders.patch_embed import PatchEmbed
+from jepa_kit.encoders.positions import interpolate_pos_embed, patch_grid, sincos_2d
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import PatchSets
 

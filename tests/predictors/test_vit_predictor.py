@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.encoders.vit import sincos_2d
+from jepa_kit.encoders.positions import sincos_2d
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.predictors.vit import sequence_order
 from jepa_kit.set_lengths import SetLengths

@@ -1,0 +1,46 @@
+"""From pixels to the content of tokens.
+
+B = images    N = H * W patches of an image    P = packed patches of all sets    R = P or more rows (``fill_rows``)
+C = channels  p = patch size in pixels         D = width
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from jepa_kit.encoders.packed import fill_rows
+from jepa_kit.encoders.products import linear
+from jepa_kit.structures import PatchSets
+
+
+class PatchEmbed(nn.Module):
+    """Map the pixels of each selected patch to a token, linearly.
+
+    The weight has the shape of the convolution of other code bases, [D, C, p, p].
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, patches: PatchSets | None) -> Tensor:
+        """Embed [B, C, H * p, W * p] -> [R, D]: P patches, or B * N if ``patches`` is None, plus ``fill_rows``."""
+        p = self.patch_size
+        if patches is None:
+            pixels = rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)
+        else:
+            w = images.shape[-1] // p
+            view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
+            pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
+        return linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def standardise(images: Tensor) -> Tensor:
+    """Return images without their mean colour, divided by their standard deviation plus 0.1: [B, C, h, w]."""
+    centred = images - images.mean((2, 3), keepdim=True)
+    # as torch.std, which takes 30 times as long on a CPU
+    deviation = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / (centred[0].numel() - 1) ** 0.5
+    return centred / (deviation + 0.1)
