@@ -51,6 +51,21 @@ def test_lengths_of_one_size_are_uniform() -> None:
     assert not SetLengths([2, 2, 3]).uniform
 
 
+@pytest.mark.parametrize("each", [LENGTHS, (4, 4)])
+def test_more_tokens_in_each_set(each: tuple[int, ...]) -> None:
+    lengths = SetLengths(each, whole=each == (4, 4))
+    more, expected = lengths.plus(3), SetLengths([n + 3 for n in each])
+    assert more is lengths.plus(3)
+    assert lengths.plus(0) is lengths
+    for name in ("on_host", "total", "longest", "uniform"):
+        assert getattr(more, name) == getattr(expected, name), name
+    assert more.whole == lengths.whole
+    assert torch.equal(more.offsets, expected.offsets)
+    assert more.offsets.dtype == torch.int32
+    assert torch.equal(more.set_of_token, expected.set_of_token)
+    assert more.plus(-3) == lengths
+
+
 @pytest.mark.parametrize("lengths", [[2.5, 1.5], (2.0, 1.0)])
 def test_lengths_are_integers(lengths: Any) -> None:
     with pytest.raises(ValueError, match=rf"lengths \(={lengths[0]}, ...\) must be integers, not float64"):

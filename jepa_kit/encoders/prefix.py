@@ -10,7 +10,6 @@ from torch import Tensor
 
 from jepa_kit.encoders.attention_dense import reorder
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import Tokens
 
 
 def add_prefix(prefix: Tensor, tokens: Tensor, lengths: SetLengths) -> Tensor:
@@ -29,20 +28,20 @@ def add_prefix(prefix: Tensor, tokens: Tensor, lengths: SetLengths) -> Tensor:
     return reorder(torch.cat([prefix.flatten(0, 1), tokens]), order, place)
 
 
-def split_prefix(x: Tensor, lengths: SetLengths, k: int) -> Tokens:
-    """Separate what ``add_prefix`` joined: [S * k + P, D] -> Tokens([P, D], [S, k, D]).
+def split_prefix(x: Tensor, lengths: SetLengths, k: int) -> tuple[Tensor, Tensor]:
+    """Separate what ``add_prefix`` joined: [S * k + P, D] -> tokens [P, D] and prefix [S, k, D].
 
     Args:
         lengths: of the sets with the prefix.
     """
     if not k:
-        return Tokens(x, x.new_empty(len(lengths), 0, x.shape[-1]))
+        return x, x.new_empty(len(lengths), 0, x.shape[-1])
     if lengths.uniform:
         x = x.unflatten(0, (len(lengths), -1))  # [S, k + L, D]
-        return Tokens(x[:, k:].flatten(0, 1), x[:, :k])
+        return x[:, k:].flatten(0, 1), x[:, :k]
     order, place = _order(lengths, k)
     prefix, tokens = reorder(x, place, order).split([len(lengths) * k, lengths.total - len(lengths) * k])
-    return Tokens(tokens, prefix.unflatten(0, (len(lengths), k)))
+    return tokens, prefix.unflatten(0, (len(lengths), k))
 
 
 def _order(lengths: SetLengths, k: int) -> tuple[Tensor, Tensor]:

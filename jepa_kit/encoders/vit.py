@@ -259,8 +259,8 @@ class ViT(nn.Module):
         outputs = {}
         for number, output in enumerate(chain([x], blocks)):
             if number in layers:
-                tokens = take_rows(self.norm(output) if norm else output, lengths.total)
-                outputs[number] = split_prefix(tokens, lengths, self.num_prefix)
+                rows = take_rows(self.norm(output) if norm else output, lengths.total)
+                outputs[number] = Tokens(*split_prefix(rows, lengths, self.num_prefix))
             if number == max(layers):
                 break
         return [outputs[number] for number in layers]

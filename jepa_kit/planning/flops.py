@@ -102,7 +102,7 @@ def block_flops(blocks: nn.ModuleList) -> SetFlops:
 
 def encoder_flops(encoder: nn.Module) -> SetFlops | None:
     """Return the FLOP of a forward pass of an encoder; None if it has no formula."""
-    if not has_formula(encoder, ViT):
+    if not has_formula(encoder, ViT) or encoder.num_prefix:
         return None
     blocks = block_flops(encoder.blocks)
     return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)

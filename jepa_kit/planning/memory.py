@@ -87,8 +87,8 @@ def training_memory(
         ValueError: there is no formula for a network.
     """
     encoder, predictor = jepa.encoder, jepa.predictor
-    if not isinstance(encoder, ViT) or not isinstance(predictor, ViTPredictor):
-        raise ValueError("the formula for memory is for encoder 'vit' with predictor 'vit' only")
+    if not isinstance(encoder, ViT) or encoder.extras or not isinstance(predictor, ViTPredictor):
+        raise ValueError("the formula for memory is for I-JEPA's encoder 'vit' with predictor 'vit' only")
     count, target = parameter_counts(jepa)
     number = 2 if precision == "bf16" else FLOAT32
     flops = model_flops(jepa)

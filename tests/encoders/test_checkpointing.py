@@ -14,6 +14,7 @@ from jepa_kit.maskers import MultiBlock
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import View
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 
@@ -43,7 +44,7 @@ def gradients(jepa: JEPA, *, bf16: bool = False) -> tuple[dict[str, Tensor], int
     masks = MultiBlock(grid=(8, 8))(np.arange(4), seed=0, epoch=0)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = jepa(images, masks).loss
+        loss = jepa(View(images, masks)).loss
     loss.backward()
     return {n: p.grad for n, p in jepa.named_parameters() if p.grad is not None}, sum(kept.values()), torch.rand(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from jepa_kit.maskers import RELEASED, MultiBlock
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.set_lengths import SetLengths
+from jepa_kit.structures import PatchSets, View
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 
@@ -62,7 +64,7 @@ def steps(jepa: JEPA, masker: MultiBlock, count: int, batch_size: int = 3, seed:
     losses = []
     for step in range(count):
         samples = np.arange(step * batch_size, (step + 1) * batch_size)
-        loss = jepa(torch.randn(batch_size, 3, 32, 32), masker(samples, seed=seed, epoch=0, step=step)).loss
+        loss = jepa(View(torch.randn(batch_size, 3, 32, 32), masker(samples, seed=seed, epoch=0, step=step))).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,7 +111,7 @@ def test_training_in_bf16_is_the_same() -> None:
             jepa = recipe(compile=compile)
             samples = RAGGED(np.arange(3), seed=0, epoch=0, step=0)
             torch.manual_seed(0)
-            loss = jepa(torch.randn(3, 3, 32, 32), samples).loss
+            loss = jepa(View(torch.randn(3, 3, 32, 32), samples)).loss
         loss.backward()
         gradients = [p.grad for p in jepa.parameters() if p.grad is not None]
         runs.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
@@ -140,6 +142,32 @@ def test_no_run_falls_back_without_a_word(monkeypatch: pytest.MonkeyPatch) -> No
         first_region(regions, 8)
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             first_region(regions, 9)
+
+
+@pytest.mark.parametrize("relative_bias", ["shared", "per_block"])
+def test_an_encoder_with_every_option_is_the_same(relative_bias: Literal["shared", "per_block"]) -> None:
+    outputs = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        vit = ViT(
+            image_size=(16, 16),
+            patch_size=4,
+            embed_dim=16,
+            depth=3,
+            num_heads=2,
+            class_token=True,
+            positions="rotary",
+            relative_bias=relative_bias,
+            layer_scale=0.1,
+            compile=compile,
+        )
+        for p in vit.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        y = vit(torch.randn(3, 3, 16, 16), PatchSets.pack([torch.arange(n) for n in (5, 1, 9)]))
+        y.square().sum().backward()
+        outputs.append((y.detach(), [p.grad for p in vit.parameters()]))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert compilations() == 3
 
 
 @pytest.mark.parametrize("why", ["hook", "checkpoint", "one"])

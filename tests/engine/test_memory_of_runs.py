@@ -169,7 +169,9 @@ def test_fsdp_adds_up_whole_gradients(tmp_path, torchrun):
 def test_a_network_without_a_formula():
     jepa, _, lengths = make(config())
     jepa.predictor = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="the formula for memory is for encoder 'vit' with predictor 'vit' only"):
+    with pytest.raises(
+        ValueError, match="the formula for memory is for I-JEPA's encoder 'vit' with predictor 'vit' only"
+    ):
         training_memory(jepa, lengths, precision="bf16")
 
 
