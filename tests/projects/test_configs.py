@@ -17,6 +17,7 @@ README = (PROJECT / "README.md").read_text()
 SHAPES = {
     "released_in1k_vith14": ((14, 1280, 32, 5120), (384, 12)),
     "released_in1k_vith16_448": ((16, 1280, 32, 5120), (384, 12)),
+    "released_in22k_vith14": ((14, 1280, 32, 5120), (384, 12)),
     "released_in22k_vitg16": ((16, 1408, 40, 6144), (384, 16)),
     "in1k_vitl16": ((16, 1024, 24, 4096), (384, 12)),
     "in1k_vitb16": ((16, 768, 12, 3072), (384, 6)),
