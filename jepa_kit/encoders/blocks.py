@@ -24,7 +24,7 @@ from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
 
-Init = Literal["released", "depth_scaled"]
+Init = Literal["released", "depth_scaled", "xavier"]
 Compile = bool | Literal["auto"]
 
 WIDE = 768
@@ -321,7 +321,7 @@ def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> No
 
     ``released`` does no more, as the released code in effect: its constructor scales by depth, but a second
     initialisation undoes that. ``depth_scaled`` also divides attn.proj and mlp.fc2 of block l = 1, 2, ... by sqrt(2 l),
-    as BEiT does and the release intends to.
+    as BEiT does and the release intends to. ``xavier`` draws each weight Xavier-uniform, as MAE does (appendix A.1).
 
     Raises:
         ValueError: ``init`` is unknown.
@@ -329,7 +329,10 @@ def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> No
     check_choice("init", init, Init)
     for m in module.modules():
         if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
+            if init == "xavier":
+                nn.init.xavier_uniform_(m.weight)
+            else:
+                nn.init.trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.LayerNorm):

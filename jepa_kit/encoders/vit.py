@@ -63,7 +63,7 @@ class ViT(nn.Module):
         input_norm: ``image`` subtracts each image's mean per channel and divides by the image's standard deviation
             (plus 0.1), so that overall colour and brightness are not the easiest thing to predict; ``none`` does
             nothing, as the release.
-        init: initial weights as released, or scaled down by depth (``init_transformer``).
+        init: initial weights as released, scaled down by depth, or Xavier-uniform (``init_transformer``).
         patch_init: initial patch embedding: ``released`` is a truncated normal (0.02), ``xavier`` is Xavier-uniform
             over flattened pixels, as in MAE. With small patches, the released one makes a token's content much
             smaller than its position (a fifth with 4 x 4 pixels), and training learns positions only.

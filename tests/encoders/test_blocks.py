@@ -174,7 +174,7 @@ def initialised(init: str, depth: int = 3, dim: int = 128) -> nn.ModuleList:
     return blocks
 
 
-@pytest.mark.parametrize("init", ["released", "depth_scaled"])
+@pytest.mark.parametrize("init", ["released", "depth_scaled", "xavier"])
 def test_init_sets_every_parameter(init: str) -> None:
     for name, p in initialised(init).named_parameters():
         assert torch.isfinite(p).all(), name
@@ -184,7 +184,7 @@ def test_init_sets_every_parameter(init: str) -> None:
             assert (p == 1).all(), name
 
 
-@pytest.mark.parametrize("init", ["released", "depth_scaled"])
+@pytest.mark.parametrize("init", ["released", "depth_scaled", "xavier"])
 def test_init_has_the_deviation_it_says(init: str) -> None:
     """Within 3 %: four standard errors of the deviation of 16,384 numbers are 2.2 %."""
     for i, block in enumerate(initialised(init), start=1):
@@ -195,6 +195,9 @@ def test_init_has_the_deviation_it_says(init: str) -> None:
             (block.attn.proj, 0.02 / scale),
             (block.mlp.fc2, 0.02 / scale),
         ):
+            if init == "xavier":  # uniform in +- sqrt(6 / (inputs + outputs)): Glorot and Bengio 2010, equation 16
+                expected = math.sqrt(2 / sum(linear.weight.shape))
+                assert float(linear.weight.detach().abs().max()) <= math.sqrt(3) * expected
             assert float(linear.weight.detach().std()) == pytest.approx(expected, rel=0.03)
             assert abs(float(linear.weight.detach().mean())) < 4 * expected / math.sqrt(linear.weight.numel())
 
@@ -245,5 +248,5 @@ def test_refuses_an_unknown_backend() -> None:
 
 
 def test_refuses_an_unknown_init() -> None:
-    with pytest.raises(ValueError, match=r"init \(='he'\) must be one of 'released', 'depth_scaled'"):
+    with pytest.raises(ValueError, match=r"init \(='he'\) must be one of 'released', 'depth_scaled', 'xavier'"):
         initialised("he")

@@ -314,7 +314,7 @@ def test_with_small_patches_the_released_init_drowns_content_in_position() -> No
         ({"norm_eps": -1.0}, r"norm_eps \(=-1.0\) must be above 0 and finite"),
         ({"in_chans": 0}, r"in_chans \(=0\) must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path \(=1.0\) must be in \[0, 1\)"),
-        ({"init": "xavier"}, r"init \(='xavier'\) must be one of 'released', 'depth_scaled'"),
+        ({"init": "he"}, r"init \(='he'\) must be one of 'released', 'depth_scaled', 'xavier'"),
         ({"input_norm": "layer"}, r"input_norm \(='layer'\) must be one of 'none', 'image'"),
         ({"patch_init": "mae"}, r"patch_init \(='mae'\) must be one of 'released', 'xavier'"),
         ({"attention": "flash"}, r"attention \(='flash'\) must be one of 'auto', 'xformers', 'sdpa', 'reference'"),

@@ -207,7 +207,7 @@ def test_refuses_masks_of_another_grid() -> None:
         ({"mlp_ratio": 0.0}, r"mlp_ratio \(=0.0\) must be above 0"),
         ({"norm_eps": -1.0}, r"norm_eps \(=-1.0\) must be above 0 and finite"),
         ({"drop_path": -0.5}, r"drop_path \(=-0.5\) must be in \[0, 1\)"),
-        ({"init": "mae"}, r"init \(='mae'\) must be one of 'released', 'depth_scaled'"),
+        ({"init": "mae"}, r"init \(='mae'\) must be one of 'released', 'depth_scaled', 'xavier'"),
         ({"attention": "flash"}, r"attention \(='flash'\) must be one of"),
     ],
 )
