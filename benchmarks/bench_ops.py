@@ -54,7 +54,7 @@ from walk_graph import gradients_of, set_gradients
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.encoders import compiled
-from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.planning.flops import Lengths, model_flops
@@ -174,7 +174,7 @@ def count_step(config: Config, batch_size: int) -> tuple[CountOperators, float]:
     with as_if_on_hopper(), counted_compilation(counter), FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             jepa = build_recipe(config)
-        optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
+        optimizer = optimizer_of(jepa, config.optim)
         images = torch.empty(batch_size, 3, *config.data.image_size, device="cuda")
         named_phases(jepa, counter)
         optimizer.register_step_pre_hook(lambda *_: setattr(counter, "phase", "optimiser"))

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict, load_config
-from jepa_kit.engine.build import build_optimizer
 from jepa_kit.engine.checkpoint.dcp import save_sharded
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, checksum
 from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint, save_checkpoint
 from jepa_kit.engine.checkpoint.state_dict import optimizer_state
+from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.files import write_archive
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read, read_encoder, write

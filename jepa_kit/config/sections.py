@@ -22,18 +22,28 @@ last update of the warm-up, and not the one after it, is the first with the high
 """
 
 
+OptimizerName = Literal["adamw", "sgd", "lars"]
+"""Optimisers of a run."""
+
+OPTIONS_OF: dict[str, tuple[str, ...]] = {"adamw": ("betas", "eps"), "sgd": ("momentum",), "lars": ("momentum",)}
+"""Optimiser -> its own options."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
-    """AdamW and its schedules; the defaults are the release's.
+    """The optimiser and its schedules; the defaults are the release's.
 
     Args:
+        name: "adamw"; "sgd"; or "lars", SGD with a rate for each weight (jepa_kit/engine/sgd.py).
         lr: learning rate at the end of the warm-up.
         start_lr: learning rate at the start of the warm-up.
         final_lr: learning rate at the end of the cosine decay.
         warmup_epochs: length of the linear warm-up.
         weight_decay: (first, last) value of its cosine.
         betas, eps: of AdamW.
+        momentum: of SGD and LARS.
         clip_grad: largest norm of all gradients; None for no clipping.
+        clip_each: ``clip_grad`` is the largest norm of each parameter's gradient, as in DINO.
         stretch: length of the schedules over the length of the run (the release's ``ipe_scale``).
         counting: which progress an update has: "from_1" as in the release, "from_0", or "both_ends" (``Counting``).
 
@@ -41,6 +51,7 @@ class OptimConfig(Section):
         ConfigError: a value is outside its range.
     """
 
+    name: OptimizerName = "adamw"
     lr: float = above_0(1e-3)
     start_lr: float = at_least(0, 2e-4)
     final_lr: float = at_least(0, 1e-6)
@@ -50,7 +61,9 @@ class OptimConfig(Section):
     )
     betas: tuple[float, float] = option("in [0, 1) each", lambda x: all(0 <= v < 1 for v in x), (0.9, 0.999))
     eps: float = above_0(1e-8)
+    momentum: float = option("in [0, 1)", lambda x: 0 <= x < 1, 0.9)
     clip_grad: float | None = above_0(None)
+    clip_each: bool = False
     stretch: float = at_least(1, 1.0)
     counting: Counting = "from_1"
 
@@ -62,6 +75,14 @@ class OptimConfig(Section):
                 is_default = value == getattr(cls, name)  # perhaps not given by the user
                 note, hint = (", its default", f": give {name} too, at most {lr!r}") if is_default else ("", "")
                 problems.append(f"{name} (={value!r}{note}) must not be above lr (={lr!r}){hint}")
+        others = {option for options in OPTIONS_OF.values() for option in options} - {*OPTIONS_OF[values["name"]]}
+        problems += [
+            f"{name} (={values[name]!r}) has no effect if name is {values['name']}"
+            for name in sorted(others)
+            if values[name] != getattr(cls, name)
+        ]
+        if values["clip_each"] and values["clip_grad"] is None:
+            problems.append("clip_each (=True) has no effect if clip_grad is null")
         return problems
 
 

@@ -18,7 +18,7 @@ from jepa_kit.data.transforms import Pipeline, build_pipeline
 from jepa_kit.distributed.collectives import World, broadcast_from_rank0, joined, run_on_all_ranks
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.consistency import check_same, flatten
-from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Schedule
@@ -127,7 +127,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
         loader=loader,
         jepa=jepa,
         forward=forward,
-        optimizer=build_optimizer(jepa, betas=optim.betas, eps=optim.eps),
+        optimizer=optimizer_of(jepa, optim),
         schedule=Schedule.of(config, steps_per_epoch, jepa.momentum),
         steps_per_epoch=steps_per_epoch,
     )

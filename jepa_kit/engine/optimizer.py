@@ -1,9 +1,9 @@
-"""AdamW over the parameter groups of the released I-JEPA code, and the norm of all gradients.
+"""The optimiser of a run, over the parameter groups of the released I-JEPA code, and the norms of gradients.
 
 Groups, in order: encoder weights, predictor weights, encoder biases and 1-D, predictor biases and 1-D. Weight decay
-applies to the first two; the mask token has more than one dimension and is among them. Parameters that do not require a
-gradient (those of the target encoder) are left out. All that are not the encoder's (also those of a loss or a target)
-are grouped with the predictor's.
+applies to the first two; the mask token has more than one dimension and is among them. A parameter whose attribute
+``no_decay`` is True belongs to the others. Parameters that do not require a gradient (those of the target encoder) are
+left out. All that are not the encoder's (also those of a loss or a target) are grouped with the predictor's.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.engine.checkpoint.state_dict import is_sharded
+from jepa_kit.config.sections import OptimConfig, OptimizerName
+from jepa_kit.engine.checkpoint.state_dict import is_sharded, local_part
+from jepa_kit.engine.sgd import SGD, norms_of
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Return whether weight decay applies: two dimensions or more, and not named a bias."""
-    return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2]
+    """Return whether weight decay applies: two dimensions or more, not named a bias, and no attribute ``no_decay``."""
+    return parameter.ndim > 1 and "bias" not in name.rpartition(".")[2] and not getattr(parameter, "no_decay", False)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -46,31 +48,56 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> torch.optim.AdamW:
-    """Return AdamW over ``parameter_groups(model)``; ``set_hyper`` sets its learning rate and weight decay, 0 at first.
+    model: nn.Module,
+    *,
+    name: OptimizerName = "adamw",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """Return an optimiser of ``parameter_groups(model)``; ``set_hyper`` sets learning rate and weight decay, now 0.
 
-    Fused on CPU and CUDA: bit-reproducible, and on two CPU cores several times faster than ``foreach`` or the plain
-    loop for the parameters of a ViT-S. ``foreach`` on other devices.
+    AdamW is fused on CPU and CUDA: bit-reproducible, and on two CPU cores several times faster than ``foreach`` or the
+    plain loop for the parameters of a ViT-S. ``foreach`` on other devices.
+
+    Args:
+        model: see ``parameter_groups``.
+        name: ``adamw``; ``sgd`` or ``lars`` of sgd.py.
+        betas, eps: of AdamW.
+        momentum: of SGD and LARS.
     """
     groups = parameter_groups(model)
+    if name != "adamw":
+        return SGD(groups, momentum=momentum, layerwise=name == "lars")
     on = {p.device.type for group in groups for _, p in group["params"]}
     fused = on <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused, foreach=not fused)
 
 
-def clip_gradients(model: nn.Module, max_norm: float | None = None) -> Tensor:
-    """Scale all gradients down to a joint norm of at most ``max_norm``, and return their norm [] before that.
+def optimizer_of(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of a config."""
+    return build_optimizer(model, name=optim.name, betas=optim.betas, eps=optim.eps, momentum=optim.momentum)
 
-    Under FSDP it is the norm over all shards (an all-reduce of one number); all ranks must call it. It never waits for
-    the device, so a norm that is not finite is not noticed here (engine/nonfinite).
+
+def clip_gradients(model: nn.Module, max_norm: float | None = None, *, each: bool = False) -> Tensor:
+    """Scale gradients down to a norm of at most ``max_norm``, and return the norm [] of all before that.
+
+    Under FSDP norms are over all shards (one all-reduce); all ranks must call it. It never waits for the device, so a
+    norm that is not finite is not noticed here (engine/nonfinite).
 
     Args:
         model: with gradients.
         max_norm: above 0, or None to scale nothing.
+        each: ``max_norm`` is for the gradient of each parameter, as in DINO's released code; else for that of all.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    gradients = [p.grad for p in trained if p.grad is not None]
+    if each and max_norm is not None:
+        norms = norms_of(gradients)
+        for gradient, scale in zip(gradients, (max_norm / (norms + 1e-6)).clamp(max=1.0), strict=True):
+            local_part(gradient).mul_(scale)
+        return torch.linalg.vector_norm(norms)
+    norm = nn.utils.get_total_norm(gradients)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm.full_tensor() if is_sharded(norm) else norm

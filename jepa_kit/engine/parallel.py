@@ -78,6 +78,7 @@ def shard(jepa: Recipe, device: torch.device) -> None:
 
     for value in (*jepa.parameters(), *jepa.buffers()):  # as DDP does
         dist.broadcast(value.detach(), 0)
+    undecayed = [name for name, p in jepa.named_parameters() if getattr(p, "no_decay", False)]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     networks = [
         part
@@ -93,6 +94,8 @@ def shard(jepa: Recipe, device: torch.device) -> None:
             if hasattr(network, method):
                 register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
+    for name in undecayed:  # parameters are new ones now, without the attributes of the old
+        jepa.get_parameter(name).no_decay = True  # type: ignore[attr-defined]
     initialize_fsdp(jepa)
     broadcast_buffers(jepa)
 

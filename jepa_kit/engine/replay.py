@@ -30,7 +30,7 @@ from jepa_kit.engine.checkpoint.manager import store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
 from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
-from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.run import ForeignWeights
 from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import seed_torch, train_on
@@ -149,7 +149,7 @@ def weights_before(
     else:
         torch.manual_seed(config.train.seed)
         jepa = build_recipe(config).to(device).train()
-        optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
+        optimizer = optimizer_of(jepa, config.optim)
         steps_per_epoch = config.train.steps_per_epoch or dump["data"]["samples"] // config.train.batch_size
     if latest is None:
         first, source = _begin(dump, jepa, optimizer, steps_per_epoch, foreign, start_file)

@@ -31,6 +31,7 @@ def train_step(
     forward: nn.Module | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     clip_grad: float | None = None,
+    clip_each: bool = False,
 ) -> Update:
     """Run one update and return the output of the forward pass with the gradient's norm; never waits for the device.
 
@@ -46,6 +47,7 @@ def train_step(
         forward: called in place of ``jepa``: for several processes, or parts of the batch (parallel.py).
         autocast: makes the context of the forward pass.
         clip_grad: largest joint norm of all gradients, or None.
+        clip_each: ``clip_grad`` is for each parameter's gradient.
     """
     set_hyper(optimizer, hyper)
     buffers = Buffers(jepa)
@@ -53,7 +55,7 @@ def train_step(
         out = (forward or jepa)(*views, progress=progress)
     propagate_nonfinite(out.loss).backward()
     jepa.adjust_gradients(progress)
-    grad_norm = clip_gradients(jepa, clip_grad)
+    grad_norm = clip_gradients(jepa, clip_grad, each=clip_each)
     step_if_finite(optimizer, grad_norm)
     buffers.restore_unless(torch.isfinite(grad_norm))
     optimizer.zero_grad(set_to_none=True)
@@ -77,6 +79,7 @@ def train_on(run: Run, step: int, batch: Batch) -> Update:
         forward=run.forward,
         autocast=autocast_of(config.train.precision, run.device),
         clip_grad=config.optim.clip_grad,
+        clip_each=config.optim.clip_each,
     )
 
 

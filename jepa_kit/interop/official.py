@@ -261,6 +261,10 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
             f"{what} does not fit the released layout: predictor.name (={name!r}) must be 'vit', and weights beside "
             f"{', '.join(PARTS)} cannot be kept: {', '.join(strange) or 'none'}"
         )
+    if config.optim.name != "adamw":
+        raise CheckpointError(
+            f"{what} does not fit the released layout: optim.name (={config.optim.name!r}) must be 'adamw'"
+        )
     kept = checkpoint.origin.get("released", {})
     kept = kept if kept.get("step") == checkpoint.step else {}
     parts = _to_parts(checkpoint, architecture_of(config))

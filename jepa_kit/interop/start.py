@@ -65,6 +65,11 @@ def resume_official(
         FileNotFoundError: there is no such file.
         CheckpointError: the format is another, a part is missing, or sizes differ; the run is unchanged then.
     """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        raise CheckpointError(
+            "optim.name must be 'adamw' to resume a released checkpoint, which has its moments; train.init_from starts "
+            "a new run from the weights"
+        )
     path = fetch(path_or_url)
     held = read(path, "official", Reading(num_heads=_architecture_of(jepa).num_heads))
     assert isinstance(held, Checkpoint)

@@ -28,7 +28,7 @@ from jepa_kit.build import build_recipe, patch_grid_of
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.checkpoint.format import check_state
-from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
@@ -226,7 +226,7 @@ def compare_run(
 ) -> None:
     """Compare schedules and loss of every step for images [K, B, 3, h, w], then the final weights."""
     schedule = schedule_of(fixture.meta, jepa)
-    optimizer = build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = optimizer_of(jepa, config.optim)
     parameters = released_parameters(jepa)
     if "no_weight_decay" in fixture.meta:
         plain = {id(p) for group in optimizer.param_groups if not group["decayed"] for p in group["params"]}

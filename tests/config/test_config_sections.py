@@ -54,6 +54,7 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("optim", "betas", (0.9, 1.0), "betas (=(0.9, 1.0)) must be in [0, 1) each"),
     ("optim", "eps", 0.0, "eps (=0.0) must be above 0 and finite"),
     ("optim", "clip_grad", 0.0, "clip_grad (=0.0) must be above 0 and finite"),
+    ("optim", "momentum", 1.0, "momentum (=1.0) must be in [0, 1)"),
     ("optim", "stretch", 0.5, "stretch (=0.5) must be at least 1 and finite"),
     ("train", "batch_size", 0, "batch_size (=0) must be at least 1"),
     ("train", "epochs", 0, "epochs (=0) must be at least 1"),
@@ -122,6 +123,21 @@ def test_what_would_not_be_evaluated_is_an_error(problems: Callable[..., list[st
     assert problems("evaluate: {every: 10, probe: linear}") == [
         "evaluate.label (=None) must name the label that probe (='linear') predicts"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 0.5}, "momentum (=0.5) has no effect if name is adamw"),
+        ({"name": "sgd", "betas": (0.9, 0.95)}, "betas (=(0.9, 0.95)) has no effect if name is sgd"),
+        ({"name": "lars", "eps": 1e-6}, "eps (=1e-06) has no effect if name is lars"),
+        ({"clip_each": True}, "clip_each (=True) has no effect if clip_grad is null"),
+    ],
+)
+def test_options_of_another_optimiser(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        OptimConfig(**options)
+    assert OptimConfig(name="lars", momentum=0.5, clip_grad=3.0, clip_each=True).momentum == 0.5
 
 
 def test_sections_are_frozen() -> None:

@@ -137,3 +137,30 @@ def test_gradients_are_clipped_by_the_norm_of_all(largest):
     for p, old in zip(trained[:-1], before, strict=True):
         torch.testing.assert_close(p.grad, old * scale, rtol=1e-6, atol=1e-7)
     assert trained[-1].grad is None
+
+
+def test_gradients_may_be_clipped_one_by_one():
+    """Against torch's function for each parameter alone, as DINO's released code does it."""
+    ours, theirs = Toy(), Toy()
+    for model in (ours, theirs):
+        for number, p in enumerate([p for p in model.parameters() if p.requires_grad][:-1]):
+            p.grad = torch.full_like(p, number + 0.1)
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
+    for p in theirs.parameters():
+        if p.grad is not None:
+            nn.utils.clip_grad_norm_(p, 0.5)
+    assert clip_gradients(ours, 0.5, each=True).item() == pytest.approx(wanted.item(), rel=1e-6)
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if other.grad is None:
+            assert own.grad is None
+        else:
+            torch.testing.assert_close(own.grad, other.grad, rtol=1e-6, atol=0)
+
+
+def test_a_parameter_may_be_excepted_from_decay():
+    model = Toy()
+    model.predictor.mask_token.no_decay = True
+    first, second, third, fourth = parameter_groups(model)
+    assert names(second) == ["predictor.weight", "loss.weight", "encoder_head.weight"]
+    assert names(fourth)[:2] == ["predictor.bias", "predictor.mask_token"]
+    assert [group["decayed"] for group in (first, second, third, fourth)] == [True, True, False, False]

@@ -9,7 +9,7 @@ import torch
 from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint
 from jepa_kit.engine.checkpoint.state_dict import optimizer_state
-from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.errors import CheckpointError
@@ -159,7 +159,7 @@ def test_a_run_goes_on_as_it_would_have(fixtures, tmp_path):
 
     def fresh():
         jepa = build_recipe(config).to(fixture.dtype).train()
-        return jepa, build_optimizer(jepa, betas=config.optim.betas, eps=config.optim.eps)
+        return jepa, optimizer_of(jepa, config.optim)
 
     def run(jepa, optimizer, steps):
         optim, train = config.optim, config.train

@@ -106,6 +106,18 @@ def test_only_a_released_checkpoint_is_gone_on_with(tiny, whole):
         resume_official(jepa, build_optimizer(jepa), whole, 3)
 
 
+def test_a_released_checkpoint_has_the_moments_of_adamw(tiny, as_released):
+    jepa = build_recipe(tiny())
+    with pytest.raises(CheckpointError, match=r"optim\.name must be 'adamw' to resume a released checkpoint"):
+        resume_official(jepa, build_optimizer(jepa, name="sgd"), as_released, 3)
+
+
+def test_the_released_layout_has_no_other_optimiser(tiny, tmp_path):
+    folder = train(tiny("optim.name=lars", "train.epochs=1", "optim.warmup_epochs=0"))
+    with pytest.raises(CheckpointError, match=r"released layout: optim.name \(='lars'\) must be 'adamw'"):
+        convert(folder, tmp_path / "a", to="official")
+
+
 @pytest.mark.parametrize("format", ["official", "jepa_kit"])
 def test_a_new_run_from_all_parts(tiny, tmp_path, whole, format, capsys):
     convert(checkpoints(whole)[0], tmp_path / "a", to=format)

@@ -5,7 +5,7 @@ A file ``checkpoint_<step>.pt`` is a mapping of plain values and tensors, read w
     format     ``jepa_kit/1``
     step       number of updates; the next update is number ``step``, counted from 0
     model      name -> tensor, all of ``Recipe.state_dict()``: encoder.*, predictor.*, target_encoder.*, ...
-    optimizer  name of the parameter -> AdamW's state for it
+    optimizer  name of the parameter -> the optimiser's state for it
     config     the resolved config as a mapping
     versions   jepa_kit, torch, python, git commit, ... that wrote the file
     data       identity of the data set: ``samples`` and a digest
@@ -182,6 +182,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     if optimizer is not None:
         parameters = parameters_of(optimizer)
         unused = {name: parameters.get(name, torch.empty(0)) for name in checkpoint.optimizer}  # never had a gradient
-        moments = {name: state.get("exp_avg", unused[name]) for name, state in checkpoint.optimizer.items()}
+        moments = {
+            name: next((x for x in state.values() if x.ndim), unused[name])
+            for name, state in checkpoint.optimizer.items()
+        }
         check_state(parameters, moments, "the optimiser")
     load_full_state(model, checkpoint.model, optimizer, checkpoint.optimizer)

@@ -3,7 +3,7 @@
 A state is two mappings, the same for one process, DDP and FSDP:
 
     model      name -> tensor, all of ``Recipe.state_dict()``
-    optimizer  name of the parameter -> AdamW's state for it: exp_avg, exp_avg_sq, step
+    optimizer  name of the parameter -> its state: exp_avg, exp_avg_sq and step of AdamW; velocity of SGD and LARS
 
 A checkpoint file contains it whole, which fits one process's memory (ViT-H/14 with its target encoder and AdamW's
 moments: 10 GB); dcp.py writes it shard by shard.
@@ -43,7 +43,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """Return AdamW's state by the name of the parameter, so that the order of parameters does not matter. No copy."""
+    """Return the state by the name of the parameter, so that the order of parameters does not matter. No copy."""
     return {name: dict(optimizer.state.get(p, {})) for name, p in parameters_of(optimizer).items()}
 
 

@@ -5,8 +5,8 @@ This needs neither a wait for the device nor an all-reduce of its own:
 1. ``propagate_nonfinite`` makes every gradient of a rank NaN if its loss is not finite. The average of gradients over
    ranks, which DDP and FSDP take anyway, carries that to all ranks, so that one number shows it: the norm of all
    gradients.
-2. ``step_if_finite``: AdamW reads that number on the device, and changes neither parameters nor moments if it is not
-   finite.
+2. ``step_if_finite``: the optimiser reads that number on the device, and changes neither parameters nor its state if it
+   is not finite.
 3. ``Buffers`` (distributed/buffers.py) then restores what the forward pass changed in buffers (batch norm's statistics,
    a centre of targets), also on the device.
 4. ``Watch``: the host reads the number ``LAG`` steps later, when the device has finished that step. All ranks read the
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from jepa_kit.data.loader import Batch
 from jepa_kit.engine.schedules import Hyper
+from jepa_kit.engine.sgd import SGD
 from jepa_kit.structures import Update
 
 LAG = 2
@@ -41,9 +42,10 @@ def propagate_nonfinite(loss: Tensor) -> Tensor:
 def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
     """Call ``optimizer.step()``, which changes nothing if ``grad_norm`` [] is not finite; never waits for the device.
 
-    Torch's fused AdamW reads ``found_inf`` on the device; ``torch.amp.GradScaler`` sets it in the same way.
+    Torch's fused AdamW and our ``SGD`` read ``found_inf`` on the device; ``torch.amp.GradScaler`` sets it likewise.
     """
-    assert all(group["fused"] for group in optimizer.param_groups), "only the fused AdamW reads found_inf"
+    reads = isinstance(optimizer, SGD) or all(group["fused"] for group in optimizer.param_groups)
+    assert reads, "only the fused AdamW and our SGD read found_inf"
     optimizer.found_inf = torch.isfinite(grad_norm).logical_not().float()  # type: ignore[attr-defined]
     optimizer.step()
 

@@ -33,6 +33,9 @@ from jepa_kit.evaluation.protocols.subsets import Subset
 from jepa_kit.precision import autocast_of
 from jepa_kit.rng import IntArray, Stream, generator
 
+TOKENS = ("cls_token", "mask_token", "pos_embed", "register_tokens")
+"""Learned tokens and positions of an encoder, which fine-tuning does not decay."""
+
 
 class Classifier(nn.Module):
     """An encoder, the mean over its patch tokens, and a linear map: [B, 3, h, w] -> [B, K]."""
@@ -66,7 +69,8 @@ class Finetune(Probe):
         epochs: of the training.
         batch_size: images of an update, at most.
         lr: of the head after warm-up; it is not scaled with ``batch_size``.
-        weight_decay: of weights; none for biases and norms.
+        min_lr: of the head at the end of the cosine (1e-6 in MAE's released code).
+        weight_decay: of weights; none for biases, norms, learned tokens and learned positions.
         layer_decay: in (0, 1]; the head has lr, the last block lr * layer_decay, and so on to the patch embedding.
         warmup_epochs: of linear warm-up.
         label_smoothing: in [0, 1).
@@ -83,6 +87,7 @@ class Finetune(Probe):
     epochs: int = 50
     batch_size: int = 128
     lr: float = 1e-3
+    min_lr: float = 0.0
     weight_decay: float = 0.05
     layer_decay: float = 0.75
     warmup_epochs: float = 0.5
@@ -101,6 +106,7 @@ class Finetune(Probe):
             "epochs": (self.epochs >= 1, "must be at least 1"),
             "batch_size": (self.batch_size >= 2, "must be at least 2"),
             "lr": (self.lr > 0, "must be above 0"),
+            "min_lr": (0 <= self.min_lr <= self.lr, f"must be at least 0 and at most lr (={self.lr})"),
             "weight_decay": (self.weight_decay >= 0, "must be at least 0"),
             "layer_decay": (0 < self.layer_decay <= 1, "must be in (0, 1]"),
             "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, "must be at least 0 and below epochs"),
@@ -168,9 +174,9 @@ class Finetune(Probe):
                 task.train.dataset, pipeline, parts, num_workers=images.num_workers, seed=task.seed, epoch=epoch
             )
             for step, batch in enumerate(batches):
-                factor = self._factor(epoch + (step + 1) / len(parts))
+                lr = self.lr_after(epoch + (step + 1) / len(parts))
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr * group["scale"] * factor
+                    group["lr"] = lr * group["scale"]
                 x = normalize(batch.images.to(task.device), images.mean, images.std)
                 target = F.one_hot(torch.from_numpy(answers)[batch.samples], model.head.out_features).float()
                 x, target = self._mixed(x, target.to(task.device), task.seed, epoch, step)
@@ -186,12 +192,12 @@ class Finetune(Probe):
                 raise ValueError(f"lr (={self.lr}): training diverged in epoch {epoch + 1}; take a lower one")
         return losses
 
-    def _factor(self, done: float) -> float:
-        """Return the factor of the learning rate after ``done`` epochs."""
+    def lr_after(self, done: float) -> float:
+        """Return the learning rate of the head after ``done`` epochs."""
         if done <= self.warmup_epochs:
-            return done / self.warmup_epochs
+            return self.lr * done / self.warmup_epochs
         rest = (done - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
 
     def _mixed(self, images: Tensor, target: Tensor, seed: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Mix each image and its target with those of another image of the batch, with one weight for the batch."""
@@ -206,7 +212,7 @@ class Finetune(Probe):
 def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: float) -> list[dict[str, Any]]:
     """Return parameter groups whose rate falls from the head down: block l of L has lr * decay ** (L + 1 - l).
 
-    The patch embedding is layer 0; the final norm and the head are layer L + 1.
+    The patch embedding, tokens and positions are layer 0; the final norm and the head are layer L + 1.
     """
     depth: int = model.encoder.depth  # type: ignore[assignment]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -217,7 +223,7 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
         layer = int(place[2]) + 1 if place[:2] == ["encoder", "blocks"] else 0
         if place[0] == "head" or place[:2] == ["encoder", "norm"]:
             layer = depth + 1
-        decayed, scale = parameter.ndim > 1, decay ** (depth + 1 - layer)
+        decayed, scale = parameter.ndim > 1 and place[-1] not in TOKENS, decay ** (depth + 1 - layer)
         group = {"params": [], "weight_decay": weight_decay if decayed else 0.0, "scale": scale, "lr": lr * scale}
         groups.setdefault((layer, decayed), group)["params"].append(parameter)
     return list(groups.values())

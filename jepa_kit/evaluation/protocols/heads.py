@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_kit.engine.sgd import trust_ratio
 from jepa_kit.evaluation.protocols.base import (
     Features,
     LayerSet,
@@ -37,8 +38,6 @@ Inputs = Mapping[LayerSet, Features]
 
 INIT = 0.01
 """Standard deviation of a head's initial weights, as in MAE; the bias is 0."""
-TRUST = 0.001
-"""LARS's coefficient (You et al. 2017, arXiv 1708.03888)."""
 NORM_EPS, NORM_MOMENTUM = 1e-5, 0.1
 """Of batch norm: torch's defaults."""
 
@@ -163,8 +162,7 @@ class _Group:
             gradient = gradient + self.decay * value
         if name == "weight" and lars:
             ours, theirs = (x.norm(dim=(0, 2)) for x in (value, gradient))  # [H]
-            trust = torch.where((ours > 0) & (theirs > 0), TRUST * ours / theirs, 1.0)
-            gradient = gradient * trust[:, None]
+            gradient = gradient * trust_ratio(ours, theirs)[:, None]
         (velocity,) = self._buffers(name, value, 1)
         velocity.mul_(recipe.momentum).add_(gradient)
         value -= lr * (gradient + recipe.momentum * velocity if recipe.nesterov else velocity)

@@ -54,8 +54,8 @@ def test_mixup_mixes_images_and_targets_alike():
 
 
 def test_the_schedule():
-    probe = Finetune(epochs=10, warmup_epochs=2)
-    assert [probe._factor(done) for done in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    probe = Finetune(epochs=10, warmup_epochs=2, lr=2.0, min_lr=0.1)
+    assert [probe.lr_after(done) for done in (0, 1, 2, 6, 10)] == pytest.approx([0, 1, 2, 1.05, 0.1])
 
 
 def test_a_copy_is_trained_and_the_encoder_stays(encoder, shards):
@@ -134,6 +134,7 @@ def test_stochastic_depth_rises_to_the_last_block(encoder):
         ({"batch_size": 1}, "batch_size (=1) must be at least 2"),
         ({"lr": 0.0}, "lr (=0.0) must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay (=-1.0) must be at least 0"),
+        ({"min_lr": 1.0}, "min_lr (=1.0) must be at least 0 and at most lr (=0.001)"),
         ({"layer_decay": 0.0}, "layer_decay (=0.0) must be in (0, 1]"),
         ({"epochs": 2, "warmup_epochs": 2}, "warmup_epochs (=2) must be at least 0 and below epochs"),
         ({"label_smoothing": 1.0}, "label_smoothing (=1.0) must be in [0, 1)"),

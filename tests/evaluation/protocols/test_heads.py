@@ -6,9 +6,10 @@ import torch
 from protocol_problems import PROBLEM, TRAIN, TRAIN_LABELS, task
 from torch import nn
 
+from jepa_kit.engine.sgd import TRUST
 from jepa_kit.evaluation.protocols import build_protocols
 from jepa_kit.evaluation.protocols.base import Features, LayerSet
-from jepa_kit.evaluation.protocols.heads import INIT, TRUST, HeadGrid, Recipe, Setting, grid_probe
+from jepa_kit.evaluation.protocols.heads import INIT, HeadGrid, Recipe, Setting, grid_probe
 from jepa_kit.evaluation.protocols.linear import grid, paper_linear
 from jepa_kit.rng import Stream, generator
 

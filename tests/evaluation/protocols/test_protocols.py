@@ -82,7 +82,7 @@ DEFAULTS = {
         **{"epochs": 5, "batch_size": 4096, "holdout": None},
     },
     "finetune": {  # MAE, A.1, for small sets
-        **{"epochs": 50, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75},
+        **{"epochs": 50, "batch_size": 128, "lr": 1e-3, "min_lr": 0.0, "weight_decay": 0.05, "layer_decay": 0.75},
         **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "mixup": 0.2, "drop_path": 0.1},
         **{"crop_scale": (0.7, 1.0), "flip": 0.5, "subset": "all"},
     },
