@@ -128,6 +128,18 @@ def inverse_block(grid: Grid) -> Masks:
     return kept, [set(range(patches)) - kept]
 
 
+def kept_block(grid: Grid) -> Masks:
+    rows, columns = grid
+    patches = rows * columns
+    keep = patches - round(0.65 * patches)
+    root = math.exp(random.uniform(math.log(max(0.5, keep / columns**2)), math.log(min(2, rows**2 / keep))) / 2)
+    size = math.ceil(math.sqrt(keep) * root), math.ceil(math.sqrt(keep) / root)
+    down, right = random.randrange(rows), random.randrange(columns)
+    cells = [divmod(p, columns) for p in sorted(place(grid, size, False))[:keep]]
+    kept = {(r + down) % rows * columns + (c + right) % columns for r, c in cells}
+    return kept, [set(range(patches)) - kept]
+
+
 def blockwise(grid: Grid) -> Masks:
     rows, columns = grid
     patches = rows * columns
@@ -166,6 +178,7 @@ LOOPS: dict[str, Callable[[Grid], Any]] = {
     "rasterized": rasterized,
     "causal": causal,
     "inverse_block": inverse_block,
+    "kept_block": kept_block,
     "blockwise": blockwise,
     "multigroup": multigroup,
     "mixture": mixture,

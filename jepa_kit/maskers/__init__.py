@@ -6,6 +6,7 @@ from jepa_kit.maskers.block import Block
 from jepa_kit.maskers.blockwise import Blockwise
 from jepa_kit.maskers.causal import Causal
 from jepa_kit.maskers.inverse_block import InverseBlock
+from jepa_kit.maskers.kept_block import KeptBlock
 from jepa_kit.maskers.mixture import Mixture
 from jepa_kit.maskers.multiblock import RELEASED, MultiBlock
 from jepa_kit.maskers.multigroup import MultiGroup
@@ -18,6 +19,7 @@ __all__ = [
     "Blockwise",
     "Causal",
     "InverseBlock",
+    "KeptBlock",
     "Mixture",
     "MultiBlock",
     "MultiGroup",

@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from jepa_kit.interfaces import Masker
-from jepa_kit.maskers import Blockwise, InverseBlock
+from jepa_kit.maskers import Blockwise, InverseBlock, KeptBlock
 
 LEVEL = 0.01
 ENTRIES = json.loads((Path(__file__).parents[1] / "fixtures/methods/mask_statistics.json").read_text())["masks"]
@@ -114,3 +114,9 @@ def test_inverse_block_draws_as_data2vec_2(entry: dict[str, Any]) -> None:
     masker = InverseBlock(grid=tuple(entry["grid"]), **options)
     check(masker, entry)
     assert masker.context_length == entry["kept_patches_per_image"]
+
+
+@pytest.mark.parametrize("entry", entries("CAPI"), ids=lambda e: f"roll={e['roll']}")
+def test_kept_block_draws_as_capi(entry: dict[str, Any]) -> None:
+    grid = tuple(entry["grid"])
+    check(KeptBlock(grid=grid, ratio=entry["masked"] / (grid[0] * grid[1]), roll=entry["roll"]), entry)
