@@ -166,10 +166,29 @@ def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str])
     return Part(name, values)
 
 
-def _check_nested(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> list[Any]:
-    """Return a list of parts inside an option (those in the attribute ``nested`` of a class) with all defaults."""
+def _check_nested(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Any:
+    """Return a part, or a list of parts, inside an option (in the attribute ``nested`` of a class) with all defaults.
+
+    A part with mistakes, which are added to ``problems``, is None or is left out of the list.
+    """
+    if isinstance(raw, dict):
+        part = check_part(path, raw, registry, problems)
+        return None if part is None else {"name": part.name, **part.options}
     parts = [check_part(f"{path}[{i}]", part, registry, problems) for i, part in enumerate(raw or [])]
     return [{"name": part.name, **part.options} for part in parts if part is not None]
+
+
+def nested_parts(slot: str, name: str, options: Mapping[str, Any]) -> list[Any]:
+    """Return the class of a part, and those of all parts inside its checked options."""
+    registry = registry_of(slot)
+    assert registry is not None, slot
+    cls = registry.get(name)
+    found = [cls]
+    for option, inner in getattr(cls, "nested", {}).items():
+        inside = options[option]
+        for part in inside if isinstance(inside, list) else [inside]:
+            found += nested_parts(inner, part["name"], part)
+    return found
 
 
 def _unknown_key(path: str, key: Any, name: str, options: Mapping[str, Option], registry: PartRegistry) -> str:

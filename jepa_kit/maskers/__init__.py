@@ -5,6 +5,7 @@ from __future__ import annotations
 from jepa_kit.maskers.block import Block
 from jepa_kit.maskers.blockwise import Blockwise
 from jepa_kit.maskers.causal import Causal
+from jepa_kit.maskers.in_place import InPlace
 from jepa_kit.maskers.inverse_block import InverseBlock
 from jepa_kit.maskers.kept_block import KeptBlock
 from jepa_kit.maskers.mixture import Mixture
@@ -18,6 +19,7 @@ __all__ = [
     "Block",
     "Blockwise",
     "Causal",
+    "InPlace",
     "InverseBlock",
     "KeptBlock",
     "Mixture",

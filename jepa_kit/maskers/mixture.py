@@ -29,6 +29,7 @@ class Mixture:
 
     Args:
         grid: (H, W), each at least 4.
+        patch_size: in pixels, for the members.
         maskers: name and options of each member, as in the slot ``masker`` of a config.
         weights: relative frequency of each member; None for equal ones.
 
@@ -38,12 +39,13 @@ class Mixture:
     """
 
     nested: ClassVar[dict[str, str]] = {"maskers": "masker"}
-    """Options that list parts -> the slot of these parts; for the checks of a config."""
+    """Options that are a part or list parts -> the slot of these parts; for the checks of a config."""
 
     def __init__(
         self,
         *,
         grid: Grid,
+        patch_size: int | None = None,
         maskers: Sequence[dict[str, Any]] = ({"name": "multiblock"}, {"name": "block"}),
         weights: tuple[float, ...] | None = None,
     ) -> None:
@@ -55,7 +57,8 @@ class Mixture:
                 raise ValueError(
                     f"maskers[{i}].name (='mixture') must not be a mixture: put its maskers into the outer list"
                 )
-        self.members = [build_part(f"maskers[{i}]", part, MASKERS, grid=self.grid) for i, part in enumerate(maskers)]
+        supplied = {"grid": self.grid, "patch_size": patch_size}
+        self.members = [build_part(f"maskers[{i}]", part, MASKERS, **supplied) for i, part in enumerate(maskers)]
         share = np.ones(len(maskers)) if weights is None else np.asarray(weights, dtype=np.float64)
         if share.shape != (len(maskers),) or not np.isfinite(share).all() or not (share > 0).all():
             raise ValueError(f"weights (={weights}) must be one number above 0 for each of the {len(maskers)} maskers")

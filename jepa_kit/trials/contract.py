@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from jepa_kit.build import build_masker
 from jepa_kit.config import Config
+from jepa_kit.config.check import nested_parts
 from jepa_kit.data.transforms import Window, build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
@@ -31,7 +32,7 @@ from jepa_kit.losses import is_distance
 from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
-from jepa_kit.registry import LOSSES, SLOTS, TRANSFORMS
+from jepa_kit.registry import LOSSES, TRANSFORMS
 from jepa_kit.structures import MaskBatch, Prediction, View
 from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import IMAGES, trial_images, trial_recipe
@@ -56,18 +57,22 @@ def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | No
     for name, transform in zip([part["name"] for part in config.data.transforms], pipeline.transforms, strict=True):
         if every or not of_jepa_kit(transform):
             check_transform(Trial("transform", name), transform)
-    if every or not all(map(of_jepa_kit, (masker, *getattr(masker, "members", ())))):
+    if every or not all(map(of_jepa_kit, _with_members(masker))):
         check_masker(Trial("masker", config.slots["masker"].name), masker, config)
     if not isinstance(weights_of, JEPA) or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
         _check_networks(config, device, masker, weights_of, every)
 
 
+def _with_members(masker: Any) -> Iterator[Any]:
+    """Yield a masker and those that it is made of."""
+    yield masker
+    for member in getattr(masker, "members", ()):
+        yield from _with_members(member)
+
+
 def _ships_with_jepa_kit(config: Config) -> bool:
     """Return whether all parts and transforms of a config, and members of its parts, are registered by jepa_kit."""
-    parts = [SLOTS[slot].get(part.name) for slot, part in config.slots.items()]
-    for part, cls in zip(config.slots.values(), list(parts), strict=True):
-        for option, slot in getattr(cls, "nested", {}).items():
-            parts += [SLOTS[slot].get(member["name"]) for member in part.options[option]]
+    parts = [cls for slot, part in config.slots.items() for cls in nested_parts(slot, part.name, part.options)]
     parts += [LOSSES.get(part.name) for part, _ in config.losses]
     parts += [TRANSFORMS.get(transform["name"]) for transform in config.data.transforms]
     return all(map(of_jepa_kit, parts))

@@ -41,9 +41,11 @@ def values_of(annotation: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*map(values_of, args))
     if origin is tuple:
         return st.lists(values_of(args[0]), min_size=1, max_size=3).map(tuple)
+    part = st.sampled_from([name for name in MASKERS.names() if name != "mixture"]).map(lambda name: {"name": name})
+    if origin is dict:
+        return part
     assert origin is Sequence, f"values_of does not know {annotation}: tell it"
-    single = [name for name in MASKERS.names() if name != "mixture"]
-    return st.lists(st.sampled_from(single).map(lambda name: {"name": name}), min_size=1, max_size=3)
+    return st.lists(part, min_size=1, max_size=3)
 
 
 def options_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -75,7 +77,7 @@ def test_any_options_raise_or_give_sound_masks(
     """Whatever its options are, a masker refuses them at construction, or draws masks: it ends, and they are sound."""
     options = data.draw(options_of(name))
     try:
-        masker = MASKERS.build(name, options, grid=grid)
+        masker = MASKERS.build(name, options, grid=grid, patch_size=4)
     except ValueError as error:
         assert "(=" in str(error)  # noqa: PT017  (the option and its value)
         return
@@ -88,7 +90,7 @@ def check_sound(
     name: str, options: dict[str, Any], grid: tuple[int, int], seed: int, epoch: int, samples: list[int], step: int
 ) -> None:
     """Indices in range, none twice in a set, no empty set, contexts without their targets, the order of sets."""
-    masker: Masker = MASKERS.build(name, options, grid=grid)
+    masker: Masker = MASKERS.build(name, options, grid=grid, patch_size=4)
     assert isinstance(masker, Masker)
     masks = masker(np.array(samples), seed=seed, epoch=epoch, step=step)
     assert masks.grid == masker.grid == grid
@@ -100,12 +102,20 @@ def check_sound(
             assert patches[0] >= 0
             assert patches[-1] < grid[0] * grid[1]
             assert (patches.diff() > 0).all()  # ascending, so without duplicates
-    context, targets = masks.context.split(), masks.targets.split()
+    context, targets = shown(masks), masks.targets.split()
     for target, of, image in zip(targets, masks.context_of.tolist(), masks.targets.image.tolist(), strict=True):
         assert options.get("allow_overlap") or not set(target.tolist()) & set(context[of].tolist())
         assert masks.context.image[of] == image
     if "mixture" not in name:
         check_block_major(masks, len(samples))
+
+
+def shown(masks: MaskBatch) -> list[torch.Tensor]:
+    """The patches of each context whose content the encoder sees."""
+    hidden = masks.context.hidden
+    seen = torch.ones_like(masks.context.index, dtype=torch.bool) if hidden is None else ~hidden
+    lengths = masks.context.lengths.on_host
+    return [x[keep] for x, keep in zip(masks.context.split(), seen.split(lengths), strict=True)]
 
 
 def check_block_major(masks: MaskBatch, batch_size: int) -> None:
@@ -146,7 +156,7 @@ def test_masks_vary_with_seed_epoch_and_sample(name: str) -> None:
 
     def draw(first: int = 0, seed: int = 0, epoch: int = 0) -> list[list[int]]:
         masks = masker(np.arange(first, first + 20), seed=seed, epoch=epoch)
-        return [x.tolist() for x in masks.context.split()]
+        return [x.tolist() for x in shown(masks)]
 
     assert draw() == draw()
     for other in (draw(first=20), draw(seed=1), draw(epoch=1)):

@@ -155,7 +155,7 @@ def test_a_config_writes_out_the_defaults_of_members() -> None:
     members = [{"name": "multiblock", "target_scale": [0.1, 0.2]}, {"name": "random"}]
     held = config_from_dict(config({"name": "mixture", "maskers": members, "weights": [3, 1]}))
     options = held.slots["masker"].options
-    assert options["maskers"][1] == {"name": "random", "ratio": 0.6}
+    assert options["maskers"][1] == {"name": "random", "ratio": 0.6, "unit": None}
     assert options["maskers"][0]["num_targets"] == 4
     assert config_from_dict(held.to_dict()).slots == held.slots
     masker = build_masker(held)

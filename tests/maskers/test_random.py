@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -45,6 +47,60 @@ def test_a_ratio_that_leaves_nothing(ratio: float) -> None:
     assert str(error.value) == (
         f"ratio (={ratio}) must leave a target and a context among the 16 patches of a 4 x 4 grid: from 0.0625 to 0.938"
     )
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.6, 30), (0.5, 25), (0.001, 1), (0.97, 48)])
+def test_units_are_drawn_whole_and_rounded_up(ratio: float, count: int) -> None:
+    """224 px in patches of 16 px and units of 32 px, as in SimMIM: 7 x 7 units of 2 x 2 patches."""
+    masker = Random(grid=(14, 14), ratio=ratio, unit=32, patch_size=16)
+    assert masker.num_targets == 4 * count
+    masks = masker(np.arange(50), seed=0, epoch=0)
+    for context, target in zip(masks.context.split(), masks.targets.split(), strict=True):
+        table = np.zeros((7, 2, 7, 2), dtype=int)
+        table.reshape(-1)[target.numpy()] = 1
+        per_unit = table.sum((1, 3))
+        assert set(per_unit.ravel()) <= {0, 4}
+        assert (per_unit == 4).sum() == count
+        assert sorted([*context.tolist(), *target.tolist()]) == list(range(196))
+
+
+def test_every_unit_is_as_likely() -> None:
+    images = 4000
+    masks = Random(grid=(8, 12), unit=32, patch_size=8, ratio=0.5)(np.arange(images), seed=0, epoch=0)
+    counts = np.bincount(masks.targets.index, minlength=96).reshape(2, 4, 3, 4)
+    assert (counts == counts[:, :1, :, :1]).all()
+    z = (counts[:, 0, :, 0].ravel() - images / 2) / np.sqrt(images / 4)
+    assert stats.chi2.sf((z**2).sum() * 5 / 6, 5) > 1e-3
+
+
+def test_a_unit_of_one_patch_draws_patches() -> None:
+    patches, units = Random(grid=(8, 8), ratio=0.5), Random(grid=(8, 8), ratio=0.5, unit=4, patch_size=4)
+    first, second = (masker(np.arange(9), seed=1, epoch=2).targets.index for masker in (patches, units))
+    assert first.tolist() == second.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unit": 32}, "unit (=32) is in pixels, so it needs patch_size"),
+        (
+            {"unit": 24, "patch_size": 16},
+            "unit (=24) must be a multiple of patch_size (=16) and divide both sides of the image (128 x 192)",
+        ),
+        ({"unit": 80, "patch_size": 16}, "unit (=80) must be a multiple of patch_size (=16) and divide both sides"),
+        ({"unit": 0, "patch_size": 16}, "unit (=0) must be a multiple of patch_size (=16) and divide both sides"),
+        (
+            {"unit": 64, "patch_size": 16, "ratio": 0.9},
+            "ratio (=0.9) must be above 0 and leave a context among the 6 units of an image: at most 0.833",
+        ),
+        ({"unit": 64, "patch_size": 16, "ratio": 0.0}, "ratio (=0.0) must be above 0 and leave a context among"),
+        ({"unit": 64, "patch_size": 16, "ratio": float("nan")}, "ratio (=nan) must be above 0 and leave a context"),
+    ],
+)
+def test_units_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Random(grid=(8, 12), **options)
+    assert str(error.value).startswith(message)
 
 
 def test_grid() -> None:

@@ -80,6 +80,8 @@ def test_every_part_of_jepa_kit_keeps_it(slot, name):
         raw[slot] = {**(raw[slot] if slot in ("encoder", "predictor") else {}), "name": name}
     if name == "none":
         raw["target"] = {"name": "pixel"}
+    if name == "in_place":
+        raw["encoder"]["mask_token"] = True
     config = config_from_dict(raw)
     with seeded(config.train.seed):
         jepa = build_recipe(config)

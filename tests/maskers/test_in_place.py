@@ -1,0 +1,119 @@
+"""Masks in place, set by set, and what a config says of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_kit.build import build_masker
+from jepa_kit.config import config_from_dict
+from jepa_kit.errors import ConfigError
+from jepa_kit.maskers import InPlace, Mixture, Random
+from jepa_kit.registry import MASKERS
+
+GRID = (6, 8)
+CUT = {"name": "multiblock", "truncation": "fixed", "context_length": 8, "target_length": 3}
+
+
+@pytest.mark.parametrize(
+    "masker",
+    [
+        {"name": "random", "ratio": 0.4},
+        {"name": "multiblock"},
+        {"name": "inverse_block", "num_masks": 3},
+        {"name": "multigroup"},
+        CUT,
+    ],
+    ids=lambda masker: masker["name"],
+)
+def test_the_targets_of_a_context_are_hidden_in_its_whole_image(masker: dict[str, Any]) -> None:
+    samples, arguments = np.arange(5), {"seed": 3, "epoch": 1, "step": 2}
+    part = dict(masker)
+    alone = MASKERS.build(part.pop("name"), part, grid=GRID)(samples, **arguments)
+    masks = InPlace(grid=GRID, masker=masker)(samples, **arguments)
+    assert masks.grid == GRID
+    assert masks.context.lengths.whole
+    assert masks.context_of.tolist() == list(range(len(alone.context)))
+    assert torch.equal(masks.context.image, alone.context.image)
+    assert torch.equal(masks.targets.image, alone.context.image)
+    assert masks.context.hidden is not None
+    hidden = masks.context.hidden.view(-1, 48)
+    for s, (context, target) in enumerate(zip(masks.context.split(), masks.targets.split(), strict=True)):
+        blocks = [t for t, c in zip(alone.targets.split(), alone.context_of.tolist(), strict=True) if c == s]
+        expected = sorted(set(torch.cat(blocks).tolist()))
+        assert target.tolist() == expected
+        assert hidden[s].nonzero().flatten().tolist() == expected
+        assert context.tolist() == list(range(48))
+
+
+def test_before_truncation_are_the_sets_that_are_cut() -> None:
+    masker, samples = InPlace(grid=GRID, masker=CUT), np.arange(5)
+    cut, whole = masker(samples, seed=0, epoch=0), masker.before_truncation(samples, seed=0, epoch=0)
+    assert all(few < many for few, many in zip(cut.targets.lengths, whole.targets.lengths, strict=True))
+    same = InPlace(grid=GRID)
+    assert torch.equal(
+        same.before_truncation(samples, seed=0, epoch=0).targets.index, same(samples, seed=0, epoch=0).targets.index
+    )
+
+
+def test_a_mixture_may_hide_in_place_or_not() -> None:
+    masker = Mixture(grid=GRID, maskers=({"name": "in_place", "masker": {"name": "block"}}, {"name": "random"}))
+    masks = masker(np.arange(20), seed=0, epoch=0)
+    assert masks.context.hidden is not None
+    member = masker.member_of(np.arange(20), seed=0, epoch=0)
+    hidden = [int(x.sum()) for x in masks.context.hidden.split(masks.context.lengths.on_host)]
+    assert [n > 0 for n in hidden] == [m == 0 for m in member.tolist()]
+    assert [len(t) for t, m in zip(masks.targets.split(), member, strict=True) if m == 0] == [n for n in hidden if n]
+
+
+def config(masker: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "masker": masker,
+        "encoder": {"name": "vit", "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4, "mask_token": True},
+        "predictor": {"name": "vit", "width": 8, "depth": 1, "num_heads": 2},
+        "target": {"name": "representation"},
+        "loss": {"name": "smooth_l1"},
+        "target_update": {"name": "ema"},
+        "data": {"image_size": 32},
+    }
+
+
+def test_a_config_writes_out_the_defaults_of_the_other_masker() -> None:
+    held = config_from_dict(config({"name": "in_place", "masker": {"name": "random", "unit": 8}}))
+    assert held.slots["masker"].options["masker"] == {"name": "random", "ratio": 0.6, "unit": 8}
+    assert config_from_dict(held.to_dict()).slots == held.slots
+    masker = build_masker(held)
+    assert isinstance(masker, InPlace)
+    assert isinstance(masker.members[0], Random)
+    assert masker.members[0].side == 2
+
+
+@pytest.mark.parametrize(
+    ("masker", "message"),
+    [
+        (
+            {"name": "randm"},
+            "masker.masker.name: 'randm' is not a registered masker; did you mean 'random'? Registered:",
+        ),
+        (
+            {"name": "random", "unti": 8},
+            "masker.masker.unti is not an option of 'random'; did you mean 'unit'? It takes:",
+        ),
+        ("random", "masker.masker (='random') must be a mapping"),
+    ],
+)
+def test_every_mistake_in_the_other_masker_is_reported(masker: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(config({"name": "in_place", "masker": masker}))
+    assert error.value.problems[0].startswith(message)
+
+
+def test_what_the_other_masker_cannot_satisfy_names_it() -> None:
+    with pytest.raises(ValueError) as error:
+        InPlace(grid=GRID, masker={"name": "random", "ratio": 0.0})
+    assert str(error.value).startswith("masker: ratio (=0.0) must leave a target and a context")
+    with pytest.raises(ValueError, match=r"^grid \(=\(3, 8\)\) must be"):
+        InPlace(grid=(3, 8))
