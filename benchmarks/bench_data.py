@@ -52,6 +52,7 @@ from jepa_kit.data.images import simplejpeg
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize, train_pipeline
+from jepa_kit.data.views import ViewMaker
 
 SIDE, BATCH = 224, 64
 SIZE = (375, 500)
@@ -127,7 +128,7 @@ def folder(root: Path, images: int, num_workers: int) -> Times:
 def engine(shards: Path, images: int, num_workers: int, decoder: str, floats: bool = False) -> Times:
     pipeline = train_pipeline(image_size=(SIDE, SIDE), decoder=decoder)  # type: ignore[arg-type]
     loader = TrainLoader(
-        dataset=ShardDataset(shards), masker=None, pipeline=pipeline, batch_size=BATCH, num_workers=num_workers
+        dataset=ShardDataset(shards), views=[ViewMaker(pipeline=pipeline)], batch_size=BATCH, num_workers=num_workers
     )
     use = (lambda item: normalize(item[1].images, MEAN, STD)) if floats else (lambda item: item)
     return stream(map(use, loader.batches(0)), images, num_workers)
@@ -233,7 +234,9 @@ def compare(files: Path, shards: Path, cores: int, images: int, rounds: int) -> 
 def memory(shards: Path, images: int, decoder: str) -> dict[str, Any]:
     """Return the private memory of a loader worker (no files, nothing shared) in MB, at ten times in a long run."""
     pipeline = train_pipeline(image_size=SMALL, decoder=decoder)  # type: ignore[arg-type]
-    loader = TrainLoader(dataset=ShardDataset(shards), masker=None, pipeline=pipeline, batch_size=BATCH, num_workers=1)
+    loader = TrainLoader(
+        dataset=ShardDataset(shards), views=[ViewMaker(pipeline=pipeline)], batch_size=BATCH, num_workers=1
+    )
     steps, places = images // BATCH, []
     for step, _ in islice(loader.batches(0), steps + 1):
         if step and step % (steps // 10) == 0:

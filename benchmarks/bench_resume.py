@@ -47,6 +47,7 @@ from jepa_kit.data.remote.fetch import Access, copy
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.data.transforms import train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.rng import epoch_order
 
 IMAGES, PER_SHARD, WINDOW, IMAGE_BYTES = 1_281_167, 1000, 16384, 110_000
@@ -112,7 +113,7 @@ def imagenet_order() -> None:
 def first_batch(dataset: ShardDataset, step: int) -> None:
     """Make the batch of a step with a new loader."""
     pipeline = train_pipeline(image_size=(224, 224))
-    loader = TrainLoader(dataset=dataset, masker=None, pipeline=pipeline, batch_size=32, shuffle_window=1024)
+    loader = TrainLoader(dataset=dataset, views=[ViewMaker(pipeline=pipeline)], batch_size=32, shuffle_window=1024)
     next(loader.batches(step if step >= 0 else loader.steps_per_epoch + step))
 
 

@@ -85,8 +85,7 @@ def record_order(folder: Path) -> dict[str, Any]:
         parts = [
             found("TrainLoader")(
                 dataset=found("open_shards")(config),
-                masker=found("build_masker")(config),
-                pipeline=found("training_pipeline")(config),
+                views=found("training_views")(config),
                 batch_size=200,
                 seed=3,
                 rank=rank,

@@ -29,7 +29,7 @@ ENVIRONMENT = {
 }
 os.environ.update(ENVIRONMENT)  # before torch is imported
 
-CORE = "MASKERS TrainLoader build_masker epoch_order load_config load_encoder open_shards training_pipeline"
+CORE = "MASKERS TrainLoader build_masker epoch_order load_config load_encoder open_shards training_views"
 NAMES = {"jepa_kit": CORE.split(), "projects/ijepa": ["check", "read_fixture"]}
 """Folder -> all names that are imported from it, whatever module defines them; after a renaming change them here."""
 SAVED, STEPS = 30, 32

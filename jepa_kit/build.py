@@ -71,9 +71,15 @@ def build_recipe(config: Config) -> Recipe:
             return recipe
 
 
-def patch_grid_of(config: Config) -> Grid:
-    """Return (H, W), the patch grid of a config's images; the encoder is built on the meta device to find it."""
-    return _encoder_of(config).grid
+def patch_grid_of(config: Config, image_size: tuple[int, int] | None = None) -> Grid:
+    """Return (H, W), the patch grid of a config's images, or of images of another size (h, w).
+
+    The encoder is built on the meta device to find it.
+    """
+    encoder = _encoder_of(config)
+    if image_size is None:
+        return encoder.grid
+    return image_size[0] // encoder.patch_size, image_size[1] // encoder.patch_size
 
 
 def _encoder_of(config: Config) -> Encoder:
@@ -209,10 +215,12 @@ def part_problems(config: Config) -> list[str]:
     order = build_order(config)
     after_encoder = ["masker"] if "masker" in config.slots else []
     _build_parts(config, build, [*order[:1], *after_encoder, *order[1:]])
-    for i, transform in enumerate(config.data.transforms):
-        options = {key: value for key, value in transform.items() if key != "name"}
-        with _collecting(problems), located(f"data: transforms[{i}]"):
-            TRANSFORMS.build(transform["name"], options, image_size=config.data.image_size)
+    lists = {path: (view.transforms, view.image_size) for path, view in config.data.entries()}
+    for path, (transforms, size) in ({"data": (config.data.transforms, config.data.image_size)} | lists).items():
+        for i, transform in enumerate(transforms or ()):
+            options = {key: value for key, value in transform.items() if key != "name"}
+            with _collecting(problems), located(f"{path}: transforms[{i}]"):
+                TRANSFORMS.build(transform["name"], options, image_size=size)
     return problems
 
 

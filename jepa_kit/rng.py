@@ -32,6 +32,7 @@ class Stream(IntEnum):
     MASK_DROP = 9
     TRANSFORM = 10
     COMMON = 11
+    VIEW = 12
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)
@@ -114,6 +115,14 @@ def uniforms(stream: Stream, samples: IntArray, count: int, *, seed: int, epoch:
     numbers = np.empty((len(samples), blocks, 4))
     np.multiply(words.transpose(1, 2, 0), 2.0**-32, out=numbers)
     return numbers.reshape(len(samples), blocks * 4)[:, :count]
+
+
+def view_seed(seed: int, view: int) -> int:
+    """Return the seed of view ``view`` (from 0) of each sample, 0 to 2**63 - 1: the run's ``seed`` for the first."""
+    if view == 0:
+        return seed
+    high, low = uniforms(Stream.VIEW, np.array([view]), 2, seed=seed, epoch=0)[0].tolist()
+    return int(high * 2**31) << 32 | int(low * 2**32)
 
 
 def _check_range(name: str, value: int, least: int, bits: int) -> None:

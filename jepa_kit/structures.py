@@ -126,6 +126,17 @@ class MaskBatch:
             on_host=self.host(),
         )
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MaskBatch:
+        """Return the masks of ``to_dict``."""
+        context, targets = (PatchSets.from_dict(values[name]) for name in ("context", "targets"))
+        return cls(context, targets, tuple(values["grid"]), values["context_of"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors of these masks, for a file."""
+        sets = {"context": self.context.to_dict(), "targets": self.targets.to_dict()}
+        return {**sets, "grid": list(self.grid), "context_of": self.context_of}
+
     def host(self) -> MaskBatch | None:
         """Return these masks on the host without a copy from the device; None if they were made on the device."""
         return self if self.context_of.device.type == "cpu" else self.on_host

@@ -17,7 +17,7 @@ from torch import Tensor
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import ViT
-from jepa_kit.engine.build import training_pipeline
+from jepa_kit.engine.build import training_views
 from jepa_kit.errors import ConfigError
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official
 from jepa_kit.losses import L2, SmoothL1, is_distance
@@ -380,7 +380,7 @@ def test_every_part_reports_its_range() -> None:
         loss={"name": "smooth_l1", "beta": -1.0},
         data={"image_size": [24, 32], "transforms": [{"name": "resize"}, {"name": "flip", "p": 7}]},
     )
-    for build in (build_masker, build_recipe, training_pipeline):
+    for build in (build_masker, build_recipe, training_views):
         with pytest.raises(ConfigError) as caught:
             build(config)
         starts = sorted(line.split(" (=")[0] for line in caught.value.problems)

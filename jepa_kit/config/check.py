@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from jepa_kit.config.data_section import DataConfig
 from jepa_kit.config.renamed import RELEASED_CROP
+from jepa_kit.config.section import Section
 from jepa_kit.config.sections import (
     CheckpointConfig,
     EvaluateConfig,
@@ -67,11 +69,13 @@ LARGEST = {
 MOST_PATCHES = 2**20
 """Largest number of patches in an image."""
 
+_SQUARE = (lambda value: [value] * 2 if type(value) is int else value, ", or one int for a square")
 SHORTHANDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "data.image_size": (lambda value: [value] * 2 if type(value) is int else value, ", or one int for a square"),
+    "data.image_size": _SQUARE,
+    "data.views[].image_size": _SQUARE,
     "data.transforms": (lambda value: [RELEASED_CROP] if value is None else value, ", or null for the released crop"),
 }
-"""Path -> (function that expands a short value, its description for messages)."""
+"""Path without numbers -> (function that expands a short value, its description for messages)."""
 
 
 @dataclass(frozen=True)
@@ -116,18 +120,13 @@ def check_config(raw: Mapping[Any, Any], problems: list[str]) -> dict[str, Any]:
         elif (part := check_part(slot, raw[slot], registry, problems)) is not None:
             slots[slot] = part
     sections = {name: check_section(name, raw.get(name, {}), problems) for name in SECTIONS}
-    if sections["data"] and "encoder" in slots:
-        size, side = sections["data"].image_size, slots["encoder"].options.get("patch_size")
-        patches = (size[0] // side) * (size[1] // side) if type(side) is int and side > 0 else 0
-        if patches > MOST_PATCHES:
-            problems.append(
-                f"data.image_size (={list(size)}) over encoder.patch_size (={side}) gives {patches:,} patches; they "
-                f"must be at most {MOST_PATCHES:,}"
-            )
     if sections["optim"] and sections["train"]:
         problems.extend(between_sections(sections["optim"], sections["train"]))
-    if recipe is not None and sections["data"]:
-        _check_number_of_views(recipe, sections["data"].num_views, problems)
+    if sections["data"]:
+        if recipe is not None:
+            _check_views(recipe, sections["data"], problems)
+        if "encoder" in slots:
+            _check_sizes(sections["data"], slots["encoder"].options.get("patch_size"), problems)
     return {"recipe": recipe, "slots": slots, "losses": losses, **sections}
 
 
@@ -135,14 +134,39 @@ def _is_slot(key: object) -> bool:
     return isinstance(key, str) and registry_of(key) is not None
 
 
-def _check_number_of_views(recipe: Part, count: int, problems: list[str]) -> None:
-    fewest, most = RECIPES.get(recipe.name).num_views
+def _check_views(recipe: Part, data: DataConfig, problems: list[str]) -> None:
+    """Check that the recipe gets as many views as it takes, and masks if it needs them."""
+    cls, count = RECIPES.get(recipe.name), data.num_views
+    fewest, most = cls.num_views
     if count < fewest or (most is not None and count > most):
         right = f"{fewest}" if most == fewest else f"at least {fewest}" if most is None else f"{fewest} to {most}"
         problems.append(
             f"data.views (={count} in all) must give {right} to the recipe {recipe.name!r}; each entry counts "
             "``count`` times, and without data.views there is one"
         )
+    masked = [path for path, view in data.entries() if view.masked]
+    if cls.masked and not masked:
+        problems.append(f"data.views must have an entry with masked: true, for the masker of {recipe.name!r}")
+    if not cls.masked and data.views is not None:
+        problems.extend(
+            f"{path}.masked (=True) must be left out: the recipe {recipe.name!r} has no masker" for path in masked
+        )
+
+
+def _check_sizes(data: DataConfig, side: Any, problems: list[str]) -> None:
+    """Check the size of each view against the side of the encoder's patches, if that is an option."""
+    if type(side) is not int or side < 1:
+        return
+    sizes = {"data": data.image_size} | {path: view.image_size or data.image_size for path, view in data.entries()}
+    for path, size in sizes.items():
+        patches = (size[0] // side) * (size[1] // side)
+        if patches > MOST_PATCHES:
+            problems.append(
+                f"{path}.image_size (={list(size)}) over encoder.patch_size (={side}) gives {patches:,} patches; they "
+                f"must be at most {MOST_PATCHES:,}"
+            )
+        elif size != data.image_size and (size[0] % side or size[1] % side):  # the encoder checks its own size
+            problems.append(f"{path}.image_size (={list(size)}) must be divisible by encoder.patch_size (={side})")
 
 
 def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Part | None:
@@ -228,26 +252,46 @@ def check_losses(raw: Any, problems: list[str]) -> list[tuple[Part, float]]:
     return losses
 
 
-def check_section(name: str, raw: Any, problems: list[str]) -> Any:
-    """Return a section's mapping as its dataclass; None, after adding to ``problems``, if it has mistakes."""
-    schema = SECTIONS[name]
+def check_section(name: str, raw: Any, problems: list[str], schema: type[Section] | None = None) -> Any:
+    """Return a section's mapping as its dataclass; None, after adding to ``problems``, if it has mistakes.
+
+    Args:
+        name: of the section, or the path of another mapping with a schema.
+        raw: the mapping.
+        problems: gets a line for each mistake.
+        schema: of the mapping; by default that of the section.
+    """
+    schema = schema or SECTIONS[name]
     options = signature_options(schema)
     if not isinstance(raw, dict):
         problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {takes(options)}")
         return None
     found = [not_an_option(f"{name}.{key}", "", options) for key in raw if key not in options]
-    values = check_options(name, raw, options, repr(name), found)
-    for field in dataclasses.fields(schema):
-        registry, given = field.metadata.get("parts"), values.get(field.name)
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    lists = {key: fields[key].metadata["items"] for key in raw if key in fields and fields[key].metadata.get("items")}
+    values = check_options(name, {k: v for k, v in raw.items() if k not in lists}, options, repr(name), found)
+    for key, items in lists.items():
+        values[key] = _check_list(f"{name}.{key}", raw[key], items, found)
+    for key, field in fields.items():
+        registry, given = field.metadata.get("parts"), values.get(key)
         if registry and given:
-            parts = _check_nested(f"{name}.{field.name}", given, registry, found)
+            parts = _check_nested(f"{name}.{key}", given, registry, found)
             # None if a part has mistakes: they are reported already
-            values[field.name] = tuple(parts) if len(parts) == len(given) else None
+            values[key] = tuple(parts) if len(parts) == len(given) else None
     found.extend(f"{name}.{p}" for p in schema.out_of_range(values))
     if not found:  # every value is valid alone
         found = [f"{name}.{p}" for p in schema.relations(values)]
     problems.extend(found)
     return None if found else schema(**values)
+
+
+def _check_list(path: str, raw: Any, schema: type[Section], problems: list[str]) -> tuple[Any, ...] | None:
+    """Return a list of mappings as dataclasses; None for null, or if one has mistakes."""
+    if raw is not None and not isinstance(raw, list):
+        problems.append(f"{path} (={raw!r}) must be a list of mappings, or null. {takes(signature_options(schema))}")
+        return None
+    items = [check_section(f"{path}[{i}]", item, problems, schema) for i, item in enumerate(raw or [])]
+    return None if raw is None or None in items else tuple(items)
 
 
 def check_options(
@@ -270,7 +314,7 @@ def check_options(
             if isinstance(values[name], int) and values[name] > LARGEST.get(name, math.inf):
                 problems.append(f"{at} (={values[name]}) must be at most {LARGEST[name]:,}")
         elif option.default is REQUIRED:
-            right = describe(option.annotation) + SHORTHANDS.get(at, (None, ""))[1]
+            right = describe(option.annotation) + _shorthand(at)[1]
             problems.append(f"{at} is missing: {owner} needs it; it must be {right}")
         else:
             try:
@@ -285,7 +329,7 @@ def check_options(
 
 def check_value(path: str, value: Any, option: Option, problems: list[str]) -> Any:
     """Return the converted value; None, after adding to ``problems``, if its type is wrong."""
-    full, short = SHORTHANDS.get(path, (lambda x: x, ""))
+    full, short = _shorthand(path)
     try:
         return convert(full(value), option.annotation)
     except DoesNotFitError:
@@ -294,6 +338,10 @@ def check_value(path: str, value: Any, option: Option, problems: list[str]) -> A
             right += f": write {int(value)}"
         problems.append(f"{path} (={value!r}) must be {right}")
         return None
+
+
+def _shorthand(path: str) -> tuple[Callable[[Any], Any], str]:
+    return SHORTHANDS.get(re.sub(r"\[\d+\]", "[]", path), (lambda x: x, ""))
 
 
 def _registered(registry: PartRegistry) -> str:

@@ -20,6 +20,7 @@ def option(
     default: Any = dataclasses.MISSING,
     *,
     parts: PartRegistry | None = None,
+    items: type[Section] | None = None,
 ) -> Any:
     """Return a field with a range.
 
@@ -28,8 +29,10 @@ def option(
         is_valid: returns whether a value is in the range; not called for None, which is always valid.
         default: of the field; none if it is required.
         parts: registry of the parts that the value lists, each as a mapping.
+        items: schema of the mappings that the value lists.
     """
-    return field(default=default, metadata={"allowed": allowed, "is_valid": is_valid, "parts": parts})
+    metadata = {"allowed": allowed, "is_valid": is_valid, "parts": parts, "items": items}
+    return field(default=default, metadata=metadata)
 
 
 def above_0(default: Any) -> Any:

@@ -5,7 +5,7 @@ Images are copied as uint8 (a quarter of float32's bytes) and normalised on the 
 (``TrainLoader(pin_memory=True)``) and are copied on a separate stream while a step computes.
 
     for step, batch in to_device(loader.batches(start), device, prefetch=2):
-        images = normalize(batch.images, mean, std)
+        images = normalize(batch.images, mean, std)  # of the first view
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable
 
 import torch
 
-from jepa_kit.data.loader import Batch
+from jepa_kit.data.batch import Batch
 
 
 def to_device(
@@ -66,9 +66,8 @@ class SideStream:
 
 def tensors_of(batch: Batch) -> list[torch.Tensor]:
     """Return all tensors of a batch that are copied with it."""
-    found = [batch.images, batch.samples]
-    if batch.masks is not None:
-        batch.masks.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    found: list[torch.Tensor] = []
+    batch.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
 
 

@@ -10,59 +10,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from jepa_kit.data.batch import Batch, Skipped
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Pipeline, eval_pipeline
+from jepa_kit.data.views import Loaded, ViewMaker, check_views, draws_of, load_images, make_views
 from jepa_kit.data.workers import Workers, choose_workers, load
-from jepa_kit.interfaces import Masker
 from jepa_kit.rng import IntArray, epoch_order
-from jepa_kit.structures import MaskBatch
-
-
-class Skipped(NamedTuple):
-    """A sample missing from a batch: its index, key and the reason."""
-
-    sample: int
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A batch of one rank.
-
-    Args:
-        images: [B, 3, h, w] uint8, channels last in memory.
-        masks: context and targets; None for evaluation.
-        samples: [B] int64, the number of each image in its data set.
-        skipped: samples of this batch that could not be used.
-    """
-
-    images: Tensor
-    masks: MaskBatch | None
-    samples: Tensor
-    skipped: tuple[Skipped, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        masks = None if self.masks is None else self.masks.to(device, non_blocking)
-        images, samples = (t.to(device, non_blocking=non_blocking) for t in (self.images, self.samples))
-        return replace(self, images=images, masks=masks, samples=samples)
-
-    def pin_memory(self, device: Any = None) -> Batch:
-        masks = None if self.masks is None else self.masks.pin_memory()
-        return replace(self, images=self.images.pin_memory(), masks=masks, samples=self.samples.pin_memory())
+from jepa_kit.structures import View
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +39,26 @@ class Request:
 class _TrainBatches(Dataset):
     """Map a Request to a Batch."""
 
-    def __init__(self, dataset: ShardDataset, masker: Masker | None, pipeline: Pipeline, seed: int) -> None:
-        self.dataset, self.masker, self.pipeline, self.seed = dataset, masker, pipeline, seed
+    def __init__(self, dataset: ShardDataset, views: Sequence[ViewMaker], seed: int) -> None:
+        self.dataset, self.views, self.seed = dataset, views, seed
+
+    def load(self, samples: IntArray, epoch: int) -> tuple[Loaded, list[Skipped]]:
+        """Return the images of samples [B], and which of these could not be used."""
+        draws = draws_of(self.views, samples, seed=self.seed, epoch=epoch)
+        files = self.dataset.image_files(samples)
+        loaded = load_images([view.pipeline for view in self.views], [file.read for file in files], draws)
+        return loaded, [Skipped(int(samples[b]), files[b].key, str(error)) for b, error in loaded.errors.items()]
 
     def __getitem__(self, request: Request) -> Batch:
-        draws = self.pipeline.draws(request.samples, seed=self.seed, epoch=request.epoch)
-        files = self.dataset.image_files(request.samples)
-        images, kept, errors = self.pipeline.load([file.read for file in files], draws)
-        skipped = [Skipped(int(request.samples[b]), files[b].key, str(error)) for b, error in errors.items()]
-        if images is None:
+        (images, kept, _), skipped = self.load(request.samples, request.epoch)
+        if not kept:
             raise ValueError(
                 f"no image is left in the batch of step {request.step}, as none of its {len(skipped)} samples can be "
                 "used: " + "; ".join(f"{s.key!r}: {s.reason}" for s in skipped[:3])
             )
         samples = request.samples[kept]
-        masks = None
-        if self.masker is not None:
-            masks = self.masker(samples, seed=self.seed, epoch=request.epoch, step=request.step)
-        return Batch(images, masks, torch.from_numpy(samples), tuple(skipped))
+        views = make_views(self.views, images, samples, seed=self.seed, epoch=request.epoch, step=request.step)
+        return Batch(views, torch.from_numpy(samples), tuple(skipped))
 
 
 class _EvalBatches(Dataset):
@@ -105,11 +69,11 @@ class _EvalBatches(Dataset):
 
     def __getitem__(self, samples: IntArray) -> Batch:
         draws = self.pipeline.draws(samples, seed=self.seed, epoch=self.epoch)
-        images, _, errors = self.pipeline.load([file.read for file in self.dataset.image_files(samples)], draws)
+        files = [file.read for file in self.dataset.image_files(samples)]
+        images, _, errors = load_images([self.pipeline], files, [draws])
         for b, error in errors.items():  # a score over fewer samples would pass for one over all
             raise self.dataset.unusable(int(samples[b]), error) from error
-        assert images is not None, "no request is empty"
-        return Batch(images, None, torch.from_numpy(samples))
+        return Batch((View(images[0]),), torch.from_numpy(samples))
 
 
 class TrainLoader:
@@ -125,8 +89,7 @@ class TrainLoader:
 
     Args:
         dataset: samples.
-        masker: draws the masks; None for images alone.
-        pipeline: from an image file's bytes to pixels.
+        views: how each view of a sample is made, one or several, in their order.
         batch_size: over all ranks.
         seed: of the run.
         rank, world_size: of this process.
@@ -135,16 +98,15 @@ class TrainLoader:
         pin_memory: return batches in page-locked memory, for a CUDA device.
 
     Raises:
-        ValueError: a value outside its range, a batch that the ranks do not divide or that is larger than the data set,
-            or a cache that is too small for the shards of one window.
+        ValueError: no view or views that do not fit together, a value outside its range, a batch that the ranks do not
+            divide or that is larger than the data set, or a cache that is too small for the shards of one window.
     """
 
     def __init__(
         self,
         *,
         dataset: ShardDataset,
-        masker: Masker | None,
-        pipeline: Pipeline,
+        views: Sequence[ViewMaker],
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
@@ -154,6 +116,7 @@ class TrainLoader:
         pin_memory: bool = False,
     ) -> None:
         samples = len(dataset)
+        check_views(views)
         if batch_size < 1:
             raise ValueError(f"batch_size (={batch_size}) must be at least 1")
         if batch_size % world_size:
@@ -170,7 +133,7 @@ class TrainLoader:
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.steps_per_epoch = samples // batch_size
-        self._batches = _TrainBatches(dataset, masker, pipeline, seed)
+        self._batches = _TrainBatches(dataset, views, seed)
         self._window_steps = -(-shuffle_window // batch_size)
         if dataset.remote:
             self._check_cache()
@@ -197,12 +160,10 @@ class TrainLoader:
             self.num_workers = choose_workers(wanted, device, self.seconds_per_image())
 
     def seconds_per_image(self, count: int = 16) -> float | None:
-        """Return the CPU time to load an image, over the first ``count``; None if none of them can be used."""
+        """Return the CPU time for all views of an image, over the first ``count``; None if none of them can be used."""
         samples = next(self.requests(0)).samples[:count]
-        pipeline, files = self._batches.pipeline, self.dataset.image_files(samples)
-        draws = pipeline.draws(samples, seed=self.seed, epoch=0)
         start = time.thread_time()
-        kept = pipeline.load([file.read for file in files], draws).kept
+        kept = self._batches.load(samples, 0)[0].kept
         return (time.thread_time() - start) / len(kept) if kept else None
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, Batch]]:
@@ -220,7 +181,8 @@ class TrainLoader:
         prefetcher = None
         if self.dataset.remote:
             prefetcher = Prefetcher(self.shards_needed(start_step), self.dataset.fetch, self._window_steps)
-        loaded = load(self._batches, _Requests(self, start_step), self.num_workers, self.pin_memory)
+        requests = _Requests(self, start_step)
+        loaded = load(self._batches, requests, self.num_workers, self.pin_memory, views=len(self._batches.views))
         with closing(loaded):
             try:
                 for step, batch in enumerate(loaded, start_step):

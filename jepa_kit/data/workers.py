@@ -18,7 +18,7 @@ from jepa_kit.compat import worker_error
 from jepa_kit.machine import cores_of_rank
 
 FILES = 40
-"""Open files per worker, in it and in the main process: batches in flight and pipes."""
+"""Open files per worker and view, in it and in the main process: batches in flight and pipes."""
 SHARED_MEMORY = "/dev/shm"
 
 Workers = int | Literal["auto"]
@@ -33,7 +33,9 @@ QUICK = {"cuda": 50e-6, "cpu": 1e-3}
 _workers: WeakSet[Any] = WeakSet()
 
 
-def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool) -> Generator[Any, None, None]:
+def load(
+    batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory: bool, *, views: int = 1
+) -> Generator[Any, None, None]:
     """Yield one batch per request, in order.
 
     Args:
@@ -41,12 +43,13 @@ def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory
         requests: in order; may be infinite.
         num_workers: number of processes; 0 makes batches in this one.
         pin_memory: whether to return batches in page-locked memory.
+        views: of a batch, each of which has tensors of its own.
 
     Raises:
         RuntimeError: a worker died, or cannot send a batch because shared memory is full or too many files are open.
     """
     if num_workers:
-        allow_files(num_workers)
+        allow_files(num_workers * views)
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -69,8 +72,12 @@ def load(batches: Dataset, requests: Iterable[Any], num_workers: int, pin_memory
         _end(made)
 
 
-def allow_files(num_workers: int) -> None:
-    """Raise the soft limit of open files, which workers inherit, to what they need or the hard limit."""
+def allow_files(senders: int) -> None:
+    """Raise the soft limit of open files, which workers inherit, to what they need or the hard limit.
+
+    Args:
+        senders: workers times views.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -79,7 +86,7 @@ def allow_files(num_workers: int) -> None:
     if soft == resource.RLIM_INFINITY:
         return
     here = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
-    needed = here + FILES * num_workers
+    needed = here + FILES * senders
     if soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))

@@ -7,14 +7,15 @@ from typing import cast
 
 import torch
 
-from jepa_kit.build import build_masker, build_recipe, every_problem
+from jepa_kit.build import build_masker, build_recipe, every_problem, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief, identity
-from jepa_kit.data.transforms import Pipeline, build_pipeline
+from jepa_kit.data.transforms import build_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.distributed.collectives import World, broadcast_from_rank0, joined, run_on_all_ranks
 from jepa_kit.encoders.blocks import checkpoint_activations, compile_blocks
 from jepa_kit.engine.consistency import check_same, flatten
@@ -52,17 +53,27 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
     return dataset
 
 
-def training_pipeline(config: Config) -> Pipeline:
-    """Return the transforms of a config's training images.
+def training_views(config: Config) -> list[ViewMaker]:
+    """Return how each view of a config's training images is made; masks are on the grid of the view's own size.
 
     Raises:
-        ConfigError: all errors of transforms and parts, a line each; those of transforms begin with ``data``.
+        ConfigError: all errors of transforms and parts, a line each; those of transforms begin with their path.
     """
-    data = config.data
-    with every_problem(config), located("data"):
-        return build_pipeline(
-            data.transforms, image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels
-        )
+    data, makers = config.data, []
+    with every_problem(config):
+        for path, view in data.entries():
+            size = view.image_size or data.image_size
+            with located(path):
+                pipeline = build_pipeline(
+                    view.transforms or data.transforms,
+                    image_size=size,
+                    decoder=data.decoder,
+                    max_pixels=data.max_pixels,
+                )
+            masked = view.masked and "masker" in config.slots
+            masker = build_masker(config, patch_grid_of(config, size)) if masked else None
+            makers += [ViewMaker(pipeline=pipeline, masker=masker, same_draws=view.same_draws)] * view.count
+    return makers
 
 
 def check_shares(settings: TrainConfig, processes: int) -> None:
@@ -93,9 +104,8 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     encoder = cast(Encoder, jepa.encoder)
     loader = TrainLoader(
         dataset=dataset,
-        masker=build_masker(config, encoder.grid) if "masker" in config.slots else None,
         batch_size=settings.batch_size,
-        pipeline=training_pipeline(config),
+        views=training_views(config),
         seed=settings.seed,
         rank=world.rank,
         world_size=world.size,

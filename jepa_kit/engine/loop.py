@@ -89,7 +89,6 @@ def run_steps(session: Session) -> End:
         for step in range(first, last + 1):
             with meter.waiting():
                 _, batch = next(batches)
-            assert batch.masks is not None  # the loader has a masker
             s.skipped.add(step, batch.skipped)
 
             out = None
@@ -97,7 +96,7 @@ def run_steps(session: Session) -> End:
                 run.jepa.update_target(run.schedule(step).momentum)
             else:
                 out = train_on(run, step, batch)
-                meter.count(batch.masks, len(batch))
+                meter.count(batch.views)
                 watch.add(step, run.schedule(step), batch, out)
 
             decision = s.consensus.poll(step, s.saver.failed, s.signals.number is not None)
@@ -115,7 +114,7 @@ def run_steps(session: Session) -> End:
 
             if logging:
                 finite = out if step not in s.bad_steps.left_out else None
-                record: Record = {} if finite is None else meter.record(run.schedule(step), finite, batch.masks)
+                record: Record = {} if finite is None else meter.record(run.schedule(step), finite, batch.views)
                 skipped = s.skipped.collect(s.info)
                 record |= {"data/skipped": skipped} if record else {}
                 with meter.pausing():

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.config.imports import check_trusted
-from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import load_checkpoint, restore
@@ -33,12 +32,12 @@ from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.run import ForeignWeights
 from jepa_kit.engine.start import resume_run
-from jepa_kit.engine.step import seed_torch, train_on
+from jepa_kit.engine.step import normalized, seed_torch, train_on
 from jepa_kit.errors import reason_of
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.run_folder import RUN_CONFIG
-from jepa_kit.structures import MaskBatch, PatchSets, View
+from jepa_kit.structures import MaskBatch, Progress, View
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Finding:
         return f"{self.phase}: {self.where}: {values}"
 
 
-DUMPED = ("step", "bad", "numbers", "images", "masks", "rank", "world_size", "keys", "config", "data")
+DUMPED = ("step", "bad", "numbers", "views", "progress", "rank", "world_size", "keys", "config", "data")
 """Keys that the replay of a dump needs."""
 
 
@@ -93,11 +92,12 @@ def read_dump(path: Path, *, trust_imports: bool = False) -> dict[str, Any]:
     return content
 
 
-def masks_of(dump: dict[str, Any]) -> MaskBatch:
-    """Return the masks of a dump."""
-    masks = dump["masks"]
-    context, targets = (PatchSets.from_dict(masks[name]) for name in ("context", "targets"))
-    return MaskBatch(context, targets, tuple(masks["grid"]), masks["context_of"])
+def views_of(dump: dict[str, Any]) -> list[View]:
+    """Return the views of a dump."""
+    return [
+        View(view["images"], None if view["masks"] is None else MaskBatch.from_dict(view["masks"]), view["action"])
+        for view in dump["views"]
+    ]
 
 
 def config_of(dump: dict[str, Any]) -> Config:
@@ -215,10 +215,10 @@ def replay(dump: dict[str, Any], jepa: Recipe, device: torch.device) -> list[Fin
         the first tensor in each phase that is not finite, in the order in which they arise.
     """
     config = config_from_dict(dump["config"])
-    masks = masks_of(dump).to(device)
-    images = normalize(dump["images"].to(device), config.data.mean, config.data.std)
+    views = normalized([view.to(device) for view in views_of(dump)], config)
     found: list[Finding] = []
-    look(found, "images", "after normalisation", images)
+    for k, view in enumerate(views):
+        look(found, "images", "after normalisation" + (f", view {k}" if k else ""), view.images)
     for name, value in jepa.state_dict().items():
         look(found, "weights", name, value)
     seed_torch(config.train.seed, int(dump["step"]), int(dump["rank"]))
@@ -228,7 +228,7 @@ def replay(dump: dict[str, Any], jepa: Recipe, device: torch.device) -> list[Fin
     ]
     try:
         with autocast_of(config.train.precision, device)():
-            out = jepa(View(images, masks))
+            out = jepa(*views, progress=Progress(**dump["progress"]))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jepa_kit.data.loader import Skipped
+from jepa_kit.data.batch import Skipped
 from jepa_kit.distributed.collectives import all_gather_object, is_main, mean_over_ranks
 from jepa_kit.errors import TooManySkippedError
 from jepa_kit.files import read_json_lines, write_json_lines

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from jepa_kit.data.loader import Batch
+from jepa_kit.config import Config
+from jepa_kit.data.batch import Batch
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.buffers import Buffers
 from jepa_kit.engine.nonfinite.detect import propagate_nonfinite, step_if_finite
@@ -74,13 +76,19 @@ def train_on(run: Run, step: int, batch: Batch) -> Update:
         run.jepa,
         run.optimizer,
         run.schedule(step),
-        [View(normalize(batch.images, config.data.mean, config.data.std), batch.masks)],
+        normalized(batch.views, config),
         progress=run.progress(step),
         forward=run.forward,
         autocast=autocast_of(config.train.precision, run.device),
         clip_grad=config.optim.clip_grad,
         clip_each=config.optim.clip_each,
     )
+
+
+def normalized(views: Sequence[View], config: Config) -> list[View]:
+    """Return views of uint8 images with images that are normalised as the config's data, float32."""
+    data = config.data
+    return [replace(view, images=normalize(view.images, data.mean, data.std)) for view in views]
 
 
 def seed_torch(seed: int, step: int, rank: int) -> None:

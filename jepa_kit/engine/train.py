@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from jepa_kit.config import Config
 from jepa_kit.data.workers import limit_threads
@@ -38,6 +39,7 @@ from jepa_kit.engine.nonfinite.policy import BadSteps
 from jepa_kit.engine.run import ForeignWeights, HookFactory, Run, Start, check_hooks
 from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples
 from jepa_kit.engine.start import start_from
+from jepa_kit.interfaces import Encoder
 from jepa_kit.lock import only_run_in
 from jepa_kit.planning.flops import flops_of
 from jepa_kit.planning.peak_flops import matrix_peak
@@ -142,6 +144,7 @@ def build_session(
     built = [hook for factory in hooks if (hook := factory(run)) is not None]
     flops = flops_of(config, run.jepa, run.device)
     peak = matrix_peak(run.device, precision_of(config))
+    patch_size = cast(Encoder, run.jepa.encoder).patch_size
     saver = Saver(store, keep=checkpoint.keep, keep_every=checkpoint.keep_every, sharded=sharded)
 
     def latest_checkpoint() -> int | None:
@@ -167,7 +170,7 @@ def build_session(
         run=run,
         start=start,
         hooks=built,
-        meter=Meter(flops=flops.of_batch if flops else None, peak=peak),
+        meter=Meter(patch_size=patch_size, flops=flops.of_batch if flops else None, peak=peak),
         saver=saver,
         bad_steps=bad_steps,
         skipped=skipped,

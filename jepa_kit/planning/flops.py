@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
@@ -30,9 +29,9 @@ from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import MaskBatch, View
+from jepa_kit.structures import MaskBatch
 from jepa_kit.targets import PixelTarget, RepresentationTarget
-from jepa_kit.trials.recipe_trial import trial_images, trial_recipe
+from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -219,10 +218,9 @@ def count_flops(config: Config, device: torch.device, images: int = 8) -> float:
     backward. The random states of the run do not change.
     """
     jepa = trial_recipe(config, device)
-    masks = build_masker(config)(np.arange(images), seed=config.train.seed, epoch=0, step=0).to(device)
-    x = trial_images(config, device, images)
+    views = trial_views(config, device, images)
     with seeded(0), FlopCounterMode(display=False) as counter:
-        loss = jepa(View(x, masks)).loss
+        loss = jepa(*views).loss
         if loss.requires_grad:
             loss.backward()
     return counter.get_total_flops() / images

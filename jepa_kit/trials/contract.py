@@ -52,12 +52,14 @@ def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | No
     """
     if not every and _ships_with_jepa_kit(config):
         return
-    pipeline = build_pipeline(config.data.transforms, image_size=config.data.image_size)
-    masker = build_masker(config)
-    for name, transform in zip([part["name"] for part in config.data.transforms], pipeline.transforms, strict=True):
-        if every or not of_jepa_kit(transform):
-            check_transform(Trial("transform", name), transform)
-    if every or not all(map(of_jepa_kit, _with_members(masker))):
+    for _, view in config.data.entries():
+        size = view.image_size or config.data.image_size
+        pipeline = build_pipeline(view.transforms or config.data.transforms, image_size=size)
+        for name, transform in zip(pipeline.names, pipeline.transforms, strict=True):
+            if every or not of_jepa_kit(transform):
+                check_transform(Trial("transform", name), transform)
+    masker = build_masker(config) if "masker" in config.slots else None
+    if masker and (every or not all(map(of_jepa_kit, _with_members(masker)))):
         check_masker(Trial("masker", config.slots["masker"].name), masker, config)
     if not isinstance(weights_of, JEPA) or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
         _check_networks(config, device, masker, weights_of, every)
@@ -74,7 +76,8 @@ def _ships_with_jepa_kit(config: Config) -> bool:
     """Return whether all parts and transforms of a config, and members of its parts, are registered by jepa_kit."""
     parts = [cls for slot, part in config.slots.items() for cls in nested_parts(slot, part.name, part.options)]
     parts += [LOSSES.get(part.name) for part, _ in config.losses]
-    parts += [TRANSFORMS.get(transform["name"]) for transform in config.data.transforms]
+    transforms = [part for _, view in config.data.entries() for part in view.transforms or ()]
+    parts += [TRANSFORMS.get(transform["name"]) for transform in transforms]
     return all(map(of_jepa_kit, parts))
 
 
@@ -89,11 +92,11 @@ def _parts_of(jepa: JEPA) -> Iterable[object]:
 
 
 def _check_networks(
-    config: Config, device: torch.device, masker: Masker, weights_of: Recipe | None, every: bool
+    config: Config, device: torch.device, masker: Masker | None, weights_of: Recipe | None, every: bool
 ) -> None:
     """Check the parts of a recipe alone, then the gradients of a training step; arguments as for ``check_parts``."""
     jepa = trial_recipe(config, device)
-    if not isinstance(jepa, JEPA):
+    if not isinstance(jepa, JEPA) or masker is None:
         return
     names = [(slot, config.slots[slot].name) for slot in ("encoder", "target", "predictor", "target_update")]
     parts = zip([*names, *(("loss", name) for name in jepa.losses)], _parts_of(jepa), strict=True)
@@ -142,7 +145,10 @@ def check_transform(trial: Trial, transform: Any) -> None:
         trial.need(isinstance(first, Window), f"gave a {type(first).__name__} as its window")
         trial.same(first, second)
         return
-    first, second = trial.twice(lambda: transform(Image.fromarray(pixels.copy()), draws), pure=True)
+    image = Image.fromarray(pixels)
+    before = image.tobytes()
+    first, second = trial.twice(lambda: transform(image, draws), pure=True)
+    trial.need(image.tobytes() == before, "changed the image that it was given, which other views use too")
     trial.need(isinstance(first, Image.Image), f"gave a {type(first).__name__}, not a Pillow image")
     trial.need(first.mode == "RGB", f"gave an image in mode {first.mode!r}, not 'RGB'")
     trial.same((first.size, first.tobytes()), (second.size, second.tobytes()))

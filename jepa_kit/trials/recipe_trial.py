@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_recipe
+from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import Recipe
+from jepa_kit.rng import view_seed
+from jepa_kit.structures import View
 
 IMAGES = 4
 
@@ -37,5 +40,24 @@ def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -
 
 def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> Tensor:
     """Return [count, 3, h, w] noise with the scale of normalised images."""
-    noise = torch.randn(count, 3, *config.data.image_size, generator=torch.Generator().manual_seed(0))
-    return noise.to(device)
+    return _noise(config.data.image_size, count).to(device)
+
+
+def trial_views(config: Config, device: torch.device, count: int = IMAGES) -> list[View]:
+    """Return the views of a step of a config, of noise with the scale of normalised images, with masks if it has any.
+
+    The masks are those of the first ``count`` samples of epoch 0.
+    """
+    views: list[View] = []
+    entries = [entry for _, entry in config.data.entries() for _ in range(entry.count)]
+    for k, view in enumerate(entries):
+        size, masks = view.image_size or config.data.image_size, None
+        if view.masked and "masker" in config.slots:
+            masker = build_masker(config, patch_grid_of(config, size))
+            masks = masker(np.arange(count), seed=view_seed(config.train.seed, k), epoch=0, step=0)
+        views.append(View(_noise(size, count, seed=k), masks).to(device))
+    return views
+
+
+def _noise(size: tuple[int, int], count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))

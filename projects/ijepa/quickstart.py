@@ -32,7 +32,7 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
 import torch
 
 from jepa_kit.arguments import fail, run_tool
-from jepa_kit.build import build_masker, build_recipe
+from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import TrainLoader
@@ -40,7 +40,7 @@ from jepa_kit.data.shards.index import read_index
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.distributed.collectives import choose_device, read_environment
 from jepa_kit.distributed.signals import Preempted
-from jepa_kit.engine.build import open_shards, training_pipeline
+from jepa_kit.engine.build import open_shards, training_views
 from jepa_kit.engine.logging.curves import drawn
 from jepa_kit.evaluation.evaluate import evaluate
 from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
@@ -133,9 +133,8 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
     data = config.data
     loader = TrainLoader(
         dataset=open_shards(config, str(shards)),
-        masker=build_masker(config),
+        views=training_views(config),
         batch_size=8,
-        pipeline=training_pipeline(config),
         seed=config.train.seed,
     )
     _, batch = next(loader.batches(0))

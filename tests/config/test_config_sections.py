@@ -32,6 +32,7 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("data", "mean", (123.7, 116.3, 103.5), f"mean (=(123.7, 116.3, 103.5)) must be in [0, 1] each{SCALE}"),
     ("data", "std", (58.4, 57.1, 57.4), f"std (=(58.4, 57.1, 57.4)) must be in (0, 1] each{SCALE}"),
     ("data", "num_workers", 100_000, 'num_workers (=100000) must be from 0 to 1024, or "auto"'),
+    ("data", "views", (), "views (=()) must be a list of at least one"),
     ("data", "image_size", (10**9, 16), "image_size (=(1000000000, 16)) must be from 1 to 65,536 pixels each way"),
     ("data", "std", (0.5, 0.0, 0.5), f"std (=(0.5, 0.0, 0.5)) must be in (0, 1] each{SCALE}"),
     ("data", "shuffle_window", 0, "shuffle_window (=0) must be at least 1"),

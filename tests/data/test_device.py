@@ -1,14 +1,15 @@
 """Copies of batches to the device: their order, the number that is sent ahead, and their completeness."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from jepa_kit.data.batch import Batch
 from jepa_kit.data.device import in_flight, tensors_of, to_device
-from jepa_kit.data.loader import Batch
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch, PatchSets, View
 
 
 def batches(count, log=None, masks=True):
@@ -19,7 +20,7 @@ def batches(count, log=None, masks=True):
         images = torch.full((2, 3, 4, 4), step, dtype=torch.uint8)
         cells = PatchSets.from_padded(torch.full((2, 1), step % 16))
         drawn = MaskBatch(cells, cells, (4, 4), torch.arange(2)) if masks else None
-        yield step, Batch(images, drawn, torch.tensor([step, step + 1]))
+        yield step, Batch((View(images, drawn),), torch.tensor([step, step + 1]))
 
 
 class Logged:
@@ -108,6 +109,8 @@ def test_tensors_of_a_batch():
     for lengths in (masks.context.lengths, masks.sequences):
         assert any(lengths.offsets is other for other in tensors_of(batch))
     assert len(tensors_of(next(batches(1, masks=False))[1])) == 2
+    batch = next(batches(1, masks=False))[1]
+    assert len(tensors_of(replace(batch, views=(*batch.views, View(batch.images, action=torch.zeros(2, 5)))))) == 4
 
 
 @pytest.mark.gpu
@@ -119,7 +122,7 @@ def test_batches_on_a_gpu_are_not_overwritten(prefetch):
     def large():
         for step in range(30):
             images = torch.full((32, 3, side, side), step, dtype=torch.uint8)
-            yield step, Batch(images, None, torch.arange(32) + step).pin_memory()
+            yield step, Batch((View(images),), torch.arange(32) + step).pin_memory()
 
     weights = torch.randn(2048, 2048, device="cuda")
     sums = []

@@ -19,6 +19,7 @@ from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.engine.skipped_samples import Allowance
 from jepa_kit.maskers.multiblock import MultiBlock
 
@@ -40,8 +41,7 @@ def broken(whole, tmp_path):
 
 def a_loader(dataset, **options):
     defaults = {
-        "masker": MultiBlock(grid=(6, 6)),
-        "pipeline": train_pipeline(image_size=(12, 12)),
+        "views": [ViewMaker(pipeline=train_pipeline(image_size=(12, 12)), masker=MultiBlock(grid=(6, 6)))],
         "batch_size": 12,
         "seed": 2,
         "shuffle_window": 12,

@@ -25,6 +25,7 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.maskers.multiblock import MultiBlock
 
 SAMPLES, BATCH, SEED = 53, 8, 11
@@ -40,8 +41,7 @@ def folder(tmp_path_factory):
 def a_loader(dataset, *, rank=0, world_size=1, num_workers=0, window=20):
     return TrainLoader(
         dataset=dataset,
-        masker=MultiBlock(grid=(6, 6)),
-        pipeline=train_pipeline(image_size=(12, 12), flip=0.5),
+        views=[ViewMaker(pipeline=train_pipeline(image_size=(12, 12), flip=0.5), masker=MultiBlock(grid=(6, 6)))],
         batch_size=BATCH,
         seed=SEED,
         rank=rank,

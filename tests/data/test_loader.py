@@ -18,13 +18,15 @@ from PIL import Image
 from small_shards import encoded, picture, write_shards
 
 from jepa_kit.data import workers
+from jepa_kit.data.batch import Batch
 from jepa_kit.data.image_options import ImageOptions
-from jepa_kit.data.loader import Batch, TrainLoader, eval_batches
+from jepa_kit.data.loader import TrainLoader, eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import eval_pipeline, train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.rng import Stream, epoch_order, uniforms
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch, PatchSets, View
 
 
 @dataclass
@@ -53,9 +55,10 @@ class Steps(Halves):
 PIPELINE = train_pipeline(image_size=(12, 16), flip=0.5)
 
 
-def loader(dataset, **options):
-    defaults = {"masker": Halves(), "pipeline": PIPELINE, "batch_size": 6, "seed": 3, "shuffle_window": 8}
-    return TrainLoader(dataset=dataset, **(defaults | options))
+def loader(dataset, masker=Halves(), **options):  # noqa: B008 (has no state)
+    defaults = {"batch_size": 6, "seed": 3, "shuffle_window": 8}
+    views = [ViewMaker(pipeline=PIPELINE, masker=masker)]
+    return TrainLoader(dataset=dataset, **({"views": views} | defaults | options))
 
 
 def take(a_loader, count, start=0):
@@ -154,7 +157,7 @@ def test_batches_can_be_moved(dataset):
     _, batch = take(loader(dataset), 1)[0]
     moved = batch.to("meta")
     assert {moved.images.device.type, moved.samples.device.type, moved.masks.targets.index.device.type} == {"meta"}
-    assert Batch(batch.images, None, batch.samples).to("meta").masks is None
+    assert Batch((View(batch.images),), batch.samples).to("meta").masks is None
 
 
 @pytest.mark.gpu
@@ -163,7 +166,7 @@ def test_batches_are_pinned_and_copied(dataset):
     assert pinned.images.is_pinned()
     assert pinned.masks.context.index.is_pinned()
     assert_same(plain, pinned.to("cuda", non_blocking=True).to("cpu"))
-    assert Batch(plain.images, None, plain.samples).pin_memory().images.is_pinned()
+    assert Batch((View(plain.images),), plain.samples).pin_memory().images.is_pinned()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -224,9 +227,10 @@ def test_workers_do_not_delay_the_exit_after_an_error(dataset):
         "import sys\nfrom jepa_kit.data.loader import TrainLoader\n"
         "from jepa_kit.data.shards.dataset import ShardDataset\n"
         "from jepa_kit.data.transforms import train_pipeline\n"
+        "from jepa_kit.data.views import ViewMaker\n"
         "pipeline = train_pipeline(image_size=(12, 16))\n"
         "dataset = ShardDataset(sys.argv[1])\n"
-        "loader = TrainLoader(dataset=dataset, masker=None, pipeline=pipeline, batch_size=6, num_workers=2)\n"
+        "loader = TrainLoader(dataset=dataset, views=[ViewMaker(pipeline=pipeline)], batch_size=6, num_workers=2)\n"
         "batches = loader.batches()\n"
         "next(batches)\n"
         "sys.last = batches\n"
@@ -296,8 +300,9 @@ resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
 from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import eval_pipeline
+from jepa_kit.data.views import ViewMaker
 loader = TrainLoader(
-    dataset=ShardDataset({folder!r}), masker=None, pipeline=eval_pipeline(image_size=(8, 8)), batch_size=2,
+    dataset=ShardDataset({folder!r}), views=[ViewMaker(pipeline=eval_pipeline(image_size=(8, 8)))], batch_size=2,
     num_workers=2,
 )
 for step, batch in loader.batches():

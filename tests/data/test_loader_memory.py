@@ -13,6 +13,7 @@ from jepa_kit.data.loader import TrainLoader
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import Sample
 from jepa_kit.data.transforms import train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.maskers.multiblock import MultiBlock
 
 
@@ -30,8 +31,7 @@ def test_a_worker_does_not_grow(tmp_path):
     (tmp_path / "s/shard-000019.tar").unlink()  # skipping takes no memory either
     loader = TrainLoader(
         dataset=dataset,
-        masker=MultiBlock(grid=(6, 6)),
-        pipeline=train_pipeline(image_size=(12, 12)),
+        views=[ViewMaker(pipeline=train_pipeline(image_size=(12, 12)), masker=MultiBlock(grid=(6, 6)))],
         batch_size=200,
         shuffle_window=4096,
         num_workers=1,

@@ -6,7 +6,6 @@ import pickle
 
 import numpy as np
 import pytest
-import torch
 from photos import photo, saved
 from PIL import Image
 from scipy.stats import kstest
@@ -26,7 +25,7 @@ from jepa_kit.data.transforms import (
     eval_pipeline,
     train_pipeline,
 )
-from jepa_kit.errors import ImageError, SampleError
+from jepa_kit.errors import ImageError
 from jepa_kit.registry import TRANSFORMS
 from jepa_kit.rng import Stream, uniforms
 
@@ -283,24 +282,6 @@ def test_a_thin_image_is_rejected_before_it_is_enlarged(decoder, first, monkeypa
 def test_invalid_lists_of_transforms(parts, message):
     with pytest.raises(ValueError, match=message):
         build_pipeline(parts, image_size=SIZE)
-
-
-def test_a_batch_leaves_out_files_that_cannot_be_used():
-    """Pixels are Pillow's; no transform is given a file that was left out, and no gap is left in the batch."""
-
-    def missing():
-        raise SampleError("gone")
-
-    pipeline = eval_pipeline(image_size=SIZE)
-    photos = [photo(60, 80, seed=k) for k in range(2)]
-    files = [lambda: b"", lambda: saved(photos[0], "PNG"), missing, lambda: saved(photos[1], "PNG")]
-    images, kept, errors = pipeline.load(files, np.empty((4, 0)))
-    assert kept == [1, 3]
-    assert {b: str(error) for b, error in errors.items()} == {0: "the file is empty", 2: "gone"}
-    expected = [np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)) for image in photos]
-    np.testing.assert_array_equal(images.permute(0, 2, 3, 1), expected)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert pipeline.load(files[:1], np.empty((1, 0))).images is None
 
 
 def test_transforms_with_the_same_lane_are_rejected(monkeypatch):

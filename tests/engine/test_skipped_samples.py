@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from jepa_kit.data.loader import Skipped
+from jepa_kit.data.batch import Skipped
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.skipped_samples import Allowance, SkippedSamples, read_skipped
 from jepa_kit.errors import TooManySkippedError

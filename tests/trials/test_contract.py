@@ -309,6 +309,12 @@ class GreyImage(OwnTransform):
         return image.convert("L")
 
 
+class Painting(OwnTransform):
+    def __call__(self, image, draws):
+        image.paste((0, 0, 0), (0, 0, 2, 2))
+        return image
+
+
 class NoDraws(OwnTransform):
     num_draws = 1.5
 
@@ -348,6 +354,7 @@ BREACHES = [
     ("transform", OwnTransform, "gave different results in two calls"),
     ("transform", Array, "gave a ndarray, not a Pillow image"),
     ("transform", GreyImage, "gave an image in mode 'L', not 'RGB'"),
+    ("transform", Painting, "changed the image that it was given, which other views use too"),
 ]
 
 

@@ -8,7 +8,6 @@ Shapes: B images, n random numbers for each, h, w rows and columns of the result
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -19,11 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from jepa_kit.data.images import DECODERS, MAX_PIXELS, DecoderName, Pixels, check_decoder
 from jepa_kit.data.transforms.crops import CenterCrop, Crop, Flip, RandomResizedCrop, Transform, apply_crop
-from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import TRANSFORMS, build_part
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
@@ -33,20 +30,6 @@ class Lane(NamedTuple):
 
     stream: Stream
     attempt: int
-
-
-class Loaded(NamedTuple):
-    """Result of ``Pipeline.load``.
-
-    Attributes:
-        images: [K, 3, h, w] uint8, channels last in memory; None if K is 0.
-        kept: [K] positions of the images among the files, ascending.
-        errors: position -> why a file cannot be used, for all others.
-    """
-
-    images: Tensor | None
-    kept: list[int]
-    errors: dict[int, SampleError | ImageError]
 
 
 class Pipeline:
@@ -75,6 +58,7 @@ class Pipeline:
             raise ValueError(
                 f"transforms (={[name for name, _ in transforms]}) must have one that sets the size: {', '.join(known)}"
             )
+        self.names = [name for name, _ in transforms]
         self.transforms = [transform for _, transform in transforms]
         self.decoder, self.max_pixels = decoder, max_pixels
         self.lanes = _lanes(transforms)
@@ -88,51 +72,43 @@ class Pipeline:
             else:
                 step = partial(_apply, transform, name, k > crops[-1])
             self._steps.append((slice(ends[k], ends[k + 1]), step))
-        # only a crop takes the arrays of the fast decoder
-        self._decode = DECODERS[decoder if crops[0] == 0 else "pillow"]
+        self.takes_arrays = crops[0] == 0
+        """Whether the first transform is a crop, which takes the arrays of the fast decoder."""
 
-    def draws(self, samples: IntArray, *, seed: int, epoch: int) -> FloatArray:
+    def draws(self, samples: IntArray, *, seed: int, epoch: int, seeds: Mapping[str, int] | None = None) -> FloatArray:
         """Return [B, n] uniform numbers in [0, 1), a pure function of (seed, epoch, sample); n is ``num_draws``.
 
         Each transform has its own lane, so adding one to the list does not change the numbers of the others.
+
+        Args:
+            samples: [B] number of each image in its data set.
+            seed, epoch: see ``jepa_kit.rng.uniforms``.
+            seeds: name of a transform -> its own seed.
         """
         columns = [np.empty((len(samples), 0))]
-        for lane, transform in zip(self.lanes, self.transforms, strict=True):
+        for name, lane, transform in zip(self.names, self.lanes, self.transforms, strict=True):
             if transform.num_draws:
+                own = (seeds or {}).get(name, seed)
                 numbers = uniforms(
-                    lane.stream, samples, transform.num_draws, seed=seed, epoch=epoch, attempt=lane.attempt
+                    lane.stream, samples, transform.num_draws, seed=own, epoch=epoch, attempt=lane.attempt
                 )
                 columns.append(numbers)
         return np.concatenate(columns, axis=1)
 
-    def load(self, files: Sequence[Callable[[], bytes]], draws: FloatArray) -> Loaded:
-        """Read, decode and transform the image files of a batch, one after another.
+    def apply(self, image: Image.Image | Pixels, draws: Sequence[float]) -> Pixels:
+        """Return the pixels [h, w, 3] uint8 of a decoded image, which does not change.
 
         Args:
-            files: each returns the bytes of an image file, or raises SampleError.
-            draws: [B, n], as from ``draws``.
+            image: RGB, from the decoder.
+            draws: n numbers, the image's row of ``draws``.
 
         Raises:
+            ImageError: see ``apply_crop``.
             ValueError: a transform violates its contract.
         """
-        images: Tensor | None = None
-        kept: list[int] = []
-        errors: dict[int, SampleError | ImageError] = {}
-        for b, (read, numbers) in enumerate(zip(files, draws.tolist(), strict=True)):
-            try:
-                image = self._decode(read(), self.max_pixels)
-                for columns, step in self._steps:
-                    image = step(image, numbers[columns])
-            except (SampleError, ImageError) as error:
-                errors[b] = error
-                continue
-            pixels = np.asarray(image)
-            if images is None:
-                images = _empty((len(files), *pixels.shape))
-                rows = images.numpy()
-            rows[len(kept)] = pixels
-            kept.append(b)
-        return Loaded(None if images is None else images[: len(kept)].permute(0, 3, 1, 2), kept, errors)
+        for columns, step in self._steps:
+            image = step(image, draws[columns])
+        return np.asarray(image)
 
     def __call__(self, data: bytes, draws: FloatArray) -> Pixels:
         """Return the pixels [h, w, 3] uint8 of one image.
@@ -145,10 +121,8 @@ class Pipeline:
             ImageError: the file is not a usable image.
             ValueError: a transform violates its contract.
         """
-        image, numbers = self._decode(data, self.max_pixels), draws.tolist()
-        for columns, step in self._steps:
-            image = step(image, numbers[columns])
-        return np.asarray(image)
+        decode = DECODERS[self.decoder if self.takes_arrays else "pillow"]
+        return self.apply(decode(data, self.max_pixels), draws.tolist())
 
 
 def _apply(
@@ -245,14 +219,6 @@ def eval_pipeline(
     return Pipeline(
         [("center_crop", CenterCrop(image_size=image_size, share=share))], decoder=decoder, max_pixels=max_pixels
     )
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """Allocate uint8; in a loader worker, in shared memory, so that sending the batch does not copy it."""
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def stack(images: Sequence[NDArray[np.uint8] | Image.Image]) -> Tensor:

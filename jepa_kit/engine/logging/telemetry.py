@@ -7,7 +7,8 @@ One line of ``metrics.jsonl`` for each logged step:
     grad_norm                     of this step, all gradients together, before any clipping
     lr, weight_decay, momentum    of this step
     images_per_second             over all processes, since the previous line, without the time of checkpoints and hooks
-    tokens_per_second             the same for patches seen by the context encoder and patches predicted
+    tokens_per_second             the same for patches seen by the context encoder and patches predicted; in views
+                                  without masks, all patches
     gflop_per_image               model GFLOP of an image (flops.py): forward, and backward as twice that
     tflops                        model TFLOP/s of one process, mean over processes
     mfu                           ``tflops`` over those of a large matrix product in the run's precision, measured at
@@ -15,7 +16,7 @@ One line of ``metrics.jsonl`` for each logged step:
     data_wait                     fraction of the time in which the step waited for images
     peak_memory_gib               peak memory of a process since its start: tensors on CUDA, resident memory on the CPU
     reserved_memory_gib           CUDA: the most that torch's allocator reserved
-    context_length, target_length mean patches of a context set and of a target set in this step
+    context_length, target_length mean patches of a context set and of a target set in this step, if it has masks
     data/skipped                  unusable images that were left out since the run began (skipped_samples.py)
     <hook>/<name>                 numbers that hooks returned after this step (run.py)
 
@@ -45,7 +46,7 @@ from jepa_kit.engine.schedules import Hyper
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.run_folder import METRICS
-from jepa_kit.structures import MaskBatch, Update
+from jepa_kit.structures import MaskBatch, PatchSets, Update, View
 
 Record = dict[str, float]
 """A line of metrics.jsonl."""
@@ -59,7 +60,9 @@ class Meter:
     """Measures one process between two lines, on the host; only ``record`` waits for the device.
 
     Args:
-        flops: FLOP of a training step by the masks and the number of images; None leaves the figures of FLOP out.
+        patch_size: side of the encoder's patches in pixels.
+        flops: FLOP of a training step by the masks and the number of images, for a step with one view; None leaves the
+            figures of FLOP out.
         peak: FLOP/s that this process's device can do; None leaves ``mfu`` out.
         clock: seconds.
     """
@@ -67,11 +70,12 @@ class Meter:
     def __init__(
         self,
         *,
+        patch_size: int,
         flops: Callable[[MaskBatch, int], float | None] | None = None,
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.flops, self.peak, self.clock = flops, peak, clock
+        self.patch_size, self.flops, self.peak, self.clock = patch_size, flops, peak, clock
         self.restart()
 
     def restart(self) -> None:
@@ -96,18 +100,22 @@ class Meter:
         yield
         self.start += self.clock() - start
 
-    def count(self, masks: MaskBatch, images: int) -> None:
-        """Count a step of this process with these masks and so many images."""
+    def count(self, views: Sequence[View]) -> None:
+        """Count a step of this process with these views of each of its images."""
+        images, masks = len(views[0]), [view.masks for view in views if view.masks is not None]
         self.images += images
-        self.tokens += masks.context.num_patches + masks.targets.num_patches
-        flop = None if self.flops is None else self.flops(masks, images)
+        self.tokens += sum(m.context.num_patches + m.targets.num_patches for m in masks)
+        self.tokens += sum(view.images[:, 0].numel() // self.patch_size**2 for view in views if view.masks is None)
+        known = self.flops is not None and len(views) == len(masks) == 1
+        flop = self.flops(masks[0], images) if known and self.flops is not None else None
         self.flop = None if flop is None or self.flop is None else self.flop + flop
 
-    def record(self, hyper: Hyper, out: Update, masks: MaskBatch) -> Record:
+    def record(self, hyper: Hyper, out: Update, views: Sequence[View]) -> Record:
         """Return a step's line from its loss on; every process must call it.
 
         Waits for the device, then starts a new interval.
         """
+        masks = [view.masks for view in views if view.masks is not None]
         terms = {f"loss/{name}": term for name, term in out.terms.items()}
         measured = {"loss": out.loss, **terms, "grad_norm": out.grad_norm}
         on_device = torch.stack([value.detach().double() for value in measured.values()])
@@ -118,8 +126,8 @@ class Meter:
             "images_per_second": self.images / seconds,
             "tokens_per_second": self.tokens / seconds,
             "data_wait": self.waited / seconds,
-            "context_length": masks.context.num_patches / len(masks.context),
-            "target_length": masks.targets.num_patches / len(masks.targets),
+            "context_length": mean_length([m.context for m in masks]),
+            "target_length": mean_length([m.targets for m in masks]),
             "peak_memory_gib": peak_memory(device) / 2**30,
             "reserved_memory_gib": torch.cuda.max_memory_reserved(device) / 2**30
             if device.type == "cuda"
@@ -131,6 +139,12 @@ class Meter:
         self.restart()
         means = dict(zip(measured, table.mean(0).tolist(), strict=False))
         return {**means, **vars(hyper), **speed_over_ranks(list(speed), table[:, len(measured) :])}
+
+
+def mean_length(parts: Sequence[PatchSets]) -> float:
+    """Return the mean number of patches of a set; NaN without any."""
+    sets = sum(map(len, parts))
+    return sum(part.num_patches for part in parts) / sets if sets else math.nan
 
 
 def speed_over_ranks(names: Sequence[str], table: Tensor) -> Record:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jepa_kit.data.loader import Batch
+from jepa_kit.data.batch import Batch
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.sgd import SGD
 from jepa_kit.structures import Update

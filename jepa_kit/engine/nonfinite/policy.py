@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jepa_kit.config import versions
-from jepa_kit.data.loader import Batch
+from jepa_kit.data.batch import Batch
 from jepa_kit.distributed.collectives import all_gather, broadcast_from_rank0, run_on_all_ranks
 from jepa_kit.engine.nonfinite.detect import Suspect
 from jepa_kit.engine.run import Run
@@ -109,7 +109,7 @@ def over_limit(record: Sequence[BadStep], bad: BadStep, limit: int) -> str | Non
     return None
 
 
-DUMP_FORMAT = "jepa_kit/bad_step/1"
+DUMP_FORMAT = "jepa_kit/bad_step/2"
 
 
 def dump_path(folder: Path, step: int, rank: int) -> Path:
@@ -118,36 +118,31 @@ def dump_path(folder: Path, step: int, rank: int) -> Path:
 
 
 def write_dump(path: Path, suspect: Suspect, bad: BadStep, facts: dict[str, Any]) -> None:
-    """Save the batch of a bad step: images, masks, sample numbers, learning rate, weight decay and momentum.
+    """Save the batch of a bad step: all views, sample numbers, learning rate, weight decay and momentum.
 
     Args:
         path: of the file, ``dump_path``.
         suspect: the step, of this rank.
         bad: the same, as recorded.
         facts: ``rank``, ``world_size``, ``keys`` of the samples, ``folder`` of the run, ``config``, ``data``,
-            ``versions``; ``origin`` of the weights, as in a checkpoint; and ``resume_from``, the released checkpoint
-            that the run started from, or None.
+            ``versions``, ``progress``; ``origin`` of the weights, as in a checkpoint; and ``resume_from``, the released
+            checkpoint that the run started from, or None.
 
     Raises:
         OSError: it could not be written; no part of it is left then.
     """
-    batch = suspect.batch
-    assert batch.masks is not None
-    masks = batch.masks.to("cpu")
+    batch = suspect.batch.to("cpu")
     content = {
         "format": DUMP_FORMAT,
         "step": suspect.step,
         "bad": {**vars(bad), "losses": list(bad.losses)},
         "hyper": vars(suspect.hyper),
         "numbers": dict(zip(("loss", "grad_norm", *suspect.terms), suspect.numbers.tolist(), strict=True)),
-        "samples": batch.samples.cpu(),
-        "images": batch.images.cpu(),
-        "masks": {
-            "grid": list(masks.grid),
-            "context_of": masks.context_of,
-            "context": masks.context.to_dict(),
-            "targets": masks.targets.to_dict(),
-        },
+        "samples": batch.samples,
+        "views": [
+            {"images": view.images, "masks": view.masks and view.masks.to_dict(), "action": view.action}
+            for view in batch.views
+        ],
         **facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +178,8 @@ class BadSteps:
         self.record = broadcast_from_rank0(lambda: read_record(folder))
         self.left_out = left_out(self.record)
 
-    def facts(self, batch: Batch) -> dict[str, Any]:
-        """Return what is saved of a batch besides the step (``write_dump``)."""
+    def facts(self, step: int, batch: Batch) -> dict[str, Any]:
+        """Return what is saved of a batch besides the numbers of its step (``write_dump``)."""
         return {
             "rank": self.run.world.rank,
             "world_size": self.run.world.size,
@@ -193,6 +188,7 @@ class BadSteps:
             "config": self.run.config.to_dict(),
             "data": self.run.data_identity,
             "versions": versions(),
+            "progress": vars(self.run.progress(step)),
             **self.started,
         }
 
@@ -209,7 +205,7 @@ class BadSteps:
         bad = BadStep(suspect.step, settings.on_nonfinite, losses, str(float(numbers[0, 1])), latest)
         own = dump_path(self.folder, bad.step, rank)
         writes = rank in bad.ranks or not bad.ranks
-        run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(suspect.batch)) if writes else None)
+        run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(bad.step, suspect.batch)) if writes else None)
         broadcast_from_rank0(lambda: append_record(self.folder, bad))
         dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
         replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"

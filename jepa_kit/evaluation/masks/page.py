@@ -16,7 +16,7 @@ from torch import Tensor
 from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.data.shards.resolve import indexed_samples
-from jepa_kit.engine.build import open_shards, training_pipeline
+from jepa_kit.engine.build import open_shards, training_views
 from jepa_kit.evaluation.masks.report import MaskReport, warnings
 from jepa_kit.evaluation.pictures.panels import DPI, dim_hidden, draw_blocks, show_image
 from jepa_kit.plotting import Axes, Figure, SubFigure, save_figure
@@ -44,7 +44,7 @@ def samples_of(config: Config, count: int, seed: int = 0) -> Tensor:
         images = [render(seed, i, config.data.image_size).image for i in range(count)]
     else:
         data = open_shards(config)
-        pipeline = training_pipeline(config)
+        pipeline = next(view.pipeline for view in training_views(config) if view.masker)
         draws = pipeline.draws(np.arange(count), seed=config.train.seed, epoch=0)
         images = [pipeline(data.image_bytes(i % len(data)), draws[i]) for i in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -12,6 +12,7 @@ from jepa_kit.data.remote.fetch import Access
 from jepa_kit.data.remote.prefetch import Prefetcher
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import train_pipeline
+from jepa_kit.data.views import ViewMaker
 from jepa_kit.errors import CacheError
 
 
@@ -100,8 +101,7 @@ def test_loaders_of_few_shards_go_on_and_end(folder, tmp_path, window, num_worke
         pipeline = train_pipeline(image_size=(8, 8))
         loader = TrainLoader(
             dataset=dataset,
-            masker=None,
-            pipeline=pipeline,
+            views=[ViewMaker(pipeline=pipeline)],
             batch_size=5,
             shuffle_window=window,
             num_workers=num_workers,

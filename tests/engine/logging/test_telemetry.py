@@ -12,7 +12,7 @@ from jepa_kit.engine.logging.telemetry import Journal, Meter, read_metrics
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.planning import peak_flops
 from jepa_kit.planning.flops import Lengths, ModelFlops, SetFlops
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch, PatchSets, View
 
 MASKS = MaskBatch(
     context=PatchSets(torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1]), (2, 3)),
@@ -20,6 +20,7 @@ MASKS = MaskBatch(
     grid=(4, 4),
     context_of=torch.tensor([0, 1]),
 )
+VIEWS = [View(torch.zeros(2, 3, 16, 16), MASKS)]
 HYPER = Hyper(lr=1e-3, weight_decay=0.05, momentum=0.99)
 # sum(n) = 5, 6, 32 and sum(n^2) = 13, 18, 512 for contexts, targets and whole images; sequences of 5 and 6
 
@@ -46,7 +47,7 @@ def output(loss=0.75):
 
 
 def make_meter(clock, **options):
-    return Meter(clock=clock, **options)
+    return Meter(clock=clock, patch_size=4, **options)
 
 
 def test_a_record_has_what_was_measured(monkeypatch):
@@ -57,10 +58,10 @@ def test_a_record_has_what_was_measured(monkeypatch):
         with meter.waiting():
             clock.now += 1.0
         clock.now += 3.0
-        meter.count(MASKS, 2)
+        meter.count(VIEWS)
     with meter.pausing():
         clock.now += 50.0
-    record = meter.record(HYPER, output(), MASKS)
+    record = meter.record(HYPER, output(), VIEWS)
     assert record == pytest.approx(
         {
             "loss": 0.75,
@@ -89,8 +90,8 @@ def test_each_record_starts_anew():
     meter = make_meter(clock)
     for _ in range(2):
         clock.now += 2.0
-        meter.count(MASKS, 2)
-        record = meter.record(HYPER, output(), MASKS)
+        meter.count(VIEWS)
+        record = meter.record(HYPER, output(), VIEWS)
     assert record["images_per_second"] == 1.0
 
 
@@ -111,9 +112,29 @@ def test_what_has_no_formula_is_left_out(options, left_out):
     meter = make_meter(clock, **options)
     for _ in range(2):  # the second line starts anew
         clock.now += 1.0
-        meter.count(MASKS, 2)
-        record = meter.record(HYPER, output(), MASKS)
+        meter.count(VIEWS)
+        record = meter.record(HYPER, output(), VIEWS)
         assert {"gflop_per_image", "tflops", "mfu"} - record.keys() == left_out
+
+
+def test_several_views():
+    """The tokens of all views count, and the lengths of all masks; an image counts once."""
+    clock = Clock()
+    meter = make_meter(clock, flops=FLOPS.of_batch)
+    longer = MaskBatch(PatchSets.full(2, 9), PatchSets.full(2, 9), (3, 3), torch.tensor([0, 1]))
+    views = [*VIEWS, View(torch.zeros(2, 3, 12, 12), longer), View(torch.zeros(2, 3, 8, 12))]
+    clock.now += 2.0
+    meter.count(views)
+    record = meter.record(HYPER, output(), views)
+    assert record["images_per_second"] == 1.0
+    assert record["tokens_per_second"] == (11 + 2 * 18 + 2 * 6) / 2
+    assert record["context_length"] == (2 + 3 + 9 + 9) / 4
+    assert record["target_length"] == (3 + 3 + 9 + 9) / 4
+    meter.count(views[2:])
+    clock.now += 1.0
+    record = meter.record(HYPER, output(), views[2:])
+    assert record["tokens_per_second"] == 12.0
+    assert not {"context_length", "target_length", "gflop_per_image", "tflops"} & record.keys()
 
 
 def record(step, loss=0.5):

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,12 @@ def bad_at(monkeypatch):
         now[:] = [step]
         seed(of_run, step, rank)
 
-    def train_step(jepa, optimizer, hyper, images, masks, **options):
+    def train_step(jepa, optimizer, hyper, views, **options):
         if now[0] in steps:
-            images = images.clone()
+            images = views[0].images.clone()
             images[0] = math.nan
-        return step_function(jepa, optimizer, hyper, images, masks, **options)
+            views = [replace(views[0], images=images), *views[1:]]
+        return step_function(jepa, optimizer, hyper, views, **options)
 
     def arm(*chosen):
         steps.clear()
@@ -190,10 +192,15 @@ def test_a_dump_holds_the_batch(tiny, bad_at):
     folder = train(tiny("train.on_nonfinite=skip"))
     dump = read_dump(folder / "bad_step_00000002" / "rank_0000.pt")
     assert (dump["step"], dump["rank"], dump["world_size"]) == (2, 0, 1)
-    assert len(dump["keys"]) == len(dump["samples"]) == len(dump["images"]) == 4
+    assert len(dump["keys"]) == len(dump["samples"]) == 4
     assert all(key.count("-") == 1 for key in dump["keys"])
     assert math.isnan(dump["numbers"]["loss"])
-    assert dump["masks"]["grid"] == [4, 4]
+    (view,) = dump["views"]
+    assert view["images"].dtype == torch.uint8
+    assert view["images"].shape == (4, 3, 16, 16)
+    assert view["masks"]["grid"] == [4, 4]
+    assert view["action"] is None
+    assert dump["progress"] == {"step": 2, "where": 2 / 6, "epoch": 0, "epochs": 2, "seed": 0}
     assert dump["config"]["train"]["batch_size"] == 4
 
 
@@ -364,9 +371,9 @@ def test_a_dump_that_lacks_something(tiny, bad_at, tmp_path, replay_tool, capsys
         told = capsys.readouterr().err
         assert f"there is no run in {tmp_path / 'none'} (no config.yaml): name the run's folder with --run" in told
     content = torch.load(dump, weights_only=True)
-    torch.save({name: value for name, value in content.items() if name not in ("masks", "keys")}, dump)
+    torch.save({name: value for name, value in content.items() if name not in ("views", "keys")}, dump)
     assert replay_tool.main([str(dump)]) == 2
-    assert "rank_0000.pt is not the dump of a bad step: it has no masks, keys\n" in capsys.readouterr().err
+    assert "rank_0000.pt is not the dump of a bad step: it has no views, keys\n" in capsys.readouterr().err
 
 
 @pytest.mark.integration
