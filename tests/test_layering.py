@@ -25,6 +25,7 @@ LAYERS: list[set[str]] = [
         "compat",
         "errors",
         "files",
+        "frozen",
         "lock",
         "machine",
         "patch_sets",

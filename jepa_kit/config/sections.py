@@ -69,6 +69,7 @@ class OptimConfig(Section):
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return learning rates above the peak, and options that do nothing."""
         lr, problems = values["lr"], []
         for name in ("start_lr", "final_lr"):
             if (value := values[name]) > lr:

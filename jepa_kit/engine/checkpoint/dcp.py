@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from jepa_kit.engine.checkpoint.state_dict import ModelState, OptimizerState, parameters_of, set_optimizer_state
 from jepa_kit.errors import PICKLE_ERRORS, CheckpointError, first_line
+from jepa_kit.frozen import EXTRA_STATE, FrozenNetwork
 
 METADATA = ".metadata"
 """Describes the tensors in the other files; a folder without it was not written to its end."""
@@ -54,10 +55,11 @@ def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer
     All ranks must call it; each reads its own parts. Names and shapes must fit: check ``layout`` before.
 
     Raises:
-        CheckpointError: the folder is damaged, or not of jepa_kit. The model may be half loaded then.
+        CheckpointError: the folder is damaged, or not of jepa_kit, or a frozen network is another. The model may be
+            half loaded then.
         OSError: a file cannot be read.
     """
-    model = dict(jepa.state_dict())  # shares memory with the parameters
+    model = dict(jepa.state_dict())  # shares memory with the parameters, and has copies of digests
     state: OptimizerState = {}
     if optimizer is not None:
         parameters = parameters_of(optimizer)
@@ -67,6 +69,9 @@ def load_sharded(folder: Path, jepa: nn.Module, optimizer: torch.optim.Optimizer
             state[name] = {key: on_host[key] if key in on_host else torch.zeros_like(like) for key in moments}
     with _named_errors(folder):
         dcp.load(_flat(model, state), storage_reader=_Reader(folder))
+    for name, module in jepa.named_modules():
+        if isinstance(module, FrozenNetwork):
+            module.set_extra_state(model[f"{name}.{EXTRA_STATE}"])
     if optimizer is not None:
         set_optimizer_state(optimizer, state)
 
