@@ -57,8 +57,15 @@ class Encoder(Protocol):
         """Encode [B, C, h, w] -> [P, D], packed as ``patches``; all patches if None."""
         ...
 
-    def forward_tokens(self, images: Tensor, patches: PatchSets | None = None) -> list[Tokens]:
-        """Return the last layer with its prefix; only of an encoder that has a prefix."""
+    def forward_tokens(
+        self,
+        images: Tensor,
+        patches: PatchSets | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> list[Tokens]:
+        """Return ``forward_layers``, or the last layer, with the prefix of each set; only of an encoder with one."""
         ...
 
     def forward_layers(
@@ -75,7 +82,11 @@ class Encoder(Protocol):
 
 
 class Predictor(Protocol):
-    """Interface of a predictor, a module registered in ``PREDICTORS``."""
+    """Interface of a predictor, a module registered in ``PREDICTORS``.
+
+    If it has an attribute ``uses_prefix`` that is true, it is also given ``prefix``, the tokens [S_c, k, D] that the
+    encoder puts before the patches of each context.
+    """
 
     def __call__(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """Predict: [P_c, D] packed as ``masks.context`` -> [P_t, out_dim] packed as ``masks.targets``."""

@@ -1,5 +1,6 @@
 """Predictors: map context tokens and target positions to predictions."""
 
+from jepa_kit.predictors.tokens import TokenPredictor
 from jepa_kit.predictors.vit import ViTPredictor
 
-__all__ = ["ViTPredictor"]
+__all__ = ["TokenPredictor", "ViTPredictor"]

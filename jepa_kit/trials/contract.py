@@ -14,7 +14,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,10 +210,15 @@ def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> 
 
 def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
     """Check the predictions for all target patches."""
+    more = {}
     with seeded(0), unchanged_buffers(jepa):
-        context = jepa.encoder(images, masks.context)
+        if getattr(jepa.predictor, "uses_prefix", False):
+            context, more["prefix"] = cast(Any, jepa.encoder).forward_tokens(images, masks.context)[0]
+        else:
+            context = jepa.encoder(images, masks.context)
     shape = (masks.targets.num_patches, jepa.target.out_dim)
-    _check_call(trial, jepa.predictor, lambda: jepa.predictor(context, masks), shape, "the predictions [P_t, out_dim]")
+    predict = partial(jepa.predictor, context, masks, **more)
+    _check_call(trial, jepa.predictor, predict, shape, "the predictions [P_t, out_dim]")
 
 
 def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:

@@ -70,7 +70,7 @@ def torch_layer(block: Block) -> nn.TransformerEncoderLayer:
     return layer
 
 
-def plain_predictor(predictor: ViTPredictor, context: Tensor, masks: MaskBatch) -> Tensor:
+def plain_predictor(predictor: ViTPredictor, context: Tensor, masks: MaskBatch, prefix: Tensor | None = None) -> Tensor:
     """For each target block: its context's tokens and its mask tokens, each at its position, through the layers."""
     layers = [torch_layer(block) for block in predictor.blocks]  # type: ignore[arg-type]
     positions = sincos_2d(WIDTH, GRID).double()
@@ -79,6 +79,8 @@ def plain_predictor(predictor: ViTPredictor, context: Tensor, masks: MaskBatch) 
     for own, c in zip(masks.targets.split(), masks.context_of.tolist(), strict=True):
         known = tokens[c] @ predictor.embed.weight.T + predictor.embed.bias + positions[seen[c]]
         hidden = predictor.mask_token + positions[own]
+        if prefix is not None:
+            known = torch.cat([prefix[c] @ predictor.embed.weight.T + predictor.embed.bias, known])
         x = torch.cat([known, hidden])[None]
         for layer in layers:
             x = layer(x)
@@ -94,6 +96,60 @@ def test_equals_one_block_after_another(make_masks: Any) -> None:
     out = predictor(context, masks)
     assert out.shape == (masks.targets.num_patches, OUT)
     torch.testing.assert_close(out, plain_predictor(predictor, context, masks), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("make_masks", [ragged_masks, uniform_masks])
+def test_with_a_prefix_equals_one_block_after_another(make_masks: Any, depth: int) -> None:
+    predictor, masks = make_predictor(prefix=True, depth=depth), make_masks()
+    assert predictor.uses_prefix
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64, requires_grad=True)
+    prefix = torch.randn(len(masks.context), 2, DIM, dtype=torch.float64, requires_grad=True)
+    ours, theirs = predictor(context, masks, prefix=prefix), plain_predictor(predictor, context, masks, prefix)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(y.square().sum(), (context, prefix)) for y in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_equals_the_decoder_of_mae() -> None:
+    """Hidden patches are predicted in one pass over all patches and the class token."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.ViTMAEConfig(
+        hidden_size=DIM,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=16,
+        patch_size=4,
+        decoder_hidden_size=WIDTH,
+        decoder_num_hidden_layers=2,
+        decoder_num_attention_heads=HEADS,
+        decoder_intermediate_size=4 * WIDTH,
+        layer_norm_eps=1e-6,
+    )
+    decoder = transformers.ViTMAEForPreTraining(config).decoder.double().eval()
+    predictor = make_predictor(prefix=True, grid=(4, 4), out_dim=48)
+    ours = predictor.state_dict()
+    names = {"decoder_embed": "embed", "decoder_norm": "norm", "decoder_pred": "proj"}
+    for i in range(2):
+        theirs, mine = f"decoder_layers.{i}", f"blocks.{i}"
+        names |= {f"{theirs}.attention.o_proj": f"{mine}.attn.proj", f"{theirs}.layernorm_before": f"{mine}.norm1"}
+        names |= {f"{theirs}.layernorm_after": f"{mine}.norm2"}
+        names |= {f"{theirs}.mlp.{fc}": f"{mine}.mlp.{fc}" for fc in ("fc1", "fc2")}
+    state = {f"{theirs}.{p}": ours[f"{mine}.{p}"] for theirs, mine in names.items() for p in ("weight", "bias")}
+    for i in range(2):
+        for p in ("weight", "bias"):
+            for letter, part in zip("qkv", ours[f"blocks.{i}.attn.qkv.{p}"].chunk(3), strict=True):
+                state[f"decoder_layers.{i}.attention.{letter}_proj.{p}"] = part
+    state["mask_token"] = ours["mask_token"][None]
+    state["decoder_pos_embed"] = nn.functional.pad(predictor.pos_embed, (0, 0, 1, 0))[None]
+    decoder.load_state_dict(state)
+    order = torch.rand(3, 16).argsort(dim=1)
+    kept, hidden = PatchSets.from_padded(order[:, :4]), PatchSets.from_padded(order[:, 4:])
+    masks = MaskBatch(kept, hidden, (4, 4), torch.arange(3))
+    latent = torch.randn(3, 5, DIM, dtype=torch.float64)
+    expected = decoder(latent, ids_restore=order.argsort(dim=1)).logits  # [B, N, out]
+    found = predictor(latent[:, 1:].flatten(0, 1), masks, prefix=latent[:, :1])
+    torch.testing.assert_close(found, hidden.gather(expected), rtol=0, atol=1e-12)
 
 
 def test_the_gradient_of_context_and_mask_token_too() -> None:
@@ -195,6 +251,13 @@ def test_refuses_masks_of_another_grid() -> None:
     other = MaskBatch(masks.context, masks.targets, (6, 4), masks.context_of)
     with pytest.raises(ValueError, match=r"masks.grid \(=\(6, 4\)\) must be the predictor's \(=\(4, 6\)\)"):
         make_predictor()(torch.zeros(20, DIM, dtype=torch.float64), other)
+
+
+@pytest.mark.parametrize("prefix", [None, torch.zeros(2, 0, DIM)])
+def test_refuses_an_encoder_without_a_prefix(prefix: Tensor | None) -> None:
+    masks = uniform_masks()
+    with pytest.raises(ValueError, match=r"^prefix \(=True\) needs an encoder that has a class token or registers$"):
+        make_predictor(prefix=True).float()(torch.zeros(12, DIM), masks, prefix=prefix)
 
 
 @pytest.mark.parametrize(

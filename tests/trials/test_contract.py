@@ -77,10 +77,12 @@ def test_every_part_of_jepa_kit_keeps_it(slot, name):
         if not hasattr(TRANSFORMS.get(name), "window"):
             raw["data"]["transforms"].insert(0, {"name": "random_resized_crop"})
     else:
-        raw[slot] = {**(raw[slot] if slot in ("encoder", "predictor") else {}), "name": name}
+        known = SLOTS[slot].options(name)
+        raw[slot] = {"name": name} | {k: v for k, v in raw.get(slot, {}).items() if k in known}
     if name == "none":
         raw["target"] = {"name": "pixel"}
-    if name == "in_place":
+    if name in ("in_place", "tokens"):
+        raw["masker"] = {"name": "in_place"}
         raw["encoder"]["mask_token"] = True
     config = config_from_dict(raw)
     with seeded(config.train.seed):
