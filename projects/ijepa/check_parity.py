@@ -168,7 +168,7 @@ def compare_first_step(fixture: Fixture, jepa: JEPA, images: Tensor, masks: Mask
     assert jepa.target_encoder is not None
     with torch.no_grad():
         everywhere = jepa.encoder(images), jepa.target_encoder(images)
-    out = jepa(images, masks)
+    out = jepa(View(images, masks))
     out.loss.backward()
     made = out.prediction
     n, context, target = math.prod(masks.grid), masks.context.lengths.longest, masks.targets.lengths.longest
