@@ -73,6 +73,19 @@ def test_representation_of_several_layers_is_their_mean_each_normalised(norm: An
     torch.testing.assert_close(target(images, sets, encoder), expected, rtol=0, atol=1e-12)
 
 
+def test_representation_of_chosen_layers_without_the_final_norm_is_that_of_data2vec() -> None:
+    """Each block's output is standardised, then their mean; at the target patches."""
+    encoder, images, sets = make_encoder(), make_images(), make_sets()
+    x, lengths = encoder.embed(images, None)
+    layers = [x]
+    for block in encoder.blocks:
+        layers.append(block(layers[-1], lengths))
+    each = [standardise(layers[number], 1e-5) for number in (1, 3, 0)]
+    target = RepresentationTarget(embed_dim=DIM, layers=(1, 3, 0), final_norm=False, mean_norm="layer", depth=3)
+    expected = taken(standardise(sum(each, torch.zeros(())) / 3, 1e-5).view(2, 24, DIM), sets)
+    torch.testing.assert_close(target(images, sets, encoder), expected, rtol=0, atol=1e-12)
+
+
 def test_representation_masked_at_the_input_shows_each_block_alone() -> None:
     encoder, images, sets = make_encoder(), make_images(), make_sets()
     out = RepresentationTarget(embed_dim=DIM, masked_at="input")(images, sets, encoder)
@@ -90,7 +103,15 @@ def test_representation_refuses() -> None:
         RepresentationTarget(embed_dim=DIM, layers=0)
     with pytest.raises(ValueError, match=r"layers \(=4\) must be at most the encoder's depth \(=3\)"):
         RepresentationTarget(embed_dim=DIM, layers=4, depth=3)
-    with pytest.raises(ValueError, match=r"norm \(='batch'\) must be one of 'layer', 'none'"):
+    with pytest.raises(
+        ValueError, match=r"layers \(=\(2, 4\)\) must be numbers of blocks, from 1 to the encoder's depth"
+    ):
+        RepresentationTarget(embed_dim=DIM, layers=(2, 4), depth=3)
+    with pytest.raises(ValueError, match=r"layers \(=\(2, 2\)\) must be different numbers of blocks"):
+        RepresentationTarget(embed_dim=DIM, layers=(2, 2))
+    with pytest.raises(ValueError, match=r"mean_norm \(='batch'\) must be one of 'layer', 'none'"):
+        RepresentationTarget(embed_dim=DIM, mean_norm="batch")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^norm \(='batch'\) must be one of 'layer', 'none'"):
         RepresentationTarget(embed_dim=DIM, norm="batch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"masked_at \(='middle'\) must be one of 'output', 'input'"):
         RepresentationTarget(embed_dim=DIM, masked_at="middle")  # type: ignore[arg-type]
