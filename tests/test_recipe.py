@@ -25,7 +25,7 @@ from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import MaskBatch, Output, PatchSets
+from jepa_kit.structures import MaskBatch, Output, PatchSets, View
 from jepa_kit.target_updates import EMA, Frozen, NoTargetEncoder, Tied
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 
@@ -90,7 +90,7 @@ def released_masks(step: int) -> MaskBatch:
 @lru_cache(maxsize=1)
 def released_step() -> tuple[JEPA, Output]:
     jepa = released_jepa()
-    out = jepa(released()[1]["images"][0], released_masks(0))
+    out = jepa(View(released()[1]["images"][0], released_masks(0)))
     out.loss.backward()
     return jepa, out
 
@@ -166,7 +166,7 @@ def test_every_legal_recipe_trains_every_parameter(target: str, loss: str, updat
     config = config_with(target={"name": target}, loss={"name": loss}, target_update={"name": update})
     jepa = build_recipe(config)
     images, masks = draw(config)
-    out = jepa(images, masks)
+    out = jepa(View(images, masks))
     assert out.loss.ndim == 0
     assert torch.isfinite(out.loss)
     assert out.prediction.prediction.shape == (masks.targets.num_patches, jepa.target.out_dim)
@@ -197,9 +197,9 @@ def test_without_stop_gradient_the_target_is_trained() -> None:
     config = config_with(target_update={"name": "tied", "stop_gradient": False})
     jepa = build_recipe(config).eval()
     images, masks = draw(config)
-    both = torch.autograd.grad(jepa(images, masks).loss, list(jepa.encoder.parameters()))
+    both = torch.autograd.grad(jepa(View(images, masks)).loss, list(jepa.encoder.parameters()))
     jepa.target_update = Tied(stop_gradient=True)
-    one = torch.autograd.grad(jepa(images, masks).loss, list(jepa.encoder.parameters()))
+    one = torch.autograd.grad(jepa(View(images, masks)).loss, list(jepa.encoder.parameters()))
     assert any(not torch.allclose(a, b) for a, b in zip(both, one, strict=True))
 
 
@@ -210,7 +210,7 @@ def test_a_tied_encoder_is_in_the_weights_once() -> None:
 
 def test_terms_add_up_with_their_weights() -> None:
     config = config_with(loss=[{"name": "smooth_l1", "weight": 0.5}, {"name": "cosine", "weight": 2.0}])
-    out = build_recipe(config)(*draw(config))
+    out = build_recipe(config)(View(*draw(config)))
     assert list(out.terms) == ["smooth_l1", "cosine"]
     assert out.loss.item() == pytest.approx(0.5 * out.terms["smooth_l1"].item() + 2 * out.terms["cosine"].item())
 
@@ -223,11 +223,11 @@ def test_an_image_costs_the_same_in_any_batch() -> None:
     images = images.double()
     assert not masks.context.uniform
     assert not masks.targets.uniform
-    together = jepa(images, masks).loss.item()
+    together = jepa(View(images, masks)).loss.item()
     alone = []
     for b in range(len(images)):
         one = build_masker(config)(np.array([b]), seed=0, epoch=0)
-        alone.append(jepa(images[b][None], one).loss.item())
+        alone.append(jepa(View(images[b][None], one)).loss.item())
     assert together == pytest.approx(sum(alone) / len(alone), abs=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_the_target_encoder_has_no_stochastic_depth() -> None:
     assert not jepa.eval().encoder.training
     images, masks = draw(config_with())
     target = jepa.train()(images, masks).prediction.target
-    assert torch.equal(jepa(images, masks).prediction.target, target)
+    assert torch.equal(jepa(View(images, masks)).prediction.target, target)
 
 
 def test_update_target_moves_the_target_encoder_towards_the_encoder() -> None:
@@ -260,7 +260,7 @@ def test_half_precision_ends_before_the_distance() -> None:
     config = config_with()
     jepa = build_recipe(config)
     with torch.autocast("cpu", torch.bfloat16):
-        out = jepa(*draw(config))
+        out = jepa(View(*draw(config)))
     assert out.loss.dtype == torch.float32
     assert out.prediction.prediction.dtype == torch.float32
     assert out.prediction.target.dtype == torch.float32
@@ -343,7 +343,7 @@ def test_refuses_an_encoder_that_is_neither() -> None:
             {"target_update": {"name": "ema", "momentum": [2.0, 1.0]}},
             r"^target_update: momentum \(=\(2.0, 1.0\)\)",
         ),
-        ({"target_update": {"name": "none"}}, r"target_update: target needs a target encoder"),
+        ({"target_update": {"name": "none"}}, r"recipe: target needs a target encoder"),
         ({"encoder": {**BASE["encoder"], "in_chans": 1}}, r"encoder: in_chans \(=1\) must be 3: the data are colour"),
         ({"target": {"name": "pixel", "in_chans": 0}}, r"target: in_chans \(=0\) must be 3: the data are colour"),
     ],

@@ -131,8 +131,8 @@ def test_did_you_mean_says_nothing_about_words_that_are_far() -> None:
     assert did_you_mean("zzz", ["num_targets", "ratio"]) == "."
 
 
-def test_the_six_slots() -> None:
-    assert list(SLOTS) == ["masker", "encoder", "predictor", "target", "loss", "target_update"]
+def test_the_slots() -> None:
+    assert list(SLOTS) == ["masker", "encoder", "predictor", "target", "head", "loss", "target_update"]
     assert all(registry.slot == slot for slot, registry in SLOTS.items())
 
 

@@ -22,7 +22,7 @@ from jepa_kit.precision import autocast_of
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import MASKERS
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, View
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 
@@ -74,7 +74,7 @@ def count_on_meta(encoder_depth: int, predictor_depth: int) -> dict[str, int]:
         images = torch.empty(BATCH, 3, 64, 64)
     counter = CountOperators(device="meta", phase="forward")
     with counter:
-        loss = jepa(images, masks).loss
+        loss = jepa(View(images, masks)).loss
         counter.phase = "backward"
         loss.backward()
     return {name: phase.kernels for name, phase in counter.phases.items()}
@@ -111,7 +111,7 @@ def test_the_host_never_waits_for_the_device(name, half):
 
         with mock.patch.object(torch.Tensor, "backward", backward), torch.no_grad(), counter:
             autocast = autocast_of("bf16" if half else "float32", images.device)
-            train_step(jepa, optimizer, HYPER, images, on_device, autocast=autocast, clip_grad=1.0)
+            train_step(jepa, optimizer, HYPER, [View(images, on_device)], autocast=autocast, clip_grad=1.0)
     total = sum(counter.phases.values(), Phase())
     assert total.kernels > 100
     assert counter.kernels_of["_fused_adamw_"] > 0

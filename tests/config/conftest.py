@@ -68,6 +68,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
         "encoder": {"net": Net},
         "predictor": {"net": Plain},
         "target": {"tokens": Plain},
+        "head": {},
         "loss": {"l2": Plain, "huber": Huber},
         "target_update": {"ema": Ema, "none": Plain},
     }

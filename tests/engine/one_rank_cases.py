@@ -15,6 +15,7 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.structures import View
 
 HYPER = Hyper(lr=1e-3, weight_decay=0.04, momentum=0.9)
 STEPS = 4
@@ -28,7 +29,7 @@ def losses(device, mode, accumulate=1):
     found = []
     for step in range(STEPS):
         images, masks = batch(step, World())
-        out = train_step(jepa, optimizer, HYPER, images.to(device), masks.to(device), forward=forward)
+        out = train_step(jepa, optimizer, HYPER, [View(images.to(device), masks.to(device))], forward=forward)
         found.append(torch.stack([out.loss, out.grad_norm]).detach().cpu())
     if mode == "fsdp":
         assert all(is_sharded(p) for p in jepa.parameters())

@@ -28,6 +28,7 @@ from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
+from jepa_kit.structures import View
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 
@@ -72,8 +73,7 @@ class Training:
             self.jepa,
             self.optimizer,
             Hyper(lr=1e-3, weight_decay=0.04, momentum=0.9),
-            images,
-            masks,
+            [View(images, masks)],
             forward=self.forward,
             autocast=self.autocast,
             clip_grad=self.clip_grad,

@@ -13,6 +13,7 @@ from jepa_kit.distributed.collectives import World, all_gather_object, process_g
 from jepa_kit.engine.checkpoint.state_dict import full_state
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.structures import View
 from jepa_kit.targets import RepresentationTarget
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def one_rank(world, out):
             if world.rank:
                 images[0] = math.nan
             hyper = Hyper(lr=1e-3, weight_decay=0.04, momentum=1.0)
-            train_step(run.jepa, run.optimizer, hyper, images, masks, forward=run.forward)
+            train_step(run.jepa, run.optimizer, hyper, [View(images, masks)], forward=run.forward)
             same({name: run.jepa.get_buffer(name) for name in before}, before)
             same(full_state(run.jepa, run.optimizer), weights)
             seen = []

@@ -15,6 +15,7 @@ from jepa_kit.encoders import attention_dense, blocks
 from jepa_kit.encoders.blocks import checkpoint_activations
 from jepa_kit.planning.flops import Lengths
 from jepa_kit.planning.memory import training_memory
+from jepa_kit.structures import View
 
 IMAGES = 8
 
@@ -53,7 +54,7 @@ def saved_bytes(jepa, masks, precision):
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        out = jepa(images, masks)
+        out = jepa(View(images, masks))
     del out
     return sum(size for size, _ in found.values())
 
@@ -185,18 +186,19 @@ from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.engine.step import train_step
+from jepa_kit.structures import View
 
 cpu, images = torch.device("cpu"), 32
 held = config("encoder={name: vit, size: tiny, patch_size: 16, embed_dim: null}", "data.image_size=224",
               "predictor={name: vit, width: 192, depth: 4, num_heads: 3}")
 tiny = make(config(), 4)
-train_step(tiny[0], build_optimizer(tiny[0]), Hyper(0.0, 0.0, 1.0), torch.randn(4, 3, 32, 32), tiny[1])
+train_step(tiny[0], build_optimizer(tiny[0]), Hyper(0.0, 0.0, 1.0), [View(torch.randn(4, 3, 32, 32), tiny[1])])
 before = peak_memory(cpu)  # of Python, torch and its kernels
 jepa, masks, lengths = make(held, images)
 x = torch.randn(images, 3, 224, 224)
 optimizer = build_optimizer(jepa)
 for _ in range(2):
-    train_step(jepa, optimizer, Hyper(0.0, 0.0, 1.0), x, masks)
+    train_step(jepa, optimizer, Hyper(0.0, 0.0, 1.0), [View(x, masks)])
 memory = training_memory(jepa, lengths, precision="float32")
 print(peak_memory(cpu) - before - x.nbytes, memory.total)
 """

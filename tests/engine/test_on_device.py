@@ -23,6 +23,7 @@ from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.step import train_step
 from jepa_kit.interop.formats import convert
+from jepa_kit.structures import View
 from jepa_kit.training import train
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -120,7 +121,7 @@ def test_the_target_encoder_is_the_average(device, tiny):
     for step, batch in to_device(made.loader.batches(0), made.device, prefetch=2):
         images = normalize(batch.images, made.config.data.mean, made.config.data.std)
         hyper = made.schedule(step)
-        train_step(made.jepa, made.optimizer, hyper, images, batch.masks)
+        train_step(made.jepa, made.optimizer, hyper, [View(images, batch.masks)])
         for name, p in made.jepa.encoder.named_parameters():
             target[name].lerp_(p.detach().cpu().double(), 1 - hyper.momentum)
         if step == 2:

@@ -20,6 +20,7 @@ from jepa_kit.engine.checkpoint.dcp import layout, load_sharded, read_full
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.parallel import Accumulated, parallelize
 from jepa_kit.maskers import RELEASED, MultiBlock
+from jepa_kit.structures import View
 from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +75,8 @@ def test_the_loss_of_parts_has_the_value_of_the_whole_without_gradients_too():
     jepa = make()
     images, masks = batch(0, World())
     with torch.no_grad():
-        out = Accumulated(jepa, 2)(images, masks)
-        wanted = jepa(images, masks)
+        out = Accumulated(jepa, 2)(View(images, masks))
+        wanted = jepa(View(images, masks))
     close(out.loss, wanted.loss, "loss")
     close(out.terms, wanted.terms, "terms")
     assert all(p.grad is None for p in jepa.parameters())
@@ -125,7 +126,7 @@ def test_parts_without_an_image_of_their_own_leave_no_trace():
     gradients = []
     for parts in (8, 11):
         jepa = make()
-        Accumulated(jepa, parts)(images, masks).loss.backward()
+        Accumulated(jepa, parts)(View(images, masks)).loss.backward()
         gradients.append([p.grad for p in jepa.parameters() if p.grad is not None])
     assert gradients[0]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

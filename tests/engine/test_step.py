@@ -1,7 +1,5 @@
 """The order of an update, on a model small enough to be worked out by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.structures import Output, View
 
 
 class Scalar(nn.Module):
@@ -21,10 +20,14 @@ class Scalar(nn.Module):
         for part, value in ((self.encoder, 2.0), (self.predictor, 3.0), (self.target_encoder, 2.0)):
             nn.init.constant_(part.weight, value)
 
-    def forward(self, images, masks):
+    def forward(self, view, *, progress):
+        images = view.images
         self.dtype = self.encoder(images).dtype
         loss = self.predictor(self.encoder(images)).float().mean()
-        return SimpleNamespace(loss=loss, terms={"l": loss}, prediction=None)
+        return Output(loss, {"l": loss})
+
+    def adjust_gradients(self, progress):
+        pass
 
     def update_target(self, momentum):
         with torch.no_grad():
@@ -36,7 +39,7 @@ HYPER = Hyper(lr=0.5, weight_decay=0.2, momentum=0.75)
 
 def test_one_update():
     model = Scalar()
-    out = train_step(model, build_optimizer(model), HYPER, torch.ones(1, 1), None)
+    out = train_step(model, build_optimizer(model), HYPER, [View(torch.ones(1, 1))])
     assert out.loss.item() == 6.0
     # AdamW: theta * (1 - lr * weight_decay), then a first step of lr against the sign of the gradient
     assert model.encoder.weight.item() == pytest.approx(2.0 * 0.9 - 0.5)
@@ -54,9 +57,9 @@ def test_clips_the_norm_of_all_gradients_together():
     model = Scalar()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = Recorder([{"params": trained, "decayed": True}], fused=True)
-    clipped = train_step(model, optimizer, HYPER, torch.ones(1, 1), None, clip_grad=1.0)
+    clipped = train_step(model, optimizer, HYPER, [View(torch.ones(1, 1))], clip_grad=1.0)
     assert optimizer.gradients == pytest.approx([3 / 13**0.5, 2 / 13**0.5], rel=1e-5)
-    free = train_step(model, optimizer, HYPER, torch.ones(1, 1), None)
+    free = train_step(model, optimizer, HYPER, [View(torch.ones(1, 1))])
     assert optimizer.gradients == [3.0, 2.0]
     # both say the norm before clipping, and neither as a number that the device would be waited for
     assert isinstance(clipped.grad_norm, torch.Tensor)
@@ -69,8 +72,7 @@ def test_autocast_is_around_the_forward_pass():
         model,
         build_optimizer(model),
         HYPER,
-        torch.ones(1, 1),
-        None,
+        [View(torch.ones(1, 1))],
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )
     assert (model.dtype, out.loss.dtype, model.encoder.weight.dtype) == (torch.bfloat16, torch.float32, torch.float32)
@@ -80,9 +82,9 @@ def test_a_wrapper_is_called_in_place_of_the_model():
     model, calls = Scalar(), []
 
     class Wrapper(nn.Module):
-        def forward(self, images, masks):
-            calls.append(images)
-            return model(images, masks)
+        def forward(self, view, *, progress):
+            calls.append(view)
+            return model(view, progress=progress)
 
-    train_step(model, build_optimizer(model), HYPER, torch.ones(1, 1), None, forward=Wrapper())
+    train_step(model, build_optimizer(model), HYPER, [View(torch.ones(1, 1))], forward=Wrapper())
     assert len(calls) == 1

@@ -21,6 +21,7 @@ from jepa_kit.planning.flops import (
     model_flops,
     predictor_flops,
 )
+from jepa_kit.structures import View
 from jepa_kit.targets import RepresentationTarget
 
 IMAGES, PIXELS, WIDTH = 3, 3 * 4 * 4, 24
@@ -109,7 +110,7 @@ def test_a_training_step_against_torch(target, update):
     jepa, images, masks, lengths = make(config(target=target, update=update))
     flops = model_flops(jepa)
     with FlopCounterMode(display=False) as counter:
-        jepa(images, masks).loss.backward()
+        jepa(View(images, masks)).loss.backward()
     # Nothing is differentiated with respect to pixels: the patch embedding's backward pass is once its forward pass,
     # and the formula has it as twice.
     embedded = lengths.context.sum() + (flops.seen(lengths).sum() if flops.targets_trained else 0)
@@ -200,7 +201,7 @@ def test_parts_without_a_formula_are_counted(monkeypatch, parts):
     found = flops_of(tiny, jepa, torch.device("cpu"))
     masks = build_masker(tiny)(np.arange(8), seed=0, epoch=0)
     with FlopCounterMode(display=False) as counter:
-        jepa(torch.randn(8, 3, 32, 32), masks).loss.backward()
+        jepa(View(torch.randn(8, 3, 32, 32), masks)).loss.backward()
     assert found.training(Lengths.of(masks, 8)) == pytest.approx(counter.get_total_flops())
     assert found.training(Lengths.of(build_masker(tiny)(np.arange(3), seed=0, epoch=0), 3)) == pytest.approx(
         3 / 8 * counter.get_total_flops()

@@ -25,6 +25,7 @@ from jepa_kit.engine.step import train_step
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.maskers.multiblock import ATTEMPTS
 from jepa_kit.rng import Stream, uniforms
+from jepa_kit.structures import View
 from projects.ijepa import plain
 
 CONFIG = Path(__file__).parents[2] / "projects/ijepa/configs/cifar10_vit4.yaml"
@@ -172,7 +173,7 @@ def test_losses_and_weights_are_the_toolkits() -> None:
     for step in range(STEPS):
         samples, epoch = samples_of(step)
         masks = masker(samples, seed=SEED, epoch=epoch, step=step)
-        expected.append(train_step(jepa, optimizer, schedule(step), images_of(step), masks).loss.detach())
+        expected.append(train_step(jepa, optimizer, schedule(step), [View(images_of(step), masks)]).loss.detach())
     batches = plain_batches(config.slots["masker"].options["min_keep"])
     losses = torch.stack(list(plain.train(model, batches, STEPS, int(WARMUP_EPOCHS * STEPS_PER_EPOCH), LR)))
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-12, atol=0.0)
