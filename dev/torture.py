@@ -71,7 +71,7 @@ def write_shards(folder: Path, images: int = 24) -> None:
 
 def write_config(path: Path, shards: Path, steps: int, every: int, overrides: Sequence[str] = ()) -> None:
     """Write the config of a run of ``steps`` steps of 4 images with random order, crops, masks and stochastic depth."""
-    transforms = [{"name": "random_resized_crop"}, {"name": "flip", "p": 0.5}]
+    transforms = [{"name": "random_resized_crop"}, {"name": "horizontal_flip", "p": 0.5}]
     config = {
         "masker": {"name": "multiblock"},
         "encoder": {"name": "vit", "embed_dim": 96, "depth": 3, "num_heads": 2, "patch_size": 4, "drop_path": 0.3},

@@ -378,7 +378,7 @@ def test_every_part_reports_its_range() -> None:
         predictor={"name": "vit", "width": 6, "depth": 1, "num_heads": 2},
         target={"name": "representation", "layers": 0},
         loss={"name": "smooth_l1", "beta": -1.0},
-        data={"image_size": [24, 32], "transforms": [{"name": "resize"}, {"name": "flip", "p": 7}]},
+        data={"image_size": [24, 32], "transforms": [{"name": "resize"}, {"name": "horizontal_flip", "p": 7}]},
     )
     for build in (build_masker, build_recipe, training_views):
         with pytest.raises(ConfigError) as caught:

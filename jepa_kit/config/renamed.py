@@ -76,6 +76,11 @@ def modernize(
             problems.append(f"{old} (={value!r}) is now {new}, which is given too: remove {old}")
         target[new_key] = value
     notes += _replace_short_keys(config, below or {}, problems)
+    for part in _parts_at(config, "data.transforms"):
+        if part.get("name") == "flip" and isinstance(direction := part.get("direction", "horizontal"), str):
+            part.pop("direction", None)
+            part["name"] = f"{direction}_flip"
+            notes.append(f"data.transforms: 'flip' is now {part['name']!r}")
     for path, names in PARTS.items():
         for part in _parts_at(config, path):
             if isinstance(name := part.get("name"), str) and name in names:
@@ -115,7 +120,7 @@ def _replace_short_keys(config: dict[Any, Any], below: Mapping[Any, Any], proble
         elif given.get(key) is not None:
             problems.append(f"data.{key} (={given[key]!r}) needs a random_resized_crop in data.transforms")
     if "flip" in given:
-        parts = [part for part in parts if part.get("name") != "flip"]
-        parts += [{"name": "flip", "p": given["flip"], "direction": "horizontal"}] if given["flip"] else []
+        parts = [part for part in parts if part.get("name") != "horizontal_flip"]
+        parts += [{"name": "horizontal_flip", "p": given["flip"]}] if given["flip"] else []
     data["transforms"] = parts
     return [f"data.{key} is now part of data.transforms" for key in given]

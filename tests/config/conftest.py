@@ -75,7 +75,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for slot, registry in SLOTS.items():
         registry.import_members()  # so that they do not register in our place later
         monkeypatch.setattr(registry, "_obj_map", {})
-        for name, part in ours[slot].items():
+        for name, part in ours.get(slot, {}).items():
             registry.register(name)(part)
 
 

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from jepa_kit.config import config_from_dict, load_config, modernize
 from jepa_kit.config.check import SECTIONS
 from jepa_kit.config.renamed import OPTIONS, PARTS, RELEASED_CROP
+from jepa_kit.data.transforms import build_pipeline
 from jepa_kit.registry import TRANSFORMS
+from jepa_kit.rng import Stream, uniforms
 
 Write = Callable[..., Path]
 Problems = Callable[..., list[str]]
@@ -121,7 +124,7 @@ def old_resolved(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "transforms", ["", "data.transforms=[{name: random_resized_crop, scale: [0.5, 1]}, {name: flip}]"]
+    "transforms", ["", "data.transforms=[{name: random_resized_crop, scale: [0.5, 1]}, {name: horizontal_flip}]"]
 )
 def test_a_config_that_a_run_wrote_earlier(write: Write, tmp_path: Path, transforms: str) -> None:
     """It is read without a warning, from a checkpoint too, and compares equal, so that the run can be resumed."""
@@ -157,8 +160,27 @@ def test_short_keys_change_the_list(
     write: Write, text: str, overrides: tuple[str, ...], expected: list[dict[str, Any]]
 ) -> None:
     found = lay_over(write, f"data: {text}", *overrides).data.transforms
-    flip = {"name": "flip", "p": 0.5, "direction": "horizontal"}
+    flip = {"name": "horizontal_flip", "p": 0.5}
     assert list(found) == [(flip if "p" in part else RELEASED_CROP) | part for part in expected]
+
+
+def test_flips_of_either_direction(write: Write) -> None:
+    """They have the names of torchvision, and the random numbers that they had before: stream FLIP, lanes 0 and 1."""
+    flips = "[{name: resize}, {name: flip, p: 0.3}, {name: flip, direction: vertical}]"
+    with pytest.warns(FutureWarning) as caught:
+        config = lay_over(write, f"data: {{transforms: {flips}}}")
+    assert [str(one.message).partition(";")[0] for one in caught] == [
+        "data.transforms: 'flip' is now 'horizontal_flip'",
+        "data.transforms: 'flip' is now 'vertical_flip'",
+    ]
+    assert list(config.data.transforms)[1:] == [
+        {"name": "horizontal_flip", "p": 0.3},
+        {"name": "vertical_flip", "p": 0.5},
+    ]
+    draws = build_pipeline(config.data.transforms, image_size=(8, 8)).draws(np.arange(5), seed=3, epoch=1)
+    for lane in range(2):
+        expected = uniforms(Stream.FLIP, np.arange(5), 1, seed=3, epoch=1, attempt=lane)
+        np.testing.assert_array_equal(draws[:, lane : lane + 1], expected)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

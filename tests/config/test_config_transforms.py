@@ -25,15 +25,17 @@ def load(write: Callable[..., Path]) -> Load:
 
 
 def test_every_mistake_is_told_at_once(problems: Callable[..., list[str]]) -> None:
-    transforms = "[{name: random_resized_crp}, {name: flip, pp: 0.5, p: x}, {p: 1}, {name: resize, image_size: 3}]"
+    transforms = (
+        "[{name: random_resized_crp}, {name: horizontal_flip, pp: 0.5, p: x}, {p: 1}, {name: resize, image_size: 3}]"
+    )
     assert problems(f"data: {{image_size: 32, transforms: {transforms}, max_pixels: 0}}") == [
         "data.transforms[0].name: 'random_resized_crp' is not a registered transform; did you mean "
-        "'random_resized_crop'? Registered: center_crop, color_jitter, flip, gaussian_blur, grayscale, "
-        "random_resized_crop, resize, solarize",
-        "data.transforms[1].pp is not an option of 'flip'; did you mean 'p'? It takes: p, direction",
+        "'random_resized_crop'? Registered: center_crop, color_jitter, gaussian_blur, grayscale, "
+        "horizontal_flip, random_resized_crop, resize, solarize, vertical_flip",
+        "data.transforms[1].pp is not an option of 'horizontal_flip'; did you mean 'p'? It takes: p",
         "data.transforms[1].p (='x') must be a float",
-        "data.transforms[2].name is missing. Registered: center_crop, color_jitter, flip, gaussian_blur, grayscale, "
-        "random_resized_crop, resize, solarize",
+        "data.transforms[2].name is missing. Registered: center_crop, color_jitter, gaussian_blur, grayscale, "
+        "horizontal_flip, random_resized_crop, resize, solarize, vertical_flip",
         "data.transforms[3].image_size is supplied by the recipe (data.image_size); take it out",
         "data.max_pixels (=0) must be at least 1",
     ]
@@ -48,8 +50,9 @@ def test_every_mistake_is_told_at_once(problems: Callable[..., list[str]]) -> No
         ),
         ("transforms: []", "data.transforms (=()) must be a list of at least one"),
         (
-            "transforms: [{name: flip}]",
-            "data.transforms (=['flip']) must have one that sets the size: center_crop, random_resized_crop, resize",
+            "transforms: [{name: grayscale}]",
+            "data.transforms (=['grayscale']) must have one that sets the size: center_crop, random_resized_crop, "
+            "resize",
         ),
         ("decoder: quick", "data.decoder (='quick') must be one of 'pillow', 'fast'"),
     ],
@@ -59,11 +62,11 @@ def test_messages(problems: Callable[..., list[str]], text: str, message: str) -
 
 
 def test_options_are_written_out_and_read_again(load: Load) -> None:
-    config = load("data: {transforms: [{name: random_resized_crop, scale: [0.2, 1]}, {name: flip}]}")
+    config = load("data: {transforms: [{name: random_resized_crop, scale: [0.2, 1]}, {name: horizontal_flip}]}")
     data = config.to_dict()["data"]
     assert data["transforms"] == [
         {"name": "random_resized_crop", "scale": [0.2, 1.0], "ratio": [3 / 4, 4 / 3], "interpolation": "bilinear"},
-        {"name": "flip", "p": 0.5, "direction": "horizontal"},
+        {"name": "horizontal_flip", "p": 0.5},
     ]
     assert config_from_dict(config.to_dict()) == config
 

@@ -116,9 +116,9 @@ def test_masks_are_on_the_grid_of_each_view() -> None:
             "data.views[0].same_draws (=['random_resized_crop']) has no effect: this is the first view",
         ),
         (
-            [{}, {"same_draws": ["flip"]}],
-            "data.views[1].same_draws (=['flip']) must name transforms of both lists, but 'flip' is not in that of "
-            "views[0]",
+            [{}, {"same_draws": ["solarize"]}],
+            "data.views[1].same_draws (=['solarize']) must name transforms of both lists, but 'solarize' is not "
+            "in that of views[0]",
         ),
         (
             [{"transforms": [CROP, JITTER]}, {"same_draws": ["color_jitter"]}],
@@ -164,7 +164,7 @@ def test_the_first_of_several_that_are_made_alike_shares_its_draws() -> None:
 
 
 def test_a_value_that_a_transform_refuses() -> None:
-    views = [{"count": 2}, {"transforms": [CROP, {"name": "flip", "p": 2.0}]}]
+    views = [{"count": 2}, {"transforms": [CROP, {"name": "horizontal_flip", "p": 2.0}]}]
     config, expected = load(views), ["data.views[1]: transforms[1]: p (=2.0) must be a probability, 0 to 1"]
     assert part_problems(config) == expected
     with pytest.raises(ConfigError) as raised:

@@ -7,11 +7,20 @@ import math
 import numpy as np
 import pytest
 from photos import photo
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binomtest, chisquare, kstest
 
-from jepa_kit.data.transforms import ColorJitter, Flip, GaussianBlur, Grayscale, Pipeline, Solarize, colours
+from jepa_kit.data.transforms import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    Pipeline,
+    Solarize,
+    VerticalFlip,
+    colours,
+)
 from jepa_kit.data.transforms.crops import Resize
 
 IMAGE = photo(40, 30, seed=3)
@@ -147,15 +156,32 @@ def test_solarise():
     np.testing.assert_array_equal(ours, np.where(PIXELS < 100, PIXELS, 255 - PIXELS))
 
 
-@pytest.mark.parametrize(("direction", "axis"), [("horizontal", 1), ("vertical", 0)])
-def test_flip(direction, axis):
-    flip = Flip(p=0.5, direction=direction)
+@pytest.mark.parametrize(("kind", "axis"), [(HorizontalFlip, 1), (VerticalFlip, 0)])
+def test_flips(kind, axis):
+    flip = kind(p=0.5)
     np.testing.assert_array_equal(np.asarray(flip(IMAGE, [0.49])), np.flip(PIXELS, axis))
     assert flip(IMAGE, [0.5]) is IMAGE
 
 
+def test_each_is_pillows_operation():
+    """The image is what Pillow's own calls give, to the bit."""
+    factor = 0.6 + 0.8 * 0.25
+    for name, enhance in (("brightness", "Brightness"), ("contrast", "Contrast"), ("saturation", "Color")):
+        expected = getattr(ImageEnhance, enhance)(IMAGE).enhance(factor)
+        np.testing.assert_array_equal(jittered(0.25, **{name: 0.4}), np.asarray(expected), name)
+    for transform, draws, expected in (
+        (GaussianBlur(sigma=(0.5, 1.5), p=1.0), [0.0, 0.25], IMAGE.filter(ImageFilter.GaussianBlur(0.75))),
+        (Grayscale(p=1.0), [0.0], ImageOps.grayscale(IMAGE).convert("RGB")),
+        (Solarize(threshold=100, p=1.0), [0.0], ImageOps.solarize(IMAGE, 100)),
+        (HorizontalFlip(p=1.0), [0.0], ImageOps.mirror(IMAGE)),
+        (VerticalFlip(p=1.0), [0.0], ImageOps.flip(IMAGE)),
+    ):
+        assert transform(IMAGE, draws).tobytes() == expected.tobytes(), type(transform).__name__
+
+
 PROBABLE = {
-    "flip": Flip(p=0.3),
+    "horizontal_flip": HorizontalFlip(p=0.3),
+    "vertical_flip": VerticalFlip(p=0.3),
     "color_jitter": ColorJitter(p=0.3),
     "gaussian_blur": GaussianBlur(p=0.3),
     "grayscale": Grayscale(p=0.3),
@@ -165,14 +191,14 @@ PROBABLE = {
 
 @pytest.mark.parametrize("name", PROBABLE)
 def test_each_is_applied_with_its_probability(name):
-    """A binomial test at a level of 0.1 %, as there are five; an image that is left alone is not even copied."""
+    """A binomial test at a level of 0.1 %, as there are six; an image that is left alone is not even copied."""
     transform = PROBABLE[name]
     small = IMAGE.resize((4, 4))
     happened = sum(transform(small, draws) is not small for draws in _draws(transform, 2000).tolist())
     assert binomtest(happened, 2000, 0.3).pvalue > 0.001
 
 
-@pytest.mark.parametrize("kind", [Flip, ColorJitter, GaussianBlur, Grayscale, Solarize])
+@pytest.mark.parametrize("kind", [HorizontalFlip, VerticalFlip, ColorJitter, GaussianBlur, Grayscale, Solarize])
 @pytest.mark.parametrize(("p", "expected"), [(0.0, False), (1.0, True)])
 def test_never_and_always(kind, p, expected):
     for u in (0.0, 1 - 2**-32):

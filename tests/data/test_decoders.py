@@ -133,7 +133,7 @@ def test_max_pixels_of_the_fast_decoder():
 
 
 def test_transforms_after_the_fast_decoder():
-    parts = [{"name": "random_resized_crop"}, {"name": "flip", "p": 1.0}, {"name": "grayscale", "p": 1.0}]
+    parts = [{"name": "random_resized_crop"}, {"name": "horizontal_flip", "p": 1.0}, {"name": "grayscale", "p": 1.0}]
     for exact, fast in pair(WHOLE, parts):
         assert np.abs(exact - fast).max() <= 1
 

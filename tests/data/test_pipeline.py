@@ -15,9 +15,9 @@ from jepa_kit.data.images import MAX_PIXELS
 from jepa_kit.data.transforms import (
     ATTEMPTS,
     ColorJitter,
-    Flip,
     GaussianBlur,
     Grayscale,
+    HorizontalFlip,
     Pipeline,
     RandomResizedCrop,
     build_pipeline,
@@ -32,8 +32,8 @@ from jepa_kit.rng import Stream, uniforms
 SIZE = (24, 32)
 ALL = [
     {"name": "random_resized_crop", "scale": [0.3, 1.0]},
-    {"name": "flip"},
-    {"name": "flip", "direction": "vertical"},
+    {"name": "horizontal_flip"},
+    {"name": "vertical_flip"},
     {"name": "color_jitter", "p": 0.8},
     {"name": "gaussian_blur"},
     {"name": "grayscale"},
@@ -64,7 +64,7 @@ def test_the_released_view_in_plain_code():
 def test_a_list_of_transforms_is_the_same_as_train_pipeline():
     parts = [
         {"name": "random_resized_crop", "scale": (0.5, 0.9), "ratio": (1.0, 1.0)},
-        {"name": "flip", "p": 0.25},
+        {"name": "horizontal_flip", "p": 0.25},
     ]
     ours = build_pipeline(parts, image_size=SIZE)
     theirs = train_pipeline(image_size=SIZE, scale=(0.5, 0.9), ratio=(1.0, 1.0), flip=0.25)
@@ -132,7 +132,7 @@ def test_another_transform_does_not_change_the_draws_of_the_others():
 
 
 def _names(parts):
-    names = [part["name"] for part in parts]
+    names = [part["name"].replace("horizontal", "any").replace("vertical", "any") for part in parts]  # lanes 0 and 1
     return [(name, names[:k].count(name)) for k, name in enumerate(names)]
 
 
@@ -202,11 +202,13 @@ class Black:
 def test_a_transform_from_elsewhere():
     TRANSFORMS.register("black")(Black)
     try:
-        pipeline = build_pipeline([{"name": "resize"}, {"name": "black", "p": 0.5}, {"name": "flip"}], image_size=SIZE)
+        pipeline = build_pipeline(
+            [{"name": "resize"}, {"name": "black", "p": 0.5}, {"name": "horizontal_flip"}], image_size=SIZE
+        )
         draws = pipeline.draws(np.arange(2), seed=0, epoch=0)
         assert draws.shape == (2, 4)
         assert not pipeline(JPEG, draws[0]).any()
-        released = build_pipeline([{"name": "resize"}, {"name": "flip"}], image_size=SIZE)
+        released = build_pipeline([{"name": "resize"}, {"name": "horizontal_flip"}], image_size=SIZE)
         np.testing.assert_array_equal(draws[:, 3:], released.draws(np.arange(2), seed=0, epoch=0))
     finally:
         TRANSFORMS._obj_map.pop("black")
@@ -236,7 +238,7 @@ class Wrong:
 def test_a_wrong_result_names_the_transform(result, message):
     resize = ("resize", TRANSFORMS.build("resize", {}, image_size=SIZE))
     with pytest.raises(ValueError, match=f"transform 'wrong' {message}"):
-        Pipeline([resize, ("wrong", Wrong(result)), ("flip", Flip(p=1.0))])(JPEG, np.zeros(1))
+        Pipeline([resize, ("wrong", Wrong(result)), ("horizontal_flip", HorizontalFlip(p=1.0))])(JPEG, np.zeros(1))
 
 
 def test_before_a_crop_a_transform_may_change_the_size():
@@ -253,7 +255,7 @@ def test_a_thin_image_is_rejected_before_it_is_enlarged(decoder, first, monkeypa
     if decoder == "fast":
         pytest.importorskip("simplejpeg")
     crop = ("center_crop", TRANSFORMS.build("center_crop", {}, image_size=(224, 224)))
-    pipeline = Pipeline([crop] if first else [("flip", Flip(p=1.0)), crop], decoder=decoder)
+    pipeline = Pipeline([crop] if first else [("horizontal_flip", HorizontalFlip(p=1.0)), crop], decoder=decoder)
     draws = np.zeros(pipeline.num_draws)
     monkeypatch.setattr(Image.Image, "resize", None)
     with pytest.raises(
@@ -266,17 +268,20 @@ def test_a_thin_image_is_rejected_before_it_is_enlarged(decoder, first, monkeypa
     ("parts", "message"),
     [
         (
-            [{"name": "flip"}],
-            r"transforms \(=\['flip'\]\) must have one that sets the size: center_crop, random_resized",
+            [{"name": "horizontal_flip"}],
+            r"transforms \(=\['horizontal_flip'\]\) must have one that sets the size: center_crop, random_resized",
         ),
         ([], r"transforms \(=\[\]\) must have one that sets the size"),
         ([{"name": "random_resized_crp"}], r"transforms\[0\].name: .* did you mean 'random_resized_crop'\?"),
         ([{}], r"transforms\[0\].name: None is not a registered transform"),
         (
-            [{"name": "resize"}, {"name": "flip", "pp": 1}],
-            r"transforms\[1\].pp is not an option of 'flip'; did you mean 'p'",
+            [{"name": "resize"}, {"name": "horizontal_flip", "pp": 1}],
+            r"transforms\[1\].pp is not an option of 'horizontal_flip'; did you mean 'p'",
         ),
-        ([{"name": "resize"}, {"name": "flip", "p": 2.0}], r"transforms\[1\]: p \(=2.0\) must be a probability"),
+        (
+            [{"name": "resize"}, {"name": "horizontal_flip", "p": 2.0}],
+            r"transforms\[1\]: p \(=2.0\) must be a probability",
+        ),
     ],
 )
 def test_invalid_lists_of_transforms(parts, message):
@@ -294,7 +299,11 @@ def test_transforms_with_the_same_lane_are_rejected(monkeypatch):
 def test_views_can_be_pickled():
     """Loader workers may be spawned."""
     pipeline = Pipeline(
-        [("random_resized_crop", RandomResizedCrop(image_size=SIZE)), ("flip", Flip()), ("b", GaussianBlur())]
+        [
+            ("random_resized_crop", RandomResizedCrop(image_size=SIZE)),
+            ("horizontal_flip", HorizontalFlip()),
+            ("b", GaussianBlur()),
+        ]
     )
     copy = pickle.loads(pickle.dumps(pipeline))
     row = pipeline.draws(np.arange(1), seed=0, epoch=0)[0]

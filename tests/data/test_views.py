@@ -29,7 +29,7 @@ COLOURS = [{"name": "color_jitter"}, {"name": "grayscale", "p": 0.5}]
 
 
 def crops(side, *more):
-    return build_pipeline([CROP, {"name": "flip"}, *more], image_size=(side, side))
+    return build_pipeline([CROP, {"name": "horizontal_flip"}, *more], image_size=(side, side))
 
 
 VIEWS = [
@@ -118,7 +118,7 @@ def test_views_that_are_made_alike_differ(dataset):
 def test_the_same_draws(dataset):
     """A view with the draws of the first for all its transforms is the first view."""
     pipeline = VIEWS[1].pipeline
-    names = ("random_resized_crop", "flip", "color_jitter", "grayscale")
+    names = ("random_resized_crop", "horizontal_flip", "color_jitter", "grayscale")
     makers = [ViewMaker(pipeline=pipeline), ViewMaker(pipeline=pipeline, same_draws=names)]
     first, second = one(dataset, makers).views
     assert torch.equal(first.images, second.images)
@@ -183,7 +183,7 @@ def test_a_file_is_read_and_decoded_once_for_all_views(dataset, monkeypatch, dec
 @pytest.mark.parametrize("crop_first", [True, False])
 def test_the_decoder_is_that_of_each_view_alone(crop_first):
     """Arrays of the fast decoder are shared with a view whose first transform is not a crop, with the same pixels."""
-    lists = [[CROP, {"name": "flip"}], [{"name": "grayscale", "p": 1.0}, CROP]]
+    lists = [[CROP, {"name": "horizontal_flip"}], [{"name": "grayscale", "p": 1.0}, CROP]]
     lists = lists if crop_first else lists[::-1]
     pipelines = [build_pipeline(parts, image_size=SIZE, decoder="fast") for parts in lists]
     draws = [p.draws(np.arange(1), seed=k, epoch=0) for k, p in enumerate(pipelines)]

@@ -261,13 +261,12 @@ class Resize:
         return resample(image, self.window((image.height, image.width)))
 
 
-@TRANSFORMS.register("flip")
-class Flip:
-    """Mirror the image at random.
+@TRANSFORMS.register("horizontal_flip")
+class HorizontalFlip:
+    """Swap left and right.
 
     Args:
         p: probability.
-        direction: ``horizontal`` swaps left and right, ``vertical`` top and bottom.
 
     Raises:
         ValueError: ``p`` is outside [0, 1].
@@ -276,11 +275,31 @@ class Flip:
     stream = Stream.FLIP
     num_draws = 1
 
-    def __init__(self, *, p: float = 0.5, direction: Literal["horizontal", "vertical"] = "horizontal") -> None:
+    def __init__(self, *, p: float = 0.5) -> None:
         check_probability("p", p)
-        self.p, self.direction = p, direction
-        horizontal = direction == "horizontal"
-        self._transpose = Image.Transpose.FLIP_LEFT_RIGHT if horizontal else Image.Transpose.FLIP_TOP_BOTTOM
+        self.p = p
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
-        return image.transpose(self._transpose) if draws[0] < self.p else image
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0] < self.p else image
+
+
+@TRANSFORMS.register("vertical_flip")
+class VerticalFlip:
+    """Swap top and bottom.
+
+    Args:
+        p: probability.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1].
+    """
+
+    stream = Stream.FLIP
+    num_draws = 1
+
+    def __init__(self, *, p: float = 0.5) -> None:
+        check_probability("p", p)
+        self.p = p
+
+    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws[0] < self.p else image

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from jepa_kit.data.images import DECODERS, MAX_PIXELS, DecoderName, Pixels, check_decoder
-from jepa_kit.data.transforms.crops import CenterCrop, Crop, Flip, RandomResizedCrop, Transform, apply_crop
+from jepa_kit.data.transforms.crops import CenterCrop, Crop, HorizontalFlip, RandomResizedCrop, Transform, apply_crop
 from jepa_kit.registry import TRANSFORMS, build_part
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
@@ -146,17 +146,18 @@ def _apply(
 
 
 def _lanes(transforms: Sequence[tuple[str, Transform]]) -> list[Lane]:
-    """Return the lane of each transform, from its ``stream`` or its name; the second one of a name gets the next lane.
+    """Return the lane of each transform, from its ``stream`` or its name; the second one of either gets the next lane.
 
     The attribute ``stream_name`` keeps the random numbers of a transform that was renamed.
     """
     lanes: list[Lane] = []
+    streams = [getattr(transform, "stream", None) for _, transform in transforms]
     names = [name for name, _ in transforms]
-    for k, (name, transform) in enumerate(transforms):
-        count = names[:k].count(name)
-        stream = getattr(transform, "stream", None)
-        attempt = _hash16(getattr(transform, "stream_name", name), count)
-        lane = Lane(Stream.TRANSFORM, attempt) if stream is None else Lane(stream, count)
+    for k, ((name, transform), stream) in enumerate(zip(transforms, streams, strict=True)):
+        if stream is None:
+            lane = Lane(Stream.TRANSFORM, _hash16(getattr(transform, "stream_name", name), names[:k].count(name)))
+        else:
+            lane = Lane(stream, streams[:k].count(stream))
         if transform.num_draws and any(
             lane == other and rival.num_draws for other, (_, rival) in zip(lanes, transforms, strict=False)
         ):
@@ -208,7 +209,7 @@ def train_pipeline(
         ("random_resized_crop", RandomResizedCrop(image_size=image_size, scale=scale, ratio=ratio))
     ]
     if flip:
-        parts.append(("flip", Flip(p=flip)))
+        parts.append(("horizontal_flip", HorizontalFlip(p=flip)))
     return Pipeline(parts, decoder=decoder, max_pixels=max_pixels)
 
 
