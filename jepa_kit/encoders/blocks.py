@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -272,22 +273,32 @@ def run_blocks(
         yield x
 
 
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a module, of jepa_kit or not: the modules inside with a true attribute ``is_block``."""
+    return [inner for inner in module.modules() if getattr(inner, "is_block", False)]
+
+
 def checkpoint_activations(module: nn.Module) -> None:
-    """Set ``checkpointed`` in every ``Block`` of a module.
+    """Checkpoint the activations of every block of a module: set ``checkpointed``, or wrap the forward of others.
 
     Raises:
-        ValueError: the module has no ``Block``.
+        ValueError: the module has no block.
     """
-    blocks = [m for m in module.modules() if isinstance(m, Block)]
+    blocks: list[Any] = blocks_of(module)
     if not blocks:
         name = type(module).__name__
-        raise ValueError(f"{name} has no block of jepa_kit.encoders.blocks, so checkpointing activations does nothing")
+        raise ValueError(
+            f"{name} has no block (a module with is_block = True), so checkpointing activations does nothing"
+        )
     for block in blocks:
-        block.checkpointed = True
+        if hasattr(block, "checkpointed"):
+            block.checkpointed = True
+        else:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
-    """Compile the blocks whose option is ``auto``, if that pays off: on CUDA, with Triton, for a wide encoder.
+    """Compile the blocks that have ``may_compile``, if that pays off: on CUDA, with Triton, for a wide encoder.
 
     For training only: a compilation takes longer than most evaluations.
 
@@ -295,9 +306,11 @@ def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
         width: width of the encoder, which decides for its predictor too.
     """
     if device.type == "cuda" and width >= WIDE and importlib.util.find_spec("triton") is not None:
-        for block in module.modules():
-            if isinstance(block, Block):
+        for block in blocks_of(module):
+            if hasattr(block, "compiled"):
                 block.compiled |= block.may_compile
+            elif getattr(block, "may_compile", False):
+                block.compile(dynamic=True)
 
 
 def make_blocks(dim: int, depth: int, num_heads: int, *, drop_path: float = 0.0, **options: Any) -> nn.ModuleList:

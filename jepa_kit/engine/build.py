@@ -117,9 +117,7 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     run_on_all_ranks(lambda: check_parts(config, device, weights_of=jepa))
     compile_blocks(jepa, device, encoder.embed_dim)
     if settings.activation_checkpointing:
-        checkpoint_activations(jepa.encoder)
-        if hasattr(jepa, "predictor"):
-            checkpoint_activations(jepa.predictor)
+        checkpoint_activations(jepa)
     check_shares(settings, world.size)
     every = config.checkpoint.every or steps_per_epoch
     keep_every = config.checkpoint.keep_every

@@ -25,14 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from jepa_kit.compat import initialize_fsdp
 from jepa_kit.distributed.buffers import broadcast_buffers
 from jepa_kit.distributed.collectives import joined, wrap
-from jepa_kit.encoders.blocks import Block
+from jepa_kit.encoders.blocks import blocks_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.structures import START, Output, Progress, View
 
 Mode = Literal["auto", "none", "ddp", "fsdp"]
-
-METHODS = ("forward_layers",)
-"""Methods of an encoder that are called beside ``forward``."""
 
 
 def parallelize(jepa: Recipe, device: torch.device, mode: Mode = "auto", accumulate: int = 1) -> nn.Module:
@@ -70,6 +67,9 @@ def parallelize(jepa: Recipe, device: torch.device, mode: Mode = "auto", accumul
 def shard(jepa: Recipe, device: torch.device) -> None:
     """Apply FSDP2 over all processes, in place: to each block, the rest of each network, and the rest of the recipe.
 
+    A block is a module with ``is_block = True``. A network names its methods that are called beside ``forward`` in
+    ``forward_methods``.
+
     Encoder and target encoder are sharded alike, so that each process has the same part of both, and the update of the
     target encoder needs no communication. All ranks together may call any of the networks alone.
     """
@@ -86,13 +86,11 @@ def shard(jepa: Recipe, device: torch.device) -> None:
         if not isinstance(part, nn.ModuleDict | nn.ModuleList) and any(True for _ in part.parameters())
     ]
     for network in networks:
-        for block in network.modules():
-            if isinstance(block, Block):
-                fully_shard(block, mesh=mesh)
+        for block in blocks_of(network):
+            fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh)
-        for method in METHODS:
-            if hasattr(network, method):
-                register_fsdp_forward_method(network, method)
+        for method in getattr(network, "forward_methods", ()):
+            register_fsdp_forward_method(network, method)
     fully_shard(jepa, mesh=mesh)
     for name in undecayed:  # parameters are new ones now, without the attributes of the old
         jepa.get_parameter(name).no_decay = True  # type: ignore[attr-defined]

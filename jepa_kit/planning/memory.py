@@ -21,15 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
-from jepa_kit.encoders.blocks import Block
+from jepa_kit.encoders.blocks import Block, blocks_of, checkpoint_activations
 from jepa_kit.planning.flops import Lengths, model_flops
+from jepa_kit.precision import autocast_of
 from jepa_kit.predictors import ViTPredictor
-from jepa_kit.recipe import Recipe
+from jepa_kit.random_state import seeded
+from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.structures import Precision
+from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 FLOAT32 = 4
 
@@ -41,8 +47,8 @@ class Memory:
     Args:
         weights: of encoder, predictor and all other trained parameters, float32.
         gradients: of the same.
-        optimizer: AdamW's two moments.
-        target_encoder: its weights.
+        optimizer: its state, such as the two moments of AdamW.
+        target_encoder: its weights, and those of all networks that are not trained.
         gathered: whole blocks that FSDP gathers for their computation; 0 without FSDP.
         casts: copies of weights in bf16: autocast keeps them to the end of the forward pass, blocks without
             checkpointing to their backward pass.
@@ -72,6 +78,8 @@ def training_memory(
     shards: int = 1,
     accumulate: int = 1,
     checkpointing: bool = False,
+    optimizer_states: int = 2,
+    kept_per_image: float | None = None,
 ) -> Memory:
     """Return the memory of one device that processes the images of ``lengths`` at once.
 
@@ -81,16 +89,46 @@ def training_memory(
         precision: of the matrix products.
         shards: number of devices over which FSDP shards weights and their state; 1 for a whole copy on each.
         accumulate: parts of a step's batch; with several, FSDP sums whole gradients and scatters them at the end.
-        checkpointing: blocks of encoder and predictor keep their input alone.
+        checkpointing: blocks keep their input alone.
+        optimizer_states: numbers that the optimiser keeps for each parameter.
+        kept_per_image: bytes of activations that an image keeps (``kept_by_an_image``), for a recipe without a formula;
+            temporary values are unknown then, and left out.
 
     Raises:
-        ValueError: there is no formula for a network.
+        ValueError: there is no formula for a network, and no ``kept_per_image``.
     """
-    encoder, predictor = jepa.encoder, jepa.predictor
-    if not isinstance(encoder, ViT) or encoder.extras or not isinstance(predictor, ViTPredictor):
-        raise ValueError("the formula for memory is for I-JEPA's encoder 'vit' with predictor 'vit' only")
+    if kept_per_image is None and not has_memory_formula(jepa):
+        raise ValueError("the formula for memory is for encoder 'vit' with predictor 'vit' only: give kept_per_image")
     count, target = parameter_counts(jepa)
     number = 2 if precision == "bf16" else FLOAT32
+    if kept_per_image is None:
+        kept, working = _activations(cast(JEPA, jepa), lengths, number, checkpointing)
+    else:
+        kept, working = kept_per_image * lengths.images, 0.0
+    matrices = sum(p.numel() for p in jepa.parameters() if p.requires_grad and p.ndim > 1)
+    block = max((sum(p.numel() for p in b.parameters()) for b in blocks_of(jepa)), default=0)
+    return Memory(
+        weights=FLOAT32 * count / shards,
+        gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
+        optimizer=optimizer_states * FLOAT32 * count / shards,
+        target_encoder=FLOAT32 * target / shards,
+        # The weights of a block, those of the next one in transfer, and a gradient that waits for its scatter.
+        gathered=0 if shards == 1 else 3 * FLOAT32 * block,
+        casts=number * (3 * block if shards > 1 else matrices) if number < FLOAT32 else 0,
+        activations=kept,
+        working=working,
+    )
+
+
+def has_memory_formula(jepa: Recipe) -> bool:
+    """Return whether the formula for activations is valid for a recipe."""
+    known = isinstance(jepa, JEPA) and isinstance(jepa.predictor, ViTPredictor)
+    return known and isinstance(jepa.encoder, ViT) and model_flops(jepa).has_formula
+
+
+def _activations(jepa: JEPA, lengths: Lengths, number: int, checkpointing: bool) -> tuple[float, float]:
+    """Return the bytes that a step keeps for its backward pass, and those of temporary values."""
+    encoder, predictor = cast(ViT, jepa.encoder), cast(ViTPredictor, jepa.predictor)
     flops = model_flops(jepa)
     context, sequences = int(lengths.context.sum()), int(lengths.sequences.sum())
     seen, targets = int(flops.seen(lengths).sum()), int(lengths.targets.sum())
@@ -100,29 +138,51 @@ def training_memory(
     if flops.targets_trained:  # and a LayerNorm over the targets
         kept += _network(encoder.blocks, seen, number, checkpointing) + seen * _ends_of(encoder, number)
         kept += targets * (FLOAT32 * encoder.embed_dim + 8)
-    matrices = sum(p.numel() for p in jepa.parameters() if p.requires_grad and p.ndim > 1)
-    block = max(sum(p.numel() for p in b.parameters()) for b in encoder.blocks)
-    return Memory(
-        weights=FLOAT32 * count / shards,
-        gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
-        optimizer=2 * FLOAT32 * count / shards,
-        target_encoder=FLOAT32 * target / shards,
-        # The weights of a block, those of the next one in transfer, and a gradient that waits for its scatter.
-        gathered=0 if shards == 1 else 3 * FLOAT32 * block,
-        casts=number * (3 * block if shards > 1 else matrices) if number < FLOAT32 else 0,
-        activations=kept,
-        working=max(
-            _working(encoder.blocks, context, number, checkpointing),
-            _working(predictor.blocks, sequences, number, checkpointing),
-            _working(encoder.blocks, seen, number, False),
-        ),
+    working = max(
+        _working(encoder.blocks, context, number, checkpointing),
+        _working(predictor.blocks, sequences, number, checkpointing),
+        _working(encoder.blocks, seen, number, False),
     )
+    return kept, working
+
+
+def kept_by_an_image(config: Config, *, precision: Precision, checkpointing: bool = False, images: int = 8) -> float:
+    """Return the bytes that a training step keeps for its backward pass, for each image, as torch saves them here.
+
+    For recipes without a formula: it runs the forward pass of a few images on the CPU.
+
+    Args:
+        config: of the recipe.
+        precision: of the matrix products.
+        checkpointing: blocks keep their input alone.
+        images: number of images of the trial.
+    """
+    jepa = trial_recipe(config, torch.device("cpu"), attention="sdpa")
+    if checkpointing:
+        checkpoint_activations(jepa)
+    views = trial_views(config, torch.device("cpu"), images)
+    own = {x.untyped_storage().data_ptr() for x in (*jepa.parameters(), *jepa.buffers(), *(v.images for v in views))}
+    found: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            found[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), seeded(0):
+        with autocast_of(precision, torch.device("cpu"))():
+            out = jepa(*views)
+    total = sum(x.untyped_storage().nbytes() for x in found.values())
+    del out
+    return total / images
 
 
 def parameter_counts(jepa: Recipe) -> tuple[int, int]:
-    """Return the number of trained parameters, and that of the target encoder."""
-    target = () if jepa.target_encoder is None else jepa.target_encoder.parameters()
-    return sum(p.numel() for p in jepa.parameters() if p.requires_grad), sum(p.numel() for p in target)
+    """Return the number of trained parameters, and that of the others: target encoder, heads that follow."""
+    counts = dict.fromkeys((True, False), 0)
+    for p in jepa.parameters():
+        counts[p.requires_grad] += p.numel()
+    return counts[True], counts[False]
 
 
 def _sizes(blocks: nn.ModuleList) -> Iterator[tuple[int, int, int]]:

@@ -8,20 +8,29 @@ that a run reaches must be measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
+from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
+from jepa_kit.encoders.blocks import blocks_of
 from jepa_kit.planning.device_specs import Device
 from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
-from jepa_kit.planning.memory import FLOAT32, Memory, parameter_counts, training_memory
+from jepa_kit.planning.memory import (
+    FLOAT32,
+    Memory,
+    has_memory_formula,
+    kept_by_an_image,
+    parameter_counts,
+    training_memory,
+)
 from jepa_kit.precision import precision_of, with_precision
 from jepa_kit.recipe import Recipe
+from jepa_kit.rng import IntArray
 from jepa_kit.trials.contract import check_parts
 
 DRAWN = 512
@@ -65,7 +74,8 @@ class Plan:
         gpus: number of devices, one process each.
         precision: of matrix products; ``train.precision``, or the precision that ``auto`` means on the device.
         images_per_gpu: per step.
-        memory: name of (parallelism, checkpointing) -> part -> bytes; empty for networks without a formula.
+        memory: name of (parallelism, checkpointing) -> part -> bytes.
+        measured: activations are those of a trial, without temporary values, as a network has no formula.
         fits: the same names -> whether a device has that memory.
         step_seconds, images_per_second: at the assumed fraction of the peak.
         hours: of the run.
@@ -80,6 +90,7 @@ class Plan:
     images_per_gpu: int
     workload: Workload
     memory: dict[str, dict[str, float]]
+    measured: bool
     fits: dict[str, bool]
     step_seconds: float
     images_per_second: float
@@ -136,10 +147,28 @@ def plan_run(config: Config, gpus: Sequence[int], assumptions: Assumptions) -> l
     if not flops.has_formula:
         check_parts(config, host)
         flops = flops_of(config, jepa, host)
-    return [_plan(config, jepa, flops, n, assumptions) for n in gpus]
+    kept = None if has_memory_formula(jepa) else _measured_activations(config, jepa)
+    return [_plan(config, jepa, flops, n, assumptions, kept) for n in gpus]
 
 
-def _plan(config: Config, jepa: Recipe, flops: ModelFlops, gpus: int, given: Assumptions) -> Plan:
+def _measured_activations(config: Config, jepa: Recipe) -> dict[bool, float]:
+    """Return the bytes that an image keeps, without and, if the recipe has blocks, with checkpoints."""
+    precision = precision_of(config)
+    return {
+        again: kept_by_an_image(config, precision=precision, checkpointing=again)
+        for again in (False, True)
+        if not again or blocks_of(jepa)
+    }
+
+
+def _plan(
+    config: Config,
+    jepa: Recipe,
+    flops: ModelFlops,
+    gpus: int,
+    given: Assumptions,
+    kept: Mapping[bool, float] | None,
+) -> Plan:
     batch = config.train.batch_size
     if gpus < 1:
         raise ValueError(f"gpus (={gpus}) must be at least 1")
@@ -149,7 +178,7 @@ def _plan(config: Config, jepa: Recipe, flops: ModelFlops, gpus: int, given: Ass
     part = batch // gpus
     lengths = draw_lengths(config, part)
     work = _workload(config, jepa, flops, lengths, given.samples)
-    memory = _memory(config, jepa, lengths, part, gpus) if flops.has_formula else {}
+    memory = _memory(config, jepa, lengths, part, gpus, kept)
     total = batch * work.gflop_per_image["training step"] * 1e9
     precision = precision_of(config)
     seconds = total / (gpus * given.device.peak(precision) * 1e12 * given.peak_share)
@@ -160,6 +189,7 @@ def _plan(config: Config, jepa: Recipe, flops: ModelFlops, gpus: int, given: Ass
         images_per_gpu=part,
         workload=work,
         memory={name: {**asdict(m), "total": m.total} for name, m in memory.items()},
+        measured=kept is not None,
         fits={name: m.total < 1e9 * given.device.memory_gb for name, m in memory.items()},
         step_seconds=seconds,
         images_per_second=batch / seconds,
@@ -172,7 +202,13 @@ def _plan(config: Config, jepa: Recipe, flops: ModelFlops, gpus: int, given: Ass
 
 
 def draw_lengths(config: Config, part: int) -> Lengths:
-    """Return lengths of the masks of at least ``DRAWN`` images, drawn by a process with ``part`` images per step."""
+    """Return lengths of the masks of at least ``DRAWN`` images, drawn by a process with ``part`` images per step.
+
+    Without a masker, contexts are whole images, and there are no targets.
+    """
+    if "masker" not in config.slots:
+        (h, w), none = patch_grid_of(config), np.empty(0, dtype=np.int64)
+        return Lengths(np.full(part, h * w), none, none, part, h * w)
     masker = build_masker(config)
     steps = max(1, -(-DRAWN // part))
     samples = np.arange(steps * part).reshape(steps, part)
@@ -198,9 +234,9 @@ def _workload(config: Config, jepa: Recipe, flops: ModelFlops, lengths: Lengths,
     return Workload(
         parameters={name: count for name, count in counts.items() if count},
         gflop_per_image={**per_image, "training step": training / lengths.images / 1e9},
-        context=float(lengths.context.mean()),
-        targets=float(lengths.targets.mean()),
-        sequences=float(lengths.sequences.mean()),
+        context=_mean(lengths.context),
+        targets=_mean(lengths.targets),
+        sequences=_mean(lengths.sequences),
         samples=samples,
         steps=steps,
         images=steps * batch,
@@ -208,18 +244,32 @@ def _workload(config: Config, jepa: Recipe, flops: ModelFlops, lengths: Lengths,
     )
 
 
-def _memory(config: Config, jepa: Recipe, lengths: Lengths, part: int, gpus: int) -> dict[str, Memory]:
+def _mean(lengths: IntArray) -> float:
+    return float(lengths.mean()) if lengths.size else 0.0
+
+
+def _memory(
+    config: Config, jepa: Recipe, lengths: Lengths, part: int, gpus: int, kept: Mapping[bool, float] | None
+) -> dict[str, Memory]:
     at_once = -(-part // config.train.accumulate)
     # Memory depends on the sums alone.
     sums = (x.sum() for x in (lengths.context, lengths.targets, lengths.sequences))
     context, targets, sequences = (np.array([round(at_once / lengths.images * x)]) for x in sums)
     scaled = Lengths(context, targets, sequences, at_once, lengths.patches)
-    needed = partial(training_memory, jepa, scaled, precision=precision_of(config), accumulate=config.train.accumulate)
+    needed = partial(
+        training_memory,
+        jepa,
+        scaled,
+        precision=precision_of(config),
+        accumulate=config.train.accumulate,
+    )
     shards = {"DDP": 1, "FSDP": gpus} if gpus > 1 else {"one process": 1}
     return {
-        name + (", checkpointed" if again else ""): needed(shards=n, checkpointing=again)
+        name + (", checkpointed" if again else ""): needed(
+            shards=n, checkpointing=again, kept_per_image=None if kept is None else kept[again]
+        )
         for name, n in shards.items()
-        for again in (False, True)
+        for again in ((False, True) if kept is None else kept)
     }
 
 
@@ -244,7 +294,9 @@ def describe(plan: Plan, given: Assumptions) -> str:
         f"{plan.gpus} x {given.device.name}, {plan.images_per_gpu} images each, at {given.peak_share:.0%} of "
         f"{given.device.peak(plan.precision):,.4g} TFLOP/s ({plan.precision})",
         f"parameters   {counts}",
-        f"masks        context {work.context:.1f} patches, target {work.targets:.1f}, sequence {work.sequences:.1f}",
+        f"masks        context {work.context:.1f} patches, target {work.targets:.1f}, sequence {work.sequences:.1f}"
+        if work.targets
+        else "masks        none: the recipe sees whole views",
         f"an image     {work.gflop_per_image['training step']:.1f} GFLOP to train"
         + (f"; forward: {flop}" if flop else " (counted, as these networks have no formula)"),
         f"the run      {work.steps:,} steps, {work.images:,} images, {work.flop:.3g} FLOP",
@@ -260,13 +312,11 @@ def describe(plan: Plan, given: Assumptions) -> str:
     return "\n".join([*lines, *_memory_table(plan, given)])
 
 
-SHORT = {"optimizer": "AdamW", "target_encoder": "target", "activations": "kept"}
+SHORT = {"optimizer": "optimiser", "target_encoder": "target", "activations": "kept"}
 """Parts of ``Memory`` -> headings of their columns; others have their own name."""
 
 
 def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
-    if not plan.memory:
-        return ["memory       not known: the formula is for the networks of jepa_kit only, so measure a step"]
     width = max(len(name) for name in plan.memory)
     parts = next(iter(plan.memory.values()))
     rows = [f"memory, GB   {'':{width}} " + " ".join(f"{SHORT.get(part, part):>9}" for part in parts)]
@@ -274,7 +324,8 @@ def _memory_table(plan: Plan, given: Assumptions) -> list[str]:
         cells = " ".join(f"{value / 1e9:9.2f}" for value in values.values())
         fits = "fits" if plan.fits[name] else f"above {given.device.memory_gb:.0f}"
         rows.append(f"             {name:{width}} {cells}  {fits}")
-    return rows
+    note = "values kept are those of a trial on this machine, as there is no formula; temporary values are left out"
+    return [*rows, f"             {note}"] if plan.measured else rows
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -285,7 +336,7 @@ def table(plans: Sequence[Plan]) -> str:
         network = [_rate(p.network_gb_per_second.get(name, 0.0)) for name in ("DDP", "FSDP")]
         times = f"{p.images_per_second:,.0f}", f"{p.hours:,.1f}", f"{p.gpu_hours:,.0f}", f"{p.read_mb_per_second:,.0f}"
         fits = [name for name, fits in p.fits.items() if fits]
-        fits += ["nothing: train.accumulate" if p.fits else "not known"]
+        fits += ["nothing: train.accumulate"]
         rows.append((f"{p.gpus}", f"{p.images_per_gpu}", f"{p.step_seconds:.3g}", *times, *network, fits[0]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)

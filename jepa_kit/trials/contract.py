@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,21 +22,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from jepa_kit.build import build_masker
+from jepa_kit.build import build_masker, build_order
 from jepa_kit.config import Config
 from jepa_kit.config.check import nested_parts
 from jepa_kit.data.transforms import Window, build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
-from jepa_kit.interfaces import Masker
+from jepa_kit.interfaces import Encoder
+from jepa_kit.interfaces import Recipe as Interface
 from jepa_kit.losses import is_distance
 from jepa_kit.precision import autocast_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
-from jepa_kit.registry import LOSSES, TRANSFORMS
-from jepa_kit.structures import MaskBatch, Prediction, View
+from jepa_kit.registry import ENCODERS, HEADS, LOSSES, RECIPES, TRANSFORMS, registry_of
+from jepa_kit.structures import MaskBatch, Output, PatchSets, Prediction, View
 from jepa_kit.trials.part_trial import Trial, agree
-from jepa_kit.trials.recipe_trial import IMAGES, trial_images, trial_recipe
+from jepa_kit.trials.recipe_trial import IMAGES, trial_recipe, trial_views
 
 
 def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | None = None, every: bool = False) -> None:
@@ -62,8 +63,8 @@ def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | No
     masker = build_masker(config) if "masker" in config.slots else None
     if masker and (every or not all(map(of_jepa_kit, _with_members(masker)))):
         check_masker(Trial("masker", config.slots["masker"].name), masker, config)
-    if not isinstance(weights_of, JEPA) or every or not all(map(of_jepa_kit, _parts_of(weights_of))):
-        _check_networks(config, device, masker, weights_of, every)
+    if weights_of is None or every or not all(of_jepa_kit(part) for _, _, part in _parts_of(config, weights_of)):
+        _check_networks(config, device, weights_of, every)
 
 
 def _with_members(masker: Any) -> Iterator[Any]:
@@ -76,6 +77,7 @@ def _with_members(masker: Any) -> Iterator[Any]:
 def _ships_with_jepa_kit(config: Config) -> bool:
     """Return whether all parts and transforms of a config, and members of its parts, are registered by jepa_kit."""
     parts = [cls for slot, part in config.slots.items() for cls in nested_parts(slot, part.name, part.options)]
+    parts.append(RECIPES.get(config.recipe.name))
     parts += [LOSSES.get(part.name) for part, _ in config.losses]
     transforms = [part for _, view in config.data.entries() for part in view.transforms or ()]
     parts += [TRANSFORMS.get(transform["name"]) for transform in transforms]
@@ -87,41 +89,78 @@ def of_jepa_kit(part: object) -> bool:
     return part.__module__.partition(".")[0] == "jepa_kit"
 
 
-def _parts_of(jepa: JEPA) -> Iterable[object]:
-    """Return the parts with tensors or an update, losses last; ``_check_networks`` names them in this order."""
-    return (jepa.encoder, jepa.target, jepa.predictor, jepa.target_update, *jepa.losses.values())
+def _parts_of(config: Config, jepa: Recipe) -> list[tuple[str, str, object]]:
+    """Return (slot, name, part) of each part with tensors or an update, of each loss, and of the recipe itself."""
+    built = [slot for slot in build_order(config) if slot != LOSSES.slot]
+    parts: list[tuple[str, str, object]] = [(slot, config.slots[slot].name, getattr(jepa, slot)) for slot in built]
+    if config.losses:
+        losses = cast(nn.ModuleDict, jepa.losses)
+        parts += [("loss", name, losses[name]) for name in losses]
+    return [*parts, ("recipe", config.recipe.name, jepa)]
 
 
-def _check_networks(
-    config: Config, device: torch.device, masker: Masker | None, weights_of: Recipe | None, every: bool
-) -> None:
+def _check_networks(config: Config, device: torch.device, weights_of: Recipe | None, every: bool) -> None:
     """Check the parts of a recipe alone, then the gradients of a training step; arguments as for ``check_parts``."""
     jepa = trial_recipe(config, device)
-    if not isinstance(jepa, JEPA) or masker is None:
-        return
-    names = [(slot, config.slots[slot].name) for slot in ("encoder", "target", "predictor", "target_update")]
-    parts = zip([*names, *(("loss", name) for name in jepa.losses)], _parts_of(jepa), strict=True)
-    trials = [Trial(slot, name, jepa) for (slot, name), part in parts if every or not of_jepa_kit(part)]
+    trials = [Trial(slot, name, jepa) for slot, name, part in _parts_of(config, jepa) if every or not of_jepa_kit(part)]
     if not trials:
         return
     named = ", ".join(f"{trial.slot} {trial.name!r}" for trial in trials)
     if weights_of is not None:
         _check_first_weights(jepa, weights_of, named)
-    masks = masker(np.arange(IMAGES), seed=config.train.seed, epoch=0, step=0).to(device)
-    images = trial_images(config, device)
-    checks = {"encoder": check_encoder, "target": check_target, "predictor": check_predictor, "loss": check_loss}
+    views = trial_views(config, device)
     autocast = autocast_of(config.train.precision, device)
     with autocast():
         for trial in trials:
-            if trial.slot in checks:
-                checks[trial.slot](trial, jepa, images, masks)
+            _check_network(trial, jepa, views)
     for trial in trials:
-        if trial.slot == "target_update":
+        if trial.slot.endswith("target_update"):
             check_target_update(trial, jepa)
     with seeded(0):
         with autocast():
-            loss = jepa(View(images, masks)).loss
+            loss = jepa(*views).loss
         check_gradients(jepa, loss, named)
+
+
+def _check_network(trial: Trial, jepa: Recipe, views: Sequence[View]) -> None:
+    """Check a part alone; targets, predictors and losses of other recipes than JEPA are checked by its forward pass."""
+    registry = registry_of(trial.slot)
+    images, masks = views[0].images, views[0].masks
+    if registry is ENCODERS:
+        encoder: Any = getattr(jepa, trial.slot)
+        half = torch.arange(max(1, encoder.grid[0] * encoder.grid[1] // 2), device=images.device)
+        some = PatchSets.from_padded(half.expand(len(images), -1)) if masks is None else masks.context
+        check_encoder(trial, encoder, images, some)
+    elif registry is HEADS:
+        check_head(trial, jepa, images)
+    elif registry is None:
+        check_recipe(trial, jepa, views)
+    elif isinstance(jepa, JEPA) and masks is not None:
+        checks = {"target": check_target, "predictor": check_predictor, "loss": check_loss}
+        if trial.slot in checks:
+            checks[trial.slot](trial, jepa, images, masks)
+
+
+def check_head(trial: Trial, jepa: Recipe, images: Tensor) -> None:
+    """Check the attribute and the output for as many rows as there are images."""
+    head: Any = getattr(jepa, trial.slot)
+    trial.need_sizes(head, "out_dim")
+    before = type(jepa).head_inputs.get(trial.slot)
+    width = int(getattr(jepa, before).out_dim if before else cast(Encoder, jepa.encoder).embed_dim)  # type: ignore[arg-type]
+    x = torch.randn(len(images), width, generator=torch.Generator().manual_seed(0)).to(images.device)
+    _check_call(trial, head, lambda: head(x), (len(images), head.out_dim), "the output [N, out_dim]")
+
+
+def check_recipe(trial: Trial, jepa: Recipe, views: Sequence[View]) -> None:
+    """Check the interface, and that the loss is a finite scalar, the same in two calls."""
+    trial.need(isinstance(jepa, Interface), "lacks an attribute or a method of jepa_kit.interfaces.Recipe")
+
+    def loss() -> Tensor:
+        out = jepa(*views)
+        trial.need(isinstance(out, Output), f"gave a {type(out).__name__}, not a jepa_kit.structures.Output")
+        return out.loss
+
+    _check_call(trial, jepa, loss, (), "the loss []")
 
 
 def _check_first_weights(jepa: Recipe, run: Recipe, named: str) -> None:
@@ -177,15 +216,14 @@ def check_masker(trial: Trial, masker: Any, config: Config) -> None:
     trial.same(first, second)
 
 
-def check_encoder(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
+def check_encoder(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSets) -> None:
     """Check the attributes, and the tokens of contexts, whole images and layers."""
-    encoder: Any = jepa.encoder
     trial.need_sizes(encoder, "patch_size", "embed_dim", "depth")
     grid = (images.shape[-2] // encoder.patch_size, images.shape[-1] // encoder.patch_size)
     trial.need_grid(encoder, grid)
     trial.need(hasattr(encoder, "forward_layers"), "has no method forward_layers")
-    contexts = (masks.context.num_patches, encoder.embed_dim)
-    _check_call(trial, encoder, lambda: encoder(images, masks.context), contexts, "the contexts [P_c, embed_dim]")
+    shape = (contexts.num_patches, encoder.embed_dim)
+    _check_call(trial, encoder, lambda: encoder(images, contexts), shape, "the contexts [P_c, embed_dim]")
     whole = (len(images) * grid[0] * grid[1], encoder.embed_dim)
     with torch.no_grad():
         _check_call(trial, encoder, lambda: encoder(images), whole, "whole images [B * N, embed_dim]")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jepa_kit.distributed.buffers import unchanged_buffers
 from jepa_kit.errors import ContractError
 from jepa_kit.random_state import seeded
+from jepa_kit.registry import registry_of
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
 
 FORMS = {
@@ -24,6 +25,8 @@ FORMS = {
     "target": "__call__(images, patches, encoder) -> [P_t, out_dim], with out_dim and needs_encoder "
     "(jepa_kit/interfaces.py)",
     "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/interfaces.py)",
+    "head": "__call__(x [N, in_dim]) -> [N, out_dim], with out_dim (jepa_kit/interfaces.py)",
+    "recipe": "a subclass of jepa_kit.recipe.Recipe, whose forward(*views, progress) returns an Output",
     "loss": "__call__(prediction) -> a scalar [], with is_distance (jepa_kit/interfaces.py)",
     "target_update": "make(encoder), momentum(where) -> float and update(target_encoder, encoder, momentum), with tied "
     "and stop_gradient (jepa_kit/interfaces.py)",
@@ -47,9 +50,14 @@ class Trial:
     name: str
     jepa: nn.Module = field(default_factory=nn.Module)
 
+    @property
+    def _kind(self) -> str:
+        registry = registry_of(self.slot)
+        return self.slot if registry is None else registry.slot
+
     def fail(self, why: str, cause: Exception | None = None) -> NoReturn:
         """Raise ContractError."""
-        raise ContractError(f"{self.slot} {self.name!r} {why}. It must have the form {FORMS[self.slot]}") from cause
+        raise ContractError(f"{self.slot} {self.name!r} {why}. It must have the form {FORMS[self._kind]}") from cause
 
     def need(self, condition: bool, why: str) -> None:
         """Raise ContractError unless ``condition`` is true."""

@@ -6,41 +6,37 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import Recipe
+from jepa_kit.registry import Backend
 from jepa_kit.rng import view_seed
 from jepa_kit.structures import View
 
 IMAGES = 4
 
 
-def trial_recipe(config: Config, device: torch.device, *, other_seed: int = 1) -> Recipe:
+def trial_recipe(
+    config: Config, device: torch.device, *, other_seed: int = 1, attention: Backend = "reference"
+) -> Recipe:
     """Build the recipe of a config as a run does, with its first weights, in training mode, uncompiled.
-
-    Attention uses the plain backend, whose operations torch's counter knows.
 
     Args:
         config: a checked config.
         device: of the parameters.
         other_seed: of numpy's and Python's random states, on which first weights must not depend.
+        attention: backend of ``attend``; torch's counter knows the operations of the plain one.
     """
     slots = {
         slot: Part(part.name, {key: value if key != "compile" else False for key, value in part.options.items()})
         for slot, part in config.slots.items()
     }
-    train = dataclasses.replace(config.train, attention="reference")
+    train = dataclasses.replace(config.train, attention=attention)
     with seeded(config.train.seed, other_seed):
         return build_recipe(dataclasses.replace(config, slots=slots, train=train)).to(device).train()
-
-
-def trial_images(config: Config, device: torch.device, count: int = IMAGES) -> Tensor:
-    """Return [count, 3, h, w] noise with the scale of normalised images."""
-    return _noise(config.data.image_size, count).to(device)
 
 
 def trial_views(config: Config, device: torch.device, count: int = IMAGES) -> list[View]:
