@@ -287,9 +287,7 @@ def checkpoint_activations(module: nn.Module) -> None:
     blocks: list[Any] = blocks_of(module)
     if not blocks:
         name = type(module).__name__
-        raise ValueError(
-            f"{name} has no block (a module with is_block = True), so checkpointing activations does nothing"
-        )
+        raise ValueError(f"{name} has no block (a module with is_block = True), so there is nothing to checkpoint")
     for block in blocks:
         if hasattr(block, "checkpointed"):
             block.checkpointed = True
@@ -306,7 +304,8 @@ def compile_blocks(module: nn.Module, device: torch.device, width: int) -> None:
         width: width of the encoder, which decides for its predictor too.
     """
     if device.type == "cuda" and width >= WIDE and importlib.util.find_spec("triton") is not None:
-        for block in blocks_of(module):
+        blocks: list[Any] = blocks_of(module)
+        for block in blocks:
             if hasattr(block, "compiled"):
                 block.compiled |= block.may_compile
             elif getattr(block, "may_compile", False):

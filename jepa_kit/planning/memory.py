@@ -169,9 +169,9 @@ def kept_by_an_image(config: Config, *, precision: Precision, checkpointing: boo
             found[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), seeded(0):
-        with autocast_of(precision, torch.device("cpu"))():
-            out = jepa(*views)
+    autocast = autocast_of(precision, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), seeded(0), autocast():
+        out = jepa(*views)
     total = sum(x.untyped_storage().nbytes() for x in found.values())
     del out
     return total / images

@@ -146,7 +146,7 @@ def check_head(trial: Trial, jepa: Recipe, images: Tensor) -> None:
     head: Any = getattr(jepa, trial.slot)
     trial.need_sizes(head, "out_dim")
     before = type(jepa).head_inputs.get(trial.slot)
-    width = int(getattr(jepa, before).out_dim if before else cast(Encoder, jepa.encoder).embed_dim)  # type: ignore[arg-type]
+    width = int(getattr(jepa, before).out_dim if before else cast(Encoder, jepa.encoder).embed_dim)
     x = torch.randn(len(images), width, generator=torch.Generator().manual_seed(0)).to(images.device)
     _check_call(trial, head, lambda: head(x), (len(images), head.out_dim), "the output [N, out_dim]")
 
@@ -282,7 +282,7 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
     )
 
 
-def check_target_update(trial: Trial, jepa: JEPA) -> None:
+def check_target_update(trial: Trial, jepa: Recipe) -> None:
     """Check the attributes, the momenta, and that an update changes the target encoder alone and keeps it finite."""
     update = jepa.target_update
     trial.need_flags(update, "tied", "stop_gradient")
