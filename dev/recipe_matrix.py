@@ -174,7 +174,12 @@ def lines(project: Project) -> str:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            if (
+                isinstance(body, list)
+                and body
+                and isinstance(body[0], ast.Expr)
+                and isinstance(body[0].value, ast.Constant)
+            ):
                 body[0].value.value = ""
         count += sum(line.strip() not in ("", "''", '""') for line in ast.unparse(tree).splitlines())
     return str(count)
@@ -184,7 +189,9 @@ def core(project: Project) -> str:
     """Count the lines of jepa_kit that import from the project."""
     pattern = re.compile(rf"projects[./]{project.name}\b")
     files = (ROOT / "jepa_kit").rglob("*.py")
-    count = sum(bool(pattern.search(line)) for file in files for line in file.read_text().splitlines() if "import" in line)
+    count = sum(
+        bool(pattern.search(line)) for file in files for line in file.read_text().splitlines() if "import" in line
+    )
     return str(count) if not count else f"no: {count}"
 
 
@@ -254,7 +261,9 @@ def nonfinite(project: Project) -> str:
             views[0].images[0] = math.nan
         out = plain(jepa, optimizer, hyper, views, **options)
         if at[0] == 6:
-            moved = [n for n, value in jepa.named_buffers() if not n.startswith("target_") and not same(value, before[n])]
+            moved = [
+                n for n, value in jepa.named_buffers() if not n.startswith("target_") and not same(value, before[n])
+            ]
             seen.append(moved)
         return out
 

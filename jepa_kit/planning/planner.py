@@ -262,6 +262,7 @@ def _memory(
         scaled,
         precision=precision_of(config),
         accumulate=config.train.accumulate,
+        optimizer_states=2 if config.optim.name == "adamw" else 1,
     )
     shards = {"DDP": 1, "FSDP": gpus} if gpus > 1 else {"one process": 1}
     return {
