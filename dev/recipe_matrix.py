@@ -292,6 +292,21 @@ def report_of_masks(project: Project) -> str:
     return call(mask_report.main, ["--config-file", str(project.base), "--draws", "64", "--output-dir", folder])
 
 
+def evaluated(project: Project) -> str:
+    shards = ["--train-shards", str(project.shards / "train"), "--test-shards", str(project.shards / "test")]
+    return call(eval_net.main, ["--checkpoint", str(project.base), "--protocol", "knn", "--label", "count", *shards])
+
+
+def visualized(project: Project) -> str:
+    few = ["--images", "32", "--decoder-images", "32", "--decoder-steps", "4"]
+    return call(visualize.main, ["--checkpoint", str(project.base), *few])
+
+
+def planned(project: Project) -> str:
+    device = ["--gpus", "2", "--peak", "1", "--memory", "8"]
+    return call(plan_run.main, ["--config-file", str(project.base), *device])
+
+
 COLUMNS: dict[str, Callable[[Project], str]] = {
     "lines": lines,
     "core": core,
@@ -304,21 +319,12 @@ COLUMNS: dict[str, Callable[[Project], str]] = {
     "checkpointed": lambda p: p.difference(p.run("checkpointed", "train.activation_checkpointing=true")),
     "nonfinite": nonfinite,
     "telemetry": telemetry,
-    "eval_net": lambda p: call(
-        eval_net.main,
-        ["--checkpoint", str(p.base), "--protocol", "knn", "--label", "count", "--train-shards", str(p.shards / "train"),
-         "--test-shards", str(p.shards / "test")],
-    ),
+    "eval_net": evaluated,
     "health": lambda p: call(health.main, [str(p.base), "--images", "32", "--masks", "2"]),
-    "visualize": lambda p: call(
-        visualize.main,
-        ["--checkpoint", str(p.base), "--images", "32", "--decoder-images", "32", "--decoder-steps", "4"],
-    ),
-    "plan_run": lambda p: call(
-        plan_run.main, ["--config-file", str(p.base), "--gpus", "2", "--peak", "1", "--memory", "8", "train.batch_size=8"]
-    ),
+    "visualize": visualized,
+    "plan_run": planned,
     "mask_report": report_of_masks,
-}  # fmt: skip
+}
 
 
 def trial(project: Project, columns: Sequence[str]) -> dict[str, str]:

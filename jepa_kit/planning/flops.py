@@ -13,7 +13,7 @@ own body declares ``inherits_flops = True``. For any other network, torch counts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard, TypeVar, cast
 
@@ -29,7 +29,7 @@ from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.rng import IntArray
-from jepa_kit.structures import MaskBatch
+from jepa_kit.structures import MaskBatch, View
 from jepa_kit.targets import PixelTarget, RepresentationTarget
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
@@ -174,8 +174,11 @@ class ModelFlops:
             return None if self.counted is None else self.counted * lengths.images
         return (3.0 if self.targets_trained else 1.0) * target + 3.0 * (encoder + predictor)
 
-    def of_batch(self, masks: MaskBatch, images: int) -> float | None:
-        """Return ``training`` for a batch of so many images with these masks."""
+    def of_batch(self, views: Sequence[View]) -> float | None:
+        """Return the FLOP of a training step on these views; None if there is neither a formula nor a count."""
+        images, masks = len(views[0]), views[0].masks
+        if masks is None:
+            return None if self.counted is None else self.counted * images
         return self.training(Lengths.of(masks, images))
 
 

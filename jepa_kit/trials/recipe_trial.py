@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config

@@ -46,7 +46,7 @@ from jepa_kit.engine.schedules import Hyper
 from jepa_kit.files import read_json_lines, write_json_lines
 from jepa_kit.planning.peak_flops import peak_memory
 from jepa_kit.run_folder import METRICS
-from jepa_kit.structures import MaskBatch, PatchSets, Update, View
+from jepa_kit.structures import PatchSets, Update, View
 
 Record = dict[str, float]
 """A line of metrics.jsonl."""
@@ -61,8 +61,7 @@ class Meter:
 
     Args:
         patch_size: side of the encoder's patches in pixels.
-        flops: FLOP of a training step by the masks and the number of images, for a step with one view; None leaves the
-            figures of FLOP out.
+        flops: FLOP of a training step by its views; None leaves the figures of FLOP out.
         peak: FLOP/s that this process's device can do; None leaves ``mfu`` out.
         clock: seconds.
     """
@@ -71,7 +70,7 @@ class Meter:
         self,
         *,
         patch_size: int,
-        flops: Callable[[MaskBatch, int], float | None] | None = None,
+        flops: Callable[[Sequence[View]], float | None] | None = None,
         peak: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -106,8 +105,7 @@ class Meter:
         self.images += images
         self.tokens += sum(m.context.num_patches + m.targets.num_patches for m in masks)
         self.tokens += sum(view.images[:, 0].numel() // self.patch_size**2 for view in views if view.masks is None)
-        known = self.flops is not None and len(views) == len(masks) == 1
-        flop = self.flops(masks[0], images) if known and self.flops is not None else None
+        flop = None if self.flops is None else self.flops(views)
         self.flop = None if flop is None or self.flop is None else self.flop + flop
 
     def record(self, hyper: Hyper, out: Update, views: Sequence[View]) -> Record:
