@@ -11,7 +11,7 @@ from torch import nn
 
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
-from jepa_kit.encoders import attention_dense, blocks
+from jepa_kit.encoders import attention_dense, packed
 from jepa_kit.encoders.blocks import checkpoint_activations
 from jepa_kit.planning.flops import Lengths
 from jepa_kit.planning.memory import training_memory
@@ -62,7 +62,7 @@ def saved_bytes(jepa, masks, precision):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """bf16 on a CPU fills up rows and has plain attention, which keeps its scores."""
-    monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
+    monkeypatch.setattr(packed, "COUNTS", 1 << 30)
     monkeypatch.setattr(attention_dense, "_plain_products", lambda q: False)
 
 

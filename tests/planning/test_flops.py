@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
-from jepa_kit.encoders import ViT, blocks
+from jepa_kit.encoders import ViT, packed
 from jepa_kit.planning import flops as flops_module
 from jepa_kit.planning.flops import (
     Lengths,
@@ -30,7 +30,7 @@ IMAGES, PIXELS, WIDTH = 3, 3 * 4 * 4, 24
 @pytest.fixture(autouse=True)
 def no_rows_beside_tokens(monkeypatch):
     """The formula leaves out rows that are filled up."""
-    monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
+    monkeypatch.setattr(packed, "COUNTS", 1 << 30)
 
 
 def config(masker="multiblock", target=None, update="ema"):

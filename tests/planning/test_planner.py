@@ -12,6 +12,7 @@ from jepa_kit.encoders import ViT
 from jepa_kit.planning import planner
 from jepa_kit.planning.device_specs import DEVICES
 from jepa_kit.planning.flops import Lengths, count_flops, model_flops
+from jepa_kit.planning.memory import kept_by_an_image, training_memory
 from jepa_kit.planning.planner import Assumptions, describe, draw_lengths, plan_run, table
 from jepa_kit.registry import ENCODERS
 
@@ -179,7 +180,7 @@ class TwiceAsDeep(ViT):
 
 
 def test_networks_without_a_formula(config, monkeypatch):
-    """FLOP are counted; memory is not known, and the plan does not invent any."""
+    """FLOP are counted, and the values that are kept for the backward pass are measured."""
     monkeypatch.setattr(ENCODERS, "_obj_map", dict(ENCODERS._obj_map))
     ENCODERS.register("twice")(TwiceAsDeep)
     held = config("encoder={name: twice, embed_dim: 48, depth: 3, num_heads: 3, patch_size: 4}")
@@ -191,11 +192,18 @@ def test_networks_without_a_formula(config, monkeypatch):
     assert plan.workload.parameters == usual.workload.parameters
     assert plan.network_gb_per_second.keys() == usual.network_gb_per_second.keys()
     assert "encoder" not in plan.workload.gflop_per_image
-    assert (plan.memory, plan.fits) == ({}, {})
-    assert describe(plan, given()).splitlines()[-1] == (
-        "memory       not known: the formula is for the networks of jepa_kit only, so measure a step"
-    )
-    assert table([plan]).splitlines()[-1].endswith("  not known")
+    assert plan.measured
+    assert "values kept are those of a trial on this machine" in describe(plan, given()).splitlines()[-1]
+    assert table([plan]).splitlines()[-1].endswith("  DDP")
+
+
+def test_measured_activations_are_those_of_the_formula(config):
+    """What torch saves in a trial, against the formula, which test_memory_of_runs.py compares with another count."""
+    held = config()
+    jepa, lengths = build_recipe(held), draw_lengths(held, 64)
+    for again in (False, True):
+        formula = training_memory(jepa, lengths, precision="float32", checkpointing=again).activations / lengths.images
+        assert kept_by_an_image(held, precision="float32", checkpointing=again) == pytest.approx(formula, rel=0.2)  # and padding
 
 
 def test_a_part_that_breaks_its_contract_is_not_planned(config, monkeypatch):

@@ -14,14 +14,16 @@ from torch import nn
 from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT
+from jepa_kit.encoders.pooling import pooled
 from jepa_kit.engine import build
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.errors import ContractError
 from jepa_kit.maskers import Random
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
-from jepa_kit.registry import SLOTS, TRANSFORMS
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.recipe import Recipe
+from jepa_kit.registry import HEADS, RECIPES, SLOTS, TRANSFORMS
+from jepa_kit.structures import START, MaskBatch, Output, PatchSets
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 from jepa_kit.training import train
@@ -79,6 +81,9 @@ def test_every_part_of_jepa_kit_keeps_it(slot, name):
     else:
         known = SLOTS[slot].options(name)
         raw[slot] = {"name": name} | {k: v for k, v in raw.get(slot, {}).items() if k in known}
+    if slot == "head":
+        options = {"hidden": 8} if name == "mlp" else {}
+        raw = two_views(recipe={"name": "two_views"}, head={"name": name, "out_dim": 4, **options})
     if name == "none":
         raw["target"] = {"name": "pixel"}
     if name in ("in_place", "tokens"):
@@ -88,6 +93,67 @@ def test_every_part_of_jepa_kit_keeps_it(slot, name):
     with seeded(config.train.seed):
         jepa = build_recipe(config)
     check_parts(config, CPU, weights_of=jepa.train(), every=True)
+
+
+# --- recipes and heads ---
+
+
+class TwoViews(Recipe):
+    num_views = (2, 2)
+    masked = False
+
+    def __init__(self, *, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__(encoder=encoder)
+        self.head = head
+
+    def forward(self, *views, progress=START):
+        one, other = (self.head(pooled(self.encoder, view.images)) for view in views)
+        loss = (one - other).square().mean()
+        return Output(loss, {"distance": loss})
+
+
+class Forgetful(TwoViews):
+    def forward(self, *views, progress=START):
+        return super().forward(*views).loss
+
+
+class Wide(nn.Linear):
+    out_dim = 5
+
+    def __init__(self, *, in_dim: int) -> None:
+        super().__init__(in_dim, 4)
+
+
+def two_views(**slots):
+    """A config of a recipe that compares two views, without masks."""
+    raw = {"encoder": RAW["encoder"], "data": {**RAW["data"], "views": [{"count": 2}]}, "train": RAW["train"]}
+    return json.loads(json.dumps({**raw, **slots}))
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch):
+    registries = ((RECIPES, {"two_views": TwoViews, "forgetful": Forgetful}), (HEADS, {"wide": Wide}))
+    for registry, parts in registries:
+        registry.import_members()
+        monkeypatch.setattr(registry, "_obj_map", {**registry._obj_map, **parts})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "head", "message"),
+    [
+        ("forgetful", "mlp", r"recipe 'forgetful' gave a Tensor, not a jepa_kit.structures.Output"),
+        (
+            "two_views",
+            "wide",
+            r"head 'wide' gave a tensor of shape \[4, 4\] for the output \[N, out_dim\], not \[4, 5\]",
+        ),
+    ],
+)
+def test_recipes_and_heads_of_ones_own_are_checked(recipe, head, message):
+    options = {"layers": 1, "out_dim": 4} if head == "mlp" else {}
+    config = config_from_dict(two_views(recipe={"name": recipe}, head={"name": head, **options}))
+    with pytest.raises(ContractError, match=message):
+        check_parts(config, CPU)
 
 
 # --- maskers ---

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
-from jepa_kit.encoders import blocks
+from jepa_kit.encoders import packed
 from jepa_kit.engine.build import open_shards
 from jepa_kit.evaluation.masks.cost import Lengths, cost_of
 from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of
@@ -29,7 +29,7 @@ FIXTURE = json.loads((Path(__file__).parents[2] / "fixtures/released_mask_statis
 @pytest.fixture(autouse=True)
 def no_rows_beside_tokens(monkeypatch):
     """Turn off padding of rows, which the formula does not count."""
-    monkeypatch.setattr(blocks, "COUNTS", 1 << 30)
+    monkeypatch.setattr(packed, "COUNTS", 1 << 30)
 
 
 def config(masker: dict[str, Any], side: int = 8, **others: Any) -> Config:
