@@ -203,7 +203,7 @@ def test_measured_activations_are_those_of_the_formula(config):
     jepa, lengths = build_recipe(held), draw_lengths(held, 64)
     for again in (False, True):
         formula = training_memory(jepa, lengths, precision="float32", checkpointing=again).activations / lengths.images
-        assert kept_by_an_image(held, precision="float32", checkpointing=again) == pytest.approx(formula, rel=0.2)  # and padding
+        assert kept_by_an_image(held, precision="float32", checkpointing=again) == pytest.approx(formula, rel=0.2)
 
 
 def test_a_part_that_breaks_its_contract_is_not_planned(config, monkeypatch):
