@@ -35,15 +35,21 @@ def few(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(found[:most] + ["..."] * (len(found) > most)) or "nothing"
 
 
-class _Facts(dict[str, Any]):
-    """An object of a JSON file; a missing key is an error that names the file and the keys that it has."""
+class _Named(dict[str, Any]):
+    """Values of a file by name; a missing name is an error that gives the file and the names that it has.
 
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+    Args:
+        path: of the file.
+        kind: of a value, with the beginning of its name in the file if that was removed.
+        values: by name.
+    """
+
+    def __init__(self, path: Path, kind: str, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self.path = path
+        self.path, self.kind = path, kind
 
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self.path} has no number {key!r} beside {few(self)}")
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path} has no {self.kind} {name!r} beside {few(self)}")
 
 
 class Recorded:
@@ -70,13 +76,13 @@ class Recorded:
                     f"there is no file {file}; a recording is {stem.name}.json and {stem.name}.safetensors"
                 )
         try:
-            content = json.loads(self.json.read_text(), object_hook=partial(_Facts, self.json))
+            content = json.loads(self.json.read_text(), object_hook=partial(_Named, self.json, "number"))
         except ValueError as error:
             raise ValueError(f"{self.json} is not a JSON file: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("meta"), dict):
             raise ValueError(f"{self.json} must have an object 'meta' with sizes and settings")
         self.meta: Mapping[str, Any] = content["meta"]
-        self.numbers: Mapping[str, Any] = content.get("numbers") or _Facts(self.json, {})
+        self.numbers: Mapping[str, Any] = content.get("numbers") or _Named(self.json, "number", {})
         try:
             self._tensors = dict(sorted(load_file(self.safetensors).items()))
         except SafetensorError as error:
@@ -96,12 +102,16 @@ class Recorded:
         return value.double() if value.is_floating_point() else value
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with ``prefix`` by the rest of their names; raise ValueError if none."""
+        """Return the tensors whose names begin with ``prefix`` by the rest of their names.
+
+        Raises:
+            ValueError: there is none, or a name that is looked up in the result is missing.
+        """
         found = {name.removeprefix(prefix): self[name] for name in self._tensors if name.startswith(prefix)}
         if not found:
             tops = dict.fromkeys(name.split("/")[0] for name in self._tensors)
             raise ValueError(f"{self.safetensors} has no tensor under {prefix!r}; it has {few(tops)}")
-        return found
+        return _Named(self.safetensors, f"tensor {prefix}...", found)
 
     @property
     def unread(self) -> list[str]:

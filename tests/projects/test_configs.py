@@ -23,6 +23,7 @@ SHAPES = {
     "in1k_vitb16": ((16, 768, 12, 3072), (384, 6)),
     "in1k_vits16": ((16, 384, 12, 1536), (384, 6)),
     "corrected_in1k_vitb16": ((16, 768, 12, 3072), (384, 6)),
+    "hearsay_vitb16": ((16, 768, 12, 3072), (768, 4)),
     "cifar10_vit4": ((4, 192, 6, 768), (96, 3)),
     "cifar10_quick": ((4, 96, 4, 384), (48, 2)),
     "quickstart": ((8, 96, 4, 384), (48, 2)),
@@ -64,8 +65,10 @@ def test_parameters_are_those_of_the_shapes_and_of_the_readme(stem: str) -> None
     encoder = 3 * patch * patch * width + width + blocks(width, depth, hidden)
     maps = width * own + own + own * width + width  # from the encoder's width and back
     predictor = maps + own + blocks(own, own_depth, 4 * own)  # and a mask token
+    config = load_config(PROJECT / f"configs/{stem}.yaml")
+    encoder += width * config.slots["encoder"].options["mask_token"]
     with torch.device("meta"):
-        jepa = build_recipe(load_config(PROJECT / f"configs/{stem}.yaml"))
+        jepa = build_recipe(config)
     assert [sum(p.numel() for p in net.parameters()) for net in (jepa.encoder, jepa.predictor)] == [encoder, predictor]
     row = next(line for line in README.splitlines() if line.startswith(f"| [{stem}]"))
     assert f"| {encoder / 1e6:.1f} M / {predictor / 1e6:.1f} M |" in row

@@ -66,6 +66,8 @@ def test_what_is_missing_is_named(recording: Path, tmp_path: Path) -> None:
         recorded["target"]
     with pytest.raises(ValueError, match=r"has no tensor under 'grad/'; it has images, mask, state"):
         recorded.under("grad/")
+    with pytest.raises(ValueError, match=r"small\.safetensors has no tensor state/\.\.\. 'w' beside bias, weight"):
+        recorded.under("state/")["w"]
     with pytest.raises(ValueError, match=r"small\.json has no number 'patch_size' beside embed_dim, nested"):
         recorded.meta["patch_size"]
     with pytest.raises(ValueError, match=r"small\.json has no number 'lr' beside step, loss"):
