@@ -50,6 +50,11 @@ def build_masker(config: Config, grid: Grid | None = None) -> Masker:
         return _build(config.slots["masker"], "masker", supplied)
 
 
+def masker_of(config: Config) -> Masker | None:
+    """Return the masker of a config, as ``build_masker``; None if its recipe has none."""
+    return build_masker(config) if "masker" in config.slots else None
+
+
 def build_recipe(config: Config) -> Recipe:
     """Return the recipe of a config, with weights drawn from torch's current random state.
 

@@ -30,7 +30,7 @@ from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import check_choice
-from jepa_kit.structures import Pooling, Precision
+from jepa_kit.structures import PatchSets, Pooling, Precision
 
 Float32 = NDArray[np.float32]
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
@@ -148,6 +148,27 @@ def block_source(
         return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
 
     return source
+
+
+def encode(encoder: nn.Module, images: Tensor, patches: PatchSets | None = None) -> tuple[Tensor, Tensor]:
+    """Return the last layer of an encoder, and the class token of each set if it has one, else the mean over the set.
+
+    Args:
+        encoder: any.
+        images: [B, 3, h, w], normalised.
+        patches: the sets to encode; None for all patches of each image.
+
+    Returns:
+        tokens [P, D], packed as ``patches``, and features [S, D]; S is B if ``patches`` is None.
+    """
+    network: Any = encoder
+    if getattr(network, "class_token", False):
+        (found,) = network.forward_tokens(images, patches)
+        return found.patches, found.prefix[:, 0]
+    tokens: Tensor = network(images, patches)
+    if patches is None:
+        return tokens, tokens.unflatten(0, (len(images), -1)).mean(1)
+    return tokens, patches.pool(tokens)
 
 
 @contextmanager

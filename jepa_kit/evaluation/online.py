@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_kit.build import build_masker
+from jepa_kit.build import masker_of
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.transforms import normalize
 from jepa_kit.data.workers import choose_workers
@@ -36,25 +36,27 @@ from jepa_kit.engine.build import open_together
 from jepa_kit.engine.logging.curves import Panel
 from jepa_kit.engine.run import Run
 from jepa_kit.evaluation.features import evaluating
-from jepa_kit.evaluation.health.measure import BATCH, measure_health
+from jepa_kit.evaluation.health.measure import BATCH, measure_health, tokens_and_features
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of, precision_of
-from jepa_kit.recipe import PatchRecipe, Recipe
+from jepa_kit.recipe import Recipe
 from jepa_kit.rng import FloatArray, IntArray
 
 STATES: tuple[State, ...] = get_args(State)
 """``eval/verdict`` is an index: 0 is healthy, 1 not learned, the others are collapses."""
+RANKS = ("token_rank", "feature_rank", "rankme", "effective_rank", "lidar")
+FRACTIONS = ("varying", "of_images", "within_images", "feature_varying")
 PANELS = (
     Panel("accuracy of the probe, %", ("eval/knn", "eval/linear"), 100.0),
     Panel("verdict", ("eval/verdict",), names=STATES),
     Panel("cross-sample gap", ("eval/cross_sample_gap",)),
     Panel("loss over that of a mean target", ("eval/relative_to_position", "eval/relative_to_mean")),
     Panel("loss of predictions", ("eval/loss", "eval/loss_position", "eval/loss_mean", "eval/loss_other")),
-    Panel("ranks, in directions", ("eval/token_rank", "eval/rankme", "eval/effective_rank", "eval/lidar")),
-    Panel("fractions of the tokens, %", ("eval/varying", "eval/of_images", "eval/within_images"), 100.0),
+    Panel("ranks, in directions", tuple(f"eval/{name}" for name in RANKS)),
+    Panel("fractions of tokens, features, %", tuple(f"eval/{name}" for name in FRACTIONS), 100.0),
     Panel("deviation of features", ("eval/std", "eval/unit_std")),
     Panel("cosine of features", ("eval/cosine",)),
     Panel("uniformity of features", ("eval/uniformity",)),
@@ -78,7 +80,7 @@ class OnlineEvaluation:
         every: steps between two evaluations.
         images: uint8 [N, 3, h, w], in random order; health is measured on the first ``samples``.
         samples: at least 16.
-        masker: the recipe's.
+        masker: the recipe's; None if it has none.
         options: normalisation and precision, as in training.
         seed: of the masks.
         probe: the classifier of ``labels``, if any.
@@ -88,7 +90,7 @@ class OnlineEvaluation:
     every: int
     images: Tensor
     samples: int
-    masker: Masker
+    masker: Masker | None
     options: ImageOptions
     seed: int = 0
     probe: Literal["none", "knn", "linear"] = "none"
@@ -100,7 +102,7 @@ class OnlineEvaluation:
         """Evaluate after the update of ``step``; return the values that the module's docstring lists."""
         start = time.perf_counter()
         health = measure_health(
-            cast(PatchRecipe, run.jepa),
+            run.jepa,
             self.images[: self.samples],
             self.masker,
             masks=MASKS,
@@ -124,21 +126,22 @@ class OnlineEvaluation:
 
     @torch.no_grad()
     def features(self, jepa: Recipe, images: Tensor, device: torch.device) -> list[FloatArray]:
-        """Return [B, D] of each batch: the target encoder's tokens, averaged over each image, as for ``Health``."""
+        """Return [B, D] of each batch, as ``Health.features`` of the target encoder."""
         parts = []
         with evaluating(jepa):
             for part in images.split(BATCH) if len(images) else ():  # torch splits an empty tensor into one empty part
                 x = normalize(part.to(device), self.options.mean, self.options.std)
                 with autocast_of(self.options.precision, device)():
-                    tokens = jepa.encoder_for("target")(x)  # [B * n, D]
-                parts.append(tokens.unflatten(0, (len(x), -1)).double().mean(1).cpu().numpy())
+                    parts.append(tokens_and_features(jepa, "target", x)[1].cpu().numpy())
         return parts
 
     def _message(self, record: dict[str, float], step: int, verdict: Verdict, before: Verdict | None) -> str:
         """Return a line with the main figures, and the reason if the verdict is new."""
         accuracy = record.get(f"eval/{self.probe}")
         probe = "" if accuracy is None else f"{self.probe} {100 * accuracy:.1f} %  "
-        names = ("cross_sample_gap", "varying", "token_rank")
+        names = ["cross_sample_gap", "varying", "token_rank"]
+        if "eval/cross_sample_gap" not in record:
+            names = ["varying", "token_rank", "feature_varying", "feature_rank"]
         figures = "  ".join(f"{name} {record[f'eval/{name}']:.3g}" for name in names)
         seconds = f"{record['eval/seconds']:.1f} s"
         line = f"evaluation after {step + 1:,} updates: {verdict.state}  {probe}{figures}  {seconds}"
@@ -169,7 +172,7 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
         every=wanted.every,
         images=run_on_all_ranks(lambda: read_images(dataset, options, samples)),
         samples=wanted.samples,
-        masker=build_masker(config),
+        masker=masker_of(config),
         options=options,
         seed=config.train.seed,
         probe=wanted.probe,

@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
 
@@ -38,6 +38,8 @@ ROWS = (
     ("of_images", "fraction of that which position does not explain"),
     ("within_images", "fraction of that between patches of one image"),
     ("token_rank", "directions that tokens fill, less position"),
+    ("feature_varying", "fraction of features' mean square that varies"),
+    ("feature_rank", "directions that features fill, less their mean"),
     ("loss", "loss"),
     ("relative_to_mean", "loss / that of the mean target"),
     ("relative_to_position", "loss / that of each position's mean target"),
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--encoder", choices=("target", "context"), help="default: target, the paper's; context if there is none"
     )
     p.add_argument("--images", type=int, default=256, metavar="N", help="images to measure (default: 256)")
-    p.add_argument("--masks", type=int, default=4, metavar="N", help="masks of each image (default: 4)")
+    p.add_argument("--masks", type=int, metavar="N", help="masks of each image (default: 4; none without a masker)")
     p.add_argument("--seed", type=int, default=0, help="seed of the choice of images and of the masks (default: 0)")
     p.add_argument("--output", metavar="FILE", help="file for the figures as JSON")
     add_trust(p)
@@ -103,7 +105,9 @@ def run(arguments: argparse.Namespace) -> None:
     found = [measure(name, arguments) for name in names]
     verdicts = [judge(health) for _, health in found]
     lines = [format_table([health for _, health in found], [f"step {step:,}" for step, _ in found])]
-    lines += [f"{name}, step {step:,}: {v}" for name, (step, _), v in zip(names, found, verdicts, strict=True)]
+    for name, (step, health), verdict in zip(names, found, verdicts, strict=True):
+        missing = [f"\n  not measured: {line}" for line in health.not_measured]
+        lines.append(f"{name}, step {step:,}: {verdict}{''.join(missing)}")
     if arguments.output:
         entries = [
             {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
@@ -116,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
     """Return the step (number of updates) and the health of a checkpoint."""
-    from jepa_kit.build import build_masker
+    from jepa_kit.build import masker_of
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
@@ -125,19 +129,24 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.images import random_samples, read_images
     from jepa_kit.evaluation.shard_choice import shown_shards
-    from jepa_kit.recipe import PatchRecipe
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data
+    masker = masker_of(config)
+    if masker is None and arguments.masks is not None:
+        raise ValueError(
+            f"--masks (={arguments.masks}) would do nothing: the recipe {config.recipe.name!r} of {checkpoint} has no "
+            "masker"
+        )
     dataset = open_shards(config, shown_shards(arguments.shards, data.shards))
     samples = random_samples(dataset, arguments.images, seed=arguments.seed)
     device = choose_device(config.train.device, World())
     health = measure_health(
-        cast(PatchRecipe, loaded.jepa.to(device)),
+        loaded.jepa.to(device),
         read_images(dataset, ImageOptions.from_config(data), samples),
-        build_masker(config),
+        masker,
         encoder=encoder_named(loaded.jepa, arguments.encoder),
-        masks=arguments.masks,
+        masks=4 if arguments.masks is None else arguments.masks,
         seed=arguments.seed,
         mean=data.mean,
         std=data.std,
@@ -152,7 +161,8 @@ def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
     def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    heading = f"images under {found[0].masks} masks, {found[0].encoder} encoder"
+    masks = f" under {found[0].masks} masks" if found[0].masks else ""
+    heading = f"images{masks}, {found[0].encoder} encoder"
     label = max(len(text) for _, text in ROWS)
     width = max(12, *(len(title) for title in titles))
     lines = [heading, " " * label + "".join(f"  {title:>{width}}" for title in titles)]

@@ -19,7 +19,7 @@ from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import resume_official
 from jepa_kit.interop.weights import Reading
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import MaskBatch, PatchSets
+from jepa_kit.structures import MaskBatch, PatchSets, View
 from projects.ijepa.check_parity import config_of, load_first_weights, masks_of, read_fixture
 
 HEADS = 4
@@ -175,7 +175,7 @@ def test_a_run_goes_on_as_it_would_have(fixtures, tmp_path):
         )
         for step in steps:
             masks = masks_of(fixture, step, jepa.encoder.grid)
-            out = train_step(jepa, optimizer, schedule(step), images[step % len(images)], masks)
+            out = train_step(jepa, optimizer, schedule(step), [View(images[step % len(images)], masks)])
             assert out.loss.item() == pytest.approx(fixture.trajectory[step]["loss"], rel=1e-8), step
 
     jepa, optimizer = fresh()

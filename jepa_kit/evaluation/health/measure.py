@@ -8,7 +8,8 @@ S = target sets of a batch    P = target patches of a batch    q = masks of an i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -19,46 +20,61 @@ from torch import Tensor
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.buffers import unchanged_buffers
-from jepa_kit.evaluation.features import evaluating
+from jepa_kit.evaluation.features import encode, evaluating
 from jepa_kit.evaluation.health import measures
-from jepa_kit.evaluation.health.statistics import PredictionStatistics, TokenStatistics
+from jepa_kit.evaluation.health.statistics import (
+    NO_LOSSES,
+    CodeStatistics,
+    PredictionStatistics,
+    TokenStatistics,
+)
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of
-from jepa_kit.recipe import PatchRecipe
+from jepa_kit.recipe import PatchRecipe, Recipe
 from jepa_kit.rng import FloatArray
-from jepa_kit.structures import MaskBatch, PatchSets, Precision, Prediction, View
+from jepa_kit.structures import MaskBatch, PatchSets, Precision, View, at_least_float32
 
+Which = Literal["target", "context"]
 EPOCH = 2**32 - 1
 """Masks are those of this epoch, the one before it and so on: no run trains on them."""
+NO_PATCHES = "the recipe predicts no patches"
 BATCH = 64
 """Maximum number of images of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Health:
-    """Figures of a representation; docs/evaluation.md explains how to read each.
+    """Figures of a representation; docs/evaluation.md explains how to read each. None: not measured.
 
     Args:
-        images, masks: N, and q of each image.
+        images, masks: N, and q of each image; 0 if the recipe has no masks.
+        predicts_patches: whether the recipe is a ``PatchRecipe``.
         encoder: whose tokens these are: ``target`` or ``context``.
         width: D.
-        std, unit_std, cosine, uniformity, rankme, effective_rank, alpha: of the features (tokens averaged over the
-            image); see measures.py. alpha is None if the width is too small for it.
-        lidar: of the context encoder's features of q contexts of each image; None if an image has one context.
+        std, unit_std, cosine, uniformity, rankme, effective_rank, alpha: of the features; see measures.py. alpha is
+            None if the width is too small for it.
+        lidar: of the context encoder's features of q contexts of each image; None if an image has no or one context.
         varying: fraction of the tokens' mean square that is not their mean over all images and positions, in [0, 1].
-        of_images: fraction of that variation that the position does not explain, in [0, 1].
+        of_images: fraction of that variation that the position does not explain, in [0, 1]; None if images have one
+            token, as the next.
         within_images: fraction of that variation between patches of one image, in [0, 1].
         token_rank: number of directions that the tokens fill after subtraction of their position's mean: exp of the
             entropy of the singular values, as in RankMe, from 1 to D; 0 if position explains all.
-        loss: of the predictions, by the recipe's distances (``Loss.is_distance``), weighted as in training.
-        loss_mean: with the mean target in place of every prediction.
-        loss_position: with the mean target of each position in place of the predictions there.
+        feature_varying, feature_rank: ``varying`` and ``token_rank`` of the features in place of the tokens.
+        loss: of the predictions, by the recipe's distances (``Loss.is_distance``), weighted as in training. If targets
+            are codes: their cross entropy in nats.
+        loss_mean: with the mean target in place of every prediction. If targets are codes: with their frequencies.
+        loss_position: with the mean target of each position in place of the predictions there; None for codes, whose
+            frequencies at a position some hundred images do not determine.
         loss_other: of the predictions against the targets of another image at the same places.
-        features: [N, D], the features that the first measures are of.
+        not_measured: sentences on what is missing, and why.
+        features: [N, D], of which the first measures are: tokens averaged over the image; for a recipe that predicts no
+            patches, the class token if the encoder has one.
     """
 
     images: int
     masks: int
+    predicts_patches: bool
     encoder: str
     width: int
     std: float
@@ -70,28 +86,33 @@ class Health:
     alpha: float | None
     lidar: float | None
     varying: float
-    of_images: float
-    within_images: float
+    of_images: float | None
+    within_images: float | None
     token_rank: float
-    loss: float
-    loss_mean: float
-    loss_position: float
-    loss_other: float
+    feature_varying: float
+    feature_rank: float
+    loss: float | None
+    loss_mean: float | None
+    loss_position: float | None
+    loss_other: float | None
+    not_measured: tuple[str, ...]
     features: FloatArray
 
     @property
     def relative_to_mean(self) -> float | None:
         """Return loss / loss_mean: 1 is as good as the mean target; None if all targets are equal."""
-        return self.loss / self.loss_mean if self.loss_mean > 0 else None
+        return _ratio(self.loss, self.loss_mean)
 
     @property
     def relative_to_position(self) -> float | None:
         """Return loss / loss_position: 1 is as good as knowing positions alone; None if positions determine targets."""
-        return self.loss / self.loss_position if self.loss_position > 0 else None
+        return _ratio(self.loss, self.loss_position)
 
     @property
-    def cross_sample_gap(self) -> float:
+    def cross_sample_gap(self) -> float | None:
         """Return 1 - loss / loss_other: near 0, a prediction fits another image's target as well as its own."""
+        if self.loss is None or self.loss_other is None:
+            return None
         return 1.0 - self.loss / self.loss_other if self.loss_other > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,12 +121,16 @@ class Health:
         return {n: getattr(self, n) for n in (*names, "relative_to_mean", "relative_to_position", "cross_sample_gap")}
 
 
+def _ratio(loss: float | None, other: float | None) -> float | None:
+    return None if loss is None or not other else loss / other
+
+
 def measure_health(
-    jepa: PatchRecipe,
+    jepa: Recipe,
     images: Tensor,
-    masker: Masker,
+    masker: Masker | None,
     *,
-    encoder: Literal["target", "context"] = "target",
+    encoder: Which = "target",
     masks: int = 4,
     seed: int = 0,
     mean: Sequence[float] = DataConfig.mean,
@@ -113,26 +138,25 @@ def measure_health(
     device: torch.device | str = "cpu",
     precision: Precision = "float32",
 ) -> Health:
-    """Return the health of a JEPA on images; equal arguments give equal figures.
+    """Return the health of a recipe on images; equal arguments give equal figures.
 
     The networks run in evaluation mode without gradients; their modes, their buffers and torch's random state are
     restored. Statistics are float64, whatever the networks' precision. Needs host memory for about 3 * P * D float32
     numbers, with P over all images.
 
     Args:
-        jepa: on ``device``.
+        jepa: on ``device``. Predictions are measured if it is a ``PatchRecipe``.
         images: uint8 [N, 3, h, w] on the host, N at least 16.
-        masker: the recipe's.
+        masker: the recipe's; None if it has none.
         encoder: whose tokens are measured; the paper evaluates the target encoder.
-        masks: q, masks of each image, at least 1; LiDAR needs 2.
+        masks: q, masks of each image, at least 1; LiDAR needs 2. Without a masker it has no effect.
         seed: of the masks.
         mean, std: of the channels, as in training.
         device: where the networks are.
         precision: of the matrix products.
 
     Raises:
-        ValueError: if there are too few images or masks, images are not uint8 [N, 3, h, w], the recipe has no
-            distance, or outputs are not finite.
+        ValueError: if there are too few images or masks, images are not uint8 [N, 3, h, w], or outputs are not finite.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 [N, 3, h, w], not {images.dtype} of shape {tuple(images.shape)}")
@@ -142,36 +166,92 @@ def measure_health(
         raise ValueError(f"masks (={masks}) must be at least 1")
     device = torch.device(device)
     cuda = [device] if device.type == "cuda" else []
-    tokens, predictions, contexts = TokenStatistics(), PredictionStatistics(), []
+    sums = _Sums(jepa, encoder, autocast_of(precision, device))
     with torch.no_grad(), torch.random.fork_rng(cuda), evaluating(jepa), unchanged_buffers(jepa):
         for number, chosen in enumerate(np.array_split(np.arange(len(images)), -(-len(images) // BATCH))):
-            drawn = several_masks(masker, chosen, masks, seed=seed, step=number)
             x = normalize(images[torch.from_numpy(chosen)].to(device), mean, std)
-            with autocast_of(precision, device)():
-                seen = jepa.encoder_for(encoder)(x)  # [B * n, D]
-                out, other = _predict(jepa, x, drawn.to(device))
-            tokens.add(seen.unflatten(0, (len(x), -1)))
-            predictions.add(out, other, drawn)
-            contexts.append(_pooled(out.context.double().cpu(), drawn.context))
-        losses = predictions.losses(jepa)
-    features = np.concatenate(tokens.pooled)
+            sums.add(x, None if masker is None else several_masks(masker, chosen, masks, seed=seed, step=number))
+        losses, missing = sums.losses()
+    tokens, features = sums.tokens.figures(), sums.features.figures()
+    if tokens["of_images"] is None:
+        missing.append("positions: an image has one token")
+    array = np.concatenate(sums.features.pooled)
     return Health(
         images=len(images),
-        masks=masks,
+        masks=0 if masker is None else masks,
+        predicts_patches=isinstance(jepa, PatchRecipe),
         encoder=encoder,
-        width=features.shape[1],
-        lidar=_lidar(contexts),
-        features=features,
-        std=measures.deviation(features),
-        unit_std=measures.unit_deviation(features),
-        cosine=measures.mean_cosine(features),
-        uniformity=measures.uniformity(features),
-        rankme=measures.rankme(features),
-        effective_rank=measures.effective_rank(features),
-        alpha=measures.alpha_req(features),
-        **tokens.figures(),
+        width=array.shape[1],
+        lidar=_lidar(sums.contexts),
+        features=array,
+        std=measures.deviation(array),
+        unit_std=measures.unit_deviation(array),
+        cosine=measures.mean_cosine(array),
+        uniformity=measures.uniformity(array),
+        rankme=measures.rankme(array),
+        effective_rank=measures.effective_rank(array),
+        alpha=measures.alpha_req(array),
+        feature_varying=features["varying"],
+        feature_rank=features["token_rank"],
+        not_measured=tuple(missing),
+        **tokens,
         **losses,
     )
+
+
+class _Sums:
+    """What is accumulated over batches.
+
+    Args:
+        jepa: the recipe.
+        encoder: whose tokens are measured.
+        autocast: makes the context of the networks.
+    """
+
+    def __init__(self, jepa: Recipe, encoder: Which, autocast: Callable[[], AbstractContextManager[object]]) -> None:
+        self.jepa, self.encoder, self.autocast = jepa, encoder, autocast
+        self.tokens, self.features = TokenStatistics(), TokenStatistics()
+        self.predictions: PredictionStatistics | CodeStatistics | None = None
+        self.contexts: list[tuple[Tensor, Tensor]] = []
+        """Features [S, D] of the contexts of each batch, and their images [S]."""
+
+    def add(self, x: Tensor, drawn: MaskBatch | None) -> None:
+        """Add a batch of normalised images on the networks' device, and their masks on the host."""
+        jepa = self.jepa
+        with self.autocast():
+            tokens, features = tokens_and_features(jepa, self.encoder, x)
+        self.tokens.add(tokens)
+        self.features.add(features[:, None])
+        if drawn is None:
+            return
+        view = View(x, drawn.to(x.device))
+        assert view.masks is not None
+        if isinstance(jepa, PatchRecipe):
+            with self.autocast():
+                out, other = jepa.predict(view), _targets_elsewhere(jepa, view, view.masks.targets)
+            if self.predictions is None:
+                codes = not out.target.is_floating_point()
+                self.predictions = CodeStatistics() if codes else PredictionStatistics(jepa)
+            self.predictions.add(out, other, drawn)
+            pooled = drawn.context.pool(out.context.double().cpu())
+        else:
+            with self.autocast():
+                pooled = encode(jepa.encoder, x, view.masks.context)[1].double().cpu()
+        self.contexts.append((pooled, drawn.context.image))
+
+    def losses(self) -> tuple[Mapping[str, Any], list[str]]:
+        """Return the losses of ``Health`` by name, and what is missing of them."""
+        if self.predictions is None:
+            return NO_LOSSES, [f"predictions: {NO_PATCHES}"]
+        found, why = self.predictions.losses()
+        return found, [] if why is None else [why]
+
+
+def tokens_and_features(jepa: Recipe, which: Which, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens [B, n, D] of normalised images, and their features [B, D] in float64; see ``Health.features``."""
+    tokens, features = encode(jepa.encoder_for(which), images)  # [B * n, D], [B, D]
+    tokens = tokens.unflatten(0, (len(images), -1))
+    return tokens, tokens.double().mean(1) if isinstance(jepa, PatchRecipe) else features.double()
 
 
 def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int, step: int = 0) -> MaskBatch:
@@ -186,27 +266,20 @@ def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int,
     )
 
 
-def _predict(jepa: PatchRecipe, images: Tensor, masks: MaskBatch) -> tuple[Prediction, Tensor]:
-    """Return the prediction, as ``Recipe.forward``, and the next image's targets [P, D] at the same places."""
-    own = masks.targets
-    elsewhere = replace(own, image=(own.image + 1) % len(images))
-    return jepa.predict(View(images, masks)), jepa.targets_at(images, elsewhere).float()
-
-
-def _pooled(tokens: Tensor, sets: PatchSets) -> tuple[Tensor, Tensor]:
-    """Return the mean of each set [S, D] and its image [S]."""
-    sums = torch.zeros(len(sets), tokens.shape[1], dtype=tokens.dtype).index_add_(0, sets.lengths.set_of_token, tokens)
-    return sums / torch.tensor(sets.lengths.on_host)[:, None], sets.image
+def _targets_elsewhere(jepa: PatchRecipe, view: View, own: PatchSets) -> Tensor:
+    """Return the next image's targets at the places of each image's own, [P_t, ...]."""
+    elsewhere = replace(own, image=(own.image + 1) % len(view))
+    return at_least_float32(jepa.targets_at(view.images, elsewhere))
 
 
 def _lidar(contexts: Sequence[tuple[Tensor, Tensor]]) -> float | None:
-    """Return LiDAR with images as classes and contexts as samples; None if images have unequal or single contexts."""
+    """Return LiDAR with images as classes and contexts as samples; None without several for each image."""
     classes = []
     for pooled, image in contexts:
         counts = torch.bincount(image)
         if int(counts.min()) != int(counts.max()) or int(counts[0]) < 2:
             return None
         classes.append(pooled[torch.argsort(image, stable=True)].unflatten(0, (len(counts), -1)))
-    if len({part.shape[1] for part in classes}) > 1:
+    if len({part.shape[1] for part in classes}) != 1:
         return None
     return measures.lidar(torch.cat(classes).numpy())

@@ -22,6 +22,7 @@ from jepa_kit.evaluation.masks.report import MaskReport, warnings
 from jepa_kit.evaluation.masks.statistics import mask_report, rectangles
 from jepa_kit.maskers import RELEASED
 from jepa_kit.registry import MASKERS
+from jepa_kit.structures import View
 
 FIXTURE = json.loads((Path(__file__).parents[2] / "fixtures/released_mask_statistics.json").read_text())
 
@@ -213,7 +214,7 @@ def test_flops_against_torch(masker: str, target: dict[str, Any]) -> None:
     masks = build_masker(held)(np.arange(3), seed=0, epoch=0)
     images = torch.randn(3, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
-        jepa(images, masks)
+        jepa(View(images, masks))
     lengths = Lengths(
         *(np.array(s.on_host) for s in (masks.context.lengths, masks.targets.lengths, masks.sequences)), 3, 64
     )
@@ -224,7 +225,7 @@ def test_flops_against_torch(masker: str, target: dict[str, Any]) -> None:
     forward = 3e9 * sum(part.gflop for part in parts)
     assert forward == pytest.approx(counter.get_total_flops(), rel=1e-12)
     with FlopCounterMode(display=False) as counter:
-        jepa(images, masks).loss.backward()
+        jepa(View(images, masks)).loss.backward()
     # Nothing is differentiated with respect to pixels, so the patch embedding's backward pass is once its forward.
     pixels = 2 * 48 * 24 * int(lengths.context.sum())
     assert 3e9 * cost.training_gflop == pytest.approx(counter.get_total_flops() + pixels, rel=1e-12)
