@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from jepa_kit.encoders.packed import fill_rows
+from jepa_kit.encoders.packed import add_rows, fill_rows
 from jepa_kit.encoders.products import linear
 from jepa_kit.structures import PatchSets
 
@@ -36,6 +36,22 @@ class PatchEmbed(nn.Module):
             view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
             pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
         return linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def hide(content: Tensor, patches: PatchSets, mask_token: Tensor | None) -> Tensor:
+    """Return the content [R, D] of patches with the mask token [1, D] in place of hidden ones.
+
+    Raises:
+        ValueError: patches are hidden, and there is no mask token.
+    """
+    if patches.hidden is None:
+        return content
+    if mask_token is None:
+        raise ValueError(
+            "patches.hidden is given, but this encoder has no mask token: set encoder.mask_token to true, or take a "
+            "masker other than 'in_place'"
+        )
+    return torch.where(add_rows(patches.hidden[:, None], len(content)), mask_token, content)
 
 
 def standardise(images: Tensor) -> Tensor:

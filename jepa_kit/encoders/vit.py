@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jepa_kit.encoders.blocks import Compile, Init, Terms, init_transformer, make_blocks, run_blocks
 from jepa_kit.encoders.packed import add_rows, fill_rows, take_rows
-from jepa_kit.encoders.patch_embed import PatchEmbed, standardise
+from jepa_kit.encoders.patch_embed import PatchEmbed, hide, standardise
 from jepa_kit.encoders.positions import RelativeBias, interpolate_pos_embed, patch_grid, rotary_angles, sincos_2d
 from jepa_kit.encoders.prefix import add_prefix, split_prefix
 from jepa_kit.encoders.sizes import Size, check_layers, shape_of
@@ -281,7 +281,7 @@ class ViT(nn.Module):
             lengths = SetLengths([grid[0] * grid[1]] * len(images), images.device, whole=True)
         else:
             lengths = patches.lengths
-            x = self._hide(x, patches)
+            x = hide(x, patches, self.mask_token)
         if self.pos_embed is None:
             x = x.to(self.patch_embed.proj.weight.dtype)  # as after the sum with a table, if autocast made it bf16
         else:
@@ -293,18 +293,6 @@ class ViT(nn.Module):
             return x, lengths
         x = add_prefix(self._prefix().expand(len(lengths), -1, -1), take_rows(x, lengths.total), lengths)
         return fill_rows(x), lengths.plus(self.num_prefix)
-
-    def _hide(self, content: Tensor, patches: PatchSets) -> Tensor:
-        """Return the content [R, D] with the mask token at hidden patches."""
-        if patches.hidden is None:
-            return content
-        if self.mask_token is None:
-            raise ValueError(
-                "patches.hidden is given, but this encoder has no mask token: set encoder.mask_token to true, or take "
-                "a masker other than 'in_place'"
-            )
-        hidden = add_rows(patches.hidden[:, None], len(content))
-        return torch.where(hidden, self.mask_token, content)
 
     def _prefix(self) -> Tensor:
         """Return the class token and the registers, [k, D]."""
