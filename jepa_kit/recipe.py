@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder, TargetUpdate
 from jepa_kit.registry import RECIPES
 from jepa_kit.structures import START, Output, PatchSets, Prediction, Progress, View, at_least_float32
@@ -93,11 +94,14 @@ class Recipe(nn.Module):
         """Change gradients after the backward pass and before they are clipped; may set some to None."""
 
     def encoder_for(self, which: Literal["target", "context"]) -> nn.Module:
-        """Return the encoder to evaluate: as in the paper the target encoder, or the context encoder if none exists."""
+        """Return the encoder to evaluate: as in the paper the target encoder, or the context encoder if none exists.
+
+        A target encoder from a file of its own (``frozen``) counts as none: it is not what the run trains.
+        """
         if which not in ("target", "context"):
             raise ValueError(f"which (={which!r}) must be 'target' or 'context'")
         network = self.target_network if which == "target" else self.encoder
-        return self.encoder if network is None else network
+        return self.encoder if network is None or isinstance(network, FrozenNetwork) else network
 
     def train(self, mode: bool = True) -> Any:
         """Set the training mode as ``nn.Module.train``; networks that follow others stay in eval mode."""

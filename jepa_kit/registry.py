@@ -274,9 +274,14 @@ LOSSES = PartRegistry(
     {"embed_dim": "the encoder's", "out_dim": "the target's, or the head's"},
     package="jepa_kit.losses",
 )
-TARGET_UPDATES = PartRegistry("target_update", package="jepa_kit.target_updates")
+TARGET_UPDATES = PartRegistry(
+    "target_update", {"mean": "data.mean", "std": "data.std"}, package="jepa_kit.target_updates"
+)
 TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"}, package="jepa_kit.data.transforms")
 """For ``data.transforms``, which is not a slot of a recipe."""
+
+READERS = PartRegistry("reader of weights", package="jepa_kit.interop")
+"""Functions that read a network from a file for a part, which must not import interop/, above it."""
 
 SLOTS: dict[str, PartRegistry] = {
     r.slot: r for r in (MASKERS, ENCODERS, PREDICTORS, TARGETS, HEADS, LOSSES, TARGET_UPDATES)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.compat import foreach_lerp_, persistent_names
-from jepa_kit.registry import TARGET_UPDATES
+from jepa_kit.frozen import FrozenNetwork
+from jepa_kit.registry import READERS, TARGET_UPDATES
 
 
 def _local(module: nn.Module) -> list[Tensor]:
@@ -111,11 +112,45 @@ class Tied(TargetUpdate):
 
 @TARGET_UPDATES.register("frozen")
 class Frozen(TargetUpdate):
-    """Keep a copy of the first weights: targets are random features, or those of loaded weights."""
+    """Keep a target encoder as it is: that of a file, or a copy of the encoder with its first weights.
+
+    A file's encoder, a teacher (SALT, arXiv 2509.24317), has its own architecture, but the patches and the width of the
+    encoder. It stays outside of checkpoints, which have a digest of it (``FrozenNetwork``).
+
+    Args:
+        weights: a file or folder in any format that ``jepa_kit.load_encoder`` reads; None for a copy, whose targets are
+            random features, or those of loaded weights (``train.init_from``).
+        mean, std: of the channels of the images; supplied by the recipe.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: str | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> None:
+        self.weights, self.mean, self.std = weights, mean, std
 
     def make(self, encoder: nn.Module) -> nn.Module:
-        """Return a copy of the encoder that never changes."""
-        return copy.deepcopy(encoder).requires_grad_(False)
+        """Return a network that never changes.
+
+        Raises:
+            ValueError: the file cannot be read, or its encoder has other patches or another width than ``encoder``, or
+                was trained on images with another mean and std; or ``encoder`` is no encoder.
+            FileNotFoundError: there is no such file.
+        """
+        if self.weights is None:
+            return copy.deepcopy(encoder).requires_grad_(False)
+        wanted = {name: getattr(encoder, name, None) for name in ("patch_size", "embed_dim")}
+        if None in wanted.values():
+            raise ValueError(
+                f"target_update.weights (={self.weights!r}) can stand for an encoder, but not for a "
+                f"{type(encoder).__name__}, which follows another one in this recipe"
+            )
+        with torch.device("cpu"):  # a digest needs weights, also if the recipe is built on ``meta``
+            teacher = READERS.build("encoder", {"weights": self.weights, "mean": self.mean, "std": self.std, **wanted})
+        return FrozenNetwork(teacher, self.weights).to(torch.empty(0).device)
 
 
 @TARGET_UPDATES.register("none")

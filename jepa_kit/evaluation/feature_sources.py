@@ -23,6 +23,7 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
+from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import precision_of, resolve_precision
 from jepa_kit.recipe import Recipe
@@ -35,17 +36,19 @@ NO_BLOCK = 0
 
 
 def encoder_named(jepa: Recipe, which: str | None = None) -> Literal["target", "context"]:
-    """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one.
+    """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one of its own.
 
     Raises:
         ValueError: another name, or the target encoder of a recipe that has none.
     """
+    has_target = jepa.target_network is not None and not isinstance(jepa.target_network, FrozenNetwork)
     if which is None:
-        return "context" if jepa.target_network is None else "target"
+        return "target" if has_target else "context"
     check_names("encoder", [which], ENCODER_NAMES)
-    if which == "target" and jepa.target_network is None:
+    if which == "target" and not has_target:
         raise ValueError(
-            "encoder (='target') must be 'context': this recipe has no target encoder (its target_update makes none)"
+            "encoder (='target') must be 'context': this recipe has no target encoder (its target_update makes none, "
+            "or it is that of another file)"
         )
     return "target" if which == "target" else "context"
 

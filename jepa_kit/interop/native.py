@@ -16,6 +16,7 @@ from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import Checkpoint
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.files import write_archive
+from jepa_kit.frozen import EXTRA_STATE
 from jepa_kit.interop.weight_checks import check_shapes
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance, Which, architecture_of_vit, check_which
 from jepa_kit.maskers.multiblock import RELEASED
@@ -86,7 +87,7 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
     """
     check_which(encoder)
     config = config_of(checkpoint.config, source)
-    there = {name.partition(".")[0] for name in checkpoint.model}
+    there = {name.partition(".")[0] for name in checkpoint.model if not name.endswith(EXTRA_STATE)}
     held = [which for which, part in PARTS.items() if part in there]
     tied = "target_update" in config.slots and config.slots["target_update"].name == "tied"
     which = encoder or ("target" if "target" in held or tied else "context")

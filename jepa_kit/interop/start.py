@@ -14,6 +14,7 @@ from jepa_kit.engine.checkpoint.format import Checkpoint, check_state, restore
 from jepa_kit.engine.checkpoint.state_dict import load_full_state
 from jepa_kit.engine.run import Start
 from jepa_kit.errors import CheckpointError
+from jepa_kit.frozen import EXTRA_STATE, FrozenNetwork
 from jepa_kit.interop import official
 from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
@@ -27,7 +28,7 @@ def init_from(jepa: Recipe, path_or_url: str | os.PathLike[str]) -> Start:
     """Load the weights of a file into a new run, which starts at step 0 with a new optimizer.
 
     A whole checkpoint initialises each part that the run has. A single encoder initialises the context and the target
-    encoder; the predictor keeps its weights.
+    encoder; the predictor keeps its weights, and a target encoder from a file of its own (``frozen``) too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,13 +38,17 @@ def init_from(jepa: Recipe, path_or_url: str | os.PathLike[str]) -> Start:
     held = read(path, None, Reading(num_heads=_architecture_of(jepa).num_heads))
     if isinstance(held, Checkpoint) and any(name.startswith("encoder.") for name in held.model):
         weights = encoder_from(held, "context", path.name)
-        names = {name.partition(".")[0] for name in held.model}
+        names = {name.partition(".")[0] for name in held.model if not name.endswith(EXTRA_STATE)}
         parts = {part: held.part(part) for part in official.PARTS if part in names}
     else:
         weights = encoder_from(held, None, path.name)
         parts = {"encoder": weights.state}
     lines = [f"weights: {weights.words()}", *_check_architecture(jepa, weights.architecture, str(path))]
-    modules = {part: m for part in official.PARTS if isinstance(m := getattr(jepa, part), nn.Module)}
+    modules = {
+        part: module
+        for part in official.PARTS
+        if isinstance(module := getattr(jepa, part, None), nn.Module) and not isinstance(module, FrozenNetwork)
+    }
     parts.setdefault("target_encoder", parts["encoder"])
     known = {part: module for part, module in modules.items() if part in parts}
     for part, module in known.items():

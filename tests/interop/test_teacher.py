@@ -1,0 +1,144 @@
+"""A run whose target encoder is that of a file: trained beside it, kept out of checkpoints, and compared on resume."""
+
+import re
+
+import pytest
+import torch
+
+from jepa_kit.build import build_recipe
+from jepa_kit.config import load_config
+from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
+from jepa_kit.errors import CheckpointError, ConfigError
+from jepa_kit.evaluation.feature_sources import encoder_named
+from jepa_kit.frozen import FrozenNetwork
+from jepa_kit.interop import convert, load_encoder, read_encoder
+from jepa_kit.interop.start import init_from
+from jepa_kit.structures import PatchSets
+from jepa_kit.training import train
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    """The run of a deeper encoder with other heads."""
+    return train(tiny("encoder.depth=3", "encoder.num_heads=4", "train.epochs=1", "optim.warmup_epochs=0.5"))
+
+
+@pytest.fixture
+def student(tiny, teacher):
+    """Makes the config of a run with that teacher, or another."""
+
+    def make(*overrides, weights=teacher):
+        return tiny(f"target_update={{name: frozen, weights: {weights}}}", *overrides)
+
+    return make
+
+
+@pytest.mark.parametrize("format", ["jepa_kit", "safetensors"])
+def test_its_targets_are_those_of_the_file(student, teacher, tmp_path, format):
+    weights = teacher
+    if format != "jepa_kit":
+        weights = tmp_path / "teacher"
+        convert(teacher, weights, to=format)
+    recipe = build_recipe(student(weights=weights)).train()
+    assert isinstance(recipe.target_encoder, FrozenNetwork)
+    assert (recipe.target_encoder.depth, recipe.encoder.depth) == (3, 2)
+    images, patches = torch.randn(2, 3, 16, 16), PatchSets.full(2, 16)
+    wanted = load_encoder(teacher).forward_features(images).flatten(0, 1)
+    torch.testing.assert_close(recipe.target_encoder(images), wanted, rtol=0, atol=1e-6)
+    normalised = torch.nn.functional.layer_norm(wanted, (16,))
+    torch.testing.assert_close(recipe.targets_at(images, patches), normalised, rtol=0, atol=1e-5)
+
+
+def test_it_is_in_no_checkpoint_and_never_moves(student, teacher, tmp_path):
+    config = student()
+    folder = train(config)
+    content = load_checkpoint(folder)
+    parts = {name.partition(".")[0] for name in content.model}
+    assert parts == {"encoder", "predictor", "target_encoder"}
+    assert content.part("target_encoder").keys() == {"_extra_state"}
+    whole = sum(x.numel() for x in content.model.values())
+    assert whole < sum(x.numel() for name, x in load_checkpoint(teacher).model.items() if "target" not in name)
+    recipe = build_recipe(config)
+    before = {name: value.clone() for name, value in recipe.target_encoder.network.state_dict().items()}
+    recipe.update_target(0.0)
+    torch.testing.assert_close(recipe.target_encoder.network.state_dict(), before, rtol=0, atol=0)
+    assert load_config(str(folder / "config.yaml")).slots["target_update"].options["weights"] == str(teacher)
+
+
+def test_a_resumed_run_has_the_same_teacher(student, tiny, teacher, tmp_path):
+    run = f"train.output_dir={tmp_path / 'run'}"
+    file = tmp_path / "teacher.safetensors"
+    convert(teacher, file, to="safetensors")
+    whole = train(student())
+    folder = train(student(run, weights=file))
+    checkpoints(folder)[-1].unlink()
+    train(student(run, weights=file), resume=True)
+    ours, theirs = load_checkpoint(folder), load_checkpoint(whole)
+    torch.testing.assert_close(ours.model["encoder.norm.weight"], theirs.model["encoder.norm.weight"], rtol=0, atol=0)
+    file.unlink()
+    convert(train(tiny("train.seed=5")), file, to="safetensors")
+    checkpoints(folder)[-1].unlink()
+    with pytest.raises(CheckpointError, match=rf"the frozen network {re.escape(str(file))} is not that of the check"):
+        train(student(run, weights=file), resume=True)
+
+
+def test_what_is_evaluated_is_the_encoder_that_is_trained(student):
+    recipe = build_recipe(student())
+    assert recipe.encoder_for("target") is recipe.encoder_for("context") is recipe.encoder
+    assert encoder_named(recipe) == "context"
+    with pytest.raises(ValueError, match=r"recipe has no target encoder .*it is that of another file"):
+        encoder_named(recipe, "target")
+
+
+def test_its_run_as_a_source_of_weights(student, tiny):
+    folder = train(student())
+    assert read_encoder(folder, None).provenance.encoder == "context"
+    with pytest.raises(CheckpointError, match="has no target encoder; it contains 'context'"):
+        read_encoder(folder, "target")
+    content, recipe = load_checkpoint(folder), build_recipe(tiny())
+    init_from(recipe, folder)  # the average begins at the encoder
+    for network in (recipe.encoder, recipe.target_encoder):
+        torch.testing.assert_close(dict(network.state_dict()), content.part("encoder"), rtol=0, atol=0)
+    again = build_recipe(student())
+    before = again.target_encoder.digest.clone()
+    init_from(again, train(tiny()))  # and the teacher stays
+    assert torch.equal(again.target_encoder.digest, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["encoder.embed_dim=32"], "needs encoder.embed_dim (=16), but that of the run is 32: the two encoders must"),
+        (["encoder.patch_size=8", "masker={name: random}"], "needs encoder.patch_size (=4), but that of the run is 8"),
+        (["data.mean=[0.5, 0.5, 0.5]"], "needs data.mean (=(0.485, 0.456, 0.406)), but that of the run is (0.5,"),
+        (["data.std=[0.5, 0.5, 0.5]"], "needs data.std (=(0.229, 0.224, 0.225)), but that of the run is (0.5, 0.5"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(student, teacher, options, message):
+    with pytest.raises(ConfigError, match=re.escape(f"target_update.weights (={str(teacher)!r}) {message}")):
+        build_recipe(student(*options))
+
+
+def test_another_image_size_interpolates_positions(student, teacher):
+    recipe = build_recipe(student("data.image_size=32"))
+    images = torch.randn(2, 3, 32, 32)
+    wanted = load_encoder(teacher, image_size=32).forward_features(images).flatten(0, 1)
+    torch.testing.assert_close(recipe.target_encoder(images), wanted, rtol=0, atol=0)
+
+
+def test_a_file_that_is_missing(student, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        build_recipe(student(weights=tmp_path / "nothing"))
+
+
+def test_only_an_encoder_is_replaced_by_a_file(student):
+    update = build_recipe(student()).target_update
+    with pytest.raises(ValueError, match="can stand for an encoder, but not for a Linear, which follows another one"):
+        update.make(torch.nn.Linear(2, 2))
+
+
+def test_on_meta_it_has_shapes(student):
+    with torch.device("meta"):
+        recipe = build_recipe(student())
+    assert recipe.target_encoder.network.norm.weight.is_meta
+    assert recipe.target_encoder.digest.any()
