@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from jepa_kit.interfaces import Masker
-from jepa_kit.maskers import Blockwise, InverseBlock, KeptBlock
+from jepa_kit.maskers import Blockwise, InverseBlock, KeptBlock, Random
 
 LEVEL = 0.01
 ENTRIES = json.loads((Path(__file__).parents[1] / "fixtures/methods/mask_statistics.json").read_text())["masks"]
@@ -120,3 +120,12 @@ def test_inverse_block_draws_as_data2vec_2(entry: dict[str, Any]) -> None:
 def test_kept_block_draws_as_capi(entry: dict[str, Any]) -> None:
     grid = tuple(entry["grid"])
     check(KeptBlock(grid=grid, ratio=entry["masked"] / (grid[0] * grid[1]), roll=entry["roll"]), entry)
+
+
+@pytest.mark.parametrize("entry", entries("SimMIM"), ids=lambda e: f"{e['mask_patch_size']} px")
+def test_random_units_are_drawn_as_in_simmim(entry: dict[str, Any]) -> None:
+    side = entry["model_patch_size"]
+    masker = Random(
+        grid=tuple(entry["grid"]), ratio=entry["mask_ratio"], unit=entry["mask_patch_size"], patch_size=side
+    )
+    check(masker, entry)
