@@ -35,7 +35,7 @@ TRAINING = (
     Panel("peak memory, GiB", ("peak_memory_gib", "reserved_memory_gib"), 1.0, True),
 )
 
-OWN = ("loss", "data")
+OWN = ("loss", "figures", "data")
 """Groups of values that are not from hooks."""
 COLUMNS = 4
 
@@ -63,6 +63,8 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
         return None
     given = {key for record in records for key in record}
     training, measured = _present(TRAINING, given), _present(panels, given)
+    figures = sorted(key for key in given if key.startswith("figures/"))
+    training += [Panel(key.removeprefix("figures/").replace("_", " "), (key,)) for key in figures]
     drawn = {key for panel in measured for key in panel.keys}
     others = sorted(key for key in given - drawn if "/" in key and key.split("/")[0] not in OWN)
     measured += [Panel(key, (key,)) for key in others]

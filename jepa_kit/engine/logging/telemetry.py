@@ -115,7 +115,8 @@ class Meter:
         """
         masks = [view.masks for view in views if view.masks is not None]
         terms = {f"loss/{name}": term for name, term in out.terms.items()}
-        measured = {"loss": out.loss, **terms, "grad_norm": out.grad_norm}
+        figures = {f"figures/{name}": value for name, value in out.figures.items()}
+        measured = {"loss": out.loss, **terms, **figures, "grad_norm": out.grad_norm}
         on_device = torch.stack([value.detach().double() for value in measured.values()])
         losses = on_device.tolist()  # waits for the device: only now is the time that of the steps
         seconds = max(self.clock() - self.start, 1e-9)

@@ -110,3 +110,8 @@ def test_a_picture_that_fails_is_a_warning(capsys):
     assert curves.drawn("curves.png", fail) is None
     assert capsys.readouterr().err == "warning: curves.png was not drawn: ValueError: no room\n"
     assert curves.drawn("curves.png", lambda: 3) == 3
+
+
+def test_figures_of_a_recipe_have_panels_beside_the_schedules(tmp_path):
+    """Eight panels are two rows of four; a ninth begins the third row."""
+    assert draw(tmp_path, [line(0, **{"figures/kl": 0.5}), line(1)]) == (1200, 340 + 3 * 190)

@@ -43,7 +43,8 @@ class Clock:
 
 def output(loss=0.75):
     loss = torch.tensor(loss)
-    return SimpleNamespace(loss=loss, terms={"l2": loss / 3, "variance": loss * 2 / 3}, grad_norm=torch.tensor(0.125))
+    terms = {"l2": loss / 3, "variance": loss * 2 / 3}
+    return SimpleNamespace(loss=loss, terms=terms, figures={"entropy": loss * 2}, grad_norm=torch.tensor(0.125))
 
 
 def make_meter(clock, **options):
@@ -67,6 +68,7 @@ def test_a_record_has_what_was_measured(monkeypatch):
             "loss": 0.75,
             "loss/l2": 0.25,
             "loss/variance": 0.5,
+            "figures/entropy": 1.5,
             "grad_norm": 0.125,
             "lr": 1e-3,
             "weight_decay": 0.05,
