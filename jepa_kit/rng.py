@@ -32,6 +32,7 @@ class Stream(IntEnum):
     MASK_DROP = 9
     TRANSFORM = 10
     COMMON = 11
+    MASK_SHOW = 12
     VIEW = 12
 
 

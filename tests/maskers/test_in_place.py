@@ -59,6 +59,41 @@ def test_before_truncation_are_the_sets_that_are_cut() -> None:
     )
 
 
+def test_images_that_are_shown_have_the_same_targets() -> None:
+    part: dict[str, Any] = {"name": "blockwise", "ratio": 0.3}
+    samples, arguments = np.arange(400), {"seed": 3, "epoch": 1}
+    every = InPlace(grid=GRID, masker=part)(samples, **arguments)
+    half = InPlace(grid=GRID, masker=part, probability=0.5)
+    masks = half(samples, **arguments)
+    assert torch.equal(masks.targets.index, every.targets.index)
+    assert masks.context.hidden is not None
+    assert every.context.hidden is not None
+    hidden, target = (x.context.hidden.view(400, -1) for x in (masks, every))
+    hides = hidden.any(1)
+    assert torch.equal(hidden, target & hides[:, None])
+    assert abs(int(hides.sum()) - 200) < 3.3 * 10  # binomial: 0.1 % of draws are further away
+    alone = half(samples[7:9], **arguments).context.hidden
+    assert torch.equal(alone, hidden[7:9].flatten())
+    assert not torch.equal(half(samples, seed=3, epoch=2).context.hidden.view(400, -1).any(1), hides)
+
+
+def test_half_of_the_images_hidden_is_what_ibot_draws() -> None:
+    """iBOT's ratios 0 and 0.3 +- 0.2, each for half of the images (fixtures/methods/mask_statistics.json)."""
+    part: dict[str, Any] = {"name": "blockwise", "ratio": [0.0974, 0.4974], "min_scale": 0.0816, "count": "at_most"}
+    masks = InPlace(grid=(14, 14), masker=part, probability=0.5)(np.arange(4000), seed=0, epoch=0)
+    assert masks.context.hidden is not None
+    counts = masks.context.hidden.view(4000, -1).sum(1).double()
+    assert abs(float((counts == 0).double().mean()) - 0.498) < 2.6 * (2 * 0.25 / 4000) ** 0.5
+    assert abs(float(counts.mean()) - 28.92625) < 2.6 * (2 / 4000) ** 0.5 * 33.07
+    assert float(counts.max()) == 97
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.5])
+def test_a_probability_out_of_range(probability: float) -> None:
+    with pytest.raises(ValueError, match=rf"probability \(={probability}\) must be in \(0, 1\]"):
+        InPlace(grid=GRID, probability=probability)
+
+
 def test_a_mixture_may_hide_in_place_or_not() -> None:
     masker = Mixture(grid=GRID, maskers=({"name": "in_place", "masker": {"name": "block"}}, {"name": "random"}))
     masks = masker(np.arange(20), seed=0, epoch=0)
