@@ -24,10 +24,9 @@ class CentredTargets(nn.Module):
 
     Args:
         prototypes: K.
-        temperature: above 0, after the warm-up.
-        warmup: temperature of the first epoch, above 0.
-        warmup_epochs: number of epochs that have a temperature of their own; the last of them has ``temperature``
-            already. 0 for no warm-up. A single one has ``warmup``.
+        temperature: of the first epoch and after the warm-up, each above 0.
+        warmup_epochs: number of epochs from the first temperature to the second, which the last of them has already;
+            1 is the first temperature in the first epoch, 0 never.
         momentum: of the centre, in [0, 1].
 
     Raises:
@@ -37,36 +36,42 @@ class CentredTargets(nn.Module):
     centre: Tensor
 
     def __init__(
-        self, prototypes: int, *, temperature: float, warmup: float, warmup_epochs: int, momentum: float
+        self, prototypes: int, *, temperature: tuple[float, float], warmup_epochs: int, momentum: float
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("warmup_temperature", warmup)):
-            check_temperature(name, value)
+        for value in temperature:
+            check_temperature("temperature", value)
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs (={warmup_epochs}) must be 0 or more")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"centre_momentum (={momentum}) must be in [0, 1]")
-        self.temperature, self.warmup, self.warmup_epochs = temperature, warmup, warmup_epochs
-        self.momentum = momentum
+        self.temperature, self.warmup_epochs, self.momentum = temperature, warmup_epochs, momentum
         self.register_buffer("centre", torch.zeros(prototypes))  # [K]
 
     def temperature_at(self, epoch: int) -> float:
         """Return the temperature of an epoch, from 0."""
+        first, last = self.temperature
         if epoch >= self.warmup_epochs:
-            return self.temperature
-        return self.warmup + (self.temperature - self.warmup) * epoch / max(1, self.warmup_epochs - 1)
+            return last
+        return first + (last - first) * epoch / max(1, self.warmup_epochs - 1)
+
+    def forward(self, logits: Tensor, progress: Progress) -> Tensor:
+        """Return distributions [..., K] of logits [..., K]; in training, ``update`` the centre afterwards."""
+        targets = self.distributions(logits, progress)
+        self.update(logits)
+        return targets
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, progress: Progress) -> Tensor:
-        """Return distributions [..., K] of logits [..., K]; in training, move the centre afterwards.
+    def distributions(self, logits: Tensor, progress: Progress) -> Tensor:
+        """Return distributions [..., K] of logits [..., K], in float32 or better."""
+        return F.softmax((_at_least_float32(logits) - self.centre) / self.temperature_at(progress.epoch), dim=-1)
 
-        The mean is over all rows of all processes.
-        """
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        targets = F.softmax((logits - self.centre) / self.temperature_at(progress.epoch), dim=-1)
+    @torch.no_grad()
+    def update(self, logits: Tensor) -> None:
+        """In training, move the centre towards the mean of the logits [..., K] over all rows of all processes."""
         if self.training:
-            self.centre.lerp_(mean_over_ranks(logits.flatten(0, -2).mean(0)), 1.0 - self.momentum)
-        return targets
+            mean = logits.flatten(0, -2).mean(0, dtype=self.centre.dtype)
+            self.centre.lerp_(mean_over_ranks(mean), 1.0 - self.momentum)
 
 
 def check_temperature(name: str, value: float) -> None:
@@ -77,8 +82,11 @@ def check_temperature(name: str, value: float) -> None:
 
 def log_distributions(logits: Tensor, temperature: float) -> Tensor:
     """Return the logarithms of a student's distributions, [..., K] -> [..., K], in float32 or better."""
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return F.log_softmax(logits / temperature, dim=-1)
+    return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def cross_entropy(targets: Tensor, log_p: Tensor) -> Tensor:

@@ -70,17 +70,17 @@ class InPlace:
         return in_place(draw(samples, seed=seed, epoch=epoch, step=step), u < self.probability)
 
 
-def in_place(masks: MaskBatch, hides: BoolArray) -> MaskBatch:
+def in_place(masks: MaskBatch, hides: BoolArray | None = None) -> MaskBatch:
     """Return masks whose contexts are whole images, in which the patches of their targets are hidden.
 
     Args:
         masks: of the other masker.
-        hides: [B], the images in which patches are hidden.
+        hides: [B], the images in which patches are hidden; None for all.
     """
     sets, patches = len(masks.context), masks.grid[0] * masks.grid[1]
     hidden = np.zeros((sets, patches), dtype=bool)
     hidden[masks.context_of[masks.targets.lengths.set_of_token], masks.targets.index] = True
     image = masks.context.image
-    replaced = hidden & hides[image.numpy(), None]
+    replaced = hidden if hides is None else hidden & hides[image.numpy(), None]
     context = replace(PatchSets.full(sets, patches), image=image, hidden=torch.from_numpy(replaced).flatten())
     return MaskBatch(context, PatchSets.from_mask(hidden, image.numpy()), masks.grid, torch.arange(sets))

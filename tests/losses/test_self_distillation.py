@@ -21,7 +21,7 @@ from jepa_kit.losses.self_distillation import (
 )
 from jepa_kit.structures import START, Progress
 
-OPTIONS = {"temperature": 0.07, "warmup": 0.04, "warmup_epochs": 3, "momentum": 0.9}
+OPTIONS = {"temperature": (0.04, 0.07), "warmup_epochs": 3, "momentum": 0.9}
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -87,8 +87,8 @@ def test_entropy_is_the_mean_over_rows_and_finite_for_zeros():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, r"temperature \(=0.0\) must be above 0"),
-        ({"warmup": -1.0}, r"warmup_temperature \(=-1.0\) must be above 0"),
+        ({"temperature": (0.04, 0.0)}, r"temperature \(=0.0\) must be above 0"),
+        ({"temperature": (-1.0, 0.04)}, r"temperature \(=-1.0\) must be above 0"),
         ({"warmup_epochs": -1}, r"warmup_epochs \(=-1\) must be 0 or more"),
         ({"momentum": 1.5}, r"centre_momentum \(=1.5\) must be in \[0, 1\]"),
     ],
