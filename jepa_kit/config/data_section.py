@@ -46,6 +46,7 @@ class ViewConfig(Section):
         image_size: (height, width) in pixels; by default ``data.image_size``. In YAML one number means a square.
         masked: whether these views have masks, which the slot ``masker`` draws on the grid of their own size.
         same_draws: names of transforms whose random numbers are those of the first view.
+        action: whether these views have an action, which says how each was made (docs/data.md).
 
     Raises:
         ConfigError: a value is outside its range.
@@ -56,6 +57,7 @@ class ViewConfig(Section):
     image_size: tuple[int, int] | None = option(_SIDES, _is_size, None)
     masked: bool = False
     same_draws: tuple[str, ...] = ()
+    action: bool = False
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
@@ -150,6 +152,10 @@ class DataConfig(Section):
             at = f"views[{i}].same_draws (={list(view.same_draws)})"
             if view.same_draws and i == 0 and view.count == 1:
                 problems.append(f"{at} has no effect: this is the first view")
+            if view.action and (silent := [name for name in names[i] if not hasattr(TRANSFORMS.get(name), "action")]):
+                problems.append(
+                    f"views[{i}].action (=True) needs transforms with action and action_size, which {silent[0]} lacks"
+                )
             for name in view.same_draws:
                 without = [f"that of views[{k}]" for k in sorted({0, i}) if name not in names[k]]
                 if without:

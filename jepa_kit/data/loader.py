@@ -46,18 +46,18 @@ class _TrainBatches(Dataset):
         """Return the images of samples [B], and which of these could not be used."""
         draws = draws_of(self.views, samples, seed=self.seed, epoch=epoch)
         files = self.dataset.image_files(samples)
-        loaded = load_images([view.pipeline for view in self.views], [file.read for file in files], draws)
+        loaded = load_images(self.views, [file.read for file in files], draws)
         return loaded, [Skipped(int(samples[b]), files[b].key, str(error)) for b, error in loaded.errors.items()]
 
     def __getitem__(self, request: Request) -> Batch:
-        (images, kept, _), skipped = self.load(request.samples, request.epoch)
-        if not kept:
+        loaded, skipped = self.load(request.samples, request.epoch)
+        if not loaded.kept:
             raise ValueError(
                 f"no image is left in the batch of step {request.step}, as none of its {len(skipped)} samples can be "
                 "used: " + "; ".join(f"{s.key!r}: {s.reason}" for s in skipped[:3])
             )
-        samples = request.samples[kept]
-        views = make_views(self.views, images, samples, seed=self.seed, epoch=request.epoch, step=request.step)
+        samples = request.samples[loaded.kept]
+        views = make_views(self.views, loaded, samples, seed=self.seed, epoch=request.epoch, step=request.step)
         return Batch(views, torch.from_numpy(samples), tuple(skipped))
 
 
@@ -70,10 +70,10 @@ class _EvalBatches(Dataset):
     def __getitem__(self, samples: IntArray) -> Batch:
         draws = self.pipeline.draws(samples, seed=self.seed, epoch=self.epoch)
         files = [file.read for file in self.dataset.image_files(samples)]
-        images, _, errors = load_images([self.pipeline], files, [draws])
-        for b, error in errors.items():  # a score over fewer samples would pass for one over all
+        loaded = load_images([ViewMaker(pipeline=self.pipeline)], files, [draws])
+        for b, error in loaded.errors.items():  # a score over fewer samples would pass for one over all
             raise self.dataset.unusable(int(samples[b]), error) from error
-        return Batch((View(images[0]),), torch.from_numpy(samples))
+        return Batch((View(loaded.images[0]),), torch.from_numpy(samples))
 
 
 class TrainLoader:

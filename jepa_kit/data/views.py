@@ -31,11 +31,13 @@ class ViewMaker:
         pipeline: the transforms.
         masker: draws the masks, on the grid of this view; None for none.
         same_draws: names of transforms that get the random numbers of the first view.
+        action: whether the view has an action, which says how it was made; then each transform must be ``Described``.
     """
 
     pipeline: Pipeline
     masker: Masker | None = None
     same_draws: tuple[str, ...] = ()
+    action: bool = False
 
 
 class Loaded(NamedTuple):
@@ -43,11 +45,13 @@ class Loaded(NamedTuple):
 
     Attributes:
         images: [K, 3, h, w] uint8 of each view, channels last in memory; none if K is 0.
+        actions: [K, A] float32 of each view that has one, else None; A is the sum of its transforms' ``action_size``.
         kept: [K] positions of the images among the files, ascending.
         errors: position -> why a file cannot be used, for all others.
     """
 
     images: list[Tensor]
+    actions: list[Tensor | None]
     kept: list[int]
     errors: dict[int, SampleError | ImageError]
 
@@ -61,37 +65,45 @@ def draws_of(makers: Sequence[ViewMaker], samples: IntArray, *, seed: int, epoch
 
 
 def check_views(makers: Sequence[ViewMaker]) -> None:
-    """Raise ValueError if there is no view, or if views would decode an image in different ways."""
+    """Raise ValueError if there is no view, views would decode an image in different ways, or one has no action."""
     if not makers:
         raise ValueError("views (=[]) must be at least one")
     decoders = sorted({(maker.pipeline.decoder, maker.pipeline.max_pixels) for maker in makers})
     if len(decoders) > 1:
         raise ValueError(f"views must have one decoder and max_pixels, as an image is decoded once, not {decoders}")
+    for maker in makers:
+        if maker.action:
+            maker.pipeline.check_described()
 
 
 def load_images(
-    pipelines: Sequence[Pipeline], files: Sequence[Callable[[], bytes]], draws: Sequence[FloatArray]
+    makers: Sequence[ViewMaker], files: Sequence[Callable[[], bytes]], draws: Sequence[FloatArray]
 ) -> Loaded:
     """Read, decode and transform the image files of a batch, one after another.
 
     Args:
-        pipelines: of each view, with one decoder and ``max_pixels``.
+        makers: of the views, see ``check_views``.
         files: each returns the bytes of an image file, or raises SampleError; each is called once.
         draws: [B, n] of each view, as from ``Pipeline.draws``.
 
     Raises:
         ValueError: a transform violates its contract.
     """
-    fast = any(pipeline.takes_arrays for pipeline in pipelines)
-    decode = DECODERS[pipelines[0].decoder if fast else "pillow"]
+    first = makers[0].pipeline
+    decode = DECODERS[first.decoder if any(maker.pipeline.takes_arrays for maker in makers) else "pillow"]
     images: list[Tensor] = []
     kept: list[int] = []
     errors: dict[int, SampleError | ImageError] = {}
     numbers = [array.tolist() for array in draws]
+    actions: list[list[list[float]]] = []  # [K, views, A]
     for b, read in enumerate(files):
         try:
-            decoded = decode(read(), pipelines[0].max_pixels)
-            pixels = [pipeline.apply(decoded, rows[b]) for pipeline, rows in zip(pipelines, numbers, strict=True)]
+            decoded = decode(read(), first.max_pixels)
+            made: list[list[float]] = [[] for _ in makers]
+            pixels = [
+                maker.pipeline.apply(decoded, rows[b], action if maker.action else None)
+                for maker, rows, action in zip(makers, numbers, made, strict=True)
+            ]
         except (SampleError, ImageError) as error:
             errors[b] = error
             continue
@@ -100,26 +112,32 @@ def load_images(
             arrays = [view.numpy() for view in images]
         for array, view in zip(arrays, pixels, strict=True):
             array[len(kept)] = view
+        actions.append(made)
         kept.append(b)
-    return Loaded([view[: len(kept)].permute(0, 3, 1, 2) for view in images], kept, errors)
+    return Loaded(
+        [view[: len(kept)].permute(0, 3, 1, 2) for view in images],
+        [torch.tensor([made[k] for made in actions]) if maker.action else None for k, maker in enumerate(makers)],
+        kept,
+        errors,
+    )
 
 
 def make_views(
-    makers: Sequence[ViewMaker], images: Sequence[Tensor], samples: IntArray, *, seed: int, epoch: int, step: int
+    makers: Sequence[ViewMaker], loaded: Loaded, samples: IntArray, *, seed: int, epoch: int, step: int
 ) -> tuple[View, ...]:
-    """Return the views of images that were loaded, with their masks.
+    """Return the views of images that were loaded, with their masks and actions.
 
     Args:
         makers: of the views.
-        images: [K, 3, h, w] of each view.
+        loaded: their images; at least one.
         samples: [K] the numbers of the images in their data set.
         seed, epoch, step: of the masks.
     """
     views = []
-    for k, (maker, x) in enumerate(zip(makers, images, strict=True)):
+    for k, (maker, x, action) in enumerate(zip(makers, loaded.images, loaded.actions, strict=True)):
         draw = maker.masker
         masks = None if draw is None else draw(samples, seed=view_seed(seed, k), epoch=epoch, step=step)
-        views.append(View(x, masks))
+        views.append(View(x, masks, action))
     return tuple(views)
 
 

@@ -72,7 +72,8 @@ def training_views(config: Config) -> list[ViewMaker]:
                 )
             masked = view.masked and "masker" in config.slots
             masker = build_masker(config, patch_grid_of(config, size)) if masked else None
-            makers += [ViewMaker(pipeline=pipeline, masker=masker, same_draws=view.same_draws)] * view.count
+            made = ViewMaker(pipeline=pipeline, masker=masker, same_draws=view.same_draws, action=view.action)
+            makers += [made] * view.count
     return makers
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from jepa_kit.build import build_masker, build_order
 from jepa_kit.config import Config
 from jepa_kit.config.check import nested_parts
-from jepa_kit.data.transforms import Window, build_pipeline
+from jepa_kit.data.transforms import Described, Window, build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
 from jepa_kit.interfaces import Encoder
@@ -180,6 +180,14 @@ def check_transform(trial: Trial, transform: Any) -> None:
     trial.need(type(count) is int and count >= 0, f"has num_draws (={count!r}), not a number of at least 0")
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     draws = np.random.default_rng(1).random(count or 0).tolist()
+    if isinstance(transform, Described):
+        size = transform.action_size
+        first, second = trial.twice(lambda: list(transform.action(draws, (48, 64))), pure=True)
+        trial.need(
+            len(first) == size and all(isinstance(x, float) and math.isfinite(x) for x in first),
+            f"gave the action {first}, not as many finite floats as its action_size (={size})",
+        )
+        trial.same(first, second)
     if hasattr(transform, "window"):
         first, second = trial.twice(lambda: transform.window((48, 64), draws), pure=True)
         trial.need(isinstance(first, Window), f"gave a {type(first).__name__} as its window")

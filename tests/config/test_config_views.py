@@ -13,11 +13,23 @@ from jepa_kit.config.data_section import DataConfig, ViewConfig
 from jepa_kit.engine.build import training_views
 from jepa_kit.errors import ConfigError
 from jepa_kit.recipe import Recipe
-from jepa_kit.registry import RECIPES
+from jepa_kit.registry import RECIPES, TRANSFORMS
 
 ENCODER = {"name": "vit", "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
 CROP = {"name": "random_resized_crop", "scale": [0.05, 0.4]}
 JITTER = {"name": "color_jitter"}
+
+
+class Silent:
+    """A transform that says nothing of its draws."""
+
+    num_draws = 0
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, image: Any, draws: Any) -> Any:
+        return image
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +37,9 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """``views`` takes two and more, ``masked_views`` up to four with a masker."""
     RECIPES.import_members()
     monkeypatch.setattr(RECIPES, "_obj_map", dict(RECIPES._obj_map))
+
+    TRANSFORMS.import_members()
+    monkeypatch.setattr(TRANSFORMS, "_obj_map", {**TRANSFORMS._obj_map, "silent": Silent})
 
     @RECIPES.register("views")
     class Views(Recipe):
@@ -80,10 +95,15 @@ def test_without_views_there_is_one() -> None:
 
 
 def test_masks_are_on_the_grid_of_each_view() -> None:
-    entries = [{"masked": True, "count": 2}, {"image_size": [20, 24], "masked": True, "same_draws": [CROP["name"]]}, {}]
+    entries = [
+        {"masked": True, "count": 2},
+        {"image_size": [20, 24], "masked": True, "same_draws": [CROP["name"]], "action": True},
+        {},
+    ]
     makers = training_views(load(entries, "masked_views"))
     assert [maker.masker and maker.masker.grid for maker in makers] == [(4, 4), (4, 4), (5, 6), None]
     assert [maker.same_draws for maker in makers] == [(), (), ("random_resized_crop",), ()]
+    assert [maker.action for maker in makers] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +129,10 @@ def test_masks_are_on_the_grid_of_each_view() -> None:
         ([{"transforms": [CROP | {"sacle": 1}]}], "data.views[0].transforms[0].sacle is not an option of 'random_re"),
         ([{}, {"image_size": 10}], "data.views[1].image_size (=[10, 10]) must be divisible by encoder.patch_size (=4)"),
         ([{}, {"image_size": 8192}], "data.views[1].image_size (=[8192, 8192]) over encoder.patch_size (=4) gives 4,1"),
+        (
+            [{}, {"transforms": [CROP, {"name": "silent"}], "action": True}],
+            "data.views[1].action (=True) needs transforms with action and action_size, which silent lacks",
+        ),
         ([{}], "data.views (=1 in all) must give at least 2 to the recipe 'views'; each entry counts"),
         ([{}, {"masked": True}], "data.views[1].masked (=True) must be left out: the recipe 'views' has no masker"),
         (

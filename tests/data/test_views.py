@@ -34,7 +34,7 @@ def crops(side, *more):
 
 VIEWS = [
     ViewMaker(pipeline=crops(12), masker=MultiBlock(grid=(6, 6))),
-    ViewMaker(pipeline=crops(12, *COLOURS), masker=MultiBlock(grid=(6, 6))),
+    ViewMaker(pipeline=crops(12, *COLOURS), masker=MultiBlock(grid=(6, 6)), action=True),
     ViewMaker(pipeline=crops(8), masker=MultiBlock(grid=(8, 8))),
     ViewMaker(pipeline=crops(12, *COLOURS), same_draws=("random_resized_crop",)),
     ViewMaker(pipeline=eval_pipeline(image_size=(9, 7))),
@@ -52,12 +52,13 @@ def one(dataset, views=VIEWS, step=0, **options):
 
 
 def records(batch):
-    """Return (sample, a digest of its images and masks in all views) of each sample, in order."""
+    """Return (sample, a digest of its images, masks and actions in all views) of each sample, in order."""
     found = []
     for b, sample in enumerate(batch.samples.tolist()):
         digest = hashlib.sha256()
         for view in batch.views:
             digest.update(view.images[b].numpy().tobytes())
+            digest.update(str(None if view.action is None else view.action[b].tolist()).encode())
             if view.masks is not None:
                 digest.update(str([[x.tolist() for x in s.split()] for s in sets_of(view.masks, b)]).encode())
         found.append((sample, digest.hexdigest()))
@@ -188,7 +189,7 @@ def test_the_decoder_is_that_of_each_view_alone(crop_first):
     pipelines = [build_pipeline(parts, image_size=SIZE, decoder="fast") for parts in lists]
     draws = [p.draws(np.arange(1), seed=k, epoch=0) for k, p in enumerate(pipelines)]
     data = saved(photo(90, 120), quality=90)
-    images, _, _ = load_images(pipelines, [lambda: data], draws)
+    images = load_images([ViewMaker(pipeline=p) for p in pipelines], [lambda: data], draws).images
     for view, pipeline, row in zip(images, pipelines, draws, strict=True):
         np.testing.assert_array_equal(view[0].permute(1, 2, 0), pipeline(data, row[0]))
 
@@ -202,24 +203,27 @@ def test_a_batch_leaves_out_files_that_cannot_be_used():
     pipeline = eval_pipeline(image_size=SIZE)
     photos = [photo(60, 80, seed=k) for k in range(2)]
     files = [lambda: b"", lambda: saved(photos[0], "PNG"), missing, lambda: saved(photos[1], "PNG")]
-    (images,), kept, errors = load_images([pipeline], files, [np.empty((4, 0))])
+    maker = ViewMaker(pipeline=pipeline)
+    (images,), _, kept, errors = load_images([maker], files, [np.empty((4, 0))])
     assert kept == [1, 3]
     assert {b: str(error) for b, error in errors.items()} == {0: "the file is empty", 2: "gone"}
     expected = [np.asarray(image.resize((32, 24), Image.Resampling.BILINEAR)) for image in photos]
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1), expected)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert load_images([pipeline], files[:1], [np.empty((1, 0))]).images == []
+    assert load_images([maker], files[:1], [np.empty((1, 0))]).images == []
 
 
 def test_a_sample_that_one_view_cannot_use_is_missing_from_all():
     """A narrow image would be enlarged beyond the limit before the centre crop of the second view."""
     makers = [
-        build_pipeline([{"name": name}], image_size=(20, 20), max_pixels=5000) for name in ("resize", "center_crop")
+        ViewMaker(pipeline=build_pipeline([{"name": name}], image_size=(20, 20), max_pixels=5000), action=True)
+        for name in ("resize", "center_crop")
     ]
     files = [lambda: saved(photo(60, 60), "PNG"), lambda: saved(photo(4, 90), "PNG"), lambda: saved(photo(9, 9), "PNG")]
-    images, kept, errors = load_images(makers, files, [np.empty((3, 0))] * 2)
+    images, actions, kept, errors = load_images(makers, files, [np.empty((3, 0))] * 2)
     assert kept == [0, 2]
     assert "before center_crop cuts them" in str(errors[1])
+    assert all(torch.equal(action, torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)) for action in actions)
     for view in images:
         assert len(view) == 2
         assert view[0].float().std() > 1  # a picture, no memory that was never written

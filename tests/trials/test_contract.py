@@ -383,6 +383,18 @@ class Painting(OwnTransform):
         return image
 
 
+class LongAction(OwnTransform):
+    action_size = 1
+
+    def action(self, draws, size):
+        return [0.0, 1.0]
+
+
+class InfiniteAction(LongAction):
+    def action(self, draws, size):
+        return [float("inf")]
+
+
 class NoDraws(OwnTransform):
     num_draws = 1.5
 
@@ -422,6 +434,8 @@ BREACHES = [
     ("transform", OwnTransform, "gave different results in two calls"),
     ("transform", Array, "gave a ndarray, not a Pillow image"),
     ("transform", GreyImage, "gave an image in mode 'L', not 'RGB'"),
+    ("transform", LongAction, r"gave the action \[0.0, 1.0\], not as many finite floats as its action_size \(=1\)"),
+    ("transform", InfiniteAction, r"gave the action \[inf\], not as many finite floats"),
     ("transform", Painting, "changed the image that it was given, which other views use too"),
 ]
 

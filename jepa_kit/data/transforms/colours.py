@@ -35,6 +35,7 @@ class ColorJitter:
     stream_name = "colour_jitter"
     num_draws = 9
     """p, four amounts, four numbers whose ranks are the order."""
+    action_size = 5
 
     def __init__(
         self,
@@ -53,19 +54,29 @@ class ColorJitter:
             raise ValueError(f"hue (={hue}) must be a fraction of the colour circle, 0 to 0.5")
         if not brightness and not contrast and not saturation and not hue:
             raise ValueError("brightness, contrast, saturation and hue are all 0: leave the colour jitter out")
-        self.amounts, self.p = (brightness, contrast, saturation, hue), p
+        self.ranges, self.p = (brightness, contrast, saturation, hue), p
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         if draws[0] >= self.p:
             return image
+        amounts = self._amounts(draws)
         for k in np.argsort(draws[5:9], kind="stable").tolist():
-            x, u = self.amounts[k], draws[1 + k]
-            if x and k == 3:
-                image = shift_hue(image, x * (2.0 * u - 1.0))
-            elif x:
-                low = max(0.0, 1.0 - x)
-                image = _ENHANCERS[k](image).enhance(low + (1.0 + x - low) * u)
+            if self.ranges[k]:
+                image = shift_hue(image, amounts[3]) if k == 3 else _ENHANCERS[k](image).enhance(amounts[k])
         return image
+
+    def _amounts(self, draws: Sequence[float]) -> list[float]:
+        """Return the factors of brightness, contrast and saturation, and the shift of the hue."""
+        lows = [max(0.0, 1.0 - x) for x in self.ranges[:3]]
+        factors = [low + (1.0 + x - low) * u for low, x, u in zip(lows, self.ranges, draws[1:], strict=False)]
+        return [*factors, self.ranges[3] * (2.0 * draws[4] - 1.0)]
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether it is applied (1.0 or 0.0), its three factors and its shift of the hue, without their order.
+
+        If it is not applied: 0, 1, 1, 1, 0.
+        """
+        return [1.0, *self._amounts(draws)] if draws[0] < self.p else [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
 _ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -92,6 +103,7 @@ class GaussianBlur:
     """
 
     num_draws = 2
+    action_size = 2
 
     def __init__(self, *, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> None:
         check_probability("p", p)
@@ -102,8 +114,15 @@ class GaussianBlur:
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         if draws[0] >= self.p:
             return image
+        return image.filter(ImageFilter.GaussianBlur(self._sigma(draws)))
+
+    def _sigma(self, draws: Sequence[float]) -> float:
         low, high = self.sigma
-        return image.filter(ImageFilter.GaussianBlur(low + (high - low) * draws[1]))
+        return low + (high - low) * draws[1]
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether it is applied (1.0 or 0.0), and the standard deviation in pixels, 0 if it is not."""
+        return [1.0, self._sigma(draws)] if draws[0] < self.p else [0.0, 0.0]
 
 
 @TRANSFORMS.register("grayscale")
@@ -119,6 +138,7 @@ class Grayscale:
 
     stream_name = "grey"
     num_draws = 1
+    action_size = 1
 
     def __init__(self, *, p: float = 0.2) -> None:
         check_probability("p", p)
@@ -126,6 +146,10 @@ class Grayscale:
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         return image.convert("L").convert("RGB") if draws[0] < self.p else image
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether it is applied, 1.0 or 0.0."""
+        return [float(draws[0] < self.p)]
 
 
 @TRANSFORMS.register("solarize")
@@ -142,6 +166,7 @@ class Solarize:
 
     stream_name = "solarise"
     num_draws = 1
+    action_size = 1
 
     def __init__(self, *, threshold: int = 128, p: float = 0.2) -> None:
         check_probability("p", p)
@@ -151,3 +176,7 @@ class Solarize:
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         return ImageOps.solarize(image, self.threshold) if draws[0] < self.p else image
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether it is applied, 1.0 or 0.0."""
+        return [float(draws[0] < self.p)]

@@ -62,11 +62,34 @@ class Transform(Protocol):
 
 
 @runtime_checkable
+class Described(Transform, Protocol):
+    """A transform that describes what its draws do to an image; for views with ``action: true``.
+
+    Attributes:
+        action_size: numbers of ``action``, 1 and up.
+    """
+
+    action_size: int
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> Sequence[float]:
+        """Return what the draws do to an image of size (H, W); docs/data.md has the layout of each transform."""
+
+
+@runtime_checkable
 class Crop(Transform, Protocol):
     """A transform whose result has the size (h, w) of the result."""
 
     def window(self, size: tuple[int, int], draws: Sequence[float]) -> Window:
         """Return the window that becomes the result, for an image of size (H, W)."""
+
+
+def shown(window: Window, size: tuple[int, int]) -> list[float]:
+    """Return (left, top, right, bottom) of what a window shows, as fractions of an image of size (H, W)."""
+    (left, top, right, bottom), (columns, rows) = window.box, window.size
+    part = window.part or (0, 0, columns, rows)
+    xs = (left + x * (right - left) / columns for x in part[::2])
+    ys = (top + y * (bottom - top) / rows for y in part[1::2])
+    return [value for x, y in zip(xs, ys, strict=True) for value in (x / size[1], y / size[0])]
 
 
 def resample(image: Image.Image, window: Window) -> Image.Image:
@@ -172,6 +195,7 @@ class RandomResizedCrop:
 
     stream = Stream.CROP
     num_draws = 2 * ATTEMPTS + 2
+    action_size = 4
 
     def __init__(
         self,
@@ -196,6 +220,10 @@ class RandomResizedCrop:
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         return resample(image, self.window((image.height, image.width), draws))
 
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return (left, top, right, bottom) of the part that is shown, as fractions of the image."""
+        return shown(self.window(size, draws), size)
+
 
 @TRANSFORMS.register("center_crop")
 class CenterCrop:
@@ -213,6 +241,7 @@ class CenterCrop:
     """
 
     num_draws = 0
+    action_size = 4
 
     def __init__(
         self, *, image_size: tuple[int, int], share: float = 1.0, interpolation: Interpolation = "bilinear"
@@ -234,6 +263,10 @@ class CenterCrop:
     def __call__(self, image: Image.Image, draws: Sequence[float] = ()) -> Image.Image:
         return resample(image, self.window((image.height, image.width)))
 
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return (left, top, right, bottom) of the part that is shown, as fractions of the image."""
+        return shown(self.window(size, draws), size)
+
 
 @TRANSFORMS.register("resize")
 class Resize:
@@ -248,6 +281,7 @@ class Resize:
     """
 
     num_draws = 0
+    action_size = 4
 
     def __init__(self, *, image_size: tuple[int, int], interpolation: Interpolation = "bilinear") -> None:
         check_size(image_size)
@@ -259,6 +293,10 @@ class Resize:
 
     def __call__(self, image: Image.Image, draws: Sequence[float] = ()) -> Image.Image:
         return resample(image, self.window((image.height, image.width)))
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return (left, top, right, bottom) of the part that is shown, as fractions of the image."""
+        return shown(self.window(size, draws), size)
 
 
 @TRANSFORMS.register("horizontal_flip")
@@ -274,6 +312,7 @@ class HorizontalFlip:
 
     stream = Stream.FLIP
     num_draws = 1
+    action_size = 1
 
     def __init__(self, *, p: float = 0.5) -> None:
         check_probability("p", p)
@@ -281,6 +320,10 @@ class HorizontalFlip:
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0] < self.p else image
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether the image is flipped, 1.0 or 0.0."""
+        return [float(draws[0] < self.p)]
 
 
 @TRANSFORMS.register("vertical_flip")
@@ -296,6 +339,7 @@ class VerticalFlip:
 
     stream = Stream.FLIP
     num_draws = 1
+    action_size = 1
 
     def __init__(self, *, p: float = 0.5) -> None:
         check_probability("p", p)
@@ -303,3 +347,7 @@ class VerticalFlip:
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws[0] < self.p else image
+
+    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
+        """Return whether the image is flipped, 1.0 or 0.0."""
+        return [float(draws[0] < self.p)]

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from PIL import Image
 from torch import Tensor
 
 from jepa_kit.data.images import DECODERS, MAX_PIXELS, DecoderName, Pixels, check_decoder
-from jepa_kit.data.transforms.crops import CenterCrop, Crop, HorizontalFlip, RandomResizedCrop, Transform, apply_crop
+from jepa_kit.data.transforms.crops import (
+    CenterCrop,
+    Crop,
+    Described,
+    HorizontalFlip,
+    RandomResizedCrop,
+    Transform,
+    apply_crop,
+)
 from jepa_kit.registry import TRANSFORMS, build_part
 from jepa_kit.rng import FloatArray, IntArray, Stream, uniforms
 
@@ -95,18 +103,31 @@ class Pipeline:
                 columns.append(numbers)
         return np.concatenate(columns, axis=1)
 
-    def apply(self, image: Image.Image | Pixels, draws: Sequence[float]) -> Pixels:
+    def check_described(self) -> None:
+        """Raise ValueError if a transform does not describe what its draws do."""
+        without = [
+            name
+            for name, transform in zip(self.names, self.transforms, strict=True)
+            if not isinstance(transform, Described)
+        ]
+        if without:
+            raise ValueError(f"action (=True) needs transforms with action and action_size, which {without[0]} lacks")
+
+    def apply(self, image: Image.Image | Pixels, draws: Sequence[float], action: list[float] | None = None) -> Pixels:
         """Return the pixels [h, w, 3] uint8 of a decoded image, which does not change.
 
         Args:
             image: RGB, from the decoder.
             draws: n numbers, the image's row of ``draws``.
+            action: is extended by what each transform says that its draws do.
 
         Raises:
             ImageError: see ``apply_crop``.
             ValueError: a transform violates its contract.
         """
-        for columns, step in self._steps:
+        for (columns, step), transform in zip(self._steps, self.transforms, strict=True):
+            if action is not None:
+                action += cast(Described, transform).action(draws[columns], _size(image))
             image = step(image, draws[columns])
         return np.asarray(image)
 
@@ -123,6 +144,11 @@ class Pipeline:
         """
         decode = DECODERS[self.decoder if self.takes_arrays else "pillow"]
         return self.apply(decode(data, self.max_pixels), draws.tolist())
+
+
+def _size(image: Image.Image | Pixels) -> tuple[int, int]:
+    """Return (H, W)."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
 
 
 def _apply(
