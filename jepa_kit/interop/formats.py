@@ -117,7 +117,7 @@ def write(
     if path.exists():
         raise FileExistsError(f"{path} already exists")
     if format not in OUR_OWN:
-        _check_input_norm(held, format)
+        _check_options(held, format)
     if format in WHOLE:
         if isinstance(held, Checkpoint) and encoder is not None:
             raise ValueError(f"encoder (={encoder!r}) is for formats of one encoder; {format} keeps all parts")
@@ -133,16 +133,16 @@ def write(
     return weights.words() + ("" if own else f"; positions interpolated to {image_size}")
 
 
-def _check_input_norm(held: Checkpoint | EncoderWeights, format: str) -> None:
-    """Raise CheckpointError if the encoder normalises its images, which other code does not do."""
+def _check_options(held: Checkpoint | EncoderWeights, format: str) -> None:
+    """Raise CheckpointError if the encoder has options that other code does not have."""
     if isinstance(held, Checkpoint):
         shape = native.architecture_of(native.config_of(held.config, "the checkpoint"))
     else:
         shape = held.architecture
-    if shape.input_norm != "none":
+    for name, value in shape.own.items():
         raise CheckpointError(
-            f"encoder.input_norm (={shape.input_norm!r}) cannot be stored in {format}: its readers would not normalise "
-            f"images; {' and '.join(OUR_OWN)} store it"
+            f"encoder.{name} (={value!r}) cannot be stored in {format}: its readers would ignore it; "
+            f"{' and '.join(OUR_OWN)} store it"
         )
 
 

@@ -112,7 +112,7 @@ class FrozenEncoder(nn.Module):
             raise ValueError("there must be at least one image")
         crop = CenterCrop(image_size=self.image_size)
         batch = stack([crop(_opened(image)) for image in several])  # type: ignore[arg-type]
-        return normalize(batch.to(self.vit.pos_embed.device), self.provenance.mean, self.provenance.std)
+        return normalize(batch.to(next(self.vit.parameters()).device), self.provenance.mean, self.provenance.std)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return tokens [B, N, D] of images from ``preprocess``; positions are interpolated for other sizes.

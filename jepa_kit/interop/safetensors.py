@@ -1,6 +1,6 @@
 """safetensors: one encoder under our names, with its description in the metadata, and our own writer.
 
-The file also contains ``pos_embed`` [N, D], for readers that do not compute it.
+The file also contains a fixed position table as ``pos_embed`` [N, D], for readers that do not compute it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ _DTYPES = {
 
 def write(weights: EncoderWeights, path: Path) -> None:
     """Write the encoder with its metadata."""
-    write_file(
-        path, {**weights.state, "pos_embed": weights.table}, {"format_name": FORMAT_NAME, ABOUT: weights.about()}
-    )
+    table = {"pos_embed": weights.table} if weights.architecture.positions == "sincos" else {}
+    write_file(path, weights.state | table, {"format_name": FORMAT_NAME, ABOUT: weights.about()})
 
 
 def read(path: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:

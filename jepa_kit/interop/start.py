@@ -20,7 +20,7 @@ from jepa_kit.interop.files import fetch
 from jepa_kit.interop.formats import encoder_from, read
 from jepa_kit.interop.native import origin_words
 from jepa_kit.interop.weight_checks import usual_heads
-from jepa_kit.interop.weights import Architecture, Reading, architecture_of_vit
+from jepa_kit.interop.weights import OWN, Architecture, Reading, architecture_of_vit
 from jepa_kit.recipe import Recipe
 
 
@@ -116,7 +116,7 @@ def _architecture_of(jepa: Recipe) -> Architecture:
 def _check_architecture(jepa: Recipe, found: Architecture, what: str) -> list[str]:
     """Return notes on harmless differences; raise CheckpointError for others that shapes do not reveal."""
     run, lines = _architecture_of(jepa), []
-    for name in ("num_heads", "norm_eps", "input_norm"):
+    for name in ("num_heads", "norm_eps", *OWN):
         here, there = getattr(run, name), getattr(found, name)
         if here != there:
             raise CheckpointError(f"encoder.{name} (={here}) must be {there}, as in the weights of {what}")

@@ -204,11 +204,14 @@ def checked_weights(
     Raises:
         CheckpointError: see ``check_shapes`` and ``check_positions``.
     """
-    parameters = {name: value for name, value in state.items() if name != table}
-    if needed and table not in state:
+    fixed = architecture.positions == "sincos"
+    parameters = {name: value for name, value in state.items() if name != table or not fixed}
+    if needed and fixed and table not in state:
         raise CheckpointError(f"{table} of {what} is missing, but its format has it")
     check_shapes(architecture, parameters, what)
-    own = check_positions(state[table], architecture.grid, f"{table} of {what}", positions) if table in state else None
+    own = None
+    if fixed and table in state:
+        own = check_positions(state[table], architecture.grid, f"{table} of {what}", positions)
     if left_out:
         provenance = replace(provenance, notes=(*provenance.notes, f"left out: {', '.join(left_out)}"))
     return EncoderWeights(state=parameters, architecture=architecture, provenance=provenance, positions=own)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +29,20 @@ Which = Literal["target", "context"]
 Positions = Literal["formula", "file"]
 
 NOT_STATED = "not stated"
+
+OWN = (
+    "input_norm",
+    "final_norm",
+    "layer_scale",
+    "mask_token",
+    "class_token",
+    "registers",
+    "positions",
+    "interpolation_offset",
+    "rotary_base",
+    "relative_bias",
+)
+"""Options of an encoder that formats of other code do not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +65,15 @@ class Architecture:
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     input_norm: str = "none"
+    final_norm: bool = True
+    layer_scale: float | None = None
+    mask_token: bool = False
+    class_token: bool = False
+    registers: int = 0
+    positions: str = "sincos"
+    interpolation_offset: float = 0.0
+    rotary_base: float = 100.0
+    relative_bias: str = "none"
 
     def __post_init__(self) -> None:
         sizes = (*self.image_size, self.patch_size, self.embed_dim, self.depth, self.num_heads, self.mlp_hidden)
@@ -60,6 +83,13 @@ class Architecture:
             raise ValueError(f"norm_eps (={self.norm_eps!r}) must be a float above 0 and below 1")
         if type(self.qkv_bias) is not bool:
             raise ValueError(f"qkv_bias (={self.qkv_bias!r}) must be true or false")
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Return those of ``OWN`` that differ from I-JEPA's, with their values."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in OWN and getattr(self, f.name) != f.default
+        }
 
     @property
     def grid(self) -> Grid:
@@ -77,26 +107,18 @@ class Architecture:
     def words(self) -> str:
         """Return a one-line summary."""
         (h, w), p = self.image_size, self.patch_size
+        own = "".join(f", {name} {value}" for name, value in self.own.items())
         return (
             f"ViT of width {self.embed_dim}, depth {self.depth}, {self.num_heads} heads, "
-            f"patches of {p} x {p} in images of {h} x {w}"
+            f"patches of {p} x {p} in images of {h} x {w}{own}"
         )
 
 
 def architecture_of_vit(vit: ViT) -> Architecture:
-    """Return the architecture of a module, which may be on the meta device.
-
-    Raises:
-        CheckpointError: it has parts that the formats do not share.
-    """
-    if vit.extras:
-        raise CheckpointError(
-            f"formats share I-JEPA's ViT alone, and this encoder differs in {', '.join(vit.extras)}; evaluate its run "
-            "folder with tools/eval_net.py"
-        )
+    """Return the architecture of a module, which may be on the meta device."""
     (h, w), p, block = vit.grid, vit.patch_size, vit.blocks[0]
     assert isinstance(block, Block)
-    assert isinstance(vit.norm, nn.LayerNorm)
+    tables = 0 if vit.relative is None else len(vit.relative.tables)
     return Architecture(
         image_size=(h * p, w * p),
         patch_size=p,
@@ -106,8 +128,17 @@ def architecture_of_vit(vit: ViT) -> Architecture:
         mlp_hidden=block.mlp.fc1.out_features,
         in_chans=vit.in_chans,
         qkv_bias=block.attn.qkv.bias is not None,
-        norm_eps=vit.norm.eps,
+        norm_eps=block.norm1.eps,
         input_norm=vit.input_norm,
+        final_norm=isinstance(vit.norm, nn.LayerNorm),
+        layer_scale=block.layer_scale,
+        mask_token=vit.mask_token is not None,
+        class_token=vit.class_token,
+        registers=vit.num_prefix - vit.class_token,
+        positions=vit.positions,
+        interpolation_offset=vit.interpolation_offset,
+        rotary_base=vit.rotary_base,
+        relative_bias="none" if not tables else "shared" if tables == 1 else "per_block",
     )
 
 
@@ -189,7 +220,8 @@ class EncoderWeights:
 
     @property
     def table(self) -> Tensor:
-        """Return the position table [N, D] in the precision of the weights."""
+        """Return the fixed position table [N, D] in the precision of the weights."""
+        assert self.architecture.positions == "sincos", "other positions have no fixed table"
         if self.positions is not None:
             return self.positions
         shape = self.architecture
@@ -215,7 +247,8 @@ class EncoderWeights:
         wide = any(value.dtype == torch.float64 for value in self.state.values())
         vit = vit.to(torch.float64 if wide else torch.float32).to_empty(device="cpu")
         vit.load_state_dict(self.state)
-        vit.pos_embed.copy_(self.table)
+        if self.architecture.positions == "sincos":
+            vit.pos_embed.copy_(self.table)
         return vit.eval()
 
 

@@ -10,7 +10,7 @@ import jepa_kit
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop import native
 from jepa_kit.interop.formats import convert, read, read_encoder, write
-from jepa_kit.interop.weights import Reading
+from jepa_kit.interop.weights import Reading, architecture_of_vit
 
 FORMATS = ["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
 HEADS = 4
@@ -175,10 +175,38 @@ class _Unwritable:
         encoder, source = "target", "x"
 
     class architecture:
-        input_norm = "none"
+        own: dict[str, object] = {}  # noqa: RUF012
 
     def about(self, sealed=True):
         raise CheckpointError("gone")
+
+
+OPTIONS = [
+    {"class_token": True, "registers": 2, "positions": "learned", "interpolation_offset": 0.1, "mask_token": True},
+    {"positions": "none", "relative_bias": "per_block", "layer_scale": 0.1},
+    {"positions": "rotary", "rotary_base": 50.0, "final_norm": False, "relative_bias": "shared"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_options_that_other_code_does_not_have_are_kept_in_our_own_formats(make_weights, tmp_path, options):
+    weights = make_weights(**options)
+    assert weights.architecture.own == options
+    vit = weights.module()
+    assert architecture_of_vit(vit) == weights.architecture
+    images = torch.randn(2, 3, 16, 24)
+    for format in ("safetensors", "jepa_kit"):
+        write(weights, tmp_path / format, format)
+        kept = jepa_kit.load_encoder(tmp_path / format)
+        assert kept.architecture == weights.architecture
+        torch.testing.assert_close(kept(images).flatten(0, 1), vit(images), rtol=1e-4, atol=1e-4)
+    for name in options:
+        assert f"{name} {options[name]}" in kept.about
+    for format in ("official", "hf", "timm", "onnx"):
+        with pytest.raises(
+            CheckpointError, match=rf"encoder.\w+ \(=.*\) cannot be stored in {format}: its readers would"
+        ):
+            write(weights, tmp_path / "other", format)
 
 
 @pytest.mark.parametrize("format", ["official", "hf", "timm", "onnx"])
