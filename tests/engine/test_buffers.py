@@ -1,4 +1,4 @@
-"""Batch norm's statistics and a centre of targets, as parts of a user may have them, under batches with bad numbers."""
+"""Batch norm's statistics, a centre of targets and a queue of keys, under batches with bad numbers."""
 
 import copy
 import math
@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from parallel_cases import Training, batch, launch, make
-from torch import nn
 
+from jepa_kit.distributed.batch_norm import SyncedBatchNorm
 from jepa_kit.distributed.buffers import Buffers, persistent_buffers
-from jepa_kit.distributed.collectives import World, all_gather_object, process_group
+from jepa_kit.distributed.collectives import World, all_gather_object, gather_with_grad, process_group
 from jepa_kit.engine.checkpoint.state_dict import full_state
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
@@ -20,13 +20,15 @@ CPU = torch.device("cpu")
 
 
 class Centred(RepresentationTarget):
-    """Targets less their running mean, as DINO's teacher has it; one buffer is changed in place, one is replaced."""
+    """Targets less their running mean, as DINO's teacher has it, changed in place or replaced; and MoCo's queue."""
 
     def __init__(self, replaced=False):
         super().__init__(embed_dim=16)
         self.replaced = replaced
         self.register_buffer("centre", torch.zeros(16))
-        self.norm_in = nn.BatchNorm1d(16, affine=False)
+        self.register_buffer("queue", torch.zeros(4, 16))
+        self.register_buffer("pointer", torch.tensor(0))
+        self.norm_in = SyncedBatchNorm(16, affine=False)
 
     def forward(self, images, patches, encoder):
         s_y = super().forward(images, patches, encoder)
@@ -35,6 +37,9 @@ class Centred(RepresentationTarget):
             self.centre = torch.lerp(self.centre, mean, 0.1)
         else:
             self.centre.lerp_(mean, 0.1)
+        keys = gather_with_grad(mean[None])
+        self.queue.index_copy_(0, (self.pointer + torch.arange(len(keys))) % 4, keys)
+        self.pointer.add_(len(keys)).remainder_(4)
         return self.norm_in(s_y) - self.centre
 
 
@@ -86,7 +91,7 @@ def test_a_good_batch_is_that_of_the_plain_step():
     run = Training(jepa=make_centred())
     plain = make_centred()
     run.step(0)
-    plain(*batch(0, World()))
+    plain(View(*batch(0, World())))
     for _, _, name in persistent_buffers(plain):
         same(run.jepa.get_buffer(name), plain.get_buffer(name))
 
@@ -97,6 +102,8 @@ def test_parts_of_jepa_kit_have_no_buffer_to_guard():
     assert {name for name, _ in jepa.named_buffers()} > set()  # constant tables
     assert [name for *_, name in persistent_buffers(make_centred())] == [
         "target.centre",
+        "target.queue",
+        "target.pointer",
         "target.norm_in.running_mean",
         "target.norm_in.running_var",
         "target.norm_in.num_batches_tracked",
