@@ -268,16 +268,21 @@ def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) 
 
 
 def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Check for a finite scalar; a distance must draw no random numbers, and be smallest for exact predictions."""
+    """Check for a finite scalar; a distance must draw no random numbers, and be smallest for exact predictions.
+
+    The loss is given random targets; if the recipe's are codes, those of the images, which no prediction equals.
+    """
     loss = jepa.losses[trial.name]
     width = int(jepa.target.out_dim)  # type: ignore[arg-type]
     noise = torch.Generator().manual_seed(0)
     guess, truth = (torch.randn(masks.targets.num_patches, width, generator=noise).to(images.device) for _ in range(2))
     with seeded(0), unchanged_buffers(jepa), torch.no_grad():
         context = jepa.encoder(images, masks.context)
-    at = Prediction(guess, truth, context, masks)
+        targets = jepa.targets_at(images, masks.targets)
+    codes = not targets.is_floating_point()
+    at = Prediction(guess, targets if codes else truth, context, masks)
     first = _check_call(trial, loss, lambda: loss(at), (), "the loss []")
-    if not is_distance(loss):
+    if codes or not is_distance(loss):
         return
     but = "counts as a distance (is_distance is not False), but"
     one, other = trial.twice(lambda: loss(at), pure=True)

@@ -478,6 +478,28 @@ def test_a_part_that_cannot_be_built(own, part, message):
     assert str(caught.value) == message
 
 
+class Brightest(nn.Module):
+    """The channel of each patch's first pixel that is brightest: a target of three codes."""
+
+    needs_encoder = False
+    out_dim = 3
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, images, patches, encoder):
+        return patches.gather(images[:, :, ::4, ::4].flatten(2).transpose(1, 2)).argmax(1)
+
+
+def test_a_loss_of_codes(own):
+    """It is given codes of images, and no prediction equals them."""
+    own("target", Brightest)
+    config = config_from_dict({**RAW, "target": {"name": "own"}, "loss": {"name": "cross_entropy"}})
+    check_parts(config, CPU, every=True)
+    with pytest.raises(ContractError, match="loss 'smooth_l1' failed in a trial call: ValueError: a distance needs"):
+        check_parts(config_from_dict({**RAW, "target": {"name": "own"}}), CPU, every=True)
+
+
 def test_a_run_ends_before_its_first_step(own, tiny, tmp_path):
     own("masker", GlobalNumbers)
     with pytest.raises(ContractError, match="masker 'own' gave different results"):
