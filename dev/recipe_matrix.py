@@ -69,7 +69,6 @@ STEPS = 32
 SETTINGS = [
     "train.batch_size=8",
     "train.epochs=4",
-    f"train.steps_per_epoch={STEPS // 4}",
     "train.precision=float32",
     "train.log_every=1",
     "train.device=cpu",
@@ -98,10 +97,11 @@ class Project:
         name: of the project.
         file: its small config.
         folder: for shards and runs.
+        steps: updates of a run, a multiple of 4.
     """
 
-    def __init__(self, name: str, file: Path, folder: Path) -> None:
-        self.name, self.file, self.folder = name, file, folder
+    def __init__(self, name: str, file: Path, folder: Path, steps: int = STEPS) -> None:
+        self.name, self.file, self.folder, self.steps = name, file, folder, steps
         self.shards = folder / "shards"
 
     def prepare(self) -> None:
@@ -127,8 +127,8 @@ class Project:
     def config(self, run: str, *overrides: str) -> Config:
         """Return the config of a run on trial, whose folder is named ``run``."""
         raw = load_config(self.file).to_dict() | {"evaluate": {}}
-        folder = f"train.output_dir={self.folder / self.name / run}"
-        return config_from_dict(raw, [*SETTINGS, *self.overrides(), folder, *overrides], source=str(self.file))
+        own = [f"train.output_dir={self.folder / self.name / run}", f"train.steps_per_epoch={self.steps // 4}"]
+        return config_from_dict(raw, [*SETTINGS, *self.overrides(), *own, *overrides], source=str(self.file))
 
     def run(self, run: str, *overrides: str) -> Path:
         """Return the folder of a run, trained in this process."""
@@ -160,7 +160,10 @@ def call(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str]) 
     """Return "yes" if a tool succeeds, else "no: " with the last line that it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = main(list(arguments))
+        try:
+            status: object = main(list(arguments))
+        except SystemExit as end:  # of argparse
+            status = end.code
     lines = printed.getvalue().strip().splitlines()
     return "yes" if not status else f"no: {lines[-1] if lines else status}"
 
@@ -197,7 +200,7 @@ def core(project: Project) -> str:
 
 def trained(project: Project) -> str:
     found = losses(project.base)
-    right = len(found) == STEPS and all(map(math.isfinite, found))
+    right = len(found) == project.steps and all(map(math.isfinite, found))
     return f"{found[0]:.3f} -> {found[-1]:.3f}" if right else f"no: {len(found)} steps, {found[-1:]}"
 
 
@@ -214,7 +217,7 @@ class StopAt:
 
 
 def resumed(project: Project) -> str:
-    stop = random.Random(project.name).randrange(5, STEPS - 3)
+    stop = random.Random(project.name).randrange(2, project.steps - 1)
     config = project.config("resumed")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(Preempted):
@@ -298,7 +301,7 @@ def evaluated(project: Project) -> str:
 
 
 def visualized(project: Project) -> str:
-    few = ["--images", "32", "--decoder-images", "32", "--decoder-steps", "4"]
+    few = ["--images", "32", "--decoder-images", "64", "--decoder-steps", "4"]
     return call(visualize.main, ["--checkpoint", str(project.base), *few])
 
 
@@ -320,7 +323,7 @@ COLUMNS: dict[str, Callable[[Project], str]] = {
     "nonfinite": nonfinite,
     "telemetry": telemetry,
     "eval_net": evaluated,
-    "health": lambda p: call(health.main, [str(p.base), "--images", "32", "--masks", "2"]),
+    "health": lambda p: call(health.main, ["--checkpoint", str(p.base), "--images", "32", "--masks", "2"]),
     "visualize": visualized,
     "plan_run": planned,
     "mask_report": report_of_masks,
