@@ -219,6 +219,18 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
         assert p.grad.abs().max() > 0, name
 
 
+@every
+def test_nothing_waits_for_the_device(options: dict[str, Any]) -> None:
+    """A meta tensor has no values: to read one is an error."""
+    with torch.device("meta"):
+        vit, images = ViT(**SMALL, **options), torch.zeros(3, 3, 16, 16)
+    forms = [PatchSets.full(3, 16), ragged(PatchSets.full(3, 16)), PatchSets.pack([torch.arange(n) for n in (3, 1, 5)])]
+    if vit.mask_token is not None:
+        forms.append(some_hidden())
+    for sets in forms:
+        vit(images, sets.to("meta")).sum().backward()
+
+
 def test_pixels_of_hidden_patches_change_nothing() -> None:
     vit, images, sets = make_vit(**EVERY["learned"]), make_images(), some_hidden()
     before = vit(images, sets)
