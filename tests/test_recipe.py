@@ -23,7 +23,7 @@ from jepa_kit.interop.official import encoder_from_official, predictor_from_offi
 from jepa_kit.losses import L2, SmoothL1, is_distance
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.recipe import JEPA
-from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS
+from jepa_kit.registry import LOSSES, TARGET_UPDATES, TARGETS, PartRegistry
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import MaskBatch, Output, PatchSets, View
 from jepa_kit.target_updates import EMA, Frozen, NoTargetEncoder, Tied
@@ -155,9 +155,14 @@ def is_legal(target: str, update: str) -> bool:
     return update != "none" or not TARGETS.get(target).needs_encoder
 
 
-DISTANCES = [name for name in LOSSES.names() if is_distance(LOSSES.get(name))]
+def shipped(registry: PartRegistry) -> list[str]:
+    """Return the parts of jepa_kit; tests of projects register others."""
+    return [name for name in registry.names() if registry.get(name).__module__.startswith("jepa_kit.")]
+
+
+DISTANCES = [name for name in shipped(LOSSES) if is_distance(LOSSES.get(name))]
 COMBINATIONS = [
-    c for c in itertools.product(TARGETS.names(), DISTANCES, TARGET_UPDATES.names()) if is_legal(c[0], c[2])
+    c for c in itertools.product(shipped(TARGETS), DISTANCES, shipped(TARGET_UPDATES)) if is_legal(c[0], c[2])
 ]
 
 

@@ -242,7 +242,7 @@ def check_encoder(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSet
 
 
 def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Check the attributes, and the targets of all target patches."""
+    """Check the attributes, and the targets of all target patches, which may be codes."""
     target: Any = jepa.target
     trial.need_sizes(target, "out_dim")
     trial.need_flags(target, "needs_encoder")
@@ -251,7 +251,8 @@ def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> 
         with torch.set_grad_enabled(not jepa.target_update.stop_gradient):
             return target(images, masks.targets, jepa.target_network)
 
-    _check_call(trial, target, targets, (masks.targets.num_patches, target.out_dim), "the targets [P_t, out_dim]")
+    count = masks.targets.num_patches
+    _check_call(trial, target, targets, (count, target.out_dim), "the targets [P_t, out_dim]", codes=target.out_dim)
 
 
 def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
@@ -325,10 +326,13 @@ def check_target_update(trial: Trial, jepa: Recipe) -> None:
     jepa.load_state_dict(before, strict=False)
 
 
-def _check_call(trial: Trial, module: nn.Module, do: Callable[[], Any], shape: tuple[Any, ...], what: str) -> Tensor:
+def _check_call(
+    trial: Trial, module: nn.Module, do: Callable[[], Any], shape: tuple[Any, ...], what: str, *, codes: int = 0
+) -> Tensor:
     """Return the result of a call, a finite tensor of a shape, and the same if called again.
 
-    Buffers that the call changes must be in the state dict, because a resumed run needs them.
+    Buffers that the call changes must be in the state dict, because a resumed run needs them. Integers are accepted
+    too, as codes below ``codes`` if it is above 0.
     """
     kept = {id(owner.get_buffer(name)) for owner, name, _ in persistent_buffers(module)}
     tables = {name: value.clone() for name, value in module.named_buffers() if id(value) not in kept}
@@ -339,7 +343,10 @@ def _check_call(trial: Trial, module: nn.Module, do: Callable[[], Any], shape: t
         same = name in now and torch.equal(now[name], value)
         trial.need(same, f"changes its buffer {name}, which is not persistent: a resumed run would not have it")
     first, second = trial.twice(do)
-    trial.tensor(first, shape, what)
+    if codes and isinstance(first, Tensor) and not first.is_floating_point():
+        trial.codes(first, shape[0], codes)
+    else:
+        trial.tensor(first, shape, what)
     trial.same(first, second)
     return first
 

@@ -22,8 +22,8 @@ FORMS = {
     "function of its arguments, with the attribute grid (jepa_kit/interfaces.py)",
     "encoder": "__call__(images, patches=None) -> [P, embed_dim] and forward_layers(images, patches=None, *, layers, "
     "norm=True) -> a list of these, with grid, patch_size, embed_dim and depth (jepa_kit/interfaces.py)",
-    "target": "__call__(images, patches, encoder) -> [P_t, out_dim], with out_dim and needs_encoder "
-    "(jepa_kit/interfaces.py)",
+    "target": "__call__(images, patches, encoder) -> [P_t, out_dim], or codes [P_t] below out_dim, with out_dim and "
+    "needs_encoder (jepa_kit/interfaces.py)",
     "predictor": "__call__(context, masks) -> [P_t, out_dim] (jepa_kit/interfaces.py)",
     "head": "__call__(x [N, in_dim]) -> [N, out_dim], with out_dim (jepa_kit/interfaces.py)",
     "recipe": "a subclass of jepa_kit.recipe.Recipe, whose forward(*views, progress) returns an Output",
@@ -108,6 +108,15 @@ class Trial:
         self.need(found == shape, f"gave a tensor of shape {list(found)} for {what}, not {list(shape)}")
         self.need(value.is_floating_point(), f"gave a tensor of {value.dtype} for {what}, not of floating point")
         self.need(bool(value.isfinite().all()), f"gave values that are not finite for {what}")
+
+    def codes(self, value: Tensor, count: int, most: int) -> None:
+        """Raise ContractError unless integers are ``count`` codes from 0 to ``most`` - 1."""
+        right = value.dtype == torch.int64 and tuple(value.shape) in {(count,), (count, 1)}
+        found = f"{value.dtype} of shape {list(value.shape)}"
+        self.need(right, f"gave {found} for the targets: codes must be int64 of shape [{count}]")
+        least, largest = int(value.min()), int(value.max())
+        inside = least >= 0 and largest < most
+        self.need(inside, f"gave codes from {least} to {largest}, but out_dim (={most}) means 0 to {most - 1}")
 
     def same(self, first: Any, second: Any, what: str = "calls") -> None:
         """Raise ContractError unless two results agree."""

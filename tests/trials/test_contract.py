@@ -307,7 +307,22 @@ class OwnTarget(RepresentationTarget):
         super().__init__(embed_dim=embed_dim)
 
     def forward(self, images, patches, encoder):
-        return super().forward(images, patches, encoder).argmax(-1)
+        return super().forward(images, patches, encoder).mean(-1)
+
+
+class Codes(OwnTarget):
+    def forward(self, images, patches, encoder):
+        return RepresentationTarget.forward(self, images, patches, encoder).argmax(-1)
+
+
+class NarrowCodes(Codes):
+    def forward(self, images, patches, encoder):
+        return super().forward(images, patches, encoder).int()
+
+
+class LargeCodes(Codes):
+    def forward(self, images, patches, encoder):
+        return super().forward(images, patches, encoder) + self.out_dim
 
 
 class InfiniteTarget(OwnTarget):
@@ -420,6 +435,8 @@ BREACHES = [
     ("predictor", Detached, "no gradient reaches .* first encoder.patch_embed.* with predictor 'own'"),
     ("predictor", NarrowPredictor, r"gave a tensor of shape \[\d+, 15\] for the predictions \[P_t, out_dim\], not \["),
     ("target", OwnTarget, r"gave a tensor of shape \[\d+\] for the targets \[P_t, out_dim\]"),
+    ("target", NarrowCodes, r"gave torch.int32 of shape \[\d+\] for the targets: codes must be int64 of shape \["),
+    ("target", LargeCodes, r"gave codes from \d+ to \d+, but out_dim \(=\d+\) means 0 to \d+"),
     ("target", InfiniteTarget, "gave values that are not finite for the targets"),
     ("loss", OwnLoss, r"gave a tensor of shape \[\d+\] for the loss \[\], not \[\]"),
     (
