@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block
+from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
@@ -189,8 +190,8 @@ def model_flops(jepa: Recipe) -> ModelFlops:
     see: Literal["images", "targets", "nothing"] | None = "images"
     if has_formula(jepa.target, PixelTarget):
         see = "nothing"
-    elif not has_formula(jepa.target, RepresentationTarget):
-        see = None
+    elif not has_formula(jepa.target, RepresentationTarget) or isinstance(jepa.target_encoder, FrozenNetwork):
+        see = None  # a target encoder from a file of its own may have another architecture
     elif jepa.target.masked_at == "input":
         see = "targets"
     return ModelFlops(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from jepa_kit.config import Config
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.blocks import Block, blocks_of, checkpoint_activations
+from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.precision import autocast_of
 from jepa_kit.predictors import ViTPredictor
@@ -100,6 +101,7 @@ def training_memory(
     if kept_per_image is None and not has_memory_formula(jepa):
         raise ValueError("the formula for memory is for encoder 'vit' with predictor 'vit' only: give kept_per_image")
     count, target = parameter_counts(jepa)
+    frozen = sum(p.numel() for m in jepa.modules() if isinstance(m, FrozenNetwork) for p in m.network.parameters())
     number = 2 if precision == "bf16" else FLOAT32
     if kept_per_image is None:
         kept, working = _activations(cast(JEPA, jepa), lengths, number, checkpointing)
@@ -111,7 +113,7 @@ def training_memory(
         weights=FLOAT32 * count / shards,
         gradients=FLOAT32 * count / (shards if accumulate == 1 else 1),
         optimizer=optimizer_states * FLOAT32 * count / shards,
-        target_encoder=FLOAT32 * target / shards,
+        target_encoder=FLOAT32 * (target / shards + frozen),
         # The weights of a block, those of the next one in transfer, and a gradient that waits for its scatter.
         gathered=0 if shards == 1 else 3 * FLOAT32 * block,
         casts=number * (3 * block if shards > 1 else matrices) if number < FLOAT32 else 0,

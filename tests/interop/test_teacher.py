@@ -2,17 +2,21 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
+from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
+from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.feature_sources import encoder_named
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interop import convert, load_encoder, read_encoder
 from jepa_kit.interop.start import init_from
+from jepa_kit.planning.flops import Lengths, count_flops, flops_of
+from jepa_kit.planning.memory import training_memory
 from jepa_kit.structures import PatchSets
 from jepa_kit.training import train
 
@@ -142,3 +146,47 @@ def test_on_meta_it_has_shapes(student):
         recipe = build_recipe(student())
     assert recipe.target_encoder.network.norm.weight.is_meta
     assert recipe.target_encoder.digest.any()
+
+
+def test_its_cost_is_counted(student, tiny):
+    """It has another depth than the encoder, and FSDP does not shard it."""
+    flops, twin = (flops_of(config, build_recipe(config), torch.device("cpu")) for config in (student(), tiny()))
+    assert not flops.has_formula
+    assert flops.counted is not None
+    assert flops.counted > count_flops(tiny(), torch.device("cpu"))
+    assert twin.has_formula
+    recipe = build_recipe(student())
+    masks = build_masker(student())(np.arange(4), seed=0, epoch=0)
+    one, two = (
+        training_memory(recipe, Lengths.of(masks, 4), precision="float32", shards=shards, kept_per_image=0.0)
+        for shards in (1, 2)
+    )
+    assert (
+        one.target_encoder
+        == two.target_encoder
+        == 4 * sum(p.numel() for p in recipe.target_encoder.network.parameters())
+    )
+
+
+SCRIPT = """
+import sys
+from jepa_kit.config import load_config
+from jepa_kit.training import train
+train(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.integration
+def test_two_processes(student, tmp_path, torchrun):
+    """Sharded, with an evaluation; one process resumes from the shards."""
+    (tmp_path / "two.py").write_text(SCRIPT)
+    together = tmp_path / "together"
+    options = ("train.precision=float32", "encoder.drop_path=0.0", "evaluate.every=3", "evaluate.samples=16")
+    alone = train(student(*options))
+    saved = student(*options).save(tmp_path)
+    torchrun(2, tmp_path / "two.py", saved, f"train.output_dir={together}", "train.parallel=fsdp")
+    for ours, theirs in zip(read_metrics(together), read_metrics(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    content = load_checkpoint(together)
+    torch.testing.assert_close(content.part("target_encoder"), load_checkpoint(alone).part("target_encoder"))
+    train(student(*options, f"train.output_dir={together}", "train.parallel=none"), resume=True)
