@@ -1,18 +1,21 @@
 """Self-distillation: a student's distributions over prototypes are matched to those of a teacher, which are centred.
 
 V = views of the student    T = views of the teacher    B = images of a batch    K = prototypes
+N = patches of a view       P = target patches of T views, packed
 
 Not in the registry: the targets of these losses need a teacher's logits, so a recipe calls them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.distributed.collectives import mean_over_ranks
-from jepa_kit.structures import Progress
+from jepa_kit.structures import MaskBatch, Progress
 
 
 class CentredTargets(nn.Module):
@@ -103,6 +106,33 @@ def across_views(targets: Tensor, log_p: Tensor) -> Tensor:
     """
     pairs = [cross_entropy(q, p).mean() for i, q in enumerate(targets) for j, p in enumerate(log_p) if i != j]
     return torch.stack(pairs).mean()
+
+
+def hidden_in(masks: Sequence[MaskBatch]) -> Tensor:
+    """Return which patches are hidden in the contexts of T views, each of B whole images: [T * B * N] bool."""
+    hidden = [of_view.context.hidden for of_view in masks]
+    return torch.cat([x for x in hidden if x is not None])
+
+
+def at_targets(x: Tensor, masks: Sequence[MaskBatch]) -> Tensor:
+    """Select the target patches of each view from those of all views: [T * B * N, ...] -> [P, ...]."""
+    dense = x.unflatten(0, (len(masks), len(masks[0].context), -1))  # [T, B, N, ...]
+    return torch.cat([of_view.targets.gather(own) for of_view, own in zip(masks, dense, strict=True)])
+
+
+def over_hidden(errors: Tensor, masks: Sequence[MaskBatch]) -> Tensor:
+    """Average errors [P] over the target patches of an image, then over images and views: -> [] (iBOT, equation 2).
+
+    An image whose targets are not hidden counts as 0, as in the released code.
+
+    Args:
+        errors: of the target patches of T views, as from ``at_targets``.
+        masks: of these views, with one context and one target set for each image (``in_place``).
+    """
+    errors = errors * at_targets(hidden_in(masks), masks)
+    parts = errors[:, None].split([of_view.targets.num_patches for of_view in masks])
+    sums = [of_view.targets.pool(part).sum() for of_view, part in zip(masks, parts, strict=True)]
+    return torch.stack(sums).sum() / sum(len(of_view.context) for of_view in masks)
 
 
 def entropy(targets: Tensor) -> Tensor:

@@ -27,10 +27,11 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders.pooling import pooled_views
 from jepa_kit.interfaces import Encoder
+from jepa_kit.losses.self_distillation import at_targets
 from jepa_kit.structures import MaskBatch, PatchSets, Progress, View
 from jepa_kit.trials.recorded import Recorded, Report, run_check
 
-from .recipe import IBOT, at_targets
+from .recipe import IBOT
 
 ANY_NETWORK = {
     "img_size": 16,

@@ -110,12 +110,14 @@ class IBOT(Recipe):
         """Return the loss of V views of the same images, of which the first T have one size and masks.
 
         Raises:
-            ValueError: there are fewer views than ``num_global``, or fewer than two, or one of the first T has no
-                hidden patches.
+            ValueError: there are fewer views than ``num_global``, or fewer than two; or the first T have not one size,
+                or not hidden patches.
         """
         if len(views) < max(2, self.num_global):
             raise ValueError(f"views (={len(views)} in all) must be at least 2, and num_global (={self.num_global})")
         masks, local = [self.masks_of(view) for view in views[: self.num_global]], views[self.num_global :]
+        if len(sizes := {tuple(view.images.shape[2:]) for view in views[: self.num_global]}) > 1:
+            raise ValueError(f"the first num_global (={self.num_global}) views must have one size, not {sorted(sizes)}")
         images = torch.cat([view.images for view in views[: self.num_global]])
         with torch.no_grad():
             tokens = cast(Any, self.network("encoder")).forward_tokens(images)[0]
@@ -124,25 +126,21 @@ class IBOT(Recipe):
         tokens = self.encode(images, masks)
         classes = [tokens.prefix[:, 0], *([pooled_views(self.encoder, local)] if local else [])]
         student = self.scores(torch.cat(classes), partial(getattr, self))
-        student_patch = self.scores(at_targets(tokens.patches, masks), partial(getattr, self), patch=True)
+        student_patch = self.scores(sd.at_targets(tokens.patches, masks), partial(getattr, self), patch=True)
         return self.compare((teacher, teacher_patch), (student, student_patch), masks, progress)
 
     def masks_of(self, view: View) -> MaskBatch:
         """Return the masks of a global view."""
-        if view.masks is None or view.masks.context.hidden is None:
+        if view.masks is None or view.masks.context.hidden is None or len(view.masks.context) != len(view):
             raise ValueError(
-                f"the first num_global (={self.num_global}) views must have hidden patches: set masked: true in their "
-                "entry of data.views, and take the masker in_place"
-            )
-        if len(view.masks.context) != len(view):
-            raise ValueError(
-                f"the masker must give one context for each of {len(view)} images, not {len(view.masks.context)} in all"
+                f"the first num_global (={self.num_global}) views must have hidden patches, in one context for each "
+                "image: set masked: true in their entry of data.views, and take the masker in_place"
             )
         return view.masks
 
     def encode(self, images: Tensor, masks: Sequence[MaskBatch]) -> Tokens:
         """Return the student's tokens of global views [T * B, C, h, w], with mask tokens."""
-        hidden = torch.cat([cast(Tensor, of_view.context.hidden) for of_view in masks])  # [T * B * N]
+        hidden = sd.hidden_in(masks)  # [T * B * N]
         patches = PatchSets.full(len(images), len(hidden) // len(images), images.device)
         tokens: Tokens = cast(Any, self.encoder).forward_tokens(images, replace(patches, hidden=hidden))[0]
         return tokens
@@ -170,10 +168,10 @@ class IBOT(Recipe):
         count = len(teacher[0]) // len(masks)  # B
         q = self.targets(teacher[0].unflatten(0, (-1, count)), progress)
         log_p = sd.log_distributions(student[0].unflatten(0, (-1, count)), self.student_temperature)
-        patch_q = self.patch_targets.distributions(at_targets(teacher[1], masks), progress)
+        patch_q = self.patch_targets.distributions(sd.at_targets(teacher[1], masks), progress)
         self.patch_targets.update(teacher[1])
         errors = sd.cross_entropy(patch_q, sd.log_distributions(student[1], self.student_temperature))  # [P]
-        terms = {"class": sd.across_views(q, log_p), "patch": mean_over_hidden(errors, masks)}
+        terms = {"class": sd.across_views(q, log_p), "patch": sd.over_hidden(errors, masks)}
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         entropies = {"teacher_entropy": sd.entropy(q), "patch_teacher_entropy": sd.entropy(patch_q)}
         return Output(loss, terms, figures={**entropies, "kl": terms["class"] - entropies["teacher_entropy"]})
@@ -183,20 +181,3 @@ class IBOT(Recipe):
         for head in (self.prototype_head, self.patch_head):
             for parameter in head.parameters() if head is not None and progress.epoch < self.freeze_epochs else ():
                 parameter.grad = None
-
-
-def at_targets(x: Tensor, masks: Sequence[MaskBatch]) -> Tensor:
-    """Select the target patches of each view from those of all views: [T * B * N, ...] -> [P, ...]."""
-    dense = x.unflatten(0, (len(masks), len(masks[0].context), -1))  # [T, B, N, ...]
-    return torch.cat([of_view.targets.gather(own) for of_view, own in zip(masks, dense, strict=True)])
-
-
-def mean_over_hidden(errors: Tensor, masks: Sequence[MaskBatch]) -> Tensor:
-    """Average errors [P] over the target patches of an image, then over images and views: -> [].
-
-    An image whose targets are not hidden counts as 0, as in the released code.
-    """
-    hidden = at_targets(torch.cat([cast(Tensor, of_view.context.hidden) for of_view in masks]), masks)  # [P]
-    parts = (errors * hidden)[:, None].split([of_view.targets.num_patches for of_view in masks])
-    means = [of_view.targets.pool(part).sum() for of_view, part in zip(masks, parts, strict=True)]
-    return torch.stack(means).sum() / sum(len(of_view.context) for of_view in masks)

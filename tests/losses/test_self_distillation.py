@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import centre_cases
 import numpy as np
@@ -14,12 +15,15 @@ from scipy.stats import entropy as entropy_of
 from jepa_kit.losses.self_distillation import (
     CentredTargets,
     across_views,
+    at_targets,
     check_temperature,
     cross_entropy,
     entropy,
+    hidden_in,
     log_distributions,
+    over_hidden,
 )
-from jepa_kit.structures import START, Progress
+from jepa_kit.structures import START, MaskBatch, PatchSets, Progress
 
 OPTIONS = {"temperature": (0.04, 0.07), "warmup_epochs": 3, "momentum": 0.9}
 
@@ -76,6 +80,32 @@ def test_cross_entropy_of_all_pairs_but_equal_ones(teacher, student):
     np.testing.assert_allclose(found, wanted, rtol=1e-13)
     rows = cross_entropy(torch.from_numpy(q[0]), torch.from_numpy(log_p[1]))
     np.testing.assert_allclose(rows, -(q[0] * log_p[1]).sum(-1), rtol=1e-13)
+
+
+def masks_of(hidden: np.ndarray) -> MaskBatch:
+    """In-place masks of booleans [B, N]; the target of an image without any is its last patch, which is shown."""
+    count, patches = hidden.shape
+    chosen = hidden.copy()
+    chosen[~hidden.any(1), -1] = True
+    context = replace(PatchSets.full(count, patches), hidden=torch.from_numpy(hidden).flatten())
+    return MaskBatch(context, PatchSets.from_mask(chosen, np.arange(count)), (2, 3), torch.arange(count))
+
+
+def test_patches_that_are_hidden_in_several_views() -> None:
+    hidden = np.random.default_rng(0).random((2, 4, 6)) < 0.3
+    hidden[1, 2] = False
+    masks, errors = [masks_of(view) for view in hidden], logits(2, 4, 6)
+    assert hidden_in(masks).tolist() == hidden.flatten().tolist()
+    chosen = hidden.copy()
+    chosen[~hidden.any(2), -1] = True
+    packed = at_targets(errors.flatten(), masks)
+    np.testing.assert_array_equal(packed, errors.numpy()[chosen])
+    rows = at_targets(errors.flatten()[:, None], masks)
+    np.testing.assert_array_equal(rows[:, 0], packed)
+    wanted = [
+        e[h].mean() if h.any() else 0.0 for e, h in zip(errors.numpy().reshape(8, 6), hidden.reshape(8, 6), strict=True)
+    ]
+    np.testing.assert_allclose(over_hidden(packed, masks), np.mean(wanted), rtol=1e-13)
 
 
 def test_entropy_is_the_mean_over_rows_and_finite_for_zeros():

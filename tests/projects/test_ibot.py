@@ -41,6 +41,11 @@ RAW: dict[str, Any] = {
     "data": {"image_size": 16, "views": [{"count": 2, "masked": True}, {"count": 2, "image_size": 8}]},
     "train": {"batch_size": 4, "epochs": 50},
 }
+NO_MASKS = (
+    r"the first num_global \(=2\) views must have hidden patches, in one context for each image: "
+    "set masked: true in their "
+    "entry of data.views, and take the masker in_place"
+)
 PATCH_HEAD = {"patch_head": {"name": "prototypes", "out_dim": 6}}
 
 
@@ -246,16 +251,24 @@ def test_configs_that_are_rejected(changes: dict[str, Any], message: str) -> Non
     "given", [(masks(1), None), (masks(1), MaskBatch(*[masks(1).targets] * 2, (4, 4), torch.arange(4)))]
 )
 def test_views_without_hidden_patches(given: tuple[MaskBatch | None, ...]) -> None:
-    message = r"the first num_global \(=2\) views must have hidden patches: set masked: true in their entry of"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=NO_MASKS):
         ibot()(*views(*given))
 
 
 def test_several_contexts_of_an_image() -> None:
     batch = views()
     batch[0] = View(batch[0].images[:2], batch[0].masks)
-    with pytest.raises(ValueError, match="the masker must give one context for each of 2 images, not 4 in all"):
+    with pytest.raises(ValueError, match=NO_MASKS):
         ibot()(*batch)
+
+
+def test_global_views_of_two_sizes() -> None:
+    batch = views()
+    masks_of_small = masks_of(torch.ones(4, 2, 2))
+    with pytest.raises(
+        ValueError, match=r"the first num_global \(=2\) views must have one size, not \[\(8, 8\), \(16, 16\)\]"
+    ):
+        ibot()(batch[0], View(batch[2].images, masks_of_small), batch[3])
 
 
 def test_too_few_views() -> None:
