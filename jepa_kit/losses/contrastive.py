@@ -23,7 +23,6 @@ def info_nce(
     positive key it is the cross entropy of choosing it. What a method does with it:
 
         SimCLR (NT-Xent)  queries are the views, keys the views of all processes; left_out is the query itself
-        MoCo              keys are those of the batch and then the queue; left_out are the batch's other keys
         MoCo v3           keys are those of all processes
 
     Keys of all processes, with their gradient, are ``jepa_kit.distributed.collectives.gather_with_grad(keys)``; the

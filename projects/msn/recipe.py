@@ -106,7 +106,7 @@ class MSN(Recipe):
             log_p = log_distributions(self.prototype_head(at_least_float32(z)), self.temperature)
         if not self.label_smoothing:
             return log_p
-        spread = log_p.new_tensor(self.label_smoothing / log_p.shape[1]).log()
+        spread = log_p.new_full((), math.log(self.label_smoothing / log_p.shape[1]))
         return torch.logaddexp(log_p + math.log1p(-self.label_smoothing), spread)
 
     @torch.no_grad()
