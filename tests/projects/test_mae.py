@@ -13,6 +13,10 @@ import torch
 
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.engine.optimizer import build_optimizer
+from jepa_kit.engine.schedules import Hyper
+from jepa_kit.engine.step import train_step
+from jepa_kit.structures import View
 from jepa_kit.trials.recorded import Recorded, Report
 from projects.mae import check
 
@@ -91,3 +95,14 @@ def test_the_config_has_the_sizes_of_the_paper() -> None:
     assert sum(counts) == 111_907_840 - 197 * (768 + 512)
     readme = (ROOT / "projects/mae/README.md").read_text()
     assert f"| {counts[0] / 1e6:.1f} M / {counts[1] / 1e6:.1f} M |" in readme
+
+
+def test_the_quick_config_learns_one_batch() -> None:
+    config = load_config(ROOT / "projects/mae/configs/quick.yaml")
+    torch.manual_seed(0)
+    recipe = build_recipe(config)
+    images = torch.nn.functional.interpolate(torch.randn(8, 3, 4, 4), size=(64, 64), mode="bilinear")
+    view = View(images, build_masker(config)(np.arange(8), seed=0, epoch=0))
+    optimizer = build_optimizer(recipe, betas=config.optim.betas)
+    losses = [train_step(recipe, optimizer, Hyper(1e-3, 0.05, 1.0), [view]).loss.item() for _ in range(20)]
+    assert losses[-1] < 0.95 * losses[0]
