@@ -144,6 +144,13 @@ class PatchSets:
         """Return the patch indices of each set: S tensors [L_s]."""
         return list(self.index.split(self.lengths.on_host))
 
+    def shown(self) -> list[Tensor]:
+        """Return the patches of each set whose content an encoder sees, which are not hidden: S tensors [L_s]."""
+        if self.hidden is None:
+            return self.split()
+        hidden = self.hidden.split(self.lengths.on_host)
+        return [index[~own] for index, own in zip(self.split(), hidden, strict=True)]
+
     def pool(self, tokens: Tensor) -> Tensor:
         """Average tokens over each set: [P, D] -> [S, D], in the order of the sets."""
         if self.uniform:

@@ -20,7 +20,8 @@ from torch import Tensor
 from jepa_kit.config import DataConfig
 from jepa_kit.data.transforms import normalize
 from jepa_kit.distributed.buffers import unchanged_buffers
-from jepa_kit.evaluation.features import encode, evaluating
+from jepa_kit.encoders.pooling import pooled
+from jepa_kit.evaluation.features import evaluating, has_class_token
 from jepa_kit.evaluation.health import measures
 from jepa_kit.evaluation.health.statistics import (
     NO_LOSSES,
@@ -233,11 +234,11 @@ class _Sums:
                 codes = not out.target.is_floating_point()
                 self.predictions = CodeStatistics() if codes else PredictionStatistics(jepa)
             self.predictions.add(out, other, drawn)
-            pooled = drawn.context.pool(out.context.double().cpu())
+            context = drawn.context.pool(out.context.double().cpu())
         else:
             with self.autocast():
-                pooled = encode(jepa.encoder, x, view.masks.context)[1].double().cpu()
-        self.contexts.append((pooled, drawn.context.image))
+                context = pooled(jepa.encoder, x, view.masks.context).double().cpu()
+        self.contexts.append((context, drawn.context.image))
 
     def losses(self) -> tuple[Mapping[str, Any], list[str]]:
         """Return the losses of ``Health`` by name, and what is missing of them."""
@@ -249,9 +250,13 @@ class _Sums:
 
 def tokens_and_features(jepa: Recipe, which: Which, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return tokens [B, n, D] of normalised images, and their features [B, D] in float64; see ``Health.features``."""
-    tokens, features = encode(jepa.encoder_for(which), images)  # [B * n, D], [B, D]
-    tokens = tokens.unflatten(0, (len(images), -1))
-    return tokens, tokens.double().mean(1) if isinstance(jepa, PatchRecipe) else features.double()
+    encoder: Any = jepa.encoder_for(which)
+    if not has_class_token(encoder):
+        tokens = encoder(images).unflatten(0, (len(images), -1))
+        return tokens, tokens.double().mean(1)
+    (found,) = encoder.forward_tokens(images)
+    tokens = found.patches.unflatten(0, (len(images), -1))
+    return tokens, (tokens.double().mean(1) if isinstance(jepa, PatchRecipe) else found.prefix[:, 0].double())
 
 
 def several_masks(masker: Masker, samples: np.ndarray, count: int, *, seed: int, step: int = 0) -> MaskBatch:
@@ -275,11 +280,11 @@ def _targets_elsewhere(jepa: PatchRecipe, view: View, own: PatchSets) -> Tensor:
 def _lidar(contexts: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     """Return LiDAR with images as classes and contexts as samples; None without several for each image."""
     classes = []
-    for pooled, image in contexts:
+    for context, image in contexts:
         counts = torch.bincount(image)
         if int(counts.min()) != int(counts.max()) or int(counts[0]) < 2:
             return None
-        classes.append(pooled[torch.argsort(image, stable=True)].unflatten(0, (len(counts), -1)))
+        classes.append(context[torch.argsort(image, stable=True)].unflatten(0, (len(counts), -1)))
     if len({part.shape[1] for part in classes}) != 1:
         return None
     return measures.lidar(torch.cat(classes).numpy())

@@ -121,7 +121,7 @@ class PredictionStatistics:
         images, square = 0, 0.0
         for out, other in self.batches:
             prediction, target, masks = out.prediction.double(), out.target.double(), out.masks
-            here = int(masks.targets.image.max()) + 1
+            here = _images(masks)
             pairs = {
                 "loss": (prediction, target),
                 "loss_mean": (mean.expand_as(target), target),
@@ -160,7 +160,7 @@ class CodeStatistics:
         sums: defaultdict[str, float] = defaultdict(float)
         images = 0
         for out, other in self.batches:
-            here = int(out.masks.targets.image.max()) + 1
+            here = _images(out.masks)
             values = {"loss": out.prediction, "loss_mean": surprise[out.target], "loss_other": other}
             for name, value in values.items():
                 sums[name] += float(out.mean(value)) * here
@@ -173,6 +173,11 @@ def _cross_entropy(scores: Tensor, codes: Tensor, rows: int = 4096) -> Tensor:
     """Return [P] float64 on the host, of scores [P, K] in parts of some rows: there may be thousands of codes."""
     pairs = zip(scores.split(rows), codes.split(rows), strict=True)
     return torch.cat([F.cross_entropy(x.double(), y, reduction="none").cpu() for x, y in pairs])
+
+
+def _images(masks: MaskBatch) -> int:
+    """Return the number of images with targets, over which ``Prediction.mean`` averages."""
+    return len(masks.targets.image.unique())
 
 
 def _check_finite(out: Prediction) -> None:

@@ -42,7 +42,8 @@ class MaskReport:
         grid: (H, W).
         images, images_per_batch: number of images, in total and at a time.
         probability: of each patch to be in a context, in a target, or unused.
-        context_before, context, targets_before, targets: [S] lengths of sets before and after truncation.
+        context_before, context, targets_before, targets: [S] lengths of sets before and after truncation; of contexts
+            without mask tokens, also in ``probability``.
         standard_errors: of the means of these, by name, over batches; empty if images of a batch are independent, or
             there is one batch.
         sets_per_image: (contexts, targets), means.

@@ -54,7 +54,8 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         counts.add(masks, before)
     total = batches * images_per_batch
     lengths = {name: np.concatenate(of_batches) for name, of_batches in counts.lengths.items()}
-    context, targets, sequences = lengths["context"], lengths["targets"], lengths.pop("sequences")
+    context, targets = lengths["context"], lengths["targets"]
+    encoded, sequences = lengths.pop("encoded"), lengths.pop("sequences")
     by_batch = _by_batch(masker, config.train.seed, images_per_batch, batches)
     shared_size = _shared_size(counts.sides)
     sides = np.concatenate(counts.sides)  # [S_t, 2], zero where a target is no rectangle
@@ -75,7 +76,7 @@ def mask_report(config: Config, *, images: int = 2048, images_per_batch: int = 1
         reached=_missing_shapes(masker, config.train.seed),
         by_batch=by_batch,
         shared_size=shared_size,
-        cost=cost_of(jepa, Lengths(context, targets, sequences, total, masker.grid[0] * masker.grid[1])),
+        cost=cost_of(jepa, Lengths(encoded, targets, sequences, total, masker.grid[0] * masker.grid[1])),
     )
 
 
@@ -92,7 +93,8 @@ class _Counts:
 
     def add(self, masks: MaskBatch, before: MaskBatch) -> None:
         batch_size = int(masks.context.image.max()) + 1
-        seen = self._count(masks.context, masks.context.image, batch_size)  # [B, N], as the next
+        shown = _shown(masks.context)
+        seen = self._count(shown, shown.image, batch_size)  # [B, N], as the next
         aimed_at = self._count(masks.targets, masks.targets.image, batch_size)
         self.in_context += seen.sum(0)
         self.in_target += (aimed_at > 0).sum(0)
@@ -101,8 +103,9 @@ class _Counts:
         self.covered += int((times > 0).sum())
         self.covered_twice += int((times > 1).sum())
         for name, sets in (
-            ("context_before", before.context.lengths),
-            ("context", masks.context.lengths),
+            ("context_before", _shown(before.context).lengths),
+            ("context", shown.lengths),
+            ("encoded", masks.context.lengths),
             ("targets_before", before.targets.lengths),
             ("targets", masks.targets.lengths),
             ("sequences", masks.sequences),
@@ -121,6 +124,11 @@ class _Counts:
         """Return the standard errors of mean lengths, from the means of batches."""
         means = {name: np.array([batch.mean() for batch in self.lengths[name]]) for name in names}
         return {name: float(x.std(ddof=1) / len(x) ** 0.5) for name, x in means.items() if len(x) > 1}
+
+
+def _shown(sets: PatchSets) -> PatchSets:
+    """Return the sets without their mask tokens."""
+    return sets if sets.hidden is None else sets.select(~sets.hidden)
 
 
 def rectangles(sets: NDArray[np.bool_], grid: Grid) -> IntArray:
@@ -183,7 +191,7 @@ def _contexts(masker: Masker, seed: int, images_per_batch: int, images_per_step:
     for step in range(steps):
         of_step = np.arange(step * images_per_step, (step + 1) * images_per_step)
         for samples in np.split(of_step, range(images_per_batch, images_per_step, images_per_batch)):
-            sets = masker(samples, seed=seed, epoch=0, step=step).context
+            sets = _shown(masker(samples, seed=seed, epoch=0, step=step).context)
             lengths.append(sets.lengths.each[np.argsort(sets.image.numpy(), kind="stable")])
     return np.concatenate(lengths)
 

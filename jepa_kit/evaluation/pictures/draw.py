@@ -71,6 +71,7 @@ def mask_gallery(
     bands = -(-len(images) // columns)
     captions = [0.06 if titles is None else 0.2, *[0.42] * (rows - 1)] * bands
     figure, axes = _panels(captions, columns, images.shape[2] / images.shape[3], around=0.7, heading=heading)
+    seen = masks.context.shown()
     most = 0
     for b, sets in enumerate(contexts):
         band, column = divmod(b, columns)
@@ -80,7 +81,7 @@ def mask_gallery(
             _show(panel, shown[s])
             blocks = draw_blocks(panel, masks, s, images.shape[2:], linewidths=1.4, capstyle="round")
             most = max(most, len(blocks))
-            panel.set_xlabel(_caption(masks.context.lengths.on_host[s], blocks), fontsize=7, labelpad=3)
+            panel.set_xlabel(_caption(len(seen[s]), blocks), fontsize=7, labelpad=3)
     legend: list[Patch | Line2D] = [Patch(facecolor=GREY, edgecolor="none", label="hidden from the context encoder")]
     for m, colour in enumerate(COLOURS[:most], start=1):
         legend.append(Line2D([], [], color=colour, linewidth=2, label=f"target block {m}"))

@@ -5,6 +5,8 @@ m = images shown    n = patches of an image    T = patches of the block    D = w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -48,7 +50,7 @@ def hidden_block_section(material: Material, steps: int) -> tuple[Section, dict[
     halves = [np.sort(seen[permutation(rng, len(seen))[: len(seen) // 2]]) for _ in range(2)]
     images = material.images[:ROWS]
     expected = [
-        material.predictions(images, _one_block(len(images), context, hidden, grid)).unflatten(0, (len(images), -1))
+        material.predictions(images, _one_block(material, len(images), context, hidden)).unflatten(0, (len(images), -1))
         for context in (seen, *halves)
     ]
     sources = [*expected[:1] * DRAWS, *expected[1:], material.targets(images)[:, hidden]]  # [m, T, D] each
@@ -66,7 +68,7 @@ def hidden_block_section(material: Material, steps: int) -> tuple[Section, dict[
     titles += [f"expected from\nhalf the context {half}" for half in ("A", "B")]
     section = Section(
         name="decoder",
-        title="4  What the predictor expects in a hidden block",
+        title="What the predictor expects in a hidden block",
         text=_text(material, fractions),
         rows=len(images),
         draw=draw,
@@ -118,10 +120,19 @@ def middle_block(grid: Grid) -> NDArray[np.int64]:
     return (rows[:, None] * w + columns).ravel()
 
 
-def _one_block(count: int, context: NDArray[np.int64], hidden: NDArray[np.int64], grid: Grid) -> MaskBatch:
-    """Return masks with one context and one target set for each of ``count`` images."""
-    seen, block = (PatchSets.from_padded(torch.from_numpy(np.tile(x, (count, 1)))) for x in (context, hidden))
-    return MaskBatch(seen, block, grid, torch.arange(count))
+def _one_block(material: Material, count: int, seen: NDArray[np.int64], hidden: NDArray[np.int64]) -> MaskBatch:
+    """Return masks with one context and one target set for each of ``count`` images.
+
+    If the recipe's masks are in place, the context is all patches, with mask tokens for those that are not in ``seen``.
+    """
+    assert material.masks is not None
+    context, block = (PatchSets.from_padded(torch.from_numpy(np.tile(x, (count, 1)))) for x in (seen, hidden))
+    if material.masks.context.hidden is not None:
+        patches = material.grid[0] * material.grid[1]
+        shown = torch.zeros(patches, dtype=torch.bool)
+        shown[torch.from_numpy(seen)] = True
+        context = replace(PatchSets.full(count, patches), hidden=~shown.repeat(count))
+    return MaskBatch(context, block, material.grid, torch.arange(count))
 
 
 def _filled(material: Material, images: Tensor, drawn: Tensor, hidden: NDArray[np.int64]) -> Tensor:

@@ -1,10 +1,12 @@
 """Attention weights, and the patches whose targets are nearest to a prediction.
 
 B = images    n = patches of an image, H * W    D = width of a target    h = heads    d = width of a head
+k = tokens of the encoder's prefix: the class token, then registers
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_kit.encoders.blocks import NO_TERMS, Terms, rotate
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.recipe import PatchRecipe
 from jepa_kit.structures import MaskBatch, PatchSets, View
 
 
 def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Tensor:
-    """Return the weights softmax(q k^T / sqrt(d)) of a block, over all patches of each image.
+    """Return the weights softmax(q k^T / sqrt(d)) of a block, over all tokens of each image.
 
-    The fused kernels never write them out, so they are recomputed from the output of the block's projection.
+    The fused kernels never write them out, so they are recomputed from the output of the block's projection, with
+    rotations and biases if the encoder's ``terms`` has them.
 
     Args:
         encoder: with ``blocks`` whose ``attn`` has ``qkv`` and ``num_heads``, as ``vit`` has.
@@ -29,14 +33,16 @@ def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Te
         block: index; the last by default.
 
     Returns:
-        [B, h, n, n] float32; row i has the weights of patch i over all patches and adds up to 1.
+        [B, h, k + n, k + n] float32; row i has the weights of token i over all tokens and adds up to 1. The k tokens of
+        the prefix are the first.
 
     Raises:
         ValueError: if the encoder has no such blocks.
     """
-    blocks: Any = getattr(encoder, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not hasattr(getattr(blocks[block], "attn", None), "qkv"):
-        raise ValueError(f"encoder (={type(encoder).__name__}) must have blocks with attn.qkv, as 'vit' has")
+    if why := why_no_attention(encoder):
+        raise ValueError(why)
+    network: Any = encoder
+    blocks = network.blocks
     attention: Any = blocks[block].attn
     outputs: list[Tensor] = []
     every: list[Any] = list(blocks)
@@ -46,14 +52,41 @@ def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Te
         for b, _ in compiled:
             b.compiled = False  # a compiled block does not call the hook
         with torch.no_grad(), evaluating(encoder):
-            tokens = encoder(images)  # [B * n, D]
+            network(images)
+            terms = _terms(network, images, block % len(blocks))
     finally:
         handle.remove()
         for b, was in compiled:
             b.compiled = was
-    qkv = outputs[0][: len(tokens)].float().unflatten(-1, (3, attention.num_heads, -1))  # [B * n, 3, h, d]
-    q, k, _ = (x.unflatten(0, (len(images), -1)).transpose(1, 2) for x in qkv.unbind(1))  # [B, h, n, d]
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    tokens = getattr(encoder, "num_prefix", 0) + _patches(network, images)  # k + n
+    qkv = outputs[0][: len(images) * tokens].float().unflatten(-1, (3, attention.num_heads, -1))  # [.., 3, h, d]
+    q, k, _ = qkv.unbind(1)
+    if terms.rotation is not None:
+        q, k = rotate(q, terms.rotation), rotate(k, terms.rotation)
+    q, k = (x.unflatten(0, (len(images), -1)).transpose(1, 2) for x in (q, k))  # [B, h, k + n, d]
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return (scores if terms.bias is None else scores + terms.bias).softmax(-1)
+
+
+def why_no_attention(encoder: nn.Module) -> str | None:
+    """Return why there are no weights of an encoder's attention, or None."""
+    blocks = getattr(encoder, "blocks", None)
+    if isinstance(blocks, nn.ModuleList) and all(hasattr(getattr(b, "attn", None), "qkv") for b in blocks):
+        return None
+    return f"encoder (={type(encoder).__name__}) must have blocks with attn.qkv, as 'vit' has"
+
+
+def _terms(encoder: Any, images: Tensor, block: int) -> Terms:
+    """Return what the attention of a block (from 0) adds over whole images."""
+    if not hasattr(encoder, "terms"):
+        return NO_TERMS
+    found = encoder.terms(images, None, encoder.embed(images, None)[1])
+    return NO_TERMS if found is None else next(itertools.islice(found, block, None))
+
+
+def _patches(encoder: Any, images: Tensor) -> int:
+    p = encoder.patch_size
+    return (images.shape[2] // p) * (images.shape[3] // p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +95,7 @@ class Guess:
 
     Args:
         image, patch: the hidden patch that was predicted.
-        context: [L] the patches that the prediction was made from.
+        context: [L] the patches that the prediction was made from, without mask tokens.
         cosine: [B, n] of the prediction with every patch's target, after subtraction of the mean target from both.
         rank: of the true patch by that cosine, from 1.
         total: number of patches, B * n.
@@ -120,7 +153,7 @@ def guesses(
     centre = targets.mean((0, 1))
     unit = F.normalize(targets - centre, dim=-1)
     unlikely = (targets - targets.mean(0)).square().sum(-1)  # [B, n]
-    image_of = masks.targets.image_of_token
+    image_of, shown = masks.targets.image_of_token, masks.context.shown()
     found = []
     for image in chosen:
         own = torch.nonzero(image_of == image)[:, 0]
@@ -134,7 +167,7 @@ def guesses(
             Guess(
                 image=image,
                 patch=patch,
-                context=masks.context.split()[context_set].cpu(),
+                context=shown[context_set].cpu(),
                 cosine=cosine.cpu(),
                 rank=1 + int((cosine > cosine[image, patch]).sum()),
                 total=cosine.numel(),

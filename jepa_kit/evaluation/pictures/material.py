@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker
+from jepa_kit.build import masker_of
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize
@@ -23,6 +23,7 @@ from jepa_kit.evaluation.health.measure import BATCH, several_masks
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.pictures.decoder import image_scale, patchify
 from jepa_kit.evaluation.pictures.maps import all_targets, predict
+from jepa_kit.interfaces import Encoder
 from jepa_kit.recipe import PatchRecipe
 from jepa_kit.structures import Grid, MaskBatch
 
@@ -38,7 +39,7 @@ class Material:
         run: with its modules on the device.
         images: [B, 3, h, w] uint8, the subject of the pictures; the first of them are shown.
         others: [B', 3, h, w] uint8 on which the decoder is trained.
-        masks: of ``images``, by the recipe's masker.
+        masks: of ``images``, by the recipe's masker; None if it has none.
         device: of the networks.
         seed: of the decoder, its noise and the halves of contexts.
     """
@@ -46,17 +47,23 @@ class Material:
     run: LoadedRun
     images: Tensor
     others: Tensor
-    masks: MaskBatch
+    masks: MaskBatch | None
     device: torch.device
     seed: int
 
     @property
     def grid(self) -> Grid:
-        return self.masks.grid
+        return cast(Encoder, self.run.jepa.encoder).grid
 
     @property
     def patch_size(self) -> int:
-        return self.images.shape[2] // self.grid[0]
+        return cast(Encoder, self.run.jepa.encoder).patch_size
+
+    @property
+    def recipe(self) -> PatchRecipe:
+        """The recipe, for sections on predictions: they are left out for recipes that predict no patches."""
+        assert isinstance(self.run.jepa, PatchRecipe)
+        return self.run.jepa
 
     @property
     def encoder(self) -> Literal["target", "context"]:
@@ -75,11 +82,11 @@ class Material:
 
     def targets(self, images: Tensor) -> Tensor:
         """Return [B, n, D] on the host: the target of every patch."""
-        return all_targets(cast(PatchRecipe, self.run.jepa), self.normalized(images)).cpu()
+        return all_targets(self.recipe, self.normalized(images)).cpu()
 
     def predictions(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """Return [P, D] on the host: predictions, packed as ``masks.targets``."""
-        return predict(cast(PatchRecipe, self.run.jepa), self.normalized(images), masks.to(self.device)).cpu()
+        return predict(self.recipe, self.normalized(images), masks.to(self.device)).cpu()
 
     def pixels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a decoder can draw, [B, n, 3 * p * p] on the host, and the centre and deviation left out of it.
@@ -138,6 +145,7 @@ def gather(
         log(f"{dataset.path} has {len(dataset)} images: {images} for pictures, {others} to train the decoder")
     samples = random_samples(dataset, images + others, seed=seed, lane=3)
     pixels = read_images(dataset, ImageOptions.from_config(run.config.data), samples)
-    masks = several_masks(build_masker(run.config), np.arange(images), 1, seed=seed)
+    masker = masker_of(run.config)
+    masks = None if masker is None else several_masks(masker, np.arange(images), 1, seed=seed)
     run.jepa.to(device)
     return Material(run, pixels[:images], pixels[images:], masks, device, seed)

@@ -48,7 +48,7 @@ def pixel_mask(cells: Tensor, grid: Grid, size: Sequence[int]) -> Tensor:
 
 
 def dim_hidden(images: Tensor, masks: MaskBatch) -> Tensor:
-    """Return what each context shows: its patches unchanged, the others as a pale grey.
+    """Return what each context shows: its patches unchanged, the others, also mask tokens, as a pale grey.
 
     Args:
         images: [B, 3, h, w] uint8.
@@ -65,7 +65,8 @@ def dim_hidden(images: Tensor, masks: MaskBatch) -> Tensor:
     if len(images) != count:
         raise ValueError(f"images must be the {count} of the masks, not {len(images)}")
     cells = torch.zeros(len(masks.context), masks.grid[0] * masks.grid[1], dtype=torch.bool)
-    cells[masks.context.lengths.set_of_token, masks.context.index] = True
+    for s, seen in enumerate(masks.context.shown()):
+        cells[s, seen] = True
     shown = images[masks.context.image]  # [S, 3, h, w]
     pale = (0.25 * luminance(shown) + 0.75 * PALE).round().to(torch.uint8)
     return torch.where(pixel_mask(cells, masks.grid, images.shape[2:]), shown, pale)

@@ -8,19 +8,20 @@ m = images of the section    n = patches of an image, H * W    h = heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from jepa_kit.build import build_masker
+from jepa_kit.build import masker_of
 from jepa_kit.config import versions
-from jepa_kit.evaluation.features import extract_features, untrained_encoder
+from jepa_kit.evaluation.features import extract_features, has_class_token, untrained_encoder
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import judge
 from jepa_kit.evaluation.pictures.hidden_block import hidden_block_section
-from jepa_kit.evaluation.pictures.maps import Guess, attention_weights, guesses
+from jepa_kit.evaluation.pictures.maps import Guess, attention_weights, guesses, why_no_attention
 from jepa_kit.evaluation.pictures.material import Material
 from jepa_kit.evaluation.pictures.panels import component_images, show_image, to_uint8
 from jepa_kit.evaluation.pictures.sections import (
@@ -36,7 +37,6 @@ from jepa_kit.evaluation.pictures.sections import (
 )
 from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.plotting import Axes
-from jepa_kit.recipe import PatchRecipe
 
 GUESSES, ATTENTIONS = 3, 2
 """Rows of these sections: always the first images, so that none is picked."""
@@ -51,6 +51,8 @@ def draw_run(
 ) -> dict[str, Any]:
     """Write ``page.png``, a PNG for each section, and ``visualize.json``, and return the content of the latter.
 
+    Sections that the recipe or its encoder has no material for are left out; a line of the page says why.
+
     Args:
         material: from ``gather``.
         folder: made if it is missing.
@@ -61,27 +63,45 @@ def draw_run(
     run, config = material.run, material.run.config
     log("health")
     health = measure_health(
-        cast(PatchRecipe, run.jepa),
+        run.jepa,
         material.images,
-        build_masker(config),
+        masker_of(config),
         encoder=material.encoder,
         mean=config.data.mean,
         std=config.data.std,
         device=material.device,
     )
     verdict = judge(health)
-    log("patch features")
-    components = _components(material)
-    log("guesses")
-    predictions, found = _guesses(material)
-    log("attention")
-    attention = _attention(material, [guess.patch for guess in found])
-    log(f"decoder: {steps} updates on {len(material.others)} images")
-    block, fractions = hidden_block_section(material, steps)
-    sections = [components, predictions, attention, block]
+    sections, left_out, fractions = list[Section](), list[str](), None
+    found: list[Guess] = []
+    if health.of_images is None:
+        left_out.append("patch features: an image has one token")
+    else:
+        log("patch features")
+        sections.append(_components(material))
+    if health.loss_position is None:  # it is measured if targets are vectors that predictions are compared with
+        left_out.append(f"the predictor's guess and the hidden block: {'; '.join(health.not_measured)}")
+    else:
+        log("guesses")
+        predictions, found = _guesses(material)
+        sections.append(predictions)
+    if why := why_no_attention(run.jepa.encoder_for(material.encoder)):
+        left_out.append(f"attention: {why}")
+    else:
+        log("attention")
+        sections.append(_attention(material, {guess.image: guess.patch for guess in found}))
+    if health.loss_position is not None:
+        log(f"decoder: {steps} updates on {len(material.others)} images")
+        block, fractions = hidden_block_section(material, steps)
+        sections.append(block)
+    for line in left_out:
+        log(f"left out: {line}")
+    sections = [replace(section, title=f"{k}  {section.title}") for k, section in enumerate(sections, start=1)]
     aspect = material.images.shape[2] / material.images.shape[3]
-    parts = [f"{slot} {config.slots[slot].name}" for slot in ("encoder", "masker", "target", "target_update")]
-    lines = [f"after {run.step:,} updates; {', '.join(parts)}", str(verdict)]
+    slots = ("encoder", "masker", "target", "target_update")
+    parts = [f"{slot} {config.slots[slot].name}" for slot in slots if slot in config.slots]
+    lines = [f"{config.recipe.name} after {run.step:,} updates; {', '.join(parts)}", str(verdict)]
+    lines += [f"left out: {line}" for line in left_out]
     files = [page(sections, folder / "page.png", heading=name, lines=lines, aspect=aspect)]
     files += [single(section, folder / f"{section.name}.png", aspect=aspect) for section in sections]
     content = {
@@ -89,8 +109,9 @@ def draw_run(
         "verdict": verdict.state,
         "reason": verdict.reason,
         "health": health.to_dict(),
-        "median_place": _median_rank(found),
-        "patches": found[0].total,
+        "left_out": left_out,
+        "median_place": _median_rank(found) if found else None,
+        "patches": found[0].total if found else None,
         "decoder_explains": fractions,
         "files": [file.name for file in files],
         "versions": versions(),
@@ -130,7 +151,7 @@ def _components(material: Material) -> Section:
 
     return Section(
         name="patch_pca",
-        title="1  Patch features",
+        title="Patch features",
         text="The first three principal components of the features of all patches and images, as red, green and blue. "
         "Patches of one colour have similar features. If the network knows objects, colours follow them across images; "
         "if it knows positions, all images look the same.",
@@ -145,10 +166,9 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
     The section has the cosine maps of predictions over their own image and over those with the nearest patches.
     """
     images, grid, patch_size = material.images, material.grid, material.patch_size
-    chosen = range(min(RANKED, len(images)))
-    found = guesses(
-        cast(PatchRecipe, material.run.jepa), material.normalized(images), material.masks.to(material.device), chosen
-    )
+    assert material.masks is not None
+    chosen = material.masks.targets.image.unique().tolist()[:RANKED]  # a masker may hide nothing of some images
+    found = guesses(material.recipe, material.normalized(images), material.masks.to(material.device), chosen)
 
     def draw(axes: list[list[Axes]]) -> None:
         for row, guess in zip(axes, found, strict=False):
@@ -166,7 +186,7 @@ def _guesses(material: Material) -> tuple[Section, list[Guess]]:
     others = ["nearest patch\nof other images", "second", "third", "fourth", "fifth", "sixth"]
     section = Section(
         name="predictor_guess",
-        title="2  The predictor's guess",
+        title="The predictor's guess",
         text="For one hidden patch (red), the cosine between its prediction and the target of every patch of "
         f"{len(images)} images, after subtraction of the mean target; black is below the median. "
         "Rank 1: no other patch of all images fits the prediction better than the true one; the median over "
@@ -185,33 +205,48 @@ def _median_rank(found: Sequence[Guess]) -> float:
     return float(np.median([guess.rank for guess in found]))
 
 
-def _attention(material: Material, queries: Sequence[int]) -> Section:
-    """Return the section of the last block's attention: some heads for one patch, their mean, and that of all patches.
+def _attention(material: Material, patches: Mapping[int, int]) -> Section:
+    """Return the section of the last block's attention: some heads for one token, their mean, and that of all patches.
 
-    ``queries`` are the patches whose attention is drawn, one for each image: those that the guesses are about.
+    The token is the class token if the encoder has one, else a patch of each image.
+
+    Args:
+        material: from ``gather``.
+        patches: image -> patch that the guess is about; of other images, the patch in the middle is taken.
     """
     encoder: Any = material.run.jepa.encoder_for(material.encoder)
     images, grid, patch_size = material.images[:ATTENTIONS], material.grid, material.patch_size
-    weights = attention_weights(encoder, material.normalized(images)).cpu().numpy()  # [m, h, n, n]
+    weights = attention_weights(encoder, material.normalized(images)).cpu().numpy()  # [m, h, k + n, k + n]
+    prefix = weights.shape[2] - grid[0] * grid[1]
+    middle = grid[0] // 2 * grid[1] + grid[1] // 2
+    queries = [patches.get(image, middle) for image in range(len(images))]
+    class_token = has_class_token(encoder)
     heads = min(weights.shape[1], COLUMNS - 3)
 
     def draw(axes: list[list[Axes]]) -> None:
-        for row, image, weight, patch in zip(axes, images, weights, queries, strict=False):
+        for row, image, every, patch in zip(axes, images, weights[..., prefix:], queries, strict=False):
+            own = every[:, 0 if class_token else prefix + patch]  # [h, n]
             show_image(row[0], image)
-            frame(row[0], [patch], grid, patch_size, RED)
-            maps = [*weight[:heads, patch], weight[:, patch].mean(0), weight.mean((0, 1))]
+            maps = [*own[:heads], own.mean(0), every[:, prefix:].mean((0, 1))]
             for panel, values in zip(row[1:], maps, strict=False):
                 show_map(panel, image, values.reshape(grid), 0.0, float(np.percentile(values, 99)))
-                frame(panel, [patch], grid, patch_size, RED, 1.0)
             for panel in row[1 + len(maps) :]:
                 panel.set_visible(False)
+            for panel, width in zip(row[: 1 + len(maps)], [1.8, *[1.0] * len(maps)], strict=True):
+                frame(panel, [] if class_token else [patch], grid, patch_size, RED, width)
 
+    token = "the class token" if class_token else "one patch (red)"
     return Section(
         name="attention",
-        title=f"3  Attention of the {material.encoder} encoder, block {encoder.depth}",
-        text="Attention of one patch (red, as above) to every patch: some heads, the mean of all heads, and the mean "
+        title=f"Attention of the {material.encoder} encoder, block {encoder.depth}",
+        text=f"Attention of {token} to every patch: some heads, the mean of all heads, and the mean "
         "of all heads and patches. Each map has its own scale from 0 (black) to its 99th percentile (bright).",
         rows=len(images),
         draw=draw,
-        titles=["image; patch", *[f"head {k + 1}" for k in range(heads)], "mean of heads", "mean of all\npatches"],
+        titles=[
+            "image" if class_token else "image; patch",
+            *[f"head {k + 1}" for k in range(heads)],
+            "mean of heads",
+            "mean of all\npatches",
+        ],
     )

@@ -112,7 +112,9 @@ def test_counts_against_plain_python(name: str) -> None:
         seen: list[set[int]] = [set() for _ in range(20)]
         aimed: list[set[int]] = [set() for _ in range(20)]
         by_context: list[list[int]] = [[] for _ in range(len(masks.context))]
-        for patches, image in zip(masks.context.split(), masks.context.image.tolist(), strict=True):
+        hidden = masks.context.hidden
+        shown = masks.context if hidden is None else masks.context.select(~hidden)
+        for patches, image in zip(shown.split(), masks.context.image.tolist(), strict=True):
             context[patches] += 1
             seen[image] |= set(patches.tolist())
             contexts.append(len(patches))

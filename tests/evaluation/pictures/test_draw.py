@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from jepa_kit.encoders import ViT
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
 from jepa_kit.evaluation.pictures.panels import COLOURS, dim_hidden, outline, principal_components, to_colours
-from jepa_kit.maskers import MultiBlock, Random
+from jepa_kit.maskers import InPlace, MultiBlock, Random
 from jepa_kit.structures import MaskBatch, PatchSets
 
 IMAGES = torch.randint(0, 256, (6, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -38,6 +38,16 @@ def test_patches_outside_a_context_are_pale_grey(contexts):
             grey = np.asarray([0.299, 0.587, 0.114]) @ image[at].numpy().reshape(3, -1)
             np.testing.assert_allclose(hidden[0].ravel(), 0.25 * grey + 0.75 * 214, atol=0.6)
             assert hidden.std() <= 0.26 * grey.std() + 0.5
+
+
+def test_mask_tokens_are_pale_grey(tmp_path):
+    masks = masks_for(IMAGES)
+    in_place = InPlace(grid=(4, 6), masker={"name": "multiblock"})(np.arange(len(IMAGES)), seed=0, epoch=0)
+    seen = in_place.context.select(~in_place.context.hidden)
+    expected = dim_hidden(IMAGES, MaskBatch(seen, in_place.targets, masks.grid, in_place.context_of))
+    assert torch.equal(dim_hidden(IMAGES, in_place), expected)
+    assert not torch.equal(expected, IMAGES)
+    mask_gallery(IMAGES, in_place, tmp_path / "gallery.png")
 
 
 def turtle(inside, inset):

@@ -32,7 +32,7 @@ from jepa_kit.evaluation.pictures.maps import attention_weights, guesses
 from jepa_kit.evaluation.pictures.material import divided, gather
 from jepa_kit.evaluation.pictures.run_page import draw_run
 from jepa_kit.maskers import Random
-from jepa_kit.structures import PatchSets
+from jepa_kit.structures import PatchSets, View
 
 TOOLS = Path(__file__).parents[3] / "tools"
 FILES = ["attention.png", "decoder.png", "page.png", "patch_pca.png", "predictor_guess.png", "visualize.json"]
@@ -40,10 +40,21 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
 @pytest.mark.parametrize("block", [-1, 0])
-def test_attention_agrees_with_the_fused_kernel(block):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_token": True, "registers": 2, "positions": "rotary"},
+        {"class_token": True, "relative_bias": "per_block"},
+    ],
+)
+def test_attention_agrees_with_the_fused_kernel(block, options):
     torch.manual_seed(0)
-    encoder = ViT(image_size=(16, 24), patch_size=4, embed_dim=24, depth=2, num_heads=3, drop_path=0.5)
+    encoder = ViT(image_size=(16, 24), patch_size=4, embed_dim=24, depth=2, num_heads=3, drop_path=0.5, **options)
     nn.init.normal_(encoder.blocks[block].attn.qkv.weight, std=0.5)
+    for table in [] if encoder.relative is None else encoder.relative.tables:
+        nn.init.normal_(table)
+    n = 24 + encoder.num_prefix
     encoder.train()
     images = torch.randn(5, 3, 16, 24)
     seen = {}
@@ -51,11 +62,11 @@ def test_attention_agrees_with_the_fused_kernel(block):
     attention.qkv.register_forward_hook(lambda m, given, out: seen.update(qkv=out))
     attention.proj.register_forward_hook(lambda m, given, out: seen.update(mixed=given[0]))
     weights = attention_weights(encoder, images, block)
-    assert weights.shape == (5, 3, 24, 24)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(5, 3, 24))
-    v = seen["qkv"].unflatten(-1, (3, 3, 8))[:, 2].unflatten(0, (5, 24)).transpose(1, 2)  # [5, 3, 24, 8]
+    assert weights.shape == (5, 3, n, n)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5, 3, n))
+    v = seen["qkv"][: 5 * n].unflatten(-1, (3, 3, 8))[:, 2].unflatten(0, (5, n)).transpose(1, 2)  # [5, 3, n, 8]
     mixed = (weights @ v).transpose(1, 2).flatten(2).flatten(0, 1)
-    torch.testing.assert_close(mixed, seen["mixed"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed, seen["mixed"][: len(mixed)], rtol=1e-4, atol=1e-5)
     assert encoder.training
     assert len(attention.qkv._forward_hooks) == 1  # the test's own
 
@@ -74,7 +85,7 @@ def test_a_guess_is_ranked_among_all_patches(tiny_run):
     with torch.no_grad():
         x = normalize(images, MEAN, STD)
         targets = jepa.target(x, PatchSets.full(20, 16), jepa.target_encoder).view(20, 16, 16).double().numpy()
-        predictions = jepa(x, masks).prediction.prediction.double().numpy()
+        predictions = jepa.predict(View(x, masks)).prediction.double().numpy()
     for guess in guesses(jepa, x, masks, [3, 11], nearest=4):
         rows = [
             k
