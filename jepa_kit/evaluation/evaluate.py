@@ -20,6 +20,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
 from jepa_kit.evaluation.feature_sources import Network, View
+from jepa_kit.evaluation.features import has_class_token
 from jepa_kit.evaluation.protocols import Built, Spec, build_protocols
 from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task, check_values
 from jepa_kit.evaluation.tables.rows import Row
@@ -219,12 +220,15 @@ def _check_jobs(jobs: Sequence[_Job], classes: Classes, datasets: Datasets) -> N
 def _views(job: _Job, layers: str) -> Iterator[tuple[Network, View]]:
     """Yield the arrays of features that a job needs."""
     name, _, probe = job.protocol
-    try:
-        for wanted in probe.wanted(layers):
-            yield from ((job.network, view) for view in job.network.views(*wanted))
-    except ValueError as error:
-        fits = "--layers last" if probe.takes_layers else f"--protocol '{{name: {name}, layers: [last]}}'"
-        raise ValueError(f"protocol {name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
+    fits = "--layers last" if probe.takes_layers else f"--protocol '{{name: {name}, layers: [last]}}'"
+    for wanted in probe.wanted(layers):
+        if wanted.pooling == "class" and not has_class_token(job.network.encoder):
+            fits = "pooling: mean"
+        try:
+            views = job.network.views(*wanted)
+        except ValueError as error:
+            raise ValueError(f"protocol {name!r}, {job.network.name}: {error}; {fits} fits any encoder") from error
+        yield from ((job.network, view) for view in views)
 
 
 def _row(job: _Job, task: Task, found: ProbeResult, seconds: float) -> Row:

@@ -126,7 +126,7 @@ class FeatureStore:
         for one in missing:
             (found,) = one.network.source(probe, [one.view])
             shape = (samples, *found.shape[1:])
-            dtype = np.dtype(np.float32 if one.view.pooling == "mean" else np.float16)
+            dtype = np.dtype(np.float16 if one.view.pooling == "none" else np.float32)
             if one.file is None:
                 fresh[one.key] = np.empty(shape, dtype)
                 continue

@@ -18,6 +18,7 @@ from jepa_kit.evaluation.features import (
     LoadedRun,
     Pooling,
     block_source,
+    has_class_token,
     layer_numbers,
     pixel_features,
     pixel_patches,
@@ -54,7 +55,7 @@ def encoder_named(jepa: Recipe, which: str | None = None) -> Literal["target", "
 
 
 class View(NamedTuple):
-    """One array of features: the output of a block (from 1; 0 for raw pixels), and whether patches are averaged."""
+    """One array of features: the output of a block (from 1; 0 for raw pixels), and how tokens become features."""
 
     block: int
     pooling: Pooling
@@ -84,8 +85,11 @@ class Network:
         """Return the arrays that are concatenated to a layer set.
 
         Raises:
-            ValueError: a layer set that the network does not have.
+            ValueError: a layer set that the network does not have, or the class token of an encoder without one. Raw
+                pixels have neither: all sets are the same, and features of images do not depend on the pooling.
         """
+        if pooling == "class" and self.depth and not has_class_token(self.encoder):
+            raise ValueError("pooling (='class') needs an encoder with a class token, and this one has none")
         blocks = layer_numbers(layers, self.depth) if self.depth else (NO_BLOCK,)
         return tuple(View(block, pooling) for block in blocks)
 
@@ -158,7 +162,7 @@ def pixel_network(patch_size: int | None = None) -> Network:
         if patch_size is None and any(pooling == "none" for _, pooling in wanted):
             raise ValueError("patch_size (=None) must be given to pixel_network for protocols of patches")
         return [
-            pixel_features(images) if pooling == "mean" else pixel_patches(images, cast(int, patch_size))
+            pixel_patches(images, cast(int, patch_size)) if pooling == "none" else pixel_features(images)
             for _, pooling in wanted
         ]
 

@@ -30,7 +30,7 @@ from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import check_choice
-from jepa_kit.structures import PatchSets, Pooling, Precision
+from jepa_kit.structures import Pooling, Precision
 
 Float32 = NDArray[np.float32]
 BlockSource = Callable[[Tensor, Sequence[tuple[int, Pooling]]], list[Tensor]]
@@ -87,7 +87,7 @@ def extract_features(
     Args:
         encoder: the paper evaluates the target encoder.
         images: uint8 [N, 3, h, w], or batches of them.
-        pooling: ``mean`` over the patch tokens, or ``none``.
+        pooling: ``mean`` over the patch tokens, ``class`` for the class token, or ``none``.
         layers: ``last``; ``last4`` for the last four layers, each after the final norm, concatenated in order (the
             paper reports the better of the two); or any blocks, see ``layer_numbers``.
         device: of the encoder.
@@ -99,10 +99,12 @@ def extract_features(
         [N, D], or [N, n, D] without pooling; D is the encoder's width times the number of layers.
 
     Raises:
-        ValueError: no image, images that are not uint8, or an option outside its range.
+        ValueError: no image, images that are not uint8, an option outside its range, or ``class`` for an encoder
+            without a class token.
     """
-    if pooling not in ("mean", "none"):
-        raise ValueError(f"pooling (={pooling!r}) must be 'mean' or 'none'")
+    check_choice("pooling", pooling, Pooling)
+    if pooling == "class" and not has_class_token(encoder):
+        raise ValueError(f"pooling (='class') needs a class token, which encoder (={type(encoder).__name__}) lacks")
     wanted = [(block, pooling) for block in layer_numbers(layers, encoder.depth)]
     source = block_source(encoder, device=device, precision=precision, mean=mean, std=std)
     parts = []
@@ -123,7 +125,7 @@ def block_source(
     mean: Sequence[float] = DataConfig.mean,
     std: Sequence[float] = DataConfig.std,
 ) -> BlockSource:
-    """Return a function from images to the outputs of several blocks, averaged over patches or not, in one pass.
+    """Return a function from images to the outputs of several blocks, pooled in several ways, in one pass.
 
     ``extract_features`` is the simpler interface; evaluations call this one, because several protocols share a pass.
 
@@ -133,42 +135,34 @@ def block_source(
     check_choice("precision", precision, Precision)
     device = torch.device(device)
     assert isinstance(encoder, nn.Module)
-    network = encoder.to(device)
+    network: Any = encoder.to(device)
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be used in training later
     def source(images: Tensor, wanted: Sequence[tuple[int, Pooling]]) -> list[Tensor]:
         blocks = sorted({block for block, _ in wanted})
         x = normalize(images.to(device, non_blocking=True), mean, std)
+        classes: list[Tensor] = []
         with evaluating(network), autocast_of(precision, device)():
-            tokens = network.forward_layers(x, layers=blocks)  # tensors [B * n, D]
-        outputs = {
-            block: x.float().unflatten(0, (len(images), -1))  # [B, n, D]
-            for block, x in zip(blocks, tokens, strict=True)
-        }
-        return [(outputs[b].mean(dim=1) if pooling == "mean" else outputs[b]).cpu() for b, pooling in wanted]
+            if any(pooling == "class" for _, pooling in wanted):
+                patches, prefixes = zip(*network.forward_tokens(x, layers=blocks), strict=True)
+                classes = [prefix[:, 0].float() for prefix in prefixes]  # [B, D] each
+            else:
+                patches = network.forward_layers(x, layers=blocks)  # [B * n, D] each
+        tokens = [one.float().unflatten(0, (len(images), -1)) for one in patches]  # [B, n, D] each
+
+        def pooled(k: int, pooling: Pooling) -> Tensor:
+            if pooling == "class":
+                return classes[k]
+            return tokens[k].mean(dim=1) if pooling == "mean" else tokens[k]
+
+        return [pooled(blocks.index(block), pooling).cpu() for block, pooling in wanted]
 
     return source
 
 
-def encode(encoder: nn.Module, images: Tensor, patches: PatchSets | None = None) -> tuple[Tensor, Tensor]:
-    """Return the last layer of an encoder, and the class token of each set if it has one, else the mean over the set.
-
-    Args:
-        encoder: any.
-        images: [B, 3, h, w], normalised.
-        patches: the sets to encode; None for all patches of each image.
-
-    Returns:
-        tokens [P, D], packed as ``patches``, and features [S, D]; S is B if ``patches`` is None.
-    """
-    network: Any = encoder
-    if getattr(network, "class_token", False):
-        (found,) = network.forward_tokens(images, patches)
-        return found.patches, found.prefix[:, 0]
-    tokens: Tensor = network(images, patches)
-    if patches is None:
-        return tokens, tokens.unflatten(0, (len(images), -1)).mean(1)
-    return tokens, patches.pool(tokens)
+def has_class_token(encoder: object) -> bool:
+    """Return whether an encoder has a class token, the first of its prefix."""
+    return bool(getattr(encoder, "class_token", False))
 
 
 @contextmanager

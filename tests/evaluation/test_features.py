@@ -58,6 +58,28 @@ def test_without_pooling_every_patch_has_its_feature(encoder):
     np.testing.assert_allclose(patches.mean(axis=1), extract_features(encoder, IMAGES, layers="last2"), atol=1e-6)
 
 
+def test_the_class_token_and_the_mean_over_patches_without_it():
+    """From the output of the last blocks, in which each image begins with the class token and a register."""
+    torch.manual_seed(0)
+    encoder = ViT(
+        image_size=(16, 24), patch_size=4, embed_dim=16, depth=3, num_heads=2, class_token=True, registers=1
+    ).double()
+    outputs = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    encoder.eval()(normalized(IMAGES))
+    tokens = [encoder.norm(x)[: 7 * 26].view(7, 26, 16).detach().numpy() for x in outputs[1:]]  # the last 2
+    encoder.float()
+    found = extract_features(encoder, IMAGES, pooling="class", layers="last2", mean=MEAN, std=STD)
+    np.testing.assert_allclose(found, np.concatenate([x[:, 0] for x in tokens], axis=1), atol=1e-5)
+    mean = extract_features(encoder, IMAGES, mean=MEAN, std=STD)
+    np.testing.assert_allclose(mean, tokens[-1][:, 2:].mean(axis=1), atol=1e-5)
+    both = block_source(encoder, mean=MEAN, std=STD)(IMAGES, [(3, "mean"), (2, "class"), (3, "none")])
+    np.testing.assert_allclose(both[0], mean, atol=1e-6)
+    np.testing.assert_allclose(both[1], tokens[0][:, 0], atol=1e-5)
+    assert both[2].shape == (7, 24, 16)
+
+
 def test_batch_size_does_not_change_features(encoder):
     whole = extract_features(encoder, IMAGES)
     np.testing.assert_allclose(extract_features(encoder, IMAGES, batch_size=3), whole, atol=1e-6)
@@ -141,7 +163,8 @@ def test_pixel_patches():
     ("options", "message"),
     [
         ({"layers": "last6"}, "layers (='last6') needs 6 layers, but the encoder has 5"),
-        ({"pooling": "max"}, "pooling (='max') must be 'mean' or 'none'"),
+        ({"pooling": "max"}, "pooling (='max') must be one of 'mean', 'class', 'none'"),
+        ({"pooling": "class"}, "pooling (='class') needs a class token, which encoder (=ViT) lacks"),
         ({"precision": "fp16"}, "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"),
     ],
 )

@@ -26,12 +26,14 @@ Array = NDArray[np.floating[Any]]
 Pair = tuple[IntArray, IntArray]
 """Indices of samples to fit on, and of samples to choose on."""
 
+ImagePooling = Literal["mean", "class"]
+"""A feature of an image: the mean over its patches, or its class token."""
 PROTOCOLS = PartRegistry("protocol", package="jepa_kit.evaluation.protocols")
 """Name -> protocol, for ``tools/eval_net.py --protocol``."""
 
 
 class LayerSet(NamedTuple):
-    """Layers of an encoder, as ``layer_numbers`` takes them, and whether their patches are averaged."""
+    """Layers of an encoder, as ``layer_numbers`` takes them, and how their tokens become features."""
 
     layers: str
     pooling: Pooling = "mean"

@@ -5,7 +5,7 @@ N  images    n = H * W  patches    h, w  pixels of the image    D  width    K  c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,7 @@ class Dense(Probe):
         valid = self.most is None or 1 <= self.most < IGNORED
         check_values(("most", self.most, valid, f"must be from 1 to {IGNORED - 1}"))
         self.features = LayerSet(self.layers, "none")
-        settings = grid((self.layers,), self.heads, self.lrs, self.weight_decays)
-        self.settings = [replace(setting, features=self.features) for setting in settings]
+        self.settings = grid((self.layers,), self.heads, self.lrs, self.weight_decays, "none")
         self.recipe = Recipe(optimizer="adamw", epochs=self.epochs, batch_size=self.batch_size)
         self.holdout = choose_holdout(self.holdout, 0.1, len(self.settings), SINGLE_SETTING)
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from jepa_kit.data.loader import eval_batches, whole_batches
 from jepa_kit.data.transforms import normalize, train_pipeline
+from jepa_kit.evaluation.features import has_class_token
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
+    ImagePooling,
     LayerSet,
     Probe,
     ProbeResult,
@@ -31,6 +33,7 @@ from jepa_kit.evaluation.protocols.base import (
 )
 from jepa_kit.evaluation.protocols.subsets import Subset
 from jepa_kit.precision import autocast_of
+from jepa_kit.registry import check_choice
 from jepa_kit.rng import IntArray, Stream, generator
 
 TOKENS = ("cls_token", "mask_token", "pos_embed", "register_tokens")
@@ -38,16 +41,19 @@ TOKENS = ("cls_token", "mask_token", "pos_embed", "register_tokens")
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean over its patch tokens, and a linear map: [B, 3, h, w] -> [B, K]."""
+    """An encoder, the mean over its patch tokens or its class token, and a linear map: [B, 3, h, w] -> [B, K]."""
 
-    def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
+    def __init__(self, encoder: nn.Module, width: int, classes: int, pooling: ImagePooling = "mean") -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
+        self.pooling = pooling
         self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.pooling == "class":
+            return self.head(self.encoder.forward_tokens(images)[0].prefix[:, 0].float())
         tokens = self.encoder(images).unflatten(0, (len(images), -1))  # [B, n, D]
         return self.head(tokens.float().mean(dim=1))
 
@@ -79,6 +85,7 @@ class Finetune(Probe):
         crop_scale: of random resized crops; (1, 1) for none, as in the paper for counts and distances (Clevr).
         flip: probability of a horizontal flip.
         subset: of the labels: all, a fraction as 1%, or images as 10/class; one draw.
+        pooling: mean over patches, or class: the class token.
 
     Raises:
         ValueError: a value outside its range.
@@ -97,10 +104,12 @@ class Finetune(Probe):
     crop_scale: tuple[float, float] = (0.7, 1.0)
     flip: float = 0.5
     subset: str = "all"
+    pooling: ImagePooling = "mean"
 
     trains_encoder = True
 
     def __post_init__(self) -> None:
+        check_choice("pooling", self.pooling, ImagePooling)
         low, high = self.crop_scale
         rules = {
             "epochs": (self.epochs >= 1, "must be at least 1"),
@@ -142,14 +151,23 @@ class Finetune(Probe):
         return [result if self.subset == "all" else replace(result, variant=self.subset)]
 
     def _model(self, encoder: nn.Module, classes: int) -> Classifier:
-        """Return a copy of the encoder with its own stochastic depth, and a head."""
-        copied = copy.deepcopy(encoder).requires_grad_(True)
-        blocks = copied.get_submodule("blocks")
-        assert isinstance(blocks, nn.ModuleList)
-        for i, block in enumerate(blocks):
-            block.drop_path.rate = self.drop_path * i / max(1, len(blocks) - 1)  # type: ignore[union-attr]
-        width: int = copied.embed_dim  # type: ignore[assignment]
-        return Classifier(copied, width, classes)
+        """Return a copy of the encoder with its own stochastic depth, and a head.
+
+        Raises:
+            ValueError: the encoder has no stochastic depth for ``drop_path``, or no class token to be pooled.
+        """
+        if self.pooling == "class" and not has_class_token(encoder):
+            raise ValueError("pooling (='class') needs an encoder with a class token, and this one has none")
+        copied: Any = copy.deepcopy(encoder).requires_grad_(True)
+        blocks = list(getattr(copied, "blocks", ()))
+        if self.drop_path and not (blocks and all(hasattr(block, "drop_path") for block in blocks)):
+            raise ValueError(
+                f"drop_path (={self.drop_path}) must be 0: the encoder (={type(encoder).__name__}) has no blocks with "
+                "stochastic depth"
+            )
+        for i, block in enumerate(blocks if self.drop_path else ()):
+            block.drop_path.rate = self.drop_path * i / max(1, len(blocks) - 1)
+        return Classifier(copied, copied.embed_dim, classes, self.pooling)
 
     def _train(self, model: Classifier, task: Task, answers: IntArray, chosen: IntArray) -> list[float]:
         """Train the model; return the mean loss of each epoch."""
@@ -214,7 +232,7 @@ def layer_groups(model: Classifier, *, lr: float, weight_decay: float, decay: fl
 
     The patch embedding, tokens and positions are layer 0; the final norm and the head are layer L + 1.
     """
-    depth: int = model.encoder.depth  # type: ignore[assignment]
+    depth: int = model.encoder.depth
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -15,6 +15,7 @@ from jepa_kit.evaluation.neighbours import TEMPERATURE, Bank
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
+    ImagePooling,
     LayerSet,
     Probe,
     ProbeResult,
@@ -23,6 +24,7 @@ from jepa_kit.evaluation.protocols.base import (
     check_values,
     classification_result,
 )
+from jepa_kit.registry import check_choice
 from jepa_kit.rng import IntArray, Stream, generator
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -46,6 +48,7 @@ class KNN(Probe):
         neighbours: values of k to choose from; those above N - 1 are ignored.
         temperature: of the weights exp(cosine / temperature), above 0.
         queries: the most training samples that are classified to choose k.
+        pooling: mean over patches, or class: the class token, as DINO.
 
     Raises:
         ValueError: no k, or a value outside its range.
@@ -54,23 +57,28 @@ class KNN(Probe):
     neighbours: tuple[int, ...] = NEIGHBOURS
     temperature: float = TEMPERATURE
     queries: int = 10_000
+    pooling: ImagePooling = "mean"
 
     takes_layers = True
 
     def __post_init__(self) -> None:
         ks = self.neighbours
+        check_choice("pooling", self.pooling, ImagePooling)
         check_values(
             ("neighbours", ks, bool(ks) and min(ks) >= 1, "must be numbers of at least 1"),
             ("temperature", self.temperature, 0 < self.temperature < np.inf, "must be above 0"),
             ("queries", self.queries, self.queries >= 1, "must be at least 1"),
         )
 
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return (LayerSet(layers, self.pooling),)
+
     def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
         self._fitting(len(labels))
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Return one figure."""
-        train, test = task.both(LayerSet(task.layers))
+        train, test = task.both(*self.wanted(task.layers))
         labels = task.labels()
         return [self.classify(train.array, labels[0], test.array, labels[1], seed=task.seed, device=task.device)]
 

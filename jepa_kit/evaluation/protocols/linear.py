@@ -9,6 +9,7 @@ from typing import Literal
 
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
+    ImagePooling,
     LayerSet,
     Probe,
     ProbeResult,
@@ -17,6 +18,8 @@ from jepa_kit.evaluation.protocols.base import (
     choose_holdout,
 )
 from jepa_kit.evaluation.protocols.heads import Optimizer, Recipe, Setting, grid_probe
+from jepa_kit.registry import check_choice
+from jepa_kit.structures import Pooling
 
 Head = Literal["plain", "norm"]
 LAYERS = ("last", "last4")
@@ -27,9 +30,13 @@ SINGLE_SETTING = "one combination of layers, heads, lrs and weight_decays leaves
 
 
 def grid(
-    layers: Sequence[str], heads: Sequence[Head], lrs: Sequence[float], weight_decays: Sequence[float]
+    layers: Sequence[str],
+    heads: Sequence[Head],
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    pooling: Pooling = "mean",
 ) -> list[Setting]:
-    """Return every combination.
+    """Return every combination, each of features with this pooling.
 
     Raises:
         ValueError: an empty list, a repeated or unknown value, a rate that is not above 0, or a negative decay.
@@ -47,7 +54,7 @@ def grid(
         ("weight_decays", weight_decays, min(weight_decays) >= 0, "must be at least 0"),
     )
     return [
-        Setting(LayerSet(layer), head == "norm", lr, decay)
+        Setting(LayerSet(layer, pooling), head == "norm", lr, decay)
         for layer, head, lr, decay in itertools.product(layers, heads, lrs, weight_decays)
     ]
 
@@ -102,6 +109,7 @@ def linear(
     epochs: int = 20,
     batch_size: int = 256,
     holdout: float | None = None,
+    pooling: ImagePooling = "mean",
 ) -> LinearProbe:
     """A linear classifier on frozen features: the best of a grid, trained in one pass.
 
@@ -122,11 +130,13 @@ def linear(
         epochs: passes over the features; the learning rate follows a cosine to 0.
         batch_size: samples of an update, at most.
         holdout: fraction of the training set that chooses between several heads, in (0, 0.5]; None for 0.2.
+        pooling: mean over patches, or class: the class token, as DINO and MAE.
 
     Raises:
         ValueError: a value outside its range.
     """
-    settings = grid(layers, heads, lrs, weight_decays)
+    check_choice("pooling", pooling, ImagePooling)
+    settings = grid(layers, heads, lrs, weight_decays, pooling)
     recipe = Recipe(optimizer=optimizer, epochs=epochs, batch_size=batch_size)
     return LinearProbe(protocol="linear", settings=settings, recipe=recipe, holdout=holdout)
 

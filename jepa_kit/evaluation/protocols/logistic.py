@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
+    ImagePooling,
     LayerSet,
     Pair,
     Probe,
@@ -36,6 +37,7 @@ from jepa_kit.evaluation.protocols.base import (
 )
 from jepa_kit.evaluation.protocols.subsets import Subset, listed_samples
 from jepa_kit.evaluation.protocols.whitening import Standardising, Whitening
+from jepa_kit.registry import check_choice
 from jepa_kit.rng import IntArray
 
 PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -88,6 +90,7 @@ class Logistic(Probe):
             None for 1e-3, 1e-6 and 1e-9.
         holdout: fraction of the labels, and of each class, that chooses, in (0, 0.5]; None for 0.2.
         max_iter: iterations of each fit; ``settings["converged"]`` is whether the last one needed fewer.
+        pooling: mean over patches, or class: the class token.
 
     Raises:
         ValueError: a value outside its range, or an option without effect.
@@ -101,10 +104,12 @@ class Logistic(Probe):
     cuts: tuple[float, ...] | None = None
     holdout: float | None = None
     max_iter: int = 1000
+    pooling: ImagePooling = "mean"
 
     takes_layers = True
 
     def __post_init__(self) -> None:
+        check_choice("pooling", self.pooling, ImagePooling)
         subsets, draws, names, cuts = self.subsets, self.draws, self.names, self.cuts
         listing = f"would do nothing: names (={names!r}) lists the samples"
         undrawn = f"would do nothing: subsets (={subsets}) has nothing to draw"
@@ -126,6 +131,9 @@ class Logistic(Probe):
         choose_holdout(self.holdout, HOLDOUT, settings, f"penalties (={self.penalties}) and cuts (={cuts}) leave")
         for text in subsets or ():
             Subset(text)
+
+    def wanted(self, layers: str) -> tuple[LayerSet, ...]:
+        return (LayerSet(layers, self.pooling),)
 
     def check(self, labels: IntArray, key: Callable[[int], str]) -> None:
         list(self._drawn(labels, key, seed=0))
@@ -150,7 +158,7 @@ class Logistic(Probe):
 
     def _mean(self, task: Task, draws: list[IntArray], variant: str) -> ProbeResult:
         """Return the mean over draws; its error is their deviation."""
-        train, test = task.both(LayerSet(task.layers))
+        train, test = task.both(*self.wanted(task.layers))
         train_labels, test_labels = task.labels()
         found = [
             self.classify(train.array[chosen], train_labels[chosen], test.array, test_labels, seed=task.seed + d)

@@ -84,7 +84,7 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
     found: dict[Key, list[Row]] = {}
     for group, members in zip(_first_unique(_group_names(groups)), groups, strict=True):
         for data, _, row, title in ((*a, titles[_protocol(a)]) for run in members for a in run.rows):
-            key = Key(group, data_names[data], title, features_title(row.network, row.layers), row.column)
+            key = Key(group, data_names[data], title, features_title(row.network, row.layers, row.pooling), row.column)
             found.setdefault(key, []).append(row)
     return {key: _cell(rows) for key, rows in found.items()}
 

@@ -20,6 +20,10 @@ NOT_RECIPE = {
 """Options in which configs of one recipe may differ, besides all of ``checkpoint`` and ``evaluate``."""
 
 
+POOLED = ("finetune", "knn", "linear", "logistic")
+"""Protocols with an option ``pooling``."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Training and test samples of protocols: digests of their indexes, and how images were read.
@@ -156,5 +160,7 @@ def _answers(content: dict[str, Any]) -> list[Answer]:
         given = [options for options in content.get("protocols", ()) if options["name"] == raw["protocol"]]
         older = {name: value for name, value in given[0].items() if name != "name"} if len(given) == 1 else {}
         options = raw.get("options") or older
+        if options and raw["protocol"] in POOLED:  # older files lack this option
+            options = {"pooling": "mean", **options}
         answers.append(Answer(data, content["seeds"]["protocols"], Row(**(raw | {"options": options}))))
     return answers

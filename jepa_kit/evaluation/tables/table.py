@@ -22,7 +22,8 @@ def format_table(rows: Sequence[Row]) -> str:
         in_line = [cells.get((title, network, column)) for column in columns]
         first = next(row for row in in_line if row is not None)
         texts = [f"{100 * row.accuracy:.1f} ± {100 * row.standard_error:.1f}" if row else "" for row in in_line]
-        lines.append([title, features_title(first.network, first.layers), str(first.width or ""), *texts])
+        features = features_title(first.network, first.layers, first.pooling)
+        lines.append([title, features, str(first.width or ""), *texts])
     lines.append(["", "chance", "", *(chance_text(r.chance for r in rows if r.column == column) for column in columns)])
     return markdown(lines)
 
@@ -48,9 +49,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def features_title(network: str, layers: str | None) -> str:
-    """Return the name of a network with its layers, as 'target encoder, last4'."""
+def features_title(network: str, layers: str | None, pooling: str | None = None) -> str:
+    """Return the name of a network with pooling and layers that are not the default: 'target encoder, last4'."""
     name = f"{network} encoder" if network in ENCODER_NAMES else network
+    if pooling == "class":
+        name += ", class token"
     if layers in (None, "last"):
         return name
     return f"{name}, best of {layers}" if "," in str(layers) else f"{name}, {layers}"

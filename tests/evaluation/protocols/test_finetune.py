@@ -7,6 +7,7 @@ from conftest import scene_shards
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.encoders import ViT
+from jepa_kit.encoders.conv import ConvEncoder
 from jepa_kit.evaluation.protocols.base import PROTOCOLS, Part, Task
 from jepa_kit.evaluation.protocols.finetune import Classifier, Finetune, layer_groups
 
@@ -113,6 +114,32 @@ def test_a_sample_that_cannot_be_used_is_named(encoder, tmp_path):
         probe(task(encoder, shards, *labels))
     named = f"sample 0 ({shards[1].key(0)!r}) of {shards[1].path} cannot be used: shard shard-000000.tar"
     assert str(error.value).startswith(named)
+
+
+def test_the_class_token_can_be_fine_tuned():
+    torch.manual_seed(0)
+    encoder = ViT(image_size=(16, 16), patch_size=4, embed_dim=16, depth=2, num_heads=2, class_token=True)
+    model = Finetune(pooling="class", drop_path=0.0)._model(encoder, 5).eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.head(encoder.eval().forward_tokens(images)[0].prefix[:, 0])
+        torch.testing.assert_close(model(images), expected)
+        model.pooling = "mean"
+        expected = model.head(encoder(images).view(3, 16, 16).mean(1))
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_encoders_that_do_not_fit_the_options(encoder):
+    conv = ConvEncoder(image_size=(16, 16), patch_size=4, embed_dim=8, depth=1, kernel=3)
+    with pytest.raises(ValueError) as error:
+        Finetune()._model(conv, 5)
+    assert str(error.value) == (
+        "drop_path (=0.1) must be 0: the encoder (=ConvEncoder) has no blocks with stochastic depth"
+    )
+    assert Finetune(drop_path=0.0)._model(conv, 5)(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    with pytest.raises(ValueError) as error:
+        Finetune(pooling="class")._model(encoder, 5)
+    assert str(error.value) == "pooling (='class') needs an encoder with a class token, and this one has none"
 
 
 def test_training_that_diverges(encoder, shards):

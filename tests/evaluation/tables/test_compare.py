@@ -211,6 +211,8 @@ def test_files_in_one_folder_have_different_names(tmp_path):
         (({"k": 5}, 0), ({"k": 5}, 3), ("knn seed=0", "knn seed=3")),
         (({"k": 5}, 0), ({}, 0), ("knn", "knn options unknown")),
         (({"k": 5}, 0), ({"k": 5}, 0), ("knn",)),
+        (({"k": 5}, 0), ({"k": 5, "pooling": "mean"}, 0), ("knn",)),
+        (({"k": 5}, 0), ({"k": 5, "pooling": "class"}, 0), ("knn pooling=mean", "knn pooling=class")),
     ],
 )
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
