@@ -1,6 +1,7 @@
 """What a training step asks of a device: kernels a block, and no wait of the host. Counted without a GPU."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,7 +20,7 @@ from jepa_kit.interfaces import Masker
 from jepa_kit.losses import SmoothL1
 from jepa_kit.maskers import RELEASED, MultiBlock
 from jepa_kit.precision import autocast_of
-from jepa_kit.predictors import ViTPredictor
+from jepa_kit.predictors import TokenPredictor, ViTPredictor
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import MASKERS
 from jepa_kit.structures import MaskBatch, View
@@ -40,9 +41,9 @@ LEVEL = {
 """Kernels of one block in float32: context and target encoder together, and the predictor's."""
 
 
-def small_jepa(encoder_depth: int = 2, predictor_depth: int = 2) -> JEPA:
+def small_jepa(encoder_depth: int = 2, predictor_depth: int = 2, **options: Any) -> JEPA:
     shape = {"num_heads": 2, "attention": "sdpa"}
-    encoder = ViT(image_size=(64, 64), patch_size=8, embed_dim=48, depth=encoder_depth, **shape)
+    encoder = ViT(image_size=(64, 64), patch_size=8, embed_dim=48, depth=encoder_depth, **shape, **options)
     predictor = ViTPredictor(embed_dim=48, out_dim=48, grid=GRID, width=24, depth=predictor_depth, **shape)
     target = RepresentationTarget(embed_dim=48)
     losses: list[tuple[str, nn.Module, float]] = [("smooth_l1", SmoothL1(), 1.0)]
@@ -96,7 +97,10 @@ def test_the_host_never_waits_for_the_device(name, half):
     """A step on fake CUDA tensors. The CPU build of torch cannot differentiate those, so gradients are made up."""
     options = {"maskers": [{"name": "random"}, {"name": "block"}]} if name == "mixture" else {}
     masks = masks_of(MASKERS.build(name, options, grid=GRID))
-    real = small_jepa()
+    hides = {"mask_token": True, "class_token": True, "positions": "rotary", "layer_scale": 0.1}
+    real = small_jepa(**hides if name == "in_place" else {})
+    if name == "in_place":
+        real.predictor = TokenPredictor(embed_dim=48, out_dim=48)
     with as_if_on_hopper(), FakeTensorMode(allow_non_fake_inputs=True):
         jepa = on_fake_cuda(real)
         images = torch.empty(BATCH, 3, 64, 64, device="cuda")

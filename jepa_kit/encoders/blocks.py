@@ -50,7 +50,8 @@ NO_TERMS = Terms()
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs of channels (2i, 2i + 1) of x [P, h, d] (Su et al. 2021)."""
     cos, sin = rotation
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)
 
 

@@ -146,7 +146,7 @@ class RelativeBias(nn.Module):
             i, j = token_pairs(lengths)
             rows = rows.flatten().index_select(0, place[i] * len(rows) + place[j])
         for table in self.tables:
-            yield F.embedding(rows, table).movedim(-1, 0).contiguous()
+            yield F.embedding(rows, table).movedim(-1, 0).clone(memory_format=torch.contiguous_format)
 
     def rows(self, grid: Grid, device: torch.device) -> Tensor:
         """Return the row of the table for each pair of a query and a key of a whole image, [k + N, k + N]."""
@@ -162,6 +162,7 @@ class RelativeBias(nn.Module):
         if not k:
             return index
         last = len(self.tables[0])
-        whole = index.new_full((k + len(index), k + len(index)), last - 1)
-        whole[:k, k:], whole[k:, :k], whole[k:, k:] = last - 3, last - 2, index
-        return whole
+        n = len(index)
+        first = torch.cat([index.new_full((k, k), last - 1), index.new_full((k, n), last - 3)], dim=1)
+        others = torch.cat([index.new_full((n, k), last - 2), index], dim=1)
+        return torch.cat([first, others])
