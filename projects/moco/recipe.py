@@ -34,7 +34,9 @@ class MomentumContrast(Recipe):
         check_temperature("temperature", temperature)
         self.temperature = temperature
         self.head = head
-        self.target_head = self.follow("head", training=True)  # batch norm by the statistics of the batch
+        # Batch norm, if there is any, is by the statistics of the batch, as in the released code.
+        self.target_encoder = self.follow("encoder", training=True)
+        self.target_head = self.follow("head", training=True)
         self.train()
 
     def embed(self, view: View, network: Any) -> Tensor:
