@@ -244,7 +244,7 @@ def test_the_target_encoder_has_no_stochastic_depth() -> None:
     assert not jepa.train().target_encoder.training  # type: ignore[union-attr]
     assert not jepa.eval().encoder.training
     images, masks = draw(config_with())
-    target = jepa.train()(images, masks).prediction.target
+    target = jepa.train()(View(images, masks)).prediction.target
     assert torch.equal(jepa(View(images, masks)).prediction.target, target)
 
 
@@ -328,7 +328,7 @@ def test_refuses_masks_of_another_grid_than_the_images() -> None:
     sets = PatchSets(torch.arange(2), torch.zeros(1).long(), SetLengths([2]))
     masks = MaskBatch(sets, sets, (4, 4), torch.zeros(1).long())
     with pytest.raises(ValueError, match=r"masks.grid \(=\(4, 4\)\) must be that of the images \(=\(4, 6\)\)"):
-        JEPA(**parts())(torch.zeros(1, 3, 32, 48), masks)
+        JEPA(**parts())(View(torch.zeros(1, 3, 32, 48), masks))
 
 
 def test_refuses_an_encoder_that_is_neither() -> None:

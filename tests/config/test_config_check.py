@@ -20,10 +20,10 @@ BLOCKS = "It takes: num_targets, scale, overlap"
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("maskr: {}", "maskr is neither a slot nor a section; did you mean 'masker'? A config takes: masker, encoder,"),
-        ("7: {}", "7 is neither a slot nor a section. A config takes: masker, encoder,"),
+        ("maskr: {}", "maskr is neither a slot nor a section; did you mean 'masker'? A config takes: recipe, masker,"),
+        ("7: {}", "7 is neither a slot nor a section. A config takes: recipe, masker,"),
         ("masker: blocks", "masker (='blocks') must be a mapping with a name. Registered: blocks, scattered"),
-        ("masker: null", "masker (=None) must be a mapping with a name. Registered: blocks, scattered"),
+        ("masker: null", "masker is missing: give it a mapping with a name. Registered: blocks, scattered"),
         ("masker: [blocks]", "masker (=['blocks']) must be a mapping with a name. Registered: blocks, scattered"),
         (
             "masker: {name: bloks}",
@@ -86,10 +86,10 @@ BLOCKS = "It takes: num_targets, scale, overlap"
             "loss[1].name (='l2') is in the list already; give one term both weights' sum",
         ),
         ("loss: {beta: 1}", "loss.beta is not an option of 'l2'; it belongs to 'huber'. It takes: nothing"),
-        ("optim: fast", "optim (='fast') must be a mapping, or left out. It takes: lr, start_lr,"),
-        ("optim: null", "optim (=None) must be a mapping, or left out. It takes: lr, start_lr,"),
+        ("optim: fast", "optim (='fast') must be a mapping, or left out. It takes: name, lr, start_lr,"),
+        ("optim: null", "optim (=None) must be a mapping, or left out. It takes: name, lr, start_lr,"),
         ("optim: {lr: fast}", "optim.lr (='fast') must be a float"),
-        ("optim: {lrs: 1}", "optim.lrs is not an option; did you mean 'lr'? It takes: lr, start_lr,"),
+        ("optim: {lrs: 1}", "optim.lrs is not an option; did you mean 'lr'? It takes: name, lr, start_lr,"),
         ("train: {precision: fp16}", "train.precision (='fp16') must be one of 'auto', 'float32', 'tf32', 'bf16'"),
         (
             "data: {image_size: big}",

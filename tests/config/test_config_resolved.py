@@ -13,7 +13,7 @@ from jepa_kit.config import config_from_dict, load_config, versions
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.resolved import _git
 from jepa_kit.errors import ConfigError
-from jepa_kit.registry import REQUIRED, SLOTS, located
+from jepa_kit.registry import RECIPES, REQUIRED, SLOTS, located
 
 Write = Callable[..., Path]
 
@@ -47,7 +47,8 @@ def test_a_resolved_config_writes_every_default_out(write: Write) -> None:
     assert resolved["loss"] == [{"name": "l2", "weight": 1.0}, {"name": "huber", "beta": 1.0, "weight": 2.0}]
     assert resolved["data"]["transforms"][0]["scale"] == [0.3, 1.0]
     assert resolved["train"]["epochs"] == 300
-    assert list(resolved) == [*SLOTS, "data", "optim", "train", "checkpoint", "evaluate", "versions"]
+    sections = ["data", "optim", "train", "checkpoint", "evaluate", "versions"]
+    assert list(resolved) == ["recipe", *RECIPES.slots("jepa"), *sections]
 
 
 def test_a_single_loss_stays_a_mapping(write: Write) -> None:
@@ -143,11 +144,9 @@ def settings(slot: str, name: str) -> dict[str, object]:
 
 @pytest.mark.integration
 def test_every_registered_part_is_valid_with_its_defaults() -> None:
-    if not all(registry.names() for registry in SLOTS.values()):
-        pytest.skip("a slot has no part yet")
-    first = {slot: settings(slot, registry.names()[0]) for slot, registry in SLOTS.items()}
-    for slot, registry in SLOTS.items():
-        for name in registry.names():
+    first = {slot: settings(slot, SLOTS[slot].names()[0]) for slot in RECIPES.slots("jepa")}
+    for slot in first:
+        for name in SLOTS[slot].names():
             config = config_from_dict({"data": {"image_size": 64}} | first | {slot: settings(slot, name)})
             assert config_from_dict(parse_yaml(config.to_yaml(), name)) == config
 
