@@ -48,7 +48,8 @@ def config_of(config: Mapping[str, Any], what: str) -> Config:
         )
     slots = {slot: Part(str(name), {}) for slot, name in named.items()}
     sections = {name: dict(raw.get(name) or {}) for name in ("data", "optim", "train")}
-    sections["data"].pop("transforms", None)  # may be user-defined
+    for key in ("transforms", "views"):
+        sections["data"].pop(key, None)  # may be user-defined
     part = check_part("encoder", raw["encoder"], ENCODERS, problems)
     checked = {name: check_section(name, section, problems) for name, section in sections.items()}
     if problems or part is None:

@@ -188,8 +188,11 @@ def test_another_number_of_heads_than_usual_is_said(tiny, as_released):
     assert lines == ["note: encoders of this width and depth have 3 heads; this run has 12"]
 
 
-def test_another_encoder(tiny, whole):
+def test_another_encoder(tiny, whole, tmp_path):
     jepa = build_recipe(tiny())
     jepa.encoder = torch.nn.Linear(1, 1)
-    with pytest.raises(CheckpointError, match="the run's encoder is a Linear, but weights of other formats need"):
+    with pytest.raises(CheckpointError, match=r"the run's encoder is a Linear, but that of .* is 'vit': they must be"):
         init_from(jepa, whole)
+    convert(whole, tmp_path / "a", to="timm")
+    with pytest.raises(CheckpointError, match="the run's encoder is a Linear, but weights of other formats need"):
+        init_from(jepa, tmp_path / "a")
