@@ -1,8 +1,8 @@
 """Compare a MAE of jepa_kit's ordinary parts with recorded numbers of the released code.
 
-Compared are the encoder's output, targets, predictions, loss and gradients of the first step; then a training run in
-which every step uses the same images and its own masks: learning rates, weight decay, losses and the weights after the
-last step.
+Compared are position tables and masks; the encoder's output, targets, predictions, loss and gradients of the first
+step; then a training run in which every step uses the same images and its own masks: learning rates, weight decay,
+losses and the weights after the last step.
 
     B images    N patches of an image    K = kept patches    D width
 """
@@ -172,7 +172,11 @@ def check(recorded: Recorded, report: Report) -> None:
     config = config_of(recorded.meta)
     recipe = build_recipe(config)
     assert isinstance(recipe, JEPA)
-    load(recipe, recorded.under("state/"))
+    state = recorded.under("state/")
+    tables = {released_name(name): table for name, table in recipe.named_buffers() if name.endswith("pos_embed")}
+    released = {name: state[name][0, 1:] for name in tables}  # computed in float32
+    report.compare("position tables", tables, released, tolerance=max(1e-6, report.tolerance))
+    load(recipe, state)
     side = recorded.meta["img_size"] // recorded.meta["patch_size"]
     images = recorded["images"]
     views = [View(images, masks_of(noise, recorded.meta["mask_ratio"], (side, side))) for noise in recorded["noise"]]
