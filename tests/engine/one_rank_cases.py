@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from parallel_cases import batch, make
 
+from jepa_kit.distributed.batch_norm import SyncedBatchNorm
 from jepa_kit.distributed.collectives import World
 from jepa_kit.engine.checkpoint.state_dict import full_state, is_sharded
 from jepa_kit.engine.optimizer import build_optimizer
@@ -21,11 +22,11 @@ HYPER = Hyper(lr=1e-3, weight_decay=0.04, momentum=0.9)
 STEPS = 4
 
 
-def losses(device, mode, accumulate=1):
+def losses(device, mode, accumulate=1, name="adamw"):
     """Loss and gradient norm of each step, and the final weights, on the CPU."""
     jepa = make().to(device)
     forward = None if mode is None else parallelize(jepa, device, mode, accumulate)
-    optimizer = build_optimizer(jepa)
+    optimizer = build_optimizer(jepa, name=name)
     found = []
     for step in range(STEPS):
         images, masks = batch(step, World())
@@ -54,6 +55,17 @@ def share_apart(state, other):
     return apart / total
 
 
+def check_batch_norm(device):
+    """With a gather of one rank, forward and backward."""
+    ours, theirs = SyncedBatchNorm(8).to(device), torch.nn.BatchNorm1d(8).to(device)
+    x = torch.randn(16, 8, device=device)
+    own, other = (x.clone().requires_grad_() for _ in range(2))
+    for norm, value in ((ours, own), (theirs, other)):
+        norm(value).tanh().square().sum().backward()
+    torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=1e-6)
+
+
 def main(device):
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", device_id=device if device.index is not None else None
@@ -64,6 +76,11 @@ def main(device):
         found, state = losses(device, mode, accumulate)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         assert share_apart(state, weights) <= 1e-3
+    found, state = losses(device, "fsdp", name="lars")
+    wanted, weights = losses(device, None, name="lars")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, weights, rtol=0, atol=1e-6)
+    check_batch_norm(device)
     print(f"{dist.get_backend()}: 4 forms agree")
     dist.destroy_process_group()
 
