@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from jepa_kit.compat import has_forward_hooks
 from jepa_kit.encoders.attention import attend
 from jepa_kit.encoders.casts import cast_weights
 from jepa_kit.encoders.compiled import run_compiled
-from jepa_kit.encoders.packed import Route, add_rows, take_rows
+from jepa_kit.encoders.packed import NO_TERMS, Route, Terms, add_rows, rotate, take_rows
 from jepa_kit.encoders.products import Linear
 from jepa_kit.registry import Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
@@ -30,29 +30,6 @@ Compile = bool | Literal["auto"]
 
 WIDE = 768
 """Width of an encoder from which compilation pays off on CUDA: ViT-B. Smaller ones are bound by kernel launches."""
-
-
-class Terms(NamedTuple):
-    """What attention adds to queries, keys and scores: positions of tokens relative to each other.
-
-    Attributes:
-        bias: of the scores, see ``attend``.
-        rotation: cosine and sine of the angle by which each channel is rotated, two [P, 1, d] (``rotate``).
-    """
-
-    bias: Tensor | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
-
-
-NO_TERMS = Terms()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs of channels (2i, 2i + 1) of x [P, h, d] (Su et al. 2021)."""
-    cos, sin = rotation
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -1,12 +1,14 @@
-"""Rows of packed tokens: how many there are, and which of them a block reads and returns.
+"""Rows of packed tokens: how many there are, which of them a block reads and returns, and what its attention adds.
 
-P = packed tokens of all sets    D = width    R = P or more rows (``fill_rows``)
+P = packed tokens of all sets    D = width    h = heads    d = D / h    R = P or more rows (``fill_rows``)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.products import by_onednn
@@ -62,3 +64,26 @@ class Route:
         if self.source is not None and self.kept is not None:
             index = self.source.index_select(0, self.kept)
         return x if index is None else fill_rows(x.index_select(0, index))
+
+
+class Terms(NamedTuple):
+    """What attention adds to queries, keys and scores: positions of tokens relative to each other.
+
+    Attributes:
+        bias: of the scores, see ``attend``.
+        rotation: cosine and sine of the angle by which each channel is rotated, two [P, 1, d] (``rotate``).
+    """
+
+    bias: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+NO_TERMS = Terms()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs of channels (2i, 2i + 1) of x [P, h, d] (Su et al. 2021)."""
+    cos, sin = rotation
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)

@@ -11,6 +11,8 @@ Size = Literal["tiny", "small", "base", "large", "huge", "giant", "gigantic"]
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of a ViT; mlp_ratio is the hidden width of the MLP over embed_dim."""
+
     embed_dim: int
     depth: int
     num_heads: int

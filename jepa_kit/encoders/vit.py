@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders.blocks import Compile, Init, Terms, init_transformer, make_blocks, run_blocks
-from jepa_kit.encoders.packed import add_rows, fill_rows, take_rows
+from jepa_kit.encoders.blocks import Compile, Init, init_transformer, make_blocks, run_blocks
+from jepa_kit.encoders.packed import Terms, add_rows, fill_rows, take_rows
 from jepa_kit.encoders.patch_embed import PatchEmbed, hide, standardise
 from jepa_kit.encoders.positions import RelativeBias, interpolate_pos_embed, patch_grid, rotary_angles, sincos_2d
 from jepa_kit.encoders.prefix import add_prefix, split_prefix

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kit.encoders.blocks import NO_TERMS, Terms, rotate
+from jepa_kit.encoders.packed import NO_TERMS, Terms, rotate
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.recipe import PatchRecipe
 from jepa_kit.structures import MaskBatch, PatchSets, View
