@@ -29,6 +29,7 @@ from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import precision_of, resolve_precision
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import did_you_mean
+from jepa_kit.target_updates import Frozen
 
 BASELINES = ("untrained", "pixels")
 ENCODER_NAMES: tuple[Literal["target"], Literal["context"]] = ("target", "context")
@@ -37,14 +38,14 @@ NO_BLOCK = 0
 
 
 def encoder_named(jepa: Recipe, which: str | None = None) -> Literal["target", "context"]:
-    """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one of its own.
+    """Return the name of the encoder to evaluate; by default the target encoder if the recipe has one that learns.
 
     Raises:
         ValueError: another name, or the target encoder of a recipe that has none.
     """
     has_target = jepa.target_network is not None and not isinstance(jepa.target_network, FrozenNetwork)
     if which is None:
-        return "target" if has_target else "context"
+        return "target" if has_target and not isinstance(jepa.target_update, Frozen) else "context"
     check_names("encoder", [which], ENCODER_NAMES)
     if which == "target" and not has_target:
         raise ValueError(

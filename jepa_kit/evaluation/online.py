@@ -1,4 +1,4 @@
-"""Evaluation during a run: health, a verdict and a probe of the target encoder, every n steps.
+"""Evaluation during a run: health, a verdict and a probe of the encoder to evaluate, every n steps.
 
 It does not affect training: there are no gradients, and torch's random state and the modes of modules are restored.
 Images are read once, at the start, and stay in each process's memory as uint8 (150 kB each at 224 x 224). Every process
@@ -35,6 +35,7 @@ from jepa_kit.distributed.collectives import run_on_all_ranks
 from jepa_kit.engine.build import open_together
 from jepa_kit.engine.logging.curves import Panel
 from jepa_kit.engine.run import Run
+from jepa_kit.evaluation.feature_sources import encoder_named
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import BATCH, measure_health, tokens_and_features
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge
@@ -105,6 +106,7 @@ class OnlineEvaluation:
             run.jepa,
             self.images[: self.samples],
             self.masker,
+            encoder=encoder_named(run.jepa),
             masks=MASKS,
             seed=self.seed,
             mean=self.options.mean,
@@ -126,13 +128,13 @@ class OnlineEvaluation:
 
     @torch.no_grad()
     def features(self, jepa: Recipe, images: Tensor, device: torch.device) -> list[FloatArray]:
-        """Return [B, D] of each batch, as ``Health.features`` of the target encoder."""
-        parts = []
+        """Return [B, D] of each batch, as ``Health.features``."""
+        parts, which = [], encoder_named(jepa)
         with evaluating(jepa):
             for part in images.split(BATCH) if len(images) else ():  # torch splits an empty tensor into one empty part
                 x = normalize(part.to(device), self.options.mean, self.options.std)
                 with autocast_of(self.options.precision, device)():
-                    parts.append(tokens_and_features(jepa, "target", x)[1].cpu().numpy())
+                    parts.append(tokens_and_features(jepa, which, x)[1].cpu().numpy())
         return parts
 
     def _message(self, record: dict[str, float], step: int, verdict: Verdict, before: Verdict | None) -> str:

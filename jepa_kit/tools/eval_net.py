@@ -12,7 +12,7 @@ examples:
   python tools/eval_net.py --checkpoint runs/first/checkpoint_00001250.pt --protocol linear,attentive --encoder both \\
       --train-shards shards/cifar10-train --test-shards shards/cifar10-test --features features --output results.json
 
-  # a protocol with options; without baselines, on the CPU, in float32
+  # a protocol with options (pooling: class takes the class token); without baselines, on the CPU, in float32
   python tools/eval_net.py --checkpoint runs/first --protocol '{name: logistic, subsets: [1%, 10/class]}' \\
       --baselines none train.device=cpu train.precision=float32
 
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--encoder",
         choices=("target", "context", "both"),
-        help="default: target, the paper's; context if there is none",
+        help="default: target, the paper's; context if there is none that learns",
     )
     p.add_argument(
         "--layers",

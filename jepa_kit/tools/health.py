@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--shards", metavar="DIR", help="images (default: test or val beside the run's shards, else those)")
     p.add_argument(
-        "--encoder", choices=("target", "context"), help="default: target, the paper's; context if there is none"
+        "--encoder", choices=("target", "context"), help="default: target, the paper's; context if none learns"
     )
     p.add_argument("--images", type=int, default=256, metavar="N", help="images to measure (default: 256)")
     p.add_argument("--masks", type=int, metavar="N", help="masks of each image (default: 4; none without a masker)")

@@ -185,6 +185,9 @@ def test_a_recipe_without_a_target_encoder_is_evaluated_by_its_context_encoder(t
         run_networks(run, encoders=["target"], baselines=[])
     tied = config_from_dict(tiny_config.to_dict() | {"target_update": {"name": "tied"}})
     assert encoder_named(build_recipe(tied)) == "target"
+    frozen = build_recipe(config_from_dict(tiny_config.to_dict() | {"target_update": {"name": "frozen"}}))
+    assert encoder_named(frozen) == "context"  # the target encoder has its first weights
+    assert encoder_named(frozen, "target") == "target"
 
 
 def row(network, label, accuracy, **other):
