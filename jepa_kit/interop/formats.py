@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite, load_checkpoint
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write
-from jepa_kit.interop import hf, native, official, onnx, safetensors, timm
+from jepa_kit.interop import hf, hf_models, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, choose
 
@@ -95,6 +95,7 @@ def write(
     *,
     encoder: str | None = None,
     image_size: tuple[int, int] | None = None,
+    model_type: str | None = None,
 ) -> str:
     """Write a checkpoint or an encoder, and return a summary of it.
 
@@ -104,6 +105,7 @@ def write(
         format: format to write.
         encoder: for formats of one encoder, which one; None for the target encoder, or the only one.
         image_size: for onnx, the graph's (h, w).
+        model_type: for hf, the model of transformers; None for the first that fits.
 
     Raises:
         FileExistsError: ``path`` exists.
@@ -114,10 +116,12 @@ def write(
         raise ValueError(
             f"image_size (={image_size}) is for onnx, whose graphs have a fixed size; {format} has that of training"
         )
+    if model_type is not None and format != "hf":
+        raise ValueError(f"model_type (={model_type!r}) is for hf, whose folders are of a model of transformers")
     if path.exists():
         raise FileExistsError(f"{path} already exists")
     if format not in OUR_OWN:
-        _check_options(held, format)
+        _check_options(held, format, model_type)
     if format in WHOLE:
         if isinstance(held, Checkpoint) and encoder is not None:
             raise ValueError(f"encoder (={encoder!r}) is for formats of one encoder; {format} keeps all parts")
@@ -126,19 +130,22 @@ def write(
             MODULES[format].write(whole, part)
         return _words(whole)
     weights = encoder_from(held, encoder, "a checkpoint")
-    options = {"image_size": image_size} if format == "onnx" else {}
+    every: dict[str, dict[str, Any]] = {"onnx": {"image_size": image_size}, "hf": {"model_type": model_type}}
     with _writing(path, atomic=format != "onnx") as part:  # onnx.write does it itself
-        MODULES[format].write(weights, part, **options)
+        MODULES[format].write(weights, part, **every.get(format, {}))
     own = image_size in (None, weights.architecture.image_size)
     return weights.words() + ("" if own else f"; positions interpolated to {image_size}")
 
 
-def _check_options(held: Checkpoint | EncoderWeights, format: str) -> None:
+def _check_options(held: Checkpoint | EncoderWeights, format: str, model_type: str | None) -> None:
     """Raise CheckpointError if the encoder has options that other code does not have."""
     if isinstance(held, Checkpoint):
         shape = native.architecture_of(native.config_of(held.config, "the checkpoint"))
     else:
         shape = held.architecture
+    if format == "hf":
+        hf_models.model_type_of(shape, model_type)
+        return
     for name, value in shape.own.items():
         raise CheckpointError(
             f"encoder.{name} (={value!r}) cannot be stored in {format}: its readers would ignore it; "
@@ -177,6 +184,7 @@ def convert(
     encoder: str | None = None,
     sha256: str | None = None,
     image_size: tuple[int, int] | None = None,
+    model_type: str | None = None,
     **options: Any,
 ) -> str:
     """Convert a file or folder to another format; see ``read`` and ``write``.
@@ -195,4 +203,4 @@ def convert(
     held = read(path, from_, reading)
     if isinstance(held, Checkpoint) and to not in WHOLE:
         held, encoder = encoder_from(held, encoder, path.name), None
-    return write(held, Path(target).expanduser(), to, encoder=encoder, image_size=image_size)
+    return write(held, Path(target).expanduser(), to, encoder=encoder, image_size=image_size, model_type=model_type)

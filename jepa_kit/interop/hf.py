@@ -1,9 +1,9 @@
-"""Hugging Face: folders that ``transformers.IJepaModel.from_pretrained`` loads, with config and preprocessor.
+"""Hugging Face: folders that transformers' ``from_pretrained`` loads, with config and preprocessor (hf_models.py).
 
-transformers stores q, k and v separately, and a position table [1, N, D]. Names of weights in files have not changed
-since its first I-JEPA (``encoder.layer.0...``); version 5 has other names in memory (``layers.0...``); both are read.
-Its models of the release (``facebook/ijepa_*``) are the context encoder, with a preprocessor that normalises with 0.5,
-while the release trained with ImageNet's mean and standard deviation.
+transformers stores q, k and v separately, and a position table [1, N, D], or [1, 1 + N, D] with a class token. Names of
+weights in files have not changed since the first of these models (``encoder.layer.0...``); version 5 has other names in
+memory (``layers.0...``); both are read. Its I-JEPA models (``facebook/ijepa_*``) are the release's context encoders,
+with a preprocessor that normalises with 0.5, while the release trained with ImageNet's mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jepa_kit.errors import CheckpointError
 from jepa_kit.files import sha256_of
 from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest
 from jepa_kit.interop.files import open_archive, read_json
+from jepa_kit.interop.hf_models import MODELS, from_options, model_type_of, to_options
 from jepa_kit.interop.names import strip_names
 from jepa_kit.interop.safetensors import read_file, write_file
 from jepa_kit.interop.weight_checks import checked_weights
@@ -30,10 +31,15 @@ from jepa_kit.interop.weights import AS_IT_IS, Architecture, EncoderWeights, Pro
 
 TABLE = "embeddings.position_embeddings"
 ENDS = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+    "encoder.relative_position_bias.relative_position_bias_table": "relative.tables.0",
 }
-"""Their names -> ours, outside of the blocks."""
+"""Their names in files -> ours, outside of the blocks."""
 
 BLOCK = {
     "layernorm_before": "norm1",
@@ -42,7 +48,13 @@ BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-"""Their names in files -> ours, in a block, except for q, k and v."""
+"""Their names of modules in files -> ours, in a block, except for q, k and v."""
+
+SCALES = {"lambda_1": "scale1", "lambda_2": "scale2"}
+"""Their names of parameters -> ours, in a block."""
+
+BIAS = "attention.attention.relative_position_bias.relative_position_bias_table"
+"""Their name of a block's own table of relative biases."""
 
 IN_MEMORY = {
     "attention.q_proj": "attention.attention.query",
@@ -51,6 +63,7 @@ IN_MEMORY = {
     "attention.o_proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
+    "relative_position_bias.relative_position_bias_table": BIAS,
 }
 """Their names in memory since transformers 5 -> their names in files."""
 
@@ -64,28 +77,41 @@ OPTIONS: dict[str, tuple[str, Any]] = {
     "qkv_bias": ("qkv_bias", True),
     "norm_eps": ("layer_norm_eps", 1e-12),
 }
-"""Fields of ``Architecture`` -> their names in ``IJepaConfig``, and its defaults, which older files omit."""
+"""Fields of ``Architecture`` -> their names in all configs, and the defaults, which older files omit."""
 
 CARD = """---
 {license}library_name: transformers
 pipeline_tag: image-feature-extraction
 ---
 
-# I-JEPA encoder
+# Encoder
 
 {words}
 
-Written by jepa_kit; `transformers.IJepaModel.from_pretrained` loads this folder.
+Written by jepa_kit; `transformers.{model}.from_pretrained` loads this folder.
 """
 
+SHARED = {
+    "shared_position_bias.relative_position_bias_table": ("encoder.relative_position_bias.relative_position_bias_table")
+}
+"""Names in memory since transformers 5 -> names in files, outside of the blocks."""
+
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-HEADS = ("classifier.", "pooler.", "embeddings.mask_token")
+HEADS = ("classifier.", "pooler.", "decoder.", "lm_head.")
+"""Beginnings of names of layers after the encoder."""
+TOKENS = "embeddings.mask_token"
+"""Left out of models in which only pretraining uses it."""
 FILES = "jepa_kit.files"
 """Metadata key of the weights: SHA-256 of the other files of the folder, by name."""
 
 
-def write(weights: EncoderWeights, folder: Path) -> None:
-    """Write config, weights, preprocessor and a model card."""
+def write(weights: EncoderWeights, folder: Path, model_type: str | None = None) -> None:
+    """Write config, weights, preprocessor and a model card.
+
+    Args:
+        model_type: of transformers; None for the first that fits (``hf_models.MODELS``).
+    """
+    model_type = model_type_of(weights.architecture, model_type)
     folder.mkdir(parents=True, exist_ok=True)
     # transformers copies the note into files that it saves without a digest, so it does not state that there is one
     about = json.loads(weights.about(sealed=False))
@@ -101,69 +127,101 @@ def write(weights: EncoderWeights, folder: Path) -> None:
         "image_mean": list(weights.provenance.mean),
         "image_std": list(weights.provenance.std),
     }
-    config = {**to_config(weights.architecture), ABOUT: about}
+    config = {**to_config(weights.architecture, model_type), ABOUT: about}
     beside = {"config.json": config, "preprocessor_config.json": preprocessor}
     for name, held in beside.items():
         (folder / name).write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     digests = json.dumps({name: sha256_of(folder / name) for name in beside}, sort_keys=True)
     metadata = {"format": "pt", ABOUT: weights.about(), FILES: digests}
-    write_file(folder / "model.safetensors", to_names(weights), metadata)
+    write_file(folder / "model.safetensors", to_names(weights, model_type), metadata)
     licence = weights.provenance.licence
     license = f"license: {licence.lower()}\n" if licence and " " not in licence else ""
-    (folder / "README.md").write_text(CARD.format(license=license, words=weights.words()), encoding="utf-8")
+    card = CARD.format(license=license, words=weights.words(), model=MODELS[model_type].name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def to_config(shape: Architecture) -> dict[str, Any]:
-    """Return the arguments of ``IJepaConfig``."""
+def to_config(shape: Architecture, model_type: str = "ijepa") -> dict[str, Any]:
+    """Return the arguments of the model's config."""
     h, w = shape.image_size
     return {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "image_size": h if h == w else [h, w],
         **{theirs: getattr(shape, ours) for ours, (theirs, _) in OPTIONS.items()},
+        **to_options(shape, model_type),
     }
 
 
-def to_names(weights: EncoderWeights) -> dict[str, Tensor]:
+def to_names(weights: EncoderWeights, model_type: str = "ijepa") -> dict[str, Tensor]:
     """Return the weights under transformers' names in files; q, k and v are views."""
-    out = {TABLE: weights.table[None]}
+    shape, out = weights.architecture, {}
     ends, inside = ({ours: theirs for theirs, ours in names.items()} for names in (ENDS, BLOCK))
+    scales = {ours: theirs for theirs, ours in SCALES.items()}
+    if shape.positions == "sincos":
+        first = weights.table.new_zeros(int(shape.class_token), shape.embed_dim)
+        out[TABLE] = torch.cat([first, weights.table])[None]
     for name, value in weights.state.items():
         stem, _, kind = name.rpartition(".")
-        if not stem.startswith("blocks."):
-            out[f"{ends[stem]}.{kind}"] = value
+        if name == "pos_embed":
+            out[TABLE] = value[None]
+        elif name == "mask_token" and "mask_token" in MODELS[model_type].drops:
             continue
-        _, number, part = stem.split(".", 2)
-        at = f"encoder.layer.{number}"
-        if part == "attn.qkv":
-            out.update({f"{at}.{to}.{kind}": x for to, x in zip(QKV, value.chunk(3), strict=True)})
+        elif name in ("cls_token", "mask_token"):
+            out[ends[name]] = value[None]
+        elif stem == "relative.tables" and shape.relative_bias == "per_block":
+            out[f"encoder.layer.{kind}.{BIAS}"] = value
+        elif not stem.startswith("blocks."):
+            out[ends[name]] = value
+        elif kind in scales:
+            out[f"encoder.layer.{stem.split('.')[1]}.{scales[kind]}"] = value
         else:
-            out[f"{at}.{inside[part]}.{kind}"] = value
+            _, number, part = stem.split(".", 2)
+            at = f"encoder.layer.{number}"
+            if part == "attn.qkv":
+                out.update({f"{at}.{to}.{kind}": x for to, x in zip(QKV, value.chunk(3), strict=True)})
+                if kind == "bias" and not MODELS[model_type].key_bias:
+                    del out[f"{at}.{QKV[1]}.{kind}"]
+            else:
+                out[f"{at}.{inside[part]}.{kind}"] = value
     return out
 
 
-def from_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under our names; unknown names are unchanged."""
-    ends, out = ENDS, {}
+def from_names(state: dict[str, Tensor], *, key_bias: bool = True) -> dict[str, Tensor]:
+    """Return the weights under our names; unknown names are unchanged.
+
+    Args:
+        key_bias: whether the model has a bias of keys; without one, ours is 0, which gives the same features.
+    """
+    out: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
-        stem, _, kind = name.rpartition(".")
-        match = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", stem)
-        inner = IN_MEMORY.get(match[2], match[2]) if match else ""
-        if match and inner in QKV:
+        name = SHARED.get(name, name)
+        kind = name.rpartition(".")[2]
+        match = re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", name)
+        inside = match[2] if match else ""
+        inner = IN_MEMORY.get(inside.rpartition(".")[0], inside.rpartition(".")[0])
+        if name == TABLE:
+            out["pos_embed"] = value
+        elif name in ("embeddings.cls_token", "embeddings.mask_token") and value.ndim == 3:
+            out[ENDS[name]] = value[0]
+        elif match and inside in SCALES:
+            out[f"blocks.{match[1]}.{SCALES[inside]}"] = value
+        elif match and IN_MEMORY.get(inside, inside) == BIAS:
+            out[f"relative.tables.{match[1]}"] = value
+        elif match and inner in QKV:
             parts.setdefault(f"blocks.{match[1]}.attn.qkv.{kind}", {})[inner] = value
         elif match and inner in BLOCK:
             out[f"blocks.{match[1]}.{BLOCK[inner]}.{kind}"] = value
         else:
-            out[f"{ends[stem]}.{kind}" if stem in ends else name] = value
+            out[ENDS.get(name, name)] = value
     for name, found in parts.items():
+        if name.endswith("bias") and not key_bias and set(found) == {QKV[0], QKV[2]}:
+            found[QKV[1]] = torch.zeros_like(found[QKV[0]])
         if set(found) == set(QKV):
             out[name] = torch.cat([found[part] for part in QKV])
         else:
-            out.update({f"{name} ({part})": value for part, value in found.items()})
+            out.update({f"{name} ({part})": x for part, x in found.items()})
     return out
 
 
@@ -174,17 +232,33 @@ def read(folder: Path, reading: Reading = AS_IT_IS) -> EncoderWeights:
         CheckpointError: the architecture is another, files are missing, or weights do not fit the config.
     """
     config = read_json(folder / "config.json")
-    architecture = _architecture(config, folder)
-    state, left_out = strip_names(_open(folder, reading), str(folder), reading.prefix, HEADS)
+    model_type = config.get("model_type")
+    if model_type not in MODELS:
+        raise CheckpointError(f"{folder}: model_type (={model_type!r}) must be one of {', '.join(MODELS)}")
+    unused = (TOKENS,) if MODELS[model_type].key_bias else ()
+    tokens = model_type != "ijepa"
+    named, left_out = strip_names(_open(folder, reading), str(folder), reading.prefix, (*HEADS, *unused), tokens=tokens)
+    state = from_names(named, key_bias=MODELS[model_type].key_bias)
+    architecture = _architecture(config, set(state), folder)
+    if "pos_embed" in state and architecture.positions == "learned":
+        state["pos_embed"] = state["pos_embed"].squeeze(0)
+    elif "pos_embed" in state:
+        table = state.pop("pos_embed")
+        state[TABLE] = _without_class(table, folder) if architecture.class_token else table
     provenance, positions = _provenance(config, folder), reading.positions
-    return checked_weights(
-        from_names(state), architecture, provenance, str(folder), positions, table=TABLE, left_out=left_out
-    )
+    return checked_weights(state, architecture, provenance, str(folder), positions, table=TABLE, left_out=left_out)
 
 
-def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
-    if config.get("model_type") != "ijepa":
-        raise CheckpointError(f"{folder}: model_type (={config.get('model_type')!r}) must be 'ijepa'")
+def _without_class(table: Tensor, folder: Path) -> Tensor:
+    """Return a table [1, 1 + N, D] without the class token's position, which must be 0."""
+    if table.ndim != 3 or bool(table[:, :1].any()):
+        raise CheckpointError(
+            f"{folder}: {TABLE} {tuple(table.shape)} must be [1, 1 + N, D], with zeros for the class token"
+        )
+    return table[:, 1:]
+
+
+def _architecture(config: dict[str, Any], names: set[str], folder: Path) -> Architecture:
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"{folder}: hidden_act (={config['hidden_act']!r}) must be 'gelu'")
     patch, image = config.get("patch_size"), config.get("image_size", 224)
@@ -193,7 +267,9 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
     try:
         options = {ours: type(default)(config.get(theirs, default)) for ours, (theirs, default) in OPTIONS.items()}
         size = (image, image) if isinstance(image, int) else (int(image[0]), int(image[1]))
-        return Architecture(image_size=size, **options)
+        return Architecture(image_size=size, **options, **from_options(config, names))
+    except CheckpointError:
+        raise
     except (TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{folder}: config.json has a size that is no number: {error}") from error
 

@@ -9,7 +9,17 @@ from jepa_kit.errors import CheckpointError
 
 T = TypeVar("T")
 
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module", "backbone", "ijepa")
+WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "module",
+    "backbone",
+    "ijepa",
+    "vit",
+    "beit",
+    "data2vec_vision",
+)
 """Name parts added by torch.compile, FSDP1, activation checkpointing, DDP, probes and transformers' classifier, at the
 front or inside."""
 
@@ -25,7 +35,12 @@ def bare(name: str) -> str:
 
 
 def strip_names(
-    state: Mapping[str, T], what: str, prefix: str | None = None, heads: tuple[str, ...] = ()
+    state: Mapping[str, T],
+    what: str,
+    prefix: str | None = None,
+    heads: tuple[str, ...] = (),
+    *,
+    tokens: bool = False,
 ) -> tuple[dict[str, T], list[str]]:
     """Return a state dict without wrappers in its names, and the omitted names.
 
@@ -34,6 +49,7 @@ def strip_names(
         what: name of the file in messages.
         prefix: keep names that begin with it, without it; omit the others.
         heads: omit names that begin with one of these, of layers after the encoder.
+        tokens: whether the format has class tokens.
 
     Raises:
         CheckpointError: no name begins with ``prefix``, two names become one, or there is a class token or registers.
@@ -51,10 +67,10 @@ def strip_names(
             starts = ", ".join(list(dict.fromkeys(name.partition(".")[0] for name in named))[:8])
             raise CheckpointError(f"{what} has no name that begins with {prefix!r}; names begin with {starts}")
         named = {name.removeprefix(stem): old for name, old in named.items() if name.startswith(stem)}
-    tokens = [name for name in named if name.rpartition(".")[2] in TOKENS]
-    if tokens:
+    found = [name for name in named if name.rpartition(".")[2] in TOKENS]
+    if found and not tokens:
         raise CheckpointError(
-            f"{what} is a ViT with extra tokens ({', '.join(tokens)}), such as DINO's or MAE's; I-JEPA's encoder has "
+            f"{what} is a ViT with extra tokens ({', '.join(found)}), such as DINO's or MAE's; I-JEPA's encoder has "
             "only patch tokens, so these weights cannot be loaded"
         )
     left_out += [name for name in named if name.startswith(heads)]

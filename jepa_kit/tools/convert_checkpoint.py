@@ -3,7 +3,8 @@
 formats:
   official      the released I-JEPA .pth.tar: encoder, predictor, target encoder, optimizer
   jepa_kit      a checkpoint of a run: the same, with its config
-  hf            a folder that transformers.IJepaModel.from_pretrained loads: one encoder
+  hf            a folder that transformers' from_pretrained loads, of IJepaModel, ViTModel (DINO, iBOT), ViTMAEModel,
+                ViTMSNModel, BeitModel or Data2VecVisionModel: one encoder
   timm          one encoder with timm's key names
   safetensors   one encoder with our key names
   onnx          one encoder as a graph: its outputs are the tokens and their mean
@@ -36,6 +37,7 @@ from typing import get_args
 from jepa_kit.arguments import run_tool, tool_parser  # first: it sets what torch reads when it is imported
 from jepa_kit.interop.files import Format
 from jepa_kit.interop.formats import convert
+from jepa_kit.interop.hf_models import MODELS
 from jepa_kit.interop.weights import Positions, Which
 
 
@@ -50,6 +52,11 @@ def parser() -> argparse.ArgumentParser:
         help="encoder to write, for formats with one (default: target if IN has both)",
     )
     p.add_argument("--image-size", type=int, metavar="PIXELS", help="for onnx, if it differs from training")
+    p.add_argument(
+        "--model-type",
+        choices=list(MODELS),
+        help="for hf, the model of transformers (default: the first of these that has what the encoder has)",
+    )
     p.add_argument("--num-heads", type=int, metavar="N", help="if neither IN nor the encoder's size determines it")
     p.add_argument(
         "--positions",

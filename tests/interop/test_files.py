@@ -106,8 +106,8 @@ def test_a_zip_that_torch_did_not_write(tmp_path):
 def test_folders_of_other_things(tmp_path):
     with pytest.raises(CheckpointError, match=r"is neither a run folder .* nor one of transformers \(config.json\)"):
         load_encoder(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(CheckpointError, match=r"model_type \(='vit'\) must be 'ijepa'"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "swin"}))
+    with pytest.raises(CheckpointError, match=r"model_type \(='swin'\) must be one of ijepa, vit_mae"):
         load_encoder(tmp_path)
 
 

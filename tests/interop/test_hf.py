@@ -162,7 +162,7 @@ def test_an_old_file_of_torch(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "vit"}, r"model_type \(='vit'\) must be 'ijepa'"),
+        ({"model_type": "swin"}, r"model_type \(='swin'\) must be one of ijepa, vit_mae"),
         ({"hidden_act": "relu"}, r"hidden_act \(='relu'\) must be 'gelu'"),
         ({"hidden_size": "wide"}, "config.json has a size that is no number: "),
         ({"num_hidden_layers": 3}, "missing: blocks.2.norm1.weight"),

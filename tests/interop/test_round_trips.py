@@ -176,6 +176,7 @@ class _Unwritable:
 
     class architecture:
         own: dict[str, object] = {}  # noqa: RUF012
+        relative_bias = "none"
 
     def about(self, sealed=True):
         raise CheckpointError("gone")
