@@ -63,15 +63,18 @@ class SGD(torch.optim.Optimizer):
             ratios = trust_ratio(norms_of(params), norms_of(updates))
             for update, ratio in zip(updates, ratios, strict=True):
                 local_part(update).mul_(ratio)
+        momentum, lr = group["momentum"], group["lr"]
+        bad = None if self.found_inf is None else self.found_inf > 0
+        if bad is not None:  # then velocity * 1 + 0, and weight - 0 * velocity; in float64, to round neither
+            momentum, lr = (
+                torch.full_like(bad, x, dtype=torch.float64).masked_fill_(bad, y) for x, y in ((momentum, 1), (lr, 0))
+            )
         for p, update in zip(params, updates, strict=True):
             state = self.state[p]
             if not state:
                 state["velocity"] = torch.zeros_like(p)
-            velocity, weight = local_part(state["velocity"]), local_part(p)
-            moved = velocity.mul(group["momentum"]).add_(local_part(update))
-            change = group["lr"] * moved
-            if self.found_inf is not None:
-                bad = self.found_inf > 0
-                moved, change = torch.where(bad, velocity, moved), change.masked_fill(bad, 0.0)
-            velocity.copy_(moved)
-            weight.sub_(change)
+            velocity, change = local_part(state["velocity"]), local_part(update)
+            if bad is not None:
+                change.masked_fill_(bad, 0.0)
+            velocity.mul_(momentum).add_(change)
+            local_part(p).sub_(torch.mul(velocity, lr, out=change))
