@@ -176,7 +176,7 @@ class _Unwritable:
 
     class architecture:
         own: dict[str, object] = {}  # noqa: RUF012
-        relative_bias = "none"
+        relative_bias, positions, class_token = "none", "sincos", False
 
     def about(self, sealed=True):
         raise CheckpointError("gone")
