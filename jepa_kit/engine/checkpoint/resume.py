@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jepa_kit.config import modernize
+from jepa_kit.config import config_from_dict, modernize
 from jepa_kit.data.shards.index import difference
 from jepa_kit.engine.checkpoint.format import Checkpoint
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_in
 from jepa_kit.engine.checkpoint.storage import name_of
 from jepa_kit.engine.consistency import flatten
-from jepa_kit.errors import CheckpointError
+from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.run_folder import FACTS, METRICS
 
 _FREE = {
@@ -142,6 +142,21 @@ def advice(store: Store, damaged: Location) -> str:
     return f"the last good one is {good.name}; `--resume {good}` resumes from it"
 
 
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's config under present names, with the defaults of options that are newer than it.
+
+    Nothing is imported: the config to compare with has registered the parts. A config that is not valid today is
+    returned with its names alone.
+    """
+    own = {key: config[key] for key in ("imports", "versions") if key in config}
+    renamed = modernize(config)
+    try:
+        found = config_from_dict({key: value for key, value in renamed.items() if key not in own})
+    except ConfigError:
+        return renamed
+    return {**found.to_dict(), **own}
+
+
 def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
     """Check that the run of a checkpoint is the run of this config and data.
 
@@ -156,7 +171,7 @@ def check_resumable(checkpoint: Checkpoint, config: Mapping[str, Any], data: Map
     Raises:
         CheckpointError: options or data differ; the message lists the options, or names the first shard.
     """
-    then, now = flatten(modernize(checkpoint.config)), flatten(config)
+    then, now = flatten(with_defaults(checkpoint.config)), flatten(config)
     unset = "(not set)"
     differences = [
         f"{key}: {then.get(key, unset)!r} in the checkpoint, {now.get(key, unset)!r} now"

@@ -326,6 +326,18 @@ def test_differences_of_config_are_listed(trained):
     )
 
 
+def test_options_that_are_newer_than_a_checkpoint_have_their_defaults(trained, tiny):
+    """A run of an earlier version resumes, and only a value other than the default is a difference."""
+    now = tiny().to_dict()
+    older = {key: dict(value) if isinstance(value, dict) else value for key, value in now.items() if key != "recipe"}
+    del older["encoder"]["class_token"], older["optim"]["clip_grad"]
+    checkpoint = dataclasses.replace(take(*trained), config=older)
+    check_resumable(checkpoint, now, data=DATA)
+    now["encoder"] = {**now["encoder"], "class_token": True}
+    with pytest.raises(CheckpointError, match=r"encoder.class_token: False in the checkpoint, True now\n"):
+        check_resumable(checkpoint, now, data=DATA)
+
+
 def test_what_moves_no_number_may_differ(trained):
     now = {section: dict(options) for section, options in CONFIG.items()}
     for key in FREE:
