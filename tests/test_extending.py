@@ -14,7 +14,7 @@ from jepa_kit.tools import make_shards
 from jepa_kit.training import train
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-FILES = {name: text for name, text in re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)}
+FILES: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S))
 CONFIGS = [name for name in FILES if name.endswith(".yaml")]
 SMALL = ["train.batch_size=8", "train.epochs=2", "train.steps_per_epoch=2", "train.log_every=1", "data.num_workers=0"]
 
