@@ -61,6 +61,7 @@ class ViewConfig(Section):
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return a problem if no transform sets the size."""
         return _without_crop(values["transforms"]) if values["transforms"] else []
 
 
@@ -145,6 +146,7 @@ class DataConfig(Section):
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return problems of the transforms and views together."""
         problems = _without_crop(values["transforms"])
         views: Sequence[ViewConfig] = values["views"] or ()
         names = [_names(view.transforms or values["transforms"]) for view in views]
