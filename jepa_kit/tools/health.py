@@ -161,8 +161,8 @@ def format_table(found: Sequence[Health], titles: Sequence[str]) -> str:
     def cell(value: Any) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    masks = f" under {found[0].masks} masks" if found[0].masks else ""
-    heading = f"images{masks}, {found[0].encoder} encoder"
+    masks = max(health.masks for health in found)
+    heading = f"images{f' under {masks} masks' if masks else ''}, {found[0].encoder} encoder"
     label = max(len(text) for _, text in ROWS)
     width = max(12, *(len(title) for title in titles))
     lines = [heading, " " * label + "".join(f"  {title:>{width}}" for title in titles)]

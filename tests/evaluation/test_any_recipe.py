@@ -272,7 +272,7 @@ def test_pictures(name, run_folder, scenes, monkeypatch, tmp_path):
         wanted.remove("attention")
     if name not in PREDICTS or name.startswith("codes"):
         wanted -= {"predictor_guess", "decoder"}
-        assert any(line.startswith("the predictor's guess and the hidden block: ") for line in content["left_out"])
+        assert any(line.startswith("the predictor's guess and the hidden block (") for line in content["left_out"])
     if name == "two views, one token":
         wanted.remove("patch_pca")
     assert sections == wanted
