@@ -140,9 +140,20 @@ class Project:
         """The folder of the undisturbed run."""
         return self.run("base")
 
+    @cached_property
+    def still(self) -> list[str]:
+        """Overrides without stochastic depth, whose draws depend on the process and on the part of a batch."""
+        parts = load_config(self.file).slots.items()
+        return [f"{slot}.drop_path=0.0" for slot, part in parts if part.options.get("drop_path")]
+
+    @cached_property
+    def reference(self) -> Path:
+        """The folder of the run that others are compared with."""
+        return self.run("reference", *self.still) if self.still else self.base
+
     def difference(self, folder: Path) -> str:
-        """Return the largest relative difference of the first losses from those of the undisturbed run."""
-        pairs = list(zip(losses(folder), losses(self.base), strict=True))[:COMPARED]
+        """Return the largest relative difference of the first losses from those of one process."""
+        pairs = list(zip(losses(folder), losses(self.reference), strict=True))[:COMPARED]
         worst = max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
         return f"{worst:.0e}" if worst <= LIMIT else f"no: {worst:.1e}"
 
@@ -240,7 +251,7 @@ def different_bits(a: Tensor, b: Tensor) -> int:
 
 def ranks(project: Project, run: str, *overrides: str) -> str:
     """Train with two gloo ranks under torchrun."""
-    config = project.config(run, *overrides)
+    config = project.config(run, *project.still, *overrides)
     config.save(project.folder / project.name / f"{run}-config")
     file = project.folder / project.name / f"{run}-config" / "config.yaml"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
@@ -317,13 +328,13 @@ COLUMNS: dict[str, Callable[[Project], str]] = {
     "resume": resumed,
     "two ranks": lambda p: ranks(p, "ddp", "train.parallel=ddp"),
     "fsdp": lambda p: ranks(p, "fsdp", "train.parallel=fsdp"),
-    "accumulate": lambda p: p.difference(p.run("accumulate", "train.accumulate=2")).removeprefix("no: "),
+    "accumulate": lambda p: p.difference(p.run("accumulate", *p.still, "train.accumulate=2")).removeprefix("no: "),
     "bf16": lambda p: f"{losses(p.run('bf16', 'train.precision=bf16'))[-1]:.3f}",
-    "checkpointed": lambda p: p.difference(p.run("checkpointed", "train.activation_checkpointing=true")),
+    "checkpointed": lambda p: p.difference(p.run("checkpointed", *p.still, "train.activation_checkpointing=true")),
     "nonfinite": nonfinite,
     "telemetry": telemetry,
     "eval_net": evaluated,
-    "health": lambda p: call(health.main, ["--checkpoint", str(p.base), "--images", "32", "--masks", "2"]),
+    "health": lambda p: call(health.main, ["--checkpoint", str(p.base), "--images", "32"]),
     "visualize": visualized,
     "plan_run": planned,
     "mask_report": report_of_masks,
