@@ -8,7 +8,7 @@ samples in numpy; numpy's own Philox makes one stream at a time, which costs mor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import IntEnum
+from enum import IntEnum, unique
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +18,7 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 
+@unique
 class Stream(IntEnum):
     """Purpose of a draw; two purposes never use the same numbers."""
 
@@ -32,8 +33,8 @@ class Stream(IntEnum):
     MASK_DROP = 9
     TRANSFORM = 10
     COMMON = 11
-    MASK_SHOW = 12
     VIEW = 12
+    MASK_SHOW = 13
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)

@@ -11,21 +11,18 @@ B images    N patches of an image    P_c, P_t patches of all contexts and target
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from jepa_kit.build import build_masker, build_order
 from jepa_kit.config import Config
 from jepa_kit.config.check import nested_parts
-from jepa_kit.data.transforms import Described, Window, build_pipeline
+from jepa_kit.data.transforms import build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
 from jepa_kit.interfaces import Encoder
@@ -36,8 +33,9 @@ from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.registry import ENCODERS, HEADS, LOSSES, RECIPES, TRANSFORMS, registry_of
 from jepa_kit.structures import MaskBatch, Output, PatchSets, Prediction, View
+from jepa_kit.trials.data_contract import check_masker, check_transform
 from jepa_kit.trials.part_trial import Trial, agree
-from jepa_kit.trials.recipe_trial import IMAGES, trial_recipe, trial_views
+from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 
 def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | None = None, every: bool = False) -> None:
@@ -172,56 +170,6 @@ def _check_first_weights(jepa: Recipe, run: Recipe, named: str) -> None:
                 f"the first weights differ in two builds with one train.seed, first {name}: a user-defined part "
                 f"({named}) must draw them by torch, and not by numpy or Python's random"
             )
-
-
-def check_transform(trial: Trial, transform: Any) -> None:
-    """Check ``num_draws``, the type of the result, and purity, on an image of noise."""
-    count = getattr(transform, "num_draws", None)
-    trial.need(type(count) is int and count >= 0, f"has num_draws (={count!r}), not a number of at least 0")
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    draws = np.random.default_rng(1).random(count or 0).tolist()
-    if isinstance(transform, Described):
-        size = transform.action_size
-        first, second = trial.twice(lambda: list(transform.action(draws, (48, 64))), pure=True)
-        trial.need(
-            len(first) == size and all(isinstance(x, float) and math.isfinite(x) for x in first),
-            f"gave the action {first}, not as many finite floats as its action_size (={size})",
-        )
-        trial.same(first, second)
-    if hasattr(transform, "window"):
-        first, second = trial.twice(lambda: transform.window((48, 64), draws), pure=True)
-        trial.need(isinstance(first, Window), f"gave a {type(first).__name__} as its window")
-        trial.same(first, second)
-        return
-    image = Image.fromarray(pixels)
-    before = image.tobytes()
-    first, second = trial.twice(lambda: transform(image, draws), pure=True)
-    trial.need(image.tobytes() == before, "changed the image that it was given, which other views use too")
-    trial.need(isinstance(first, Image.Image), f"gave a {type(first).__name__}, not a Pillow image")
-    trial.need(first.mode == "RGB", f"gave an image in mode {first.mode!r}, not 'RGB'")
-    trial.same((first.size, first.tobytes()), (second.size, second.tobytes()))
-
-
-def check_masker(trial: Trial, masker: Any, config: Config) -> None:
-    """Check the signature, type, grid, sets of every image, and purity."""
-    samples, seed = np.arange(IMAGES), config.train.seed
-    try:
-        inspect.signature(masker).bind(samples, seed=seed, epoch=0, step=0)
-    except TypeError as error:
-        trial.fail(f"cannot be called with (samples, seed=..., epoch=..., step=...): {error}", error)
-    first, second = trial.twice(lambda: masker(samples, seed=seed, epoch=0, step=0), pure=True)
-    trial.need(isinstance(first, MaskBatch), f"gave a {type(first).__name__}, not a jepa_kit.structures.MaskBatch")
-    p = config.slots["encoder"].options.get("patch_size")
-    if isinstance(p, int):
-        grid = (config.data.image_size[0] // p, config.data.image_size[1] // p)
-        trial.need(first.grid == grid, f"gave masks of the grid {first.grid}, but images have {grid}")
-        trial.need_grid(masker, grid)
-    for name, sets in (("context", first.context), ("target", first.targets)):
-        images = set(sets.image.tolist())
-        missing = sorted(set(range(IMAGES)) - images)
-        trial.need(not missing, f"gave no {name} set for image {missing[:1]} of {IMAGES}")
-        trial.need(images <= set(range(IMAGES)), f"gave a {name} set for image {max(images)}, but there are {IMAGES}")
-    trial.same(first, second)
 
 
 def check_encoder(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSets) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
+from jepa_kit.data.transforms import Described, build_pipeline
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import Backend
@@ -41,7 +42,7 @@ def trial_recipe(
 
 
 def trial_views(config: Config, device: torch.device, count: int = IMAGES) -> list[View]:
-    """Return the views of a step of a config, of noise with the scale of normalised images, with masks if it has any.
+    """Return the views of a step of a config, of noise with the scale of normalised images, with masks and actions.
 
     The masks are those of the first ``count`` samples of epoch 0.
     """
@@ -52,7 +53,14 @@ def trial_views(config: Config, device: torch.device, count: int = IMAGES) -> li
         if view.masked and "masker" in config.slots:
             masker = build_masker(config, patch_grid_of(config, size))
             masks = masker(np.arange(count), seed=view_seed(config.train.seed, k), epoch=0, step=0)
-        views.append(View(_noise(size, count, seed=k), masks).to(device))
+        action = None
+        if view.action:
+            pipeline = build_pipeline(view.transforms or config.data.transforms, image_size=size)
+            numbers = sum(
+                transform.action_size for transform in pipeline.transforms if isinstance(transform, Described)
+            )
+            action = torch.rand(count, numbers, generator=torch.Generator().manual_seed(k))
+        views.append(View(_noise(size, count, seed=k), masks, action).to(device))
     return views
 
 

@@ -117,6 +117,15 @@ class Forgetful(TwoViews):
         return super().forward(*views).loss
 
 
+class Aware(TwoViews):
+    """A recipe that reads how the second view was made."""
+
+    def forward(self, *views, progress=START):
+        assert views[0].action is None
+        assert views[1].action.shape == (len(views[1]), 4 + 5)  # of the crop and of the colours
+        return super().forward(*views)
+
+
 class Wide(nn.Linear):
     out_dim = 5
 
@@ -132,7 +141,7 @@ def two_views(**slots):
 
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch):
-    registries = ((RECIPES, {"two_views": TwoViews, "forgetful": Forgetful}), (HEADS, {"wide": Wide}))
+    registries = ((RECIPES, {"two_views": TwoViews, "forgetful": Forgetful, "aware": Aware}), (HEADS, {"wide": Wide}))
     for registry, parts in registries:
         registry.import_members()
         monkeypatch.setattr(registry, "_obj_map", {**registry._obj_map, **parts})
@@ -154,6 +163,14 @@ def test_recipes_and_heads_of_ones_own_are_checked(recipe, head, message):
     config = config_from_dict(two_views(recipe={"name": recipe}, head={"name": head, **options}))
     with pytest.raises(ContractError, match=message):
         check_parts(config, CPU)
+
+
+def test_views_of_a_trial_have_actions():
+    transforms = [{"name": "random_resized_crop"}, {"name": "color_jitter"}]
+    views = [{"count": 1}, {"count": 1, "action": True, "transforms": transforms}]
+    head = {"name": "mlp", "layers": 1, "out_dim": 4}
+    config = two_views(recipe={"name": "aware"}, head=head, data={**RAW["data"], "views": views})
+    check_parts(config_from_dict(config), CPU)
 
 
 # --- maskers ---
