@@ -184,7 +184,7 @@ class View:
     Args:
         images: [B, 3, h, w].
         masks: of the B images; None if the whole image is seen.
-        action: [B, A] float32, how the view was made, for a predictor that is told; None if nobody asks.
+        action: [B, A] float32, numbers that say how the view was made (docs/data.md); None without ``action: true``.
     """
 
     images: Tensor

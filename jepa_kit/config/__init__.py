@@ -6,9 +6,9 @@
 load.py      reads YAML files with their bases, run folders, checkpoints and overrides
 renamed.py   replaces old names of options and parts
 imports.py   imports user-defined parts
-sections.py  options that belong to no part
+sections.py  options that belong to no part; data_section.py: those of the images; section.py: the base of both
 shipped.py   finds configs of projects by name
-check.py     checks all options against sections and signatures of parts
+check.py     checks all options against sections and signatures of parts; typed.py: plain YAML to annotated types
 resolved.py  Config, and the functions that return one
 """
 

@@ -251,10 +251,15 @@ def row_counts(count: int) -> list[int]:
     return counts.tolist()
 
 
+def first_row(count: int) -> int:
+    """Return how many rows the ranks before this one have, which has ``count``; all must call it."""
+    return sum(row_counts(count)[: rank_and_size()[0]])
+
+
 def gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     """Return the rows of all ranks, [B, ...] -> [sum of B, ...] in the order of the ranks; ``x`` on one process.
 
-    Ranks may have unequally many rows; rank r's begin at ``sum(row_counts(B)[:r])``. In backward, a row's gradient
+    Ranks may have unequally many rows; this rank's begin at ``first_row(B)``. In backward, a row's gradient
     comes back to the rank that it is from, summed over the losses of all ranks (gradients.py). All ranks must call it,
     in forward and in backward.
     """

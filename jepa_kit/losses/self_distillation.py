@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.distributed.collectives import mean_over_ranks
-from jepa_kit.structures import MaskBatch, Progress
+from jepa_kit.structures import MaskBatch, Progress, at_least_float32
 
 
 class CentredTargets(nn.Module):
@@ -67,7 +67,7 @@ class CentredTargets(nn.Module):
     @torch.no_grad()
     def distributions(self, logits: Tensor, progress: Progress) -> Tensor:
         """Return distributions [..., K] of logits [..., K], in float32 or better."""
-        return F.softmax((_at_least_float32(logits) - self.centre) / self.temperature_at(progress.epoch), dim=-1)
+        return F.softmax((at_least_float32(logits) - self.centre) / self.temperature_at(progress.epoch), dim=-1)
 
     @torch.no_grad()
     def update(self, logits: Tensor) -> None:
@@ -85,11 +85,7 @@ def check_temperature(name: str, value: float) -> None:
 
 def log_distributions(logits: Tensor, temperature: float) -> Tensor:
     """Return the logarithms of a student's distributions, [..., K] -> [..., K], in float32 or better."""
-    return F.log_softmax(_at_least_float32(logits) / temperature, dim=-1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return F.log_softmax(at_least_float32(logits) / temperature, dim=-1)
 
 
 def cross_entropy(targets: Tensor, log_p: Tensor) -> Tensor:

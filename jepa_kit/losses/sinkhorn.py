@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from jepa_kit.distributed.collectives import gather_with_grad
+from jepa_kit.structures import at_least_float32
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def sinkhorn(log_weights: Tensor, iterations: int) -> Tensor:
     """
     if iterations < 0:
         raise ValueError(f"iterations (={iterations}) must be 0 or more")
-    x = log_weights.to(torch.promote_types(log_weights.dtype, torch.float32))
+    x = at_least_float32(log_weights)
     for _ in range(iterations):
         of_class = gather_with_grad(x.logsumexp(-2)[None]).logsumexp(0)  # [..., K]
         x = (x - of_class.unsqueeze(-2)).log_softmax(-1)

@@ -12,8 +12,7 @@ from PIL import Image
 from jepa_kit.config import Config
 from jepa_kit.data.transforms import Described, Window
 from jepa_kit.structures import MaskBatch
-from jepa_kit.trials.part_trial import Trial
-from jepa_kit.trials.recipe_trial import IMAGES
+from jepa_kit.trials.part_trial import IMAGES, Trial
 
 
 def check_transform(trial: Trial, transform: Any) -> None:

@@ -33,6 +33,9 @@ FORMS = {
 }
 """Slot -> the correct form of its parts, for messages."""
 
+IMAGES = 4
+"""Images of a trial's batch."""
+
 CALL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a trial call that become a ContractError."""
 

@@ -17,8 +17,7 @@ from jepa_kit.recipe import Recipe
 from jepa_kit.registry import Backend
 from jepa_kit.rng import view_seed
 from jepa_kit.structures import View
-
-IMAGES = 4
+from jepa_kit.trials.part_trial import IMAGES
 
 
 def trial_recipe(

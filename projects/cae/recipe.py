@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from jepa_kit.interfaces import TargetUpdate
 from jepa_kit.losses import CrossEntropy
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import RECIPES
-from jepa_kit.structures import START, Output, Prediction, Progress, View
+from jepa_kit.structures import START, Output, Prediction, Progress, View, at_least_float32
 
 
 @RECIPES.register("cae")
@@ -52,7 +51,6 @@ class CAE(JEPA):
         prediction, (view,) = aligned.prediction, views
         assert prediction is not None
         codes = self.code_target(view.images, prediction.masks.targets, None)  # [P_t]
-        scores = self.code_predictor(prediction.prediction, prediction.masks)  # [P_t, K]
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # from half precision
+        scores = at_least_float32(self.code_predictor(prediction.prediction, prediction.masks))  # [P_t, K]
         term = self.code_loss(Prediction(scores, codes, prediction.context, prediction.masks, progress))
         return Output(aligned.loss + term, {**aligned.terms, "codes": term}, prediction)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kit.distributed.collectives import gather_with_grad, rank_and_size, row_counts
+from jepa_kit.distributed.collectives import first_row, gather_with_grad
 from jepa_kit.encoders.pooling import pooled
 from jepa_kit.interfaces import Head, TargetUpdate
 from jepa_kit.losses.contrastive import info_nce
@@ -159,7 +159,6 @@ class MoCoV3(MomentumContrast):
     def contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return the loss [] of queries [B, D] with their keys [B, D] among the keys of all processes."""
         every = gather_with_grad(keys.detach())  # [K, D]
-        first = sum(row_counts(len(keys))[: rank_and_size()[0]])
         column = torch.arange(len(every), device=keys.device)
-        positive = column == first + column[: len(keys), None]  # [B, K]
+        positive = column == first_row(len(keys)) + column[: len(keys), None]  # [B, K]
         return 2 * self.temperature * info_nce(queries, every, positive, temperature=self.temperature).mean()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.distributed.collectives import gather_with_grad, rank_and_size, row_counts
+from jepa_kit.distributed.collectives import first_row, gather_with_grad
 from jepa_kit.encoders.pooling import pooled_views
 from jepa_kit.losses.contrastive import info_nce
 from jepa_kit.losses.self_distillation import check_temperature
@@ -54,7 +54,7 @@ class SimCLR(Recipe):
         al. 2020, arXiv 2004.11362).
         """
         keys = gather_with_grad(z)  # [K, D]
-        first = sum(row_counts(len(z))[: rank_and_size()[0]])
+        first = first_row(len(z))
         own = slice(first, first + len(z))  # the rows of this process
         image = torch.arange(len(z), device=z.device) % (len(z) // views)  # [V * B]
         positive, itself = torch.zeros(2, len(z), len(keys), dtype=torch.bool, device=z.device)  # [V * B, K] each

@@ -6,6 +6,7 @@ from torch import nn
 
 from jepa_kit.distributed.batch_norm import SyncedBatchNorm
 from jepa_kit.distributed.collectives import (
+    first_row,
     gather_with_grad,
     process_group,
     rank_and_size,
@@ -49,6 +50,7 @@ def check_gather(rank, counts):
     every = gather_with_grad(own)
     torch.testing.assert_close(every.detach(), x, rtol=0, atol=0)
     assert row_counts(len(own)) == list(counts)
+    assert first_row(len(own)) == sum(counts[:rank])
     found = loss(own, every, mine(weights, counts, rank))
     torch.testing.assert_close(found, losses[rank], **EXACT)
     found.backward()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from jepa_kit.distributed.batch_norm import SyncedBatchNorm
-from jepa_kit.distributed.collectives import gather_with_grad, rank_and_size, row_counts
+from jepa_kit.distributed.collectives import first_row, gather_with_grad, rank_and_size, row_counts
 
 
 @pytest.mark.integration
@@ -18,6 +18,7 @@ def test_alone_nothing_is_gathered():
     x = torch.randn(3, 2)
     assert gather_with_grad(x) is x
     assert row_counts(3) == [3]
+    assert first_row(3) == 0
     assert rank_and_size() == (0, 1)
 
 
