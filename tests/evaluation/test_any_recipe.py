@@ -217,6 +217,7 @@ def test_codes_have_cross_entropies(images):
     assert health.not_measured == (
         "loss of each position's frequencies: targets are codes, and so few images do not determine these",
     )
+    assert f"and the loss is {np.mean(own) / entropy:.2f} of the entropy of the codes" in judge(health).reason
     contexts = tokens.mean(1).double().numpy().reshape(2, 24, 16).transpose(1, 0, 2)
     assert health.lidar == pytest.approx(lidar(contexts), rel=1e-4)
 

@@ -138,8 +138,9 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
             "cuts": None,
             "holdout": None,
             "max_iter": 1000,
+            "pooling": "mean",
         },
-        {"name": "knn", "neighbours": [10, 20, 100, 200], "temperature": 0.07, "queries": 10000},
+        {"name": "knn", "neighbours": [10, 20, 100, 200], "temperature": 0.07, "queries": 10000, "pooling": "mean"},
     ]
     for line in content["rows"]:
         cell = f"{100 * line['accuracy']:.1f} ± {100 * line['standard_error']:.1f}"

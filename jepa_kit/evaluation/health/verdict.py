@@ -133,13 +133,15 @@ def _constant(what: str, varying: float, least: float, health: Health, figures: 
 
 def _judge_predictions(health: Health, gap: float, tokens: str, figures: dict[str, float]) -> Verdict:
     figures = figures | {"cross_sample_gap": gap}
-    against = health.relative_to_position
+    against, against_mean = health.relative_to_position, health.relative_to_mean
     position = ""
     if against is not None:
         figures["relative_to_position"] = against
         position = f" and the loss is {against:.2f} of that of each position's mean target"
+    elif health.loss_position is None and against_mean is not None:
+        figures["relative_to_mean"] = against_mean
+        position = f" and the loss is {against_mean:.2f} of the entropy of the codes"
     if gap < LEARNED:
-        against_mean = health.relative_to_mean
         lags = against_mean is not None and against_mean > LAGGING
         state = f"the loss is {against_mean:.1f} times that of the mean target: targets may be shrinking, and"
         reason = (

@@ -80,7 +80,8 @@ def draw_run(
         log("patch features")
         sections.append(_components(material))
     if health.loss_position is None:  # it is measured if targets are vectors that predictions are compared with
-        left_out.append(f"the predictor's guess and the hidden block ({'; '.join(health.not_measured)})")
+        reason = "; ".join(health.not_measured) if health.loss is None else "targets are codes"
+        left_out.append(f"the predictor's guess and the hidden block ({reason})")
     else:
         log("guesses")
         predictions, found = _guesses(material)
