@@ -56,16 +56,18 @@ def test_every_card_has_an_example_and_options(name):
 
 HEADS = {"layers": ("last", "last4"), "heads": ("plain", "norm"), "holdout": None}
 DEFAULTS = {
-    "knn": {"neighbours": (10, 20, 100, 200), "temperature": 0.07, "queries": 10_000},  # Wu et al. 2018: 200, 0.07
+    # Wu et al. 2018: 200, 0.07
+    "knn": {"neighbours": (10, 20, 100, 200), "temperature": 0.07, "queries": 10_000, "pooling": "mean"},
     "logistic": {
         **{"subsets": None, "names": None, "draws": None, "whiten": True, "cuts": None, "holdout": None},
         "penalties": (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5),
         "max_iter": 1000,
+        "pooling": "mean",
     },
     "linear": {
         **HEADS,
         **{"lrs": (0.003, 0.01, 0.03, 0.1, 0.3), "weight_decays": (0.0, 0.01)},
-        **{"optimizer": "adamw", "epochs": 20, "batch_size": 256},
+        **{"optimizer": "adamw", "epochs": 20, "batch_size": 256, "pooling": "mean"},
     },
     "paper_linear": {  # I-JEPA, A.2
         **HEADS,
@@ -84,7 +86,7 @@ DEFAULTS = {
     "finetune": {  # MAE, A.1, for small sets
         **{"epochs": 50, "batch_size": 128, "lr": 1e-3, "min_lr": 0.0, "weight_decay": 0.05, "layer_decay": 0.75},
         **{"warmup_epochs": 0.5, "label_smoothing": 0.1, "mixup": 0.2, "drop_path": 0.1},
-        **{"crop_scale": (0.7, 1.0), "flip": 0.5, "subset": "all"},
+        **{"crop_scale": (0.7, 1.0), "flip": 0.5, "subset": "all", "pooling": "mean"},
     },
 }
 
