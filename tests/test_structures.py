@@ -368,6 +368,11 @@ def test_every_method_keeps_hidden_patches():
     assert "hidden" not in seen.to_dict()
 
 
+def test_shown_patches_are_not_hidden():
+    assert [x.tolist() for x in HIDDEN.shown()] == [[1], [2]]
+    assert [x.tolist() for x in PatchSets.pack([torch.tensor([5, 2])]).shown()] == [[5, 2]]
+
+
 def test_hidden_must_be_one_boolean_per_patch():
     with pytest.raises(ValueError, match=r"hidden must be bool of the shape of index \(2,\), not torch.int64 of shape"):
         PatchSets(torch.arange(2), torch.arange(1), SetLengths([2]), torch.zeros(2).long())

@@ -269,7 +269,7 @@ def test_results_lie_beside_the_checkpoint(tool, run, capsys):
     files = sorted((run / "evaluation").glob("step_00000002_*.json"))
     assert f"results: {files[0]}" in capsys.readouterr().err or len(files) >= 2
     asked = [json.loads(file.read_text())["protocols"] for file in files]
-    others = {"temperature": 0.07, "queries": 10000}
+    others = {"temperature": 0.07, "queries": 10000, "pooling": "mean"}
     assert asked.count([{"name": "knn", "neighbours": [10, 20, 100, 200], **others}]) == 1
     assert asked.count([{"name": "knn", "neighbours": [5], **others}]) == 1
 
