@@ -63,9 +63,9 @@ AREAS: dict[str, tuple[str, str]] = {
     "schedules": ("engine/schedules.py", "engine/test_schedules.py engine/test_optimizer.py"),
     "random numbers": ("rng.py", "test_rng.py data/test_order.py data/test_exactness.py"),
     "loader": (
-        "data/loader.py data/shards/reader.py data/making/sample_workers.py data/remote/prefetch.py",
-        "data/test_loader.py data/remote data/shards/test_dataset.py data/test_exactness.py data/test_errors.py "
-        "data/making tools/test_make_shards.py",
+        "data/loader.py data/views.py data/shards/reader.py data/making/sample_workers.py data/remote/prefetch.py",
+        "data/test_loader.py data/test_views.py data/test_actions.py data/remote data/shards/test_dataset.py "
+        "data/test_exactness.py data/test_errors.py data/making tools/test_make_shards.py",
     ),
     "probes": ("evaluation/protocols/*.py", "evaluation/protocols"),
     "health": (
