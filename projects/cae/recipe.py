@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import nn
 
 from jepa_kit.interfaces import TargetUpdate
-from jepa_kit.losses import CrossEntropy
 from jepa_kit.recipe import JEPA
 from jepa_kit.registry import RECIPES
-from jepa_kit.structures import START, Output, Prediction, Progress, View, at_least_float32
+from jepa_kit.structures import START, Output, Progress, View, at_least_float32
 
 
 @RECIPES.register("cae")
@@ -43,14 +43,13 @@ class CAE(JEPA):
             encoder=encoder, predictor=predictor, target=target, losses=losses, target_update=target_update
         )
         self.code_target, self.code_predictor = code_target, code_predictor
-        self.code_loss = CrossEntropy(average="patches")
 
     def forward(self, *views: View, progress: Progress = START) -> Output:
-        """Return the weighted losses of the alignment, plus the cross entropy of the codes (term ``codes``)."""
+        """Return the alignment's losses plus the mean cross entropy of all hidden patches' codes (term ``codes``)."""
         aligned = super().forward(*views, progress=progress)
         prediction, (view,) = aligned.prediction, views
         assert prediction is not None
         codes = self.code_target(view.images, prediction.masks.targets, None)  # [P_t]
         scores = at_least_float32(self.code_predictor(prediction.prediction, prediction.masks))  # [P_t, K]
-        term = self.code_loss(Prediction(scores, codes, prediction.context, prediction.masks, progress))
+        term = F.cross_entropy(scores, codes)
         return Output(aligned.loss + term, {**aligned.terms, "codes": term}, prediction)
