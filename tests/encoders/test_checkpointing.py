@@ -99,5 +99,5 @@ def test_without_gradients_nothing_is_kept_or_computed_again() -> None:
 
 
 def test_a_network_without_our_blocks() -> None:
-    with pytest.raises(ValueError, match=r"Linear has no block of jepa_kit.encoders.blocks, so checkpointing"):
+    with pytest.raises(ValueError, match=r"Linear has no block \(a module with is_block = True\), so there is nothing"):
         checkpoint_activations(nn.Linear(2, 2))
