@@ -110,10 +110,10 @@ class Project:
             if not (self.shards / part).exists():
                 options = ["--num-scenes", str(count), "--image-size", "64", "--seed", str(seed)]
                 call(make_shards.main, ["synthetic:scenes", str(self.shards / part), *options])
-        script = self.file.parents[1] / "train_tokenizer.py"
-        if script.exists():
-            overrides = self.overrides()
-            command = [sys.executable, str(script), "--config-file", str(self.file), *overrides]
+        paths = self.overrides()
+        if len(paths) > 1:
+            (script,) = ROOT.glob("projects/*/train_tokenizer.py")
+            command = [sys.executable, str(script), "--config-file", str(self.file), *paths]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
 
     def overrides(self) -> list[str]:

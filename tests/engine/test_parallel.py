@@ -115,7 +115,7 @@ def test_several_processes_cannot_train_apart(monkeypatch):
 def test_more_parts_than_images(parts):
     """What is left where images could not be used: the same step, in as many parts as on other ranks."""
     wanted, found = Training(), Training(World(), accumulate=parts)
-    assert len(list(found.forward.split(*batch(0, World())))) == parts
+    assert len(list(found.forward.split([View(*batch(0, World()))]))) == parts
     close(found.steps(), wanted.steps(), f"{parts} parts")
     same_state((found.jepa.state_dict(), {}), (wanted.jepa.state_dict(), {}), f"{parts} parts")
 
