@@ -1,5 +1,6 @@
 """Checkpoints outside the run folder: uploads, retention, resume, and every way they can fail."""
 
+import dataclasses
 import shutil
 import threading
 from pathlib import Path
@@ -214,11 +215,11 @@ def test_a_roll_back_takes_the_latest_from_there(away, handler, monkeypatch):
 
     plain, bad = update.train_step, []
 
-    def step(jepa, optimizer, hyper, images, *args, **options):
+    def step(jepa, optimizer, hyper, views, **options):
         if not bad and sum(optimizer.state[p]["step"] for p in list(optimizer.state)[:1]) == 4:
             bad.append(1)
-            images = images * float("nan")
-        return plain(jepa, optimizer, hyper, images, *args, **options)
+            views = [dataclasses.replace(view, images=view.images * float("nan")) for view in views]
+        return plain(jepa, optimizer, hyper, views, **options)
 
     monkeypatch.setattr(update, "train_step", step)
     run = train(away("train.on_nonfinite=rollback"))
