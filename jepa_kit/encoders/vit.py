@@ -77,7 +77,6 @@ class ViT(nn.Module):
 
     Attributes:
         num_prefix: k, the number of tokens before the patches of each set.
-        extras: names of the options in which it differs from I-JEPA's.
     """
 
     forward_methods = ("forward_layers", "forward_tokens")
@@ -137,17 +136,6 @@ class ViT(nn.Module):
         self.positions: Positions = positions
         self.interpolation_offset, self.rotary_base = interpolation_offset, rotary_base
         self.class_token, self.num_prefix = class_token, class_token + registers
-        more = {
-            "final_norm": not final_norm,
-            "layer_scale": layer_scale is not None,
-            "mask_token": mask_token,
-            "class_token": class_token,
-            "registers": registers > 0,
-            "positions": positions != "sincos",
-            "interpolation_offset": interpolation_offset > 0,
-            "relative_bias": relative_bias != "none",
-        }
-        self.extras = tuple(name for name, differs in more.items() if differs)
         self.pos_embed: Tensor  # None without a table
         if positions == "sincos":
             self.register_buffer("pos_embed", sincos_2d(shape.embed_dim, self.grid), persistent=False)
@@ -182,6 +170,13 @@ class ViT(nn.Module):
                 if isinstance(token, nn.Parameter):
                     token.no_decay = True  # type: ignore[attr-defined]
         self.init_weights()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has no token, position, bias or scale besides I-JEPA's, as formulas of memory assume."""
+        more = (self.mask_token, self.cls_token, self.register_tokens, self.relative, self.blocks[0].scale1)
+        fixed = self.positions == "sincos" and isinstance(self.norm, nn.LayerNorm)
+        return fixed and all(part is None for part in more)
 
     def _token(self, rows: int) -> nn.Parameter | None:
         """Return learned tokens [rows, D], or None for no row."""

@@ -313,13 +313,14 @@ class HorizontalFlip:
     stream = Stream.FLIP
     num_draws = 1
     action_size = 1
+    method = Image.Transpose.FLIP_LEFT_RIGHT
 
     def __init__(self, *, p: float = 0.5) -> None:
         check_probability("p", p)
         self.p = p
 
     def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0] < self.p else image
+        return image.transpose(self.method) if draws[0] < self.p else image
 
     def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
         """Return whether the image is flipped, 1.0 or 0.0."""
@@ -327,27 +328,7 @@ class HorizontalFlip:
 
 
 @TRANSFORMS.register("vertical_flip")
-class VerticalFlip:
-    """Swap top and bottom.
+class VerticalFlip(HorizontalFlip):
+    """Swap top and bottom; options as for ``HorizontalFlip``."""
 
-    Args:
-        p: probability.
-
-    Raises:
-        ValueError: ``p`` is outside [0, 1].
-    """
-
-    stream = Stream.FLIP
-    num_draws = 1
-    action_size = 1
-
-    def __init__(self, *, p: float = 0.5) -> None:
-        check_probability("p", p)
-        self.p = p
-
-    def __call__(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
-        return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM) if draws[0] < self.p else image
-
-    def action(self, draws: Sequence[float], size: tuple[int, int]) -> list[float]:
-        """Return whether the image is flipped, 1.0 or 0.0."""
-        return [float(draws[0] < self.p)]
+    method = Image.Transpose.FLIP_TOP_BOTTOM
