@@ -19,7 +19,7 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import all_gather_object, run_on_all_ranks
 from jepa_kit.evaluation.feature_cache import Arrays, FeatureStore, bar, say
-from jepa_kit.evaluation.feature_sources import Network, View
+from jepa_kit.evaluation.feature_sources import Feature, Network
 from jepa_kit.evaluation.features import has_class_token
 from jepa_kit.evaluation.protocols import Built, Spec, build_protocols
 from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task, check_values
@@ -217,7 +217,7 @@ def _check_jobs(jobs: Sequence[_Job], classes: Classes, datasets: Datasets) -> N
             raise ValueError(f"label (={label!r}): {test.path} has samples of {name!r}, and {train.path} none")
 
 
-def _views(job: _Job, layers: str) -> Iterator[tuple[Network, View]]:
+def _views(job: _Job, layers: str) -> Iterator[tuple[Network, Feature]]:
     """Yield the arrays of features that a job needs."""
     name, _, probe = job.protocol
     fits = "--layers last" if probe.takes_layers else f"--protocol '{{name: {name}, layers: [last]}}'"

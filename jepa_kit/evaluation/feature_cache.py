@@ -23,11 +23,11 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
-from jepa_kit.evaluation.feature_sources import Network, View
+from jepa_kit.evaluation.feature_sources import Feature, Network
 from jepa_kit.files import write_text
 
 FORMAT = "jepa_kit features/1"
-Arrays = dict[tuple[str, View], NDArray[Any]]
+Arrays = dict[tuple[str, Feature], NDArray[Any]]
 """(name of a network, view) -> [N, D] float32; [N, n, D] float16 if patches are not averaged."""
 
 
@@ -35,12 +35,12 @@ class _Entry(NamedTuple):
     """An array of features: its file, None if it stays in memory, and what it depends on."""
 
     network: Network
-    view: View
+    view: Feature
     file: Path | None
     origin: dict[str, Any]
 
     @property
-    def key(self) -> tuple[str, View]:
+    def key(self) -> tuple[str, Feature]:
         return self.network.name, self.view
 
 
@@ -70,7 +70,7 @@ class FeatureStore:
 
     def extract(
         self,
-        wanted: Sequence[tuple[Network, View]],
+        wanted: Sequence[tuple[Network, Feature]],
         dataset: ShardDataset,
         options: ImageOptions,
         *,
@@ -108,7 +108,7 @@ class FeatureStore:
         self, fresh: Arrays, missing: Sequence[_Entry], dataset: ShardDataset, options: ImageOptions, progress: bool
     ) -> None:
         """Fill arrays in one pass over this rank's part of the images."""
-        by_network: dict[Network, list[View]] = {}
+        by_network: dict[Network, list[Feature]] = {}
         for one in missing:
             by_network.setdefault(one.network, []).append(one.view)
         own = np.array_split(np.arange(len(dataset)), self.world.size)[self.world.rank]
@@ -159,7 +159,7 @@ class FeatureStore:
         if self.world.size > 1:
             barrier()
 
-    def _entry(self, network: Network, view: View, dataset: ShardDataset, options: ImageOptions) -> _Entry:
+    def _entry(self, network: Network, view: Feature, dataset: ShardDataset, options: ImageOptions) -> _Entry:
         origin = {
             "format": FORMAT,
             "network": network.identity,

@@ -55,7 +55,7 @@ def encoder_named(jepa: Recipe, which: str | None = None) -> Literal["target", "
     return "target" if which == "target" else "context"
 
 
-class View(NamedTuple):
+class Feature(NamedTuple):
     """One array of features: the output of a block (from 1; 0 for raw pixels), and how tokens become features."""
 
     block: int
@@ -82,7 +82,7 @@ class Network:
     seed: int | None = None
     encoder: nn.Module | None = None
 
-    def views(self, layers: str, pooling: Pooling) -> tuple[View, ...]:
+    def views(self, layers: str, pooling: Pooling) -> tuple[Feature, ...]:
         """Return the arrays that are concatenated to a layer set.
 
         Raises:
@@ -92,7 +92,7 @@ class Network:
         if pooling == "class" and self.depth and not has_class_token(self.encoder):
             raise ValueError("pooling (='class') needs an encoder with a class token, and this one has none")
         blocks = layer_numbers(layers, self.depth) if self.depth else (NO_BLOCK,)
-        return tuple(View(block, pooling) for block in blocks)
+        return tuple(Feature(block, pooling) for block in blocks)
 
 
 def run_networks(

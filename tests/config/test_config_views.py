@@ -36,7 +36,7 @@ class Silent:
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     """``views`` takes two and more, ``masked_views`` up to four with a masker."""
     RECIPES.import_members()
-    monkeypatch.setattr(RECIPES, "_obj_map", dict(RECIPES._obj_map))
+    monkeypatch.setattr(RECIPES, "_obj_map", {"jepa": RECIPES.get("jepa")})  # without those of other tests
 
     TRANSFORMS.import_members()
     monkeypatch.setattr(TRANSFORMS, "_obj_map", {**TRANSFORMS._obj_map, "silent": Silent})

@@ -13,7 +13,7 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World
 from jepa_kit.evaluation.feature_cache import FeatureStore
-from jepa_kit.evaluation.feature_sources import View, pixel_network, run_networks
+from jepa_kit.evaluation.feature_sources import Feature, pixel_network, run_networks
 from jepa_kit.evaluation.features import load_run
 
 SIZE = (16, 16)
@@ -22,7 +22,7 @@ IMAGES = ImageOptions(image_size=SIZE)
 
 def wanted(run, sha="abc", **options):
     (target,) = run_networks(run, baselines=[], checkpoint_sha256=sha, **options)
-    return [(target, View(4, "mean")), (target, View(3, "none"))]
+    return [(target, Feature(4, "mean")), (target, Feature(3, "none"))]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def run(tiny_run):
 
 
 def test_cached_features_equal_fresh_ones(run, scenes, tmp_path):
-    asked = [*wanted(run), (pixel_network(4), View(0, "mean"))]
+    asked = [*wanted(run), (pixel_network(4), Feature(0, "mean"))]
     fresh = FeatureStore().extract(asked, scenes[0], IMAGES)
     kept = FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
     again = FeatureStore(tmp_path).extract(asked, scenes[0], IMAGES)
@@ -122,7 +122,7 @@ def test_damaged_features_are_named(run, scenes, tmp_path, reads):
 
 def test_a_network_without_an_identity_is_not_cached(run, scenes, tmp_path):
     networks = run_networks(run, baselines=[])
-    FeatureStore(tmp_path / "features").extract([(networks[0], View(4, "mean"))], scenes[0], IMAGES)
+    FeatureStore(tmp_path / "features").extract([(networks[0], Feature(4, "mean"))], scenes[0], IMAGES)
     assert not list((tmp_path / "features").iterdir())
 
 
