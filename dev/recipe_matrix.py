@@ -79,9 +79,9 @@ SETTINGS = [
     "checkpoint.keep=8",
 ]
 LIMIT = 1e-6
-"""Largest relative difference of losses in float32 that counts as equal; rounding grows with the steps, so the first
-``COMPARED`` are compared."""
-COMPARED = 4
+"""Largest relative difference of losses in float32 that counts as equal."""
+COMPARED = 2
+"""Losses that are compared: before the first update, and after it. Rounding grows with every further one."""
 
 
 def quick_configs() -> dict[str, Path]:

@@ -129,6 +129,7 @@ from torch.distributed.fsdp import FSDPModule
 from jepa_kit.distributed.collectives import process_group, read_environment
 from jepa_kit.planning.memory import training_memory
 from jepa_kit.engine.parallel import parallelize
+from jepa_kit.structures import View
 
 cpu, held = torch.device("cpu"), []
 
@@ -153,7 +154,7 @@ with process_group(read_environment(), cpu):
             yield part
 
     forward.split = watched
-    forward(torch.randn(IMAGES, 3, 32, 32), masks).loss.backward()
+    forward(View(torch.randn(IMAGES, 3, 32, 32), masks)).loss.backward()
     own = sum(p.grad.to_local().nbytes for p in jepa.parameters() if p.requires_grad)
     assert held == [0, planned[1]], (held, planned)
     assert abs(own / planned[0] - 1) < 0.1, (own, planned)
@@ -170,9 +171,7 @@ def test_fsdp_adds_up_whole_gradients(tmp_path, torchrun):
 def test_a_network_without_a_formula():
     jepa, _, lengths = make(config())
     jepa.predictor = nn.Linear(1, 1)
-    with pytest.raises(
-        ValueError, match="the formula for memory is for I-JEPA's encoder 'vit' with predictor 'vit' only"
-    ):
+    with pytest.raises(ValueError, match="the formula for memory is for encoder 'vit' with predictor 'vit' only"):
         training_memory(jepa, lengths, precision="bf16")
 
 
