@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_kit.structures import View
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 STAND_IN = {
@@ -76,7 +78,7 @@ def ours_and_masks(steps, masks):
     s = setting(steps, masks)
     ours, drawn = steps.make_ours(s), next(steps.make_masks(s))
     with torch.no_grad():
-        return s, ours, drawn, ours(steps.make_images(s), drawn).loss
+        return s, ours, drawn, ours(View(steps.make_images(s), drawn)).loss
 
 
 @pytest.mark.parametrize("masks", ["uniform", "ragged"])
