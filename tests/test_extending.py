@@ -10,6 +10,7 @@ import pytest
 
 from jepa_kit.config import load_config
 from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.registry import RECIPES, SLOTS
 from jepa_kit.tools import make_shards
 from jepa_kit.training import train
 
@@ -31,7 +32,16 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def registries(monkeypatch):
+    """What the examples register is gone after the test."""
+    for registry in (RECIPES, *SLOTS.values()):
+        registry.import_members()
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.usefixtures("registries")
 def test_an_example_trains(name, shards, tmp_path):
     for file, text in FILES.items():
         (tmp_path / file).write_text(text)
