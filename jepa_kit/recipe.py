@@ -32,15 +32,20 @@ class Recipe(nn.Module):
         encoder: the context encoder.
         target_update: makes the networks that follow, and updates them; None for none.
 
+    Raises:
+        ValueError: the recipe ``needs_teacher``, and ``target_update`` makes none.
+
     Attributes:
         num_views: fewest and most views of an image that ``forward`` takes; None for any number.
         masked: whether views have masks; then the config has a slot ``masker``.
         head_inputs: head -> the head whose output it maps; other heads map the encoder's tokens.
+        needs_teacher: whether there must be a target encoder, or one tied to the encoder.
     """
 
     num_views: ClassVar[tuple[int, int | None]] = (1, 1)
     masked: ClassVar[bool] = True
     head_inputs: ClassVar[Mapping[str, str]] = {}
+    needs_teacher: ClassVar[bool] = False
 
     def __init__(self, *, encoder: nn.Module, target_update: TargetUpdate | None = None) -> None:
         super().__init__()
@@ -48,6 +53,8 @@ class Recipe(nn.Module):
         self.target_update: TargetUpdate = target_update or NoTargetEncoder()
         self._followers: dict[str, bool] = {}  # name of a network -> whether its follower has a training mode
         self.target_encoder = self.follow("encoder")
+        if self.needs_teacher and self.target_network is None:
+            raise ValueError("target_update makes no target encoder, which this recipe needs; take {name: ema}")
 
     def follow(self, name: str, *, training: bool = False) -> nn.Module | None:
         """Return the network that follows the attribute ``name``; to be kept as the attribute ``target_`` + ``name``.

@@ -49,6 +49,7 @@ class DINO(Recipe):
 
     num_views = (2, None)
     masked = False
+    needs_teacher = True
     head_inputs: ClassVar = {"prototype_head": "head"}
 
     def __init__(
@@ -69,8 +70,6 @@ class DINO(Recipe):
         for name, value, least in (("num_global", num_global, 1), ("freeze_epochs", freeze_epochs, 0)):
             if value < least:
                 raise ValueError(f"{name} (={value}) must be at least {least}")
-        if self.target_network is None:
-            raise ValueError("target_update makes no teacher; take target_update={name: ema}")
         check_temperature("student_temperature", student_temperature)
         self.num_global, self.student_temperature, self.freeze_epochs = num_global, student_temperature, freeze_epochs
         self.head, self.prototype_head = head, prototype_head

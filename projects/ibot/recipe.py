@@ -53,6 +53,7 @@ class IBOT(Recipe):
     """
 
     num_views = (2, None)
+    needs_teacher = True
     head_inputs: ClassVar = {"prototype_head": "head", "patch_head": "head"}
 
     def __init__(
@@ -84,8 +85,6 @@ class IBOT(Recipe):
         sd.check_temperature("student_temperature", student_temperature)
         if not getattr(encoder, "class_token", False):
             raise ValueError("encoder.class_token must be true: the class token represents a view")
-        if self.target_network is None:
-            raise ValueError("target_update makes no teacher; take target_update={name: ema}")
         self.num_global, self.freeze_epochs, self.student_temperature = num_global, freeze_epochs, student_temperature
         self.weights = {"class": class_weight, "patch": patch_weight}
         self.head, self.prototype_head, self.patch_head = head, prototype_head, patch_head

@@ -26,11 +26,10 @@ class MomentumContrast(Recipe):
 
     num_views = (2, 2)
     masked = False
+    needs_teacher = True
 
     def __init__(self, *, encoder: nn.Module, head: nn.Module, target_update: TargetUpdate, temperature: float) -> None:
         super().__init__(encoder=encoder, target_update=target_update)
-        if self.target_network is None:
-            raise ValueError("target_update makes no momentum encoder; take target_update={name: ema}")
         check_temperature("temperature", temperature)
         self.temperature = temperature
         self.head = head

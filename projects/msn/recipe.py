@@ -47,6 +47,7 @@ class MSN(Recipe):
     """
 
     num_views = (2, None)
+    needs_teacher = True
     head_inputs: ClassVar = {"prototype_head": "head"}
 
     def __init__(
@@ -64,8 +65,6 @@ class MSN(Recipe):
         entropy: float = 0.0,
     ) -> None:
         super().__init__(encoder=encoder, target_update=target_update)
-        if self.target_network is None:
-            raise ValueError("target_update makes no momentum encoder; take target_update={name: ema}")
         check_temperature("temperature", temperature)
         if not 0.0 < sharpening <= 1.0:
             raise ValueError(f"sharpening (={sharpening}) must be above 0 and at most 1")

@@ -132,5 +132,5 @@ def test_mistakes_in_configs(name: str, overrides: list[str], message: str) -> N
 @pytest.mark.parametrize("name", ["moco", "msn"])
 def test_no_momentum_encoder(name: str) -> None:
     config = load_config(path(f"{name}/quick"), ["target_update={name: none}"])
-    with pytest.raises(ConfigError, match="recipe: target_update makes no momentum encoder; take target_update="):
+    with pytest.raises(ConfigError, match="recipe: target_update makes no target encoder, which this recipe needs"):
         build_recipe(config)

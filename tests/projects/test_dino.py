@@ -253,7 +253,7 @@ def test_the_teacher_sees_only_the_first_views() -> None:
         ),
         (
             {"target_update": {"name": "none"}},
-            r"recipe: target_update makes no teacher; take target_update={name: ema}",
+            r"recipe: target_update makes no target encoder, which this recipe needs",
         ),
         ({"recipe": options(num_global=0)}, r"recipe: num_global \(=0\) must be at least 1"),
         ({"recipe": options(freeze_epochs=-1)}, r"recipe: freeze_epochs \(=-1\) must be at least 0"),

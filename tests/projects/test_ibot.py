@@ -231,7 +231,7 @@ def test_a_batch_that_is_not_finite_moves_no_centre() -> None:
         ({"encoder": RAW["encoder"] | {"class_token": False}}, "recipe: encoder.class_token must be true"),
         (
             {"target_update": {"name": "none"}},
-            r"recipe: target_update makes no teacher; take target_update={name: ema}",
+            r"recipe: target_update makes no target encoder, which this recipe needs",
         ),
         ({"recipe": options(num_global=0)}, r"recipe: num_global \(=0\) must be at least 1 and finite"),
         ({"recipe": options(patch_weight=-1.0)}, r"recipe: patch_weight \(=-1.0\) must be at least 0 and finite"),

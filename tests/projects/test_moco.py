@@ -145,7 +145,7 @@ def test_half_precision_does_not_round_the_cosines():
     [
         ({"temperature": 0.0}, r"temperature \(=0.0\) must be above 0"),
         ({"queue": 0}, r"queue \(=0\) must be at least 1"),
-        ({"target_update": NoTargetEncoder()}, "target_update makes no momentum encoder; take target_update={name: em"),
+        ({"target_update": NoTargetEncoder()}, "target_update makes no target encoder, which this recipe needs"),
     ],
 )
 def test_options_that_are_wrong(options, message):

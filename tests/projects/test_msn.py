@@ -119,7 +119,7 @@ def test_half_precision_does_not_round_the_cosines():
         ({"sharpening": 1.5}, r"sharpening \(=1.5\) must be above 0 and at most 1"),
         ({"sinkhorn": -1}, r"sinkhorn \(=-1\) must be 0 or more iterations"),
         ({"label_smoothing": 1.0}, r"label_smoothing \(=1.0\) must be in \[0, 1\)"),
-        ({"target_update": NoTargetEncoder()}, "target_update makes no momentum encoder; take target_update={name: em"),
+        ({"target_update": NoTargetEncoder()}, "target_update makes no target encoder, which this recipe needs"),
     ],
 )
 def test_options_that_are_wrong(options, message):
