@@ -36,6 +36,7 @@ from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.structures import Precision
+from jepa_kit.targets import RepresentationTarget
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 FLOAT32 = 4
@@ -137,9 +138,10 @@ def _activations(jepa: JEPA, lengths: Lengths, number: int, checkpointing: bool)
     kept = _network(encoder.blocks, context, number, checkpointing)
     kept += _network(predictor.blocks, sequences, number, checkpointing, context + targets, targets)
     kept += _ends(encoder, predictor, lengths, number)
-    if flops.targets_trained:  # and a LayerNorm over the targets
+    if flops.targets_trained:  # and the encoder's norm and a LayerNorm over the targets of each of its layers
+        layers = len(cast(RepresentationTarget, jepa.target).numbers(encoder.depth))
         kept += _network(encoder.blocks, seen, number, checkpointing) + seen * _ends_of(encoder, number)
-        kept += targets * (FLOAT32 * encoder.embed_dim + 8)
+        kept += (layers - 1) * seen * _norm(encoder) + layers * targets * _norm(encoder)
     working = max(
         _working(encoder.blocks, context, number, checkpointing),
         _working(predictor.blocks, sequences, number, checkpointing),
@@ -254,4 +256,9 @@ def _ends(encoder: ViT, predictor: ViTPredictor, lengths: Lengths, number: int) 
 
 def _ends_of(encoder: ViT, number: int) -> float:
     """Return the bytes kept per token of its pixels and the input of the last norm."""
-    return number * encoder.patch_embed.proj.weight[0].numel() + FLOAT32 * encoder.embed_dim + 8
+    return number * encoder.patch_embed.proj.weight[0].numel() + _norm(encoder)
+
+
+def _norm(encoder: ViT) -> float:
+    """Return the bytes kept per token by a LayerNorm: its input, mean and deviation."""
+    return FLOAT32 * encoder.embed_dim + 8

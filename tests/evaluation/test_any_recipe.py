@@ -108,7 +108,11 @@ CASES = {
         "target": {"name": "pixel"},
         "target_update": {"name": "none"},
     },
-    "conv": {"encoder": {"name": "conv", "embed_dim": 16, "depth": 4, "kernel": 3, "patch_size": 4}, **JEPA},
+    "conv, layers side by side": {
+        "encoder": {"name": "conv", "embed_dim": 16, "depth": 4, "kernel": 3, "patch_size": 4},
+        **JEPA,
+        "target": {"name": "representation", "layers": [1, 3, 4], "combine": "concat"},
+    },
     "pixels in place": {
         "encoder": {**VIT, "mask_token": True, "relative_bias": "shared", "positions": "none"},
         **IN_PLACE,

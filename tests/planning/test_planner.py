@@ -197,9 +197,17 @@ def test_networks_without_a_formula(config, monkeypatch):
     assert table([plan]).splitlines()[-1].endswith("  DDP")
 
 
-def test_measured_activations_are_those_of_the_formula(config):
+THREE = "target={name: representation, layers: 3, combine: concat}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], [THREE], ["target_update={name: tied, stop_gradient: false}", THREE]],
+    ids=["one layer", "three layers", "three trained layers"],
+)
+def test_measured_activations_are_those_of_the_formula(config, overrides):
     """What torch saves in a trial, against the formula, which test_memory_of_runs.py compares with another count."""
-    held = config()
+    held = config(*overrides)
     jepa, lengths = build_recipe(held), draw_lengths(held, 64)
     for again in (False, True):
         formula = training_memory(jepa, lengths, precision="float32", checkpointing=again).activations / lengths.images

@@ -86,6 +86,27 @@ def test_representation_of_chosen_layers_without_the_final_norm_is_that_of_data2
     torch.testing.assert_close(target(images, sets, encoder), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm", ["layer", "none"])
+@pytest.mark.parametrize("final_norm", [True, False])
+@pytest.mark.parametrize(("layers", "numbers"), [((3, 1), (3, 1)), ((0, 2, 3), (0, 2, 3)), (2, (2, 3)), (1, (3,))])
+def test_layers_side_by_side_are_each_normalised(norm: Any, final_norm: bool, layers: Any, numbers: Any) -> None:
+    encoder, images, sets = make_encoder(), make_images(), make_sets()
+    x, lengths = encoder.embed(images, None)
+    outputs = [x]
+    for block in encoder.blocks:
+        outputs.append(block(outputs[-1], lengths))
+    if final_norm:
+        outputs = [standardise(x, 1e-6) * encoder.norm.weight + encoder.norm.bias for x in outputs]
+    each = [standardise(outputs[i], 1e-5) if norm == "layer" else outputs[i] for i in numbers]
+    options = {"layers": layers, "combine": "concat", "norm": norm, "final_norm": final_norm}
+    target = TARGETS.build("representation", options, embed_dim=DIM, depth=3, patch_size=PATCH)
+    out = target(images, sets, encoder)
+    assert out.shape == (sets.num_patches, target.out_dim) == (7, len(numbers) * DIM)
+    for i, expected in enumerate(each):
+        here = out[:, i * DIM : (i + 1) * DIM]
+        torch.testing.assert_close(here, taken(expected.view(2, 24, DIM), sets), rtol=0, atol=1e-12)
+
+
 def test_representation_masked_at_the_input_shows_each_block_alone() -> None:
     encoder, images, sets = make_encoder(), make_images(), make_sets()
     out = RepresentationTarget(embed_dim=DIM, masked_at="input")(images, sets, encoder)
@@ -109,6 +130,10 @@ def test_representation_refuses() -> None:
         RepresentationTarget(embed_dim=DIM, layers=(2, 4), depth=3)
     with pytest.raises(ValueError, match=r"layers \(=\(2, 2\)\) must be different numbers of blocks"):
         RepresentationTarget(embed_dim=DIM, layers=(2, 2))
+    with pytest.raises(ValueError, match=r"combine \(='sum'\) must be one of 'mean', 'concat'"):
+        RepresentationTarget(embed_dim=DIM, combine="sum")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mean_norm \(='layer'\) normalises an average, and combine \(='concat'\)"):
+        RepresentationTarget(embed_dim=DIM, layers=2, combine="concat", mean_norm="layer")
     with pytest.raises(ValueError, match=r"mean_norm \(='batch'\) must be one of 'layer', 'none'"):
         RepresentationTarget(embed_dim=DIM, mean_norm="batch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^norm \(='batch'\) must be one of 'layer', 'none'"):
