@@ -273,7 +273,7 @@ def test_pictures(name, run_folder, scenes, monkeypatch, tmp_path):
     content = draw_run(material, tmp_path / "pictures", name="tiny", steps=1)
     sections = {file.removesuffix(".png") for file in content["files"]} - {"page"}
     wanted = {"patch_pca", "predictor_guess", "attention", "decoder"}
-    if name == "conv":
+    if name.startswith("conv"):
         wanted.remove("attention")
     if name not in PREDICTS or name.startswith("codes"):
         wanted -= {"predictor_guess", "decoder"}
