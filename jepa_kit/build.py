@@ -141,7 +141,7 @@ def _build_parts(
     parts: dict[str, Any] = {}
     for slot in slots:
         supplied = {"image_size": image_size, "attention": config.train.attention, **encoder}
-        supplied |= {"mean": config.data.mean, "std": config.data.std}
+        supplied |= {"mean": config.data.mean, "std": config.data.std, "action_size": config.data.action_size}
         prefix = slot.removesuffix("predictor")
         supplied["out_dim"] = first_width(f"{prefix}target", "target", *(["head"] if slot == "loss" else []))
         supplied["in_dim"] = first_width(head_inputs.get(slot, ""))

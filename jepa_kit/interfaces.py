@@ -84,8 +84,11 @@ class Encoder(Protocol):
 class Predictor(Protocol):
     """Interface of a predictor, a module registered in ``PREDICTORS``.
 
-    If it has an attribute ``uses_prefix`` that is true, it is also given ``prefix``, the tokens [S_c, k, D] that the
-    encoder puts before the patches of each context.
+    An attribute that is true gives it more, by name:
+
+    uses_prefix   ``prefix``: the tokens [S_c, k, D] that the encoder puts before the patches of each context.
+    uses_action   ``action``: [B, A] of the view, or of the difference between two views; None for a view without one,
+                  as in evaluations: nothing is done to the image. Its constructor is supplied with ``action_size``, A.
     """
 
     def __call__(self, context: Tensor, masks: MaskBatch) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder, TargetUpdate
 from jepa_kit.registry import RECIPES
-from jepa_kit.structures import START, Output, PatchSets, Prediction, Progress, View, at_least_float32
+from jepa_kit.structures import START, MaskBatch, Output, PatchSets, Prediction, Progress, View, at_least_float32
 from jepa_kit.target_updates import NoTargetEncoder
 
 
@@ -191,8 +191,14 @@ class JEPA(PatchRecipe):
             targets: Tensor = self.target(images, patches, self.target_network)
             return targets
 
-    def predict(self, view: View, progress: Progress = START) -> Prediction:
-        """Return predictions and targets of a view; see ``PatchRecipe``."""
+    def predict(self, view: View, progress: Progress = START, *, of: Tensor | None = None) -> Prediction:
+        """Return predictions from a view's context, and targets; see ``PatchRecipe``.
+
+        Args:
+            view: with masks.
+            progress: of the run.
+            of: [B, C, h, w], the images whose targets are predicted; None for those of the view.
+        """
         images, masks = view.images, view.masks
         if masks is None:
             raise ValueError("the view (masks=None) must have masks: data.views needs an entry with masked: true")
@@ -200,20 +206,31 @@ class JEPA(PatchRecipe):
         grid = (images.shape[-2] // p, images.shape[-1] // p)
         if grid != masks.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be that of the images (={grid})")
-        s_y = self.targets_at(images, masks.targets)  # [P_t, D]
-        if getattr(self.predictor, "uses_prefix", False):
-            s_x, prefix = cast(Encoder, self.encoder).forward_tokens(images, masks.context)[0]
-            s_hat_y = self.predictor(s_x, masks, prefix=prefix)
-        else:
-            s_x = self.encoder(images, masks.context)  # [P_c, D_e]
-            s_hat_y = self.predictor(s_x, masks)  # [P_t, D]
+        s_y = self.targets_at(images if of is None else of, masks.targets)  # [P_t, D]
+        s_x, more = self.encode_context(view, masks)
+        s_hat_y = self.predictor(s_x, masks, **more)  # [P_t, D]
         # Distances and their sums are computed in float32 or better: half precision would round them away.
         return Prediction(at_least_float32(s_hat_y), at_least_float32(s_y), s_x, masks, progress)
+
+    def encode_context(self, view: View, masks: MaskBatch) -> tuple[Tensor, dict[str, Any]]:
+        """Return s_x [P_c, D_e], and what the predictor also declares to use, by name; see ``interfaces.Predictor``."""
+        more: dict[str, Any] = {}
+        if getattr(self.predictor, "uses_prefix", False):
+            encoder = cast(Encoder, self.encoder)
+            s_x, more["prefix"] = encoder.forward_tokens(view.images, masks.context)[0]
+        else:
+            s_x = self.encoder(view.images, masks.context)
+        if getattr(self.predictor, "uses_action", False):
+            more["action"] = view.action
+        return s_x, more
 
     def forward(self, *views: View, progress: Progress = START) -> Output:
         """Return the weighted sum of the losses of one view."""
         (view,) = views
-        prediction = self.predict(view, progress)
+        return self.weigh(self.predict(view, progress))
+
+    def weigh(self, prediction: Prediction) -> Output:
+        """Return the weighted sum of the losses of a prediction."""
         terms = {name: loss(prediction) for name, loss in self.losses.items()}
         total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return Output(total, terms, prediction)

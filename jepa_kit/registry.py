@@ -260,7 +260,13 @@ ENCODERS = PartRegistry(
 )
 PREDICTORS = PartRegistry(
     "predictor",
-    {"embed_dim": "the encoder's", "out_dim": "the target's", "grid": _GRID, "attention": "train.attention"},
+    {
+        "embed_dim": "the encoder's",
+        "out_dim": "the target's",
+        "grid": _GRID,
+        "attention": "train.attention",
+        "action_size": "the views with action: true",
+    },
     package="jepa_kit.predictors",
 )
 TARGETS = PartRegistry(

@@ -416,3 +416,39 @@ def test_weights_larger_than_the_machine(slot: str, width: str) -> None:
 def test_an_image_of_too_many_patches() -> None:
     with pytest.raises(ConfigError, match=r"data.image_size \(=\[60000, 60000\]\) .* gives 56,250,000 patches"):
         config_with(data={"image_size": 60000})
+
+
+class Told(torch.nn.Module):
+    """Predicts the action of each image, or that there is none."""
+
+    uses_action = True
+
+    def forward(self, context: Tensor, masks: MaskBatch, *, action: Tensor | None) -> Tensor:
+        none = torch.full((len(masks.context), 8), -1.0)
+        return (none if action is None else action)[masks.targets.image_of_token]
+
+
+def test_a_predictor_is_given_the_action_that_it_uses() -> None:
+    config = config_with(masker={"name": "random"})
+    jepa = build_recipe(config)
+    jepa.predictor = Told()
+    images, masks = draw(config)
+    action = torch.arange(24.0).view(3, 8)
+    guess = jepa.predict(View(images, masks, action)).prediction
+    assert torch.equal(guess, action[masks.targets.image_of_token])
+    assert bool((jepa.predict(View(images, masks)).prediction == -1).all())
+
+
+def test_targets_of_other_images_than_those_of_the_context() -> None:
+    config = config_with(masker={"name": "random"})
+    jepa = build_recipe(config).eval()
+    images, masks = draw(config)
+    other = torch.randn_like(images)
+    found, own, of_other = (
+        jepa.predict(View(images, masks), of=other),
+        jepa.predict(View(images, masks)),
+        jepa.predict(View(other, masks)),
+    )
+    assert torch.equal(found.prediction, own.prediction)
+    assert torch.equal(found.target, of_other.target)
+    assert not torch.equal(found.target, own.target)

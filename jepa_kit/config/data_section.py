@@ -140,6 +140,15 @@ class DataConfig(Section):
         return sum(view.count for _, view in self.entries())
 
     @property
+    def action_size(self) -> int:
+        """Most numbers that the action of a view has; 0 if none has one."""
+        described = [view.transforms or () for _, view in self.entries() if view.action]
+        return max(
+            (sum(getattr(TRANSFORMS.get(part["name"]), "action_size", 0) for part in parts) for parts in described),
+            default=0,
+        )
+
+    @property
     def view_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each view."""
         return [size for _, view in self.entries() if (size := view.image_size) for _ in range(view.count)]

@@ -134,9 +134,10 @@ def _check_network(trial: Trial, jepa: Recipe, views: Sequence[View]) -> None:
     elif registry is None:
         check_recipe(trial, jepa, views)
     elif isinstance(jepa, JEPA) and masks is not None:
-        checks = {"target": check_target, "predictor": check_predictor, "loss": check_loss}
-        if trial.slot in checks:
-            checks[trial.slot](trial, jepa, images, masks)
+        if trial.slot == "predictor":
+            check_predictor(trial, jepa, views[0], masks)
+        elif trial.slot in ("target", "loss"):
+            {"target": check_target, "loss": check_loss}[trial.slot](trial, jepa, images, masks)
 
 
 def check_head(trial: Trial, jepa: Recipe, images: Tensor) -> None:
@@ -203,14 +204,10 @@ def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> 
     _check_call(trial, target, targets, (count, target.out_dim), "the targets [P_t, out_dim]", codes=target.out_dim)
 
 
-def check_predictor(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
-    """Check the predictions for all target patches."""
-    more = {}
+def check_predictor(trial: Trial, jepa: JEPA, view: View, masks: MaskBatch) -> None:
+    """Check the predictions for all target patches of a view."""
     with seeded(0), unchanged_buffers(jepa):
-        if getattr(jepa.predictor, "uses_prefix", False):
-            context, more["prefix"] = cast(Any, jepa.encoder).forward_tokens(images, masks.context)[0]
-        else:
-            context = jepa.encoder(images, masks.context)
+        context, more = jepa.encode_context(view, masks)
     shape = (masks.targets.num_patches, jepa.target.out_dim)
     predict = partial(jepa.predictor, context, masks, **more)
     _check_call(trial, jepa.predictor, predict, shape, "the predictions [P_t, out_dim]")

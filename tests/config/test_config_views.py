@@ -194,3 +194,11 @@ def test_a_value_that_a_transform_refuses() -> None:
     with pytest.raises(ConfigError) as raised:
         training_views(config)
     assert list(raised.value.problems) == expected
+
+
+def test_the_numbers_of_an_action() -> None:
+    """Those of the view that has most: 4 of the crop and 5 of the jitter; none without ``action: true``."""
+    views = [{"action": True, "transforms": [CROP]}, {"action": True, "transforms": [CROP, JITTER]}, {}]
+    assert load(views).data.action_size == 9
+    assert load(views[:1] * 2).data.action_size == 4
+    assert load([{}, {}]).data.action_size == 0
