@@ -135,6 +135,13 @@ class PatchSets:
         """[P] int64: the image of each patch."""
         return self.image[self.lengths.set_of_token]
 
+    @property
+    def number(self) -> Tensor:
+        """[S] int64: for each set, how many sets of its image come before it. Without waiting for a device."""
+        image, order = self.image.sort(stable=True)
+        number = torch.arange(len(image), device=image.device) - torch.searchsorted(image, image)
+        return torch.empty_like(number).index_copy(0, order, number)
+
     def gather(self, x: Tensor) -> Tensor:
         """Select these patches from dense tokens: [B, N, ...] -> [P, ...]."""
         flat = self.image_of_token * x.shape[1] + self.index

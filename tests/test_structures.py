@@ -162,6 +162,11 @@ def test_gather_takes_patches_out_of_their_own_image() -> None:
 # --- MaskBatch ---
 
 
+def test_sets_of_an_image_are_numbered_in_their_order() -> None:
+    sets = PatchSets.pack([torch.tensor([0])] * 6, torch.tensor([1, 0, 1, 2, 1, 0]))
+    assert sets.number.tolist() == [0, 0, 1, 0, 2, 1]
+
+
 def test_a_sequence_is_a_context_and_its_target() -> None:
     masks = make_masks()
     context, targets = masks.context.lengths.on_host, masks.targets.lengths.on_host

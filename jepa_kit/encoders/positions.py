@@ -7,6 +7,7 @@ k = prefix tokens of a set (class token, registers), which come before its patch
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +80,19 @@ def interpolate_pos_embed(table: Tensor, from_grid: Grid, to_grid: Grid, offset:
     return image.flatten(2)[0].T.to(table.dtype).contiguous()
 
 
-def rotary_angles(head_dim: int, grid: Grid, base: float, like: Tensor) -> Tensor:
-    """Return the angles by which channels of queries and keys are rotated, one for each channel (Heo et al. 2024).
+Rotary = Literal["rotary", "rotary_video"]
 
-    Channels 2i and 2i + 1 are a pair, which is rotated by position / base**(i / (d / 4)); the first half of the pairs
-    encodes the column, the second half the row.
+
+def rotary_angles(head_dim: int, grid: Grid, base: float, like: Tensor, kind: Rotary = "rotary") -> Tensor:
+    """Return the angles by which channels of queries and keys are rotated, one for each channel.
+
+    ``rotary`` (Heo et al. 2024): channels 2i and 2i + 1 are a pair, which is rotated by position / base**(i / (d / 4));
+    the first half of the pairs encodes the column, the second half the row.
+
+    ``rotary_video`` (V-JEPA 2, Assran et al. 2025, as released): three parts of m = 2 * (d // 6) channels encode time,
+    row and column; the channels after them stay as they are, and so does time, which is 0 in an image. The frequencies
+    base**(-i / (m / 2)) follow each other twice in a part, so that channels 2i and 2i + 1 of a pair have two different
+    angles: not a rotation in the strict sense, a slip that the released weights have learned with.
 
     Args:
         like: a tensor of the device and the dtype.
@@ -92,18 +101,32 @@ def rotary_angles(head_dim: int, grid: Grid, base: float, like: Tensor) -> Tenso
         [N, d].
 
     Raises:
-        ValueError: ``head_dim`` is not a multiple of 4.
+        ValueError: ``head_dim`` is not a multiple of 4; for ``rotary_video``, odd or below 6.
     """
+    row, column = rows_and_columns(grid, like.device)
+    if kind == "rotary_video":
+        part = 2 * (head_dim // 6)
+        if not part or head_dim % 2:
+            raise ValueError(
+                f"positions (='rotary_video') need heads whose width (={head_dim}) is even and at least 6: pairs of "
+                "channels for time, rows and columns"
+            )
+        turns = [x[:, None] * _frequencies(part // 2, base, like) for x in (row, column)]  # 2 x [N, m/2]
+        angles = torch.zeros(len(row), head_dim, dtype=like.dtype, device=like.device)
+        angles[:, part : 3 * part] = torch.cat([turns[0], turns[0], turns[1], turns[1]], dim=1)
+        return angles
     if head_dim < 4 or head_dim % 4:
         raise ValueError(
             f"positions (='rotary') need heads whose width (={head_dim}) is a multiple of 4: pairs of channels for "
             "rows and columns"
         )
-    quarter = head_dim // 4
-    frequency = base ** -(torch.arange(quarter, dtype=like.dtype, device=like.device) / quarter)  # [d/4]
-    row, column = rows_and_columns(grid, like.device)
-    pairs = torch.cat([x[:, None] * frequency for x in (column, row)], dim=1)  # [N, d/2]
+    pairs = torch.cat([x[:, None] * _frequencies(head_dim // 4, base, like) for x in (column, row)], dim=1)  # [N, d/2]
     return pairs.repeat_interleave(2, dim=1)
+
+
+def _frequencies(count: int, base: float, like: Tensor) -> Tensor:
+    """Return base**(-i / count) for i = 0, 1, ..., [count]."""
+    return base ** -(torch.arange(count, dtype=like.dtype, device=like.device) / count)
 
 
 class RelativeBias(nn.Module):

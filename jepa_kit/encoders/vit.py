@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from jepa_kit.encoders.blocks import Compile, Init, init_transformer, make_blocks, run_blocks
 from jepa_kit.encoders.packed import Terms, add_rows, fill_rows, take_rows
 from jepa_kit.encoders.patch_embed import PatchEmbed, hide, standardise
-from jepa_kit.encoders.positions import RelativeBias, interpolate_pos_embed, patch_grid, rotary_angles, sincos_2d
+from jepa_kit.encoders.positions import (
+    RelativeBias,
+    Rotary,
+    interpolate_pos_embed,
+    patch_grid,
+    rotary_angles,
+    sincos_2d,
+)
 from jepa_kit.encoders.prefix import add_prefix, split_prefix
 from jepa_kit.encoders.sizes import Size, check_layers, shape_of
 from jepa_kit.registry import ENCODERS, Backend, check_choice
@@ -26,7 +33,7 @@ from jepa_kit.structures import Grid, PatchSets, Tokens
 
 PatchInit = Literal["released", "xavier"]
 InputNorm = Literal["none", "image"]
-Positions = Literal["sincos", "learned", "rotary", "none"]
+Positions = Literal["sincos", "learned", "rotary", "rotary_video", "none"]
 Bias = Literal["none", "shared", "per_block"]
 
 
@@ -50,12 +57,12 @@ class ViT(nn.Module):
             for masker ``in_place``.
         class_token: begin each set with a learned token.
         registers: number of learned tokens of each set after the class token (Darcet et al. 2024).
-        positions: ``sincos`` adds fixed ones to the content, ``learned`` learned ones, ``rotary`` rotates queries and
-            keys (``rotary_angles``), ``none`` does neither. The class token has a learned one or none (MAE); registers
-            have none.
+        positions: ``sincos`` adds fixed ones to the content, ``learned`` learned ones, ``rotary`` and ``rotary_video``
+            rotate queries and keys (``rotary_angles``), ``none`` does neither. The class token has a learned one or
+            none (MAE); registers have none.
         interpolation_offset: added to the sides of another grid when tables are interpolated for it, which moves the
             samples by a fraction of a patch: 0.1 in DINO's and MSN's code, 0 in I-JEPA's.
-        rotary_base: of ``rotary``; 100 in RoPE-ViT (Heo et al. 2024), 10,000 in V-JEPA 2.
+        rotary_base: of rotary positions; 100 in RoPE-ViT (Heo et al. 2024), 10,000 in V-JEPA 2.
         relative_bias: biases of scores by relative position (``RelativeBias``): none, ``shared`` by all blocks (BEiT,
             SimMIM), or of each block (``per_block``).
         decay_tokens: whether weight decay applies to class token, registers and learned positions: true in MAE and
@@ -155,7 +162,7 @@ class ViT(nn.Module):
             backend=attention,
             compiled=compile,
         )
-        if positions == "rotary":
+        if positions in get_args(Rotary):
             self.angles(self.grid)  # checks the width of heads
         self.relative = None
         if relative_bias != "none":
@@ -300,7 +307,7 @@ class ViT(nn.Module):
         """Return what the attention of each block adds: rotations and biases of sets with these lengths."""
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         rotation = None
-        if self.positions == "rotary":
+        if self.positions in get_args(Rotary):
             angles = self.angles(grid)  # [N, d]
             angles = angles.repeat(len(images), 1) if patches is None else angles.index_select(0, patches.index)
             still = angles.new_zeros(len(lengths), self.num_prefix, angles.shape[1])
@@ -315,4 +322,5 @@ class ViT(nn.Module):
 
     def angles(self, grid: Grid) -> Tensor:
         """Return the angles by which queries and keys are rotated, [N, d]: see ``rotary_angles``."""
-        return rotary_angles(self.embed_dim // self.num_heads, grid, self.rotary_base, self.patch_embed.proj.weight)
+        width, like = self.embed_dim // self.num_heads, self.patch_embed.proj.weight
+        return rotary_angles(width, grid, self.rotary_base, like, cast(Rotary, self.positions))

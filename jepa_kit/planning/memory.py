@@ -125,7 +125,7 @@ def training_memory(
 
 def has_memory_formula(jepa: Recipe) -> bool:
     """Return whether the formula for activations is valid for a recipe."""
-    known = isinstance(jepa, JEPA) and isinstance(jepa.predictor, ViTPredictor)
+    known = isinstance(jepa, JEPA) and isinstance(jepa.predictor, ViTPredictor) and jepa.predictor.angles() is None
     return known and isinstance(jepa.encoder, ViT) and jepa.encoder.is_plain and model_flops(jepa).has_formula
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from jepa_kit.encoders.positions import interpolate_pos_embed, sincos_2d
+from jepa_kit.encoders.positions import interpolate_pos_embed, rotary_angles, sincos_2d
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "released_step.safetensors"
 
@@ -85,3 +85,16 @@ def test_the_same_grid_gives_the_table_itself() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_dtype_stays(dtype: torch.dtype) -> None:
     assert interpolate_pos_embed(sincos_2d(16, (4, 4)).to(dtype), (4, 4), (6, 6)).dtype == dtype
+
+
+@pytest.mark.parametrize(("width", "part"), [(6, 2), (14, 4), (22, 6), (24, 8)])
+def test_rotary_video_turns_thirds_of_the_channels(width: int, part: int) -> None:
+    """Time, which is 0, row and column; both channels of a pair take the next frequency; the rest stays."""
+    angles = rotary_angles(width, (3, 4), 10000.0, torch.empty(0, dtype=torch.float64), "rotary_video")
+    expected = torch.zeros(12, width, dtype=torch.float64)
+    for patch in range(12):
+        for third, place in enumerate((0, patch // 4, patch % 4)):
+            for channel in range(part):
+                frequency = 10000.0 ** (-(channel % (part // 2)) / (part / 2))
+                expected[patch, third * part + channel] = place * frequency
+    torch.testing.assert_close(angles, expected, rtol=0, atol=1e-14)

@@ -22,6 +22,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "shared": {**BEIT, "relative_bias": "shared"},
     "per block": {"positions": "none", "relative_bias": "per_block", "layer_scale": 0.1},
     "rotary": {"registers": 1, "positions": "rotary", "final_norm": False},
+    "rotary_video": {"registers": 1, "positions": "rotary_video"},
     "all": {"class_token": True, "registers": 1, "positions": "rotary", "relative_bias": "shared", "mask_token": True},
 }
 every = pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
@@ -343,7 +344,10 @@ def test_hidden_patches_need_a_mask_token() -> None:
     ("options", "message"),
     [
         ({"registers": -1}, "registers (=-1) must be at least 0"),
-        ({"positions": "fixed"}, "positions (='fixed') must be one of 'sincos', 'learned', 'rotary', 'none'"),
+        (
+            {"positions": "fixed"},
+            "positions (='fixed') must be one of 'sincos', 'learned', 'rotary', 'rotary_video', 'none'",
+        ),
         ({"relative_bias": "yes"}, "relative_bias (='yes') must be one of 'none', 'shared', 'per_block'"),
         ({"layer_scale": math.inf}, "layer_scale (=inf) must be finite, or null for none"),
         ({"interpolation_offset": 1.0}, "interpolation_offset (=1.0) must be in [0, 1)"),
@@ -352,6 +356,11 @@ def test_hidden_patches_need_a_mask_token() -> None:
             {"positions": "rotary", "num_heads": 16},
             "positions (='rotary') need heads whose width (=2) is a multiple of 4: pairs of channels for rows and "
             "columns",
+        ),
+        (
+            {"positions": "rotary_video", "num_heads": 8},
+            "positions (='rotary_video') need heads whose width (=4) is even and at least 6: pairs of channels for "
+            "time, rows and columns",
         ),
     ],
 )

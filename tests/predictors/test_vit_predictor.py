@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.encoders.blocks import Block
-from jepa_kit.encoders.positions import sincos_2d
+from jepa_kit.encoders.positions import rotary_angles, sincos_2d
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.predictors.vit import sequence_order
 from jepa_kit.set_lengths import SetLengths
@@ -109,6 +109,49 @@ def test_with_a_prefix_equals_one_block_after_another(make_masks: Any, depth: in
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(y.square().sum(), (context, prefix)) for y in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channels 2i and 2i + 1 of x [h, L, d] by angles [L, d], which may differ within a pair."""
+    out = torch.empty_like(x)
+    for i in range(0, x.shape[-1], 2):
+        a, b = x[..., i], x[..., i + 1]
+        out[..., i] = a * angles[:, i].cos() - b * angles[:, i].sin()
+        out[..., i + 1] = b * angles[:, i + 1].cos() + a * angles[:, i + 1].sin()
+    return out
+
+
+@pytest.mark.parametrize("kind", ["rotary", "rotary_video"])
+@pytest.mark.parametrize("make_masks", [ragged_masks, uniform_masks])
+def test_rotary_positions_and_mask_tokens_of_each_context(make_masks: Any, kind: Any) -> None:
+    """One block after another by plain maths, with two tokens before each context that have no position."""
+    predictor = make_predictor(positions=kind, rotary_base=50.0, mask_tokens=2, prefix=True)
+    masks, linear, norm = make_masks(), nn.functional.linear, nn.functional.layer_norm
+    context = torch.randn(masks.context.num_patches, DIM, dtype=torch.float64)
+    prefix = torch.randn(len(masks.context), 2, DIM, dtype=torch.float64)
+    table = rotary_angles(WIDTH // HEADS, GRID, 50.0, context, kind)
+    tokens, seen = context.split(masks.context.lengths.on_host), masks.context.split()
+    expected = []
+    for own, c in zip(masks.targets.split(), masks.context_of.tolist(), strict=True):
+        number = sum(int(masks.context.image[i] == masks.context.image[c]) for i in range(c))  # 0 or 1
+        known = linear(torch.cat([prefix[c], tokens[c]]), predictor.embed.weight, predictor.embed.bias)
+        x = torch.cat([known, predictor.mask_token[number].expand(len(own), -1)])
+        angles = torch.cat([torch.zeros(2, table.shape[1]), table[seen[c]], table[own]])
+        for block in predictor.blocks:
+            y = norm(x, (WIDTH,), block.norm1.weight, block.norm1.bias, 1e-6)
+            qkv = linear(y, block.attn.qkv.weight, block.attn.qkv.bias).view(len(x), 3, HEADS, -1)
+            q, k, v = qkv.permute(1, 2, 0, 3)  # [h, L, d]
+            scores = turned(q, angles) @ turned(k, angles).mT / (WIDTH // HEADS) ** 0.5
+            x = x + block.attn.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+            x = x + block.mlp(norm(x, (WIDTH,), block.norm2.weight, block.norm2.bias, 1e-6))
+        x = norm(x[len(known) :], (WIDTH,), predictor.norm.weight, predictor.norm.bias, 1e-6)
+        expected.append(linear(x, predictor.proj.weight, predictor.proj.bias))
+    torch.testing.assert_close(predictor(context, masks, prefix=prefix), torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_first_mask_tokens_may_be_zero() -> None:
+    assert not ViTPredictor(**SMALL, mask_std=0.0, mask_tokens=3).mask_token.any()
+    assert ViTPredictor(**SMALL, mask_std=0.5).mask_token.std() > 0.1
 
 
 def test_equals_the_decoder_of_mae() -> None:
@@ -265,6 +308,11 @@ def test_refuses_an_encoder_without_a_prefix(prefix: Tensor | None) -> None:
     [
         ({"width": 26, "num_heads": 2}, r"width \(=26\) must be a multiple of 4: sine and cosine of rows and columns"),
         ({"width": 0}, r"width \(=0\) must be a multiple of 4"),
+        ({"positions": "learned"}, r"positions \(='learned'\) must be one of 'sincos', 'rotary', 'rotary_video'"),
+        ({"positions": "rotary", "width": 18}, r"positions \(='rotary'\) need heads whose width \(=6\)"),
+        ({"rotary_base": math.inf}, r"rotary_base \(=inf\) must be above 0 and finite"),
+        ({"mask_tokens": 0}, r"mask_tokens \(=0\) must be at least 1"),
+        ({"mask_std": -0.1}, r"mask_std \(=-0.1\) must be at least 0 and finite"),
         ({"num_heads": 5}, r"num_heads \(=5\) must divide the width \(=24\)"),
         ({"depth": 0}, r"depth \(=0\) must be at least 1"),
         ({"mlp_ratio": 0.0}, r"mlp_ratio \(=0.0\) must be above 0"),
