@@ -35,6 +35,7 @@ class Stream(IntEnum):
     COMMON = 11
     VIEW = 12
     MASK_SHOW = 13
+    MASK_SUBSET = 14
 
 
 _MULTIPLIERS = np.array([0xCD9E8D57, 0xD2511F53], dtype=np.uint64)

@@ -69,7 +69,7 @@ def test_a_draw_is_what_its_counter_says(
 def test_stream_numbers_do_not_change() -> None:
     assert {s.name: s.value for s in Stream} == {
         "MASK": 1, "MASK_SIZE": 2, "CROP": 3, "ORDER": 4, "FLIP": 5, "SCENE": 6, "EVALUATION": 7, "STEP": 8,
-        "MASK_DROP": 9, "TRANSFORM": 10, "COMMON": 11, "VIEW": 12, "MASK_SHOW": 13,
+        "MASK_DROP": 9, "TRANSFORM": 10, "COMMON": 11, "VIEW": 12, "MASK_SHOW": 13, "MASK_SUBSET": 14,
     }  # fmt: skip
 
 

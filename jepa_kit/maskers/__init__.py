@@ -13,6 +13,7 @@ from jepa_kit.maskers.multiblock import RELEASED, MultiBlock
 from jepa_kit.maskers.multigroup import MultiGroup
 from jepa_kit.maskers.random import Random
 from jepa_kit.maskers.rasterized import Rasterized
+from jepa_kit.maskers.subset import Subset
 
 __all__ = [
     "RELEASED",
@@ -27,4 +28,5 @@ __all__ = [
     "MultiGroup",
     "Random",
     "Rasterized",
+    "Subset",
 ]
