@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,31 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {"adamw": ("betas", "eps"), "sgd": ("mo
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupConfig(Section):
+    """Parameters with a learning rate and a weight decay of their own, as factors of those of the schedules.
+
+    Args:
+        match: their names, as in a checkpoint, with * for any characters and ? for one: "encoder.patch_embed.*".
+        lr: factor of the learning rate.
+        weight_decay: factor of the weight decay, which then applies to all of them, also to biases and scales; 0 for no
+            decay, None to decay those that would be decayed without this entry.
+
+    Raises:
+        ConfigError: a value is outside its range, or the entry changes nothing.
+    """
+
+    match: str = option("a pattern of names", bool)
+    lr: float = at_least(0, 1.0)
+    weight_decay: float | None = option("at least 0 and finite", lambda x: 0 <= x < math.inf, None)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        if values["lr"] == 1 and values["weight_decay"] is None:
+            return [f"match (={values['match']!r}) has no effect without lr or weight_decay"]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
     """The optimiser and its schedules; the defaults are the release's.
 
@@ -46,6 +71,7 @@ class OptimConfig(Section):
         clip_each: ``clip_grad`` is the largest norm of each parameter's gradient, as in DINO.
         stretch: length of the schedules over the length of the run (the release's ``ipe_scale``).
         counting: which progress an update has: "from_1" as in the release, "from_0", or "both_ends" (``Counting``).
+        groups: parameters with a learning rate or weight decay of their own; the first entry that matches one counts.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -66,6 +92,7 @@ class OptimConfig(Section):
     clip_each: bool = False
     stretch: float = at_least(1, 1.0)
     counting: Counting = "from_1"
+    groups: Sequence[GroupConfig] | None = option("a list of at least one", bool, None, items=GroupConfig)
 
     @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:

@@ -152,8 +152,8 @@ class Schedule:
 
 
 def set_hyper(optimizer: torch.optim.Optimizer, hyper: Hyper) -> None:
-    """Set the optimiser's learning rate and, in the groups that are decayed, its weight decay."""
+    """Set each group's learning rate and, if it is decayed, its weight decay, times its factors if it has any."""
     for group in optimizer.param_groups:
-        group["lr"] = hyper.lr
+        group["lr"] = hyper.lr * group.get("lr_scale", 1.0)
         if group["decayed"]:
-            group["weight_decay"] = hyper.weight_decay
+            group["weight_decay"] = hyper.weight_decay * group.get("decay_scale", 1.0)

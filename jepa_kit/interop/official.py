@@ -265,6 +265,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         raise CheckpointError(
             f"{what} does not fit the released layout: optim.name (={config.optim.name!r}) must be 'adamw'"
         )
+    if config.optim.groups:
+        raise CheckpointError(f"{what} does not fit the released layout, which has no learning rates of optim.groups")
     kept = checkpoint.origin.get("released", {})
     kept = kept if kept.get("step") == checkpoint.step else {}
     parts = _to_parts(checkpoint, architecture_of(config))

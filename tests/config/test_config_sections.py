@@ -55,6 +55,7 @@ OUT_OF_RANGE: list[tuple[str, str, Any, str]] = [
     ("optim", "betas", (0.9, 1.0), "betas (=(0.9, 1.0)) must be in [0, 1) each"),
     ("optim", "eps", 0.0, "eps (=0.0) must be above 0 and finite"),
     ("optim", "clip_grad", 0.0, "clip_grad (=0.0) must be above 0 and finite"),
+    ("optim", "groups", (), "groups (=()) must be a list of at least one"),
     ("optim", "momentum", 1.0, "momentum (=1.0) must be in [0, 1)"),
     ("optim", "stretch", 0.5, "stretch (=0.5) must be at least 1 and finite"),
     ("train", "batch_size", 0, "batch_size (=0) must be at least 1"),
@@ -139,6 +140,21 @@ def test_options_of_another_optimiser(options: dict[str, Any], message: str) -> 
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         OptimConfig(**options)
     assert OptimConfig(name="lars", momentum=0.5, clip_grad=3.0, clip_each=True).momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("[]", "optim.groups (=()) must be a list of at least one"),
+        ("[{lr: 0.5}]", "optim.groups[0].match is missing: 'optim.groups[0]' needs it; it must be a str"),
+        ("[{match: '', lr: 0.5}]", "optim.groups[0].match (='') must be a pattern of names"),
+        ("[{match: a, lr: -1}]", "optim.groups[0].lr (=-1.0) must be at least 0 and finite"),
+        ("[{match: a, weight_decay: -1}]", "optim.groups[0].weight_decay (=-1.0) must be at least 0 and finite"),
+        ("[{match: a}]", "optim.groups[0].match (='a') has no effect without lr or weight_decay"),
+    ],
+)
+def test_groups_of_parameters(problems: Callable[..., list[str]], groups: str, message: str) -> None:
+    assert problems(f"optim: {{groups: {groups}}}") == [message]
 
 
 def test_sections_are_frozen() -> None:

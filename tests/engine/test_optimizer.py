@@ -1,9 +1,15 @@
+import copy
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from jepa_kit.config.sections import GroupConfig
+from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.engine.optimizer import build_optimizer, clip_gradients, is_decayed, parameter_groups
 from jepa_kit.engine.schedules import Hyper, set_hyper
+from jepa_kit.training import train
 
 
 class Toy(nn.Module):
@@ -164,3 +170,78 @@ def test_a_parameter_may_be_excepted_from_decay():
     assert names(second) == ["predictor.weight", "loss.weight", "encoder_head.weight"]
     assert names(fourth)[:2] == ["predictor.bias", "predictor.mask_token"]
     assert [group["decayed"] for group in (first, second, third, fourth)] == [True, True, False, False]
+
+
+RULES = (
+    GroupConfig(match="encoder.0.*", lr=0.2),
+    GroupConfig(match="encoder.?.*", weight_decay=0.1),
+    GroupConfig(match="loss.*", lr=0.5, weight_decay=0.0),
+)
+
+
+def test_groups_with_factors_of_their_own():
+    """The first rule that matches counts; a factor of the weight decay applies to biases and scales too."""
+    groups = parameter_groups(Toy(), RULES)
+    assert [(names(g), g["decayed"], g.get("lr_scale"), g.get("decay_scale")) for g in groups] == [
+        (["predictor.weight", "predictor.mask_token", "encoder_head.weight"], True, None, None),
+        (["predictor.bias", "encoder_head.bias"], False, None, None),
+        (["encoder.0.weight"], True, 0.2, 1.0),
+        (["encoder.0.bias"], False, 0.2, 1.0),
+        (["encoder.1.weight", "encoder.1.bias"], True, 1.0, 0.1),
+        (["loss.weight", "loss.bias"], False, 0.5, 0.0),
+    ]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_factors_are_those_of_separate_optimisers(name):
+    """Each group moves as if an optimiser of its own had its learning rate and weight decay, in float64."""
+
+    def gradients(model, seed):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+
+    torch.manual_seed(0)
+    ours = nn.ModuleDict({"encoder": nn.Linear(3, 2), "predictor": nn.Linear(2, 2)}).double()
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer(ours, name=name, rules=(GroupConfig(match="predictor.*", lr=0.5, weight_decay=0.1),))
+    parts = [build_optimizer(part, name=name) for part in theirs.values()]
+    for group in parts[1].param_groups:
+        group["decayed"] = True  # the bias too
+    for step in range(3):
+        gradients(ours, step)
+        gradients(theirs, step)
+        set_hyper(optimizer, Hyper(lr=0.1, weight_decay=0.2, momentum=1.0))
+        for part, hyper in zip(parts, (Hyper(0.1, 0.2, 1.0), Hyper(0.05, 0.02, 1.0)), strict=True):
+            set_hyper(part, hyper)
+            part.step()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("match", ["target_encoder.*", "loss", "encoder.0.weight"])
+def test_a_rule_that_matches_nothing(match):
+    message = (
+        rf"optim.groups\[3\].match \(='{re.escape(match)}'\) must match a trained parameter that no entry before it "
+        r"matches; there are encoder.0.\*, encoder.1.\*, predictor.weight"
+    )
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(Toy(), (*RULES, GroupConfig(match=match, lr=2.0)))
+
+
+def test_a_run_with_groups_resumes_bit_for_bit(tiny, tmp_path):
+    groups = (
+        "optim.groups=[{match: encoder.patch_embed.*, lr: 0.2}, {match: '*norm*', weight_decay: 0.1}]",
+        "checkpoint.every=2",
+        "checkpoint.keep=9",
+    )
+    plain = load_checkpoint(train(tiny(f"train.output_dir={tmp_path / 'plain'}")))
+    whole = load_checkpoint(train(tiny(*groups, f"train.output_dir={tmp_path / 'whole'}")))
+    folder = train(tiny(*groups))
+    for step in (4, 6):
+        (folder / f"checkpoint_{step:08d}.pt").unlink()
+    assert train(tiny(*groups), resume=True) == folder
+    ours = load_checkpoint(folder)
+    torch.testing.assert_close((ours.model, ours.optimizer), (whole.model, whole.optimizer), rtol=0, atol=0)
+    assert not torch.equal(ours.model["encoder.norm.weight"], plain.model["encoder.norm.weight"])

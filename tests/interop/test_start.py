@@ -196,3 +196,9 @@ def test_another_encoder(tiny, whole, tmp_path):
     convert(whole, tmp_path / "a", to="timm")
     with pytest.raises(CheckpointError, match="the run's encoder is a Linear, but weights of other formats need"):
         init_from(jepa, tmp_path / "a")
+
+
+def test_the_released_layout_has_no_groups_with_factors(tiny, tmp_path):
+    folder = train(tiny("optim.groups=[{match: encoder.*, lr: 0.5}]", "train.epochs=1", "optim.warmup_epochs=0"))
+    with pytest.raises(CheckpointError, match=r"released layout, which has no learning rates of optim.groups"):
+        convert(folder, tmp_path / "a", to="official")
