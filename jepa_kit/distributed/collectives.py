@@ -232,6 +232,20 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def logsumexp_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Return log(sum of exp(x) over the processes), elementwise, without a gradient; ``x`` itself on one process.
+
+    Two all-reduces of the size of ``x``, the first of which finds a maximum, so that nothing overflows.
+    """
+    if not joined():
+        return x
+    most = x.detach().clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    total = (x.detach() - most).exp()
+    dist.all_reduce(total)
+    return most + total.log()
+
+
 def all_gather(values: torch.Tensor) -> torch.Tensor:
     """Return the values of every process on the host, [n] -> [ranks, n]; all must call it."""
     if not joined():

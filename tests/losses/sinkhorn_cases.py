@@ -7,8 +7,8 @@ from jepa_kit.losses.sinkhorn import sinkhorn
 
 if __name__ == "__main__":
     world = read_environment()
-    x = 3 * torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = 300 * torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with process_group(world, torch.device("cpu")):
-        parts = {counts: sinkhorn(x.split(counts)[world.rank], 3) for counts in ((4, 4), (2, 6))}
+        parts = {counts: sinkhorn(x.split(counts)[world.rank], 3, eps=1e-3) for counts in ((4, 4), (2, 6))}
     for counts, part in parts.items():
-        torch.testing.assert_close(part, sinkhorn(x, 3).split(counts)[world.rank], rtol=0, atol=1e-14)
+        torch.testing.assert_close(part, sinkhorn(x, 3, eps=1e-3).split(counts)[world.rank], rtol=0, atol=1e-14)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import log_softmax
 from torch import Tensor
 
 from jepa_kit.losses import L1, L2, Cosine, CrossEntropy, SmoothL1, is_distance
@@ -154,14 +155,37 @@ def test_cross_entropy_is_that_of_each_code(lengths: tuple[int, ...], average: s
     assert torch.autograd.gradcheck(lambda x: loss(Prediction(x, codes, p.context, p.masks)), [p.prediction])
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(9), torch.zeros(9, 2).long(), torch.zeros(9, WIDTH)])
-def test_cross_entropy_needs_codes(targets: Tensor) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.12])
+@pytest.mark.parametrize("lengths", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
+def test_cross_entropy_with_distributions(lengths: tuple[int, ...], temperature: float) -> None:
+    p = make_prediction(lengths)
+    targets = p.target.softmax(1)
+    log_p = torch.from_numpy(log_softmax(p.prediction.detach().numpy() / temperature, axis=1))
+    loss = LOSSES.build("cross_entropy", {"average": "patches", "temperature": temperature})
+    given = Prediction(p.prediction, targets, p.context, p.masks)
+    assert loss(given).item() == pytest.approx(-(targets * log_p).sum(1).mean().item(), abs=1e-13)
+    by_image = LOSSES.build("cross_entropy", {"temperature": temperature})
+    assert by_image(given).item() == pytest.approx(p.mean(-(targets * log_p).sum(1)).item(), abs=1e-13)
+    assert torch.autograd.gradcheck(lambda x: loss(Prediction(x, targets, p.context, p.masks)), [p.prediction])
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(9), torch.zeros(9, 2).long(), torch.zeros(9, 1), torch.zeros(9, WIDTH, dtype=torch.int64)]
+)
+def test_cross_entropy_needs_codes_or_distributions(targets: Tensor) -> None:
     p = make_prediction(UNIFORM)
     message = (
-        r"needs predictions \[P, K\] and targets int64 \[P\] or \[P, 1\], the code of each patch; not \(9, 6\) and"
+        r"needs predictions \[P, K\] and as targets the code of each patch, int64 \[P\] or \[P, 1\], or its "
+        r"probabilities \[P, K\]; not \(9, 6\) and"
     )
     with pytest.raises(ValueError, match=message):
         CrossEntropy()(Prediction(p.prediction, targets, p.context, p.masks))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf])
+def test_a_temperature_out_of_range(temperature: float) -> None:
+    with pytest.raises(ValueError, match=rf"temperature \(={temperature}\) must be above 0 and finite"):
+        CrossEntropy(temperature=temperature)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -26,6 +26,18 @@ def test_classes_and_rows_are_divided_by_their_sums_in_turn(iterations):
     np.testing.assert_allclose(sinkhorn(x - 50, iterations), wanted, rtol=1e-12)
 
 
+def test_eps_is_added_to_sums():
+    """As in CAPI's code, where 50 minus the maximum of each class is added before exp."""
+    x, eps = scores(7, 4), 1e-3
+    wanted = np.exp(x.numpy() + 50 - x.numpy().max(0))
+    for _ in range(3):
+        wanted = wanted / (wanted.sum(0, keepdims=True) + eps)
+        wanted = wanted / (wanted.sum(1, keepdims=True) + eps)
+    np.testing.assert_allclose(sinkhorn(x, 3, eps=eps), wanted, rtol=1e-13)
+    assert 1e-4 < (1 - sinkhorn(x, 3, eps=eps).sum(1)).min() < 0.01
+    np.testing.assert_allclose(sinkhorn(x, 3, eps=1e-30), sinkhorn(x, 3), rtol=1e-14)
+
+
 def test_many_iterations_balance_the_classes():
     found = sinkhorn(scores(8, 4), 200)
     np.testing.assert_allclose(found.sum(0), np.full(4, 2.0), rtol=1e-9)
@@ -59,3 +71,9 @@ def test_the_classes_of_two_processes_are_balanced_together(torchrun):
 def test_negative_iterations():
     with pytest.raises(ValueError, match=r"iterations \(=-1\) must be 0 or more"):
         sinkhorn(scores(2, 2), -1)
+
+
+@pytest.mark.parametrize("eps", [-1e-8, float("nan")])
+def test_eps_out_of_range(eps):
+    with pytest.raises(ValueError, match=rf"eps \(={eps}\) must be 0 or more"):
+        sinkhorn(scores(2, 2), 1, eps=eps)
