@@ -84,9 +84,11 @@ class Encoder(Protocol):
 class Predictor(Protocol):
     """Interface of a predictor, a module registered in ``PREDICTORS``.
 
-    An attribute that is true gives it more, by name:
+    An attribute that is true, or a tuple that is not empty, gives it more, by name:
 
     uses_prefix   ``prefix``: the tokens [S_c, k, D] that the encoder puts before the patches of each context.
+    uses_layers   ``layers``: the ``Tokens`` of each of these layers of the encoder (numbers as in ``forward_layers``),
+                  after its final norm if it has one. Without ``uses_prefix`` their prefix is empty.
     uses_action   ``action``: [B, A] of the view, or of the difference between two views; None for a view without one,
                   as in evaluations: nothing is done to the image. Its constructor is supplied with ``action_size``, A.
     """

@@ -14,10 +14,21 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.encoders.sizes import check_layers
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder, TargetUpdate
 from jepa_kit.registry import RECIPES
-from jepa_kit.structures import START, MaskBatch, Output, PatchSets, Prediction, Progress, View, at_least_float32
+from jepa_kit.structures import (
+    START,
+    MaskBatch,
+    Output,
+    PatchSets,
+    Prediction,
+    Progress,
+    Tokens,
+    View,
+    at_least_float32,
+)
 from jepa_kit.target_updates import NoTargetEncoder
 
 
@@ -155,8 +166,8 @@ class JEPA(PatchRecipe):
         target_update: makes the target encoder and updates it.
 
     Raises:
-        ValueError: there is no loss, two losses share a name, or the target needs a target encoder and the update
-            makes none.
+        ValueError: there is no loss, two losses share a name, the predictor uses layers that the encoder lacks, or the
+            target needs a target encoder and the update makes none.
     """
 
     def __init__(
@@ -178,6 +189,8 @@ class JEPA(PatchRecipe):
         self.target = target
         self.losses = nn.ModuleDict({name: module for name, module, _ in losses})
         self.weights = {name: weight for name, _, weight in losses}
+        if numbers := getattr(predictor, "uses_layers", ()):
+            check_layers(numbers, cast(Encoder, encoder).depth)
         if getattr(target, "needs_encoder", False) and self.target_network is None:
             raise ValueError(
                 "target needs a target encoder, and target_update makes none; "
@@ -214,12 +227,19 @@ class JEPA(PatchRecipe):
 
     def encode_context(self, view: View, masks: MaskBatch) -> tuple[Tensor, dict[str, Any]]:
         """Return s_x [P_c, D_e], and what the predictor also declares to use, by name; see ``interfaces.Predictor``."""
+        encoder, images, context = cast(Encoder, self.encoder), view.images, masks.context
+        numbers: Sequence[int] = getattr(self.predictor, "uses_layers", ())
+        outputs: list[Tokens] = []
         more: dict[str, Any] = {}
         if getattr(self.predictor, "uses_prefix", False):
-            encoder = cast(Encoder, self.encoder)
-            s_x, more["prefix"] = encoder.forward_tokens(view.images, masks.context)[0]
+            *outputs, (s_x, more["prefix"]) = encoder.forward_tokens(images, context, layers=[*numbers, encoder.depth])
+        elif numbers:
+            *found, s_x = encoder.forward_layers(images, context, layers=[*numbers, encoder.depth])
+            outputs = [Tokens(x, x.new_empty(len(context), 0, x.shape[1])) for x in found]
         else:
-            s_x = self.encoder(view.images, masks.context)
+            s_x = encoder(images, context)
+        if numbers:
+            more["layers"] = outputs
         if getattr(self.predictor, "uses_action", False):
             more["action"] = view.action
         return s_x, more

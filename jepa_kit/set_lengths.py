@@ -139,6 +139,22 @@ class SetLengths:
             )
         return self.layouts[name]
 
+    def minus(self, other: SetLengths) -> SetLengths:
+        """Return these lengths less those of as many sets that are shorter, without waiting for a device."""
+        each = self.each - other.each
+        assert (each > 0).all(), "each set of the other lengths is shorter"
+        return unchecked(
+            SetLengths,
+            each=each,
+            on_host=tuple(each.tolist()),
+            total=self.total - other.total,
+            longest=int(each.max()),
+            uniform=bool((each == each[0]).all()),
+            whole=False,
+            offsets=self.offsets - other.offsets,
+            layouts={},
+        )
+
     def map_tensors(self, fn: Any) -> SetLengths:
         """Return these lengths with ``fn`` applied to the tensors (``.to``, ``.pin_memory``)."""
         on_host = {name: getattr(self, name) for name in ("each", "on_host", "total", "longest", "uniform", "whole")}

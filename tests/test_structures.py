@@ -66,6 +66,18 @@ def test_more_tokens_in_each_set(each: tuple[int, ...]) -> None:
     assert more.plus(-3) == lengths
 
 
+@pytest.mark.parametrize(("each", "other"), [((7, 3, 9), (5, 1, 2)), ((7, 3), (5, 1)), ((4, 4), (1, 1))])
+def test_what_is_left_without_other_sets(each: tuple[int, ...], other: tuple[int, ...]) -> None:
+    expected = SetLengths([i - j for i, j in zip(each, other, strict=True)])
+    found = SetLengths(each).minus(SetLengths(other))
+    for name in ("on_host", "total", "longest", "uniform", "whole"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.each.tolist() == expected.each.tolist()
+    assert torch.equal(found.offsets, expected.offsets)
+    assert found.offsets.dtype == torch.int32
+    assert torch.equal(found.position, expected.position)
+
+
 @pytest.mark.parametrize("lengths", [[2.5, 1.5], (2.0, 1.0)])
 def test_lengths_are_integers(lengths: Any) -> None:
     with pytest.raises(ValueError, match=rf"lengths \(={lengths[0]}, ...\) must be integers, not float64"):

@@ -68,17 +68,17 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of each set to the tokens of another set, with one projection for k and v.
+    """Multi-head attention from the tokens of each set to the tokens of another set.
 
     Args:
         dim: D, width of the queries and of the output.
         num_heads: h; it must divide the width.
-        key_dim: width of the tokens that are attended to; ``dim`` by default.
-        qkv_bias: whether the projections to q, k and v have a bias.
+        key_dim: D_k, width of the tokens that are attended to; ``dim`` by default.
+        key_bias: whether the projection to keys has a bias. It changes no output, as in ``ViT``; CAE has none.
         backend: of ``attend``.
 
     Raises:
-        ValueError: ``num_heads`` does not divide the width.
+        ValueError: ``num_heads`` does not divide the width, or the backend is unknown.
     """
 
     def __init__(
@@ -87,28 +87,42 @@ class CrossAttention(nn.Module):
         num_heads: int,
         *,
         key_dim: int | None = None,
-        qkv_bias: bool = True,
+        key_bias: bool = True,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads (={num_heads}) must divide the width (={dim})")
+        check_choice("attention", backend, Backend)
         self.num_heads = num_heads
         self.backend: Backend = backend
-        self.q = Linear(dim, dim, bias=qkv_bias)
-        self.kv = Linear(dim if key_dim is None else key_dim, 2 * dim, bias=qkv_bias)
+        key_dim = dim if key_dim is None else key_dim
+        self.q, self.k, self.v = Linear(dim, dim), Linear(key_dim, dim, bias=key_bias), Linear(key_dim, dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, lengths: SetLengths, key_lengths: SetLengths) -> Tensor:
-        """Map queries [R, D] and context [Rk, key_dim] -> [R, D]; tokens first, as in ``Block.forward``.
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        lengths: SetLengths,
+        key_lengths: SetLengths,
+        *,
+        values: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """Map queries [R, D] and keys [Rk, D_k] -> [R, D]; tokens first, as in ``Block.forward``.
 
         Args:
             lengths: lengths of the sets of queries.
-            key_lengths: lengths of the sets of context tokens; as many.
+            key_lengths: lengths of the sets of keys; as many.
+            values: [Rk, D_k], if they are projected from other tokens than the keys.
+            source: [Pk], the row of each key of the sets; a row may be in several sets. None if row i is key i.
         """
-        q = take_rows(self.q(x), lengths.total).unflatten(-1, (self.num_heads, -1))  # [P, h, d]
-        k, v = take_rows(self.kv(context), key_lengths.total).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        out = attend(q, k, v, lengths, self.backend, key_lengths=key_lengths)  # [P, h, d]
+        q = take_rows(self.q(x), lengths.total)
+        k, v = self.k(keys), self.v(keys if values is None else values)  # [Rk, D]
+        k, v = (take_rows(y, key_lengths.total) if source is None else y.index_select(0, source) for y in (k, v))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [P or Pk, h, d]
+        out = attend(q, k, v, lengths, self.backend, key_lengths=key_lengths)
         return self.proj(add_rows(out.flatten(1), len(x)))
 
 
@@ -335,6 +349,7 @@ def init_transformer(module: nn.Module, blocks: nn.ModuleList, init: Init) -> No
     if init == "depth_scaled":
         with torch.no_grad():
             for i, block in enumerate(blocks, start=1):
-                assert isinstance(block, Block)
-                block.attn.proj.weight.div_(math.sqrt(2.0 * i))
-                block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
+                for name, m in block.named_modules():
+                    if name.endswith(("attn.proj", "mlp.fc2")):
+                        assert isinstance(m, nn.Linear)
+                        m.weight.div_(math.sqrt(2.0 * i))

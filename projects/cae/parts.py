@@ -1,6 +1,6 @@
 """CAE's regressor and decoder: tokens of the hidden patches from those of the visible ones, then their codes.
 
-P_c, P_t = packed visible and hidden patches    D = width    h = heads    P_k = keys of all sets
+P_c, P_t = packed visible and hidden patches    D = width    P_k = keys of all sets
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders.attention import attend
-from jepa_kit.encoders.blocks import MLP, init_transformer, make_blocks, run_blocks
+from jepa_kit.encoders.blocks import MLP, CrossAttention, init_transformer, make_blocks, run_blocks
 from jepa_kit.encoders.positions import sincos_2d
 from jepa_kit.encoders.products import Linear
 from jepa_kit.predictors.vit import sequence_order
@@ -27,12 +26,9 @@ class RegressorBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, norm_eps: float, layer_scale: float, backend: Backend) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads (={num_heads}) must divide the encoder's width (={dim})")
-        self.num_heads, self.backend = num_heads, backend
+        self.attn = CrossAttention(dim, num_heads, key_bias=False, backend=backend)
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(dim, eps=norm_eps) for _ in range(4))
-        self.q, self.k, self.v = (Linear(dim, dim, bias=name != "k") for name in "qkv")
-        self.proj, self.mlp = Linear(dim, dim), MLP(dim, 4 * dim)
+        self.mlp = MLP(dim, 4 * dim)
         self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, positions: Tensor, order: Tensor, masks: MaskBatch) -> Tensor:
@@ -44,12 +40,10 @@ class RegressorBlock(nn.Module):
             order: [P_k], the keys of each set as rows of the P_c + P_t tokens.
         """
         both = torch.cat([context, x])  # [P_c + P_t, D]
-        q = self.q(self.norm_q(x + positions[len(context) :]))
-        k = self.k(self.norm_k(both + positions)).index_select(0, order)
-        v = self.v(self.norm_v(both)).index_select(0, order)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [P_t or P_k, h, D / h]
-        y = attend(q, k, v, masks.targets.lengths, self.backend, key_lengths=masks.sequences)
-        x = self.norm2(x + self.scale1 * self.proj(y.flatten(1)))
+        q, k = self.norm_q(x + positions[len(context) :]), self.norm_k(both + positions)
+        lengths = (masks.targets.lengths, masks.sequences)
+        y = self.attn(q, k, *lengths, values=self.norm_v(both), source=order)  # [P_t, D]
+        x = self.norm2(x + self.scale1 * y)
         return x + self.scale2 * self.mlp(x)
 
 

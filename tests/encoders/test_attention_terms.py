@@ -213,13 +213,13 @@ def test_cross_attention_equals_multihead_attention_set_by_set(backend: Any, key
     ours = CrossAttention(8, HEADS, key_dim=key_dim, backend=backend).double()
     theirs = nn.MultiheadAttention(8, HEADS, kdim=key_dim, vdim=key_dim, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
-        weights = (ours.q.weight, *ours.kv.weight.chunk(2))
+        weights = [getattr(ours, name).weight for name in "qkv"]
         if key_dim is None:
             theirs.in_proj_weight.copy_(torch.cat(weights))
         else:
             for name, weight in zip(("q", "k", "v"), weights, strict=True):
                 getattr(theirs, f"{name}_proj_weight").copy_(weight)
-        theirs.in_proj_bias.copy_(torch.cat((ours.q.bias, ours.kv.bias)))
+        theirs.in_proj_bias.copy_(torch.cat([getattr(ours, name).bias for name in "qkv"]))
         theirs.out_proj.load_state_dict(ours.proj.state_dict())
     x, context = torch.randn(26, 8).double(), torch.randn(32, key_dim or 8).double()
     out = ours(x, context, SetLengths(RAGGED), SetLengths(OTHER))
@@ -236,6 +236,21 @@ def test_cross_attention_equals_multihead_attention_set_by_set(backend: Any, key
     )
     assert more.shape == (29, 8)
     torch.testing.assert_close(more[:26], out, rtol=0, atol=1e-14)
+
+
+def test_cross_attention_with_rows_in_several_sets_and_values_of_their_own() -> None:
+    torch.manual_seed(0)
+    ours = CrossAttention(8, HEADS, key_bias=False).double()
+    assert ours.k.bias is None
+    x, keys, values = (torch.randn(rows, 8, dtype=torch.float64) for rows in (26, 9, 9))
+    source = torch.randint(9, (32,))
+    lengths = SetLengths(RAGGED), SetLengths(OTHER)
+    found = ours(x, keys, *lengths, values=values, source=source)
+    torch.testing.assert_close(found, ours(x, keys[source], *lengths, values=values[source]), rtol=0, atol=1e-14)
+    q, k, v = ours.q(x), ours.k(keys[source]), ours.v(values[source])
+    q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in (q, k, v))
+    out = attend(q, k, v, *lengths[:1], "reference", key_lengths=lengths[1])
+    torch.testing.assert_close(found, ours.proj(out.flatten(1)), rtol=0, atol=1e-12)
 
 
 def test_cross_attention_needs_heads_that_divide_the_width() -> None:

@@ -96,7 +96,7 @@ def test_a_set_is_predicted_from_its_own_context_alone() -> None:
     [
         ({"out_dim": 9}, r"out_dim \(=9\) of the target must be the encoder's width \(=8\)"),
         ({"depth": 0}, r"depth \(=0\) must be at least 1"),
-        ({"num_heads": 3}, r"num_heads \(=3\) must divide the encoder's width \(=8\)"),
+        ({"num_heads": 3}, r"num_heads \(=3\) must divide the width \(=8\)"),
     ],
 )
 def test_refuses_options(options: dict[str, Any], message: str) -> None:
