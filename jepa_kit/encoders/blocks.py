@@ -63,7 +63,7 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(1)  # 3 x [P, h, d]
         if terms.rotation is not None:
             q, k = rotate(q, terms.rotation), rotate(k, terms.rotation)
-        out = attend(q, k, v, lengths, self.backend, bias=terms.bias).flatten(1)  # [P, D]
+        out = attend(q, k, v, lengths, self.backend, bias=terms.bias, causal=terms.causal).flatten(1)  # [P, D]
         return add_rows(out if kept is None else out.index_select(0, kept), rows)
 
 

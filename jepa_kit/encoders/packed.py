@@ -72,10 +72,12 @@ class Terms(NamedTuple):
     Attributes:
         bias: of the scores, see ``attend``.
         rotation: cosine and sine of the angle by which each channel is rotated, two [P, 1, d] (``rotate``).
+        causal: whether a token attends only to those up to itself in its set.
     """
 
     bias: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
+    causal: bool = False
 
 
 NO_TERMS = Terms()

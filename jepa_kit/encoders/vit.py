@@ -65,6 +65,8 @@ class ViT(nn.Module):
         rotary_base: of rotary positions; 100 in RoPE-ViT (Heo et al. 2024), 10,000 in V-JEPA 2.
         relative_bias: biases of scores by relative position (``RelativeBias``): none, ``shared`` by all blocks (BEiT,
             SimMIM), or of each block (``per_block``).
+        causal: whether a token attends only to those up to itself in its set: first the class token and registers, then
+            patches in raster order.
         decay_tokens: whether weight decay applies to class token, registers and learned positions: true in MAE and
             DINO, false in BEiT, SimMIM and data2vec.
         input_norm: ``image`` subtracts each image's mean per channel and divides by the image's standard deviation
@@ -112,6 +114,7 @@ class ViT(nn.Module):
         interpolation_offset: float = 0.0,
         rotary_base: float = 100.0,
         relative_bias: Bias = "none",
+        causal: bool = False,
         decay_tokens: bool = True,
         input_norm: InputNorm = "none",
         init: Init = "released",
@@ -142,6 +145,7 @@ class ViT(nn.Module):
         self.patch_init = patch_init
         self.positions: Positions = positions
         self.interpolation_offset, self.rotary_base = interpolation_offset, rotary_base
+        self.causal = causal
         self.class_token, self.num_prefix = class_token, class_token + registers
         self.pos_embed: Tensor  # None without a table
         if positions == "sincos":
@@ -182,7 +186,7 @@ class ViT(nn.Module):
     def is_plain(self) -> bool:
         """Whether it has no token, position, bias or scale besides I-JEPA's, as formulas of memory assume."""
         more = (self.mask_token, self.cls_token, self.register_tokens, self.relative, self.blocks[0].scale1)
-        fixed = self.positions == "sincos" and isinstance(self.norm, nn.LayerNorm)
+        fixed = self.positions == "sincos" and isinstance(self.norm, nn.LayerNorm) and not self.causal
         return fixed and all(part is None for part in more)
 
     def _token(self, rows: int) -> nn.Parameter | None:
@@ -304,7 +308,7 @@ class ViT(nn.Module):
         return torch.cat(tokens)
 
     def terms(self, images: Tensor, patches: PatchSets | None, lengths: SetLengths) -> Iterable[Terms] | None:
-        """Return what the attention of each block adds: rotations and biases of sets with these lengths."""
+        """Return what the attention of each block adds for sets with these lengths; None if it adds nothing."""
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         rotation = None
         if self.positions in get_args(Rotary):
@@ -316,9 +320,10 @@ class ViT(nn.Module):
         if self.relative is not None:
             biases = self.relative(patches, lengths, grid)
             if len(self.relative.tables) == 1:
-                return repeat(Terms(next(biases), rotation), self.depth)
-            return (Terms(bias, rotation) for bias in biases)
-        return None if rotation is None else repeat(Terms(rotation=rotation), self.depth)
+                return repeat(Terms(next(biases), rotation, self.causal), self.depth)
+            return (Terms(bias, rotation, self.causal) for bias in biases)
+        none = rotation is None and not self.causal
+        return None if none else repeat(Terms(rotation=rotation, causal=self.causal), self.depth)
 
     def angles(self, grid: Grid) -> Tensor:
         """Return the angles by which queries and keys are rotated, [N, d]: see ``rotary_angles``."""

@@ -41,6 +41,7 @@ OWN = (
     "interpolation_offset",
     "rotary_base",
     "relative_bias",
+    "causal",
 )
 """Options of an encoder that formats of other code do not have."""
 
@@ -74,6 +75,7 @@ class Architecture:
     interpolation_offset: float = 0.0
     rotary_base: float = 100.0
     relative_bias: str = "none"
+    causal: bool = False
 
     def __post_init__(self) -> None:
         sizes = (*self.image_size, self.patch_size, self.embed_dim, self.depth, self.num_heads, self.mlp_hidden)
@@ -139,6 +141,7 @@ def architecture_of_vit(vit: ViT) -> Architecture:
         interpolation_offset=vit.interpolation_offset,
         rotary_base=vit.rotary_base,
         relative_bias="none" if not tables else "shared" if tables == 1 else "per_block",
+        causal=vit.causal,
     )
 
 

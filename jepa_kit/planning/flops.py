@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 FORMULA = (
     "2 FLOP a multiply-add, matrix products only. "
-    "A block on sets of n tokens: sum(n) * (8 D^2 + 4 D F) + 4 D sum(n^2). "
+    "A block on sets of n tokens: sum(n) * (8 D^2 + 4 D F) + 4 D sum(n^2), or if it is causal 2 D sum(n^2 + n). "
     "Encoder: depth blocks + sum(n) * 2 C p^2 D. Predictor, on sequences of context and target: depth blocks, "
     "q, k, v of the first once for each context and target token and what follows attention in the last for target "
     "tokens alone, + context tokens * 2 D_e D_p + target tokens * 2 D_p D_o. "
@@ -105,6 +105,9 @@ def encoder_flops(encoder: nn.Module) -> SetFlops | None:
     if not has_formula(encoder, ViT) or encoder.num_prefix:
         return None
     blocks = block_flops(encoder.blocks)
+    if encoder.causal:  # n (n + 1) / 2 pairs
+        half = blocks.per_pair / 2
+        blocks = SetFlops(blocks.per_token + half, half)
     return SetFlops(blocks.per_token + 2.0 * encoder.patch_embed.proj.weight.numel(), blocks.per_pair)
 
 
@@ -192,6 +195,8 @@ def model_flops(jepa: Recipe) -> ModelFlops:
         see = "nothing"
     elif not has_formula(jepa.target, RepresentationTarget) or isinstance(jepa.target_encoder, FrozenNetwork):
         see = None  # a target encoder from a file of its own may have another architecture
+    elif isinstance(jepa.encoder, ViT) and max(jepa.target.numbers(jepa.encoder.depth)) < jepa.encoder.depth:
+        see = None  # blocks after the last of these layers are not run
     elif jepa.target.masked_at == "input":
         see = "targets"
     return ModelFlops(

@@ -23,6 +23,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "per block": {"positions": "none", "relative_bias": "per_block", "layer_scale": 0.1},
     "rotary": {"registers": 1, "positions": "rotary", "final_norm": False},
     "rotary_video": {"registers": 1, "positions": "rotary_video"},
+    "causal": {"causal": True, "class_token": True, "positions": "rotary"},
     "all": {"class_token": True, "registers": 1, "positions": "rotary", "relative_bias": "shared", "mask_token": True},
 }
 every = pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
@@ -179,6 +180,31 @@ def test_rotary_attention_depends_on_differences_alone() -> None:
     x = x + block.mlp(block.norm2(x))
     # The test's angles are float32.
     torch.testing.assert_close(vit.forward_layers(images, layers=(1,), norm=False)[0], x, rtol=0, atol=1e-5)
+
+
+# --- causal attention ---
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": True, "registers": 1}, {"relative_bias": "shared"}])
+def test_a_causal_token_depends_on_no_later_patch(options: dict[str, Any]) -> None:
+    vit, images = make_vit(causal=True, **options), make_images(1)
+    before = vit(images)
+    for k in (0, 5, 15):  # in raster order
+        changed = images.clone()
+        row, column = divmod(k, 4)
+        changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1.0
+        different = (vit(changed) - before).abs().amax(1) > 1e-9
+        assert different.tolist() == [False] * k + [True] * (16 - k)
+
+
+def test_the_last_token_of_a_causal_set_attends_to_all() -> None:
+    """So it is that of an encoder with one block that is not causal, and is shown no more."""
+    causal, plain, images = make_vit(causal=True, depth=1), make_vit(depth=1), make_images(1)
+    tokens = causal(images)
+    for length in (1, 7, 16):
+        shown = PatchSets.from_padded(torch.arange(length)[None])
+        torch.testing.assert_close(tokens[length - 1], plain(images, shown)[-1], rtol=0, atol=1e-12)
+    assert (tokens[7] - plain(images)[7]).abs().max() > 1e-3
 
 
 # --- packed sets ---

@@ -186,6 +186,7 @@ OPTIONS = [
     {"class_token": True, "registers": 2, "positions": "learned", "interpolation_offset": 0.1, "mask_token": True},
     {"positions": "none", "relative_bias": "per_block", "layer_scale": 0.1},
     {"positions": "rotary", "rotary_base": 50.0, "final_norm": False, "relative_bias": "shared"},
+    {"causal": True},
 ]
 
 

@@ -117,6 +117,24 @@ def test_a_training_step_against_torch(target, update):
     assert flops.training(lengths) == counter.get_total_flops() + 2 * PIXELS * WIDTH * embedded
 
 
+def test_a_causal_encoder_has_half_of_the_pairs():
+    jepa, _, _, lengths = make(config())
+    plain = encoder_flops(jepa.encoder)
+    jepa.encoder.causal = True
+    pairs = sum(n * (n + 1) // 2 for n in lengths.context.tolist())
+    wanted = plain.per_token * lengths.context.sum() + plain.per_pair * pairs
+    assert encoder_flops(jepa.encoder)(lengths.context) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_target_of_the_first_layers_is_counted():
+    """The formula is that of the whole encoder, so it is not used."""
+    tiny = config(target={"layers": [0], "final_norm": False}, update="tied")
+    jepa, whole = make(tiny)[0], make(config(update="tied"))[0]
+    assert not model_flops(jepa).has_formula
+    assert model_flops(whole).has_formula
+    assert count_flops(tiny, torch.device("cpu")) < 0.9 * count_flops(config(update="tied"), torch.device("cpu"))
+
+
 def test_sums_over_images():
     """An image's FLOP depends on its own sets alone."""
     tiny = config()

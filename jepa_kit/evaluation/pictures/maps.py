@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa_kit.encoders.attention_dense import causal_mask
 from jepa_kit.encoders.packed import NO_TERMS, Terms, rotate
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.recipe import PatchRecipe
@@ -65,7 +66,8 @@ def attention_weights(encoder: nn.Module, images: Tensor, block: int = -1) -> Te
         q, k = rotate(q, terms.rotation), rotate(k, terms.rotation)
     q, k = (x.unflatten(0, (len(images), -1)).transpose(1, 2) for x in (q, k))  # [B, h, k + n, d]
     scores = q @ k.mT * q.shape[-1] ** -0.5
-    return (scores if terms.bias is None else scores + terms.bias).softmax(-1)
+    scores = scores if terms.bias is None else scores + terms.bias
+    return (scores + causal_mask(scores.shape[-1], scores) if terms.causal else scores).softmax(-1)
 
 
 def why_no_attention(encoder: nn.Module) -> str | None:

@@ -46,6 +46,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
         {},
         {"class_token": True, "registers": 2, "positions": "rotary"},
         {"class_token": True, "relative_bias": "per_block"},
+        {"class_token": True, "causal": True},
     ],
 )
 def test_attention_agrees_with_the_fused_kernel(block, options):
