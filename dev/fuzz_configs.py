@@ -165,9 +165,9 @@ def result_files(seed: int) -> Cases:
         def call(data: bytes = data) -> None:
             file = folder() / "results.json"
             file.write_bytes(data)
-            cells = compare(load(file))
-            to_markdown(cells)
-            to_csv(cells)
+            table = compare(load(file))
+            to_markdown(table)
+            to_csv(table)
 
         yield how, call
 

@@ -24,6 +24,7 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
+from jepa_kit.evaluation.tables.rows import ENCODER_NAMES, UNTRAINED
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import precision_of, resolve_precision
@@ -31,8 +32,7 @@ from jepa_kit.recipe import Recipe
 from jepa_kit.registry import did_you_mean
 from jepa_kit.target_updates import Frozen
 
-BASELINES = ("untrained", "pixels")
-ENCODER_NAMES: tuple[Literal["target"], Literal["context"]] = ("target", "context")
+BASELINES = (UNTRAINED, "pixels")
 NO_BLOCK = 0
 """Block number of features that come from no layer."""
 

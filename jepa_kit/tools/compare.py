@@ -4,15 +4,18 @@ examples:
   # run folders; runs that differ only in their seed share a line, with mean and deviation
   python tools/compare.py runs/seed0 runs/seed1 runs/seed2
 
-  # runs of several recipes; write comparison.md, .csv and .png
+  # runs of several recipes; write comparison.md, .csv and .png (or .pdf)
   python tools/compare.py runs/multiblock runs/random output/quickstart --output comparison
+  python tools/compare.py runs/multiblock runs/random --output comparison --format pdf
 
   # only some protocols and networks
   python tools/compare.py runs/* --protocol linear,knn --network target,untrained
 
 A run is a folder with results of tools/eval_net.py (evaluation/*.json) or of the quickstart (results.json), or such a
-file. Each step of a run has its own line. Cells are percent: "mean ± deviation over seeds", or for one run "figure
-(standard error)".
+file. A line is a recipe (each step of a run has its own) and network, a column a protocol and label. Cells are percent:
+"mean ± deviation over seeds", or for one run "figure (binomial standard error)". Baselines follow once, below the
+recipes: pixels and patches are the same for all, an untrained network for all recipes with this encoder. The cost of
+training is at the right, if the run's metrics.jsonl is beside the checkpoint or the results.
 Exit status: 0, 2 for a mistake in the command or the files, 130 after an interruption from the keyboard.
 """
 
@@ -31,9 +34,10 @@ def parser() -> argparse.ArgumentParser:
     p = tool_parser("compare.py", __doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders or files of results")
     p.add_argument("--protocol", metavar="NAMES", help="only these, separated by commas")
-    p.add_argument("--network", metavar="NAMES", help="only these: target, context, untrained, pixels")
+    p.add_argument("--network", metavar="NAMES", help="only these: target, context, untrained, pixels, patches")
     p.add_argument("--label", metavar="NAMES", help="only these labels of the data (class, shape, ...)")
-    p.add_argument("--output", metavar="PATH", help="write PATH.md, PATH.csv and PATH.png")
+    p.add_argument("--output", metavar="PATH", help="write PATH.md, PATH.csv and the figure, PATH.png")
+    p.add_argument("--format", choices=("png", "pdf", "svg"), help="of the figure (default: png)")
     return p
 
 
@@ -46,9 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the table and write the files."""
     # imported here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.engine.logging.curves import drawn
-    from jepa_kit.evaluation.tables.compare import compare, figure, to_csv, to_markdown
+    from jepa_kit.evaluation.tables.compare import compare, to_csv, to_markdown
+    from jepa_kit.evaluation.tables.figure import figure
     from jepa_kit.evaluation.tables.runs import load
 
+    if arguments.format and not arguments.output:
+        raise ValueError(f"--format (={arguments.format!r}) would do nothing without --output: there is no figure")
     runs = load(*arguments.runs)
     for option in ("protocol", "network", "label"):  # each is also a field of a row
         names = getattr(arguments, option)
@@ -60,14 +67,15 @@ def run(arguments: argparse.Namespace) -> None:
             if name not in known:
                 raise ValueError(f"--{option} (={name!r}) must be one of those in the results: {', '.join(known)}")
         runs = [one._replace(rows=[a for a in one.rows if getattr(a.row, option) in wanted]) for one in runs]
-    cells = compare(runs)
-    table = to_markdown(cells)
+    found = compare(runs)
+    table = to_markdown(found)
     if arguments.output:
-        base = Path(arguments.output)
+        base, form = Path(arguments.output), arguments.format or "png"
         base.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{base}.md").write_text(table + "\n", encoding="utf-8")
-        Path(f"{base}.csv").write_text(to_csv(cells), encoding="utf-8")
-        drawn(f"{base}.png", lambda: figure(cells, f"{base}.png"))  # a warning if it fails: the table is printed anyway
+        Path(f"{base}.csv").write_text(to_csv(found), encoding="utf-8")
+        picture = f"{base}.{form}"
+        drawn(picture, lambda: figure(found, picture, format=form))  # if it fails, a warning
     print(table)
 
 

@@ -203,8 +203,9 @@ def evaluate_run(
     from jepa_kit.distributed.collectives import broadcast_from_rank0
     from jepa_kit.evaluation.evaluate import evaluate
     from jepa_kit.evaluation.feature_cache import FeatureStore
-    from jepa_kit.evaluation.feature_sources import ENCODER_NAMES, config_networks, encoder_named, run_networks
+    from jepa_kit.evaluation.feature_sources import config_networks, encoder_named, run_networks
     from jepa_kit.evaluation.tables.results import about_checkpoint
+    from jepa_kit.evaluation.tables.rows import ENCODER_NAMES
     from jepa_kit.files import sha256_of
     from jepa_kit.precision import precision_of
 

@@ -36,9 +36,12 @@ def runs(tmp_path):
 def test_a_table_and_its_files(tool, runs, tmp_path, capsys):
     assert tool.main([*runs, "--output", str(tmp_path / "new" / "c")]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[2].startswith("| seed* | knn      | target encoder | 50.0 ± 0.0 | 50.0 ± 0.0 |")
+    assert printed.splitlines()[2].startswith("| seed* | target encoder | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0    |")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["c.csv", "c.md", "c.png"]
     assert (tmp_path / "new" / "c.md").read_text() == printed
+    assert tool.main([*runs, "--output", str(tmp_path / "new" / "d"), "--format", "pdf"]) == 0
+    assert (tmp_path / "new" / "d.pdf").read_bytes().startswith(b"%PDF")
+    assert not (tmp_path / "new" / "d.png").exists()
 
 
 def test_a_choice_of_rows(tool, runs, capsys):
@@ -53,6 +56,7 @@ def test_a_choice_of_rows(tool, runs, capsys):
     [
         (["--protocol", "liner"], "--protocol (='liner') must be one of those in the results: knn, linear"),
         (["--network", "context"], "--network (='context') must be one of those in the results: target, untrained"),
+        (["--format", "pdf"], "--format (='pdf') would do nothing without --output: there is no figure"),
         (["--label", "colour"], "--label (='colour') must be one of those in the results: count, shape"),
     ],
 )

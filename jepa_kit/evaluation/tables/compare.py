@@ -1,48 +1,68 @@
-"""Compare the results of runs in one table and one figure; runs that differ only in their seed are averaged."""
+"""Arrange the results of runs in one table: a line for each recipe and network, a column for each protocol and label.
+
+Runs that differ only in their seed are one recipe, and their figures are averaged. Baselines have a line of their own,
+once: raw pixels and patches do not depend on a run, and an untrained network only on its encoder.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from jepa_kit.evaluation.tables.rows import Row
-from jepa_kit.evaluation.tables.runs import Answer, Data, Run
-from jepa_kit.evaluation.tables.table import (
-    chance_text,
-    common_chance,
-    differing_options,
-    features_title,
-    markdown,
-)
+from jepa_kit.evaluation.tables.cost import Cost, cost_of, mean_cost
+from jepa_kit.evaluation.tables.names import data_names, group_names, protocol_of, protocol_titles
+from jepa_kit.evaluation.tables.rows import BASELINES, UNTRAINED, Row
+from jepa_kit.evaluation.tables.runs import Answer, Run
+from jepa_kit.evaluation.tables.table import chance_text, feature_options, markdown, network_title
 
-BASELINES = ("untrained", "pixels")
+COST = ("steps", "images", "TFLOP", "hours")
+"""Headings of the columns of cost."""
 
 
-class Key(NamedTuple):
-    """Identity of a figure; figures of a group's runs with equal keys are averaged."""
+class Line(NamedTuple):
+    """A line of a table: the name of a recipe, empty for a baseline of all of them, and a network."""
 
-    group: str
+    recipe: str
+    network: str
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.network in BASELINES
+
+
+class Column(NamedTuple):
+    """A column of a table: data, protocol (with options that differ), layers and pooling if not the default, label."""
+
     data: str
     protocol: str
     features: str
-    column: str
+    label: str
+
+    @property
+    def question(self) -> str:
+        """Return protocol and features: ``logistic, last4``."""
+        return ", ".join(filter(None, (self.protocol, self.features)))
+
+    @property
+    def title(self) -> str:
+        """Return its heading: ``logistic, last4: count``."""
+        return f"{self.question}: {self.label}"
 
 
 class Cell(NamedTuple):
     """A figure over seeds, in [0, 1].
 
     Args:
-        mean: over the runs.
-        deviation: standard deviation over the runs (with n - 1); None for one run.
-        standard_error: of a run's figure, averaged over the runs.
-        runs: number of runs.
+        mean: over the seeds.
+        deviation: standard deviation over the seeds (with n - 1); None for one.
+        standard_error: of one figure (binomial), averaged over the seeds.
+        runs: number of seeds.
         chance: accuracy of the best constant answer.
     """
 
@@ -53,17 +73,51 @@ class Cell(NamedTuple):
     chance: float
 
     def text(self) -> str:
-        """Return the mean in percent with the deviation over seeds, or for one run its standard error in brackets."""
+        """Return the mean in percent with the deviation over seeds, or for one seed its standard error in brackets."""
         if self.deviation is None:
             return f"{100 * self.mean:.1f} ({100 * self.standard_error:.1f})"
         return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f}"
 
 
-def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
-    """Return every figure, averaged over runs of one recipe, in the order of the runs.
+@dataclass
+class Table:
+    """Figures of recipes and baselines.
 
-    Figures share a column and are averaged if data, label, and protocol with its options and seed are the same. If
-    different ones have the same name, the names get what differs.
+    Args:
+        cells: by line and column; those that were not measured are missing.
+        costs: of training, by the name of the recipe, if it is known.
+        untrained: the name of a recipe -> the line of its untrained network.
+    """
+
+    cells: dict[tuple[Line, Column], Cell] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    untrained: dict[str, Line] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[Line]:
+        """Return recipes in their order, then baselines."""
+        found = list(dict.fromkeys(line for line, _ in self.cells))
+        rank = {name: k for k, name in enumerate(BASELINES)}
+        baselines = sorted((line for line in found if line.is_baseline), key=lambda line: rank[line.network])
+        return [line for line in found if not line.is_baseline] + baselines
+
+    @property
+    def columns(self) -> list[Column]:
+        """Return columns by data and question, in the order of their first figures."""
+        found = list(dict.fromkeys(column for _, column in self.cells))
+        data, questions = [column.data for column in found], [column.question for column in found]
+        return sorted(found, key=lambda column: (data.index(column.data), questions.index(column.question)))
+
+    def chances(self, column: Column) -> list[float]:
+        """Return the chance levels of a column's figures."""
+        return [cell.chance for (_, one), cell in self.cells.items() if one == column]
+
+
+def compare(runs: Sequence[Run]) -> Table:
+    """Return the table of runs, those of one recipe averaged, in the order of the runs.
+
+    Figures share a column and are averaged if data, label, layers, and protocol with its options and seed are the same.
+    If different ones have the same name, the names get what differs.
 
     Raises:
         ValueError: if there is no run, or two runs of a recipe have the same seed.
@@ -74,103 +128,90 @@ def compare(runs: Sequence[Run]) -> dict[Key, Cell]:
     for run in runs:
         by_recipe.setdefault(run.recipe, []).append(run)
     groups = list(by_recipe.values())
-    for members in groups:
+    return tabulate(dict(zip(group_names(groups), groups, strict=True)))
+
+
+def tabulate(groups: Mapping[str, Sequence[Run]]) -> Table:
+    """Return the table of runs that are grouped and named already; figures of a group are averaged.
+
+    Raises:
+        ValueError: if two runs of a group have the same seed.
+    """
+    for members in groups.values():
         seeds = [run.seed for run in members]
         if len(set(seeds)) < len(seeds):
             places = ", ".join(str(run.place) for run in members)
             raise ValueError(f"runs {places} have one recipe and seeds {seeds}: seeds must differ")
-    answers = [answer for members in groups for run in members for answer in run.rows]
-    data_names, titles = _data_names(answers), _titles(answers)
-    found: dict[Key, list[Row]] = {}
-    for group, members in zip(_first_unique(_group_names(groups)), groups, strict=True):
-        for data, _, row, title in ((*a, titles[_protocol(a)]) for run in members for a in run.rows):
-            key = Key(group, data_names[data], title, features_title(row.network, row.layers, row.pooling), row.column)
-            found.setdefault(key, []).append(row)
-    return {key: _cell(rows) for key, rows in found.items()}
+    answers = {name: [answer for run in members for answer in run.rows] for name, members in groups.items()}
+    columns_of = _Columns([answer for several in answers.values() for answer in several])
+    untrained = _untrained_lines({k: v for k, v in groups.items() if any(_is_untrained(a) for a in answers[k])})
+    found: dict[tuple[Line, Column], list[Row]] = {}
+    for name, several in answers.items():
+        for answer in several:
+            network = answer.row.network
+            line = untrained[name] if _is_untrained(answer) else Line("" if network in BASELINES else name, network)
+            for column in columns_of(answer):
+                found.setdefault((line, column), []).append(answer.row)
+    costs = {name: mean_cost([cost_of(run) for run in members]) for name, members in groups.items()}
+    known = {name: cost for name, cost in costs.items() if cost is not None}
+    return Table({place: _cell(rows) for place, rows in found.items()}, known, untrained)
 
 
-def _first_unique(ways: Iterable[list[str]]) -> list[str]:
-    """Return the first of several lists of names that has no duplicates."""
-    return next(names for names in ways if len(set(names)) == len(names))
+def _is_untrained(answer: Answer) -> bool:
+    return answer.row.network == UNTRAINED
 
 
-def _group_names(groups: Sequence[Sequence[Run]]) -> Iterator[list[str]]:
-    """Yield lists of names for groups of runs: ever longer ends of paths, with step and size, or the first file."""
-    longest = max(len(run.place.parts) for members in groups for run in members)
-    steps = ["" if g[0].step is None else f", step {g[0].step:,}" for g in groups]
-    sizes = [f", at {' x '.join(map(str, size))}" if (size := g[0].rows[0].data.size) else "" for g in groups]
-    for join in (_common, ", ".join):
-        for added in ([""] * len(groups), steps, sizes, [a + b for a, b in zip(steps, sizes, strict=True)]):
-            for parts in range(1, longest + 1):
-                yield [join([_end(r.place, parts) for r in g]) + add for g, add in zip(groups, added, strict=True)]
-    yield [str(members[0].files[0]) for members in groups]
-
-
-def _data_names(answers: Sequence[Answer]) -> dict[Data, str]:
-    """Return names of data: ends of the test folder, with the training folder, or digests.
-
-    The names get the size of images and the decoder if they do not differ otherwise.
-    """
-    several = list(dict.fromkeys(answer.data for answer in answers))
-    tests = [d.test_place.parent if d.test_place.name in ("test", "val") else d.test_place for d in several]
-    trains = [d.train_place for d in several]
-    longest = max(len(place.parts) for place in (*tests, *trains))
-    read = [f" at {' x '.join(map(str, d.size or ['any']))}" for d in several]
-    decoded = [f"{at}, {d.decoder}" for at, d in zip(read, several, strict=True)]
-
-    def ways() -> Iterator[list[str]]:
-        for added in ([""] * len(several), read, decoded):
-            for names in places():
-                yield [name + end for name, end in zip(names, added, strict=True)]
-
-    def places() -> Iterator[list[str]]:
-        for parts in range(1, longest + 1):
-            yield [_end(test, parts) for test in tests]
-        for parts in range(1, longest + 1):
-            ends = ((_end(test, parts), _end(train, parts)) for test, train in zip(tests, trains, strict=True))
-            yield [f"{test} (learned from {train})" for test, train in ends]
-        digests = zip(tests, several, strict=True)
-        yield [f"{_end(test, 1)} {data.test[:8]} (learned from {data.train[:8]})" for test, data in digests]
-
-    return dict(zip(several, _first_unique(ways()), strict=True))
-
-
-def _end(path: Path, parts: int) -> str:
-    return "/".join(path.parts[-parts:])
-
-
-def _protocol(answer: Answer) -> tuple[str, str]:
-    """Return the title of the protocol, and its options as text."""
-    return answer.row.title, json.dumps(answer.options, sort_keys=True)
-
-
-def _titles(answers: Sequence[Answer]) -> dict[tuple[str, str], str]:
-    """Return names of protocols: the title, and the options in which protocols of one title differ."""
-    by_title: dict[str, dict[str, Answer]] = {}
-    for answer in answers:
-        title, text = _protocol(answer)
-        by_title.setdefault(title, {})[text] = answer
-    found = {}
-    for title, ways in by_title.items():
-        known = [answer.options for answer in ways.values() if answer.row.options]
-        for text, answer in ways.items():
-            others = known if answer.row.options else [a.options for a in ways.values()]
-            added = differing_options(answer.options, others)
-            unknown = "" if answer.row.options or not known else "options unknown"
-            found[title, text] = " ".join(filter(None, (title, added, unknown)))
+def _untrained_lines(groups: Mapping[str, Sequence[Run]]) -> dict[str, Line]:
+    """Return the line of the untrained network of each recipe; recipes share it if their encoders are equal."""
+    by_encoder: dict[str, list[str]] = {}
+    for name, members in groups.items():
+        config = json.loads(members[0].recipe)["config"]
+        data = {key: config.get("data", {}).get(key) for key in ("mean", "std")}
+        by_encoder.setdefault(json.dumps([config.get("encoder"), data]), []).append(name)
+    several = len(by_encoder) > 1
+    found: dict[str, Line] = {}
+    for first, *others in by_encoder.values():
+        more = f" and {len(others)} more" if others else ""
+        found |= dict.fromkeys((first, *others), Line(first + more if several else "", UNTRAINED))
     return found
 
 
-def _common(names: Sequence[str]) -> str:
-    """Return one name for several: their common beginning and ``*``, as ``scenes_seed*``."""
-    if len(set(names)) == 1:
-        return names[0]
-    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in same).rstrip("0123456789") + "*"
+class _Columns:
+    """The columns of a row: one, or for a baseline without layers all of its protocol and pooling.
+
+    Args:
+        answers: of the whole table, from which columns get their names.
+    """
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        self.data, self.titles = data_names(answers), protocol_titles(answers)
+        self.layered: dict[Column, dict[str, str | None]] = {}
+        for answer in answers:
+            if answer.row.layers is not None:
+                column = self._column(answer)
+                theirs = self.layered.setdefault(column._replace(features=""), {})
+                theirs[column.features] = answer.row.pooling
+
+    def __call__(self, answer: Answer) -> list[Column]:
+        own, pooling = self._column(answer), answer.row.pooling
+        layered = self.layered.get(own._replace(features=""), {})
+        fitting = [features for features, theirs in layered.items() if pooling in (None, theirs)]
+        if answer.row.layers is not None or not fitting:
+            return [own]
+        return [own._replace(features=features) for features in fitting]
+
+    def _column(self, answer: Answer) -> Column:
+        row, title = answer.row, self.titles[protocol_of(answer)]
+        features = feature_options(row.layers, None if "pooling=" in title else row.pooling)
+        return Column(self.data[answer.data], title, features, row.column)
 
 
 def _cell(rows: Sequence[Row]) -> Cell:
-    values = [row.accuracy for row in rows]
+    """Return the figure over seeds; those of one untrained network, or of pixels, are one figure."""
+    by_seed: dict[object, list[Row]] = {}
+    for k, row in enumerate(rows):
+        by_seed.setdefault(row.seed if row.network in BASELINES else f"run {k}", []).append(row)
+    values = [float(np.mean([row.accuracy for row in same])) for same in by_seed.values()]
     return Cell(
         float(np.mean(values)),
         float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -180,76 +221,28 @@ def _cell(rows: Sequence[Row]) -> Cell:
     )
 
 
-def to_markdown(cells: dict[Key, Cell]) -> str:
-    """Return a Markdown table: lines for groups of runs, protocols and networks, columns for labels and data."""
-    columns = list(dict.fromkeys((key.data, key.column) for key in cells))
-    several = len({data for data, _ in columns}) > 1
-    heads = [f"{data}: {column}" if several else column for data, column in columns]
-    lines = [["run", "protocol", "features", *heads]]
-    for start in dict.fromkeys((key.group, key.protocol, key.features) for key in cells):
-        in_line = [cells.get(Key(start[0], data, start[1], start[2], column)) for data, column in columns]
-        lines.append([*start, *(cell.text() if cell else "" for cell in in_line)])
-    chances = [chance_text(c.chance for k, c in cells.items() if (k.data, k.column) == one) for one in columns]
-    lines.append(["", "", "chance", *chances])
-    return markdown(lines)
+def to_markdown(table: Table) -> str:
+    """Return a Markdown table: recipes, then baselines, then chance; at the right the cost of training, if known."""
+    columns, costs = table.columns, table.costs
+    several = len({column.data for column in columns}) > 1
+    heads = [f"{column.data}: {column.title}" if several else column.title for column in columns]
+    lines = [["run", "features", *heads, *(COST if costs else ())]]
+    for line in table.lines:
+        cells = [table.cells.get((line, column)) for column in columns]
+        lines.append([line.recipe, network_title(line.network), *(cell.text() if cell else "" for cell in cells)])
+        if costs:
+            known = line.recipe in costs and not line.is_baseline
+            lines[-1] += costs[line.recipe].texts() if known else ["" for _ in COST]
+    chances = [chance_text(table.chances(column)) for column in columns]
+    return markdown([*lines, ["", "chance", *chances, *("" for _ in COST if costs)]])
 
 
-def to_csv(cells: dict[Key, Cell]) -> str:
-    """Return CSV with a line for each figure, with all digits."""
+def to_csv(table: Table) -> str:
+    """Return CSV with a line for each figure, with all digits, and the cost of its recipe."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(Key._fields + Cell._fields)
-    writer.writerows(key + cell for key, cell in cells.items())
+    writer.writerow((*Line._fields, *Column._fields, *Cell._fields, *Cost._fields))
+    for (line, column), cell in table.cells.items():
+        cost = None if line.is_baseline else table.costs.get(line.recipe)
+        writer.writerow((*line, *column, *cell, *(cost or [""] * len(Cost._fields))))
     return out.getvalue()
-
-
-def figure(cells: dict[Key, Cell], file: str | Path) -> Path:
-    """Draw a panel for each label and data: a mark for each run and network, by protocol; return the path.
-
-    Error bars are the deviation over seeds, or for one run its standard error; a dotted line is chance.
-    """
-    from jepa_kit.plotting import Figure, colormaps, save_figure
-
-    panels = list(dict.fromkeys((key.data, key.column) for key in cells))
-    names = list(dict.fromkeys(_series(key) for key in cells))
-    colours = colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    protocols = {one: list(dict.fromkeys(k.protocol for k in cells if (k.data, k.column) == one)) for one in panels}
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    height = 1.2 + 0.42 * max(len(found) for found in protocols.values()) + 0.1 * len(names)
-    fig = Figure(figsize=(4.2 * columns, height * rows + 0.5))
-    axes = fig.subplots(rows, columns, squeeze=False)
-    for ax, one in zip(axes.flat, panels, strict=False):
-        places = {protocol: -k for k, protocol in enumerate(protocols[one])}
-        for n, name in enumerate(names):
-            found = [(k, c) for k, c in cells.items() if (k.data, k.column) == one and _series(k) == name]
-            if not found:
-                continue
-            y = [places[k.protocol] + 0.6 * (0.5 - (n + 0.5) / len(names)) for k, _ in found]
-            x = [100 * c.mean for _, c in found]
-            bars = [100 * (c.standard_error if c.deviation is None else c.deviation) for _, c in found]
-            marker = "o" if not name.endswith(BASELINES) else "s"
-            ax.errorbar(
-                x, y, xerr=bars, fmt=marker, ms=5, capsize=2, lw=1.2, color=colours[n % len(colours)], label=name
-            )
-        chance = common_chance(c.chance for k, c in cells.items() if (k.data, k.column) == one)
-        if chance is not None:
-            ax.axvline(100 * chance, color="0.6", ls=":", lw=1)
-        ax.set_yticks(list(places.values()), list(places))
-        ax.set_ylim(-len(places) + 0.5, 0.5)
-        ax.set_title(f"{one[0]}: {one[1]}", fontsize=10)
-        ax.set_xlabel("%")
-        ax.grid(axis="x", color="0.9")
-        for k in range(1, len(places)):
-            ax.axhline(0.5 - k, color="0.92", lw=0.8)
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(4, len(handles)), fontsize=9)
-    fig.tight_layout(rect=(0, 0.35 / fig.get_figheight() * -(-len(handles) // 4) + 0.02, 1, 1))
-    return save_figure(fig, file, dpi=130)
-
-
-def _series(key: Key) -> str:
-    """Return the name of a series of marks: the group and the network, without layers."""
-    return f"{key.group}: {key.features.partition(',')[0]}"

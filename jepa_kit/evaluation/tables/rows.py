@@ -6,9 +6,13 @@ import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FORMAT = "jepa_kit evaluation/2"
+
+ENCODER_NAMES: tuple[Literal["target"], Literal["context"]] = ("target", "context")
+UNTRAINED = "untrained"
+BASELINES = (UNTRAINED, "pixels", "patches")
 
 _CONTENT_TYPES: tuple[tuple[str, Any, str], ...] = (
     ("checkpoint", dict | None, "a mapping or null"),

@@ -57,7 +57,7 @@ class Answer(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Results of one checkpoint: folder, files, recipe (as text), number of updates, seed and rows."""
+    """Results of one checkpoint: folder, files, recipe (as text), number of updates, seed, rows, and the checkpoint."""
 
     place: Path
     files: list[Path]
@@ -65,6 +65,7 @@ class Run(NamedTuple):
     step: int | None
     seed: int
     rows: list[Answer]
+    checkpoint: Path | None = None
 
 
 def load(*paths: str | Path) -> list[Run]:
@@ -90,7 +91,7 @@ def load(*paths: str | Path) -> list[Run]:
         except (TypeError, AttributeError, LookupError) as error:  # a value of another type than in ``results``
             raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): evaluate again") from error
         key = (files[file], recipe, seed)
-        run = found.setdefault(key, Run(files[file], [], recipe, _step(content), seed, []))
+        run = found.setdefault(key, Run(files[file], [], recipe, _step(content), seed, [], _checkpoint(content)))
         run.files.append(file)
         for answer in answers:
             row = answer.row
@@ -124,6 +125,11 @@ def _files(path: Path) -> list[Path]:
 
 def _step(content: dict[str, Any]) -> int | None:
     return (content["checkpoint"] or {}).get("step")
+
+
+def _checkpoint(content: dict[str, Any]) -> Path | None:
+    file = (content["checkpoint"] or {}).get("file")
+    return Path(file) if isinstance(file, str) else None
 
 
 def _recipe(content: dict[str, Any]) -> str:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jepa_kit.evaluation.feature_sources import ENCODER_NAMES
-from jepa_kit.evaluation.tables.rows import Row
+from jepa_kit.evaluation.tables.rows import ENCODER_NAMES, Row
+
+POOLINGS = {"class": "class token", "quarters": "quarters"}
+"""What tables call a pooling that is not the mean over patches."""
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -51,12 +53,20 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def features_title(network: str, layers: str | None, pooling: str | None = None) -> str:
     """Return the name of a network with pooling and layers that are not the default: 'target encoder, last4'."""
-    name = f"{network} encoder" if network in ENCODER_NAMES else network
-    if pooling == "class":
-        name += ", class token"
+    return ", ".join(filter(None, (network_title(network), feature_options(layers, pooling))))
+
+
+def network_title(network: str) -> str:
+    """Return the name of a network in a table: 'target encoder'."""
+    return f"{network} encoder" if network in ENCODER_NAMES else network
+
+
+def feature_options(layers: str | None, pooling: str | None) -> str:
+    """Return pooling and layers that are not the default: 'class token, best of last, last4'."""
+    tokens = POOLINGS.get(pooling or "", "")
     if layers in (None, "last"):
-        return name
-    return f"{name}, best of {layers}" if "," in str(layers) else f"{name}, {layers}"
+        return tokens
+    return ", ".join(filter(None, (tokens, f"best of {layers}" if "," in str(layers) else layers)))
 
 
 def differing_options(options: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:

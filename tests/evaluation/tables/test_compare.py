@@ -8,7 +8,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from jepa_kit.evaluation.tables.compare import Cell, Key, compare, figure, to_csv, to_markdown
+from jepa_kit.evaluation.tables.compare import Cell, Column, Line, compare, to_csv, to_markdown
+from jepa_kit.evaluation.tables.cost import cost_of
+from jepa_kit.evaluation.tables.figure import figure
 from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.evaluation.tables.rows import FORMAT, Row
 from jepa_kit.evaluation.tables.runs import load
@@ -66,11 +68,12 @@ def runs(tmp_path):
 
 
 def test_seeds_become_mean_and_deviation(runs):
-    cells = compare(load(*runs))
-    cell = cells[Key("small_seed*", "scenes", "knn", "target encoder", "count")]
+    cells = compare(load(*runs)).cells
+    count = Column("scenes", "knn", "", "count")
+    cell = cells[Line("small_seed*", "target"), count]
     assert (cell.mean, cell.deviation, cell.runs) == pytest.approx((0.5, np.std([0.4, 0.5, 0.6], ddof=1), 3))
-    assert cells[Key("small_seed*", "scenes", "knn", "pixels", "count")].deviation == pytest.approx(0)
-    assert cells[Key("deep", "scenes", "knn", "target encoder", "count")] == Cell(0.7, None, 0.01, 1, 0.125)
+    assert cells[Line("", "pixels"), count] == Cell(pytest.approx(0.2), None, pytest.approx(0.01), 1, 0.125)
+    assert cells[Line("deep", "target"), count] == Cell(0.7, None, 0.01, 1, 0.125)
 
 
 def test_options_that_change_no_number_may_differ(runs):
@@ -83,28 +86,159 @@ def test_options_that_change_no_number_may_differ(runs):
     changed["config"]["checkpoint"] = {"keep_every": 7, "format": "sharded", "dir": "s3://x", "every": 3}
     changed["config"]["evaluate"] = {"every": 5}
     write_results(changed, file)
-    assert Key("small_seed*", "scenes", "knn", "target encoder", "count") in compare(load(*runs))
+    assert Line("small_seed*", "target") in compare(load(*runs)).lines
     changed["config"]["data"]["decoder"] = "fast"
     write_results(changed, file)
     assert len({run.recipe for run in load(*runs[:3])}) == 2
 
 
 def test_the_table(runs):
+    """A line for each recipe, and baselines once."""
     assert to_markdown(compare(load(*runs))).splitlines() == [
-        "| run         | protocol | features       | count       | shape       |",
-        "| ----------- | -------- | -------------- | ----------- | ----------- |",
-        "| small_seed* | knn      | target encoder | 50.0 ± 10.0 | 60.0 ± 10.0 |",
-        "| small_seed* | knn      | pixels         | 20.0 ± 0.0  |             |",
-        "| deep        | knn      | target encoder | 70.0 (1.0)  |             |",
-        "|             |          | chance         | 12.5        | 12.5        |",
+        "| run         | features       | knn: count  | knn: shape  |",
+        "| ----------- | -------------- | ----------- | ----------- |",
+        "| small_seed* | target encoder | 50.0 ± 10.0 | 60.0 ± 10.0 |",
+        "| deep        | target encoder | 70.0 (1.0)  |             |",
+        "|             | pixels         | 20.0 (1.0)  |             |",
+        "|             | chance         | 12.5        | 12.5        |",
     ]
 
 
+LAYERED = (
+    ("target", "last4", "mean"),
+    ("untrained", "last4", "mean"),
+    ("pixels", None, None),
+    ("patches", None, "mean"),
+)
+
+
+def write_seeds(place, *, seeds=(0, 1), encoder, rate, shift=0.0, pooling="mean"):
+    """Write results of a recipe: two protocols, two labels, three baselines."""
+    for seed in seeds:
+        rows = [
+            row(
+                network,
+                label,
+                0.2 + 0.1 * k + 0.02 * seed * (network in ("target", "untrained")) + shift * (network == "target"),
+                protocol=protocol,
+                layers=layers,
+                pooling=pooling if tokens else None,
+                seed=seed if network == "untrained" else None,
+            )
+            for k, (network, layers, tokens) in enumerate(LAYERED)
+            for protocol in ("knn", "logistic")
+            for label in ("count", "shape")
+        ]
+        held = content(rows, seed=seed)
+        held["config"]["encoder"], held["config"]["optim"] = {"embed_dim": encoder}, {"lr": rate}
+        write_results(held, place / f"seed{seed}" / "evaluation" / "a.json")
+    return [place / f"seed{seed}" for seed in seeds]
+
+
+def test_columns_are_protocols_and_labels(tmp_path):
+    """Baselines without layers are in the columns of the layers that the others have."""
+    places = [p for k in (1, 2) for p in write_seeds(tmp_path / f"r{k}", encoder=8, rate=k, shift=0.1 * k)]
+    lines = to_markdown(compare(load(*places))).splitlines()
+    heads = ["run", "features", *(f"{p}, last4: {label}" for p in ("knn", "logistic") for label in ("count", "shape"))]
+    assert [head.strip() for head in lines[0].strip("|").split("|")] == heads
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert cells == [
+        ["r1/seed*", "target encoder", *["31.0 ± 1.4"] * 4],
+        ["r2/seed*", "target encoder", *["41.0 ± 1.4"] * 4],
+        ["", "untrained", *["31.0 ± 1.4"] * 4],  # two seeds, each of which two runs have
+        ["", "pixels", *["40.0 (1.0)"] * 4],
+        ["", "patches", *["50.0 (1.0)"] * 4],
+        ["", "chance", *["12.5"] * 4],
+    ]
+
+
+def test_an_untrained_network_is_that_of_its_encoder(tmp_path):
+    places = [p for k in (1, 2, 3) for p in write_seeds(tmp_path / f"r{k}", encoder=min(k, 2), rate=k)]
+    table = compare(load(*places))
+    names = [line.recipe for line in table.lines if line.network == "untrained"]
+    assert names == ["r1/seed*", "r2/seed* and 1 more"]
+    assert table.untrained == {
+        "r1/seed*": Line(names[0], "untrained"),
+        "r2/seed*": Line(names[1], "untrained"),
+        "r3/seed*": Line(names[1], "untrained"),
+    }
+
+
+def test_poolings_are_columns(tmp_path):
+    """Patches have one figure for each pooling, pixels the same for both."""
+    for k, pooling in enumerate(("mean", "quarters")):
+        rows = [
+            row(
+                name,
+                "count",
+                0.1 * n + 0.05 * k * (name != "pixels"),
+                layers=layers,
+                pooling=pooling if tokens else None,
+            )
+            for n, (name, layers, tokens) in enumerate(LAYERED, 2)
+        ]
+        rows = [asdict(one) | {"options": {"pooling": pooling}} for one in rows]
+        write_results(content([Row(**one) for one in rows]), tmp_path / "r" / "evaluation" / f"{k}.json")
+    table = compare(load(tmp_path / "r"))
+    assert [column.title for column in table.columns] == [
+        "knn pooling=mean, last4: count",
+        "knn pooling=quarters, last4: count",
+    ]
+    first, second = table.columns
+    found = [[round(table.cells[line, one].mean, 3) for one in (first, second)] for line in table.lines]
+    assert found == [[0.2, 0.25], [0.3, 0.35], [0.4, 0.4], [0.5, 0.55]]
+
+
+def test_a_pooling_that_all_have_is_in_the_title(tmp_path):
+    places = write_seeds(tmp_path / "r", encoder=8, rate=1, pooling="quarters")
+    assert compare(load(*places)).columns[0].title == "knn, quarters, last4: count"
+
+
+def write_metrics(place, lines):
+    keys = ("step", "samples", "images_per_second", "gflop_per_image")
+    text = [json.dumps(dict(zip(keys, line, strict=False))) for line in lines]
+    (place / "metrics.jsonl").write_text("".join(f"{line}\n" for line in text))
+
+
+def test_the_cost_of_training(runs):
+    """64 images in 1 s and 576 in 18 s up to step 10; half of the steps logged; no FLOP; no metrics."""
+    write_metrics(runs[0], [(0, 64, 64, 0.5), (9, 640, 32, 1.0), (19, 1280, 1, 9.0)])
+    write_metrics(runs[1], [(0, 64, 64, 0.5), (4, 320, 32, 1.0)])
+    write_metrics(runs[2], [(9, 640, 64)])
+    small = [cost_of(run) for run in load(*runs)]
+    assert small[0] == pytest.approx((10, 640, 0.5 * 0.064 + 0.576, 19 / 3600))
+    assert small[1] == pytest.approx((10, 640, 2 * (0.5 * 0.064 + 0.256), 2 * 9 / 3600))
+    assert small[2] == (10, 640, None, pytest.approx(10 / 3600))
+    assert small[3] is None
+
+
+def test_cost_columns(runs, tmp_path):
+    """Beside the checkpoint, if the results are elsewhere; of a mean, only what all runs have."""
+    for run in runs[:3]:
+        write_metrics(run, [(9, 640, 64, 1.5)])
+    table = compare(load(*runs))
+    assert table.costs == {"small_seed*": (10, 640, pytest.approx(0.96), pytest.approx(1 / 360))}
+    lines = [[c.strip() for c in line.strip("|").split("|")][-4:] for line in to_markdown(table).splitlines()]
+    none = ["", "", "", ""]
+    assert [lines[0], *lines[2:]] == [
+        ["steps", "images", "TFLOP", "hours"],
+        ["10", "640", "0.96", "0.00278"],
+        *[none] * 3,
+    ]
+    assert next(csv.DictReader(io.StringIO(to_csv(table))))["images"] == "640.0"
+    write_metrics(runs[1], [(9, 640, 64)])
+    assert compare(load(*runs)).costs["small_seed*"].tflop is None
+    held = content([row("target", "count", 0.5)])
+    held["checkpoint"]["file"] = str(runs[0] / "x.pt")
+    (one,) = load(write_results(held, tmp_path / "elsewhere" / "a.json"))
+    assert cost_of(one) is not None
+
+
 def test_csv_has_every_figure(runs):
-    cells = compare(load(*runs))
-    lines = list(csv.DictReader(io.StringIO(to_csv(cells))))
-    assert len(lines) == len(cells) == 4
-    assert (lines[0]["group"], lines[0]["column"], float(lines[0]["mean"])) == ("small_seed*", "count", 0.5)
+    table = compare(load(*runs))
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert len(lines) == len(table.cells) == 4
+    assert (lines[0]["recipe"], lines[0]["label"], float(lines[0]["mean"])) == ("small_seed*", "count", 0.5)
     assert lines[-1]["deviation"] == ""
 
 
@@ -113,8 +247,8 @@ def test_several_data_sets_have_different_names(tmp_path):
         asked = content([row("target", "count", 0.5)], shards=shards, held=str(k))
         write_results(asked, tmp_path / f"evaluation/{k}.json")
     heads = to_markdown(compare(load(tmp_path))).splitlines()[0]
-    assert "scenes: count" in heads
-    assert "cifar10-test: count" in heads
+    assert "scenes: knn: count" in heads
+    assert "cifar10-test: knn: count" in heads
 
 
 def test_the_newer_file_counts(tmp_path):
@@ -127,11 +261,44 @@ def test_the_newer_file_counts(tmp_path):
     assert answer.row.accuracy == 0.6
 
 
-def test_a_figure_is_drawn(runs, tmp_path):
-    from PIL import Image
+def drawn_figure(monkeypatch, table, file, **options):
+    """Draw a figure; return matplotlib's."""
+    kept = []
+    monkeypatch.setattr("jepa_kit.evaluation.tables.figure.save_figure", lambda fig, *a, **k: kept.append(fig) or a[0])
+    figure(table, file, **options)
+    return kept[0]
 
-    file = figure(compare(load(*runs)), tmp_path / "new" / "c.png")
-    assert min(Image.open(file).size) > 300
+
+def test_a_figure_has_a_line_for_each_recipe_and_a_legend_inside(tmp_path, monkeypatch):
+    """Eight recipes, two protocols, two labels: nothing is clipped, and the legend does not grow with the recipes."""
+    places = [p for k in range(8) for p in write_seeds(tmp_path / f"a recipe {k}", encoder=8, rate=k)]
+    fig = drawn_figure(monkeypatch, compare(load(*places)), tmp_path / "c.png")
+    axes = fig.get_axes()
+    assert len(axes) == 4
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == [f"a recipe {k}/seed*" for k in range(8)]
+    (legend,) = fig.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["target encoder", "untrained", "pixels", "patches", "chance"]
+    fig.draw_without_rendering()
+    whole = fig.bbox
+    artists = [legend, *(ax.title for ax in axes), *axes[0].get_yticklabels()]
+    for box in (artist.get_window_extent() for artist in artists):
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    targets = [c for c in axes[0].containers if c.get_label() == "target encoder"]
+    assert [float(c.lines[0].get_xdata()[0]) for c in targets] == pytest.approx([21.0] * 8)
+
+
+@pytest.mark.parametrize(("labels", "panels"), [(1, 1), (5, 6)])
+def test_panels_fill_rows(tmp_path, monkeypatch, labels, panels):
+    rows = [row("target", f"label {k}", 0.5) for k in range(labels)]
+    write_results(content(rows), tmp_path / "r" / "evaluation" / "a.json")
+    fig = drawn_figure(monkeypatch, compare(load(tmp_path / "r")), tmp_path / "c.png")
+    assert len(fig.get_axes()) == panels
+
+
+@pytest.mark.parametrize(("form", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_figure_is_written(runs, tmp_path, form, begins):
+    assert figure(compare(load(*runs)), tmp_path / "new" / f"c.{form}", format=form).read_bytes().startswith(begins)
 
 
 def test_rejected_runs(runs, tmp_path):
@@ -156,8 +323,8 @@ def test_rejected_runs(runs, tmp_path):
 
 def lines_of(*paths):
     """Return {(run, data: column, protocol): mean in percent} of the target encoder."""
-    cells = compare(load(*paths))
-    return {(k.group, f"{k.data}: {k.column}", k.protocol): round(100 * c.mean, 1) for k, c in cells.items()}
+    cells = compare(load(*paths)).cells
+    return {(k.recipe, f"{c.data}: {c.label}", c.protocol): round(100 * f.mean, 1) for (k, c), f in cells.items()}
 
 
 @pytest.mark.parametrize(
@@ -334,13 +501,13 @@ def test_other_sizes_and_decoders_are_other_data(tmp_path):
         held["data"] |= {"image_size": size, "decoder": decoder}
         held["config"]["data"]["image_size"] = size
         write_results(held, tmp_path / "a" / "evaluation" / f"{number}.json")
-    cells = compare(load(tmp_path / "a"))
-    assert {(key.group, key.data): round(cell.mean, 3) for key, cell in cells.items()} == {
+    table = compare(load(tmp_path / "a"))
+    assert {(line.recipe, column.data): round(cell.mean, 3) for (line, column), cell in table.cells.items()} == {
         ("a, at 16 x 16", "scenes at 16 x 16, pillow"): 0.1,
         ("a, at 32 x 32", "scenes at 32 x 32, pillow"): 0.2,
         ("a, at 32 x 32", "scenes at 32 x 32, fast"): 0.3,
     }
-    assert "scenes at 32 x 32, fast: count" in to_markdown(cells)
+    assert "scenes at 32 x 32, fast: knn: count" in to_markdown(table)
 
 
 @pytest.mark.parametrize(
