@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,14 @@ import pytest
 from scipy import stats
 
 from jepa_kit.maskers import MultiGroup, multigroup
+from jepa_kit.maskers.multigroup import RELEASED
 from jepa_kit.rng import uniforms
 
 LEVEL = 1e-3
 """Of every statistical test here; the seeds are fixed."""
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures/methods/vjepa2.json").read_text())["numbers"]
+ENTRIES = RECORDED["mask_statistics_one_frame"]
+"""Statistics of 400 batches of 16 images for each mask configuration and grid."""
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (14, 14), (16, 16), (5, 31), (28, 28)])
@@ -96,9 +102,102 @@ def test_no_number_is_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
+# --- as released ---
+
+
+def released(entry: dict[str, Any], **options: Any) -> MultiGroup:
+    """The masker of an entry of the recorded statistics."""
+    mask = entry["mask"]
+    return MultiGroup(
+        grid=tuple(entry["grid"]),
+        num_targets=(mask["num_blocks"],),
+        target_scale=(tuple(mask["spatial_scale"]),),
+        target_aspect_ratio=tuple(mask["aspect_ratio"]),
+        **{**RELEASED, **options},
+    )
+
+
+def z_scores(entry: dict[str, Any], **options: Any) -> np.ndarray:
+    """|z| of mean lengths of context and target, and of how often each row and column is a target.
+
+    The images of a batch share sizes and lengths, so the spread is that of means over batches.
+    """
+    masker, images, rows = released(entry, **options), entry["batch_size"], []
+    for step in range(entry["batches"]):
+        masks = masker(images * step + np.arange(images), seed=0, epoch=0, step=step)
+        targets = np.zeros((images, masker.grid[0] * masker.grid[1]), dtype=bool)
+        targets[masks.targets.image_of_token, masks.targets.index] = True
+        targets = targets.reshape(images, *masker.grid)
+        lengths = [sets.lengths.each.mean() for sets in (masks.context, masks.targets)]
+        rows.append([*lengths, *targets.mean((0, 2)), *targets.mean((0, 1))])
+    ours = np.array(rows)
+    theirs = np.concatenate(
+        [
+            [entry["context_length_mean_min_max"][0], entry["target_length_mean_min_max"][0]],
+            entry["share_of_images_in_which_row_is_target"],
+            entry["share_in_which_column_is_target"],
+        ]
+    )
+    z: np.ndarray = np.abs(ours.mean(0) - theirs) / (ours.std(0, ddof=1) * math.sqrt(2 / len(ours)))
+    return z
+
+
+def bound(z: np.ndarray) -> float:
+    """Largest |z| of all numbers of an entry together (Bonferroni)."""
+    return float(stats.norm.isf(0.01 / 2 / len(z)))
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['mask']['num_blocks']} at {e['grid'][0]}")
+def test_draws_as_released(entry: dict[str, Any]) -> None:
+    z = z_scores(entry)
+    assert z.max() < bound(z)
+
+
+@pytest.mark.parametrize(("option", "value"), [("size_per", "block"), ("truncation", "none")])
+def test_a_departure_from_the_release_is_seen(option: str, value: str) -> None:
+    z = z_scores(ENTRIES[1], **{option: value})
+    assert z.max() > 2 * bound(z)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['mask']['num_blocks']} at {e['grid'][0]}")
+def test_sizes_are_as_frequent_as_released(entry: dict[str, Any]) -> None:
+    """An exact multinomial test of the 20 recorded sizes, by simulation."""
+    u = np.linspace(0, 1, 20001)
+    height, width = released(entry).shapes[0].size(np.zeros_like(u), u)
+    sizes, count = np.unique(np.stack([height, width]), axis=1, return_counts=True)
+    p = count / len(u)
+    recorded = [np.flatnonzero((size[1:] == sizes.T).all(1)) for size in entry["block_size_t_h_w_of_seeds_0_to_19"]]
+    assert all(len(found) == 1 for found in recorded)
+    table = stats.multinomial(20, p)
+    simulated = table.logpmf(table.rvs(4000, random_state=0))
+    assert (simulated <= table.logpmf(np.bincount(np.concatenate(recorded), minlength=len(p))) + 1e-9).mean() > LEVEL
+
+
+def test_a_batch_shares_sizes_and_lengths() -> None:
+    """One size for all blocks of a group and step; truncated sets are the beginnings of the others."""
+    options = {"grid": (28, 28), "num_targets": (3, 1), "target_scale": ((0.05, 0.2),) * 2, "size_per": "batch"}
+    blocks = MultiGroup(**options, predict="blocks")
+    sizes = [
+        np.array(blocks(np.arange(40), seed=0, epoch=0, step=step).targets.lengths.on_host).reshape(4, 40)
+        for step in range(3)
+    ]
+    assert all(len(set(x[:3].flatten())) == len(set(x[3])) == 1 for x in sizes)
+    assert len({int(x[0, 0]) for x in sizes}) > 1
+    assert any(x[0, 0] != x[3, 0] for x in sizes)
+    masker = MultiGroup(**options, truncation="released")
+    whole, cut = (draw(np.arange(40), seed=0, epoch=0, step=1) for draw in (masker.before_truncation, masker))
+    for name in ("context", "targets"):
+        before, after = getattr(whole, name).split(), getattr(cut, name).split()
+        for group in (slice(40), slice(40, 80)):
+            least = min(len(x) for x in before[group])
+            assert [x.tolist() for x in after[group]] == [x[:least].tolist() for x in before[group]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"size_per": "image"}, "size_per (='image') must be one of 'block', 'batch'"),
+        ({"truncation": "random"}, "truncation (='random') must be one of 'none', 'released'"),
         ({"grid": (3, 6)}, "grid (=(3, 6)) must be (rows, columns) with at least 4 of each"),
         ({"min_keep": 0}, "min_keep (=0) must be at least 1"),
         ({"predict": "all"}, "predict (='all') must be one of 'union', 'blocks'"),
