@@ -80,6 +80,8 @@ SETTINGS = [
 ]
 LIMIT = 1e-6
 """Largest relative difference of losses in float32 that counts as equal."""
+RANDOM = ("drop_path", "noise_std")
+"""Options of parts that draw numbers in training, which 0 turns off."""
 COMPARED = 2
 """Losses that are compared: before the first update, and after it. Rounding grows with every further one."""
 
@@ -142,9 +144,9 @@ class Project:
 
     @cached_property
     def still(self) -> list[str]:
-        """Overrides without stochastic depth, whose draws depend on the process and on the part of a batch."""
+        """Overrides without stochastic depth and noise: their draws depend on the process and the part of a batch."""
         parts = load_config(self.file).slots.items()
-        return [f"{slot}.drop_path=0.0" for slot, part in parts if part.options.get("drop_path")]
+        return [f"{slot}.{name}=0.0" for slot, part in parts for name in RANDOM if part.options.get(name)]
 
     @cached_property
     def reference(self) -> Path:
