@@ -121,6 +121,8 @@ class Loss(Protocol):
         is_distance: whether it measures how far predictions are from targets: deterministic, and minimal if they are
             equal. True if not declared; a loss that is or contains a regulariser (VICReg, SIGReg) declares False.
             Health compares distances only (jepa_kit/evaluation/health/measure.py).
+
+    A distance may have ``values(prediction, target)``, [P, D] twice -> [P], one for each patch: pictures draw it.
     """
 
     is_distance: bool

@@ -1,4 +1,4 @@
-"""Draw pictures of a run: patch features, predictions, attention, and what is expected in a hidden block.
+"""Draw pictures of a run: patch features, predictions and their energy, attention, what is expected in a hidden block.
 
 examples:
   # a run of tools/train_net.py, on the shards `test` or `val` beside its training shards, else on the latter
@@ -8,7 +8,8 @@ examples:
   python tools/visualize.py --checkpoint runs/first/checkpoint_00001250.pt --shards shards/photos/val \\
       --output output/first_pictures --decoder-steps 3000
 
-Writes page.png (all pictures), patch_pca.png, predictor_guess.png, attention.png, decoder.png and visualize.json.
+Writes page.png (all pictures), patch_pca.png, predictor_guess.png, energy.png, attention.png, decoder.png and
+visualize.json.
 The images shown are the first in a random order (--seed); none is hand-picked.
 Exit status: 0, 2 for a mistake in the command, the checkpoint or the shards, 130 after an interruption from the
 keyboard.

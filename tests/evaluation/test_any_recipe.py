@@ -272,16 +272,21 @@ def test_pictures(name, run_folder, scenes, monkeypatch, tmp_path):
     material = gather(run, scenes[0], images=16, others=8, device=torch.device("cpu"))
     content = draw_run(material, tmp_path / "pictures", name="tiny", steps=1)
     sections = {file.removesuffix(".png") for file in content["files"]} - {"page"}
-    wanted = {"patch_pca", "predictor_guess", "attention", "decoder"}
+    wanted = {"patch_pca", "predictor_guess", "energy", "attention", "decoder"}
     if name.startswith("conv"):
         wanted.remove("attention")
     if name not in PREDICTS or name.startswith("codes"):
         wanted -= {"predictor_guess", "decoder"}
-        assert any(line.startswith("the predictor's guess and the hidden block (") for line in content["left_out"])
+        energies = "" if name in PREDICTS else ", energy"
+        start = f"the predictor's guess{energies} and the hidden block ("
+        assert any(line.startswith(start) for line in content["left_out"])
+    if name not in PREDICTS:
+        wanted.remove("energy")
     if name == "two views, one token":
         wanted.remove("patch_pca")
     assert sections == wanted
-    assert bool(content["left_out"]) is (len(wanted) < 4)
+    assert bool(content["left_out"]) is (len(wanted) < 5)
+    assert (content["energy"] is None) is (name not in PREDICTS)
     assert (content["decoder_explains"] is None) is ("decoder" not in wanted)
 
 

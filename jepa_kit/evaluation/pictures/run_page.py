@@ -20,6 +20,7 @@ from jepa_kit.config import versions
 from jepa_kit.evaluation.features import extract_features, has_class_token, untrained_encoder
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
 from jepa_kit.evaluation.health.verdict import judge
+from jepa_kit.evaluation.pictures.energy import energy_section
 from jepa_kit.evaluation.pictures.hidden_block import hidden_block_section
 from jepa_kit.evaluation.pictures.maps import Guess, attention_weights, guesses, why_no_attention
 from jepa_kit.evaluation.pictures.material import Material
@@ -37,6 +38,7 @@ from jepa_kit.evaluation.pictures.sections import (
 )
 from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.plotting import Axes
+from jepa_kit.recipe import PatchRecipe
 
 GUESSES, ATTENTIONS = 3, 2
 """Rows of these sections: always the first images, so that none is picked."""
@@ -72,7 +74,9 @@ def draw_run(
         device=material.device,
     )
     verdict = judge(health)
-    sections, left_out, fractions = list[Section](), list[str](), None
+    sections, left_out = list[Section](), list[str]()
+    fractions: dict[str, float] | None = None
+    energy: dict[str, Any] | None = None
     found: list[Guess] = []
     if health.of_images is None:
         left_out.append("patch features: an image has one token")
@@ -81,11 +85,16 @@ def draw_run(
         sections.append(_components(material))
     if health.loss_position is None:  # it is measured if targets are vectors that predictions are compared with
         reason = "; ".join(health.not_measured) if health.loss is None else "targets are codes"
-        left_out.append(f"the predictor's guess and the hidden block ({reason})")
+        energies = "" if isinstance(run.jepa, PatchRecipe) else ", energy"
+        left_out.append(f"the predictor's guess{energies} and the hidden block ({reason})")
     else:
         log("guesses")
         predictions, found = _guesses(material)
         sections.append(predictions)
+    if isinstance(run.jepa, PatchRecipe):
+        log("energy")
+        section, energy = energy_section(material)
+        sections.append(section)
     if why := why_no_attention(run.jepa.encoder_for(material.encoder)):
         left_out.append(f"attention: {why}")
     else:
@@ -113,6 +122,7 @@ def draw_run(
         "left_out": left_out,
         "median_place": _median_rank(found) if found else None,
         "patches": found[0].total if found else None,
+        "energy": energy,
         "decoder_explains": fractions,
         "files": [file.name for file in files],
         "versions": versions(),

@@ -115,12 +115,13 @@ def _draw(figure: Figure | SubFigure, section: Section, height: float) -> None:
 
 
 def show_map(panel: Axes, image: Tensor, values: NDArray[np.floating], low: float, high: float) -> None:
-    """Draw a map [H, W] in colours over the image in grey: bright is high, dark hides the image."""
+    """Draw a map [H, W] in colours over the image in grey: bright is high, dark hides the image, NaN shows it."""
     grey = luminance(image)[0].numpy() / 255
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     large = F.interpolate(torch.from_numpy(scaled)[None, None].float(), grey.shape, mode="nearest")[0, 0].numpy()
     colours = colormaps[MAP](large)[..., :3]
-    panel.imshow(0.68 * colours + 0.32 * grey[..., None], interpolation="nearest")
+    mixed = np.where(np.isnan(large)[..., None], grey[..., None], 0.68 * colours + 0.32 * grey[..., None])
+    panel.imshow(mixed, interpolation="nearest")
 
 
 def frame(panel: Axes, patches: Sequence[int], grid: Grid, patch_size: int, colour: str, width: float = 1.8) -> None:

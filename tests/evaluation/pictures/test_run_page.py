@@ -35,7 +35,15 @@ from jepa_kit.maskers import Random
 from jepa_kit.structures import PatchSets, View
 
 TOOLS = Path(__file__).parents[3] / "tools"
-FILES = ["attention.png", "decoder.png", "page.png", "patch_pca.png", "predictor_guess.png", "visualize.json"]
+FILES = [
+    "attention.png",
+    "decoder.png",
+    "energy.png",
+    "page.png",
+    "patch_pca.png",
+    "predictor_guess.png",
+    "visualize.json",
+]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
