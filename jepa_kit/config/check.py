@@ -193,12 +193,14 @@ def check_part(path: str, raw: Any, registry: PartRegistry, problems: list[str])
 def _check_nested(path: str, raw: Any, registry: PartRegistry, problems: list[str]) -> Any:
     """Return a part, or a list of parts, inside an option (in the attribute ``nested`` of a class) with all defaults.
 
-    A part with mistakes, which are added to ``problems``, is None or is left out of the list.
+    A part with mistakes, which are added to ``problems``, is None or is left out of the list. An option may be None.
     """
+    if raw is None:
+        return None
     if isinstance(raw, dict):
         part = check_part(path, raw, registry, problems)
         return None if part is None else {"name": part.name, **part.options}
-    parts = [check_part(f"{path}[{i}]", part, registry, problems) for i, part in enumerate(raw or [])]
+    parts = [check_part(f"{path}[{i}]", part, registry, problems) for i, part in enumerate(raw)]
     return [{"name": part.name, **part.options} for part in parts if part is not None]
 
 
@@ -209,7 +211,7 @@ def nested_parts(slot: str, name: str, options: Mapping[str, Any]) -> list[Any]:
     cls = registry.get(name)
     found = [cls]
     for option, inner in getattr(cls, "nested", {}).items():
-        inside = options[option]
+        inside = options[option] or []
         for part in inside if isinstance(inside, list) else [inside]:
             found += nested_parts(inner, part["name"], part)
     return found

@@ -75,8 +75,8 @@ def _with_members(masker: Any) -> Iterator[Any]:
 def _ships_with_jepa_kit(config: Config) -> bool:
     """Return whether all parts and transforms of a config, and members of its parts, are registered by jepa_kit."""
     parts = [cls for slot, part in config.slots.items() for cls in nested_parts(slot, part.name, part.options)]
+    parts += [cls for part, _ in config.losses for cls in nested_parts(LOSSES.slot, part.name, part.options)]
     parts.append(RECIPES.get(config.recipe.name))
-    parts += [LOSSES.get(part.name) for part, _ in config.losses]
     transforms = [part for _, view in config.data.entries() for part in view.transforms or ()]
     parts += [TRANSFORMS.get(transform["name"]) for transform in transforms]
     return all(map(of_jepa_kit, parts))
