@@ -107,16 +107,25 @@ class Project:
         self.shards = folder / "shards"
 
     def prepare(self) -> None:
-        """Make the shards, if they do not exist, and train the tokenizer if the config needs one."""
+        """Make the shards, if they do not exist, and train the tokenizer or the teacher if the config needs one."""
         for part, seed, count in (("train", 0, 96), ("test", 1_000_003, 32)):
             if not (self.shards / part).exists():
                 options = ["--num-scenes", str(count), "--image-size", "64", "--seed", str(seed)]
                 call(make_shards.main, ["synthetic:scenes", str(self.shards / part), *options])
         paths = self.overrides()
-        if len(paths) > 1:
+        if any(".tokenizer=" in path for path in paths):
             (script,) = ROOT.glob("projects/*/train_tokenizer.py")
             command = [sys.executable, str(script), "--config-file", str(self.file), *paths]
             subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
+        if any(path.startswith("target_update.weights=") for path in paths) and not self.teacher.exists():
+            Project(self.name, self.file.with_name("quick_teacher.yaml"), self.folder, self.steps).run(
+                self.teacher.name
+            )
+
+    @property
+    def teacher(self) -> Path:
+        """The folder of the run that is the teacher, if the config needs one."""
+        return self.folder / self.name / "teacher"
 
     def overrides(self) -> list[str]:
         """Return the overrides of paths."""
@@ -124,6 +133,8 @@ class Project:
         for slot, part in load_config(self.file).slots.items():
             if "tokenizer" in part.options:
                 found.append(f"{slot}.tokenizer={self.folder / self.name / 'tokenizer.safetensors'}")
+            if slot == "target_update" and part.options.get("weights"):
+                found.append(f"{slot}.weights={self.teacher}")
         return found
 
     def config(self, run: str, *overrides: str) -> Config:

@@ -101,8 +101,8 @@ ATTRIBUTES = {
 }
 """Slot -> attributes that recipes and other parts read."""
 
-ORDER = (ENCODERS, TARGETS, PREDICTORS, HEADS, LOSSES, TARGET_UPDATES)
-"""Registries in the order in which their parts are built, and draw their weights."""
+ORDER = (ENCODERS, TARGET_UPDATES, TARGETS, PREDICTORS, HEADS, LOSSES)
+"""Registries in the order in which their parts are built, and draw their weights; targets have a teacher's width."""
 
 
 def build_order(config: Config) -> list[str]:
@@ -134,6 +134,7 @@ def _build_parts(
     }
     head_inputs = RECIPES.get(config.recipe.name).head_inputs
     widths: dict[str, int] = {}  # slot -> width of its output
+    teacher: Mapping[str, Any] = {}  # sizes of the target encoder that differ from the encoder's
 
     def first_width(*names: str) -> int:
         return next((widths[name] for name in names if name in widths), encoder["embed_dim"])
@@ -145,12 +146,16 @@ def _build_parts(
         prefix = slot.removesuffix("predictor")
         supplied["out_dim"] = first_width(f"{prefix}target", "target", *(["head"] if slot == "loss" else []))
         supplied["in_dim"] = first_width(head_inputs.get(slot, ""))
+        if registry_of(slot) is TARGETS:
+            supplied |= teacher
         if slot == LOSSES.slot:
             parts["losses"] = [(part.name, build(part, slot, supplied), weight) for part, weight in config.losses]
             continue
         parts[slot] = built = build(config.slots[slot], slot, supplied)
         if slot == ENCODERS.slot:
             encoder |= {name: getattr(built, name) for name in ATTRIBUTES[slot] if hasattr(built, name)}
+        elif slot == TARGET_UPDATES.slot:
+            teacher = getattr(built, "sizes", {})
         elif hasattr(built, "out_dim"):
             widths[slot] = built.out_dim
     return parts

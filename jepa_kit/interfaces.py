@@ -186,6 +186,9 @@ class TargetUpdate(Protocol):
     Attributes:
         tied: whether the target encoder is the context encoder itself.
         stop_gradient: whether targets carry no gradient.
+
+    If the target encoder is not a copy of the encoder, the update may have ``sizes``, a mapping with its ``embed_dim``
+    and ``depth``: a target is given these.
     """
 
     tied: bool

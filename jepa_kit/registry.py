@@ -271,7 +271,7 @@ PREDICTORS = PartRegistry(
 )
 TARGETS = PartRegistry(
     "target",
-    {"embed_dim": "the encoder's", "depth": "the encoder's", "patch_size": "the encoder's"},
+    {"embed_dim": "the target encoder's", "depth": "the target encoder's", "patch_size": "the encoder's"},
     package="jepa_kit.targets",
 )
 HEADS = PartRegistry("head", {"in_dim": "the encoder's width, or another head's"}, package="jepa_kit.heads")
@@ -281,7 +281,9 @@ LOSSES = PartRegistry(
     package="jepa_kit.losses",
 )
 TARGET_UPDATES = PartRegistry(
-    "target_update", {"mean": "data.mean", "std": "data.std"}, package="jepa_kit.target_updates"
+    "target_update",
+    {"mean": "data.mean", "std": "data.std", "patch_size": "the encoder's", "grid": _GRID},
+    package="jepa_kit.target_updates",
 )
 TRANSFORMS = PartRegistry("transform", {"image_size": "data.image_size"}, package="jepa_kit.data.transforms")
 """For ``data.transforms``, which is not a slot of a recipe."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jepa_kit.compat import foreach_lerp_, persistent_names
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.registry import READERS, TARGET_UPDATES
+from jepa_kit.structures import Grid
 
 
 def _local(module: nn.Module) -> list[Tensor]:
@@ -114,43 +115,65 @@ class Tied(TargetUpdate):
 class Frozen(TargetUpdate):
     """Keep a target encoder as it is: that of a file, or a copy of the encoder with its first weights.
 
-    A file's encoder, a teacher (SALT, arXiv 2509.24317), has its own architecture, but the patches and the width of the
-    encoder. It stays outside of checkpoints, which have a digest of it (``FrozenNetwork``).
+    A file's encoder, a teacher (SALT, arXiv 2509.24317), has its own architecture, of any width and depth. It sees the
+    images as in its own training: normalised by its mean and std, and resized if its patches have another size. It
+    stays outside of checkpoints, which have a digest of it (``FrozenNetwork``).
 
     Args:
-        weights: a file or folder in any format that ``jepa_kit.load_encoder`` reads; None for a copy, whose targets are
-            random features, or those of loaded weights (``train.init_from``).
+        weights: a file or folder in any format that ``jepa_kit.load_encoder`` reads, or a folder of any vision model of
+            transformers; None for a copy, whose targets are random features, or those of loaded weights
+            (``train.init_from``).
+        resize: whether a teacher with patches of another size is shown images of another size, which have as many of
+            its patches as the run's images have of the encoder's; without it, such a teacher is refused.
+        patch_size, grid: of the encoder; supplied by the recipe.
         mean, std: of the channels of the images; supplied by the recipe.
+
+    Attributes:
+        sizes: ``embed_dim`` and ``depth`` of the teacher; empty for a copy.
+
+    Raises:
+        ValueError: the file cannot be read, its patches have another size than the encoder's and ``resize`` is false,
+            or ``resize`` would do nothing.
+        FileNotFoundError: there is no such file.
     """
 
     def __init__(
         self,
         *,
         weights: str | None = None,
+        resize: bool = False,
+        patch_size: int | None = None,
+        grid: Grid | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> None:
-        self.weights, self.mean, self.std = weights, mean, std
+        self.weights = weights
+        self.teacher: FrozenNetwork | None = None
+        self.sizes: dict[str, int] = {}
+        if weights is None:
+            if resize:
+                raise ValueError("resize (=True) is for a teacher from a file, and there are no weights")
+            return
+        run = {"patch_size": patch_size, "grid": grid, "mean": mean, "std": std}
+        with torch.device("cpu"):  # a digest needs weights, also if the recipe is built on ``meta``
+            teacher = READERS.build("encoder", {"weights": weights, "resize": resize, **run})
+            self.teacher = FrozenNetwork(teacher, weights)
+        self.sizes = {"embed_dim": teacher.embed_dim, "depth": teacher.depth}
 
     def make(self, encoder: nn.Module) -> nn.Module:
         """Return a network that never changes.
 
         Raises:
-            ValueError: the file cannot be read, or its encoder has other patches or another width than ``encoder``, or
-                was trained on images with another mean and std; or ``encoder`` is no encoder.
-            FileNotFoundError: there is no such file.
+            ValueError: there is a teacher, and ``encoder`` is no encoder.
         """
-        if self.weights is None:
+        if self.teacher is None:
             return copy.deepcopy(encoder).requires_grad_(False)
-        wanted = {name: getattr(encoder, name, None) for name in ("patch_size", "embed_dim")}
-        if None in wanted.values():
+        if not hasattr(encoder, "patch_size"):
             raise ValueError(
                 f"target_update.weights (={self.weights!r}) can stand for an encoder, but not for a "
                 f"{type(encoder).__name__}, which follows another one in this recipe"
             )
-        with torch.device("cpu"):  # a digest needs weights, also if the recipe is built on ``meta``
-            teacher = READERS.build("encoder", {"weights": self.weights, "mean": self.mean, "std": self.std, **wanted})
-        return FrozenNetwork(teacher, self.weights).to(torch.empty(0).device)
+        return self.teacher.to(torch.empty(0).device)
 
 
 @TARGET_UPDATES.register("none")

@@ -5,10 +5,12 @@
 
 formats.py reads and writes any format, which files.py detects; each format has a module: official.py, native.py
 (jepa_kit), hf.py, timm.py, safetensors.py, onnx.py. weights.py has the common representation of an encoder. start.py
-starts a run from such files.
+starts a run from such files. teacher.py makes a file's encoder the target encoder of a run, hf_vision.py that of any
+vision model of transformers.
 """
 
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.frozen import FrozenEncoder, load_encoder
+from jepa_kit.interop.teacher import read_teacher
 
-__all__ = ["FrozenEncoder", "convert", "load_encoder", "read_encoder"]
+__all__ = ["FrozenEncoder", "convert", "load_encoder", "read_encoder", "read_teacher"]

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from jepa_kit.data.images import decode, to_rgb
 from jepa_kit.data.transforms import CenterCrop, normalize, stack
 from jepa_kit.encoders.positions import patch_grid
-from jepa_kit.encoders.vit import ViT
 from jepa_kit.errors import ImageError
 from jepa_kit.interop.formats import read_encoder
 from jepa_kit.interop.weights import EncoderWeights, Positions, TorchBackend
-from jepa_kit.registry import READERS
 
 Pictures = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 """One image as ``preprocess`` accepts it."""
@@ -177,41 +175,3 @@ def load_encoder(
     )
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return FrozenEncoder(weights, image_size=size, attention=attention)
-
-
-@READERS.register("encoder")
-def read_teacher(
-    *,
-    weights: str,
-    patch_size: int,
-    embed_dim: int,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-) -> ViT:
-    """Return the encoder of a file as target encoder of a run (``target_update: {name: frozen, weights: FILE}``).
-
-    It is the file's target encoder, or its only one. Positions are interpolated if it was trained with another grid.
-
-    Args:
-        weights: see ``load_encoder``.
-        patch_size, embed_dim: of the run's encoder.
-        mean, std: of the run's images; None if they are not known.
-
-    Raises:
-        FileNotFoundError, CheckpointError: see ``load_encoder``.
-        ValueError: the file's encoder has another patch size, width, mean or std.
-    """
-    held = read_encoder(weights, None)
-    shape, origin = held.architecture, held.provenance
-    for name, ours, theirs in (
-        ("encoder.patch_size", patch_size, shape.patch_size),
-        ("encoder.embed_dim", embed_dim, shape.embed_dim),
-        ("data.mean", mean, tuple(origin.mean)),
-        ("data.std", std, tuple(origin.std)),
-    ):
-        if ours is not None and ours != theirs:
-            raise ValueError(
-                f"target_update.weights (={weights!r}) needs {name} (={theirs}), but that of the run is {ours}: the "
-                "two encoders must see the same grid of patches, and give tokens of one width"
-            )
-    return held.module("auto")

@@ -18,6 +18,7 @@ from jepa_kit.interop.start import init_from
 from jepa_kit.planning.flops import Lengths, count_flops, flops_of
 from jepa_kit.planning.memory import training_memory
 from jepa_kit.structures import PatchSets
+from jepa_kit.target_updates import Frozen
 from jepa_kit.training import train
 
 
@@ -109,18 +110,68 @@ def test_its_run_as_a_source_of_weights(student, tiny):
     assert torch.equal(again.target_encoder.digest, before)
 
 
+@pytest.fixture(scope="module")
+def other(tiny):
+    """The run of a wider encoder with larger patches, whose images were normalised in another way."""
+    norm = ("data.mean=[0.4, 0.5, 0.6]", "data.std=[0.2, 0.3, 0.25]")
+    sizes = ("encoder.embed_dim=24", "encoder.depth=3", "encoder.patch_size=8", "masker={name: random}")
+    return train(tiny(*sizes, *norm, "data.image_size=32", "train.epochs=1", "optim.warmup_epochs=0.5"))
+
+
+def test_a_teacher_of_any_width_depth_patches_and_normalisation(student, other):
+    """Targets have its width, layers are counted in it, and it sees the images as its own training would show them."""
+    target = "target={name: representation, layers: [1, 3], combine: concat}"
+    recipe = build_recipe(student("target_update.resize=true", target, weights=other)).train()
+    assert recipe.target.out_dim == recipe.predictor.proj.out_features == 48
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    own_mean, own_std = (torch.tensor(x)[:, None, None] for x in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    larger = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
+    encoder = load_encoder(other, image_size=32).vit
+    layers = encoder.forward_layers((larger - own_mean) / own_std, layers=(1, 3))
+    wanted = torch.cat([torch.nn.functional.layer_norm(x, (24,)) for x in layers], -1)
+    found = recipe.targets_at((pixels - mean) / std, PatchSets.full(2, 16))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    images = (pixels - mean) / std
+    torch.testing.assert_close(recipe.target_encoder(images), encoder((larger - own_mean) / own_std), rtol=0, atol=1e-4)
+
+
+def test_a_run_with_another_teacher(student, other):
+    folder = train(student("target_update.resize=true", weights=other))
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(folder))
+    assert load_checkpoint(folder).part("predictor")["proj.weight"].shape[0] == 24
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["encoder.embed_dim=32"], "needs encoder.embed_dim (=16), but that of the run is 32: the two encoders must"),
-        (["encoder.patch_size=8", "masker={name: random}"], "needs encoder.patch_size (=4), but that of the run is 8"),
-        (["data.mean=[0.5, 0.5, 0.5]"], "needs data.mean (=(0.485, 0.456, 0.406)), but that of the run is (0.5,"),
-        (["data.std=[0.5, 0.5, 0.5]"], "needs data.std (=(0.229, 0.224, 0.225)), but that of the run is (0.5, 0.5"),
+        (
+            [],
+            "has patches of 8 pixels, and the run's encoder of 4: the two must see the same grid of patches. Take "
+            "encoder.patch_size and data.image_size of the teacher, or target_update.resize=true, which shows it the "
+            "same images resized to images of 32 x 32 pixels",
+        ),
+        (
+            ["encoder.patch_size=8", "data.image_size=32", "target_update.resize=true"],
+            "has patches of 8 pixels, and the run's encoder of 8: resize (=True) would do nothing",
+        ),
     ],
 )
-def test_a_teacher_that_does_not_fit(student, teacher, options, message):
-    with pytest.raises(ConfigError, match=re.escape(f"target_update.weights (={str(teacher)!r}) {message}")):
-        build_recipe(student(*options))
+def test_a_teacher_that_does_not_fit(student, other, options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        build_recipe(student(*options, weights=other))
+    assert str(error.value).startswith(f"target_update: weights (={str(other)!r}) has patches of 8 pixels, and the run")
+
+
+def test_layers_that_the_teacher_does_not_have(student, teacher):
+    build_recipe(student("target={name: representation, layers: 3}"))
+    with pytest.raises(ConfigError, match=re.escape("target: layers (=4) must be at most the encoder's depth (=3)")):
+        build_recipe(student("target={name: representation, layers: 4}"))
+
+
+def test_resize_is_for_a_teacher():
+    with pytest.raises(ValueError, match=re.escape("resize (=True) is for a teacher from a file, and there are")):
+        Frozen(resize=True)
 
 
 def test_another_image_size_interpolates_positions(student, teacher):
@@ -144,7 +195,7 @@ def test_only_an_encoder_is_replaced_by_a_file(student):
 def test_on_meta_it_has_shapes(student):
     with torch.device("meta"):
         recipe = build_recipe(student())
-    assert recipe.target_encoder.network.norm.weight.is_meta
+    assert recipe.target_encoder.encoder.norm.weight.is_meta
     assert recipe.target_encoder.digest.any()
 
 
