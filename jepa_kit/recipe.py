@@ -208,6 +208,11 @@ class JEPA(PatchRecipe):
             progress: of the run.
             of: [B, C, h, w], the images whose targets are predicted; None for those of the view.
         """
+        targets = self.targets_at(view.images if of is None else of, self.masks_of(view).targets)
+        return self.predict_targets(view, targets, progress)
+
+    def masks_of(self, view: View) -> MaskBatch:
+        """Return the masks of a view; for its errors see ``PatchRecipe.predict``."""
         images, masks = view.images, view.masks
         if masks is None:
             raise ValueError("the view (masks=None) must have masks: data.views needs an entry with masked: true")
@@ -215,7 +220,11 @@ class JEPA(PatchRecipe):
         grid = (images.shape[-2] // p, images.shape[-1] // p)
         if grid != masks.grid:
             raise ValueError(f"masks.grid (={masks.grid}) must be that of the images (={grid})")
-        s_y = self.targets_at(images if of is None else of, masks.targets)  # [P_t, D]
+        return masks
+
+    def predict_targets(self, view: View, s_y: Tensor, progress: Progress = START) -> Prediction:
+        """Return predictions from a view's context, with targets s_y [P_t, D] that are computed already."""
+        masks = self.masks_of(view)
         s_x, more = self.encode_context(view, masks)
         s_hat_y = self.predictor(s_x, masks, **more)  # [P_t, D]
         # Distances and their sums are computed in float32 or better: half precision would round them away.
