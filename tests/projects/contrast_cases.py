@@ -8,7 +8,9 @@ from torch import nn
 
 from jepa_kit.distributed.collectives import process_group, read_environment
 from jepa_kit.heads import MLPHead, Prototypes
-from jepa_kit.recipe import Recipe
+from jepa_kit.losses import L2
+from jepa_kit.recipe import JointEmbedding, Recipe
+from jepa_kit.registry import LOSSES
 from jepa_kit.structures import View
 from jepa_kit.target_updates import EMA
 from projects.moco.recipe import MoCo, MoCoV3
@@ -34,6 +36,15 @@ def head(norm: str = "batch") -> MLPHead:
     return MLPHead(in_dim=WIDTH, hidden=7, out_dim=WIDTH, norm=norm)
 
 
+def joint_embedding(name: str, centre: int | None) -> JointEmbedding:
+    """LeJEPA and VISReg, and the like with VICReg."""
+    options = {"of": "prediction", "invariance": 0.0} if name == "vicreg" else {"slices": 3}
+    regulariser = LOSSES.build(name, options, embed_dim=WIDTH, out_dim=WIDTH)
+    return JointEmbedding(
+        encoder=Rows(), head=head(), losses=[("l2", L2(), 0.9), (name, regulariser, 0.1)], centre=centre
+    )
+
+
 MAKERS: dict[str, tuple[int, Callable[[], Recipe]]] = {
     "simclr": (3, lambda: SimCLR(encoder=Rows(), head=head())),
     "moco": (2, lambda: MoCo(encoder=Rows(), head=head("none"), target_update=EMA(), queue=9)),
@@ -57,6 +68,10 @@ MAKERS: dict[str, tuple[int, Callable[[], Recipe]]] = {
             entropy=0.5,
         ),
     ),
+    **{
+        name: (3, lambda name=name, centre=centre: joint_embedding(name, centre))
+        for name, centre in (("vicreg", None), ("sigreg", None), ("visreg", 2))
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""SimCLR, MoCo and MSN compare the images of all processes: losses, gradients and buffers are those of one process."""
+"""Recipes that compare the images of all processes: losses, gradients and buffers are those of one process."""
 
 import contrast_cases
 import pytest
