@@ -19,6 +19,7 @@ TOOLS = {
     "jepa-masks": "mask_report",
     "jepa-plan": "plan_run",
     "jepa-compare": "compare",
+    "jepa-ablate": "ablate",
     "jepa-convert": "convert_checkpoint",
     "jepa-visualize": "visualize",
     "jepa-replay": "replay_step",

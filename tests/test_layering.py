@@ -49,6 +49,7 @@ LAYERS: list[set[str]] = [
     {"interop"},
     {"evaluation"},
     {"training"},
+    {"studies"},
     {"tools"},
 ]
 """Packages of jepa_kit from the bottom up. Each may import those below it, and neighbours if that makes no cycle."""

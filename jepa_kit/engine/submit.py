@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,81 +26,12 @@ from jepa_kit.distributed.slurm import minutes
 from jepa_kit.engine.build import check_shares
 from jepa_kit.engine.checkpoint.manager import store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
+from jepa_kit.engine.job import Job
 from jepa_kit.lock import only_run_in
 
 JOB_FOLDER = "slurm"
 """Folder in the run folder with the job's config, script and output."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Resources of a Slurm job.
-
-    Args:
-        time: limit of one job, in Slurm's format: minutes, H:MM:SS, D-HH:MM.
-        nodes: machines.
-        gpus_per_node: 0 for none.
-        tasks_per_node: processes on each node; None is one for each GPU, or one.
-        cpus_per_task: cores of each process, including its loader workers; None leaves it to Slurm.
-        mem: memory of each node, in Slurm's format (64G); None leaves it to Slurm.
-        partition, account, qos, constraint: as for sbatch; None leaves them out.
-        signal_seconds: seconds between SIGUSR1 and the limit, to finish a step and save.
-        options: any other option of sbatch, by its long name.
-
-    Raises:
-        ValueError: a value is out of range, or set twice.
-    """
-
-    time: str
-    nodes: int = 1
-    gpus_per_node: int = 0
-    tasks_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    signal_seconds: int = 120
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        lowest = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 1}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} (={value}) must be at least {low}")
-        limit = 60 * minutes(self.time)
-        if self.signal_seconds >= limit:
-            raise ValueError(f"signal_seconds (={self.signal_seconds}) must be below the time limit (={limit} s)")
-        if twice := sorted(self.options.keys() & {*self._own(), "ntasks"}):
-            raise ValueError(f"options (={', '.join(twice)}) are set by the job itself: they have options of their own")
-        if "" in self.options:
-            raise ValueError("options (='') must have a name: NAME=VALUE, or NAME= for one without a value")
-
-    @property
-    def processes(self) -> int:
-        """Processes of the run on all nodes."""
-        return self.nodes * (self.tasks_per_node or max(1, self.gpus_per_node))
-
-    def sbatch_options(self) -> dict[str, str]:
-        """Return the long names of sbatch's options -> values ('' for an option without one)."""
-        return {**self._own(), **self.options}
-
-    def _own(self) -> dict[str, str]:
-        optional = ("cpus_per_task", "mem", "partition", "account", "qos", "constraint")
-        given = {name.replace("_", "-"): getattr(self, name) for name in optional}
-        if self.gpus_per_node:
-            given["gpus-per-node"] = self.gpus_per_node
-        return {
-            "nodes": str(self.nodes),
-            "ntasks-per-node": str(self.processes // self.nodes),
-            "time": self.time,
-            "signal": f"USR1@{self.signal_seconds}",
-            "requeue": "",
-            "open-mode": "append",
-            **{name: str(value) for name, value in given.items() if value is not None},
-        }
+SRUN = "srun --kill-on-bad-exit=1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,23 +119,35 @@ def write_script(submission: Submission) -> Path:
         "chdir": str(submission.directory),
         **submission.job.sbatch_options(),
     }
+    command = f"{SRUN} {shlex.join([sys.executable, *submission.command])}"
+    path = submission.folder / "train.sbatch"
+    path.write_text(script_text(options, submission.python_path, [command]))
+    return path
+
+
+def script_text(options: Mapping[str, str], python_path: Sequence[str], commands: Sequence[str]) -> str:
+    """Return a script for sbatch.
+
+    Args:
+        options: long names of sbatch's options -> values.
+        python_path: folders that imports need.
+        commands: lines of the script after its environment.
+    """
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{name}{'=' + shlex.quote(value) if value else ''}" for name, value in options.items()),
         "",
         "# One task is one process of the run. If one fails, Slurm ends the others.",
-        *_environment(submission),
-        f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, *submission.command])}",
+        *_environment(python_path),
+        *commands,
         "",
     ]
-    path = submission.folder / "train.sbatch"
-    path.write_text("\n".join(lines))
-    return path
+    return "\n".join(lines)
 
 
-def _environment(submission: Submission) -> list[str]:
+def _environment(python_path: Sequence[str]) -> list[str]:
     """Return the lines before srun that set PYTHONPATH and the threads of a task, which would else use all cores."""
-    paths = shlex.quote(os.pathsep.join(submission.python_path))
+    paths = shlex.quote(os.pathsep.join(python_path))
     return [
         f"export PYTHONPATH={paths}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
@@ -256,7 +199,7 @@ def submit(submission: Submission, *, cluster: str = "slurm") -> Any:
         nodes=job.nodes,
         tasks_per_node=job.processes // job.nodes,
         slurm_additional_parameters={"chdir": str(submission.directory), **options},
-        slurm_setup=_environment(submission),
+        slurm_setup=_environment(submission.python_path),
         slurm_srun_args=["--kill-on-bad-exit=1"],
         slurm_stderr_to_stdout=True,
     )

@@ -201,6 +201,20 @@ def _plan(
     )
 
 
+def training_flop_per_image(config: Config) -> float:
+    """Return the FLOP of a training step of a config per image, with masks as one process draws them for the batch.
+
+    Raises:
+        ConfigError: a part refuses its options.
+    """
+    with torch.device("meta"):
+        jepa = build_recipe(config)
+    lengths = draw_lengths(config, config.train.batch_size)
+    training = flops_of(config, jepa, torch.device("cpu")).training(lengths)
+    assert training is not None  # counted if there is no formula
+    return training / lengths.images
+
+
 def draw_lengths(config: Config, part: int) -> Lengths:
     """Return lengths of the masks of at least ``DRAWN`` images, drawn by a process with ``part`` images per step.
 

@@ -61,7 +61,8 @@ from jepa_kit.config import Config, load_config
 from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.storage import step_of
-from jepa_kit.engine.submit import Job, prepare, submit, write_script
+from jepa_kit.engine.job import Job, add_job_options, job_of
+from jepa_kit.engine.submit import prepare, submit, write_script
 from jepa_kit.errors import RunError
 
 NAME = "train_net.py"
@@ -90,49 +91,8 @@ def parser() -> argparse.ArgumentParser:
         choices=["slurm", "sbatch-script"],
         help="slurm: submit through submitit; sbatch-script: write the job's script and print it",
     )
-    for name, (kind, text) in JOB_OPTIONS.items():
-        slurm.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "TEXT", help=text)
-    slurm.add_argument(
-        "--sbatch",
-        action="append",
-        metavar="NAME=VALUE",
-        help="any other option of sbatch, such as exclusive= or mail-type=END",
-    )
+    add_job_options(slurm)
     return p
-
-
-JOB_OPTIONS: dict[str, tuple[type, str]] = {
-    "nodes": (int, "number of machines (default: 1)"),
-    "gpus_per_node": (int, "GPUs per machine, with one process each (default: none)"),
-    "tasks_per_node": (int, "processes per machine, for runs on CPUs (default: one per GPU, or one)"),
-    "cpus_per_task": (int, "cores per process, including its loader workers"),
-    "mem": (str, "memory per machine, such as 64G"),
-    "time": (str, "time limit: minutes, H:MM:SS or D-HH:MM; a job that reaches it is requeued and resumes"),
-    "signal_seconds": (int, "seconds before the limit at which the run saves (default: 120)"),
-    "partition": (str, "queue"),
-    "account": (str, "account that is charged"),
-    "qos": (str, "quality of service"),
-    "constraint": (str, "features that machines must have"),
-}
-"""Field of ``Job`` -> (type, help) of its option."""
-
-
-def job_of(arguments: argparse.Namespace) -> Job | None:
-    """Return the Slurm job of the command line; None without --submit.
-
-    Raises:
-        ValueError: options of a job without --submit, no time limit, or a value that Job rejects.
-    """
-    given = {name: getattr(arguments, name) for name in JOB_OPTIONS if getattr(arguments, name) is not None}
-    extra = dict(text.partition("=")[::2] for text in arguments.sbatch or [])
-    if arguments.submit is None:
-        names = [f"--{name.replace('_', '-')}" for name in given] + ["--sbatch"] * bool(extra)
-        if names:
-            raise ValueError(f"{', '.join(names)}: only with --submit")
-        return None
-    if "time" not in given:
-        raise ValueError("--submit needs --time, the time limit of the job: the run saves before it")
-    return Job(**given, options=extra)
 
 
 def submit_run(config: Config, job: Job, how: str, resume: bool, resume_from: str | None, path: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ import pytest
 import jepa_kit
 from jepa_kit.config import load_config
 from jepa_kit.engine import submit as module
+from jepa_kit.engine.job import Job
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.submit import Job, prepare, run_tool, submit, write_script
+from jepa_kit.engine.submit import prepare, run_tool, submit, write_script
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_net.py"
 

@@ -16,8 +16,9 @@ from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.checkpoint.resume import plan_resume
+from jepa_kit.engine.job import Job
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.submit import Job, prepare
+from jepa_kit.engine.submit import prepare
 from jepa_kit.errors import CheckpointError, ConfigError, SaveError
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.interop import load_encoder

@@ -6,8 +6,9 @@ import torch
 from jepa_kit.engine import step as update
 from jepa_kit.engine.checkpoint.async_save import write_archive
 from jepa_kit.engine.checkpoint.format import checkpoint_path, checkpoints
+from jepa_kit.engine.job import Job
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.engine.submit import Job, prepare
+from jepa_kit.engine.submit import prepare
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.formats import convert
 from jepa_kit.training import train

@@ -1,0 +1,105 @@
+"""Figures of a study: a forest plot of differences from the base arm, and accuracy over the FLOP of each arm."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_kit.plotting import Axes, Figure, colormaps, save_figure
+from jepa_kit.studies.summary import Outcome, Summary
+
+DPI = 150
+PANELS = 3
+"""Panels in a row."""
+BETTER, WORSE, NEITHER = "#1b7837", "#b2182b", "0.45"
+LINES = ("--", ":", "-.", (0, (1, 3)))
+"""Line styles of baselines."""
+
+
+def draw_differences(summary: Summary, file: Path) -> list[Path]:
+    """Draw a forest plot with a panel for each outcome: means of paired differences, with their intervals.
+
+    Returns:
+        the path; nothing if there is no difference to draw.
+    """
+    arms = summary.arms[1:]
+    outcomes = [x for x in summary.outcomes if any(a.figures[x].against_base for a in arms if x in a.figures)]
+    if not outcomes:
+        return []
+    columns = min(PANELS, len(outcomes))
+    rows = -(-len(outcomes) // columns)
+    names = [textwrap.fill(arm.name, 34) for arm in arms]
+    lines = sum(1 + name.count("\n") for name in names)
+    fig = Figure(figsize=(2.6 + 2.7 * columns, rows * (1.1 + 0.24 * lines)), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+    for ax, outcome in zip(axes.flat, outcomes, strict=False):
+        for place, arm in enumerate(arms):
+            compared = arm.figures[outcome].against_base if outcome in arm.figures else None
+            if compared is None:
+                continue
+            colour = (BETTER if compared.mean > 0 else WORSE) if compared.distinguishable else NEITHER
+            if compared.low is not None and compared.high is not None:
+                ax.plot([100 * compared.low, 100 * compared.high], [-place] * 2, color=colour, lw=1.6)
+            ax.plot(100 * compared.mean, -place, "s", color=colour, ms=5)
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_yticks([-place for place in range(len(arms))], names, fontsize=8)
+        ax.set_ylim(-len(arms) + 0.4, 0.6)
+        _title(ax, outcome)
+        ax.set_xlabel("points against the base arm", fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.grid(axis="x", color="0.92")
+    _hide(list(axes.flat)[len(outcomes) :])
+    fig.suptitle(f"{summary.plan.name}: base arm {summary.arms[0].name}, 95 % intervals over seeds", fontsize=9)
+    return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
+
+
+def draw_cost(summary: Summary, file: Path) -> list[Path]:
+    """Draw accuracy over the TFLOP of a run, with a panel for each outcome, a mark for each arm, lines for baselines.
+
+    Returns:
+        the path; nothing if there is no figure to draw.
+    """
+    outcomes = [x for x in summary.outcomes if any(x in arm.figures for arm in summary.arms)]
+    if not outcomes:
+        return []
+    columns = min(PANELS, len(outcomes))
+    rows = -(-len(outcomes) // columns)
+    entries = len(summary.arms) + len(summary.baselines)
+    legend = 0.35 + 0.2 * -(-entries // max(1, columns))
+    fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False)
+    colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    for ax, outcome in zip(axes.flat, outcomes, strict=False):
+        for k, arm in enumerate(summary.arms):
+            figure = arm.figures.get(outcome)
+            if figure is not None:
+                bar = None if figure.deviation is None else 100 * figure.deviation
+                colour = colours[k % len(colours)]
+                ax.plot([arm.tflop] * len(figure.values), [100 * v for v in figure.values.values()], ".", color=colour)
+                ax.errorbar(
+                    arm.tflop, 100 * figure.mean, yerr=bar, fmt="o", capsize=3, color=colour, label=arm.name, alpha=0.75
+                )
+        for k, (title, found) in enumerate(summary.baselines.items()):
+            if outcome in found:
+                style = LINES[k % len(LINES)]
+                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=style, lw=1, label=title)
+        _title(ax, outcome)
+        ax.set_xlabel("TFLOP of a run", fontsize=8)
+        ax.set_ylabel("%", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.grid(color="0.92")
+        ax.margins(x=0.15)
+    _hide(list(axes.flat)[len(outcomes) :])
+    handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
+
+
+def _title(ax: Axes, outcome: Outcome) -> None:
+    ax.set_title(f"{outcome.label}\n{outcome.protocol}", fontsize=9)
+
+
+def _hide(axes: Sequence[Axes]) -> None:
+    for ax in axes:
+        ax.axis("off")

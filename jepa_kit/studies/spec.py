@@ -1,0 +1,191 @@
+"""The file of a study: what is compared, how often, at which cost, and by which protocols."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jepa_kit.config.check import check_part, check_section
+from jepa_kit.config.load import parse_yaml
+from jepa_kit.config.section import Section, at_least, option
+from jepa_kit.errors import ConfigError
+from jepa_kit.evaluation.feature_sources import BASELINES
+from jepa_kit.registry import did_you_mean
+from jepa_kit.studies.identity import part_essentials
+
+Match = Literal["none", "steps", "images", "flops"]
+Overrides = Mapping[str, Any]
+"""Keys of a config, with dots if they are inside a section or part, and their values."""
+
+OWN_KEYS = ("name", "base")
+"""Keys of an arm or a level that are not overrides."""
+DERIVED = ("train.epochs", "train.steps_per_epoch")
+"""Options that ``match`` sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(Section):
+    """A study, as its file has it.
+
+    Args:
+        base: a config: a path, relative to the study's file or to the present folder, or the name of one in projects/.
+        overrides: of the base, for all arms.
+        factors: name -> levels; each level has overrides, and perhaps a ``name`` and another ``base``. Every
+            combination of levels is an arm; the first level of each factor is the base arm's.
+        arms: instead of factors: the arms themselves, the base arm first.
+        seeds: of the runs of each arm.
+        match: what all arms have in common with the base arm: "steps", "images" or "flops"; the number of steps of each
+            arm follows. "none": each config's own length.
+        precision: of matrix products in training and evaluation; ``auto`` would differ between machines.
+        train_shards: of all runs and of the protocols' training; None for the configs' ``data.shards``.
+        test_shards: of the protocols; None for ``test`` or ``val`` beside the training shards.
+        protocols: as for tools/eval_net.py, each with its options; ``layers`` is the layer set of a protocol without an
+            option of this name.
+        labels: of the shards; None for all.
+        baselines: networks that learn nothing, evaluated once.
+        protocol_seed: of the protocols.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    base: str = option("the name or path of a config", bool)
+    overrides: Mapping[str, Any] | None = None
+    factors: Mapping[str, Sequence[Mapping[str, Any]]] | None = option("at least one", bool, None)
+    arms: Sequence[Mapping[str, Any]] | None = option("at least one", bool, None)
+    seeds: tuple[int, ...] = option(
+        "at least one, different and not negative",
+        lambda x: len(x) == len(set(x)) > 0 and min(x) >= 0,
+    )
+    match: Match = "steps"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    train_shards: str | None = option("a path", bool, None)
+    test_shards: str | None = option("a path", bool, None)
+    protocols: Sequence[str | Mapping[str, Any]] = option("at least one", bool)
+    labels: Sequence[str] | None = option("at least one", bool, None)
+    baselines: Sequence[str] = BASELINES
+    protocol_seed: int = at_least(0, 0)
+
+    @classmethod
+    def relations(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return problems between values that are valid alone."""
+        problems = []
+        if (values["factors"] is None) == (values["arms"] is None):
+            problems.append("factors or arms must be given, and not both: what is compared")
+        problems += [
+            f"baselines (={name!r}) must be of {', '.join(BASELINES)}{did_you_mean(name, BASELINES)}"
+            for name in values["baselines"]
+            if name not in BASELINES
+        ]
+        places = {"overrides": values["overrides"] or {}}
+        places |= {f"arms[{i}]": arm for i, arm in enumerate(values["arms"] or ())}
+        for factor, levels in (values["factors"] or {}).items():
+            if not levels:
+                problems.append(f"factors.{factor} (=[]) must have at least one level")
+            places |= {f"factors.{factor}[{i}]": level for i, level in enumerate(levels)}
+        for place, given in places.items():
+            problems += _override_problems(place, given, values["match"])
+        return problems
+
+
+def _override_problems(place: str, given: Mapping[Any, Any], match: Match) -> list[str]:
+    """Return problems of one mapping of overrides."""
+    problems = [
+        f"{place}.{key} (={given[key]!r}) must be text"
+        for key in OWN_KEYS
+        if key in given and (place == "overrides" or not isinstance(given[key], str) or not given[key])
+    ]
+    keys = flat_keys({key: value for key, value in given.items() if key not in OWN_KEYS})
+    for key in keys:
+        if key == "train.seed":
+            problems.append(f"{place}: train.seed must be left out: seeds are those of the study")
+        if key in DERIVED and match != "none" and place != "overrides":
+            problems.append(f"{place}: {key} must be left out, as match (={match}) sets it; match: none keeps it")
+    return problems
+
+
+def flat_keys(overrides: Overrides, above: str = "") -> list[str]:
+    """Return the dotted keys of all values: {"train": {"epochs": 1}, "optim.lr": 1} -> train.epochs, optim.lr."""
+    found = []
+    for key, value in overrides.items():
+        path = f"{above}{key}"
+        found += flat_keys(value, f"{path}.") if isinstance(value, Mapping) and value else [path]
+    return found
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol of a study.
+
+    Args:
+        title: what a table calls it.
+        spec: its name with the options that the study gives.
+        core: its name with the options that differ from their defaults.
+        layers: the layer set, for a protocol that takes one.
+        wanted: (layer set, pooling) of the features that it needs.
+        takes_masks: whether it needs shards with masks.
+        trains_encoder: whether it needs an encoder, and so leaves out raw pixels.
+    """
+
+    title: str
+    spec: Mapping[str, Any]
+    core: Mapping[str, Any]
+    layers: str
+    wanted: Sequence[tuple[str, str]]
+    takes_masks: bool
+    trains_encoder: bool
+
+
+def read_study(file: str | os.PathLike[str]) -> Study:
+    """Read and check the file of a study, without its configs.
+
+    Raises:
+        ConfigError: with every mistake.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: a study is a YAML file (docs/studies.md)")
+    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    problems: list[str] = []
+    study: Study | None = check_section("study", raw, problems, Study)
+    if study is None:
+        raise ConfigError([problem.removeprefix("study.") for problem in problems], str(path))
+    return study
+
+
+def study_protocols(study: Study, problems: list[str]) -> list[Protocol]:
+    """Return the protocols of a study; mistakes are added to ``problems``."""
+    from jepa_kit.evaluation.protocols import PROTOCOLS, build_protocols  # it imports scikit-learn
+
+    found: list[Protocol] = []
+    for number, entry in enumerate(study.protocols):
+        spec = {"name": entry} if isinstance(entry, str) else dict(entry)
+        path, layers = f"protocols[{number}]", "last"
+        name = spec.get("name")
+        if isinstance(name, str) and name in PROTOCOLS and "layers" not in PROTOCOLS.options(name):
+            layers = spec.pop("layers", layers)
+        own: list[str] = []
+        part = check_part(path, spec, PROTOCOLS, own)
+        if part is None or own:
+            problems += own
+            continue
+        try:
+            built = build_protocols([spec])[0]
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if layers != "last" and not built.probe.takes_layers:
+            problems.append(f"{path}.layers (={layers!r}) has no effect: {name!r} does not take layers")
+        given = [f"{key}={value}" for key, value in spec.items() if key != "name"]
+        title = ", ".join([f"{name}", *([layers] if built.probe.takes_layers else []), *given])
+        if title in [protocol.title for protocol in found]:
+            problems.append(f"{path} (={title}) is in the list already")
+        core = part_essentials(PROTOCOLS, part)
+        wanted = [(one.layers, one.pooling) for one in built.probe.wanted(layers)]
+        masks = built.probe.takes == "masks"
+        found.append(Protocol(title, spec, core, layers, wanted, masks, built.probe.trains_encoder))
+    return found

@@ -1,0 +1,226 @@
+"""Studies that run: in the local queue, with failures, kills and resumption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jepa_kit.engine.logging.telemetry import read_metrics
+from jepa_kit.studies.jobs import JOBS, done_steps, job_file, open_jobs, state_of
+from jepa_kit.studies.local import LOCK, make_queue
+from jepa_kit.studies.plan import plan_study
+from jepa_kit.studies.records import read_record, record_file
+from jepa_kit.studies.worker import main as work
+from jepa_kit.tools import ablate
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders of results and of runs."""
+    return tmp_path / "results", tmp_path / "runs"
+
+
+def command(file, folders, *options):
+    return [str(file), "--output", str(folders[0]), "--runs", str(folders[1]), *options]
+
+
+def test_the_second_call_runs_nothing(write_study, folders, capsys):
+    one = {"factors": None, "arms": [{}, {"masker": {"ratio": 0.25}}], "baselines": ["pixels"], "seeds": [0]}
+    file = write_study(**one)
+    assert ablate.main(command(file, folders)) == 0
+    first = capsys.readouterr()
+    assert "3 jobs, 0 of them done" in first.out
+    assert first.err.count("finished") == 3
+    results, runs = folders
+    before = {path: path.stat().st_mtime_ns for path in (results / "cells").iterdir()}
+    assert len(before) == 3
+    assert ablate.main(command(file, folders)) == 0
+    second = capsys.readouterr()
+    assert "3 jobs, 3 of them done" in second.out
+    assert "starts" not in second.err
+    assert before == {path: path.stat().st_mtime_ns for path in (results / "cells").iterdir()}
+    assert {path.name for path in results.iterdir()} >= {"report.md", "report.csv", "report.json", "data.json"}
+    assert {path.name for path in results.iterdir()} >= {"cost.png", "cost.pdf", "differences.png", "differences.pdf"}
+
+    # from the results alone, as on another machine
+    assert ablate.main([str(file), "--output", str(results), "--runs", str(runs / "other")]) == 0
+    assert "3 jobs, 3 of them done" in capsys.readouterr().out
+
+    # a changed study does only what is new: another protocol evaluates, another arm trains
+    more = write_study(
+        **one | {"arms": [{}, {"masker.ratio": 0.75}], "protocols": [{"name": "knn", "neighbours": [3]}]}
+    )
+    plan = plan_study(more)
+    assert [state_of(job, results, runs) for job in plan.jobs] == ["new evaluation", "new evaluation", "new"]
+    trained = {path: path.stat().st_mtime_ns for path in runs.glob("*/checkpoint_*.pt")}
+    assert ablate.main(command(more, folders)) == 0
+    assert trained.items() <= {path: path.stat().st_mtime_ns for path in runs.glob("*/checkpoint_*.pt")}.items()
+    record = read_record(results, plan.cells[0][0].id)
+    assert [len(rows) for rows in record.rows.values()] == [2, 2]
+    assert (record.training["steps"], record.training["images"]) == (12, 96)
+    assert record.training["hours"] > 0
+
+
+def test_a_cell_that_fails_becomes_a_row_and_the_others_continue(write_study, folders, capsys):
+    arms = [{"name": "base"}, {"name": "diverges", "optim": {"lr": 1e30, "start_lr": 1e30}}]
+    file = write_study(factors=None, arms=arms, seeds=[0], baselines=[])
+    assert ablate.main(command(file, folders)) == 1
+    report = (folders[0] / "report.md").read_text()
+    assert "diverges, seed 0: failed: " in report
+    assert "1 of 2 cells have figures" in report
+    assert "failed (1)" in report
+    assert str(folders[1]) not in report
+    table = json.loads((folders[0] / "report.json").read_text())["table"]
+    assert {line["arm"] for line in table} == {"base"}
+    capsys.readouterr()
+    assert ablate.main(command(file, folders)) == 1
+    assert "2 jobs, 2 of them done" in capsys.readouterr().out
+    plan = plan_study(file)
+    assert len(open_jobs(plan, *folders)) == 0
+    assert [job.title for job in open_jobs(plan, *folders, retry=True)] == ["diverges"]
+
+
+def test_a_worker_that_dies_becomes_a_row(write_study, folders, tmp_path, monkeypatch, capsys):
+    (tmp_path / "sudden.py").write_text(
+        "import os\n"
+        "from jepa_kit.maskers.random import Random\n"
+        "from jepa_kit.registry import MASKERS\n"
+        "@MASKERS.register('sudden')\n"
+        "class Sudden(Random):\n"
+        "    def __call__(self, samples, *, seed, epoch, step):\n"
+        "        if os.environ.get('SUDDEN') == str(step) and seed == 0:\n"
+        "            print('the masker has a bug', flush=True)\n"
+        "            os.abort()\n"
+        "        return super().__call__(samples, seed=seed, epoch=epoch, step=step)\n"
+    )
+    arms = [{}, {"name": "sudden", "masker": {"name": "sudden", "ratio": 0.5}}]
+    file = write_study(
+        factors=None, arms=arms, seeds=[0], baselines=[], overrides={"imports": [str(tmp_path / "sudden.py")]}
+    )
+    plan = plan_study(file)
+    monkeypatch.setenv("SUDDEN", "5")
+    assert make_queue(plan, *folders, 2).run(plan.jobs[::-1]) == 0
+    good, bad = (read_record(folders[0], plan.cells[arm][0].id) for arm in (0, 1))
+    assert (good.state, bad.state) == ("finished", "failed")
+    assert bad.reason.startswith("killed by SIGABRT; ")
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_study_that_is_killed_continues(write_study, folders, how):
+    """Killed in the middle of a run, however: the worker saves, and the next call gives the figures of one that ran."""
+    results, runs = folders
+    train = {
+        "batch_size": 8,
+        "epochs": 1,
+        "steps_per_epoch": 300,
+        "device": "cpu",
+        "tensorboard": False,
+        "log_every": 1,
+    }
+    file = write_study({"train": train, "checkpoint": {"every": 50}}, factors=None, arms=[{}], seeds=[3], baselines=[])
+    job = plan_study(file).cells[0][0]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "jepa_kit.tools.ablate", *command(file, folders)]
+    process = subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: done_steps(job, runs) >= 50)
+    process.send_signal(how)
+    status = process.wait(timeout=60)
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}[how]
+    wait_for(lambda: not (runs / job.id / ".lock").exists())  # after SIGKILL the worker learns of it by itself
+    assert state_of(job, results, runs) == "interrupted"
+    stopped = done_steps(job, runs)
+    assert 50 <= stopped < 300
+    assert f"stopped by SIGTERM after {stopped}" in (runs / JOBS / f"{job.id}.log").read_text()
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "interrupted, starts" in done.stderr
+    log = (runs / JOBS / f"{job.id}.log").read_text()
+    assert f"resumed at step {stopped}" in log
+    assert [line["step"] for line in read_metrics(runs / job.id)] == list(range(300))
+
+
+def test_one_queue_for_a_folder(write_study, folders):
+    plan = plan_study(write_study())
+    script = (
+        "import sys; from pathlib import Path; from jepa_kit.lock import lock_file\n"
+        f"with lock_file(Path({str(folders[1] / LOCK)!r})):\n"
+        "    print('locked', flush=True); sys.stdin.read()"
+    )
+    call = [sys.executable, "-c", script]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline()
+        with pytest.raises(ValueError, match=r"the study already runs in .*: process"):
+            make_queue(plan, *folders, 1).run(plan.jobs)
+        other.communicate()
+
+
+def test_workers_share_the_cores(write_study, folders, monkeypatch):
+    plan = plan_study(write_study())
+    monkeypatch.setattr("jepa_kit.studies.local.usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert make_queue(plan, *folders, 3).threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert make_queue(plan, *folders, 3).threads == 1
+    for workers in (0, 9):
+        with pytest.raises(
+            ValueError, match=rf"--workers \(={workers}\) must be from 1 to the cores of this machine \(=8\)"
+        ):
+            make_queue(plan, *folders, workers)
+
+
+def test_a_crash_reported_by_the_jobs_script(write_study, folders):
+    plan = plan_study(write_study())
+    file = job_file(plan, plan.cells[0][0], *folders)
+    assert work([str(file), "--crashed", "137"]) == 1
+    record = read_record(folders[0], plan.cells[0][0].id)
+    assert (record.state, record.reason) == ("failed", "its process ended with status 137; its output shows more")
+
+
+def test_a_damaged_record(write_study, folders):
+    job = plan_study(write_study()).jobs[0]
+    file = record_file(folders[0], job.id)
+    file.parent.mkdir(parents=True)
+    for text in ("{", "[]", '{"format": "other"}', '{"format": "jepa_kit study/1", "id": 3}'):
+        file.write_text(text)
+        with pytest.raises(
+            ValueError, match="is not a record of 'jepa_kit study/1': delete it, and the cell runs again"
+        ):
+            read_record(folders[0], job.id)
+
+
+def test_only_options_of_the_machine_on_the_command_line(write_study, folders, capsys):
+    for text in ("optim.lr=1", "train.seed=4", "train.output_dir=x", "data.shards=x"):
+        assert ablate.main(command(write_study(), folders, "--list", text)) == 2
+        assert f"'{text}' would change the study" in capsys.readouterr().err
+    assert ablate.main(command(write_study(), folders, "--list", "data.num_workers=0")) == 0
+    assert "masker.ratio=0.25, deep" in capsys.readouterr().out
+
+
+def test_the_cost_before_it_starts(write_study, folders, capsys):
+    assert ablate.main(command(write_study(), folders, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "masker.ratio=0.5, deep: 12 steps of 8 images" in printed
+    assert "11 jobs: 768 images, " in printed
+    assert not folders[0].exists()

@@ -1,0 +1,137 @@
+"""The report of records that are written here, with figures that are known."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jepa_kit.studies.figures import draw_cost, draw_differences
+from jepa_kit.studies.plan import plan_study
+from jepa_kit.studies.records import Record, write_record
+from jepa_kit.studies.report import COLUMNS, figure_lines, table_of, to_csv, to_markdown, write_report
+from jepa_kit.studies.summary import Outcome, summarize
+
+VALUES = {
+    "base": {"shape": [0.30, 0.32, 0.31], "count": [0.50, 0.52, 0.54]},
+    "better": {"shape": [0.35, 0.37, 0.365], "count": [0.49, 0.55, 0.53]},
+}
+SHAPE, COUNT = Outcome("knn, last", "shape"), Outcome("knn, last", "count")
+
+
+def row(network, label, accuracy):
+    return {
+        **{"network": network, "layers": "last", "pooling": "mean", "seed": None, "width": 16, "protocol": "knn"},
+        **{"label": label, "accuracy": accuracy, "standard_error": 0.01, "chance": 0.2, "validation": None},
+        **{"classes": 5, "n_train": 96, "n_test": 64, "settings": {}, "options": {}},
+    }
+
+
+@pytest.fixture
+def study(write_study, tmp_path):
+    """The plan of two arms that have figures, one that failed or collapsed and one without results, and its results."""
+    arms = [{"name": name, "encoder.depth": k + 1} for k, name in enumerate(("base", "better", "bad", "open"))]
+    plan = plan_study(write_study(factors=None, arms=arms, seeds=[0, 1, 2], protocols=["knn"], baselines=["pixels"]))
+    results = tmp_path / "results"
+    (evaluation,) = plan.jobs[0].evaluations
+
+    def write(job, title, values, **other):
+        rows = {evaluation: [row("x", label, value) for label, value in values.items()]}
+        write_record(Record(id=job.id, kind=job.kind, title=title, seed=job.seed, rows=rows, **other), results)
+
+    sound = {
+        "training": {"steps": 12, "images": 96, "tflop": 1.0, "hours": 0.5},
+        "health": {"state": "healthy", "reason": "", "collapsed": False},
+        "machine": {"device": "a CPU", "threads": 2},
+    }
+    for k, name in enumerate(VALUES):
+        for job in plan.cells[k]:
+            write(job, name, {label: numbers[job.seed] for label, numbers in VALUES[name].items()}, **sound)
+    first, second, _ = plan.cells[2]
+    write_record(
+        Record(id=first.id, kind="cell", title="bad", seed=0, state="failed", reason="the loss is nan"), results
+    )
+    collapsed = {"state": "constant", "reason": "tokens are equal", "collapsed": True}
+    write(second, "bad", {"shape": 0.2, "count": 0.2}, health=collapsed, reason="constant: tokens are equal")
+    write(plan.baselines[0], "pixels", {"shape": 0.25, "count": 0.4})
+    return plan, results
+
+
+def test_figures_over_seeds_and_against_the_base(study):
+    summary = summarize(*study)
+    assert summary.outcomes == [SHAPE, COUNT]
+    for name, arm in zip(VALUES, summary.arms, strict=False):
+        for outcome, label in ((SHAPE, "shape"), (COUNT, "count")):
+            values = VALUES[name][label]
+            found = arm.figures[outcome]
+            assert found.mean == pytest.approx(np.mean(values))
+            assert found.deviation == pytest.approx(np.std(values, ddof=1))
+    for outcome, label in ((SHAPE, "shape"), (COUNT, "count")):
+        compared = summary.arms[1].figures[outcome].against_base
+        theirs = stats.ttest_rel(VALUES["better"][label], VALUES["base"][label]).confidence_interval(0.95)
+        assert (compared.low, compared.high) == pytest.approx((theirs.low, theirs.high))
+    assert summary.arms[0].figures[SHAPE].against_base is None
+    one_seed = summary.arms[2].figures[SHAPE].against_base
+    assert one_seed.mean == pytest.approx(0.2 - VALUES["base"]["shape"][1])
+    assert one_seed.low is None
+    assert summary.arms[3].figures == {}
+
+
+def test_the_report_says_what_is_and_is_not_distinguishable(study):
+    text = to_markdown(summarize(*study))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert ["better", "36.2 ± 1.0", "52.3 ± 3.1"] in lines
+    assert ["*pixels*", "25.0 (1.0)", "40.0 (1.0)"] in lines
+    assert ["*chance*", "20.0", "20.0"] in lines
+    shape, count = (line for line in lines if line[0] == "better" and len(line) == 6 and "knn" in line[1])
+    assert shape[2:5] == ["+5.2", "+4.4 to +5.9", "better"]
+    assert count[3:5] == ["-5.4 to +6.1", "not distinguishable"]
+    assert int(count[5]) > 20 > int(shape[5])
+    assert ["bad", "shape (knn, last)", "-12.0", "", "one seed: no interval", ""] in lines
+    assert ["base", "12", "96"] in [line[:3] for line in lines]
+    assert "healthy (3)" in text
+    assert "failed (1), constant (1)" in text
+    assert "- bad, seed 0: failed: the loss is nan" in text
+    assert "- bad, seed 1: constant: tokens are equal" in text
+    assert "- open, seed 2: no result yet" in text
+    assert "7 of 12 cells have figures" in text
+    assert "float32 on a CPU, 2 threads" in text
+
+
+def test_baselines_stand_once(study):
+    lines = figure_lines(summarize(*study))
+    assert [line[0] for line in lines[1:]] == ["base", "better", "bad", "open", "*pixels*", "*chance*"]
+
+
+def test_all_digits_are_in_the_csv(study):
+    summary = summarize(*study)
+    found = list(csv.DictReader(io.StringIO(to_csv(summary))))
+    assert tuple(found[0]) == COLUMNS
+    assert len(found) == len(table_of(summary)) == 8
+    better = next(line for line in found if line["arm"] == "better" and line["label"] == "shape")
+    assert float(better["difference"]) == summary.arms[1].figures[SHAPE].against_base.mean
+    assert better["distinguishable"] == "True"
+    assert better["hours"] == "0.5"
+
+
+def test_every_file_is_written(study):
+    plan, results = study
+    written = write_report(summarize(plan, results), results)
+    names = {"report.md", "report.csv", "report.json", "differences.png", "differences.pdf", "cost.png", "cost.pdf"}
+    assert {path.name for path in written} == names
+    assert (results / "cost.pdf").read_bytes().startswith(b"%PDF")
+    assert (results / "differences.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((results / "report.json").read_text())
+    assert {"arm": "better", "protocol": "knn, last", "label": "count", "seed": 1, "value": 0.55} in content["values"]
+    assert content["study"]["seeds"] == [0, 1, 2]
+
+
+def test_without_results_there_is_nothing_to_draw(write_study, tmp_path):
+    summary = summarize(plan_study(write_study()), tmp_path / "none")
+    assert draw_cost(summary, tmp_path / "cost.png") == []
+    assert draw_differences(summary, tmp_path / "differences.png") == []
+    text = to_markdown(summary)
+    assert "0 of 8 cells have figures" in text
+    assert "- pixels: no result yet" in text
