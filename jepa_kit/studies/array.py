@@ -13,8 +13,8 @@ from pathlib import Path
 import jepa_kit
 from jepa_kit.engine.job import Job as Resources
 from jepa_kit.engine.submit import SRUN, script_text
+from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.jobs import JOBS, job_file
-from jepa_kit.studies.plan import Job, Plan
 
 SCRIPT = "array.sbatch"
 """File in the folder of jobs."""

@@ -14,8 +14,8 @@ from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.precision import autocast_of, precision_of, products_in
+from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.jobs import done_steps, totals
-from jepa_kit.studies.plan import Job, Plan
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 MOST_IMAGES = 64

@@ -7,6 +7,7 @@ defaults: writing a default out, another order of keys, or a new option of a lat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,15 +18,26 @@ from jepa_kit.config import Config
 from jepa_kit.config.check import SECTIONS, Part
 from jepa_kit.config.section import Section
 from jepa_kit.config.typed import DoesNotFitError, convert, plain
-from jepa_kit.engine.checkpoint.resume import FREE
 from jepa_kit.registry import LOSSES, RECIPES, REQUIRED, SLOTS, PartRegistry, registry_of
 
-CHANGES_NUMBERS = ("data.max_skipped", "train.accumulate", "train.init_from", "train.nonfinite_limit")
+CHANGES_NUMBERS = (
+    "data.max_skipped",
+    "train.accumulate",
+    "train.init_from",
+    "train.nonfinite_limit",
+    "train.on_nonfinite",
+)
 """Options that may change at a resume, but may give other weights if a run has them from its start."""
-MACHINE = frozenset(FREE) - {*CHANGES_NUMBERS, "train.on_nonfinite"} | {"train.seed"}
-"""Options that are no part of an arm: those of the machine and of logs, and the seed."""
 LENGTH = 12
 """Hexadecimal digits of a digest: among a million cells, two have the same with a probability of 0.2 %."""
+
+
+@functools.cache
+def machine_options() -> frozenset[str]:
+    """Return the options that are no part of an arm: those of the machine and of logs, and the seed."""
+    from jepa_kit.engine.checkpoint.resume import FREE  # here, because many modules import this one
+
+    return FREE - {*CHANGES_NUMBERS} | {"train.seed"}
 
 
 def digest(value: Any) -> str:
@@ -52,7 +64,7 @@ def essentials(config: Config) -> dict[str, Any]:
 
 
 def _without_machine(section: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if f"{section}.{key}" not in MACHINE}
+    return {key: value for key, value in values.items() if f"{section}.{key}" not in machine_options()}
 
 
 def part_essentials(registry: PartRegistry, part: Part | Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jepa_kit.config.typed import plain
 from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.files import write_text
-from jepa_kit.studies.plan import Job, Plan, place_of
+from jepa_kit.studies.cells import Job, Plan, place_of
 from jepa_kit.studies.records import read_record
 
 State = Literal["finished", "failed", "new evaluation", "interrupted", "new"]

@@ -22,8 +22,8 @@ from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import ConfigError
 from jepa_kit.lock import LockedError, lock_file
 from jepa_kit.machine import usable_cores
+from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.jobs import job_file, log_file, state_of
-from jepa_kit.studies.plan import Job, Plan
 from jepa_kit.studies.records import read_record
 from jepa_kit.studies.worker import fail
 

@@ -1,12 +1,11 @@
-"""All cells and baselines of a study, checked before the first one starts, with what each needs."""
+"""From the file of a study to its cells and baselines, all checked before the first one starts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
@@ -16,11 +15,14 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief, identity
 from jepa_kit.engine.build import open_shards, training_views
 from jepa_kit.errors import ConfigError
+from jepa_kit.evaluation.feature_sources import BASELINES
 from jepa_kit.evaluation.features import has_class_token, layer_numbers
 from jepa_kit.evaluation.shard_choice import Shards, held_out
 from jepa_kit.interfaces import Encoder
 from jepa_kit.planning.planner import training_flop_per_image
+from jepa_kit.registry import did_you_mean
 from jepa_kit.studies.arms import Arm, load_arms
+from jepa_kit.studies.cells import Job, Plan, place_of
 from jepa_kit.studies.identity import baseline_digest, cell_digest, evaluation_digest
 from jepa_kit.studies.matching import Length, matched_length, own_length, with_length
 from jepa_kit.studies.records import read_data
@@ -28,60 +30,6 @@ from jepa_kit.studies.spec import Protocol, Study, read_study, study_protocols
 from jepa_kit.trials.contract import check_parts
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A cell (one arm with one seed) or a baseline.
-
-    Args:
-        id: its digest.
-        kind: what it is.
-        title: of the arm or baseline.
-        seed: of the run, or of an untrained network.
-        config: of the run; of a baseline, the config whose images and encoder it has.
-        length: of the run; None for a baseline.
-        evaluations: digest of each evaluation -> its protocol.
-    """
-
-    id: str
-    kind: Literal["cell", "baseline"]
-    title: str
-    seed: int
-    config: Config
-    length: Length | None
-    evaluations: Mapping[str, Protocol]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked study.
-
-    Args:
-        study: as in its file.
-        name: that of the file.
-        arms: the base arm first.
-        lengths: of each arm.
-        cells: of each arm, by seed.
-        baselines: each once.
-        train, test: shards of the protocols.
-        data: path of shards -> ``samples``, ``digest``, ``labels`` and ``masks``; paths as ``place_of`` has them.
-    """
-
-    study: Study
-    name: str
-    arms: Sequence[Arm]
-    lengths: Sequence[Length]
-    cells: Sequence[Sequence[Job]]
-    baselines: Sequence[Job]
-    train: Shards
-    test: Shards
-    data: Mapping[str, Any]
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Return all jobs: baselines, then the first seed of every arm, then the second, ..."""
-        return [*self.baselines, *(job for seed in zip(*self.cells, strict=True) for job in seed)]
 
 
 def plan_study(file: str | Path, machine: Sequence[str] = (), results: Path | None = None) -> Plan:
@@ -99,6 +47,11 @@ def plan_study(file: str | Path, machine: Sequence[str] = (), results: Path | No
     study = read_study(path)
     problems: list[str] = []
     protocols = study_protocols(study, problems)
+    problems += [
+        f"baselines (={name!r}) must be of {', '.join(BASELINES)}{did_you_mean(name, BASELINES)}"
+        for name in study.baselines or ()
+        if name not in BASELINES
+    ]
     arms = load_arms(study, path.absolute().parent, machine, problems)
     known = read_data(results) if results is not None else {}
     data: dict[str, Any] = {}
@@ -135,11 +88,6 @@ def plan_study(file: str | Path, machine: Sequence[str] = (), results: Path | No
         test=test,
         data=data,
     )
-
-
-def place_of(shards: Shards) -> str:
-    """Return the key of shards in a mapping."""
-    return shards if isinstance(shards, str) else json.dumps(list(shards))
 
 
 def _identify(
@@ -245,7 +193,7 @@ def _cells(
 def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Protocol]) -> list[Job]:
     """Return each baseline once: one network for arms with one encoder, images and first seed."""
     found: dict[str, Job] = {}
-    for name in study.baselines:
+    for name in BASELINES if study.baselines is None else study.baselines:
         fitting = {key: p for key, p in evaluations.items() if name == "untrained" or not p.trains_encoder}
         for arm in arms:
             job = Job(

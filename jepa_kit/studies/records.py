@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jepa_kit.config.typed import DoesNotFitError, convert
-from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.evaluation.tables.rows import Row
+from jepa_kit.files import write_text
 
 FORMAT = "jepa_kit study/1"
 CELLS = "cells"
@@ -70,7 +70,15 @@ def record_file(results: Path, identity: str) -> Path:
 
 def write_record(record: Record, results: Path) -> Path:
     """Write a record atomically and return its path."""
-    return write_results({"format": FORMAT, **asdict(record)}, record_file(results, record.id))
+    file = record_file(results, record.id)
+    write_json({"format": FORMAT, **asdict(record)}, file)
+    return file
+
+
+def write_json(content: Mapping[str, Any], file: Path) -> None:
+    """Write JSON atomically into a folder, which is made if it is missing; raise ValueError for NaN or infinity."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_record(results: Path, identity: str) -> Record | None:
@@ -106,4 +114,4 @@ def read_data(results: Path) -> dict[str, Any]:
 def write_data(results: Path, data: Mapping[str, Any]) -> None:
     """Write the identities of the shards of a study."""
     if read_data(results) != data:
-        write_results(dict(data), results / DATA)
+        write_json(data, results / DATA)

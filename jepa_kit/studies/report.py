@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jepa_kit.evaluation.tables.results import write_results
 from jepa_kit.evaluation.tables.table import chance_text, markdown
 from jepa_kit.files import write_text
+from jepa_kit.studies.records import write_json
 from jepa_kit.studies.statistics import CONFIDENCE, POWER
 from jepa_kit.studies.summary import ArmSummary, Figure, Outcome, Summary
 
@@ -194,7 +194,8 @@ def write_report(summary: Summary, results: Path) -> list[Path]:
     for suffix, text in texts.items():
         write_text(results / f"{REPORT}{suffix}", text)
     written = [results / f"{REPORT}{suffix}" for suffix in texts]
-    written.append(write_results(to_json(summary), results / f"{REPORT}.json"))
+    write_json(to_json(summary), results / f"{REPORT}.json")
+    written.append(results / f"{REPORT}.json")
     for suffix in ("png", "pdf"):
         written += draw_differences(summary, results / f"differences.{suffix}")
         written += draw_cost(summary, results / f"cost.{suffix}")

@@ -12,8 +12,6 @@ from jepa_kit.config.check import check_part, check_section
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.section import Section, at_least, option
 from jepa_kit.errors import ConfigError
-from jepa_kit.evaluation.feature_sources import BASELINES
-from jepa_kit.registry import did_you_mean
 from jepa_kit.studies.identity import part_essentials
 
 Match = Literal["none", "steps", "images", "flops"]
@@ -45,7 +43,7 @@ class Study(Section):
         protocols: as for tools/eval_net.py, each with its options; ``layers`` is the layer set of a protocol without an
             option of this name.
         labels: of the shards; None for all.
-        baselines: networks that learn nothing, evaluated once.
+        baselines: networks that learn nothing, evaluated once; None for all.
         protocol_seed: of the protocols.
 
     Raises:
@@ -66,7 +64,7 @@ class Study(Section):
     test_shards: str | None = option("a path", bool, None)
     protocols: Sequence[str | Mapping[str, Any]] = option("at least one", bool)
     labels: Sequence[str] | None = option("at least one", bool, None)
-    baselines: Sequence[str] = BASELINES
+    baselines: Sequence[str] | None = None
     protocol_seed: int = at_least(0, 0)
 
     @classmethod
@@ -75,11 +73,6 @@ class Study(Section):
         problems = []
         if (values["factors"] is None) == (values["arms"] is None):
             problems.append("factors or arms must be given, and not both: what is compared")
-        problems += [
-            f"baselines (={name!r}) must be of {', '.join(BASELINES)}{did_you_mean(name, BASELINES)}"
-            for name in values["baselines"]
-            if name not in BASELINES
-        ]
         places = {"overrides": values["overrides"] or {}}
         places |= {f"arms[{i}]": arm for i, arm in enumerate(values["arms"] or ())}
         for factor, levels in (values["factors"] or {}).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_kit.evaluation.tables.rows import Row
-from jepa_kit.studies.plan import Job, Plan
+from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.records import Record, read_record
 from jepa_kit.studies.statistics import Comparison, compare_paired, mean_and_deviation
 

@@ -39,7 +39,7 @@ from jepa_kit.engine.job import add_job_options, job_of
 
 if TYPE_CHECKING:
     from jepa_kit.studies.array import Array
-    from jepa_kit.studies.plan import Plan
+    from jepa_kit.studies.cells import Plan
 
 NAME = "ablate.py"
 
@@ -129,11 +129,11 @@ def array_of(arguments: argparse.Namespace) -> Array | None:
 
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raise ValueError for an override that would change the cells."""
-    from jepa_kit.studies.identity import MACHINE
+    from jepa_kit.studies.identity import machine_options
 
     for text in overrides:
         key = text.partition("=")[0].strip()
-        if key not in MACHINE - {"train.seed", "train.output_dir", "data.shards"}:
+        if key not in machine_options() - {"train.seed", "train.output_dir", "data.shards"}:
             raise ValueError(
                 f"{text!r} would change the study: only options that depend on the machine can be given here, as "
                 "train.device; others belong in its file"
