@@ -5,6 +5,9 @@ unchanged and masked, and is given the action that leads to one of the targets. 
 all by their distance from the prediction; 1 / rank is averaged over targets, then images. 1: the right target is always
 the nearest. A predictor that ignores the action has the value by chance.
 
+"explained" is the fraction of the targets' differences within a bank that the predictions follow (R^2): 1 at most, 0
+for a predictor that ignores the action.
+
 examples:
   # a run, and the same with a predictor that is given no action
   python projects/iwm/equivariance.py --checkpoint output/iwm_quick output/iwm_without --shards output/scenes/test
@@ -80,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         predictor = loaded.config.slots["predictor"].name
         print(
             f"{name}, step {loaded.step:,}, predictor {predictor}: MRR {found['mrr']:.3f} +- {found['error']:.3f} "
-            f"({found['images']} images, {found['bank']} targets each; by chance {found['chance']:.3f})"
+            f"(by chance {found['chance']:.3f}), explained {found['explained']:.2f} +- {found['explained_error']:.2f}; "
+            f"{found['images']} images, {found['bank']} targets each"
         )
         entries.append({"checkpoint": name, "step": loaded.step, "predictor": predictor, **found})
     if arguments.output:

@@ -42,6 +42,15 @@ def chance(bank: int) -> float:
     return float((1 / np.arange(1, bank + 1)).sum() / bank)
 
 
+def explained(predictions: Tensor, targets: Tensor) -> float:
+    """Return R^2 of the differences between the targets of a bank: the fraction that the predictions follow, at most 1.
+
+    The mean over the bank is subtracted from both, [M, P * D]. 0 for predictions that do not depend on the action.
+    """
+    moves, truth = (x - x.mean(0) for x in (predictions, targets))
+    return float(1 - (moves - truth).square().sum() / truth.square().sum())
+
+
 def bank_of(pipeline: Pipeline, samples: IntArray, *, seed: int) -> tuple[FloatArray, FloatArray]:
     """Return random numbers [M, n] of a bank's targets, and [n] of their source: one crop, without changes of colour.
 
@@ -67,7 +76,7 @@ def bank_of(pipeline: Pipeline, samples: IntArray, *, seed: int) -> tuple[FloatA
 def equivariance(
     run: LoadedRun, dataset: ShardDataset, samples: IntArray, *, bank: int, seed: int, device: torch.device
 ) -> FloatArray:
-    """Return the mean reciprocal rank of each image's predictions in its bank of targets, [images].
+    """Return the mean reciprocal rank of each image's predictions in its bank, and ``explained``: [images, 2].
 
     The source is a crop of the image, masked as in training; the bank has the same crop with the changes of colour of
     the target view. A prediction is given the action from the source to one target, and compared with all targets at
@@ -105,11 +114,12 @@ def equivariance(
             out = jepa.predict(source, of=images[1:])
             order = out.masks.targets.image_of_token.argsort(stable=True)
             guess, truth = (x[order].double().view(bank, -1) for x in (out.prediction, out.target))  # [M, P * D]
-            found.append(float(reciprocal_ranks(torch.cdist(guess, truth)).mean()))
+            found.append([float(reciprocal_ranks(torch.cdist(guess, truth)).mean()), explained(guess, truth)])
     return np.array(found)
 
 
 def figures(values: FloatArray, bank: int) -> dict[str, Any]:
-    """Return the mean over images, its standard error, the number of images, M and the value by chance."""
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return {"mrr": float(values.mean()), "error": error, "images": len(values), "bank": bank, "chance": chance(bank)}
+    """Return the means of ``equivariance`` with standard errors, the number of images, M and the MRR by chance."""
+    (mrr, followed), errors = values.mean(0).tolist(), (values.std(0, ddof=1) / np.sqrt(len(values))).tolist()
+    found = {"mrr": mrr, "error": errors[0], "explained": followed, "explained_error": errors[1]}
+    return {**found, "images": len(values), "bank": bank, "chance": chance(bank)}

@@ -194,9 +194,9 @@ def test_the_value_by_chance() -> None:
 
 
 def test_figures() -> None:
-    values = np.array([0.1, 0.2, 0.6])
-    expected = {"mrr": 0.3, "error": np.sqrt(0.07 / 3), "images": 3, "bank": 4, "chance": 25 / 48}
-    assert figures(values, 4) == pytest.approx(expected)
+    values = np.array([[0.1, 0.5], [0.2, 0.5], [0.6, 0.8]])
+    means = {"mrr": 0.3, "error": np.sqrt(0.07 / 3), "explained": 0.6, "explained_error": 0.1}
+    assert figures(values, 4) == pytest.approx({**means, "images": 3, "bank": 4, "chance": 25 / 48})
 
 
 def test_a_bank_has_one_crop_and_every_change_of_colour() -> None:
@@ -219,8 +219,8 @@ def test_a_bank_has_one_crop_and_every_change_of_colour() -> None:
     assert len({pixel.tobytes() for pixel in pixels}) == 6
 
 
-def by_hand(jepa: Any, config: Config, dataset: ShardDataset, sample: int, bank: int, seed: int) -> float:
-    """The mean reciprocal rank of an image, one prediction at a time."""
+def by_hand(jepa: Any, config: Config, dataset: ShardDataset, sample: int, bank: int, seed: int) -> list[float]:
+    """The mean reciprocal rank of an image, and R^2 of the differences, one prediction at a time."""
     entry = config.data.entries()[1][1]
     pipeline = build_pipeline(entry.transforms or (), image_size=(64, 64))
     draws, clean = bank_of(pipeline, sample * bank + np.arange(bank), seed=seed)
@@ -241,7 +241,8 @@ def by_hand(jepa: Any, config: Config, dataset: ShardDataset, sample: int, bank:
             guesses.append(jepa.predictor(jepa.encoder(tensor(x), own.context), own, **more).double().numpy())
             truths.append(jepa.targets_at(y, own.targets).double().numpy())
     ranks = [rankdata([np.linalg.norm(guess - truth) for truth in truths])[m] for m, guess in enumerate(guesses)]
-    return float(np.mean(1 / np.array(ranks)))
+    moves, changes = (np.stack(x) - np.mean(x, axis=0) for x in (guesses, truths))
+    return [np.mean(1 / np.array(ranks)), 1 - np.square(moves - changes).sum() / np.square(changes).sum()]
 
 
 @pytest.mark.parametrize("overrides", [[], ["masker={name: multiblock}"]], ids=["one target set", "four target sets"])
@@ -252,14 +253,16 @@ def test_equivariance_agrees_with_one_prediction_at_a_time(shards: str, override
     run = LoadedRun(config, jepa, 0)
     found = equivariance(run, dataset, np.array([4, 1]), bank=6, seed=2, device=CPU)
     expected = [by_hand(jepa, config, dataset, sample, 6, 2) for sample in (4, 1)]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(found[:, 0], np.array(expected)[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(found[:, 1], np.array(expected)[:, 1], atol=1e-6)
 
 
 def test_equivariance_without_an_action_is_the_value_by_chance(shards: str) -> None:
     config = load_config(QUICK, [*SMALL[:3], NO_ACTION])
     run = LoadedRun(config, made(config).float(), 0)
     found = equivariance(run, ShardDataset(shards), np.arange(3), bank=16, seed=0, device=CPU)
-    np.testing.assert_allclose(found, chance(16), rtol=1e-12)
+    np.testing.assert_allclose(found[:, 0], chance(16), rtol=1e-12)
+    np.testing.assert_allclose(found[:, 1], 0, atol=1e-6)
 
 
 def test_equivariance_of_right_predictions_is_1(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +276,8 @@ def test_equivariance_of_right_predictions_is_1(shards: str, monkeypatch: pytest
 
     monkeypatch.setattr(jepa, "predict", right)
     found = equivariance(LoadedRun(config, jepa, 0), ShardDataset(shards), np.arange(2), bank=8, seed=0, device=CPU)
-    assert found.tolist() == [1.0, 1.0]
+    assert found[:, 0].tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(found[:, 1], 1, atol=1e-6)
 
 
 def saved(folder: Path, *overrides: str) -> str:
@@ -292,7 +296,8 @@ def test_the_tool(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{names[0]}, step 3, predictor iwm: MRR 0.")
     assert second == (
-        f"{names[1]}, step 3, predictor vit: MRR 0.340 +- 0.000 (3 images, 8 targets each; by chance 0.340)"
+        f"{names[1]}, step 3, predictor vit: MRR 0.340 +- 0.000 (by chance 0.340), explained 0.00 +- 0.00; "
+        "3 images, 8 targets each"
     )
     content = json.loads(file.read_text())
     assert content["equivariance"][1]["mrr"] == pytest.approx(chance(8))
