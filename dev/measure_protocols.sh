@@ -2,9 +2,9 @@
 # The protocols on any number of runs, and one table of them: dev/measure_protocols.sh OUT TRAIN_SHARDS TEST_SHARDS RUN...
 #
 # OUT gets a folder for each run with its results, `features` (kept, so that a second call extracts nothing), and
-# comparison.md, .csv and .png. Raw pixels are evaluated beside the first run alone: they are the same for all.
+# comparison.md, .csv and .png. Raw pixels and patches are evaluated beside the first run alone: they are the same for all.
 # FINETUNE_LABEL names the label of the fine-tuning (empty: none), FINETUNE its options, PROTOCOLS replaces the others,
-# BASELINES those of the first run (untrained,pixels), PYTHON the interpreter.
+# BASELINES those of the first run (untrained,pixels,patches), PYTHON the interpreter.
 set -euo pipefail
 python=${PYTHON:-python}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +21,7 @@ split() { # NAMES,{MAPPING},...: one --protocol each; commas inside braces stay
 options=()
 while read -r one; do options+=(--protocol "$one"); done < <(split "$protocols")
 
-baselines=${BASELINES:-untrained,pixels}
+baselines=${BASELINES:-untrained,pixels,patches}
 for run in "$@"; do
     name=$(basename "$(cd "$run" && pwd)")
     [ "$name" != run ] || name=$(basename "$(cd "$run/.." && pwd)")

@@ -44,8 +44,9 @@ Grid = tuple[int, int]
 Precision = Literal["float32", "tf32", "bf16"]
 """Of the factors of matrix products (jepa_kit/precision.py)."""
 
-Pooling = Literal["mean", "class", "none"]
-"""Whether a feature is the mean over an image's patches, its class token, or there is one for each patch."""
+Pooling = Literal["mean", "class", "quarters", "none"]
+"""Whether a feature is the mean over an image's patches, its class token, the means over the patches of its four
+quarters side by side, or there is one for each patch."""
 
 
 def _outside(x: Tensor, end: int) -> int | None:

@@ -1,6 +1,6 @@
-"""One vector for each image, or set of patches: what heads of joint-embedding methods map.
+"""One vector for each image, or set of patches: what heads of joint-embedding methods map, and probes classify.
 
-S = sets of patches    D = width of the encoder
+S = sets of patches    D = width of the encoder    H, W = rows and columns of patches
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kit.interfaces import Encoder
@@ -44,3 +45,24 @@ def pooled_views(encoder: nn.Module, views: Sequence[View]) -> Tensor:
         else:
             parts += [pooled(encoder, view.images, view.masks.context) for view in group if view.masks is not None]
     return torch.cat(parts)
+
+
+def quarters(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the means over the quarters of each image, side by side: [B, H * W, D] -> [B, 4 * D].
+
+    The order is top left, top right, bottom left, bottom right. Of an odd number of rows or columns, the middle one
+    belongs to both halves, as in torch's ``adaptive_avg_pool2d``.
+
+    Args:
+        tokens: of patches, row by row.
+        grid: (H, W).
+
+    Raises:
+        ValueError: fewer than 2 x 2 patches.
+    """
+    if min(grid) < 2:
+        raise ValueError(
+            f"pooling (='quarters') needs at least 2 x 2 patches, and these images have {grid[0]} x {grid[1]}"
+        )
+    x = tokens.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, D, H, W]
+    return F.adaptive_avg_pool2d(x, 2).permute(0, 2, 3, 1).flatten(1)  # [B, 2, 2, D] -> [B, 4 * D]

@@ -23,6 +23,7 @@ from jepa_kit.evaluation.feature_sources import Feature, Network
 from jepa_kit.evaluation.features import has_class_token
 from jepa_kit.evaluation.protocols import Built, Spec, build_protocols
 from jepa_kit.evaluation.protocols.base import Features, Part, ProbeResult, Task, check_values
+from jepa_kit.evaluation.protocols.whitening import Standardising
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import differing_options
 from jepa_kit.rng import IntArray
@@ -93,11 +94,13 @@ def evaluate(
     )
     store = store or FeatureStore()
     datasets = train, test
+    networks = [one.bind(train, images, store.learned) if one.bind else one for one in networks]
     jobs, classes = _plan(built, networks, datasets, labels)
     _check_jobs(jobs, classes, datasets)
     views = list(dict.fromkeys(view for job in jobs for view in _views(job, layers)))
     show = progress and store.world.is_main
     arrays = [store.extract(views, part, images, progress=show) if views else {} for part in datasets]
+    _standardise(views, arrays)
     new_task = partial(Task, layers=layers, seed=seed, device=torch.device(device), images=images)
 
     def answer_own() -> dict[int, list[Row]]:
@@ -115,6 +118,15 @@ def evaluate(
 
     answers = all_gather_object(run_on_all_ranks(answer_own))
     return _sorted([row for _, rows in sorted(pair for own in answers for pair in own.items()) for row in rows])
+
+
+def _standardise(views: Sequence[tuple[Network, Feature]], arrays: Sequence[Arrays]) -> None:
+    """Standardise the features of images of networks that need it, over the training samples."""
+    for network, view in views:
+        if network.standardised and view.pooling != "none":
+            scaled = Standardising(arrays[0][network.name, view])
+            for part in arrays:
+                part[network.name, view] = scaled(part[network.name, view])
 
 
 def _part(job: _Job, layers: str, dataset: ShardDataset, arrays: Arrays, classes: Classes, k: int) -> Part:
@@ -232,12 +244,12 @@ def _views(job: _Job, layers: str) -> Iterator[tuple[Network, Feature]]:
 
 
 def _row(job: _Job, task: Task, found: ProbeResult, seconds: float) -> Row:
-    sets = job.protocol.probe.wanted(task.layers) if job.network.depth else ()
+    sets = job.protocol.probe.wanted(task.layers)
     figures: dict[str, Any] = {name: getattr(found, name) for name in _FROM_PROBE}
     return Row(
         network=job.network.name,
-        layers=", ".join(one.layers for one in sets) or None,
-        pooling=sets[0].pooling if sets else None,
+        layers=(", ".join(one.layers for one in sets) or None) if job.network.depth else None,
+        pooling=job.network.pooling_of(sets[0].pooling) if sets else None,
         seed=job.network.seed,
         width=max((features.width for features in task.train.features.values()), default=0),
         label=job.label,

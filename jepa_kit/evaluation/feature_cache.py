@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,16 @@ from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World, barrier, broadcast_from_rank0, run_on_all_ranks
+from jepa_kit.evaluation.data_identity import identity
 from jepa_kit.evaluation.feature_sources import Feature, Network
 from jepa_kit.files import write_text
 
 FORMAT = "jepa_kit features/1"
 Arrays = dict[tuple[str, Feature], NDArray[Any]]
 """(name of a network, view) -> [N, D] float32; [N, n, D] float16 if patches are not averaged."""
+
+Named = dict[str, NDArray[Any]]
+"""What a baseline has learned: names to arrays."""
 
 
 class _Entry(NamedTuple):
@@ -104,6 +108,33 @@ class FeatureStore:
         say(f"features of {len(dataset):,} images in {dataset.path}: {took}", progress)
         return arrays
 
+    def learned(
+        self, origin: Mapping[str, Any], learn: Callable[[], dict[str, NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]:
+        """Return what a baseline learns from images: from ``<key>.npz`` of an earlier call, or from ``learn``.
+
+        Rank 0 learns; all processes must call it.
+
+        Args:
+            origin: what it depends on, as plain values; the key is its digest.
+            learn: names to arrays.
+        """
+        if self.folder is None:
+            return learn()
+        file = self.folder / f"{_digest({'format': FORMAT, **origin})}.npz"
+
+        def write() -> None:
+            if self.world.is_main and not file.exists():
+                part = self._unfinished(file)
+                with part.open("wb") as out:
+                    np.savez(out, **learn())  # type: ignore[arg-type]
+                part.replace(file)
+
+        run_on_all_ranks(write)
+        self._wait()
+        with np.load(file) as found:
+            return dict(found)
+
     def _fill(
         self, fresh: Arrays, missing: Sequence[_Entry], dataset: ShardDataset, options: ImageOptions, progress: bool
     ) -> None:
@@ -172,8 +203,11 @@ class FeatureStore:
         if self.folder is None or (network.identity is None and self.world.size == 1):
             return _Entry(network, view, None, origin)
         assert network.identity is not None, network.name
-        key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:24]
-        return _Entry(network, view, self.folder / f"{key}.npy", origin)
+        return _Entry(network, view, self.folder / f"{_digest(origin)}.npy", origin)
+
+
+def _digest(origin: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _is_complete(file: Path | None) -> bool:
@@ -185,26 +219,6 @@ def _load_mapped(file: Path) -> NDArray[Any]:
         return np.load(file, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and its features are extracted again") from error
-
-
-def identity(dataset: ShardDataset) -> dict[str, Any]:
-    """Return the identity of a data set: its length, and a digest of the shards in its index; and its path."""
-    entries = json.dumps([[shard[key] for key in ("file", "samples", "bytes", "sha256")] for shard in dataset.shards])
-    return {
-        "shards": dataset.path,
-        "samples": len(dataset),
-        "index_sha256": hashlib.sha256(entries.encode()).hexdigest(),
-    }
-
-
-def shared_samples(train: ShardDataset, test: ShardDataset) -> int:
-    """Count test samples in shards that the training set has too, by digest (or name and size without a digest)."""
-
-    def content(shard: Mapping[str, Any]) -> tuple[Any, ...]:
-        return (shard["sha256"],) if shard["sha256"] else (shard["file"], shard["samples"], shard["bytes"])
-
-    known = {content(shard) for shard in train.shards}
-    return sum(shard["samples"] for shard in test.shards if content(shard) in known)
 
 
 def bar(what: str, total: int, unit: str, progress: bool) -> tqdm[Any]:

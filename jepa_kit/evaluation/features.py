@@ -24,6 +24,7 @@ from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, DataConfig, config_from_dict
 from jepa_kit.config.resolved import import_named
 from jepa_kit.data.transforms import normalize
+from jepa_kit.encoders.pooling import quarters
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.interfaces import Encoder
@@ -87,7 +88,8 @@ def extract_features(
     Args:
         encoder: the paper evaluates the target encoder.
         images: uint8 [N, 3, h, w], or batches of them.
-        pooling: ``mean`` over the patch tokens, ``class`` for the class token, or ``none``.
+        pooling: ``mean`` over the patch tokens, ``class`` for the class token, ``quarters`` for the means over the four
+            quarters of the image side by side (see ``jepa_kit.encoders.pooling.quarters``), or ``none``.
         layers: ``last``; ``last4`` for the last four layers, each after the final norm, concatenated in order (the
             paper reports the better of the two); or any blocks, see ``layer_numbers``.
         device: of the encoder.
@@ -96,11 +98,12 @@ def extract_features(
         batch_size: images at a time if ``images`` is one tensor.
 
     Returns:
-        [N, D], or [N, n, D] without pooling; D is the encoder's width times the number of layers.
+        [N, D], or [N, n, D] without pooling; D is the encoder's width times the number of layers, times 4 for quarters.
+            Each layer has its four quarters together.
 
     Raises:
-        ValueError: no image, images that are not uint8, an option outside its range, or ``class`` for an encoder
-            without a class token.
+        ValueError: no image, images that are not uint8, an option outside its range, ``class`` for an encoder without a
+            class token, or ``quarters`` of fewer than 2 x 2 patches.
     """
     check_choice("pooling", pooling, Pooling)
     if pooling == "class" and not has_class_token(encoder):
@@ -153,11 +156,18 @@ def block_source(
         def pooled(k: int, pooling: Pooling) -> Tensor:
             if pooling == "class":
                 return classes[k]
+            if pooling == "quarters":
+                return quarters(tokens[k], grid_of(network, x))
             return tokens[k].mean(dim=1) if pooling == "mean" else tokens[k]
 
         return [pooled(blocks.index(block), pooling).cpu() for block, pooling in wanted]
 
     return source
+
+
+def grid_of(encoder: Encoder, images: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of an encoder's patches of images [B, C, h, w]."""
+    return images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
 
 
 def has_class_token(encoder: object) -> bool:

@@ -1,8 +1,9 @@
 """Evaluate features of a checkpoint and of baselines by any number of protocols.
 
 examples:
-  # a run of tools/train_net.py: its target encoder, the same network untrained, and raw pixels; every label of the
-  # shards; training shards as in its config, test shards from the folder `val` (or `test`) beside them
+  # a run of tools/train_net.py: its target encoder, the same network untrained, raw pixels, and k-means on patches;
+  # every label of the shards; training shards as in its config, test shards from the folder `val` (or `test`) beside
+  # them
   python tools/eval_net.py --checkpoint output/quickstart/run --protocol logistic,knn
 
   # list the protocols: their options with defaults, and an example of each
@@ -12,7 +13,8 @@ examples:
   python tools/eval_net.py --checkpoint runs/first/checkpoint_00001250.pt --protocol linear,attentive --encoder both \\
       --train-shards shards/cifar10-train --test-shards shards/cifar10-test --features features --output results.json
 
-  # a protocol with options (pooling: class takes the class token); without baselines, on the CPU, in float32
+  # a protocol with options (pooling: class takes the class token, quarters the means over the four quarters); without
+  # baselines, on the CPU, in float32
   python tools/eval_net.py --checkpoint runs/first --protocol '{name: logistic, subsets: [1%, 10/class]}' \\
       --baselines none train.device=cpu train.precision=float32
 
@@ -24,7 +26,7 @@ examples:
   python tools/eval_net.py --checkpoint runs/first --protocol linear --train-shards https://host/in1k-train \\
       --test-shards https://host/in1k-val data.cache=/scratch/shards data.decoder=fast
 
-  # an untrained network, and raw pixels
+  # an untrained network, raw pixels, and k-means on patches
   python tools/eval_net.py --config-file projects/ijepa/configs/quickstart.yaml --protocol knn \\
       --train-shards output/quickstart/shards/train
 
@@ -106,7 +108,10 @@ def parser() -> argparse.ArgumentParser:
         help="of the shards; several with commas, or the option again (default: all)",
     )
     p.add_argument(
-        "--baselines", default="untrained,pixels", metavar="NAMES", help="untrained, pixels, both (default), or none"
+        "--baselines",
+        default="untrained,pixels,patches",
+        metavar="NAMES",
+        help="untrained, pixels, patches (k-means on patches of the training shards); default: all; or none",
     )
     p.add_argument("--features", metavar="DIR", help="cache features in this folder")
     p.add_argument("--seed", type=int, default=0, help="of the protocols (default: 0)")
@@ -175,7 +180,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def note_shared(train: ShardDataset, test: ShardDataset) -> None:
     """Print a note to stderr if test samples are training samples: right for a sanity check, wrong for a score."""
-    from jepa_kit.evaluation.feature_cache import shared_samples
+    from jepa_kit.evaluation.data_identity import shared_samples
 
     shared = shared_samples(train, test)
     if shared:

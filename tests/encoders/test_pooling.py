@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from jepa_kit.encoders import ViT
-from jepa_kit.encoders.pooling import pooled, pooled_views
+from jepa_kit.encoders.pooling import pooled, pooled_views, quarters
 from jepa_kit.structures import MaskBatch, PatchSets, Tokens, View
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -74,3 +76,22 @@ def test_views_of_one_size_are_encoded_at_once():
     views = [masked, *[View(images(2, 3, 16, 16))] * 3, *[View(images(2, 3, 8, 8))] * 2, masked]
     pooled_views(encoder, views)
     assert encoder.calls == 4
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (2, 2), (3, 5), (7, 4)])
+def test_quarters_are_means_of_slices(grid):
+    """With an odd side, the middle row or column belongs to both halves."""
+    rows, columns = grid
+    tokens = np.random.default_rng(0).normal(size=(3, rows, columns, 5))
+    halves = [(slice(0, -(-side // 2)), slice(side // 2, side)) for side in grid]
+    wanted = [tokens[:, r, c].mean((1, 2)) for r in halves[0] for c in halves[1]]
+    found = quarters(torch.from_numpy(tokens).flatten(1, 2), grid)
+    np.testing.assert_allclose(found.numpy(), np.concatenate(wanted, axis=1), atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", [(1, 4), (4, 1)])
+def test_quarters_of_too_few_patches(grid):
+    with pytest.raises(ValueError) as error:
+        quarters(torch.zeros(2, 4, 3), grid)
+    said = f"pooling (='quarters') needs at least 2 x 2 patches, and these images have {grid[0]} x {grid[1]}"
+    assert str(error.value) == said

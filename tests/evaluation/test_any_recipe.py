@@ -309,7 +309,7 @@ def test_pooling_of_an_encoder_without_a_class_token(protocol, run_folder, scene
         evaluate(networks, *scenes, images, protocols=specs, labels=["count"])
     assert f"protocol {protocol!r}" in str(error.value)
     assert "pooling (='class') needs an encoder with a class token, and this one has none" in str(error.value)
-    with pytest.raises(ValueError, match=r"pooling \(='none'\) must be one of 'mean', 'class'"):
+    with pytest.raises(ValueError, match=r"pooling \(='none'\) must be one of 'mean', 'class', 'quarters'"):
         build_protocols([{"name": protocol, "pooling": "none"}])
 
 

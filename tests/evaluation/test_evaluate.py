@@ -13,8 +13,9 @@ from conftest import scene_shards
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
 from jepa_kit.data.shards.dataset import ShardDataset
+from jepa_kit.evaluation.data_identity import shared_samples
 from jepa_kit.evaluation.evaluate import evaluate
-from jepa_kit.evaluation.feature_cache import FeatureStore, shared_samples
+from jepa_kit.evaluation.feature_cache import FeatureStore
 from jepa_kit.evaluation.feature_sources import Network, encoder_named, pixel_network, run_networks
 from jepa_kit.evaluation.features import extract_features, load_run, untrained_encoder
 from jepa_kit.evaluation.protocols.finetune import Finetune

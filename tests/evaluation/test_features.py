@@ -58,6 +58,19 @@ def test_without_pooling_every_patch_has_its_feature(encoder):
     np.testing.assert_allclose(patches.mean(axis=1), extract_features(encoder, IMAGES, layers="last2"), atol=1e-6)
 
 
+def test_quarters_of_several_layers(encoder):
+    """Of each layer the four means; 4 x 6 patches."""
+    found = extract_features(encoder, IMAGES, pooling="quarters", layers="last2", mean=MEAN, std=STD)
+    patches = extract_features(encoder, IMAGES, pooling="none", layers="last2", mean=MEAN, std=STD)
+    parts = [
+        patches.reshape(7, 4, 6, 32)[:, rows, columns, layer].mean((1, 2))
+        for layer in (slice(16), slice(16, 32))
+        for rows in (slice(2), slice(2, 4))
+        for columns in (slice(3), slice(3, 6))
+    ]
+    np.testing.assert_allclose(found, np.concatenate(parts, axis=1), atol=1e-5)
+
+
 def test_the_class_token_and_the_mean_over_patches_without_it():
     """From the output of the last blocks, in which each image begins with the class token and a register."""
     torch.manual_seed(0)
@@ -163,7 +176,7 @@ def test_pixel_patches():
     ("options", "message"),
     [
         ({"layers": "last6"}, "layers (='last6') needs 6 layers, but the encoder has 5"),
-        ({"pooling": "max"}, "pooling (='max') must be one of 'mean', 'class', 'none'"),
+        ({"pooling": "max"}, "pooling (='max') must be one of 'mean', 'class', 'quarters', 'none'"),
         ({"pooling": "class"}, "pooling (='class') needs a class token, which encoder (=ViT) lacks"),
         ({"precision": "fp16"}, "precision (='fp16') must be one of 'float32', 'tf32', 'bf16'"),
     ],

@@ -26,8 +26,8 @@ Array = NDArray[np.floating[Any]]
 Pair = tuple[IntArray, IntArray]
 """Indices of samples to fit on, and of samples to choose on."""
 
-ImagePooling = Literal["mean", "class"]
-"""A feature of an image: the mean over its patches, or its class token."""
+ImagePooling = Literal["mean", "class", "quarters"]
+"""A feature of an image: the mean over its patches, its class token, or the means over its quarters side by side."""
 PROTOCOLS = PartRegistry("protocol", package="jepa_kit.evaluation.protocols")
 """Name -> protocol, for ``tools/eval_net.py --protocol``."""
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from jepa_kit.data.loader import eval_batches, whole_batches
 from jepa_kit.data.transforms import normalize, train_pipeline
-from jepa_kit.evaluation.features import has_class_token
+from jepa_kit.encoders.pooling import quarters
+from jepa_kit.evaluation.features import grid_of, has_class_token
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     ImagePooling,
@@ -41,21 +42,22 @@ TOKENS = ("cls_token", "mask_token", "pos_embed", "register_tokens")
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean over its patch tokens or its class token, and a linear map: [B, 3, h, w] -> [B, K]."""
+    """An encoder, one feature of each image (see ``ImagePooling``), and a linear map: [B, 3, h, w] -> [B, K]."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int, pooling: ImagePooling = "mean") -> None:
         super().__init__()
         self.encoder: Any = encoder
         self.pooling = pooling
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(4 * width if pooling == "quarters" else width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.pooling == "class":
             return self.head(self.encoder.forward_tokens(images)[0].prefix[:, 0].float())
-        tokens = self.encoder(images).unflatten(0, (len(images), -1))  # [B, n, D]
-        return self.head(tokens.float().mean(dim=1))
+        tokens = self.encoder(images).unflatten(0, (len(images), -1)).float()  # [B, n, D]
+        whole = self.pooling == "mean"
+        return self.head(tokens.mean(dim=1) if whole else quarters(tokens, grid_of(self.encoder, images)))
 
 
 @PROTOCOLS.register("finetune")
@@ -85,7 +87,7 @@ class Finetune(Probe):
         crop_scale: of random resized crops; (1, 1) for none, as in the paper for counts and distances (Clevr).
         flip: probability of a horizontal flip.
         subset: of the labels: all, a fraction as 1%, or images as 10/class; one draw.
-        pooling: mean over patches, or class: the class token.
+        pooling: mean over patches; class: the class token; quarters: the means over the four quarters, side by side.
 
     Raises:
         ValueError: a value outside its range.

@@ -48,7 +48,8 @@ class KNN(Probe):
         neighbours: values of k to choose from; those above N - 1 are ignored.
         temperature: of the weights exp(cosine / temperature), above 0.
         queries: the most training samples that are classified to choose k.
-        pooling: mean over patches, or class: the class token, as DINO.
+        pooling: mean over patches; class: the class token, as DINO; quarters: the means over the four quarters, side by
+            side.
 
     Raises:
         ValueError: no k, or a value outside its range.

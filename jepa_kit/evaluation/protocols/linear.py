@@ -130,7 +130,8 @@ def linear(
         epochs: passes over the features; the learning rate follows a cosine to 0.
         batch_size: samples of an update, at most.
         holdout: fraction of the training set that chooses between several heads, in (0, 0.5]; None for 0.2.
-        pooling: mean over patches, or class: the class token, as DINO and MAE.
+        pooling: mean over patches; class: the class token, as DINO and MAE; quarters: the means over the four quarters,
+            side by side.
 
     Raises:
         ValueError: a value outside its range.

@@ -90,7 +90,7 @@ class Logistic(Probe):
             None for 1e-3, 1e-6 and 1e-9.
         holdout: fraction of the labels, and of each class, that chooses, in (0, 0.5]; None for 0.2.
         max_iter: iterations of each fit; ``settings["converged"]`` is whether the last one needed fewer.
-        pooling: mean over patches, or class: the class token.
+        pooling: mean over patches; class: the class token; quarters: the means over the four quarters, side by side.
 
     Raises:
         ValueError: a value outside its range, or an option without effect.

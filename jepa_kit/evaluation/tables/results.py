@@ -18,7 +18,7 @@ from typing import Any
 from jepa_kit.config import Config, versions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief
-from jepa_kit.evaluation.feature_cache import identity, shared_samples
+from jepa_kit.evaluation.data_identity import identity, shared_samples
 from jepa_kit.evaluation.features import LoadedRun, latest_checkpoint
 from jepa_kit.evaluation.tables.rows import FORMAT, Row
 from jepa_kit.files import sha256_of, write_text

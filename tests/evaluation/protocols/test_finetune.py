@@ -129,6 +129,14 @@ def test_the_class_token_can_be_fine_tuned():
         torch.testing.assert_close(model(images), expected)
 
 
+def test_quarters_can_be_fine_tuned(encoder):
+    model = Finetune(pooling="quarters", drop_path=0.0)._model(encoder, 5).eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        tokens = encoder(images).view(3, 2, 2, 2, 2, -1)  # halves of the rows, rows, halves of the columns, columns
+        torch.testing.assert_close(model(images), model.head(tokens.mean((2, 4)).flatten(1)))
+
+
 def test_encoders_that_do_not_fit_the_options(encoder):
     conv = ConvEncoder(image_size=(16, 16), patch_size=4, embed_dim=8, depth=1, kernel=3)
     with pytest.raises(ValueError) as error:
