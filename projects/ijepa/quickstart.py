@@ -2,8 +2,9 @@
 
 1. Render synthetic scenes into shards for training and testing.
 2. Pretrain the small ViT of configs/quickstart.yaml on them, without labels.
-3. Evaluate frozen features of its target encoder, of the untrained network, and of raw pixels, with a linear
-   probe and nearest neighbours, on three labels: number of objects, distance of the nearest, and its shape.
+3. Evaluate frozen features of its target encoder, of the untrained network, of raw pixels, and of k-means on
+   patches, with a linear probe and nearest neighbours, on three labels: number of objects, distance of the
+   nearest, and its shape.
 4. Print a table and save it as JSON, with pictures of masks, training curves and patch features.
 
 Complete steps are not repeated: after Ctrl-C or SIGTERM, the same command resumes.
@@ -29,7 +30,6 @@ import jepa_kit.arguments  # noqa: F401 (first: it sets what torch reads when it
 if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
     print("importing torch and scikit-learn", flush=True)
 
-import torch
 
 from jepa_kit.arguments import fail, run_tool
 from jepa_kit.build import build_recipe
@@ -43,7 +43,8 @@ from jepa_kit.distributed.signals import Preempted
 from jepa_kit.engine.build import open_shards, training_views
 from jepa_kit.engine.logging.curves import drawn
 from jepa_kit.evaluation.evaluate import evaluate
-from jepa_kit.evaluation.feature_sources import encoder_named, run_networks
+from jepa_kit.evaluation.feature_cache import FeatureStore
+from jepa_kit.evaluation.feature_sources import Network, encoder_named, patch_network, run_networks
 from jepa_kit.evaluation.features import LoadedRun, layer_numbers, load_run, untrained_encoder
 from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
 from jepa_kit.evaluation.tables.results import about_checkpoint, results, write_results
@@ -109,23 +110,20 @@ def check_scenes(folder: Path, wanted: str) -> None:
         raise ValueError(f"{folder} has {found}, not {wanted}: remove it, or give another --output-dir")
 
 
-def probe(run: LoadedRun, shards: Sequence[Path], file: Path, device: torch.device) -> list[Row]:
-    """Evaluate every network by every protocol on every label; write the rows as JSON and return them."""
-    data, seed = run.config.data, run.config.train.seed
+def probe(run: LoadedRun, networks: Sequence[Network], shards: Sequence[Path], store: FeatureStore) -> list[Row]:
+    """Return the rows of networks by every protocol on every label."""
+    data = run.config.data
     training, test = (open_shards(run.config, str(path)) for path in shards)
-    rows = evaluate(
-        run_networks(run, device=device),
-        training,
-        test,
-        ImageOptions(image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels),
-        layers=LAYERS,
-        seed=seed,
-        progress=True,
-    )
-    checkpoint = about_checkpoint(run.config.train.output_dir, run)
-    content = results(rows, config=run.config, checkpoint=checkpoint, train=training, test=test, seed=seed)
-    write_results(content, file)
-    return rows
+    images = ImageOptions(image_size=data.image_size, decoder=data.decoder, max_pixels=data.max_pixels)
+    seed = run.config.train.seed
+    return evaluate(networks, training, test, images, layers=LAYERS, seed=seed, store=store, progress=True)
+
+
+def save(rows: Sequence[Row], run: LoadedRun, shards: Sequence[Path], file: Path) -> None:
+    """Write rows as JSON."""
+    training, test = (open_shards(run.config, str(path)) for path in shards)
+    checkpoint, seed = about_checkpoint(run.config.train.output_dir, run), run.config.train.seed
+    write_results(results(rows, config=run.config, checkpoint=checkpoint, train=training, test=test, seed=seed), file)
 
 
 def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Path]:
@@ -151,7 +149,7 @@ def draw(config: Config, run: LoadedRun, shards: Path, folder: Path) -> list[Pat
 
 
 def margins(rows: Sequence[Row]) -> list[str]:
-    """Return lines with the margin of the target encoder over the better baseline, per protocol and label."""
+    """Return lines with the margin of the target encoder over the best baseline, per protocol and label."""
     lines = []
     for row in rows:
         if row.network == "target":
@@ -192,14 +190,21 @@ def run_all(folder: Path, train_scenes: int, test_scenes: int, overrides: Sequen
     train(config, resume=True)
     trained = time.perf_counter()
     run = load_run(config.train.output_dir, trust_imports=True)
-    rows = probe(run, shards, folder / "results.json", choose_device(config.train.device, read_environment()))
+    networks = run_networks(run, device=choose_device(config.train.device, read_environment()))
+    rows = probe(run, networks, shards, FeatureStore())
     pictures = drawn("a picture", lambda: draw(config, run, shards[0], folder)) or []
     done = time.perf_counter()
+    rows += probe(run, [patch_network()], shards, FeatureStore(folder / "features"))
+    titles = [row.title for row in rows]
+    rows.sort(key=lambda row: titles.index(row.title))
+    save(rows, run, shards, folder / "results.json")
+    compared = time.perf_counter()
     print(f"\nfrozen features on {len(open_shards(config, str(shards[1]))):,} test scenes, accuracy in %\n")
     print(format_table(rows))
-    print("\ntarget encoder against the better of untrained and pixels:")
+    print("\ntarget encoder against the best of untrained, pixels and patches:")
     print("\n".join(f"  {line}" for line in margins(rows)))
     print(f"\nscenes {made - start:.0f} s, training {trained - made:.0f} s, evaluation {done - trained:.0f} s")
+    print(f"patches (learned once for these scenes, cached in {folder / 'features'}) {compared - done:.0f} s")
     for path in (folder / "results.json", *pictures, Path(config.train.output_dir) / "curves.png"):
         print(f"  {path}")
 

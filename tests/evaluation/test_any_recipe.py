@@ -328,7 +328,7 @@ def test_features_of_both_poolings_are_cached(run_folder, scenes, tmp_path):
         for pooling in ("mean", "class")
         for network in ("context", "pixels")
     ]
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 2 * 4
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2 * 3
     assert "| knn pooling=class | context encoder, class token |" in format_table(rows)
 
 

@@ -371,7 +371,7 @@ def test_test_shards_may_lack_the_last_classes(scenes):
     [
         ({"encoders": ["taget"]}, "encoders (='taget') must be of target, context; did you mean 'target'?"),
         ({"encoders": ["target", "target"]}, "encoders (=target, target) must be different ones"),
-        ({"baselines": ["random"]}, "baselines (='random') must be of untrained, pixels."),
+        ({"baselines": ["random"]}, "baselines (='random') must be of untrained, pixels, patches."),
     ],
 )
 def test_run_networks_rejects_bad_names(loaded, options, message):

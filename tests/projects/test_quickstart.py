@@ -38,7 +38,9 @@ def quickstart(folder: Path, *arguments: str) -> int:
 
 
 @pytest.mark.integration
-def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = PatchOptions(side=8, stride=8, size=(64, 64), centroids=10)  # not a minute for the baseline
+    monkeypatch.setattr(PatchOptions, "for_images", lambda image_size: few)
     # Options and overrides in any order.
     assert quickstart(tmp_path, TINY[0], *SMALL, *TINY[1:]) == 0
     printed = capsys.readouterr().out
@@ -48,7 +50,7 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = {(r["network"], r["protocol"], r["label"]) for r in rows}
     assert asked == {
         (network, protocol, label)
-        for network in ("target", "untrained", "pixels")
+        for network in ("target", "untrained", "pixels", "patches")
         for protocol in ("logistic", "knn")
         for label in ("count", "distance", "shape")
     }

@@ -118,7 +118,7 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
         *(
             [f" {title:<13}", f" {network:<15}"]
             for title in ("logistic 30%", "logistic", "knn")
-            for network in ("target encoder", "untrained", "pixels")
+            for network in ("target encoder", "untrained", "pixels", "patches")
         ),
         [" " * 14, f" {'chance':<15}"],
     ]
@@ -126,7 +126,7 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
     checkpoint = run / "checkpoint_00000002.pt"
     assert content["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert content["data"]["test"]["shards"] == str(run.parent / "scenes" / "val")
-    assert len(content["rows"]) == 27
+    assert len(content["rows"]) == 36
     assert content["protocols"] == [
         {
             "name": "logistic",
@@ -198,7 +198,7 @@ def test_no_baselines(tool, run, capsys):
         (["--protocol", "knn", "--label", "colour"], "label (='colour') is not among the labels of"),
         (["--protocol", "knn", "--layers", "first"], "layers (='first') must be 'last', 'last4' (any number) for"),
         (["--protocol", "knn", "--layers", "last9"], "layers (='last9') needs 9 layers, but the encoder has 4"),
-        (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels."),
+        (["--protocol", "knn", "--baselines", "noise"], "baselines (='noise') must be of untrained, pixels, patches."),
         (["--protocol", "knn", "--seed", "-1"], "seed (=-1) must be at least 0"),
         (["--protocol", "knn", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
         (["--protocol", "finetune", "--batch-size", "0"], "batch_size (=0) must be at least 1"),
@@ -318,6 +318,7 @@ def test_a_config_alone(tool, run, tmp_path, capsys):
     assert [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines()[2:]] == [
         "untrained",
         "pixels",
+        "patches",
         "chance",
     ]
     content = json.loads(output.read_text())
@@ -418,7 +419,7 @@ def test_two_processes_give_the_table_of_one(run, tmp_path):
         done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         outputs.append((done.stdout, json.loads((tmp_path / f"{name}.json").read_text())["rows"]))
-    assert len(outputs[0][1]) == len(outputs[1][1]) == 9
+    assert len(outputs[0][1]) == len(outputs[1][1]) == 12
     assert outputs[0][0].count("\n") == outputs[1][0].count("\n")
     for first, second in zip(outputs[0][1], outputs[1][1], strict=True):
         assert (first["network"], first["label"]) == (second["network"], second["label"])
