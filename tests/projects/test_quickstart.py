@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from jepa_kit.evaluation.patch_codes import PatchOptions
 from projects.ijepa.quickstart import main, make_data
 
 SMALL = ["--train-scenes", "96", "--test-scenes", "64"]
