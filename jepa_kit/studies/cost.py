@@ -20,19 +20,28 @@ from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 MOST_IMAGES = 64
 """Images of a measured step; the time of a larger batch is in proportion."""
+MOST_FLOP = 2e11
+"""FLOP of a measured step on a CPU: a few seconds."""
 STEPS = 3
 """Measured steps, of which the fastest counts; one more before them warms up."""
 
 
-def seconds_per_image(config: Config, images: int | None = None) -> float:
+def seconds_per_image(config: Config, flop_per_image: float) -> float | None:
     """Return the time of a training step on this machine per image, without the loading of images.
 
     Args:
         config: of a run.
-        images: of a step; None for the batch size, or ``MOST_IMAGES`` if that is less.
+        flop_per_image: of a training step, which limits the images of a measured step on a CPU.
+
+    Returns:
+        None if two images are too much work for a CPU.
     """
     device = choose_device(config.train.device, World())
-    count = images or min(config.train.batch_size, MOST_IMAGES)
+    count = min(config.train.batch_size, MOST_IMAGES)
+    if device.type == "cpu":
+        count = min(count, int(MOST_FLOP / flop_per_image))
+        if count < min(2, config.train.batch_size):
+            return None
     with products_in(precision_of(config), device):
         jepa = trial_recipe(config, device, attention=config.train.attention)
         views = trial_views(config, device, count)
@@ -61,22 +70,23 @@ def _wait(device: torch.device) -> None:
 
 def describe_cost(plan: Plan, jobs: Sequence[Job], runs: Path, workers: int) -> str:
     """Return the cost of jobs as text: a line for each arm, and the sum."""
-    lines, total = [], 0.0
+    lines, total, unknown = [], 0.0, 0
     for arm, length, cells in zip(plan.arms, plan.lengths, plan.cells, strict=True):
         left = [job for job in cells if job in jobs]
         if not left:
             continue
-        each = seconds_per_image(arm.config)
+        each = seconds_per_image(arm.config, length.flop_per_image)
         images = sum(length.images - done_steps(job, runs) * length.batch_size for job in left)
-        hours = images * each / 3600
-        total += hours
+        hours = 0.0 if each is None else images * each / 3600
+        total, unknown = total + hours, unknown + (each is None)
         lines.append(
             f"{arm.name}: {length.steps:,} steps of {length.batch_size} images, {length.flop / 1e12:.3g} TFLOP a run; "
-            f"{len(left)} runs, {hours:.2f} h"
+            f"{len(left)} runs, " + ("too much for this CPU to measure" if each is None else f"{hours:.2f} h")
         )
     images, tflop = totals(jobs)
     lines.append(
         f"{len(jobs)} jobs: {images:,} images, {tflop:.4g} TFLOP, {total / workers:.2f} h on this machine with "
-        f"{workers} workers (measured steps, without reading images and evaluation)"
+        f"{workers} workers (measured steps, without reading images and evaluation"
+        + (f"; {unknown} arms were not measured)" if unknown else ")")
     )
     return "\n".join(lines)

@@ -13,6 +13,8 @@ DPI = 150
 PANELS = 3
 """Panels in a row."""
 BETTER, WORSE, NEITHER = "#1b7837", "#b2182b", "0.45"
+WIDE = 10
+"""Ratio of the largest and the smallest cost from which their axis is logarithmic."""
 LINES = ("--", ":", "-.", (0, (1, 3)))
 """Line styles of baselines."""
 
@@ -90,6 +92,8 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
         ax.tick_params(labelsize=8)
         ax.grid(color="0.92")
         ax.margins(x=0.15)
+        if max(arm.tflop for arm in summary.arms) > WIDE * min(arm.tflop for arm in summary.arms):
+            ax.set_xscale("log")
     _hide(list(axes.flat)[len(outcomes) :])
     handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -130,11 +130,19 @@ def cell_digest(config: Config, data: Mapping[str, Any]) -> str:
     return digest({"config": essentials(config), "seed": config.train.seed, "data": data["digest"]})
 
 
-def baseline_digest(name: str, config: Config) -> str:
-    """Return the identity of a baseline's features; the images of the data are part of that of the evaluation."""
+def baseline_digest(name: str, config: Config, *, of_patches: bool = False) -> str:
+    """Return the identity of a baseline's features; the images of the data are part of that of the evaluation.
+
+    Args:
+        name: of the baseline.
+        config: its images, and the encoder of an untrained network.
+        of_patches: whether a protocol needs features of single patches, so that the side of a patch counts.
+    """
     core = essentials(config)
     data = {key: value for key, value in core["data"].items() if key in ("image_size", "decoder", "mean", "std")}
-    own: dict[str, Any] = {"baseline": name, "data": data, "patch_size": core["encoder"].get("patch_size")}
+    own: dict[str, Any] = {"baseline": name, "data": data}
+    if of_patches:
+        own["patch_size"] = core["encoder"].get("patch_size")
     if name == "untrained":
         own |= {"encoder": core["encoder"], "seed": config.train.seed, "precision": config.train.precision}
     return digest(own)

@@ -64,6 +64,7 @@ class Queue:
     signal: int | None = field(default=None, init=False)
     started: float = field(default_factory=time.monotonic, init=False)
     shown: float = field(default=0.0, init=False)
+    first: float = field(default=0.0, init=False)
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Run jobs until all are done, or until a signal; return the exit status: 0, 75 or 130.

@@ -195,9 +195,10 @@ def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Prot
     found: dict[str, Job] = {}
     for name in BASELINES if study.baselines is None else study.baselines:
         fitting = {key: p for key, p in evaluations.items() if name == "untrained" or not p.trains_encoder}
+        of_patches = any(pooling == "none" for p in fitting.values() for _, pooling in p.wanted)
         for arm in arms:
             job = Job(
-                id=baseline_digest(name, arm.config),
+                id=baseline_digest(name, arm.config, of_patches=of_patches),
                 kind="baseline",
                 title=name,
                 seed=arm.config.train.seed,

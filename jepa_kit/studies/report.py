@@ -18,10 +18,10 @@ from jepa_kit.studies.summary import ArmSummary, Figure, Outcome, Summary
 REPORT = "report"
 """Files of the report in the folder of results: report.md, .csv, .json."""
 MATCHED = {
-    "none": "each arm has the length of its config",
-    "steps": "all arms have the same number of steps",
-    "images": "all arms see the same number of images",
-    "flops": "all arms have the same FLOP (within 1 %)",
+    "none": "Each arm has the length of its config",
+    "steps": "All arms have the same number of steps",
+    "images": "All arms see the same number of images",
+    "flops": "All arms have the same FLOP (within 1 %)",
 }
 
 
@@ -33,7 +33,7 @@ def to_markdown(summary: Summary) -> str:
     parts = [
         f"# {summary.plan.name}",
         f"{len(arms)} arms, seeds {', '.join(map(str, study.seeds))}; {done} of {cells} cells have figures. Base arm: "
-        f"{arms[0].name}. {MATCHED[study.match].capitalize()}. Matrix products in {study.precision}"
+        f"{arms[0].name}. {MATCHED[study.match]}. Matrix products in {study.precision}"
         + (f" on {' and on '.join(summary.machines)}." if summary.machines else "."),
     ]
     if summary.outcomes:

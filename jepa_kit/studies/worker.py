@@ -18,14 +18,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jepa_kit.config import Config, config_from_dict, versions
-from jepa_kit.distributed.signals import INTERRUPTED, Preempted
+from jepa_kit.distributed.signals import EX_TEMPFAIL, INTERRUPTED, Preempted, requeue
 from jepa_kit.errors import first_line
 from jepa_kit.studies.records import Record, read_record, write_record
 
@@ -49,6 +51,29 @@ def follow_stdin() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+class StoppedError(Exception):
+    """A signal stopped the worker outside the steps of a run, which handle signals themselves."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+
+
+@contextmanager
+def stops_at_signals() -> Iterator[None]:
+    """Raise StoppedError at a signal that ends a job; without this, an evaluation would count as crashed."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def work(job: Mapping[str, Any]) -> int:
     """Do a job and write its record; return the exit status.
 
@@ -58,25 +83,11 @@ def work(job: Mapping[str, Any]) -> int:
     results = Path(job["results"])
     before = read_record(results, job["id"])
     try:
-        config = config_from_dict(job["config"], source=job["title"])
-        config = replace(config, train=replace(config.train, output_dir=job["run"]))
-        found = Record(
-            id=job["id"],
-            kind=job["kind"],
-            title=job["title"],
-            seed=job["seed"],
-            rows={} if before is None else before.rows,
-            data=job["data"],
-            config=job["config"],
-            versions=versions(),
-            machine=about_machine(config),
-        )
-        if job["kind"] == "cell":
-            train_to_the_end(config, job["steps"])
-        found = evaluate_job(job, config, found)
-    except Preempted as stopped:
+        with stops_at_signals():
+            found = do(job, before)
+    except (Preempted, StoppedError) as stopped:
         print(stopped, flush=True)
-        return leave(stopped)
+        return leave(stopped.number)
     except KeyboardInterrupt:
         return INTERRUPTED
     except FAILURES as error:
@@ -87,6 +98,31 @@ def work(job: Mapping[str, Any]) -> int:
     if is_first():
         write_record(found, results)
     return 0
+
+
+def do(job: Mapping[str, Any], before: Record | None) -> Record:
+    """Train and evaluate what a job lacks, and return its record.
+
+    Args:
+        job: as for ``work``.
+        before: the record of an earlier call, whose rows are kept.
+    """
+    config = config_from_dict(job["config"], source=job["title"])
+    config = replace(config, train=replace(config.train, output_dir=job["run"]))
+    found = Record(
+        id=job["id"],
+        kind=job["kind"],
+        title=job["title"],
+        seed=job["seed"],
+        rows={} if before is None else before.rows,
+        data=job["data"],
+        config=job["config"],
+        versions=versions(),
+        machine=about_machine(config),
+    )
+    if job["kind"] == "cell":
+        train_to_the_end(config, job["steps"])
+    return evaluate_job(job, config, found)
 
 
 def is_first() -> bool:
@@ -241,13 +277,11 @@ def training_cost(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     return {key: job[key] for key in ("steps", "images", "tflop")} | {"hours": seconds / 3600}
 
 
-def leave(stopped: Preempted) -> int:
+def leave(number: int) -> int:
     """Return the status after a signal; inside a Slurm job, SIGUSR1 requeues it."""
-    from jepa_kit.distributed.signals import requeue
-
-    if is_first() and stopped.number == signal.SIGUSR1 and (done := requeue()):
+    if is_first() and number == signal.SIGUSR1 and (done := requeue()):
         print(done, flush=True)
-    return stopped.status
+    return INTERRUPTED if number == signal.SIGINT else EX_TEMPFAIL
 
 
 def main(argv: Sequence[str] | None = None) -> int:

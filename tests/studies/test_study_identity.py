@@ -96,6 +96,9 @@ def test_a_baseline_depends_on_images_and_for_an_untrained_network_on_the_encode
     assert baseline_digest("pixels", config) == baseline_digest("pixels", deeper)
     assert baseline_digest("untrained", config) != baseline_digest("untrained", deeper)
     assert baseline_digest("untrained", config) != baseline_digest("pixels", config)
+    finer = tiny("train.precision=float32", "encoder.patch_size=2")
+    assert baseline_digest("pixels", config) == baseline_digest("pixels", finer)
+    assert baseline_digest("pixels", config, of_patches=True) != baseline_digest("pixels", finer, of_patches=True)
     faster = tiny("train.precision=float32", "optim.lr=2e-3", "train.epochs=4")
     assert baseline_digest("untrained", config) == baseline_digest("untrained", faster)
 

@@ -224,3 +224,12 @@ def test_the_cost_before_it_starts(write_study, folders, capsys):
     assert "masker.ratio=0.5, deep: 12 steps of 8 images" in printed
     assert "11 jobs: 768 images, " in printed
     assert not folders[0].exists()
+
+
+def test_a_network_that_is_too_large_to_measure(write_study, folders, capsys, monkeypatch):
+    monkeypatch.setattr("jepa_kit.studies.cost.MOST_FLOP", 1e6)
+    assert ablate.main(command(write_study(), folders, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "1 runs, too much" not in printed
+    assert "2 runs, too much for this CPU to measure" in printed
+    assert "arms were not measured)" in printed
