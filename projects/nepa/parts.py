@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kit.maskers.checks import check_grid
-from jepa_kit.predictors.tokens import rows_of_targets
 from jepa_kit.registry import MASKERS, PREDICTORS
 from jepa_kit.rng import IntArray
 from jepa_kit.structures import Grid, MaskBatch, PatchSets
@@ -41,11 +40,14 @@ class Sequence:
 class NextPatch(nn.Module):
     """Take the encoder's token of the patch before as the prediction of a patch; there are no weights.
 
+    With other masks than those of ``sequence``, as pictures of a run have them, it is the last patch before the target
+    that is in the context.
+
     Args:
         embed_dim, out_dim: D, the encoder's and the target's width, which must be equal; supplied by the recipe.
 
     Raises:
-        ValueError: the widths differ; or, in a call, contexts are not whole images, or a target is the first patch.
+        ValueError: the widths differ; or, in a call, no patch of the context is before a target.
     """
 
     def __init__(self, *, embed_dim: int, out_dim: int) -> None:
@@ -56,6 +58,30 @@ class NextPatch(nn.Module):
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """[P_c, D] packed as ``masks.context`` -> [P_t, D] packed as ``masks.targets``."""
         host = masks.host()
-        if not masks.context.lengths.whole or (host is not None and bool((host.targets.index == 0).any())):
-            raise ValueError("predictor 'next_patch' needs masker {name: sequence}, which predicts no first patch")
-        return context.index_select(0, rows_of_targets(masks) - 1)
+        if host is not None and not _are_before(host):
+            raise ValueError(
+                "predictor 'next_patch' needs masker {name: sequence}: patches of a context must be in raster order, "
+                "and one of them before each target"
+            )
+        return context.index_select(0, rows_before(masks))
+
+
+def rows_before(masks: MaskBatch) -> Tensor:
+    """Return the row of the last patch before each target in its context, [P_t] indices of the packed context."""
+    keys, targets = _keys(masks)
+    return torch.searchsorted(keys, targets) - 1
+
+
+def _keys(masks: MaskBatch) -> tuple[Tensor, Tensor]:
+    """Return numbers of context patches [P_c], which ascend, and of targets [P_t]: set by set, then in raster order."""
+    patches = masks.grid[0] * masks.grid[1]
+    of_targets = masks.context_of[masks.targets.lengths.set_of_token]
+    context = masks.context.lengths.set_of_token * patches + masks.context.index
+    return context, of_targets * patches + masks.targets.index
+
+
+def _are_before(masks: MaskBatch) -> bool:
+    """Return whether context patches are in raster order and one is before each target, of masks on the host."""
+    rows, (keys, _) = rows_before(masks), _keys(masks)
+    first = masks.context.lengths.offsets[masks.context_of][masks.targets.lengths.set_of_token]
+    return bool((keys.diff() > 0).all() and (rows >= first).all())

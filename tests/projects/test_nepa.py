@@ -13,7 +13,6 @@ from torch import Tensor
 
 from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
-from jepa_kit.maskers import Random
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from projects.nepa.parts import NextPatch, Sequence
@@ -105,18 +104,31 @@ def test_targets_carry_no_gradient() -> None:
         assert p.grad.any() or name.endswith("qkv.bias"), name
 
 
+def test_with_gaps_the_last_patch_before_the_target_counts() -> None:
+    contexts, targets = ([0, 2, 5], [1, 3, 4]), ([1, 4, 6], [2, 15], [3])
+    found = MaskBatch(
+        PatchSets.pack([torch.tensor(x) for x in contexts]),
+        PatchSets.pack([torch.tensor(x) for x in targets], torch.tensor([0, 1, 0])),
+        (4, 4),
+        torch.tensor([0, 1, 0]),
+    )
+    tokens = torch.arange(6.0)[:, None].expand(6, 24)
+    assert NextPatch(embed_dim=24, out_dim=24)(tokens, found)[:, 0].tolist() == [0, 1, 2, 3, 5, 1]
+
+
 @pytest.mark.parametrize(
-    "found",
-    [
-        Random(grid=(4, 4))(np.arange(2), seed=0, epoch=0),
-        MaskBatch(PatchSets.full(2, 16), PatchSets.full(2, 16), (4, 4), torch.arange(2)),
-    ],
-    ids=["other contexts", "the first patch"],
+    "contexts",
+    [torch.tensor([[3, 4, 5], [0, 1, 2]]), torch.tensor([[0, 5, 4], [0, 1, 2]])],
+    ids=["nothing is before", "another order"],
 )
-def test_another_masker_is_refused(found: MaskBatch) -> None:
-    message = r"predictor 'next_patch' needs masker \{name: sequence\}, which predicts no first patch"
+def test_masks_of_another_kind_are_refused(contexts: Tensor) -> None:
+    target = PatchSets.from_padded(torch.tensor([[2], [5]]))
+    found = MaskBatch(PatchSets.from_padded(contexts), target, (4, 4), torch.arange(2))
+    message = (
+        r"needs masker \{name: sequence\}: patches of a context must be in raster order, and one of them before"
+    )
     with pytest.raises(ValueError, match=message):
-        NextPatch(embed_dim=24, out_dim=24)(torch.zeros(found.context.num_patches, 24), found)
+        NextPatch(embed_dim=24, out_dim=24)(torch.zeros(6, 24), found)
 
 
 def test_the_target_has_the_width_of_the_encoder() -> None:
