@@ -124,9 +124,7 @@ def test_with_gaps_the_last_patch_before_the_target_counts() -> None:
 def test_masks_of_another_kind_are_refused(contexts: Tensor) -> None:
     target = PatchSets.from_padded(torch.tensor([[2], [5]]))
     found = MaskBatch(PatchSets.from_padded(contexts), target, (4, 4), torch.arange(2))
-    message = (
-        r"needs masker \{name: sequence\}: patches of a context must be in raster order, and one of them before"
-    )
+    message = r"needs masker \{name: sequence\}: patches of a context must be in raster order, and one of them before"
     with pytest.raises(ValueError, match=message):
         NextPatch(embed_dim=24, out_dim=24)(torch.zeros(6, 24), found)
 
