@@ -155,7 +155,9 @@ class Frozen(TargetUpdate):
                 raise ValueError("resize (=True) is for a teacher from a file, and there are no weights")
             return
         run = {"patch_size": patch_size, "grid": grid, "mean": mean, "std": std}
-        with torch.device("cpu"):  # a digest needs weights, also if the recipe is built on ``meta``
+        # A digest needs weights, also if the recipe is built on ``meta``. The first weights of parts that are built
+        # later must not depend on the teacher.
+        with torch.device("cpu"), torch.random.fork_rng([]):
             teacher = READERS.build("encoder", {"weights": weights, "resize": resize, **run})
             self.teacher = FrozenNetwork(teacher, weights)
         self.sizes = {"embed_dim": teacher.embed_dim, "depth": teacher.depth}

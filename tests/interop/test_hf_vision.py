@@ -14,6 +14,7 @@ from jepa_kit.frozen import digest_of
 from jepa_kit.interop.hf_vision import VisionModel, is_other_model, read
 from jepa_kit.interop.teacher import read_teacher
 from jepa_kit.structures import PatchSets
+from jepa_kit.target_updates import Frozen
 from jepa_kit.training import train
 
 transformers = pytest.importorskip("transformers")
@@ -43,6 +44,10 @@ def make(name, **options):
 
 def save(model, folder, **preprocessor):
     model.save_pretrained(folder)
+    return save_preprocessor(folder, **preprocessor)
+
+
+def save_preprocessor(folder, **preprocessor):
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | preprocessor))
     return folder
 
@@ -125,6 +130,17 @@ def test_a_run_with_such_a_teacher(dinov2, tiny):
     assert torch.equal(digest, digest_of(recipe.target_encoder.network))
     with pytest.raises(ValueError, match=r"Dinov2Model of transformers encodes whole images: take target\.masked"):
         build_recipe(tiny(update, "target.masked_at=input")).targets_at(pixels, PatchSets.full(2, 16))
+
+
+def test_first_weights_of_a_run_do_not_depend_on_the_teacher(tmp_path):
+    """transformers draws the weights of layers that a file lacks; parts that are built later draw as without it."""
+    model = make("DeiT", **SIZES)
+    weights = {name: x for name, x in model.state_dict().items() if not name.startswith("pooler.")}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    save_preprocessor(tmp_path)
+    state = torch.random.get_rng_state()
+    Frozen(weights=str(tmp_path), patch_size=4, grid=(4, 4))
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_vision_model_of_a_pair(tmp_path):
