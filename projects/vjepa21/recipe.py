@@ -72,7 +72,7 @@ class DenseJEPA(JEPA):
         first, last = self.warmup
         if where >= last:
             return self.visible_weight
-        return self.visible_weight * max(0.0, where - first) / (last - first)
+        return self.visible_weight * (where - first) / (last - first) if where > first else 0.0
 
     def forward(self, *views: View, progress: Progress = START) -> Output:
         """Return the losses of hidden patches, plus ``weight`` times the term ``visible``."""

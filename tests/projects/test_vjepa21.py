@@ -197,6 +197,7 @@ def test_the_weight_warms_up() -> None:
     recipe = make_recipe("recipe.warmup=[0.2, 0.6]", "recipe.visible_weight=0.8")
     assert [recipe.weight(x) for x in (0.0, 0.2, 0.3, 0.6, 1.0)] == pytest.approx([0, 0, 0.2, 0.8, 0.8])
     assert make_recipe("recipe.warmup=[0.0, 0.0]").weight(0.0) == 0.5
+    assert [make_recipe("recipe.warmup=[0.5, 0.5]").weight(x) for x in (0.2, 0.5)] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
