@@ -41,7 +41,7 @@ def sinkhorn(log_weights: Tensor, iterations: int, *, eps: float = 0.0) -> Tenso
         return x.softmax(-1)
 
     def plus_eps(log_sum: Tensor) -> Tensor:
-        return log_sum.logaddexp(log_sum.new_tensor(math.log(eps))) if eps else log_sum
+        return log_sum.logaddexp(torch.full_like(log_sum, math.log(eps))) if eps else log_sum
 
     for i in range(iterations):
         of_class = logsumexp_over_ranks(x.logsumexp(-2, keepdim=True))  # [..., 1, K]
