@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+
+Module = TypeVar("Module", bound=nn.Module)
 
 HOPPER = SimpleNamespace(
     name="H100",
@@ -74,3 +76,14 @@ def as_if_on_hopper() -> Iterator[None]:
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
+
+
+def on_fake_cuda(module: Module) -> Module:
+    """Replace parameters and buffers of a module, inside a FakeTensorMode; ``Module.to`` cannot do it."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                    tensors[name] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+    return module

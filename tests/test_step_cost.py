@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from benchmarks.count_operators import CountOperators, Phase
-from benchmarks.fake_cuda import as_if_on_hopper
+from benchmarks.fake_cuda import as_if_on_hopper, on_fake_cuda
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
@@ -54,17 +54,6 @@ def masks_of(masker: Masker) -> MaskBatch:
     masks = masker(np.arange(BATCH), seed=0, epoch=0, step=0)
     masks.map_tensors(lambda x: x)  # what is derived from masks needs real numbers on the host
     return masks
-
-
-def on_fake_cuda(jepa: JEPA) -> JEPA:
-    """Replace parameters and buffers, inside a FakeTensorMode; ``Module.to`` cannot do it."""
-    for module in jepa.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
-                    tensors[name] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
-    return jepa
 
 
 def count_on_meta(encoder_depth: int, predictor_depth: int) -> dict[str, int]:

@@ -112,9 +112,8 @@ def rotary_angles(head_dim: int, grid: Grid, base: float, like: Tensor, kind: Ro
                 "channels for time, rows and columns"
             )
         turns = [x[:, None] * _frequencies(part // 2, base, like) for x in (row, column)]  # 2 x [N, m/2]
-        angles = torch.zeros(len(row), head_dim, dtype=like.dtype, device=like.device)
-        angles[:, part : 3 * part] = torch.cat([turns[0], turns[0], turns[1], turns[1]], dim=1)
-        return angles
+        turned = torch.cat([turns[0], turns[0], turns[1], turns[1]], dim=1)  # [N, 2 * m]
+        return F.pad(turned, (part, head_dim - 3 * part))
     if head_dim < 4 or head_dim % 4:
         raise ValueError(
             f"positions (='rotary') need heads whose width (={head_dim}) is a multiple of 4: pairs of channels for "

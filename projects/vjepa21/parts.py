@@ -149,9 +149,9 @@ def distances(masks: MaskBatch) -> Tensor:
     (h, w), sets = masks.grid, len(masks.targets)
     index, device = masks.targets.index, masks.targets.index.device
     place = masks.targets.lengths.set_of_token * (h * w) + index
-    hidden = torch.zeros(sets * h * w, dtype=torch.bool, device=device).index_fill(0, place, True).view(sets, h, 1, w)
+    shown = torch.ones(sets * h * w, dtype=torch.bool, device=device).index_fill(0, place, False).view(sets, h, 1, w)
     down, right = (torch.arange(side, device=device, dtype=torch.float32) for side in (h, w))
     across = (right[:, None] - right).square().expand(sets, h, w, w)
-    in_row = across.masked_fill(~hidden, torch.inf).amin(-1)  # [S, H, W]
-    squares = (down[:, None] - down).square()[..., None] + in_row[:, None]  # [S, H, H, W]
+    in_row = across.masked_fill(shown, torch.inf).amin(-1)  # [S, H, W]
+    squares = (down[:, None] - down).square().unsqueeze(-1) + in_row[:, None]  # [S, H, H, W]
     return squares.amin(2).sqrt().flatten(1)

@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.count_operators import CountOperators, Phase
+from benchmarks.fake_cuda import as_if_on_hopper, on_fake_cuda
 from jepa_kit.build import build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.encoders.positions import rotary_angles
 from jepa_kit.errors import ConfigError
+from jepa_kit.maskers import MultiGroup
 from jepa_kit.structures import MaskBatch, PatchSets, Progress, View
 from projects.vjepa21.parts import distances, sequences
 from projects.vjepa21.recipe import DenseJEPA
@@ -185,6 +189,21 @@ def test_health_and_pictures_see_hidden_patches_alone() -> None:
     torch.testing.assert_close(found.prediction, step.prediction, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.target, step.target, rtol=0, atol=1e-12)
     assert torch.equal(found.target, recipe.targets_at(view.images, view.masks.targets))
+
+
+def test_the_host_never_waits_for_the_device() -> None:
+    """A forward pass on fake CUDA tensors, with the masks that training has: those of the host, moved."""
+    masks = MultiGroup(grid=GRID)(np.arange(3), seed=0, epoch=0)
+    moved = masks.map_tensors(lambda x: x)  # what is derived from masks needs real numbers on the host
+    recipe = make_recipe().float()
+    with as_if_on_hopper(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        on_device = moved.map_tensors(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
+        view = View(torch.empty(3, 3, 32, 40, device="cuda"), on_device)
+        with CountOperators() as counter:
+            on_fake_cuda(recipe)(view, progress=Progress(where=0.5))
+    total = sum(counter.phases.values(), Phase())
+    assert total.kernels > 100
+    assert total.syncs == 0
 
 
 def test_positions_that_are_added() -> None:
