@@ -81,7 +81,8 @@ def as_if_on_hopper() -> Iterator[None]:
 def on_fake_cuda(module: Module) -> Module:
     """Replace parameters and buffers of a module, inside a FakeTensorMode; ``Module.to`` cannot do it."""
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        tables: tuple[Any, Any] = (part._parameters, part._buffers)
+        for tensors in tables:
             for name, x in tensors.items():
                 if x is not None:
                     fake = torch.empty(x.shape, dtype=x.dtype, device="cuda")
