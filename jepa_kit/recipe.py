@@ -1,4 +1,4 @@
-"""``Recipe``, the base of all recipes, JEPA (the equations), and a joint-embedding architecture.
+"""``Recipe``, the base of all recipes, and JEPA, the equations.
 
 s_y     = target(images)            at the target patches      (no gradient)
 s_x     = encoder(images)           at the context patches
@@ -9,13 +9,11 @@ loss    = D(s_hat_y, s_y);  target encoder <- target_update(encoder)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.encoders.pooling import pooled_views
 from jepa_kit.encoders.sizes import check_layers
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder, TargetUpdate
@@ -184,7 +182,7 @@ class JEPA(PatchRecipe):
         super().__init__(encoder=encoder, target_update=target_update)
         self.predictor = predictor
         self.target = target
-        self.losses, self.weights = _named(losses)
+        self.losses, self.weights = named_losses(losses)
         if numbers := getattr(predictor, "uses_layers", ()):
             check_layers(numbers, cast(Encoder, encoder).depth)
         if getattr(target, "needs_encoder", False) and self.target_network is None:
@@ -256,71 +254,10 @@ class JEPA(PatchRecipe):
 
     def weigh(self, prediction: Prediction) -> Output:
         """Return the weighted sum of the losses of a prediction."""
-        return Output(*_weighted(self.losses, self.weights, prediction), prediction)
+        return Output(*weighted_sum(self.losses, self.weights, prediction), prediction)
 
 
-@RECIPES.register("joint_embedding")
-class JointEmbedding(Recipe):
-    """Compare embeddings of the views of an image with their mean (the paper's figure 2a).
-
-    There is no target network and no stop-gradient: a loss that is a distance draws views together, and a regulariser
-    (``vicreg``, ``sigreg``, ``visreg``) keeps images apart. A loss is given embeddings as predictions, each view as a
-    set of one patch, and the mean of the views as targets, with its gradient.
-
-    Args:
-        encoder: its class token, or else the mean of its patches, is the representation.
-        losses: (name, module, weight) of each term of the loss.
-        head: projects representations; None for none.
-        centre: number of views, the first ones, whose mean is the target; None for all.
-
-    Raises:
-        ValueError: there is no loss, two losses share a name, or ``centre`` is below 1; in ``forward``, there are fewer
-            views.
-    """
-
-    num_views = (2, None)
-    masked = False
-
-    def __init__(
-        self,
-        *,
-        encoder: nn.Module,
-        losses: Sequence[tuple[str, nn.Module, float]],
-        head: nn.Module | None = None,
-        centre: int | None = None,
-    ) -> None:
-        super().__init__(encoder=encoder)
-        self.head = head
-        self.losses, self.weights = _named(losses)
-        if centre is not None and centre < 1:
-            raise ValueError(f"centre (={centre}) must be at least 1 view")
-        self.centre = centre
-
-    def forward(self, *views: View, progress: Progress = START) -> Output:
-        """Return the weighted sum of the losses of two or more views."""
-        features = pooled_views(self.encoder, views)  # [V * B, D_e], view by view
-        return self.compare(features if self.head is None else self.head(features), features, len(views), progress)
-
-    def compare(self, z: Tensor, features: Tensor, views: int, progress: Progress = START) -> Output:
-        """Return the loss of embeddings [V * B, D] and the features [V * B, D_e] that they are of, view by view."""
-        if self.centre is not None and self.centre > views:
-            raise ValueError(f"centre (={self.centre}) must be at most the number of views (={views})")
-        z = at_least_float32(z)
-        target = z.unflatten(0, (views, -1))[: self.centre].mean(0)  # [B, D]
-        masks = _views_as_sets(views, len(target), z.device)
-        prediction = Prediction(z, target.repeat(views, 1), features, masks, progress)
-        return Output(*_weighted(self.losses, self.weights, prediction))
-
-
-@lru_cache(maxsize=8)  # a copy to the device would make each step wait
-def _views_as_sets(views: int, images: int, device: torch.device) -> MaskBatch:
-    """Return each view of each image as a set of one patch, view by view."""
-    image = torch.arange(images).repeat(views)
-    sets = PatchSets.from_padded(torch.zeros(len(image), 1, dtype=torch.int64), image)
-    return MaskBatch(sets, sets, (1, 1), torch.arange(len(image))).to(device)
-
-
-def _named(losses: Sequence[tuple[str, nn.Module, float]]) -> tuple[nn.ModuleDict, dict[str, float]]:
+def named_losses(losses: Sequence[tuple[str, nn.Module, float]]) -> tuple[nn.ModuleDict, dict[str, float]]:
     """Return modules and weights by name of (name, module, weight)."""
     names = [name for name, _, _ in losses]
     if not names:
@@ -330,7 +267,7 @@ def _named(losses: Sequence[tuple[str, nn.Module, float]]) -> tuple[nn.ModuleDic
     return nn.ModuleDict({name: module for name, module, _ in losses}), {name: weight for name, _, weight in losses}
 
 
-def _weighted(
+def weighted_sum(
     losses: nn.ModuleDict, weights: Mapping[str, float], prediction: Prediction
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the weighted sum of losses, and each by name."""

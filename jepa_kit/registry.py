@@ -252,8 +252,8 @@ def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supp
 
 
 _GRID = "data.image_size over encoder.patch_size"
-RECIPES = RecipeRegistry("recipe", package="jepa_kit.recipe")
-"""For ``recipe``, which decides the slots of a config."""
+RECIPES = RecipeRegistry("recipe", package="jepa_kit.joint_embedding")
+"""For ``recipe``, which decides the slots of a config; the module imports jepa_kit.recipe."""
 MASKERS = PartRegistry("masker", {"grid": _GRID, "patch_size": "the encoder's"}, package="jepa_kit.maskers")
 ENCODERS = PartRegistry(
     "encoder", {"image_size": "data.image_size", "attention": "train.attention"}, package="jepa_kit.encoders"

@@ -12,8 +12,8 @@ from jepa_kit.encoders import ViT
 from jepa_kit.encoders.pooling import pooled
 from jepa_kit.errors import ConfigError
 from jepa_kit.heads import MLPHead
+from jepa_kit.joint_embedding import JointEmbedding
 from jepa_kit.losses import L2, SIGReg, SmoothL1
-from jepa_kit.recipe import JointEmbedding
 from jepa_kit.structures import Progress, View
 
 IMAGES = 4

@@ -14,8 +14,8 @@ if not __package__:  # run as a file of a clone
 
 from torch import nn
 
+from jepa_kit.joint_embedding import JointEmbedding
 from jepa_kit.losses import L2, SIGReg
-from jepa_kit.recipe import JointEmbedding
 from jepa_kit.trials.recorded import Recorded, Report, run_check
 
 

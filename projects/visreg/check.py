@@ -15,9 +15,9 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import nn
 
+from jepa_kit.joint_embedding import JointEmbedding
 from jepa_kit.losses import L2, VISReg
 from jepa_kit.losses.sliced import quantiles
-from jepa_kit.recipe import JointEmbedding
 from jepa_kit.trials.recorded import Recorded, Report, run_check
 
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from jepa_kit.distributed.collectives import process_group, read_environment
 from jepa_kit.heads import MLPHead, Prototypes
+from jepa_kit.joint_embedding import JointEmbedding
 from jepa_kit.losses import L2
-from jepa_kit.recipe import JointEmbedding, Recipe
+from jepa_kit.recipe import Recipe
 from jepa_kit.registry import LOSSES
 from jepa_kit.structures import View
 from jepa_kit.target_updates import EMA
