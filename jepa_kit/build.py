@@ -243,5 +243,7 @@ def _collecting(problems: list[str]) -> Iterator[None]:
             yield
     except ConfigError as error:
         problems.extend(error.problems)
+    except FileNotFoundError as error:  # weights of a part, such as a teacher
+        problems.append(str(error))
     except BUILD_ERRORS:
         pass

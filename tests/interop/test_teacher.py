@@ -163,6 +163,16 @@ def test_a_teacher_that_does_not_fit(student, other, options, message):
     assert str(error.value).startswith(f"target_update: weights (={str(other)!r}) has patches of 8 pixels, and the run")
 
 
+def test_a_missing_teacher_hides_no_other_mistake(student):
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pt"):
+        build_recipe(student(weights="nowhere.pt"))
+    with pytest.raises(ConfigError) as caught:
+        build_recipe(student("encoder.depth=0", weights="nowhere.pt"))
+    depth, missing = caught.value.problems
+    assert depth.startswith("encoder: depth (=0)")
+    assert missing == "there is no file nowhere.pt"
+
+
 def test_layers_that_the_teacher_does_not_have(student, teacher):
     build_recipe(student("target={name: representation, layers: 3}"))
     with pytest.raises(ConfigError, match=re.escape("target: layers (=4) must be at most the encoder's depth (=3)")):
