@@ -18,6 +18,7 @@ from jepa_kit.config import Config
 from jepa_kit.config.check import SECTIONS, Part
 from jepa_kit.config.section import Section
 from jepa_kit.config.typed import DoesNotFitError, convert, plain
+from jepa_kit.files import sha256_of
 from jepa_kit.registry import LOSSES, RECIPES, REQUIRED, SLOTS, PartRegistry, registry_of
 
 CHANGES_NUMBERS = (
@@ -60,7 +61,25 @@ def essentials(config: Config) -> dict[str, Any]:
         found[name] = _without_machine(name, _section(getattr(config, name)))
     if config.imports:
         found["imports"] = [_module(name) for name in config.imports]
-    return {key: plain(value) for key, value in found.items()}
+    return {key: _with_contents(plain(value)) for key, value in found.items()}
+
+
+def _with_contents(value: Any) -> Any:
+    """Return plain values with the digest of its contents in place of each path of a file or folder that exists.
+
+    Teachers, tokenizers and weights to start from are files: another one at the same path makes another cell.
+    """
+    if isinstance(value, dict):
+        return {key: _with_contents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_contents(inner) for inner in value]
+    if not isinstance(value, str) or not (Path(value).suffix or "/" in value):
+        return value  # a word of the config, such as the name of a norm
+    path = Path(value).expanduser()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        return value
+    return digest([[str(file.relative_to(path)), sha256_of(file)] for file in files])
 
 
 def _without_machine(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,19 @@ def test_a_file_of_imports_is_known_by_its_text(tiny, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_a_file_of_weights_is_known_by_its_contents(tiny, tmp_path):
+    wanted = {}
+    for name, content in {"a.pt": b"1", "b.pt": b"1", "c.pt": b"2", "run/a.pt": b"1", "run2/a.pt": b"2"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        path = tmp_path / (name if "/" not in name else name.partition("/")[0])
+        wanted[name] = cell_digest(tiny(f"train.init_from={path}"), DATA)
+    assert wanted["a.pt"] == wanted["b.pt"] != wanted["c.pt"]
+    assert len({wanted["a.pt"], wanted["run/a.pt"], wanted["run2/a.pt"]}) == 3
+    missing = tiny("train.init_from=no/such.pt")
+    assert essentials(missing)["train"]["init_from"] == "no/such.pt"
+
+
 def test_a_baseline_depends_on_images_and_for_an_untrained_network_on_the_encoder(tiny):
     config, deeper = tiny("train.precision=float32"), tiny("train.precision=float32", "encoder.depth=3")
     assert baseline_digest("pixels", config) == baseline_digest("pixels", deeper)
