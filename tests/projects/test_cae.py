@@ -106,7 +106,7 @@ def test_refuses_options(options: dict[str, Any], message: str) -> None:
 
 def test_the_loss_is_twice_the_alignment_plus_the_codes(small: list[str]) -> None:
     torch.manual_seed(0)
-    cae: Any = build_recipe(load_config(CONFIGS / "quick.yaml", small)).double()
+    cae: Any = build_recipe(load_config(CONFIGS / "quick.yaml", [*small, "loss.weight=2.0"])).double()
     masks = ragged_masks()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     out = cae(View(images, masks))
