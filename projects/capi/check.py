@@ -34,7 +34,7 @@ def masks_of(indices: Tensor, images: int, patches: int) -> MaskBatch:
     """Return masks whose targets are the patches numbered image * patches + patch, in this order."""
     image = indices // patches
     sets, lengths = image.unique_consecutive(return_counts=True)
-    targets = PatchSets(indices % patches, sets, lengths.tolist())
+    targets = PatchSets.pack(list((indices % patches).split(lengths.tolist())), sets)
     return MaskBatch(PatchSets.full(images, patches), targets, (1, patches), sets)
 
 

@@ -128,6 +128,12 @@ CASES = {
         "target_update": {"name": "none"},
     },
     "two views": {"recipe": {"name": "two_views"}, "encoder": {**VIT, "class_token": True}, **TWO_VIEWS},
+    "two views and their mean": {
+        "recipe": {"name": "joint_embedding"},
+        "encoder": {**VIT, "class_token": True},
+        "loss": [{"name": "l2"}, {"name": "vicreg"}],
+        **TWO_VIEWS,
+    },
     "two views, one token": {"recipe": {"name": "two_views"}, "encoder": {**VIT, "patch_size": 16}, **TWO_VIEWS},
     "masked views": {"recipe": {"name": "masked_views"}, "encoder": VIT, "masker": {"name": "random"}},
 }

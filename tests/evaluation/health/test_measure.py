@@ -240,6 +240,8 @@ def test_measuring_restores_buffers(images):
 
 def test_which_losses_are_distances():
     for name in LOSSES.names():
+        if not LOSSES.get(name).__module__.startswith("jepa_kit."):
+            continue  # of a project, whose tests ran in this process
         loss = LOSSES.build(name, {}, embed_dim=4, out_dim=4)
         others = ("cross_entropy", "vicreg", "sigreg", "visreg")
         assert is_distance(loss) is loss.is_distance is (name not in others), name
