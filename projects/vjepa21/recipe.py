@@ -35,8 +35,8 @@ class DenseJEPA(JEPA):
         encoder, predictor, target, losses, target_update: as for JEPA; the predictor must predict visible patches, and
             losses must be distances.
         visible_weight: weight of the visible patches after its warm-up, at least 0.
-        warmup: the fractions of training between which the weight rises linearly from 0; by default as in the released
-            code, between updates 15,000 and 30,000 of about 135,000.
+        warmup: the fractions of training between which the weight rises linearly from 0; by default between updates
+            15,000 and 30,000 of about 135,000, as a user read in the release (issue 170 of facebookresearch/vjepa2).
 
     Raises:
         ValueError: the predictor does not predict visible patches, a loss is no distance, or a value is outside its

@@ -253,7 +253,7 @@ def test_a_view_without_masks_is_refused() -> None:
 
 
 def test_settings_of_the_source() -> None:
-    """Those that arXiv 2603.14482 and the authors' answers name."""
+    """Those of arXiv 2603.14482, with a user's reading of the warm-up."""
     config = load_config(CONFIGS / "in1k_vitl16.yaml")
     assert config.recipe.options == {"visible_weight": 0.5, "warmup": (0.111, 0.222)}
     assert config.slots["target_update"].options["momentum"] == (0.99925, 0.99925)
