@@ -170,18 +170,18 @@ def _normalisation(folder: Path) -> tuple[Channels, Channels]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no preprocessor_config.json, which gives the mean and std of its images")
-    held = read_json(file)
-    factor = held.get("rescale_factor", FROM_BYTES) if held.get("do_rescale", True) else 1.0
-    if not isinstance(factor, float) or abs(factor - FROM_BYTES) > 1e-6 or held.get("rescale_offset"):
+    given = read_json(file)
+    factor = given.get("rescale_factor", FROM_BYTES) if given.get("do_rescale", True) else 1.0
+    if not isinstance(factor, float) or abs(factor - FROM_BYTES) > 1e-6 or given.get("rescale_offset"):
         raise CheckpointError(f"{file} scales pixels by {factor}, but images of a run by 1 / 255")
-    if not held.get("do_normalize", True):
+    if not given.get("do_normalize", True):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return _three(held, "image_mean", file), _three(held, "image_std", file)
+    return _three(given, "image_mean", file), _three(given, "image_std", file)
 
 
-def _three(held: dict[str, Any], name: str, file: Path) -> Channels:
+def _three(given: dict[str, Any], name: str, file: Path) -> Channels:
     """Return three numbers of a preprocessor."""
-    values = held.get(name)
+    values = given.get(name)
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, int | float) for x in values):
         raise CheckpointError(f"{file} must have {name} with three numbers, not {values!r}")
     return values[0], values[1], values[2]

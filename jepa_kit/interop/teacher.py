@@ -112,8 +112,8 @@ def read_teacher(
     if hf_vision.is_other_model(path):
         encoder, own = hf_vision.read(path, grid)
     else:
-        held = read_encoder(weights, None)
-        encoder, own = held.module("auto"), (held.provenance.mean, held.provenance.std)
+        loaded = read_encoder(weights, None)
+        encoder, own = loaded.module("auto"), (loaded.provenance.mean, loaded.provenance.std)
     theirs = cast(Encoder, encoder).patch_size
     ours = theirs if patch_size is None else patch_size
     if (ours != theirs) != resize:
