@@ -384,10 +384,14 @@ def test_help_has_examples(capsys):
 
 
 def started(out, *options):
-    """Start a run in its own process group."""
+    """Start a run in its own process group; Ctrl-C reaches it even if the tests run in the background of a script."""
     command = [sys.executable, TOOL, "synthetic:scenes", out, *options]
     return subprocess.Popen(
-        [str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        [str(c) for c in command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # such a script ignores SIGINT
     )
 
 
