@@ -51,12 +51,12 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from walk_graph import gradients_of, set_gradients
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.encoders import compiled
 from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.planning.flops import Lengths, model_flops
 from jepa_kit.precision import autocast_of
 from jepa_kit.structures import View

@@ -15,7 +15,6 @@ import torch
 from fuzz import Harmed, damaged, temporary_folder
 from safetensors.torch import save_file
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.engine.checkpoint.dcp import save_sharded
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, checksum
@@ -23,6 +22,7 @@ from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint, save_
 from jepa_kit.engine.checkpoint.state_dict import optimizer_state
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.files import write_archive
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop import hf
 from jepa_kit.interop.formats import read, read_encoder, write
 from jepa_kit.interop.weights import Architecture, EncoderWeights, Provenance, Reading

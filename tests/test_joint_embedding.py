@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.pooling import pooled
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.heads import MLPHead
 from jepa_kit.joint_embedding import JointEmbedding
 from jepa_kit.losses import L2, SIGReg, SmoothL1

@@ -41,7 +41,7 @@ LAYERS: list[set[str]] = [
     },
     {"distributed", "encoders", "heads", "losses", "maskers"},
     {"predictors", "target_updates", "targets"},
-    {"build", "config", "data", "joint_embedding", "recipe", "scenes"},
+    {"config", "data", "from_config", "joint_embedding", "recipe", "scenes"},
     {"precision"},
     {"trials"},
     {"planning"},

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import ViT
 from jepa_kit.engine.build import training_views
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.interop.official import encoder_from_official, predictor_from_official
 from jepa_kit.losses import L2, SmoothL1, is_distance
 from jepa_kit.predictors import ViTPredictor

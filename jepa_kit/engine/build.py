@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 
-from jepa_kit.build import build_masker, build_recipe, every_problem, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.sections import TrainConfig
 from jepa_kit.data.loader import TrainLoader
@@ -23,6 +22,7 @@ from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.parallel import parallelize
 from jepa_kit.engine.run import Run
 from jepa_kit.engine.schedules import Schedule
+from jepa_kit.from_config import build_masker, build_recipe, every_problem, patch_grid_of
 from jepa_kit.interfaces import Encoder
 from jepa_kit.registry import located
 from jepa_kit.trials.contract import check_parts

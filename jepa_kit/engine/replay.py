@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.config.imports import check_trusted
 from jepa_kit.distributed.collectives import World
@@ -34,6 +33,7 @@ from jepa_kit.engine.run import ForeignWeights
 from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import normalized, seed_torch, train_on
 from jepa_kit.errors import reason_of
+from jepa_kit.from_config import build_recipe
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.run_folder import RUN_CONFIG

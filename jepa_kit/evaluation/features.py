@@ -20,13 +20,13 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, DataConfig, config_from_dict
 from jepa_kit.config.resolved import import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders.pooling import quarters
 from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.locate import to_read
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe

@@ -27,7 +27,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from jepa_kit.build import masker_of
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.transforms import normalize
 from jepa_kit.data.workers import choose_workers
@@ -41,6 +40,7 @@ from jepa_kit.evaluation.health.measure import BATCH, measure_health, tokens_and
 from jepa_kit.evaluation.health.verdict import State, Verdict, judge
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.neighbours import Bank
+from jepa_kit.from_config import masker_of
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of, precision_of
 from jepa_kit.recipe import Recipe

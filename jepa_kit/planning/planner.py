@@ -15,9 +15,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.encoders.blocks import blocks_of
+from jepa_kit.from_config import build_masker, build_recipe, patch_grid_of
 from jepa_kit.planning.device_specs import Device
 from jepa_kit.planning.flops import Lengths, ModelFlops, flops_of, model_flops
 from jepa_kit.planning.memory import (

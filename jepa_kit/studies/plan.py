@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief, identity
@@ -18,6 +17,7 @@ from jepa_kit.errors import ConfigError
 from jepa_kit.evaluation.feature_sources import BASELINES
 from jepa_kit.evaluation.features import has_class_token, layer_numbers
 from jepa_kit.evaluation.shard_choice import Shards, held_out
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
 from jepa_kit.planning.planner import training_flop_per_image
 from jepa_kit.registry import did_you_mean

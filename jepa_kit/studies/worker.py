@@ -242,11 +242,11 @@ def evaluate_protocol(
 
 def measure(jepa: Any, config: Config, dataset: Any, which: Any, device: Any) -> dict[str, Any]:
     """Return state, reason and figures of the health of a trained recipe on held-out images."""
-    from jepa_kit.build import masker_of
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.health.verdict import judge
     from jepa_kit.evaluation.images import random_samples, read_images
+    from jepa_kit.from_config import masker_of
     from jepa_kit.precision import precision_of
 
     images = read_images(dataset, ImageOptions.from_config(config.data), random_samples(dataset, HEALTH_IMAGES, seed=0))

@@ -120,7 +120,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:
     """Return the step (number of updates) and the health of a checkpoint."""
-    from jepa_kit.build import masker_of
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
@@ -129,6 +128,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health
     from jepa_kit.evaluation.health.measure import measure_health
     from jepa_kit.evaluation.images import random_samples, read_images
     from jepa_kit.evaluation.shard_choice import shown_shards
+    from jepa_kit.from_config import masker_of
 
     loaded = load_run(checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     config, data = loaded.config, loaded.config.data

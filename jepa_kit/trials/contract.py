@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.build import build_masker, build_order
 from jepa_kit.config import Config
 from jepa_kit.config.check import nested_parts
 from jepa_kit.data.transforms import build_pipeline
 from jepa_kit.distributed.buffers import persistent_buffers, unchanged_buffers
 from jepa_kit.errors import ContractError
+from jepa_kit.from_config import build_masker, build_order
 from jepa_kit.interfaces import Encoder
 from jepa_kit.interfaces import Recipe as Interface
 from jepa_kit.losses import is_distance

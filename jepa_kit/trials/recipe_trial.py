@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe, patch_grid_of
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
 from jepa_kit.data.transforms import Described, build_pipeline
+from jepa_kit.from_config import build_masker, build_recipe, patch_grid_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import Backend

@@ -20,8 +20,8 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
 from jepa_kit.maskers.in_place import in_place
 from jepa_kit.maskers.packing import mask_batch

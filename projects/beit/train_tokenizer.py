@@ -49,7 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from sklearn.cluster import MiniBatchKMeans
 
-    from jepa_kit.build import patch_grid_of
     from jepa_kit.config import load_config
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.data.loader import eval_batches
@@ -57,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.engine.build import open_shards
     from jepa_kit.evaluation.images import random_samples
     from jepa_kit.files import atomic_write
+    from jepa_kit.from_config import patch_grid_of
     from jepa_kit.interop.safetensors import write_file
     from jepa_kit.structures import PatchSets
 

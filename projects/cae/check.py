@@ -23,9 +23,9 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders.positions import sincos_2d
+from jepa_kit.from_config import build_recipe
 from jepa_kit.maskers.packing import mask_batch
 from jepa_kit.structures import View
 from jepa_kit.trials.recorded import Recorded, Report, run_check

@@ -20,8 +20,8 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.from_config import build_recipe
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, View
 from jepa_kit.trials.recorded import Recorded, Report, run_check
 

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders.pooling import pooled_views
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
 from jepa_kit.losses.self_distillation import at_targets
 from jepa_kit.structures import MaskBatch, PatchSets, Progress, View

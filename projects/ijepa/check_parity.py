@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from jepa_kit.arguments import run_tool
-from jepa_kit.build import build_recipe, patch_grid_of
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.checkpoint.format import check_state
 from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
+from jepa_kit.from_config import build_recipe, patch_grid_of
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, View

@@ -32,7 +32,6 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
 
 
 from jepa_kit.arguments import fail, run_tool
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import TrainLoader
@@ -50,6 +49,7 @@ from jepa_kit.evaluation.pictures.draw import mask_gallery, patch_pca
 from jepa_kit.evaluation.tables.results import about_checkpoint, results, write_results
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.evaluation.tables.table import format_table
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
 from jepa_kit.tools import make_shards
 from jepa_kit.training import train

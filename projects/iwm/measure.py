@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import Crop, HorizontalFlip, Pipeline, build_pipeline, normalize, stack
 from jepa_kit.evaluation.features import LoadedRun, evaluating
 from jepa_kit.evaluation.health.measure import EPOCH
+from jepa_kit.from_config import build_masker
 from jepa_kit.recipe import JEPA
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.structures import View

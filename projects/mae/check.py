@@ -21,11 +21,11 @@ if not __package__:  # run as a file of a clone
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper, Schedule
 from jepa_kit.engine.step import train_step
+from jepa_kit.from_config import build_recipe
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, View
 from jepa_kit.trials.recorded import Recorded, Report, run_check, sums

@@ -20,8 +20,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.maskers.in_place import in_place
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets, View

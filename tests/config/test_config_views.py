@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
-from jepa_kit.build import part_problems
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.config.data_section import DataConfig, ViewConfig
 from jepa_kit.engine.build import training_views
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import part_problems
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import RECIPES, TRANSFORMS
 

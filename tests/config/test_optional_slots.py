@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import RECIPES
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import attention_dense, packed
 from jepa_kit.encoders.blocks import checkpoint_activations
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.planning.flops import Lengths
 from jepa_kit.planning.memory import training_memory
 from jepa_kit.structures import View

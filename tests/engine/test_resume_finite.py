@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.errors import CheckpointError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.training import train
 
 FORMS = ["file", "sharded"]

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
+from jepa_kit.from_config import build_recipe
 from jepa_kit.tools import make_shards
 
 TINY = {

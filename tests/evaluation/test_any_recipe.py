@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_masker, build_recipe, masker_of
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.transforms import normalize
@@ -29,6 +28,7 @@ from jepa_kit.evaluation.pictures.material import gather
 from jepa_kit.evaluation.pictures.run_page import draw_run
 from jepa_kit.evaluation.protocols import build_protocols
 from jepa_kit.evaluation.tables.table import format_table
+from jepa_kit.from_config import build_masker, build_recipe, masker_of
 from jepa_kit.losses import info_nce
 from jepa_kit.recipe import PatchRecipe, Recipe
 from jepa_kit.registry import RECIPES, TARGETS

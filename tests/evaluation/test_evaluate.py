@@ -168,9 +168,9 @@ def test_the_same_for_any_workers_and_batches(loaded, scenes):
 
 
 def test_a_recipe_without_a_target_encoder_is_evaluated_by_its_context_encoder(tiny_config, scenes):
-    from jepa_kit.build import build_recipe
     from jepa_kit.config import config_from_dict
     from jepa_kit.evaluation.features import LoadedRun
+    from jepa_kit.from_config import build_recipe
 
     raw = tiny_config.to_dict()
     raw |= {"target": {"name": "pixel"}, "target_update": {"name": "none"}}

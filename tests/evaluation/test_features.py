@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.encoders import ViT
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.features import (
@@ -16,6 +15,7 @@ from jepa_kit.evaluation.features import (
     pixel_patches,
     untrained_encoder,
 )
+from jepa_kit.from_config import build_recipe
 
 IMAGES = torch.randint(0, 256, (7, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

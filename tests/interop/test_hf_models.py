@@ -178,8 +178,8 @@ def test_a_class_token_of_mae_has_no_position(tmp_path):
 
 
 def test_a_run_with_a_class_token_converts(tmp_path):
-    from jepa_kit.build import build_recipe
     from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
+    from jepa_kit.from_config import build_recipe
 
     raw = {
         "masker": {"name": "random"},

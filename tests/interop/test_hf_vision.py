@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import CheckpointError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.frozen import digest_of
 from jepa_kit.interop.hf_vision import VisionModel, is_other_model, read
 from jepa_kit.interop.teacher import read_teacher

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.format import Checkpoint, load_checkpoint
 from jepa_kit.engine.checkpoint.state_dict import optimizer_state
 from jepa_kit.engine.optimizer import optimizer_of
@@ -14,6 +13,7 @@ from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
 from jepa_kit.errors import CheckpointError
 from jepa_kit.evaluation.features import load_run
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop import official
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import resume_official

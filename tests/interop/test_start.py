@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.errors import CheckpointError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop.formats import convert, read_encoder
 from jepa_kit.interop.start import init_from, resume_official
 from jepa_kit.training import train

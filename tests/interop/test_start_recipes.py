@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.errors import CheckpointError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import TargetUpdate
 from jepa_kit.interop.formats import read_encoder
 from jepa_kit.interop.start import init_from

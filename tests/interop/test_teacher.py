@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import CheckpointError, ConfigError
 from jepa_kit.evaluation.feature_sources import encoder_named
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interop import convert, load_encoder, read_encoder
 from jepa_kit.interop.start import init_from

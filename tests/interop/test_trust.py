@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.errors import ConfigError
 from jepa_kit.evaluation.features import load_run
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.frozen import load_encoder
 from jepa_kit.registry import MASKERS

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jepa_kit.build import build_masker
 from jepa_kit.config import config_from_dict
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_masker
 from jepa_kit.maskers import Block, Mixture, MultiBlock
 from jepa_kit.registry import MASKERS
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT, packed
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.planning import flops as flops_module
 from jepa_kit.planning.flops import (
     Lengths,

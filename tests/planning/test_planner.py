@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.encoders import ViT
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.planning import planner
 from jepa_kit.planning.device_specs import DEVICES
 from jepa_kit.planning.flops import Lengths, count_flops, model_flops

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders.positions import sincos_2d
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.predictors import CrossPredictor
 from jepa_kit.predictors.cross import context_rows
 from jepa_kit.structures import MaskBatch, PatchSets, Tokens, View

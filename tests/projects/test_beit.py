@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import load_checkpoint, restore
 from jepa_kit.errors import CheckpointError, ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop.safetensors import write_file
 from jepa_kit.structures import PatchSets
 from jepa_kit.training import train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from plain_vit import layers_of, standardise
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import View
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop.safetensors import write_file
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from jepa_kit.training import train

@@ -9,8 +9,8 @@ import pytest
 import regulariser_recordings as recordings
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.losses import VICReg
 from jepa_kit.structures import View
 from projects.cjepa.check import main

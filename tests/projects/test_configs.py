@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.from_config import build_masker, build_recipe
 
 PROJECT = Path(__file__).parents[2] / "projects/ijepa"
 README = (PROJECT / "README.md").read_text()

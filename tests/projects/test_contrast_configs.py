@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine import step as update
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.training import train
 
 PROJECTS = Path(__file__).parents[2] / "projects"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.structures import View
 from jepa_kit.trials.recorded import Recorded, Report
 from projects.crossmae import check

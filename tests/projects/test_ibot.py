@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.structures import MaskBatch, Progress, View
 from projects.ibot.check import main, masks_of
 from projects.ibot.recipe import IBOT

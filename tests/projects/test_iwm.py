@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import projects.iwm.predictor
 import projects.iwm.recipe
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import build_pipeline, normalize
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.evaluation.features import LoadedRun
 from jepa_kit.evaluation.health.measure import EPOCH
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.losses import L2
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, Prediction, View

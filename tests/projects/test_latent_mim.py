@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.structures import MaskBatch, PatchSets, Prediction, Progress
 from projects.latent_mim.losses import PatchInfoNCE, PatchSimilarity
 

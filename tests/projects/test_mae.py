@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.structures import View
 from jepa_kit.trials.recorded import Recorded, Report
 from projects.mae import check

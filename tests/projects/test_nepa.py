@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, load_config
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from projects.nepa.parts import NextPatch, Sequence

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 import jepa_kit
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.optimizer import build_optimizer
 from jepa_kit.engine.schedules import Schedule
 from jepa_kit.engine.step import train_step
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.maskers.multiblock import ATTEMPTS
 from jepa_kit.rng import Stream, uniforms

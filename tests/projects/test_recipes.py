@@ -56,6 +56,6 @@ def test_every_recipe_of_the_projects_has_a_small_config():
 def test_a_recipe_has_the_interface_that_the_engine_needs(name, folder):
     project = matrix.Project(name, CONFIGS[name], folder)
     project.prepare()
-    from jepa_kit.build import build_recipe
+    from jepa_kit.from_config import build_recipe
 
     assert isinstance(build_recipe(project.config("interface")), Recipe)

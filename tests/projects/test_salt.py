@@ -10,9 +10,9 @@ import pytest
 import torch
 from plain_vit import layers_of, standardise
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.engine.checkpoint.format import load_checkpoint
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.interop import load_encoder
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import View

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.engine.step import seed_torch
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from jepa_kit.trials.recorded import Recorded, Report

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.count_operators import CountOperators, Phase
 from benchmarks.fake_cuda import as_if_on_hopper, on_fake_cuda
-from jepa_kit.build import build_recipe
 from jepa_kit.config import load_config
 from jepa_kit.encoders.positions import rotary_angles
 from jepa_kit.errors import ConfigError
+from jepa_kit.from_config import build_recipe
 from jepa_kit.maskers import MultiGroup
 from jepa_kit.structures import MaskBatch, PatchSets, Progress, View
 from projects.vjepa21.parts import distances, sequences

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.encoders import ViT
 from jepa_kit.encoders.pooling import pooled
 from jepa_kit.engine import build
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.errors import ContractError
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.maskers import Random
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded

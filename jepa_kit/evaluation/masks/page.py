@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import build_masker
 from jepa_kit.config import Config
 from jepa_kit.data.shards.resolve import indexed_samples
 from jepa_kit.engine.build import open_shards, training_views
 from jepa_kit.evaluation.masks.report import MaskReport, warnings
 from jepa_kit.evaluation.pictures.panels import DPI, dim_hidden, draw_blocks, show_image
+from jepa_kit.from_config import build_masker
 from jepa_kit.plotting import Axes, Figure, SubFigure, save_figure
 from jepa_kit.rng import FloatArray, IntArray
 from jepa_kit.scenes.scenes import render

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config
 from jepa_kit.evaluation.masks.cost import Lengths, cost_of
 from jepa_kit.evaluation.masks.report import MaskReport, Probabilities
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.interfaces import Masker
 from jepa_kit.maskers import MultiBlock
 from jepa_kit.rng import IntArray

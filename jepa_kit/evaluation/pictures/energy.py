@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa_kit.build import build_masker
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import several_masks
 from jepa_kit.evaluation.pictures.material import Material
 from jepa_kit.evaluation.pictures.panels import show_image
 from jepa_kit.evaluation.pictures.sections import COLUMNS, Section, show_map
+from jepa_kit.from_config import build_masker
 from jepa_kit.losses import is_distance
 from jepa_kit.plotting import Axes
 from jepa_kit.recipe import PatchRecipe

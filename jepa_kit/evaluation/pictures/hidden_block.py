@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa_kit.build import build_masker
 from jepa_kit.evaluation.health.measure import BATCH, several_masks
 from jepa_kit.evaluation.pictures.decoder import Decoder, patchify, r_squared, to_pixels, train_decoder, unpatchify
 from jepa_kit.evaluation.pictures.material import Material
 from jepa_kit.evaluation.pictures.panels import show_image
 from jepa_kit.evaluation.pictures.sections import RED, Section, dimmed, frame
+from jepa_kit.from_config import build_masker
 from jepa_kit.plotting import Axes
 from jepa_kit.rng import Stream, generator, permutation
 from jepa_kit.structures import Grid, MaskBatch, PatchSets

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kit.build import masker_of
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.transforms import normalize
@@ -23,6 +22,7 @@ from jepa_kit.evaluation.health.measure import BATCH, several_masks
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.pictures.decoder import image_scale, patchify
 from jepa_kit.evaluation.pictures.maps import all_targets, predict
+from jepa_kit.from_config import masker_of
 from jepa_kit.interfaces import Encoder
 from jepa_kit.recipe import PatchRecipe
 from jepa_kit.structures import Grid, MaskBatch

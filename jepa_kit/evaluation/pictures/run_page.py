@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from jepa_kit.build import masker_of
 from jepa_kit.config import versions
 from jepa_kit.evaluation.features import extract_features, has_class_token, untrained_encoder
 from jepa_kit.evaluation.health.measure import BATCH, measure_health
@@ -37,6 +36,7 @@ from jepa_kit.evaluation.pictures.sections import (
     single,
 )
 from jepa_kit.evaluation.tables.results import write_results
+from jepa_kit.from_config import masker_of
 from jepa_kit.plotting import Axes
 from jepa_kit.recipe import PatchRecipe
 

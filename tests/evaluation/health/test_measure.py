@@ -10,7 +10,6 @@ import scipy.stats
 import torch
 from torch import nn
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.data.transforms import normalize
 from jepa_kit.engine.optimizer import build_optimizer
@@ -21,6 +20,7 @@ from jepa_kit.evaluation.health.measure import EPOCH, measure_health, several_ma
 from jepa_kit.evaluation.health.measures import lidar, rankme
 from jepa_kit.evaluation.health.statistics import TokenStatistics
 from jepa_kit.evaluation.health.verdict import judge
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.losses import is_distance
 from jepa_kit.maskers import MultiBlock, Random
 from jepa_kit.registry import LOSSES

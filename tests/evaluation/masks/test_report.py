@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import Config, config_from_dict
 from jepa_kit.encoders import packed
 from jepa_kit.engine.build import open_shards
@@ -20,6 +19,7 @@ from jepa_kit.evaluation.masks.cost import Lengths, cost_of
 from jepa_kit.evaluation.masks.page import first_masks, mask_page, samples_of
 from jepa_kit.evaluation.masks.report import MaskReport, warnings
 from jepa_kit.evaluation.masks.statistics import mask_report, rectangles
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.maskers import RELEASED
 from jepa_kit.registry import MASKERS
 from jepa_kit.structures import View

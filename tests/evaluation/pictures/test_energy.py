@@ -8,11 +8,11 @@ import torch
 from scipy.special import logsumexp
 from torch import nn
 
-from jepa_kit.build import build_masker, build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.evaluation.health.measure import several_masks
 from jepa_kit.evaluation.pictures.energy import Energies, energies, patch_energies
 from jepa_kit.evaluation.pictures.sections import show_map
+from jepa_kit.from_config import build_masker, build_recipe
 from jepa_kit.losses import L2, Cosine, CrossEntropy, SmoothL1
 from jepa_kit.plotting import Figure
 from jepa_kit.structures import MaskBatch, PatchSets, Prediction

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders import ViT
@@ -31,6 +30,7 @@ from jepa_kit.evaluation.pictures.hidden_block import middle_block
 from jepa_kit.evaluation.pictures.maps import attention_weights, guesses
 from jepa_kit.evaluation.pictures.material import divided, gather
 from jepa_kit.evaluation.pictures.run_page import draw_run
+from jepa_kit.from_config import build_recipe
 from jepa_kit.maskers import Random
 from jepa_kit.structures import PatchSets, View
 
