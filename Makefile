@@ -10,7 +10,7 @@ STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu lint format torture mutate parity bench clean fuzz
+.PHONY: help venv quickstart test test-slow test-gpu docs lint format torture mutate parity bench clean fuzz
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test-slow: $(STAMP) ## run the tests that take minutes
 test-gpu: ## run the tests that need a CUDA device
 	@[ -x "$(RUN)" ] || $(PYTHON) -c 'import pytest, torch' 2>/dev/null || $(MAKE) venv
 	PYTHON="$(PYTHON)" dev/test.sh gpu $(ARGS)
+
+docs: $(STAMP) ## build the documentation site in build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 lint: $(STAMP) ## run ruff (rules and format), mypy and the words of dev/words.txt, like the pre-commit hooks
 	dev/lint.sh all

@@ -21,6 +21,7 @@ TOOLS = {
     "jepa-compare": "compare",
     "jepa-ablate": "ablate",
     "jepa-convert": "convert_checkpoint",
+    "jepa-convert-config": "convert_config",
     "jepa-visualize": "visualize",
     "jepa-replay": "replay_step",
 }
@@ -73,6 +74,7 @@ setup(
         "webdataset>=0.2.86",
     ],
     extras_require={
+        "docs": ["mkdocs-material>=9.7,<10"],
         "fast": ["simplejpeg>=1.8"],
         "hf": ["datasets>=3.0"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],

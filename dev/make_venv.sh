@@ -20,5 +20,5 @@ fi
 echo "make_venv: installing jepa_kit and what it needs, torch above all, into $venv (minutes)"
 quiet=$([ -t 1 ] || echo --quiet)
 # shellcheck disable=SC2086
-"$venv/bin/python" -m pip install $quiet ${PIP_ARGS:-} --editable '.[dev]'
+"$venv/bin/python" -m pip install $quiet ${PIP_ARGS:-} --editable '.[dev,docs]'
 pwd >"$venv/.jepa_kit_clone"

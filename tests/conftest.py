@@ -24,7 +24,17 @@ from jepa_kit.config import config_from_dict
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("datasets", "hypothesis", "onnx", "onnxruntime", "scipy", "simplejpeg", "submitit", "transformers")
+OPTIONAL = (
+    "datasets",
+    "hypothesis",
+    "mkdocs",
+    "onnx",
+    "onnxruntime",
+    "scipy",
+    "simplejpeg",
+    "submitit",
+    "transformers",
+)
 """What a developer's environment has beside jepa_kit's own needs. A machine with a GPU may lack some of it: tests that
 do without it run there all the same, and the rest is left out and named."""
 

@@ -158,7 +158,7 @@ def commands(text: str) -> Iterator[str]:
             fenced = not fenced
         elif fenced or raw.startswith("    "):
             line = raw.strip().removeprefix("$ ").split(" #")[0].strip()
-            if re.match(r"(?:\w+=\S+ )*(?:make|\S*python3?|torchrun|bash|dev/\S+|\.ci/run)\b", line):
+            if re.match(r"(?:\w+=\S+ )*(?:make|\S*python3?|torchrun|bash|dev/\S+|\.ci/run|jepa-\w+)\b", line):
                 yield line
 
 
@@ -172,7 +172,7 @@ def missing_in(text: str, folder: Path) -> list[str]:
         for word in words:
             path = word.split("=")[-1]
             if re.fullmatch(r"[\w./-]+\.(?:py|yaml|sh|json|safetensors)", path) and not PLACEHOLDER.search(path):
-                made_by_the_user = path.startswith(("output/", "shards/"))
+                made_by_the_user = path.startswith(("output/", "shards/")) or "/" not in path
                 found += [] if made_by_the_user or (ROOT / path).exists() else [path]
     for link, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
         page = folder / link

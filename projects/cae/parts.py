@@ -105,7 +105,9 @@ class Decoder(nn.Module):
 
     Args:
         out_dim: K, codes of the vocabulary; supplied by the recipe.
-        others: see ``Regressor``.
+        depth, num_heads: of the blocks.
+        layer_scale: initial value of the factors of each block's branches.
+        norm_eps: eps of every LayerNorm.
 
     Raises:
         ValueError: a value is outside its range.

@@ -76,8 +76,9 @@ class CAPI(JEPA):
         encoder, predictor, target, losses, target_update: as for JEPA. Targets of patches are clustered, so ``target``
             gives tokens of any patches, and the loss is ``cross_entropy`` with the student's temperature.
         head: maps predictions to scores of clusters; its ``out_dim`` is their number.
-        teacher_temperature, cluster_temperature, positionwise: see ``Clusters``.
+        teacher_temperature, cluster_temperature: of the assignments, and of the scores that are compared with them.
         sinkhorn: its iterations.
+        positionwise: whether clusters are balanced at each position by itself, so that none stands for a position.
 
     Raises:
         ValueError: a temperature is not above 0, or ``sinkhorn`` is negative.

@@ -29,15 +29,16 @@ def card_of(protocol: type) -> Card:
     text = inspect.getdoc(protocol) or ""
     example = _EXAMPLE.search(text)
     title = _plain(text.partition("\n")[0].rstrip("."))
-    return Card(title, example[1] if example else None, _options(text))
+    options = {name: _plain(text) for name, text in documented(text).items()}
+    return Card(title, example[1] if example else None, options)
 
 
 def _plain(text: str) -> str:
     return text.replace("``", "").replace("None", "null")
 
 
-def _options(text: str) -> dict[str, str]:
-    """Return the entries under ``Args:``; several names before one colon have the same text."""
+def documented(text: str) -> dict[str, str]:
+    """Return the entries under ``Args:`` of a docstring; several names before one colon have the same text."""
     found: dict[str, str] = {}
     names: list[str] = []
     for line in text.partition("\nArgs:\n")[2].splitlines():
@@ -45,7 +46,7 @@ def _options(text: str) -> dict[str, str]:
             break
         if entry := _ENTRY.match(line):
             names = entry[1].split(", ")
-            found |= dict.fromkeys(names, _plain(entry[2]))
+            found |= dict.fromkeys(names, entry[2])
         else:
-            found |= {name: f"{found[name]} {_plain(line.strip())}" for name in names}
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found
