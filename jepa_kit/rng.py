@@ -181,7 +181,8 @@ def epoch_order(sizes: Sequence[int] | IntArray, *, seed: int, epoch: int, windo
         return permutation(rng, total)
     starts = np.cumsum(sizes) - sizes
     shards = permutation(rng, len(sizes))
-    order = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in shards])
+    lengths = sizes[shards]
+    order = np.arange(total) + np.repeat(starts[shards] - (np.cumsum(lengths) - lengths), lengths)
     for begin in range(0, total, window):
         part = order[begin : begin + window]
         order[begin : begin + window] = part[permutation(rng, len(part))]

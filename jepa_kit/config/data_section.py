@@ -71,8 +71,8 @@ class DataConfig(Section):
 
     Args:
         image_size: (height, width) in pixels; in YAML one number means a square.
-        shards: folder of shards, pattern of shards or list of these, local or remote (docs/data.md); needed to train,
-            not to build a recipe.
+        shards: folder of shards or of images, pattern of shards or list of these, local or remote (docs/data.md);
+            needed to train, not to build a recipe.
         cache: folder of cached remote shards; None for a temporary folder of each process.
         cache_gb: limit of that folder in 10**9 bytes; None for no limit, or 20 if it is temporary.
         retries: retries after a stream broke, stalled or was refused; progress resets the count.

@@ -140,7 +140,7 @@ class TrainLoader:
 
     def order(self, epoch: int) -> IntArray:
         """Return the samples [N] of an epoch in order; the last ``N % batch_size`` are not used."""
-        return epoch_order(self.dataset.shard_sizes, seed=self.seed, epoch=epoch, window=self.shuffle_window)
+        return epoch_order(self.dataset.unit_sizes, seed=self.seed, epoch=epoch, window=self.shuffle_window)
 
     def requests(self, start_step: int) -> Iterator[Request]:
         """Yield the requests to this rank's workers from a step on, without end."""

@@ -95,8 +95,8 @@ def build_run(config: Config, world: World, device: torch.device) -> Run:
     """
     if config.data.shards is None:
         raise ValueError(
-            "data.shards (=None) must name a folder of shards to train; tools/make_shards.py makes one from a folder "
-            "of images, an archive, or synthetic:scenes"
+            "data.shards (=None) must name a folder of images or of shards to train; tools/make_shards.py makes shards "
+            "from a folder, an archive, or synthetic:scenes"
         )
     dataset = open_together(config)
     settings, optim = config.train, config.optim

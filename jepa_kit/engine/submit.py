@@ -82,7 +82,7 @@ def prepare(
     check_folders(store)
     latest = plan_resume(store, resume, resume_from)
     if config.data.shards is None:
-        raise ValueError("data.shards (=None) must name a folder of shards to train")
+        raise ValueError("data.shards (=None) must name a folder of images or of shards to train")
     check_shares(config.train, job.processes)
     parallel = config.train.parallel
     if parallel != "auto" and (parallel == "none") != (job.processes == 1):

@@ -121,7 +121,7 @@ def test_a_run_is_checked_before_it_waits(submission, tiny, tmp_path):
             ValueError, match=rf"train.parallel \(='{mode}'\) does not fit the job's processes \(={tasks}\)"
         ):
             submission(f"train.parallel={mode}", job=Job(time="60", tasks_per_node=tasks))
-    with pytest.raises(ValueError, match=r"data.shards \(=None\) must name a folder of shards to train"):
+    with pytest.raises(ValueError, match=r"data.shards \(=None\) must name a folder of images or of shards to train"):
         submission("data.shards=null")
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "metrics.jsonl").touch()

@@ -157,7 +157,9 @@ def test_a_config_file_that_is_not_there(refused):
 
 
 def test_no_data(refused, command):
-    assert "data.shards (=None) must name a folder of shards to train" in refused(2, *command, "data.shards=null")
+    assert "data.shards (=None) must name a folder of images or of shards to train" in refused(
+        2, *command, "data.shards=null"
+    )
 
 
 def test_a_folder_that_holds_a_run(tool, refused, command):

@@ -1,4 +1,4 @@
-"""WebDataset tar shards with random access to their samples.
+"""WebDataset tar shards with random access to their samples; and samples in no shard, which are read as these are.
 
 ``writing.py`` describes the format; every WebDataset reader can stream the tar files. Here the offsets are
 memory-mapped and a sample is one ``pread``, so that the order can be any pure function of the step and resuming is
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jepa_kit.data.images import DECODE_ERRORS, MAX_PIXELS, decode
+from jepa_kit.data.listed import ListedSamples
 from jepa_kit.data.remote.cache import ShardCache
 from jepa_kit.data.remote.fetch import Access, is_remote
 from jepa_kit.data.segmentation import decode_mask
+from jepa_kit.data.shards.parts import Part
 from jepa_kit.data.shards.reader import ShardFile, ShardReader
-from jepa_kit.data.shards.resolve import ShardPart, open_parts
+from jepa_kit.data.shards.resolve import open_parts
 from jepa_kit.data.shards.writing import KEYS, LABELS, MASKS, OFFSETS
 from jepa_kit.errors import ImageError, SampleError
 from jepa_kit.registry import did_you_mean
@@ -39,7 +41,8 @@ class ShardDataset:
 
     Args:
         path: a folder of shards, a shard, a pattern (``train-{000000..000127}.tar``) or a list of these; each a path,
-            an ``http(s)://`` URL, ``pipe:COMMAND``, or any URL that iopath opens.
+            an ``http(s)://`` URL, ``pipe:COMMAND``, or any URL that iopath opens. Or a folder of images (listed.py).
+            Or samples in no shard, from ``image_files`` or made by the caller.
         access: options for remote shards.
 
     Raises:
@@ -47,12 +50,16 @@ class ShardDataset:
             answer.
     """
 
-    def __init__(self, path: str | Path | Sequence[str], *, access: Access | None = None) -> None:
-        given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
-        self.path = given if isinstance(given, str) else ", ".join(given)
+    def __init__(self, path: str | Path | Sequence[str] | ListedSamples, *, access: Access | None = None) -> None:
         self._access = access or Access()
         opened = cache(lambda: ShardCache(self._access))
-        self.parts: list[ShardPart] = open_parts(given, self._access, opened)
+        self.parts: list[Part]
+        if isinstance(path, ListedSamples):
+            self.path, self.parts = path.path, [path]
+        else:
+            given: str | list[str] = str(path) if isinstance(path, str | Path) else [str(p) for p in path]
+            self.path = given if isinstance(given, str) else ", ".join(given)
+            self.parts = open_parts(given, self._access, opened)
         self.remote = any(is_remote(place) for part in self.parts for place in part.places)
         """Whether any shard is remote."""
         self.cache = opened() if self.remote else None
@@ -64,7 +71,7 @@ class ShardDataset:
         """Label name -> the names of its classes; and unusable label -> the reason."""
         self.mask_conflict: str | None = None
         """Why masks cannot be used, or None."""
-        masked = {part.path: tuple(part.index["masks"]["classes"]) for part in self.parts if "masks" in part.index}
+        masked = {part.path: classes for part in self.parts if (classes := part.mask_classes) is not None}
         first, classes = next(iter(masked.items()), (None, ()))
         for path, others in masked.items():
             if others != classes:
@@ -74,6 +81,10 @@ class ShardDataset:
         """Names of the classes of masks, from 0; empty if there are no masks or their names are unknown."""
         self.shard_sizes: IntArray = np.array([shard["samples"] for shard in self.shards], dtype=np.int64)
         """[shards] the number of samples of each shard."""
+        self.unit_sizes: IntArray = _concatenate([part.unit_sizes for part in self.parts])
+        """[units] samples that are read one after another, so an epoch shuffles units: a shard, or a file in none."""
+        self.listed = [part for part in self.parts if isinstance(part, ListedSamples)]
+        """The parts that are in no shard."""
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         self._open(verified=False)
 
@@ -242,7 +253,7 @@ def _concatenate(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _label_columns(part: ShardPart, found: IntArray, names: Sequence[str]) -> IntArray:
+def _label_columns(part: Part, found: IntArray, names: Sequence[str]) -> IntArray:
     """Return [n, L] the labels of a part in the order of ``names``; -1 for a label that the part lacks."""
     own = list(part.classes)
     if own == list(names):
@@ -252,7 +263,7 @@ def _label_columns(part: ShardPart, found: IntArray, names: Sequence[str]) -> In
     return np.array(columns, dtype=np.int64).reshape(len(names), len(found)).T
 
 
-def _merge_classes(parts: Sequence[ShardPart]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def _merge_classes(parts: Sequence[Part]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Return the classes of all parts, and the labels whose classes differ between parts, with the reason.
 
     A list of classes may be the beginning of a longer one: a foreign part lists classes up to its largest number.

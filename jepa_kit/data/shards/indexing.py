@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_kit.data.folders import walk_files
 from jepa_kit.data.shards.members import group_samples, list_members
 from jepa_kit.data.shards.tars import BLOCK, COMPRESSED, Refusal, compressed_shard, compression
 from jepa_kit.data.shards.writing import (
@@ -34,6 +35,7 @@ from jepa_kit.data.shards.writing import (
     UNFINISHED,
     Rows,
     Shard,
+    is_image,
     make_rows,
     write_index,
 )
@@ -44,7 +46,7 @@ INDEXER = 2
 SIZES = ("width", "height", "original_width", "original_height")
 """Integers that img2dataset writes into .json members and that are no labels."""
 SEARCHED_FILES = 1000
-"""Files of a folder without shards that are searched for images, to suggest a command."""
+"""Files of a folder without shards that are searched for images."""
 REPORT_EVERY = 30.0
 """Seconds between two messages about the progress."""
 
@@ -235,10 +237,10 @@ def index_files(files: Sequence[str], folder: str, path: str) -> None:
 
 
 def shards_in(folder: str) -> list[str]:
-    """Return the paths of the shards in a folder without an index, sorted.
+    """Return the paths of the shards in a folder without an index, sorted; none if it has images instead.
 
     Raises:
-        ValueError: the folder does not exist, contains no ``*.tar``, or a writer did not finish it.
+        ValueError: the folder does not exist, contains neither ``*.tar`` nor images, or a writer did not finish it.
     """
     if os.path.isfile(folder):
         hint = _suggest_command(folder)
@@ -254,22 +256,19 @@ def shards_in(folder: str) -> list[str]:
         names = sorted(os.listdir(folder))
         if packed := [name for name in names if COMPRESSED.search(name)]:
             raise compressed_shard(os.path.join(folder, packed[0]), "by its name")
-        hint = ""
         if inner := [name for name in names if os.path.exists(os.path.join(folder, name, INDEX))]:
-            hint = f"; these folders in it do: {', '.join(inner)}"
-        elif image := _first_image(folder):
-            hint = f", and images ({image}): {_suggest_command(folder)}"
-        raise ValueError(f"shards (={folder!r}) must be a folder of .tar shards, but it contains none{hint}")
+            raise ValueError(
+                f"shards (={folder!r}) must be a folder of .tar shards, but it contains none; these folders in it do: "
+                f"{', '.join(inner)}"
+            )
+        if not any(map(is_image, islice(walk_files(folder), SEARCHED_FILES))):
+            raise ValueError(
+                f"shards (={folder!r}) must be a folder of .tar shards or of images, but it contains neither (of its "
+                f"files, {SEARCHED_FILES:,} were searched)"
+            )
     return files
 
 
 def _suggest_command(source: str) -> str:
     name = os.path.basename(os.path.abspath(source)).partition(".")[0]
     return f"`python tools/make_shards.py {source} shards/{name}` makes shards of it, for data.shards=shards/{name}"
-
-
-def _first_image(folder: str) -> str | None:
-    """Return the first file with the extension of an image in a folder or below, among the first thousand files."""
-    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in sorted(names))
-    images = (f for f in islice(files, SEARCHED_FILES) if f.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
-    return next((os.path.relpath(file, folder) for file in images), None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache
 from jepa_kit.data.remote.fetch import is_remote
-from jepa_kit.data.shards.resolve import ShardPart
+from jepa_kit.data.shards.parts import Part
 from jepa_kit.errors import SampleError
 
 OPEN_SHARDS = 128
@@ -57,13 +57,15 @@ class ShardReader:
         shards: their entries in the index.
         places: path or URL of each.
         links: key -> other names that the headers of its members may have, if these are links.
+        listed: for each, the function that reads samples by number, if these are in no shard; else None.
     """
 
-    def __init__(self, path: str, parts: Sequence[ShardPart], cache: ShardCache | None) -> None:
+    def __init__(self, path: str, parts: Sequence[Part], cache: ShardCache | None) -> None:
         self.path, self.cache = path, cache
         self.shards = [entry for part in parts for entry in part.shards]
         self.places = [place for part in parts for place in part.places]
-        self.links = {key: names for part in parts for key, names in part.index.get("links", {}).items()}
+        self.links = {key: names for part in parts for key, names in part.links.items()}
+        self.listed = [part.read for part in parts for _ in part.shards]
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,13 +80,15 @@ class ShardReader:
 
         Args:
             shard: its number.
-            offset, size: of the member's bytes in the shard.
+            offset, size: of the member's bytes in the shard; for samples in no shard, their number and size.
             key: of its sample.
 
         Raises:
             SampleError: the shard is missing, cannot be read, is cut short, or has another member there.
             CacheError: the cache cannot be written to.
         """
+        if read := self.listed[shard]:
+            return read(offset)
         what = f"shard {self.shards[shard]['file']} of {self.path}"
         for again in (True, False):  # a second try for a stale file handle, or a cached shard that was just removed
             try:

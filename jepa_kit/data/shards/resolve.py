@@ -24,21 +24,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from jepa_kit.data.listed import image_folder
 from jepa_kit.data.remote.cache import RemoteShard, ShardCache, lock
 from jepa_kit.data.remote.fetch import Access, expand, is_remote, is_shard, read
-from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_arrays, read_index
+from jepa_kit.data.shards.index import CACHED_INDEXES, array_names, is_foreign, read_index
 from jepa_kit.data.shards.indexing import INDEXER, Scan, index_files, reported, scan, shards_in, write_foreign_index
+from jepa_kit.data.shards.parts import Part, ShardPart
 from jepa_kit.data.shards.writing import INDEX
 from jepa_kit.errors import StreamError
 from jepa_kit.files import atomic_write
-from jepa_kit.rng import IntArray
 
 FETCHERS = 4
 """Shards that are downloaded at the same time while an index is made."""
@@ -46,49 +45,18 @@ FETCHERS = 4
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class ShardPart:
-    """Shards that share an index.
-
-    Args:
-        path: the name that the user gave, for messages.
-        folder: local folder of the index.
-        shards: their entries in the index.
-        places: path or URL of each shard.
-        rows: [N] their rows in the arrays of the index; None for all rows.
-        index: the content of ``index.json``.
-    """
-
-    path: str
-    folder: str
-    shards: list[dict[str, Any]]
-    places: list[str]
-    rows: IntArray | None
-    index: dict[str, Any]
-
-    @property
-    def classes(self) -> dict[str, tuple[str, ...]]:
-        """Label name -> the names of its classes."""
-        return {k: tuple(v) for k, v in self.index["labels"].items()}
-
-    def arrays(self, *, verified: bool = False) -> dict[str, NDArray[Any]]:
-        """Return the arrays of the index by name, memory-mapped if the part has all rows; see ``read_arrays``."""
-        found = read_arrays(self.folder, self.index, verified=verified)
-        return found if self.rows is None else {name: array[self.rows] for name, array in found.items()}
-
-
-def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[ShardPart]:
+def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], ShardCache]) -> list[Part]:
     """Return the parts of a data set, in the given order.
 
     Args:
-        path: a folder, a shard, a pattern, or a list of these.
+        path: a folder of shards or of images, a shard, a pattern, or a list of these.
         access: options for remote shards.
         cache: returns the cache of remote shards; called only if there are some.
 
     Raises:
         ValueError: nothing is there, an index is damaged or of another version, or a URL does not answer.
     """
-    parts: list[ShardPart] = []
+    parts: list[Part] = []
     named = expand(path)
     _check_once(named, path)  # before a download
     for parent, group in groupby(named, key=lambda a: _parent(a) if is_shard(a) else None):
@@ -102,7 +70,7 @@ def open_parts(path: str | Sequence[str], access: Access, cache: Callable[[], Sh
 
 
 def indexed_samples(path: str | Sequence[str]) -> int | None:
-    """Return the number of samples by the local indexes beside the shards, without opening the shards.
+    """Return the number of images in folders, and of samples by the indexes beside shards, without opening the shards.
 
     Args:
         path: see ``open_parts``.
@@ -120,6 +88,9 @@ def indexed_samples(path: str | Sequence[str]) -> int | None:
         if not os.path.exists(address):
             raise ValueError(f"shards (={address!r}) must be a folder of .tar shards or a shard, but nothing is there")
         index = _own_index(os.path.dirname(address) if is_shard(address) else address) or {"shards": []}
+        if not index["shards"] and os.path.isdir(address) and not shards_in(address):
+            total += len(image_folder(address).keys)
+            continue
         entries = [e for e in index["shards"] if not is_shard(address) or e["file"] == _file(address)]
         if not entries:
             return None
@@ -142,8 +113,11 @@ def _parent(address: str) -> str:
     return "pipe:" if address.startswith("pipe:") else address.partition("?")[0].rpartition("/")[0]
 
 
-def _open_folder(folder: str, access: Access) -> ShardPart:
-    """Return the part of all shards of a folder or URL; a local folder without a valid index is indexed."""
+def _open_folder(folder: str, access: Access) -> Part:
+    """Return the part of all shards of a folder or URL, or of the images of a folder that has no shards.
+
+    A local folder of shards without a valid index is indexed.
+    """
     if is_remote(folder):
         found = _remote_index(folder, access)
         if found is None:
@@ -162,6 +136,8 @@ def _open_folder(folder: str, access: Access) -> ShardPart:
             index = None
     if index is None:
         files = shards_in(folder)
+        if not files:
+            return image_folder(folder)
         if os.access(folder, os.W_OK):
             index_files(files, folder, folder)
             index = read_index(os.path.join(folder, INDEX))

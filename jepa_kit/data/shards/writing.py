@@ -146,6 +146,11 @@ def tar_size(members: int) -> int:
     return -(-(members + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file has the extension of an image."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
 def write_shard(path: str, samples: Iterable[Sample]) -> tuple[Shard, Rows]:
     """Write a shard; equal samples give equal bytes."""
     return write_packed(path, map(pack, samples))

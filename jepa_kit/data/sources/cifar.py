@@ -20,7 +20,8 @@ from PIL import Image
 from jepa_kit.data.images import encode_png
 from jepa_kit.data.shards.tars import STREAM_ERRORS, read_files
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Recode, Source, fingerprint, unique_keys
+from jepa_kit.data.sources.base import Recode, Source, fingerprint
+from jepa_kit.data.sources.keys import unique_keys
 from jepa_kit.data.sources.labels import Labels
 from jepa_kit.errors import PICKLE_ERRORS
 from jepa_kit.rng import IntArray

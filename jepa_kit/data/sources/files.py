@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
+from jepa_kit.data.folders import file_size, hidden, read_file, walk_files
 from jepa_kit.data.shards.writing import Sample
-from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, single_split, unique_keys
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, single_split
+from jepa_kit.data.sources.keys import unique_keys
 from jepa_kit.data.sources.labels import Labels, read_table, table_column, table_labels
 from jepa_kit.errors import cause_of
 
@@ -70,17 +71,9 @@ class Files(Source):
         return fingerprint([*self.names, *self.sizes, *labels])
 
 
-def _read_file(root: str, names: Sequence[str], i: int) -> bytes:
+def _read_named(root: str, names: Sequence[str], i: int) -> bytes:
     """Return the content of a file in a folder."""
-    path = Path(root, names[i])
-    if path.exists() and not path.is_file():
-        raise OSError("it is a folder, a pipe or a device, not a file")  # reading a pipe could block forever
-    return path.read_bytes()
-
-
-def hidden(name: str) -> bool:
-    """Return whether a path has a hidden part, or the folder that macOS adds to archives."""
-    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
+    return read_file(os.path.join(root, names[i]))
 
 
 def folder_files(path: str) -> Listing:
@@ -89,39 +82,20 @@ def folder_files(path: str) -> Listing:
     Raises:
         ValueError: all are tar files: shards, or ImageNet's classes.
     """
-    every = sorted(Path(folder, file).relative_to(path).as_posix() for folder, files in _walk(path) for file in files)
+    every = sorted(walk_files(path))
     names = [name for name in every if not hidden(name)]
     if names and all(name.endswith(".tar") for name in names):
         raise ValueError(
             f"source (={path!r}) contains only tar files: if they are WebDataset shards, give wds:{path}; if "
             "each is a class, as in ImageNet's train archive, give that archive"
         )
-    sizes = [_size(os.path.join(path, name)) for name in names]
-    return Listing(names, sizes, partial(_read_file, path, names), len(every) - len(names))
-
-
-def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder, its files) of a folder and those below.
-
-    Links are followed, except one to a folder above it, which would never end.
-    """
-    above = {root: [os.path.realpath(root)]}  # folder -> real paths of it and of the folders above it
-    for folder, inner, files in os.walk(root, followlinks=True):
-        way = above.pop(folder)
-        places = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
-        # os.walk descends into what is left in `inner`
-        inner[:] = [n for n in inner if not any(os.path.commonpath([p, places[n]]) == places[n] for p in way)]
-        above.update((os.path.join(folder, name), [*way, places[name]]) for name in inner)
-        yield folder, files
+    sizes = [file_size(os.path.join(path, name)) for name in names]
+    return Listing(names, sizes, partial(_read_named, path, names), len(every) - len(names))
 
 
 def _with_slashes(name: str, root: str) -> str:
     """Return a path of a table with forward slashes if there is no file of that very name, backslashes included."""
     return name if "\\" in name and os.path.exists(os.path.join(root, name)) else name.replace("\\", "/")
-
-
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else -1  # a broken link is refused when it is read
 
 
 def table_files(path: str, path_column: str, label_columns: Sequence[str]) -> tuple[Listing, Labels]:
@@ -139,5 +113,5 @@ def table_files(path: str, path_column: str, label_columns: Sequence[str]) -> tu
     root = os.path.dirname(path)
     names = [_with_slashes(name, root) for name in table_column(table, path_column, path)]
     labels = table_labels(table, label_columns, path, without=[path_column])
-    sizes = [_size(os.path.join(root, name)) for name in names]
-    return Listing(names, sizes, partial(_read_file, root, names), 0), labels
+    sizes = [file_size(os.path.join(root, name)) for name in names]
+    return Listing(names, sizes, partial(_read_named, root, names), 0), labels

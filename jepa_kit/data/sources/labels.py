@@ -141,16 +141,22 @@ def split_notes(names: Sequence[str], path: str) -> list[str]:
         names: paths with forward slashes.
         path: of the source.
     """
-    shared = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071 (cut at a slash)
-    below = {name[len(shared) :].lstrip("/").partition("/")[0] for name in names}
-    parts = sorted(part for part in below if part.lower() in SPLITS)
-    if len(parts) < 2:
+    parts = split_folders(names)
+    if not parts:
         return []
     inside = f" (unpack {os.path.basename(path)} first)" if os.path.isfile(path) else ""
     return [
         f"{' and '.join(parts)} in {path} become one data set: to keep them apart, make shards of each folder"
         f"{inside}, and of those after the first with --classes-from the first one's shards"
     ]
+
+
+def split_folders(names: Sequence[str]) -> list[str]:
+    """Return the folders with the names of splits, below the folder of all files; none if there are less than two."""
+    shared = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071 (cut at a slash)
+    below = {name[len(shared) :].lstrip("/").partition("/")[0] for name in names}
+    parts = sorted(part for part in below if part.lower() in SPLITS)
+    return parts if len(parts) > 1 else []
 
 
 def read_lines(path: str, option: str) -> list[str]:

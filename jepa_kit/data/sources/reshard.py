@@ -9,8 +9,10 @@ from itertools import islice
 from jepa_kit.data.remote.fetch import expand
 from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import is_foreign
+from jepa_kit.data.shards.parts import ShardPart
 from jepa_kit.data.shards.writing import IMAGE_EXTENSIONS, MASK_EXTENSION, Sample
-from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, safe_keys, single_split
+from jepa_kit.data.sources.base import Recode, Refused, Source, fingerprint, single_split
+from jepa_kit.data.sources.keys import safe_keys
 from jepa_kit.errors import SampleError
 
 SEARCHED_MEMBERS = 1000
@@ -37,7 +39,10 @@ class ShardSource(Source):
         n = len(self.dataset)
         self._old = [self.dataset.key(i) for i in range(n)]
         self._keys = safe_keys(self._old)
-        foreign = [part.index for part in self.dataset.parts if is_foreign(part.index)]
+        parts = [part for part in self.dataset.parts if isinstance(part, ShardPart)]
+        if len(parts) < len(self.dataset.parts):
+            raise ValueError(f"source (='wds:{pattern}') contains images and no shards: give {pattern}")
+        foreign = [part.index for part in parts if is_foreign(part.index)]
         self._bad = [(entry["name"], entry["reason"]) for index in foreign for entry in index["refused"]]
         self.classes, self.mask_classes = self.dataset.classes, self.dataset.mask_classes
         self.splits = single_split(n + len(self._bad))

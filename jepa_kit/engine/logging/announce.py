@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from jepa_kit.config import versions
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.shards.index import brief
 from jepa_kit.distributed.collectives import World, all_gather_object
 from jepa_kit.encoders.attention import describe_backend
@@ -98,7 +99,8 @@ def announce(
     ]
     if run.device.type == "cuda" and run.world.size < torch.cuda.device_count():
         lines.append(f"note: {torch.cuda.device_count()} GPUs are here; torchrun --nproc-per-node N uses N of them")
-    lines.append(f"data: {len(run.dataset):,} samples, {run.config.data.shards}")
+    lines.append(f"data: {len(run.dataset):,} samples, {run.dataset.path}")
+    lines += notes_on_files(run.dataset)
     if run.dataset.remote:
         lines.append(f"data: {run.loader.fetching()}")
     lines += [
@@ -115,6 +117,17 @@ def announce(
         lines.append(f"nothing to resume: {store} has no checkpoint; starting at step 0")
     lines.append(f"run folder: {folder}")
     print(*lines, sep="\n", flush=True)
+
+
+def notes_on_files(dataset: ShardDataset) -> list[str]:
+    """Return what was left out of folders of images, and when shards are better."""
+    notes = [f"note: {note}" for part in dataset.listed for note in part.notes]
+    if dataset.listed:
+        notes.append(
+            f"note: {dataset.listed[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
+            "fewer operations, which matters on network and hard disks, and show damaged images before a run"
+        )
+    return notes
 
 
 def find_places(world: World, device: torch.device, precision: Precision) -> list[Place]:

@@ -144,18 +144,12 @@ def test_a_folder_without_shards(tmp_path, folder):
     with pytest.raises(ValueError, match=r"but it contains none; these folders in it do: shards$"):
         ShardDataset(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it contains none$"):
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards or of images, but it contains neither \(of"):
         ShardDataset(tmp_path / "empty")
 
 
-def test_images_that_are_no_shards_yet(tmp_path):
-    """A folder of photos or an archive instead of shards: the message has the command that makes shards."""
-    (tmp_path / "photos/cat").mkdir(parents=True)
-    (tmp_path / "photos/cat/1.JPG").touch()
-    command = rf"`python tools/make_shards.py {tmp_path}/photos/? shards/photos` makes shards of it"
-    for path in (tmp_path / "photos", f"{tmp_path}/photos/"):
-        with pytest.raises(ValueError, match=rf"but it contains none, and images \(cat/1.JPG\): {command}"):
-            ShardDataset(path)
+def test_an_archive_that_is_no_shard(tmp_path):
+    """The message has the command that makes shards."""
     (tmp_path / "photos.zip").touch()
     with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it is a file: `python tools/ma"):
         ShardDataset(tmp_path / "photos.zip")

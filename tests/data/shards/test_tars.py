@@ -222,7 +222,7 @@ def test_a_compressed_shard(plain):
     folder = plain.parent / "old.tar.gz"
     os.rename(f"{plain}.gz", plain)
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it contains none"):
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards or of images, but it contains neither"):
         ShardDataset(folder)
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from small_shards import encoded, picture, write_shards
 
-from jepa_kit.data.sources.base import Refused, safe_keys, unique_keys
+from jepa_kit.data.sources.base import Refused
+from jepa_kit.data.sources.keys import safe_keys, unique_keys
 from jepa_kit.data.sources.opening import SourceOptions, open_source
 
 TREE = {

@@ -3,9 +3,11 @@ import textwrap
 
 import pytest
 import torch
+from PIL import Image
 
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.distributed.collectives import World
-from jepa_kit.engine.logging.announce import Place, describe, find_places, to_dict
+from jepa_kit.engine.logging.announce import Place, describe, find_places, notes_on_files, to_dict
 
 
 def place(rank, host="a", tflops=100.0, model="H100", device=None):
@@ -53,6 +55,16 @@ def test_what_programs_read(monkeypatch):
     assert "slurm_job" not in found
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert to_dict([place(0)], "bf16")["slurm_job"] == "17"
+
+
+def test_a_folder_of_images(shards, tmp_path):
+    for k in range(3):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    (tmp_path / "readme").touch()
+    notes = notes_on_files(ShardDataset([str(tmp_path), str(shards)]))
+    assert notes[0] == f"note: {tmp_path}: left out 1 files without the extension of an image: 1 without one"
+    assert notes[1].startswith(f"note: {tmp_path} is read file by file; shards of it (tools/make_shards.py) are read ")
+    assert notes_on_files(ShardDataset(shards)) == []
 
 
 SCRIPT = """
