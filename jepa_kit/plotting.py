@@ -6,6 +6,7 @@ that their environment may lack, and matplotlib then fails at import.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -18,7 +19,7 @@ try:
     from matplotlib import colormaps as colormaps
     from matplotlib.axes import Axes as Axes
     from matplotlib.collections import LineCollection as LineCollection
-    from matplotlib.figure import Figure as Figure
+    from matplotlib.figure import Figure as _Figure
     from matplotlib.figure import SubFigure as SubFigure
     from matplotlib.lines import Line2D as Line2D
     from matplotlib.patches import FancyArrowPatch as FancyArrowPatch
@@ -32,6 +33,15 @@ finally:
 if _backend is not None and not _imported_before:
     with suppress(ValueError):  # the backend for the user's own figures
         matplotlib.rcParams["backend"] = _backend
+
+
+class Figure(_Figure):
+    """matplotlib's figure, which notebooks also show if pyplot is not imported."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", facecolor="white")
+        return out.getvalue()
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: int, format: str = "png") -> Path:

@@ -9,15 +9,18 @@ loss    = D(s_hat_y, s_y);  target encoder <- target_update(encoder)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders.sizes import check_layers
 from jepa_kit.frozen import FrozenNetwork
-from jepa_kit.interfaces import Encoder, TargetUpdate
+from jepa_kit.interfaces import Encoder, Masker, TargetUpdate
 from jepa_kit.registry import RECIPES
+from jepa_kit.rng import view_seed
 from jepa_kit.structures import (
     START,
     MaskBatch,
@@ -30,6 +33,9 @@ from jepa_kit.structures import (
     at_least_float32,
 )
 from jepa_kit.target_updates import NoTargetEncoder
+
+if TYPE_CHECKING:
+    from jepa_kit.config import Config
 
 
 class Recipe(nn.Module):
@@ -51,12 +57,16 @@ class Recipe(nn.Module):
         masked: whether views have masks; then the config has a slot ``masker``.
         head_inputs: head -> the head whose output it maps; other heads map the encoder's tokens.
         needs_teacher: whether there must be a target encoder, or one tied to the encoder.
+        config: of a recipe from ``jepa_kit.build``; else None.
+        maskers: the masker of each view, or None if it has no masks; empty unless from ``jepa_kit.build``.
     """
 
     num_views: ClassVar[tuple[int, int | None]] = (1, 1)
     masked: ClassVar[bool] = True
     head_inputs: ClassVar[Mapping[str, str]] = {}
     needs_teacher: ClassVar[bool] = False
+    config: Config | None = None
+    maskers: tuple[Masker | None, ...] = ()
 
     def __init__(self, *, encoder: nn.Module, target_update: TargetUpdate | None = None) -> None:
         super().__init__()
@@ -98,6 +108,55 @@ class Recipe(nn.Module):
             progress: of the run.
         """
         raise NotImplementedError
+
+    @property
+    def masker(self) -> Masker | None:
+        """The masker of the first view that has masks; None if no view has."""
+        return next((masker for masker in self.maskers if masker is not None), None)
+
+    def views(self, *images: Tensor, step: int = 0) -> tuple[View, ...]:
+        """Return the views of a batch of images, with masks; only of a recipe from ``jepa_kit.build``.
+
+        Args:
+            images: [B, 3, h, w] of each view of the config (most recipes have one): uint8, which are normalised by
+                ``data.mean`` and ``data.std``, or float and normalised already.
+            step: number of the batch; its masks are a function of ``train.seed`` and of this number.
+
+        Raises:
+            ValueError: the recipe is not from ``jepa_kit.build``, or it has another number of views or needs actions.
+        """
+        if self.config is None:
+            raise ValueError("views need the recipe's config and maskers: make the recipe with jepa_kit.build")
+        data, seed = self.config.data, self.config.train.seed
+        if len(images) != len(self.maskers):
+            raise ValueError(f"images (={len(images)} tensors) must be one for each of the {len(self.maskers)} views")
+        if data.action_size:
+            raise ValueError(
+                "data.views asks for actions, which images (=tensors) lack: make each View with its action"
+            )
+        views = []
+        for k, (x, draw) in enumerate(zip(images, self.maskers, strict=True)):
+            x = x if x.is_floating_point() else normalize(x, data.mean, data.std)
+            samples = step * len(x) + np.arange(len(x))
+            masks = None if draw is None else draw(samples, seed=view_seed(seed, k), epoch=0, step=step)
+            views.append(View(x, None if masks is None else masks.to(x.device)))
+        return tuple(views)
+
+    def forward_images(self, *images: Tensor, step: int = 0, steps: int = 1) -> Output:
+        """Return the loss of a batch of images: ``self(*self.views(*images, step=step), progress=...)``.
+
+        Args:
+            images: see ``views``.
+            step: number of updates before this one; new masks are drawn for each.
+            steps: number of planned updates, for losses that change during training.
+
+        Raises:
+            ValueError: see ``views``; or ``step`` is not in [0, steps).
+        """
+        if not 0 <= step < steps:
+            raise ValueError(f"step (={step}) must be from 0 to steps - 1 (={steps - 1})")
+        seed = 0 if self.config is None else self.config.train.seed
+        return self(*self.views(*images, step=step), progress=Progress(step, step / steps, seed=seed))
 
     def update_target(self, momentum: float) -> None:
         """Update all networks that follow others: target encoder <- target_update(encoder)."""

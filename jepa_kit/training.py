@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_kit.config import Config
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.engine import train as engine
 from jepa_kit.engine.run import HookFactory
 from jepa_kit.evaluation.online import PANELS, online_evaluation
@@ -22,7 +23,12 @@ from jepa_kit.interop import start
 
 
 def train(
-    config: Config, *, resume: bool = False, resume_from: str | None = None, hooks: Sequence[HookFactory] = ()
+    config: Config,
+    *,
+    resume: bool = False,
+    resume_from: str | None = None,
+    hooks: Sequence[HookFactory] = (),
+    dataset: ShardDataset | None = None,
 ) -> Path:
     """Train a config, as ``jepa_kit.engine.train.train``, with the evaluation that its section ``evaluate`` selects.
 
@@ -31,6 +37,7 @@ def train(
         resume: resume the run in ``train.output_dir``.
         resume_from: a checkpoint of the run, or a released one to start from.
         hooks: more hooks, each made by a function of the run (jepa_kit/engine/run.py).
+        dataset: the images, in place of ``data.shards``; the same on all processes.
 
     Returns:
         the run folder.
@@ -45,4 +52,5 @@ def train(
         hooks=[online_evaluation, *hooks],
         panels=PANELS,
         foreign=start,
+        dataset=dataset,
     )

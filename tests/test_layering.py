@@ -49,6 +49,7 @@ LAYERS: list[set[str]] = [
     {"interop"},
     {"evaluation"},
     {"training"},
+    {"api"},
     {"studies"},
     {"tools"},
 ]

@@ -26,6 +26,11 @@ def shipped_configs() -> dict[str, Path]:
     return {f.stem if count[f.stem] == 1 else _with_project(f): f for f in files}
 
 
+def config_names() -> list[str]:
+    """Return the names of the configs of all projects, each with its project in front, sorted."""
+    return [_with_project(file) for file in _files()]
+
+
 def _files() -> list[Path]:
     return sorted(Path(PROJECTS).glob("*/configs/*.yaml"))
 

@@ -49,7 +49,13 @@ def open_together(config: Config, shards: str | Sequence[str] | None = None) -> 
         return open_shards(config, shards)
     broadcast_from_rank0(lambda: len(open_shards(config, shards)))
     dataset = run_on_all_ranks(lambda: open_shards(config, shards))
-    check_same(flatten({"data.shards" if shards is None else "shards": brief(identity(dataset.shards))}))
+    return same_on_all_ranks(dataset, "data.shards" if shards is None else "shards")
+
+
+def same_on_all_ranks(dataset: ShardDataset, name: str = "dataset") -> ShardDataset:
+    """Return the data set; raise ValueError on all ranks if it has other samples on one of them."""
+    if joined():
+        check_same(flatten({name: brief(identity(dataset.shards))}))
     return dataset
 
 
@@ -86,19 +92,25 @@ def check_shares(settings: TrainConfig, processes: int) -> None:
         )
 
 
-def build_run(config: Config, world: World, device: torch.device) -> Run:
+def build_run(config: Config, world: World, device: torch.device, dataset: ShardDataset | None = None) -> Run:
     """Return the run of a config; its first weights are a function of ``train.seed``. All ranks must call it.
+
+    Args:
+        config: checked.
+        world: of this process.
+        device: of this process.
+        dataset: the training samples, the same on all ranks; None for those of ``data.shards``.
 
     Raises:
         ValueError: no data set, or fewer samples than a batch; a batch that the processes do not divide; or an error of
             a part.
     """
-    if config.data.shards is None:
+    if config.data.shards is None and dataset is None:
         raise ValueError(
             "data.shards (=None) must name a folder of images or of shards to train; tools/make_shards.py makes shards "
             "from a folder, an archive, or synthetic:scenes"
         )
-    dataset = open_together(config)
+    dataset = same_on_all_ranks(dataset) if dataset is not None else open_together(config)
     settings, optim = config.train, config.optim
     torch.manual_seed(settings.seed)
     jepa = build_recipe(config).to(device).train()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from jepa_kit.config import Config
+from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.data.workers import limit_threads
 from jepa_kit.distributed.collectives import (
     barrier,
@@ -54,6 +55,7 @@ def train(
     hooks: Sequence[HookFactory] = (),
     panels: Sequence[Panel] = (),
     foreign: ForeignWeights | None = None,
+    dataset: ShardDataset | None = None,
 ) -> Path:
     """Train a config, in this process or, under torchrun or srun, in all of its processes; return the run folder.
 
@@ -67,6 +69,7 @@ def train(
         hooks: called with the run before its first step; each returns a hook, or None (run.py).
         panels: of ``curves.png``, for the values that the hooks return.
         foreign: reads released checkpoints and the file of ``train.init_from``.
+        dataset: the images, in place of ``data.shards``; the same on all processes.
 
     Raises:
         ValueError: the config does not fit the data, the machine or the run in the folder; processes differ in config,
@@ -103,7 +106,7 @@ def train(
             print("starting: opens the data, builds the networks, measures the machine", flush=True)
 
         def attempt(latest: Location | None, resume: bool) -> End:
-            run = build_run(config, world, device)
+            run = build_run(config, world, device, dataset)
             start = start_from(run, store, latest, resume_from, foreign)
             run = replace(run, config=resolve_precision(config, device, start.precision))
             with products_in(precision_of(run.config), device):

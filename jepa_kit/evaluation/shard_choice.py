@@ -39,18 +39,16 @@ def training_shards(given: str | None, of_run: Shards | None, option: str = "--t
     return found
 
 
-def evaluation_shards(given: str | None, train: Shards) -> str:
+def evaluation_shards(given: str | None, train: Shards, option: str = "--test-shards") -> str:
     """Return the test shards of protocols: ``given``, else held-out shards beside the training shards.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; ``option`` is the one to use.
     """
     found = given or held_out(train)
     if found is None:
         shown = train if isinstance(train, str) else ", ".join(train)
-        raise ValueError(
-            f"--test-shards must name a folder of shards: there is no {' or '.join(BESIDE)} beside {shown}"
-        )
+        raise ValueError(f"{option} must name a folder of shards: there is no {' or '.join(BESIDE)} beside {shown}")
     return found
 
 

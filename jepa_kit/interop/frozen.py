@@ -26,7 +26,7 @@ Pictures = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 """One image as ``preprocess`` accepts it."""
 
 
-def _opened(image: Pictures) -> Image.Image:
+def opened(image: Pictures) -> Image.Image:
     """Return an image in RGB."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
@@ -109,7 +109,7 @@ class FrozenEncoder(nn.Module):
         if not several:
             raise ValueError("there must be at least one image")
         crop = CenterCrop(image_size=self.image_size)
-        batch = stack([crop(_opened(image)) for image in several])  # type: ignore[arg-type]
+        batch = stack([crop(opened(image)) for image in several])  # type: ignore[arg-type]
         return normalize(batch.to(next(self.vit.parameters()).device), self.provenance.mean, self.provenance.std)
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jepa_kit.engine.logging.telemetry import Record, read_metrics
+
+if TYPE_CHECKING:
+    from jepa_kit.plotting import Figure
 
 T = TypeVar("T")
 
@@ -54,6 +57,21 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
 
     Args:
         folder: of the run.
+        panels: see ``curves_figure``.
+    """
+    figure = curves_figure(folder, panels)
+    if figure is None:
+        return None
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def curves_figure(folder: Path, panels: Sequence[Panel] = ()) -> Figure | None:
+    """Return the curves of a run, from ``metrics.jsonl``, as a figure; None if there is no line to draw.
+
+    Args:
+        folder: of the run.
         panels: for values that hooks return; any other value of a hook gets a panel of its own.
     """
     from jepa_kit.plotting import Figure
@@ -85,9 +103,7 @@ def plot_curves(folder: Path, panels: Sequence[Panel] = ()) -> Path | None:
         grid = parts[1].add_gridspec(below, COLUMNS)
         for number, panel in enumerate(measured):
             _draw(parts[1].add_subplot(grid[number // COLUMNS, number % COLUMNS]), records, panel, last, marker=".")
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=100)
-    return path
+    return figure
 
 
 def _present(panels: Sequence[Panel], given: set[str]) -> list[Panel]:

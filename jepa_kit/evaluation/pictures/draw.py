@@ -7,11 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from jepa_kit.config import DataConfig
@@ -37,27 +41,27 @@ LABEL = 1.9
 """Width of the legend's longest entry in inches."""
 
 
-def mask_gallery(
+def mask_gallery(images: Tensor, masks: MaskBatch, path: str | Path, **options: Any) -> Path:
+    """Write ``mask_figure(images, masks, **options)`` as a PNG and return the path; missing folders are made."""
+    return save_figure(mask_figure(images, masks, **options), path, dpi=DPI)
+
+
+def mask_figure(
     images: Tensor,
     masks: MaskBatch,
-    path: str | Path,
     *,
     titles: Sequence[str] | None = None,
     columns: int = 8,
     heading: str = "What the context encoder sees, and what is predicted",
-) -> Path:
+) -> Figure:
     """Draw images, and below each what its contexts show, with every target block outlined in its own colour.
 
     Args:
         images: [B, 3, h, w] uint8.
         masks: of these images.
-        path: of the PNG; missing folders are made.
         titles: one for each image.
         columns: images side by side.
         heading: of the picture.
-
-    Returns:
-        the path.
 
     Raises:
         ValueError: see ``dim_hidden``; also if there are not as many titles as images.
@@ -87,7 +91,7 @@ def mask_gallery(
         legend.append(Line2D([], [], color=colour, linewidth=2, label=f"target block {m}"))
     in_a_row = int(figure.get_figwidth() // LABEL)
     figure.legend(handles=legend, loc="outside lower center", ncols=in_a_row, frameon=False, fontsize=8)
-    return save_figure(figure, path, dpi=DPI)
+    return figure
 
 
 def _caption(context: int, blocks: Sequence[int]) -> str:
@@ -107,11 +111,8 @@ def patch_pca(
     std: Sequence[float] = DataConfig.std,
     shown: int = 8,
     device: torch.device | str = "cpu",
-    heading: str = "First three principal components of patch features, as red, green and blue",
 ) -> Path:
-    """Draw images, and below each the principal components of its patch features, in a row for every encoder.
-
-    Components are of all patches of all images together, so a colour has the same meaning throughout a row.
+    """Write ``patch_figure`` of encoders as a PNG and return the path.
 
     Args:
         images: [B, 3, h, w] uint8; the components are of all of them.
@@ -120,32 +121,56 @@ def patch_pca(
         mean, std: of the channels, as in training.
         shown: how many of the images are drawn, from the first.
         device: where the encoders run.
-        heading: of the picture.
-
-    Returns:
-        the path.
 
     Raises:
         ValueError: if images are not uint8, there is no encoder, or an encoder's patches do not divide the images.
     """
-    if not encoders:
+    sources = {
+        name: partial(extract_features, one, mean=mean, std=std, device=device) for name, one in encoders.items()
+    }
+    sizes = {name: one.patch_size for name, one in encoders.items()}
+    return save_figure(patch_figure(images, sources, sizes, shown=shown), path, dpi=DPI)
+
+
+def patch_figure(
+    images: Tensor,
+    sources: Mapping[str, Callable[..., NDArray[np.float32]]],
+    patch_sizes: Mapping[str, int],
+    *,
+    shown: int = 8,
+    heading: str = "First three principal components of patch features, as red, green and blue",
+) -> Figure:
+    """Draw images, and below each the principal components of its patch features, in a row for every encoder.
+
+    Components are of all patches of all images together, so a colour has the same meaning throughout a row.
+
+    Args:
+        images: [B, 3, h, w] uint8; the components are of all of them.
+        sources: name to print -> function from (images, pooling="none") to patch features [B, n, D].
+        patch_sizes: name -> side of a patch in pixels.
+        shown: how many of the images are drawn, from the first.
+        heading: of the picture.
+
+    Raises:
+        ValueError: if images are not uint8, there is no encoder, or an encoder's patches do not divide the images.
+    """
+    if not sources:
         raise ValueError("encoders (={}) must have at least one")
     check_images(images, (1, 1))
     columns = min(shown, len(images))
-    captions = [0.08] * (1 + len(encoders))
+    captions = [0.08] * (1 + len(sources))
     figure, axes = _panels(captions, columns, images.shape[2] / images.shape[3], around=0.3, heading=heading)
     axes[0][0].set_ylabel("image", fontsize=8)
     for column in range(columns):
         _show(axes[0][column], images[column])
-    for row, (name, encoder) in zip(axes[1:], encoders.items(), strict=True):
-        tokens = extract_features(encoder, images, pooling="none", device=device, mean=mean, std=std)  # [B, n, D]
-        grid = images.shape[2] // encoder.patch_size, images.shape[3] // encoder.patch_size
-        colours, explained = component_images(tokens, grid)
+    for row, (name, source) in zip(axes[1:], sources.items(), strict=True):
+        tokens, side = source(images, pooling="none"), patch_sizes[name]  # [B, n, D]
+        colours, explained = component_images(tokens, (images.shape[2] // side, images.shape[3] // side))
         large = F.interpolate(colours[:columns], images.shape[2:], mode="bicubic", antialias=False)
         for column, picture in enumerate(to_uint8(large)):
             _show(row[column], picture)
         row[0].set_ylabel(f"{name}\n{100 * explained:.0f} % of variance", fontsize=8)
-    return save_figure(figure, path, dpi=DPI)
+    return figure
 
 
 def _panels(

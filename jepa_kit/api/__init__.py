@@ -1,0 +1,7 @@
+"""The Python API: the functions that ``import jepa_kit`` offers (docs/python.md).
+
+models.py    build, list_configs, list_parts
+runs.py      train, evaluate
+pictures.py  plot_masks, plot_patches, plot_curves
+configs.py   the configs and overrides that all of them take
+"""
