@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from jepa_kit.tools import make_shards
-
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 BLOCKS = re.findall(r"^## (.*?)$|^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
 EXAMPLES = [code for _, code in BLOCKS if code]
@@ -28,10 +26,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 draw = getattr(ImageDraw.Draw(image), "ellipse" if shape == "circle" else "rectangle")
                 draw((10 + i, 8, 50 + i, 48), fill=(220, 9 * i, 60))
                 image.save(path)
-        place = str(folder / "photos" / part)
-        assert make_shards.main([place, str(folder / part)]) == 0
-        for file in (folder / part).iterdir():
-            file.rename(folder / "photos" / part / file.name)
     return folder
 
 
