@@ -92,7 +92,8 @@ def described(tree: ast.Module) -> Iterator[tuple[str, Function | ast.ClassDef, 
     for node in tree.body:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
-        yield node.name, node, True
+        overload = any(isinstance(one, ast.Name) and one.id == "overload" for one in node.decorator_list)
+        yield node.name, node, not overload
         for inner in node.body if isinstance(node, ast.ClassDef) else []:
             if isinstance(inner, Function) and (inner.name in {"__init__", "__call__"} or inner.name[0] != "_"):
                 lines = (inner.end_lineno or 0) - inner.body[0].lineno + 1
