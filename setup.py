@@ -1,4 +1,4 @@
-"""Installs `jepa_kit`, with commands for its tools. A wheel has the folder projects/ as jepa_kit/projects."""
+"""Installs `jepa_kit`, with commands for its tools. A wheel has projects/ and reference/ inside jepa_kit/."""
 
 import re
 import shutil
@@ -28,15 +28,15 @@ TOOLS = {
 """Command -> module of jepa_kit.tools."""
 
 
-class BuildWithProjects(build_py):
-    """Copies projects/ into the package, except in an editable install, which uses the clone's own folder."""
+class BuildWithFolders(build_py):
+    """Copies projects/ and reference/ into the package; an editable install uses those of the clone."""
 
     def run(self):
         super().run()
-        if not self.editable_mode:
-            target = Path(self.build_lib, "jepa_kit", "projects")
+        for name in () if self.editable_mode else ("projects", "reference"):
+            target = Path(self.build_lib, "jepa_kit", name)
             shutil.rmtree(target, ignore_errors=True)  # of an earlier build
-            shutil.copytree(here / "projects", target, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(here / name, target, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 setup(
@@ -53,7 +53,7 @@ setup(
     # in a config works from anywhere; without it, setuptools would map jepa_kit alone.
     package_dir={"": "."},
     package_data={"jepa_kit": ["py.typed"]},
-    cmdclass={"build_py": BuildWithProjects},
+    cmdclass={"build_py": BuildWithFolders},
     entry_points={"console_scripts": [f"{name} = jepa_kit.tools.{module}:main" for name, module in TOOLS.items()]},
     install_requires=[
         "torch>=2.10,<2.14",

@@ -20,3 +20,6 @@ RUN_CONFIG = "config.yaml"
 
 SKIPPED = "skipped.jsonl"
 """Samples that could not be used."""
+
+WEIGHTS = "weights.safetensors"
+"""In the folder of a reference run: its weights, without those of an optimiser."""

@@ -24,10 +24,11 @@ from jepa_kit.config import Config, DataConfig, config_from_dict
 from jepa_kit.config.resolved import import_named
 from jepa_kit.data.transforms import normalize
 from jepa_kit.encoders.pooling import quarters
-from jepa_kit.engine.checkpoint.format import check_finite, load_checkpoint, restore
+from jepa_kit.engine.checkpoint.format import check_finite, restore
 from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.from_config import build_recipe
 from jepa_kit.interfaces import Encoder
+from jepa_kit.interop.reference import read_checkpoint
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.registry import check_choice
@@ -230,7 +231,7 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = (), *, trust_imp
     """Load the recipe of a checkpoint with its weights, on the CPU, in evaluation mode.
 
     Args:
-        checkpoint: a file, or a run folder, for its latest checkpoint.
+        checkpoint: a file, a run folder, for its latest checkpoint, or ``reference:NAME``.
         overrides: of the config, as on the command line: ``train.attention=reference``.
         trust_imports: run ``imports`` of its config that are not part of jepa_kit.
 
@@ -241,7 +242,7 @@ def load_run(checkpoint: str | Path, overrides: Sequence[str] = (), *, trust_imp
         ConfigError: an override that the config does not have, or imports that are not trusted.
     """
     import_named(overrides)  # first, because the URL of the checkpoint may need a handler that they register
-    loaded = load_checkpoint(latest_checkpoint(checkpoint))
+    loaded = read_checkpoint(latest_checkpoint(checkpoint))
     config = config_from_dict(
         loaded.config,
         overrides,

@@ -62,7 +62,7 @@ PANELS = (
     Panel("cosine of features", ("eval/cosine",)),
     Panel("uniformity of features", ("eval/uniformity",)),
     Panel("alpha of features", ("eval/alpha",)),
-    Panel("seconds of an evaluation", ("eval/seconds",), 1.0, True),
+    Panel("seconds of an evaluation", ("eval/seconds",), 1.0, True, compared=False),
 )
 """Panels of ``curves.png`` for what the hook returns; docs/evaluation.md explains how to read each."""
 NEIGHBOURS = 20

@@ -42,7 +42,7 @@ def fetch(path_or_url: str | os.PathLike[str], sha256: str | None = None) -> Pat
     """Return the local path of a file or folder; download it if it is remote.
 
     Args:
-        path_or_url: a path; an http URL of one file, which iopath caches; or another URL, see
+        path_or_url: a path; an http URL of one file, which iopath caches; ``reference:NAME``, or another URL, see
             ``jepa_kit.engine.checkpoint.locate.to_read``.
         sha256: expected SHA-256 of the file in hex; None for no check.
 
@@ -98,7 +98,8 @@ def recognise(path: Path, *, allow_unchecked: bool = False) -> Format:
         return "official" if any(encoders) else "timm"
     # safetensors: the length of the header, at most 100 MB, and the header, which is JSON
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
-        return "safetensors" if read_header(path)["__metadata__"].get("format_name") == FORMAT_NAME else "timm"
+        name = read_header(path)["__metadata__"].get("format_name")
+        return "jepa_kit" if name == FORMAT else "safetensors" if name == FORMAT_NAME else "timm"
     if start[:1] == b"\x08":  # field ir_version of a protobuf
         return "onnx"
     if not start:

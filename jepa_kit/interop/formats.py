@@ -8,11 +8,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
-from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite, load_checkpoint
+from jepa_kit.config.shipped import is_reference
+from jepa_kit.engine.checkpoint.format import Checkpoint, check_finite
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write
 from jepa_kit.interop import hf, hf_models, native, official, onnx, safetensors, timm
 from jepa_kit.interop.files import Format, fetch, recognise
+from jepa_kit.interop.reference import read_checkpoint
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Reading, choose
 
 MODULES = dict(zip(get_args(Format), (official, native, hf, timm, safetensors, onnx), strict=True))
@@ -41,7 +43,7 @@ def read(path: Path, format: Format | None = None, reading: Reading = AS_IT_IS) 
     if format is not None and found != format:
         raise CheckpointError(f"{path} is not in the format {format!r}: by its content it is {found!r}")
     if found == "jepa_kit":
-        held = load_checkpoint(path)
+        held = read_checkpoint(path, allow_unchecked=reading.allow_unchecked)
         check_finite(held.model, str(path))
         moments = {f"{key} of {name}": x for name, state in held.optimizer.items() for key, x in state.items()}
         check_finite(moments, f"the optimiser of {path}")
@@ -67,7 +69,8 @@ def read_encoder(
 
     Args:
         path_or_url: see ``fetch``.
-        encoder: ``target``, ``context``, or None for any (the target encoder if the file has both).
+        encoder: ``target``, ``context``, or None for any (the target encoder if the file has both). Of a reference run,
+            ``target`` is the encoder that was evaluated, which is the context encoder if no target encoder learns.
         sha256: expected checksum of the file.
         options: of ``Reading``.
 
@@ -78,6 +81,8 @@ def read_encoder(
     """
     reading = Reading(**options)
     path = fetch(path_or_url, sha256)
+    if is_reference(path_or_url):
+        return encoder_from(read(path, None, reading), None if encoder == "target" else encoder, str(path_or_url))
     return encoder_from(read(path, None, reading), encoder, path.name)
 
 

@@ -148,8 +148,10 @@ def load_encoder(
     No code in the file is run, and no module named in its config is imported.
 
     Args:
-        path_or_url: a file, a folder (a run folder, or one of transformers), or an http URL of a file.
-        encoder: ``target`` (evaluated in the paper), ``context``, or None for what the file contains.
+        path_or_url: a file, a folder (a run folder, or one of transformers), an http URL of a file, or a run that ships
+            with jepa_kit, as ``reference:ijepa_scenes``.
+        encoder: ``target`` (evaluated in the paper), ``context``, or None for what the file contains. Of a reference
+            run, ``target`` is the encoder that was evaluated, which is the context encoder if no target encoder learns.
         image_size: size of images, if it is not that of training: pixels, or (h, w).
         sha256: expected checksum of the file in hex.
         num_heads: needed if neither the file nor the encoder's size determines it.

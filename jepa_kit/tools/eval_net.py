@@ -275,6 +275,7 @@ def report(
 
 def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None:
     """Raise ValueError for an option without effect or that needs another, or a file that cannot be written."""
+    from jepa_kit.config.shipped import is_reference
     from jepa_kit.engine.checkpoint.storage import is_url
     from jepa_kit.evaluation.tables.results import check_output
 
@@ -291,8 +292,9 @@ def check_choices(arguments: argparse.Namespace, built: Sequence[Built]) -> None
             f"--untrained-seed (={arguments.untrained_seed}) would do nothing: --baselines (={arguments.baselines!r}) "
             "has no untrained network"
         )
-    if arguments.checkpoint and is_url(arguments.checkpoint) and not arguments.output:
-        raise ValueError(f"--output must name a file: --checkpoint (={arguments.checkpoint!r}) is in no local folder")
+    named = arguments.checkpoint
+    if named and (is_url(named) or is_reference(named)) and not arguments.output:
+        raise ValueError(f"--output must name a file: --checkpoint (={named!r}) is not in a folder of yours")
     if arguments.config_file and arguments.encoder:
         raise ValueError(f"--encoder (={arguments.encoder!r}) would do nothing: --config-file has no trained encoder")
     if arguments.config_file and arguments.baselines == "none":

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Write the pictures; print the verdict and the files."""
     # here, so that --help does not wait for torch and matplotlib
+    from jepa_kit.config.shipped import is_reference
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
     from jepa_kit.engine.checkpoint.storage import is_url
@@ -62,8 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < least:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} (={getattr(arguments, name)}) must be at least {least}")
-    if is_url(arguments.checkpoint) and not arguments.output:
-        raise ValueError(f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is in no local folder")
+    if (is_url(arguments.checkpoint) or is_reference(arguments.checkpoint)) and not arguments.output:
+        raise ValueError(
+            f"--output must name a folder: --checkpoint (={arguments.checkpoint!r}) is not in a folder of yours"
+        )
     loaded = load_run(arguments.checkpoint, arguments.overrides, trust_imports=arguments.trust_imports)
     dataset = open_shards(loaded.config, shown_shards(arguments.shards, loaded.config.data.shards))
     source = Path(arguments.checkpoint)
@@ -86,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     content = draw_run(
         material,
         output,
-        name="/".join(folder.resolve().parts[-2:]),
+        name=arguments.checkpoint if is_reference(arguments.checkpoint) else "/".join(folder.resolve().parts[-2:]),
         steps=arguments.decoder_steps,
         log=log,
     )

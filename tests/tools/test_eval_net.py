@@ -307,7 +307,7 @@ def test_a_remote_checkpoint(tool, run, tmp_path, monkeypatch):
 
 def test_results_of_a_remote_checkpoint_need_an_output(refused):
     assert refused("--checkpoint", "s3://runs/first", "--protocol", "knn") == (
-        "--output must name a file: --checkpoint (='s3://runs/first') is in no local folder"
+        "--output must name a file: --checkpoint (='s3://runs/first') is not in a folder of yours"
     )
 
 

@@ -27,7 +27,7 @@ def pip(*arguments: object) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of a copy, so that the clone gets no build folder."""
     copy = tmp_path_factory.mktemp("wheel")
-    for name in ("jepa_kit", "projects"):
+    for name in ("jepa_kit", "projects", "reference"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
@@ -45,6 +45,7 @@ def test_contents(wheel: Path) -> None:
     files = [f for top in ("jepa_kit", "projects") for f in (ROOT / top).rglob("*.*") if f.suffix in {".py", ".yaml"}]
     in_wheel = {f.relative_to(ROOT).as_posix().replace("projects/", "jepa_kit/projects/", 1) for f in files}
     assert in_wheel <= names
+    assert {f"jepa_kit/{f.relative_to(ROOT).as_posix()}" for f in (ROOT / "reference").rglob("*.*")} <= names
     assert {name.split("/")[0] for name in names} == {"jepa_kit", f"jepa_kit-{jepa_kit.__version__}.dist-info"}
     commands = dict(entries["console_scripts"])
     assert len(commands) == len(list((ROOT / "tools").glob("*.py")))

@@ -123,12 +123,16 @@ def load_checkpoint(
         if path.is_dir():
             header = read_header(path)
             model, optimizer = read_full(path) if with_state else ({}, {})
-            return _checkpoint({**header, "model": model, "optimizer": optimizer}, path)
-        return _checkpoint(read_archive(path, map_location), path)
+            return as_checkpoint({**header, "model": model, "optimizer": optimizer}, path)
+        return as_checkpoint(read_archive(path, map_location), path)
 
 
-def _checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
-    """Return the checkpoint of a mapping; ``origin`` and ``position`` are newer than the format, and may be missing."""
+def as_checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    """Return the checkpoint of a mapping; ``origin`` and ``position`` are newer than the format, and may be missing.
+
+    Raises:
+        CheckpointError: a field is missing or has another type; ``path`` is the file in the message.
+    """
     content = {"origin": {}, "position": {}, **content}
     wrong = [name for name in Checkpoint.__dataclass_fields__ if not _fits(name, content.get(name))]
     if wrong:

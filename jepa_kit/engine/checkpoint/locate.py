@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.renamed import modernize
+from jepa_kit.config.shipped import find_reference, is_reference
 from jepa_kit.engine.checkpoint.storage import RemoteStorage, checkpoint_names, is_url, open_storage, step_of
-from jepa_kit.run_folder import HEADER, RUN_CONFIG
+from jepa_kit.run_folder import HEADER, RUN_CONFIG, WEIGHTS
 
 
 def recorded_checkpoint_dir(run: Path) -> str | None:
@@ -24,14 +25,16 @@ def to_read(named: str | Path) -> Path:
     """Return a local path of what a user named. A download stays until this process ends.
 
     Args:
-        named: a path or URL of a file, a checkpoint or a folder. A folder stands for its latest checkpoint, if it has
-            one; a run folder whose checkpoints are elsewhere stands for the latest of those.
+        named: a path or URL of a file, a checkpoint or a folder, or ``reference:NAME``. A folder stands for its latest
+            checkpoint, if it has one; a run folder whose checkpoints are elsewhere stands for the latest of those.
 
     Raises:
-        FileNotFoundError: there is nothing at the URL.
+        FileNotFoundError: there is nothing at the URL, or no reference run of this name.
         RemoteError: a download failed.
         ValueError: no handler is registered for the URL.
     """
+    if is_reference(named):
+        return find_reference(named) / WEIGHTS
     place = str(named).rstrip("/") if is_url(named) else str(Path(named).expanduser())
     storage = open_storage("an address", place)
     remote = isinstance(storage, RemoteStorage)

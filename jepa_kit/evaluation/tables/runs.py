@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jepa_kit.config import modernize
+from jepa_kit.config.shipped import find_reference, is_reference
 from jepa_kit.evaluation.tables.rows import Row, read_results
 
 NOT_RECIPE = {
@@ -72,13 +73,14 @@ def load(*paths: str | Path) -> list[Run]:
     """Load files of results; if two files of a run have the same figure, the newer counts.
 
     Args:
-        paths: run folders, and files of results.
+        paths: run folders, files of results, and ``reference:NAME``.
 
     Raises:
         ValueError: if there are no results, or incomplete or damaged ones.
         FileNotFoundError: if there is no such file or folder.
     """
-    files = {file.resolve(): _place(path) for path in map(Path, paths) for file in _files(path)}
+    places = [find_reference(path) if is_reference(path) else Path(path) for path in paths]
+    files = {file.resolve(): _place(path) for path in places for file in _files(path)}
     found: dict[tuple[Any, ...], Run] = {}
     newest: dict[tuple[Any, ...], dict[tuple[Any, ...], Answer]] = {}
     for file in sorted(files, key=lambda one: (one.stat().st_mtime_ns, one.name)):
@@ -129,7 +131,7 @@ def _step(content: dict[str, Any]) -> int | None:
 
 def _checkpoint(content: dict[str, Any]) -> Path | None:
     file = (content["checkpoint"] or {}).get("file")
-    return Path(file) if isinstance(file, str) else None
+    return Path(file) if isinstance(file, str) and not is_reference(file) else None
 
 
 def _recipe(content: dict[str, Any]) -> str:
@@ -146,7 +148,9 @@ def _recipe(content: dict[str, Any]) -> str:
             config.get(section, {}).pop(key, None)
     recorded = (content["checkpoint"] or {}).get("data") or {}
     data = recorded if recorded.get("digest") else shards
-    return json.dumps({"config": config, "data": data, "step": _step(content)}, sort_keys=True)
+    # a reference run has a line of its own, beside a run that repeats it
+    shipped = {"reference": True} if is_reference((content["checkpoint"] or {}).get("file")) else {}
+    return json.dumps({"config": config, "data": data, "step": _step(content), **shipped}, sort_keys=True)
 
 
 def _answers(content: dict[str, Any]) -> list[Answer]:
