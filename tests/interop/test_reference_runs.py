@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import jepa_kit
-from jepa_kit.build import build_recipe
 from jepa_kit.config import config_from_dict, load_config
 from jepa_kit.config.shipped import reference_names
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
@@ -17,6 +16,7 @@ from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import CheckpointError
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.evaluation.tables.runs import load
+from jepa_kit.from_config import build_recipe
 from jepa_kit.interop import convert
 from jepa_kit.interop.reference import read_checkpoint, write_weights
 
