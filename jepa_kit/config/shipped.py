@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from jepa_kit.registry import did_you_mean
 from jepa_kit.run_folder import RUN_CONFIG
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -84,6 +83,6 @@ def find_reference(text: object) -> Path:
     """
     name, names = str(text).removeprefix(PREFIX), reference_names()
     if name not in names:
-        there = f"There are: {', '.join(names)}" if names else f"The folder {REFERENCES} has none"
-        raise FileNotFoundError(f"there is no reference run {name!r}{did_you_mean(name, names)} {there}")
+        there = f"there are: {', '.join(names)}" if names else f"the folder {REFERENCES} has none"
+        raise FileNotFoundError(f"there is no reference run {name!r}; {there}")
     return Path(REFERENCES, name)

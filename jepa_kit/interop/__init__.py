@@ -4,7 +4,8 @@
     convert("runs/first", "exported", to="hf")                # formats.py
 
 formats.py reads and writes any format, which files.py detects; each format has a module: official.py, native.py
-(jepa_kit), hf.py, timm.py, safetensors.py, onnx.py. weights.py has the common representation of an encoder. start.py
+(jepa_kit), hf.py, timm.py, safetensors.py, onnx.py. reference.py reads weights of a whole recipe from
+safetensors, as those of reference runs. weights.py has the common representation of an encoder. start.py
 starts a run from such files. teacher.py makes a file's encoder the target encoder of a run, hf_vision.py that of any
 vision model of transformers.
 """

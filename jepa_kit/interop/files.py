@@ -17,6 +17,7 @@ from jepa_kit.engine.checkpoint.locate import to_read
 from jepa_kit.errors import CheckpointError, reason_of
 from jepa_kit.files import sha256_of
 from jepa_kit.interop.digest import UNCHECKED_HINT
+from jepa_kit.interop.tensor_files import read_header
 from jepa_kit.run_folder import HEADER
 
 Format = Literal["official", "jepa_kit", "hf", "timm", "safetensors", "onnx"]
@@ -159,29 +160,3 @@ def open_archive(path: Path, *, allow_unchecked: bool = False) -> dict[str, Any]
     if not isinstance(content, dict):
         raise CheckpointError(f"{what} must contain a mapping of names to tensors, not a {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: names, shapes, and ``__metadata__``.
-
-    Raises:
-        CheckpointError: it is not a safetensors file, or truncated.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is cut short: it has {size} bytes, but its header has {length}")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        metadata = header.setdefault("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ must map names to text")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} begins like a safetensors file, but its header is damaged: {error}") from error
-    needed = 8 + length + max(ends, default=0)
-    if size < needed:
-        raise CheckpointError(f"{path} is cut short: it has {size} bytes of {needed}")
-    return header

@@ -25,7 +25,7 @@ from jepa_kit.interop.digest import ABOUT, DIGEST, check_digest
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.hf_models import MODELS, from_options, model_type_of, to_options
 from jepa_kit.interop.names import strip_names
-from jepa_kit.interop.safetensors import read_file, write_file
+from jepa_kit.interop.tensor_files import read_file, write_file
 from jepa_kit.interop.weight_checks import checked_weights
 from jepa_kit.interop.weights import AS_IT_IS, Architecture, EncoderWeights, Provenance, Reading, read_about
 

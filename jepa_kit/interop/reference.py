@@ -13,7 +13,7 @@ from jepa_kit.engine.checkpoint.files import FORMAT
 from jepa_kit.engine.checkpoint.format import Checkpoint, as_checkpoint, check_finite, load_checkpoint
 from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import ABOUT, SEALED
-from jepa_kit.interop.safetensors import read_file, write_file
+from jepa_kit.interop.tensor_files import read_file, write_file
 
 FIELDS = ("step", "config", "versions", "data", "origin")
 """Fields of a checkpoint in the metadata."""

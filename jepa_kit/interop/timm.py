@@ -18,7 +18,7 @@ from jepa_kit.errors import CheckpointError
 from jepa_kit.interop.digest import ABOUT
 from jepa_kit.interop.files import open_archive, read_json
 from jepa_kit.interop.names import strip_names
-from jepa_kit.interop.safetensors import read_file, write_file
+from jepa_kit.interop.tensor_files import read_file, write_file
 from jepa_kit.interop.weight_checks import checked_weights, shapes_to_architecture
 from jepa_kit.interop.weights import AS_IT_IS, EncoderWeights, Provenance, Reading, read_about
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jepa_kit.frozen import FrozenNetwork
 from jepa_kit.interfaces import Encoder
-from jepa_kit.interop.safetensors import read_file
+from jepa_kit.interop.tensor_files import read_file
 from jepa_kit.registry import TARGETS
 from jepa_kit.structures import PatchSets
 from jepa_kit.targets.pixel import PixelTarget

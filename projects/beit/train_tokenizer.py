@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jepa_kit.evaluation.images import random_samples
     from jepa_kit.files import atomic_write
     from jepa_kit.from_config import patch_grid_of
-    from jepa_kit.interop.safetensors import write_file
+    from jepa_kit.interop.tensor_files import write_file
     from jepa_kit.structures import PatchSets
 
     from .codes import pixels_of

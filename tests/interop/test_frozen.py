@@ -118,10 +118,10 @@ def test_weights_in_half_precision_run_in_float32(make_weights, tmp_path):
 
 
 def test_another_safetensors_file(make_weights, tmp_path):
-    from jepa_kit.interop import safetensors
+    from jepa_kit.interop import safetensors, tensor_files
 
     weights = make_weights()
-    safetensors.write_file(tmp_path / "a", weights.state, {"format_name": safetensors.FORMAT_NAME})
+    tensor_files.write_file(tmp_path / "a", weights.state, {"format_name": safetensors.FORMAT_NAME})
     with pytest.raises(
         CheckpointError, match="is a safetensors file, but not one of jepa_kit: it has no note 'jepa_kit'"
     ):
@@ -133,7 +133,7 @@ def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    from jepa_kit.interop import safetensors
+    from jepa_kit.interop import tensor_files
 
     tensors = {
         "a": torch.randn(3, 5)[:, 1:],
@@ -142,13 +142,13 @@ def test_the_writer_is_read_by_the_library(make_weights, tmp_path):
         "d": torch.randn(()).bfloat16(),
         "e": torch.randn(4, dtype=torch.float64),
     }
-    safetensors.write_file(tmp_path / "x", tensors, {"key": "ü"})
+    tensor_files.write_file(tmp_path / "x", tensors, {"key": "ü"})
     found = load_file(tmp_path / "x")
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     with safe_open(tmp_path / "x", "pt") as file:
         assert file.metadata() == {"key": "ü", "jepa_kit.sha256": file.metadata()["jepa_kit.sha256"]}
     for length in range(8):  # of the header: the format wants tensors at a multiple of 8 bytes
-        safetensors.write_file(tmp_path / "y", {"a": torch.zeros(3)}, {"key": "k" * length})
+        tensor_files.write_file(tmp_path / "y", {"a": torch.zeros(3)}, {"key": "k" * length})
         assert int.from_bytes((tmp_path / "y").read_bytes()[:8], "little") % 8 == 0
 
 

@@ -13,7 +13,7 @@ from jepa_kit.config import load_config
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.errors import ConfigError
 from jepa_kit.from_config import build_recipe
-from jepa_kit.interop.safetensors import write_file
+from jepa_kit.interop.tensor_files import write_file
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from jepa_kit.training import train
 from jepa_kit.trials.recorded import Recorded, Report
