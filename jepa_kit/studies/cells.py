@@ -24,6 +24,7 @@ class Job:
         id: its digest.
         kind: what it is.
         title: of the arm or baseline.
+        baseline: its name; None for a cell.
         seed: of the run, or of an untrained network.
         config: of the run; of a baseline, the config whose images and encoder it has.
         length: of the run; None for a baseline.
@@ -33,6 +34,7 @@ class Job:
     id: str
     kind: Literal["cell", "baseline"]
     title: str
+    baseline: str | None = None
     seed: int
     config: Config
     length: Length | None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jepa_kit.plotting import Axes, Figure, colormaps, save_figure
-from jepa_kit.studies.summary import Outcome, Summary
+from jepa_kit.studies.summary import Summary
 
 DPI = 150
 PANELS = 3
@@ -15,6 +15,8 @@ PANELS = 3
 BETTER, WORSE, NEITHER = "#1b7837", "#b2182b", "0.45"
 WIDE = 10
 """Ratio of the largest and the smallest cost from which their axis is logarithmic."""
+ALIKE = 1.05
+"""Ratio of the largest and the smallest cost up to which they are drawn as one."""
 LINES = ("--", ":", "-.", (0, (1, 3)))
 """Line styles of baselines."""
 
@@ -47,17 +49,19 @@ def draw_differences(summary: Summary, file: Path) -> list[Path]:
         ax.axvline(0, color="black", lw=0.8)
         ax.set_yticks([-place for place in range(len(arms))], names, fontsize=8)
         ax.set_ylim(-len(arms) + 0.4, 0.6)
-        _title(ax, outcome)
+        ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
         ax.set_xlabel("points against the base arm", fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.grid(axis="x", color="0.92")
     _hide(list(axes.flat)[len(outcomes) :])
-    fig.suptitle(f"{summary.plan.name}: base arm {summary.arms[0].name}, 95 % intervals over seeds", fontsize=9)
+    _head(fig, summary, f"base arm {summary.arms[0].name}, 95 % intervals over seeds")
     return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
 
 
 def draw_cost(summary: Summary, file: Path) -> list[Path]:
     """Draw accuracy over the TFLOP of a run, with a panel for each outcome, a mark for each arm, lines for baselines.
+
+    If all runs cost the same, arms stand side by side.
 
     Returns:
         the path; nothing if there is no figure to draw.
@@ -72,36 +76,43 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
     fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False)
     colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    costs = [arm.tflop for arm in summary.arms]
+    alike = max(costs) <= ALIKE * min(costs)
+    places = list(range(len(costs))) if alike else costs
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
-        for k, arm in enumerate(summary.arms):
+        for k, (arm, place) in enumerate(zip(summary.arms, places, strict=True)):
             figure = arm.figures.get(outcome)
             if figure is not None:
                 bar = None if figure.deviation is None else 100 * figure.deviation
                 colour = colours[k % len(colours)]
-                ax.plot([arm.tflop] * len(figure.values), [100 * v for v in figure.values.values()], ".", color=colour)
+                ax.plot([place] * len(figure.values), [100 * v for v in figure.values.values()], ".", color=colour)
+                form = "o" if k < len(colours) else "s"
                 ax.errorbar(
-                    arm.tflop, 100 * figure.mean, yerr=bar, fmt="o", capsize=3, color=colour, label=arm.name, alpha=0.75
+                    place, 100 * figure.mean, yerr=bar, fmt=form, capsize=3, color=colour, label=arm.name, alpha=0.75
                 )
         for k, (title, found) in enumerate(summary.baselines.items()):
             if outcome in found:
                 style = LINES[k % len(LINES)]
                 ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=style, lw=1, label=title)
-        _title(ax, outcome)
-        ax.set_xlabel("TFLOP of a run", fontsize=8)
+        ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
+        ax.set_xlabel(f"arms, {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
         ax.set_ylabel("%", fontsize=8)
         ax.tick_params(labelsize=8)
         ax.grid(color="0.92")
         ax.margins(x=0.15)
-        if max(arm.tflop for arm in summary.arms) > WIDE * min(arm.tflop for arm in summary.arms):
+        if alike:
+            ax.set_xticks([])
+        elif max(costs) > WIDE * min(costs):
             ax.set_xscale("log")
     _hide(list(axes.flat)[len(outcomes) :])
+    _head(fig, summary, "accuracy of each seed, mean and standard deviation")
     handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
 
 
-def _title(ax: Axes, outcome: Outcome) -> None:
-    ax.set_title(f"{outcome.label}\n{outcome.protocol}", fontsize=9)
+def _head(fig: Figure, summary: Summary, text: str) -> None:
+    fig.suptitle("\n".join(filter(None, [f"{summary.plan.name}: {text}", summary.protocol])), fontsize=9)
 
 
 def _hide(axes: Sequence[Axes]) -> None:

@@ -12,7 +12,7 @@ from jepa_kit.engine.checkpoint.format import checkpoints
 from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.files import write_text
 from jepa_kit.studies.cells import Job, Plan, place_of
-from jepa_kit.studies.records import read_record
+from jepa_kit.studies.records import CELLS, Record, read_record
 
 State = Literal["finished", "failed", "new evaluation", "interrupted", "new"]
 JOBS = "jobs"
@@ -48,6 +48,18 @@ def open_jobs(plan: Plan, results: Path, runs: Path, *, retry: bool = False) -> 
     return [job for job in plan.jobs if state_of(job, results, runs) not in closed]
 
 
+def records_beside(jobs: Sequence[Job], results: Path) -> list[Record]:
+    """Return the finished records of jobs that other studies have in folders beside this one's results."""
+    found = []
+    for job in jobs:
+        for file in sorted(results.absolute().parent.glob(f"*/{CELLS}/{job.id}.json")):
+            record = read_record(file.parents[1], job.id)
+            if record is not None and record.state == "finished" and job.evaluations.keys() <= record.rows.keys():
+                found.append(record)
+                break
+    return found
+
+
 def job_file(plan: Plan, job: Job, results: Path, runs: Path) -> Path:
     """Write the file that a worker reads, and return its path."""
     length = job.length
@@ -55,7 +67,7 @@ def job_file(plan: Plan, job: Job, results: Path, runs: Path) -> Path:
         "id": job.id,
         "kind": job.kind,
         "title": job.title,
-        "baseline": job.title.split(" ")[0],
+        "baseline": job.baseline,
         "seed": job.seed,
         "config": job.config.to_dict(),
         "run": str(runs / job.id),

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,18 +106,26 @@ class Queue:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, environment.get("PYTHONPATH")]))
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
+        cores = self.cores_of(place) if self.workers > 1 else []
         with log_file(self.runs, job).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "jepa_kit.studies.worker", str(file), "--follow-stdin"],
+                [
+                    *(sys.executable, "-m", "jepa_kit.studies.worker", str(file), "--follow-stdin"),
+                    *(["--cores", ",".join(map(str, cores))] if cores else []),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops the workers
-                preexec_fn=partial(_use_cores, place, self.threads) if self.workers > 1 else None,
             )
         self._say(f"{_name(job)}: {state_of(job, self.results, self.runs)}, starts")
         return _Worker(job, place, process)
+
+    def cores_of(self, place: int) -> list[int]:
+        """Return the cores of a worker; none if this system cannot bind a process to cores."""
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        return [cores[(place * self.threads + k) % len(cores)] for k in range(self.threads) if cores]
 
     def _finish(self, worker: _Worker) -> bool:
         """Report a worker's end; return whether its job was interrupted. A crash becomes a record."""
@@ -193,14 +200,6 @@ def last_step(folder: Path) -> int:
 
 def _name(job: Job) -> str:
     return f"{job.title}, seed {job.seed}" if job.kind == "cell" else job.title
-
-
-def _use_cores(place: int, threads: int) -> None:
-    """Bind this process to the cores of a worker; called in the child before it starts the worker."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        own = [cores[(place * threads + k) % len(cores)] for k in range(threads)]
-        os.sched_setaffinity(0, own)
 
 
 def _read(file: Path) -> dict[str, Any]:

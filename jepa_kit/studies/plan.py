@@ -74,6 +74,9 @@ def plan_study(file: str | Path, machine: Sequence[str] = (), results: Path | No
         _check_labels(study, protocols, data[place_of(test)], problems)
     if problems or train is None or test is None:
         raise ConfigError(list(dict.fromkeys(problems)), str(file))
+    _check_different(arms, data, problems)
+    if problems:
+        raise ConfigError(problems, str(file))
     arms = [replace(arm, config=with_length(arm.config, length)) for arm, length in zip(arms, lengths, strict=True)]
     shards = {"train": data[place_of(train)], "test": data[place_of(test)]}
     evaluations = {evaluation_digest(p.core, p.layers, study.protocol_seed, study.labels, shards): p for p in protocols}
@@ -108,6 +111,20 @@ def _identify(
 def identity_of(dataset: ShardDataset) -> dict[str, Any]:
     """Return the identity of shards, wherever they are, with their labels and whether they have masks."""
     return {**brief(identity(dataset.shards)), "labels": sorted(dataset.classes), "masks": dataset.has_masks}
+
+
+def _check_different(arms: Sequence[Arm], data: Mapping[str, Any], problems: list[str]) -> None:
+    """Add a line for each arm whose cells are those of an arm before it."""
+    before: dict[str, str] = {}
+    for arm in arms:
+        assert arm.config.data.shards is not None
+        cell = cell_digest(arm.config, data[place_of(arm.config.data.shards)])
+        first = before.setdefault(cell, arm.name)
+        if first != arm.name:
+            problems.append(
+                f"arm {arm.name} has the same config as {first}: leave one (overrides of a part with "
+                "the same name keep its other options)"
+            )
 
 
 def _check_labels(study: Study, protocols: Sequence[Protocol], shards: Mapping[str, Any], problems: list[str]) -> None:
@@ -201,6 +218,7 @@ def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Prot
                 id=baseline_digest(name, arm.config, of_patches=of_patches),
                 kind="baseline",
                 title=name,
+                baseline=name,
                 seed=arm.config.train.seed,
                 config=arm.config,
                 length=None,
@@ -208,6 +226,6 @@ def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Prot
             )
             if job.id in found:
                 continue
-            others = [other for other in found.values() if other.title.split(" ")[0] == name]
+            others = [other for other in found.values() if other.baseline == name]
             found[job.id] = replace(job, title=f"{name} ({arm.name})") if others else job
     return [job for job in found.values() if job.evaluations]

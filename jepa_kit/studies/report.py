@@ -52,10 +52,11 @@ def to_markdown(summary: Summary) -> str:
 
 def _figures_note(summary: Summary) -> str:
     errors = [100 * f.standard_error for arm in summary.arms for f in arm.figures.values()]
-    size = f"{min(errors):.1f} to {max(errors):.1f}" if errors else "unknown"
+    size = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(errors), max(errors)))) if errors else "unknown"
+    heading = f"{summary.protocol[0].upper()}{summary.protocol[1:]}. " if summary.protocol else ""
     return (
-        "In %: mean ± standard deviation over seeds; baselines, which have no seeds, with the standard error of the "
-        f"test set in brackets. All arms share the test set; its standard error for one figure is {size} points."
+        f"{heading}In %: mean ± standard deviation over seeds; baselines, which have no seeds, with the standard error "
+        f"of the test set in brackets. All arms share the test set; its standard error for one figure is {size} points."
     )
 
 
@@ -73,7 +74,7 @@ def _differences_note(summary: Summary) -> str:
 
 def figure_lines(summary: Summary) -> list[list[str]]:
     """Return the lines of the table of figures: an arm or a baseline each, with a column for each outcome."""
-    lines = [["arm", *(f"{outcome.label} ({outcome.protocol})" for outcome in summary.outcomes)]]
+    lines = [["arm", *(summary.heading(outcome) for outcome in summary.outcomes)]]
     lines += [[a.name, *(_percent(a.figures.get(outcome)) for outcome in summary.outcomes)] for a in summary.arms]
     for title, rows in summary.baselines.items():
         cells = [
@@ -107,7 +108,7 @@ def difference_lines(summary: Summary) -> list[list[str]]:
             lines.append(
                 [
                     arm.name,
-                    f"{outcome.label} ({outcome.protocol})",
+                    summary.heading(outcome),
                     f"{100 * found.mean:+.1f}",
                     interval,
                     verdict[found.distinguishable],

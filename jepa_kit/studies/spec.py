@@ -132,6 +132,35 @@ class Protocol:
     trains_encoder: bool
 
 
+METHODS = {"logistic": "logistic regression", "linear": "linear probe", "knn": "nearest neighbours"}
+"""What a title calls a protocol, if not by its name."""
+NUMBERS = dict(enumerate(("two", "three", "four", "five", "six", "seven", "eight", "nine"), 2))
+
+
+def protocol_title(spec: Mapping[str, Any], layers: str | None) -> str:
+    """Return what a table calls a protocol: "logistic regression on the last four layers, all labels".
+
+    Args:
+        spec: its name with the options that a study gives.
+        layers: the layer set; None for a protocol that takes none.
+    """
+    title = METHODS.get(spec["name"], spec["name"].replace("_", " "))
+    if layers is not None:
+        count = layers.removeprefix("last")
+        named = f"the last {NUMBERS.get(int(count), count)} layers" if count.isdigit() else f"layers {layers}"
+        title += " on the last layer" if layers in ("last", "last1") else f" on {named}"
+    given = [
+        "all labels" if (key, value) == ("subsets", ["all"]) else f"{key} {_plain_list(value)}"
+        for key, value in spec.items()
+        if key != "name"
+    ]
+    return ", ".join([title, *given])
+
+
+def _plain_list(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def read_study(file: str | os.PathLike[str]) -> Study:
     """Read and check the file of a study, without its configs.
 
@@ -173,8 +202,7 @@ def study_protocols(study: Study, problems: list[str]) -> list[Protocol]:
             continue
         if layers != "last" and not built.probe.takes_layers:
             problems.append(f"{path}.layers (={layers!r}) has no effect: {name!r} does not take layers")
-        given = [f"{key}={value}" for key, value in spec.items() if key != "name"]
-        title = ", ".join([f"{name}", *([layers] if built.probe.takes_layers else []), *given])
+        title = protocol_title(spec, layers if built.probe.takes_layers else None)
         if title in [protocol.title for protocol in found]:
             problems.append(f"{path} (={title}) is in the list already")
         core = part_essentials(PROTOCOLS, part)

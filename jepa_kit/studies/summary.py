@@ -90,6 +90,16 @@ class Summary:
     baseline_notes: Sequence[str]
     machines: Sequence[str]
 
+    @property
+    def protocol(self) -> str:
+        """Return the protocol that all outcomes have; empty if they differ."""
+        titles = {outcome.protocol for outcome in self.outcomes}
+        return titles.pop() if len(titles) == 1 else ""
+
+    def heading(self, outcome: Outcome, between: str = ", ") -> str:
+        """Return the name of a column: the label, and the protocol if there are several."""
+        return outcome.label if self.protocol else f"{outcome.label}{between}{outcome.protocol}"
+
 
 def summarize(plan: Plan, results: Path) -> Summary:
     """Return the figures of all finished cells.

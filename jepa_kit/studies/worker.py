@@ -1,10 +1,11 @@
 """Train and evaluate one cell, or evaluate one baseline, in a process of its own, and write its record.
 
-    python -m jepa_kit.studies.worker JOB.json [--follow-stdin] [--crashed STATUS]
+    python -m jepa_kit.studies.worker JOB.json [--cores 0,1] [--follow-stdin] [--crashed STATUS]
 
-The run of a cell resumes from its latest checkpoint. --follow-stdin: if stdin is closed, because the process that
-started this one has died, it stops as after SIGTERM. --crashed: write the record of a worker that ended with STATUS
-without writing one. Exit status: 0 if there is a record without a failure, 1 with one, 75 or 130 after a signal.
+The run of a cell resumes from its latest checkpoint. --cores: those that it may use. --follow-stdin: if stdin is
+closed, because the process that started this one has died, it stops as after SIGTERM. --crashed: write the record of a
+worker that ended with STATUS without writing one. Exit status: 0 if there is a record without a failure, 1 with one, 75
+or 130 after a signal.
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_kit.config import Config, config_from_dict, versions
 from jepa_kit.distributed.signals import EX_TEMPFAIL, INTERRUPTED, Preempted, requeue
 from jepa_kit.errors import first_line
 from jepa_kit.studies.records import Record, read_record, write_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from jepa_kit.data.shards.dataset import ShardDataset
+    from jepa_kit.evaluation.feature_cache import FeatureStore
+    from jepa_kit.evaluation.feature_sources import Network
+    from jepa_kit.evaluation.health.measure import Which
+    from jepa_kit.recipe import Recipe
 
 FAILURES = (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError)
 """Errors of a run that become the reason of its row; any other is a bug, which its log shows."""
@@ -208,11 +218,11 @@ def evaluate_protocol(
     entry: Mapping[str, Any],
     job: Mapping[str, Any],
     config: Config,
-    networks: Sequence[Any],
-    train: Any,
-    test: Any,
-    store: Any,
-    device: Any,
+    networks: Sequence[Network],
+    train: ShardDataset,
+    test: ShardDataset,
+    store: FeatureStore,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Return the rows of one protocol, as plain values."""
     from jepa_kit.data.image_options import ImageOptions
@@ -240,7 +250,7 @@ def evaluate_protocol(
     return [asdict(row) for row in rows]
 
 
-def measure(jepa: Any, config: Config, dataset: Any, which: Any, device: Any) -> dict[str, Any]:
+def measure(jepa: Recipe, config: Config, dataset: ShardDataset, which: Which, device: torch.device) -> dict[str, Any]:
     """Return state, reason and figures of the health of a trained recipe on held-out images."""
     from jepa_kit.data.image_options import ImageOptions
     from jepa_kit.evaluation.health.measure import measure_health
@@ -288,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker; return its exit status."""
     parser = argparse.ArgumentParser(prog="jepa_kit.studies.worker", description=__doc__)
     parser.add_argument("job", type=Path)
+    parser.add_argument("--cores", metavar="LIST")
     parser.add_argument("--follow-stdin", action="store_true")
     parser.add_argument("--crashed", type=int, metavar="STATUS")
     arguments = parser.parse_args(argv)
@@ -297,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if record is None or record.state != "failed":
             fail(job, f"its process ended with status {arguments.crashed}; its output shows more")
         return 1
+    if arguments.cores is not None:
+        os.sched_setaffinity(0, map(int, arguments.cores.split(",")))
     if arguments.follow_stdin:
         follow_stdin()
     return work(job)

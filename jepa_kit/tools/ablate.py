@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     # imported here, so that --help does not wait for torch
     from jepa_kit.studies.array import submit_array, write_array
     from jepa_kit.studies.cost import describe_cost
-    from jepa_kit.studies.jobs import open_jobs
+    from jepa_kit.studies.jobs import open_jobs, records_beside
     from jepa_kit.studies.local import make_queue
     from jepa_kit.studies.plan import plan_study
-    from jepa_kit.studies.records import write_data
+    from jepa_kit.studies.records import write_data, write_record
 
     array = array_of(arguments)
     file = Path(arguments.study)
@@ -97,13 +97,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report:
         return report(plan, results)
     jobs = open_jobs(plan, results, runs, retry=arguments.retry)
-    print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(jobs)} of them done", flush=True)
+    beside = {record.id: record for record in records_beside(jobs, results)}
+    jobs = [job for job in jobs if job.id not in beside]
+    others = f", {len(beside)} by other studies in this folder" if beside else ""
+    print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(jobs)} of them done{others}", flush=True)
     queue = make_queue(plan, results, runs, arguments.workers)
     if jobs:
         print(describe_cost(plan, jobs, runs, arguments.workers), flush=True)
     if arguments.dry_run:
         return 0
     write_data(results, plan.data)
+    for record in beside.values():
+        write_record(record, results)
     if array is not None and jobs:
         script = write_array(plan, jobs, results, runs, array)
         print(submit_array(script) if arguments.submit == "slurm" else script.read_text())

@@ -5,7 +5,7 @@ import pytest
 from jepa_kit.errors import ConfigError
 from jepa_kit.studies.plan import plan_study
 from jepa_kit.studies.records import write_data
-from jepa_kit.studies.spec import flat_keys, read_study
+from jepa_kit.studies.spec import flat_keys, protocol_title, read_study
 
 
 def problems_of(file, machine=()):
@@ -29,6 +29,38 @@ def test_every_combination_is_an_arm_named_by_what_differs(write_study):
     assert plan.arms[3].config.slots["encoder"].options["depth"] == 3
     assert plan.arms[3].config.slots["masker"].options["ratio"] == 0.25
     assert plan.arms[0].config.train.precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("title", "layers", "spec"),
+    [
+        ("logistic regression on the last four layers, all labels", "last4", {"name": "logistic", "subsets": ["all"]}),
+        (
+            "logistic regression on the last 12 layers, subsets 1% and all",
+            "last12",
+            {"name": "logistic", "subsets": ["1%", "all"]},
+        ),
+        ("nearest neighbours on the last layer, neighbours 5", "last", {"name": "knn", "neighbours": [5]}),
+        ("linear probe on layers 1+2", "1+2", {"name": "linear"}),
+        ("paper transfer, epochs 3", None, {"name": "paper_transfer", "epochs": 3}),
+    ],
+)
+def test_a_protocol_is_named_in_words(title, layers, spec):
+    assert protocol_title(spec, layers) == title
+
+
+def test_two_arms_with_one_config_are_an_error(write_study):
+    masker = {"name": "multiblock", "min_keep": 1}
+    arms = [
+        {"name": "one"},
+        {"name": "two", "masker": masker | {"edges": "inclusive"}},
+        {"name": "three", "masker": masker},
+    ]
+    assert problems_of(write_study({"masker": masker}, factors=None, arms=arms)) == [
+        f"arm {name} has the same config as one: leave one (overrides of a part with the same name keep its other "
+        "options)"
+        for name in ("two", "three")
+    ]
 
 
 def test_each_baseline_is_there_once_for_each_network(write_study):
@@ -113,7 +145,10 @@ def test_all_mistakes_of_all_arms_are_reported_at_once(write_study, labelled):
 def test_what_parts_refuse_is_reported_with_their_arm(write_study):
     factors = {"mask": [{"masker": {"ratio": 0.5}}, {"masker": {"ratio": 2.0}}]}
     found = problems_of(write_study(factors=factors, labels=["shap"], protocols=[{"name": "knn", "layers": "last9"}]))
-    assert "arm masker.ratio=0.5: protocol knn, last9: layers (='last9') needs 9 layers, but the encoder has 2" in found
+    asked = (
+        "arm masker.ratio=0.5: protocol nearest neighbours on the last nine layers: layers (='last9') needs 9 layers"
+    )
+    assert any(line.startswith(asked) for line in found)
     assert any(line.startswith("arm masker.ratio=2.0: masker: ratio (=2.0)") for line in found)
     assert "labels (='shap') must be of the shards': count, distance, shape" in found
 
@@ -151,7 +186,7 @@ def test_mistakes_of_the_file(write_study, changes, message):
         ({"train_shards": None}, "train_shards must name a folder of shards, as the base config has none"),
         ({"factors": {"a": [{}, {}]}}, "2 arms are the same (base): leave one"),
         ({"base": "nothing"}, "nothing"),
-        ({"protocols": ["knn", "knn"]}, "protocols[1] (=knn, last) is in the list already"),
+        ({"protocols": ["knn", "knn"]}, "protocols[1] (=nearest neighbours on the last layer) is in the list already"),
         ({"protocols": [{"name": "knn", "neighbours": []}]}, "protocols[0]: "),
         ({"factors": {"a": [{"train.precision": "auto"}]}}, "train.precision (='auto') must be another"),
         (

@@ -54,6 +54,15 @@ def test_the_second_call_runs_nothing(write_study, folders, capsys):
     assert ablate.main([str(file), "--output", str(results), "--runs", str(runs / "other")]) == 0
     assert "3 jobs, 3 of them done" in capsys.readouterr().out
 
+    # from the results of another study in the same folder
+    other = results.with_name("other")
+    assert ablate.main([str(file), "--output", str(other), "--dry-run"]) == 0
+    assert "3 jobs, 3 of them done, 3 by other studies in this folder" in capsys.readouterr().out
+    assert not other.exists()
+    assert ablate.main([str(file), "--output", str(other), "--runs", str(runs / "other")]) == 0
+    assert {path.name for path in (other / "cells").iterdir()} == {path.name for path in before}
+    capsys.readouterr()
+
     # a changed study does only what is new: another protocol evaluates, another arm trains
     more = write_study(
         **one | {"arms": [{}, {"masker.ratio": 0.75}], "protocols": [{"name": "knn", "neighbours": [3]}]}
@@ -183,11 +192,26 @@ def test_workers_share_the_cores(write_study, folders, monkeypatch):
     assert make_queue(plan, *folders, 3).threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert make_queue(plan, *folders, 3).threads == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2, 3, 5, 6, 7})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [make_queue(plan, *folders, 3).cores_of(place) for place in range(3)] == [[1, 2], [3, 5], [6, 7]]
     for workers in (0, 9):
         with pytest.raises(
             ValueError, match=rf"--workers \(={workers}\) must be from 1 to the cores of this machine \(=8\)"
         ):
             make_queue(plan, *folders, workers)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_a_worker_stays_on_its_cores(write_study, folders):
+    plan = plan_study(write_study())
+    file, core = job_file(plan, plan.cells[0][0], *folders), min(os.sched_getaffinity(0))
+    script = (
+        "import os, sys; from jepa_kit.studies import worker; "
+        "worker.work = lambda job: print(os.sched_getaffinity(0)); worker.main(sys.argv[1:])"
+    )
+    call = [sys.executable, "-c", script, str(file), "--cores", str(core)]
+    assert subprocess.run(call, capture_output=True, check=True, cwd=ROOT, text=True).stdout.strip() == f"{{{core}}}"
 
 
 def test_a_crash_reported_by_the_jobs_script(write_study, folders):

@@ -1,6 +1,7 @@
 """The report of records that are written here, with figures that are known."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -18,7 +19,8 @@ VALUES = {
     "base": {"shape": [0.30, 0.32, 0.31], "count": [0.50, 0.52, 0.54]},
     "better": {"shape": [0.35, 0.37, 0.365], "count": [0.49, 0.55, 0.53]},
 }
-SHAPE, COUNT = Outcome("knn, last", "shape"), Outcome("knn, last", "count")
+KNN = "nearest neighbours on the last layer"
+SHAPE, COUNT = Outcome(KNN, "shape"), Outcome(KNN, "count")
 
 
 def row(network, label, accuracy):
@@ -85,11 +87,13 @@ def test_the_report_says_what_is_and_is_not_distinguishable(study):
     assert ["better", "36.2 ± 1.0", "52.3 ± 3.1"] in lines
     assert ["*pixels*", "25.0 (1.0)", "40.0 (1.0)"] in lines
     assert ["*chance*", "20.0", "20.0"] in lines
-    shape, count = (line for line in lines if line[0] == "better" and len(line) == 6 and "knn" in line[1])
+    shape, count = (line for line in lines if line[0] == "better" and len(line) == 6 and line[1] in VALUES["base"])
     assert shape[2:5] == ["+5.2", "+4.4 to +5.9", "better"]
     assert count[3:5] == ["-5.4 to +6.1", "not distinguishable"]
     assert int(count[5]) > 20 > int(shape[5])
-    assert ["bad", "shape (knn, last)", "-12.0", "", "one seed: no interval", ""] in lines
+    assert ["bad", "shape", "-12.0", "", "one seed: no interval", ""] in lines
+    assert ["arm", "shape", "count"] in lines
+    assert "\nNearest neighbours on the last layer. In %: mean" in text
     assert ["base", "12", "96"] in [line[:3] for line in lines]
     assert "healthy (3)" in text
     assert "failed (1), constant (1)" in text
@@ -98,6 +102,13 @@ def test_the_report_says_what_is_and_is_not_distinguishable(study):
     assert "- open, seed 2: no result yet" in text
     assert "7 of 12 cells have figures" in text
     assert "float32 on a CPU, 2 threads" in text
+
+
+def test_columns_name_their_protocol_if_there_are_several(study):
+    other = Outcome("linear probe on the last layer", "shape")
+    summary = dataclasses.replace(summarize(*study), outcomes=[SHAPE, other])
+    assert figure_lines(summary)[0] == ["arm", f"shape, {KNN}", "shape, linear probe on the last layer"]
+    assert "\nIn %: mean" in to_markdown(summary)
 
 
 def test_baselines_stand_once(study):
@@ -124,7 +135,7 @@ def test_every_file_is_written(study):
     assert (results / "cost.pdf").read_bytes().startswith(b"%PDF")
     assert (results / "differences.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((results / "report.json").read_text())
-    assert {"arm": "better", "protocol": "knn, last", "label": "count", "seed": 1, "value": 0.55} in content["values"]
+    assert {"arm": "better", "protocol": KNN, "label": "count", "seed": 1, "value": 0.55} in content["values"]
     assert content["study"]["seeds"] == [0, 1, 2]
 
 
