@@ -14,7 +14,7 @@ import torch
 
 from jepa_kit.config import versions
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.index import brief
+from jepa_kit.data.shards.index import NAMES_AND_SIZES, brief
 from jepa_kit.distributed.collectives import World, all_gather_object
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.checkpoint.manager import Store
@@ -122,9 +122,9 @@ def announce(
 def notes_on_files(dataset: ShardDataset) -> list[str]:
     """Return what was left out of folders of images, and when shards are better."""
     notes = [f"note: {note}" for part in dataset.listed for note in part.notes]
-    if dataset.listed:
+    if files := [part for part in dataset.listed if part.digest_of == NAMES_AND_SIZES]:
         notes.append(
-            f"note: {dataset.listed[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
+            f"note: {files[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
             "fewer operations, which matters on network and hard disks, and show damaged images before a run"
         )
     return notes
