@@ -18,6 +18,7 @@ from jepa_kit.data.shards.index import NAMES_AND_SIZES, brief
 from jepa_kit.distributed.collectives import World, all_gather_object
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.checkpoint.manager import Store
+from jepa_kit.engine.fit import notes_on_fit
 from jepa_kit.engine.run import Run, Start
 from jepa_kit.files import write_text
 from jepa_kit.planning.peak_flops import matrix_peak
@@ -48,7 +49,12 @@ class Place:
 
 
 def announce(
-    run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
+    run: Run,
+    store: Store,
+    start: Start,
+    places: Sequence[Place],
+    resume: bool,
+    resume_from: str | None,
 ) -> None:
     """Print versions, devices, data and sizes of a run, and write ``config.yaml`` and ``run.json``.
 
@@ -110,6 +116,7 @@ def announce(
     if compiled:
         lines.append(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
     lines += [f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})"]
+    lines += [f"note: {note}" for note in notes_on_fit(run)]
     lines += start.lines
     if store.apart:
         lines.append(f"checkpoints: {store}")
