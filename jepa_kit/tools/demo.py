@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     title = arguments.title or folder.resolve().name
     page = build_page(network, material, title=title, steps=arguments.decoder_steps, log=log)
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)
     print(f"{output}: {len(page.encode()) / 1e6:.1f} MB, {len(material.images)} images")
 

@@ -321,7 +321,8 @@ export function optionsOf(name, given = {}) {
   return Object.fromEntries(options.map((o) => [o.name, given[o.name] ?? changes[o.name] ?? o.value]));
 }
 
-/** Options of jepa_kit that the page does not offer, with the only value that it draws. */
+/** Options of jepa_kit that the page does not offer: limits that change no mask, and the only value that it draws. */
+const LIMITS = ["min_keep", "min_keep_target"];
 const FIXED = { num_contexts: 1, context_length: null, target_length: null, unit: null, count: "exact", num_masks: 1 };
 
 /**
@@ -332,9 +333,8 @@ const FIXED = { num_contexts: 1, context_length: null, target_length: null, unit
 export function fromConfig(given) {
   const name = given?.name === "multiblock" && given.edges === "released" ? "released" : given?.name;
   const fits = name in MASKERS && Object.entries(given).every(([key, value]) => {
-    if (key === "name" || key === "min_keep_target") return true;
     const option = MASKERS[name].options.find((o) => o.name === key);
-    if (!option) return FIXED[key] === value;
+    if (!option) return key === "name" || LIMITS.includes(key) || FIXED[key] === value;
     return option.choices ? option.choices.includes(value) : Array.isArray(value) === Boolean(option.pair);
   });
   return fits ? { name, options: optionsOf(name, given) } : null;
