@@ -23,6 +23,7 @@ TOOLS = {
     "jepa-convert": "convert_checkpoint",
     "jepa-convert-config": "convert_config",
     "jepa-visualize": "visualize",
+    "jepa-demo": "demo",
     "jepa-replay": "replay_step",
 }
 """Command -> module of jepa_kit.tools."""
@@ -52,7 +53,7 @@ setup(
     # With the root named, an editable install puts the clone itself on the path, so that `imports: [projects.x.y]`
     # in a config works from anywhere; without it, setuptools would map jepa_kit alone.
     package_dir={"": "."},
-    package_data={"jepa_kit": ["py.typed"]},
+    package_data={"jepa_kit": ["py.typed"], "jepa_kit.demo": ["static/*"]},
     cmdclass={"build_py": BuildWithFolders},
     entry_points={"console_scripts": [f"{name} = jepa_kit.tools.{module}:main" for name, module in TOOLS.items()]},
     install_requires=[

@@ -48,7 +48,7 @@ LAYERS: list[set[str]] = [
     {"engine"},
     {"interop"},
     {"evaluation"},
-    {"training"},
+    {"demo", "training"},
     {"api"},
     {"studies"},
     {"tools"},

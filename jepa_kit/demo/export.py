@@ -99,7 +99,9 @@ def networks(recipe: JEPA, block: TensorBlock) -> dict[str, Any]:
     """
     encoder, predictor, target = recipe.encoder, recipe.predictor, cast(RepresentationTarget, recipe.target)
     follower = _unwrapped(recipe.target_network)
-    assert isinstance(encoder, ViT) and isinstance(follower, ViT) and isinstance(predictor, ViTPredictor)
+    assert isinstance(encoder, ViT)
+    assert isinstance(follower, ViT)
+    assert isinstance(predictor, ViTPredictor)
     shapes: dict[str, Any] = {"encoder": _add_encoder("encoder", encoder, block)}
     shapes["target"] = shapes["encoder"] if follower is encoder else _add_encoder("target", follower, block)
     shapes["target"] = {**shapes["target"], "norm": target.norm}

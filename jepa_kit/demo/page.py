@@ -136,7 +136,7 @@ def page_data(config: Config, network: Network) -> dict[str, Any]:
 
 def static(name: str) -> str:
     """Return a file of the folder static/."""
-    return files("jepa_kit.demo").joinpath("static", name).read_text(encoding="utf-8")
+    return files("jepa_kit.demo").joinpath("static").joinpath(name).read_text(encoding="utf-8")
 
 
 def script() -> str:

@@ -28,24 +28,23 @@ class TensorBlock:
     def __len__(self) -> int:
         return self._size
 
-    def add(self, name: str, values: Tensor, *, exact: bool = False) -> None:
+    def add(self, name: str, values: Tensor) -> None:
         """Append a tensor.
 
-        Bytes stay bytes. Of other types, a vector, or a tensor with ``exact``, is stored in float32, and a matrix as
-        integers of 16 bits with a scale for each row: an error of at most 1 / 65,534 of the row's largest value, a
-        tenth of what float16 loses of normally distributed weights.
+        Bytes stay bytes. Of other types, a vector is stored in float32, and a matrix as integers of 16 bits with a
+        scale for each row: an error of at most 1 / 65,534 of the row's largest value.
 
         Args:
             name: not used before.
             values: [n] or [rows, columns].
-            exact: keep float32.
         """
-        assert name not in self.entries and values.ndim in (1, 2), name
+        assert name not in self.entries
+        assert values.ndim in (1, 2)
         table = values.detach().cpu() if values.ndim == 2 else values.detach().cpu()[None]
         rows, columns = table.shape
         if values.dtype == torch.uint8:
             kind, data = "u8", table.numpy().tobytes()
-        elif exact or values.ndim == 1:
+        elif values.ndim == 1:
             kind, data = "f32", table.numpy().astype("<f4").tobytes()
         else:
             kind, data = "i16", _as_integers(table.double().numpy())

@@ -52,11 +52,11 @@ def evaluation_shards(given: str | None, train: Shards, option: str = "--test-sh
     return found
 
 
-def shown_shards(given: str | None, of_run: Shards | None) -> Shards:
+def shown_shards(given: str | None, of_run: Shards | None, option: str = "--shards") -> Shards:
     """Return shards for health and pictures: ``given``, else held-out shards beside the run's, else the run's.
 
     Raises:
         ValueError: there are none.
     """
-    found = training_shards(given, of_run, "--shards")
+    found = training_shards(given, of_run, option)
     return found if given is not None else held_out(found) or found

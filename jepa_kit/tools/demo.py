@@ -4,10 +4,10 @@ Its reader hides parts of an image and sees what the predictor expects there: as
 loss between prediction and target. docs/demo.md describes it.
 
 examples:
-  # a run of tools/train_net.py, on images of a folder of shards
-  python tools/demo.py output/quickstart/run --images output/quickstart/data/test --output demo.html
+  # a run of tools/train_net.py, on the images of a folder, or of shards
+  python tools/demo.py output/quickstart/run --images output/quickstart/shards/test --output demo.html
 
-  # more images, a decoder that is trained for longer
+  # the shards `test` or `val` beside the run's; more images, and a decoder that is trained for longer
   python tools/demo.py output/quickstart/run --num-images 40 --decoder-steps 2000 --output demo.html
 
 The images shown are the first in a random order (--seed); none is hand-picked.
@@ -31,11 +31,11 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("demo.py", __doc__)
     p.add_argument("checkpoint", metavar="PATH", help="a checkpoint, or a run folder (its latest), of recipe jepa")
-    p.add_argument("--images", metavar="DIR", help="images (default: test or val beside the run's, else those)")
+    p.add_argument("--images", metavar="DIR", help="images or shards (default: test or val beside the run's, or those)")
     p.add_argument("--output", metavar="FILE", help="the page (default: demo.html in the run folder)")
     p.add_argument("--title", metavar="TEXT", help="of the page (default: the name of the run folder)")
     p.add_argument("--num-images", type=int, default=24, metavar="N", help="images of the page (default: 24)")
-    p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="others to train it on (default: 1024)")
+    p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="to train it on (default: 1024)")
     p.add_argument("--decoder-steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="seed of images and decoder (default: 0)")
     add_trust(p)
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Write the page; print its name and size."""
     # here, so that --help does not wait for torch
+    from jepa_kit.config.shipped import is_reference
     from jepa_kit.demo.page import build_page, prepare_network
     from jepa_kit.distributed.collectives import World, choose_device
     from jepa_kit.engine.build import open_shards
@@ -63,8 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name, least in LEAST.items():
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} (={getattr(arguments, name)}) must be at least {least}")
-    if is_url(arguments.checkpoint) and not arguments.output:
-        raise ValueError(f"--output must name a file: the checkpoint (={arguments.checkpoint!r}) is in no local folder")
+    named = is_reference(arguments.checkpoint)
+    if (is_url(arguments.checkpoint) or named) and not arguments.output:
+        raise ValueError(f"--output must name a file: {arguments.checkpoint!r} is in no folder of yours")
     source = Path(arguments.checkpoint)
     folder = source if source.is_dir() else source.parent
     output = Path(arguments.output) if arguments.output else folder / "demo.html"
@@ -77,14 +79,14 @@ def run(arguments: argparse.Namespace) -> None:
     network = prepare_network(loaded, arguments.num_images)
     material = gather(
         loaded,
-        open_shards(loaded.config, shown_shards(arguments.images, loaded.config.data.shards)),
+        open_shards(loaded.config, shown_shards(arguments.images, loaded.config.data.shards, "--images")),
         images=arguments.num_images,
         others=arguments.decoder_images,
         device=choose_device(loaded.config.train.device, World()),
         seed=arguments.seed,
         log=log,
     )
-    title = arguments.title or folder.resolve().name
+    title = arguments.title or (arguments.checkpoint if named else folder.resolve().name)
     page = build_page(network, material, title=title, steps=arguments.decoder_steps, log=log)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)

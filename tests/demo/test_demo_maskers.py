@@ -36,7 +36,8 @@ def in_python(name, options, grid, batch, batches):
     patches = grid[0] * grid[1]
     for step in range(batches):
         masks = masker(np.arange(batch) + step * batch, seed=5, epoch=0, step=step)
-        context, target = (np.bincount(sets.index, minlength=patches) / batch for sets in (masks.context, masks.targets))
+        sets = masks.context, masks.targets
+        context, target = (np.bincount(each.index, minlength=patches) / batch for each in sets)
         yield {
             "context": context,
             "target": target,

@@ -35,10 +35,8 @@ const middle = (selector) =>
     const { x, y, width, height } = element.getBoundingClientRect();
     return [x + width / 2, y + height / 2];
   })()`);
-const patchSize = async () => {
-  const [a, b] = [await middle('[data-patch="0"]'), await middle('[data-patch="9"]')];
-  return [b[0] - a[0], b[1] - a[1]];
-};
+const patchSize = () =>
+  browser.evaluate(`(({ width, height }) => [width, height])(document.querySelector("[role=gridcell]").getBoundingClientRect())`);
 const ready = () => browser.until(`document.querySelector("#patch-text").textContent && document.querySelector("#usage-text").textContent`);
 const focus = (selector) => browser.evaluate(`document.querySelector(${JSON.stringify(selector)}).focus()`);
 const change = (selector, value) =>
@@ -75,9 +73,9 @@ try {
   await browser.click(...(await middle("#again")));
   await note("again");
   await change("#masker", "multiblock");
-  await change("#option-target_scale-largest", 0.5);
-  await change("#option-target_scale-smallest", 0.5);
-  await change("#option-num_targets", 8);
+  await change("#option-context_scale-smallest", 0.2);
+  await change("#option-context_scale-largest", 0.2);
+  await change("#option-min_keep", 20);
   await note("too much");
   await change("#masker", "run");
   await note("run");

@@ -42,7 +42,8 @@ def test_contents(wheel: Path) -> None:
         names = set(archive.namelist())
         entries = ConfigParser()
         entries.read_string(archive.read(f"jepa_kit-{jepa_kit.__version__}.dist-info/entry_points.txt").decode())
-    files = [f for top in ("jepa_kit", "projects") for f in (ROOT / top).rglob("*.*") if f.suffix in {".py", ".yaml"}]
+    kinds = {".py", ".yaml", ".js"}
+    files = [f for top in ("jepa_kit", "projects") for f in (ROOT / top).rglob("*.*") if f.suffix in kinds]
     in_wheel = {f.relative_to(ROOT).as_posix().replace("projects/", "jepa_kit/projects/", 1) for f in files}
     assert in_wheel <= names
     assert {f"jepa_kit/{f.relative_to(ROOT).as_posix()}" for f in (ROOT / "reference").rglob("*.*")} <= names
