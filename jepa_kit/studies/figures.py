@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,9 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
         return []
     columns = min(PANELS, len(outcomes))
     rows = -(-len(outcomes) // columns)
-    entries = len(summary.arms) + len(summary.baselines)
+    kinds = {job.title: str(job.baseline) for job in summary.plan.baselines}
+    styles = dict(zip(dict.fromkeys(kinds.values()), itertools.cycle(LINES)))  # of several networks, one
+    entries = len(summary.arms) + len(styles)
     legend = 0.35 + 0.2 * -(-entries // max(1, columns))
     fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False)
@@ -90,10 +93,10 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
                 ax.errorbar(
                     place, 100 * figure.mean, yerr=bar, fmt=form, capsize=3, color=colour, label=arm.name, alpha=0.75
                 )
-        for k, (title, found) in enumerate(summary.baselines.items()):
+        for title, found in summary.baselines.items():
             if outcome in found:
-                style = LINES[k % len(LINES)]
-                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=style, lw=1, label=title)
+                kind = kinds[title]
+                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=styles[kind], lw=1, label=kind)
         ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
         ax.set_xlabel(f"arms, {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
         ax.set_ylabel("%", fontsize=8)

@@ -139,6 +139,23 @@ def test_every_file_is_written(study):
     assert content["study"]["seeds"] == [0, 1, 2]
 
 
+def test_arms_of_one_cost_are_drawn_side_by_side(study, monkeypatch, tmp_path):
+    monkeypatch.setattr("jepa_kit.studies.figures.save_figure", lambda fig, file, **options: fig)
+    summary = summarize(*study)
+
+    def drawn(costs):
+        arms = [dataclasses.replace(arm, tflop=cost) for arm, cost in zip(summary.arms, costs, strict=True)]
+        (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
+        ax = fig.axes[0]
+        means = [box.lines[0].get_xdata()[0] for box in ax.containers]
+        return means, ax.get_xscale(), list(ax.get_xticks()), [text.get_text() for text in fig.legends[0].get_texts()]
+
+    assert drawn([2.0, 2.01, 1.99, 2.0])[:3] == ([0, 1, 2], "linear", [])
+    assert drawn([2.0, 4.0, 1.0, 3.0])[:2] == ([2.0, 4.0, 1.0], "linear")
+    assert drawn([2.0, 40.0, 1.0, 3.0])[:2] == ([2.0, 40.0, 1.0], "log")
+    assert sorted(drawn([2.0] * 4)[3]) == ["bad", "base", "better", "pixels"]
+
+
 def test_without_results_there_is_nothing_to_draw(write_study, tmp_path):
     summary = summarize(plan_study(write_study()), tmp_path / "none")
     assert draw_cost(summary, tmp_path / "cost.png") == []
