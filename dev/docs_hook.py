@@ -81,9 +81,17 @@ def page_of(file: Path) -> str:
     return f"{hidden}# {file.relative_to(ROOT)}\n\n````{LANGUAGES[file.suffix]}\n{text.rstrip()}\n````\n"
 
 
+def pages_of(nav: Any) -> list[str]:
+    """Return the pages of a navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(entry)]
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what the pages link to, and what those pages link to, except from code."""
-    waiting = [
+    waiting = [ROOT / page for page in pages_of(config["nav"]) if page not in files.src_uris]
+    waiting += [
         file
         for page in files.documentation_pages()
         for file in links(page.content_string, Path(str(page.abs_src_path)).parent)
@@ -102,6 +110,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Rewrite the links of a page of docs/."""
+    """Rewrite the links of a page of docs/; the first page has no menu at its side."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation", "toc"]
     file = Path(str(page.file.abs_src_path or ""))
     return rewrite(markdown, file.parent, page.file.src_uri) if file.is_relative_to(DOCS) else markdown

@@ -10,6 +10,7 @@ The pages are committed, so that they can be read in the repository; `tests/test
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -25,10 +26,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import jepa_kit
+from jepa_kit import interfaces, patch_sets, recipe, rng, structures
 from jepa_kit.config import data_section, sections
 from jepa_kit.config.typed import describe
 from jepa_kit.evaluation.protocols.base import PROTOCOLS
 from jepa_kit.evaluation.protocols.cards import documented
+from jepa_kit.interop import frozen
 from jepa_kit.registry import RECIPES, REQUIRED, SLOTS, TRANSFORMS, Option, PartRegistry, signature_options
 
 FOLDER = ROOT / "docs" / "reference"
@@ -238,13 +242,83 @@ def tools_page() -> str:
     return "\n".join([*lines, *(tool(command, module) for command, module in TOOLS)])
 
 
+def chapter(text: str, heading: str) -> str:
+    """Return the indented text under a heading of a docstring, such as ``Returns``; empty if there is none."""
+    found = re.search(rf"^{heading}:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
+    return textwrap.dedent(found[1]).strip() if found else ""
+
+
+def signature(thing: Any, name: str) -> str:
+    """Return the signature of a function or of a class's constructor as in its source, on several lines if long."""
+    function = thing.__init__ if inspect.isclass(thing) else thing
+    if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
+        fields = [field for field in dataclasses.fields(thing) if field.init]
+        items, returned = [f"{field.name}: {field.type}" for field in fields], ""
+    elif inspect.isclass(thing) and not inspect.isfunction(function):
+        return f"class {name}"
+    else:
+        node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        assert isinstance(node, ast.FunctionDef)
+        arguments = node.args
+        for names in (arguments.posonlyargs, arguments.args):
+            names[:] = [argument for argument in names if argument.arg not in ("self", "cls")]
+        text = ast.unparse(arguments)
+        items = re.split(r", (?=\*{0,2}\w+(?::|=|,|$)|\*,|/,)", text) if text else []
+        items = [re.sub(r"^(\w+: [^=]+)=", r"\1 = ", item) for item in items]
+        returned = f" -> {ast.unparse(node.returns)}" if node.returns and not inspect.isclass(thing) else ""
+    kind = "class " if inspect.isclass(thing) else ""
+    short = f"{kind}{name}({', '.join(items)}){returned}"
+    if len(short) <= 100:
+        return short
+    return f"{kind}{name}(\n" + "".join(f"    {item},\n" for item in items) + f"){returned}"
+
+
+def described(thing: Any, name: str, level: str = "##") -> str:
+    """Return the section of a function or class of the Python API, with the public methods of a class."""
+    text = inspect.getdoc(thing) or ""
+    lines = [f"{level} {name.rpartition('.')[2]}\n", f"```python\n{signature(thing, name)}\n```\n", body(text)]
+    for heading, column in (("Args", "argument"), ("Attributes", "attribute")):
+        entries = documented("\nArgs:\n" + textwrap.indent(chapter(text, heading), "    "))
+        if entries:
+            lines.append(table((column, "meaning"), [[f"`{key}`", cell(meaning)] for key, meaning in entries.items()]))
+    chapters = {heading: chapter(text, heading) for heading in ("Returns", "Raises")}
+    lines += [f"**{heading}** {escape(content)}\n" for heading, content in chapters.items() if content]
+    for key, member in vars(thing).items() if inspect.isclass(thing) else ():
+        function = getattr(member, "__func__", member)
+        if key[0] != "_" and inspect.isfunction(function) and function.__doc__:  # a public method
+            one_line = re.sub(r",?\n(?=\))", "", signature(function, key)).replace("(\n    ", "(").replace("\n   ", "")
+            first = body(inspect.getdoc(function) or "").partition("\n\n")[0]
+            lines.append(f"- `{one_line}`: {' '.join(first.split())}")
+    return "\n".join([*lines, ""])
+
+
+def python_page() -> str:
+    """Return the page of the Python API: the names of ``import jepa_kit``, then structures and interfaces."""
+    lines = [
+        "# Python API\n",
+        NOTE,
+        "[jepa_kit from Python](../python.md) shows all of it in use. First the names of `import jepa_kit`, then the\n"
+        "data that parts exchange, then the interfaces of parts.\n",
+        *(described(getattr(jepa_kit, name), f"jepa_kit.{name}") for name in sorted(jepa_kit._NAMES)),
+    ]
+    for module in (frozen, recipe, structures, patch_sets, interfaces, rng):
+        classes = [
+            thing
+            for thing in vars(module).values()
+            if (inspect.isclass(thing) or thing is rng.uniforms) and thing.__module__ == module.__name__
+        ]
+        public = [thing for thing in classes if thing.__name__[0] != "_" and thing.__doc__ and thing is not recipe.JEPA]
+        lines += [described(thing, f"{module.__name__}.{thing.__name__}") for thing in public]
+    return "\n".join(lines)
+
+
 def pages() -> dict[str, str]:
     """Return file name -> text of all pages of the reference."""
     import_projects()
     for page, (registry, _) in REGISTRIES.items():
         LINKS.update({registry.get(name).__name__: f"[`{name}`]({page}.md#{name})" for name in registry.names()})
     made = {f"{name}.md": parts_page(name, *entry) for name, entry in REGISTRIES.items()}
-    return {**made, "config.md": sections_page(), "tools.md": tools_page()}
+    return {**made, "config.md": sections_page(), "tools.md": tools_page(), "python.md": python_page()}
 
 
 def main() -> int:

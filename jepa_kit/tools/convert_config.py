@@ -8,7 +8,8 @@ examples:
   python tools/train_net.py --config-file vith14.yaml data.shards=shards/in1k-train
 
   # the same without the quirks of the released masks
-  python tools/train_net.py --config-file vith14.yaml masker='{name: multiblock}' data.shards=shards/in1k-train
+  python tools/train_net.py --config-file vith14.yaml data.shards=shards/in1k-train masker.edges=inclusive \\
+      masker.coupled_scale_and_aspect=false masker.size_per=block masker.truncation=none
 
 Numbers and masks are those of the released code (projects/ijepa/README.md): `truncation: released` cuts the contexts of
 a process's batch to the shortest, so a run repeats the release only with the same number of processes. Weights and
