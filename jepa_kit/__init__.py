@@ -13,13 +13,13 @@ YAML to a checked config) and ``jepa_kit.registry`` (how a part gets its name).
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jepa_kit.api.evaluation import evaluate as evaluate
     from jepa_kit.api.models import build as build
     from jepa_kit.api.models import list_configs as list_configs
     from jepa_kit.api.models import list_parts as list_parts
     from jepa_kit.api.pictures import plot_curves as plot_curves
     from jepa_kit.api.pictures import plot_masks as plot_masks
     from jepa_kit.api.pictures import plot_patches as plot_patches
-    from jepa_kit.api.runs import evaluate as evaluate
     from jepa_kit.api.runs import train as train
     from jepa_kit.interop import load_encoder as load_encoder
 
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "build": "jepa_kit.api.models",
-    "evaluate": "jepa_kit.api.runs",
+    "evaluate": "jepa_kit.api.evaluation",
     "list_configs": "jepa_kit.api.models",
     "list_parts": "jepa_kit.api.models",
     "load_encoder": "jepa_kit.interop",

@@ -1,7 +1,8 @@
 """The Python API: the functions that ``import jepa_kit`` offers (docs/python.md).
 
-models.py    build, list_configs, list_parts
-runs.py      train, evaluate
-pictures.py  plot_masks, plot_patches, plot_curves
-configs.py   the configs and overrides that all of them take
+models.py      build, list_configs, list_parts
+runs.py        train
+evaluation.py  evaluate
+pictures.py    plot_masks, plot_patches, plot_curves
+configs.py     the configs and overrides that they take; data.py: the images
 """
