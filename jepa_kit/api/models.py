@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from typing import Any, overload
 
 from jepa_kit.api.configs import AnyConfig, checked_config
-from jepa_kit.config.shipped import config_names
+from jepa_kit.config.shipped import shipped_configs
 from jepa_kit.engine.build import training_views
 from jepa_kit.from_config import build_recipe
 from jepa_kit.recipe import Recipe
@@ -39,7 +39,7 @@ def list_configs(pattern: str = "*") -> list[str]:
     Args:
         pattern: of the names as in a shell: ``ijepa/*``, ``*vits16``.
     """
-    return [name for name in config_names() if fnmatch(name, pattern)]
+    return [name for name in shipped_configs() if fnmatch(name, pattern)]
 
 
 @overload

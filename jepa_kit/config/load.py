@@ -22,7 +22,7 @@ from jepa_kit.config.imports import check_trusted, resolve_imports
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.shipped import find_config, shipped_configs
 from jepa_kit.errors import MALFORMED, ConfigError, reason_of
-from jepa_kit.registry import RECIPES, registry_of
+from jepa_kit.registry import RECIPES, did_you_mean, registry_of
 from jepa_kit.run_folder import HEADER, RUN_CONFIG
 
 _SCALARS = (
@@ -260,8 +260,10 @@ def _config_file(file: str, above: tuple[str, ...]) -> str:
     if os.path.isdir(path):
         raise ConfigError([f"the folder {path!r} is not a run folder: it has no {RUN_CONFIG}; {_TAKES}"])
     base = f", the _BASE_ of {above[-1]!r}," if above else ""
-    names = "" if "." in os.path.basename(path) else f", or one of these names: {', '.join(shipped_configs())}"
-    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}{names}"])
+    names = shipped_configs()
+    known = f", or one of these names: {', '.join(names)}{did_you_mean(file, names)}"
+    known = "" if "." in os.path.basename(path) else known.removesuffix(".")
+    raise ConfigError([f"{path!r}{base} does not exist; {_TAKES}{known}"])
 
 
 def _is_file(path: str) -> bool:

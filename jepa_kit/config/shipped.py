@@ -7,7 +7,6 @@ package can have them.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 from jepa_kit.run_folder import RUN_CONFIG
@@ -22,19 +21,11 @@ PREFIX = "reference:"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return name -> file of the configs of all projects.
+    """Return name -> file of the configs of all projects, sorted; a name has its project, as ``ijepa/in1k_vitb16``.
 
-    The name is that of the file without ``.yaml``, as ``quickstart``. If several projects have a config of this name,
-    each has its project in front, as ``ijepa/in1k_vitb16``.
+    ``find_config`` also takes the name without the project, if one project alone has it.
     """
-    files = _files()
-    count = Counter(file.stem for file in files)
-    return {f.stem if count[f.stem] == 1 else _with_project(f): f for f in files}
-
-
-def config_names() -> list[str]:
-    """Return the names of the configs of all projects, each with its project in front, sorted."""
-    return [_with_project(file) for file in _files()]
+    return {_with_project(file): file for file in _files()}
 
 
 def _files() -> list[Path]:

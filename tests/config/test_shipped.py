@@ -31,7 +31,7 @@ def test_names_that_two_projects_have(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(shipped, "PROJECTS", str(tmp_path))
     names = ("a/configs/base", "b/configs/base", "b/configs/other")
     assert shipped_configs() == dict(
-        zip(("a/base", "b/base", "other"), (tmp_path / f"{n}.yaml" for n in names), strict=True)
+        zip(("a/base", "b/base", "b/other"), (tmp_path / f"{n}.yaml" for n in names), strict=True)
     )
     for name, file in (("b/base", names[1]), ("other", names[2]), ("b/other", names[2])):
         assert find_config(name, "") == str(tmp_path / f"{file}.yaml")
@@ -40,9 +40,11 @@ def test_names_that_two_projects_have(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_name_that_no_config_has() -> None:
     with pytest.raises(
-        ConfigError, match=r"in1k_vitb' does not exist; .*, or one of these names: .*cifar10_quick, .*16"
+        ConfigError, match=r"in1k_vitb' does not exist; .*, or one of these names: .*cifar10_quick, .*vjepa21/quick$"
     ):
         load_config("in1k_vitb")
+    with pytest.raises(ConfigError, match=r"vjepa21/quick; did you mean 'ijepa/in1k_vitb16'\?$"):
+        load_config("ijepa/in1k_vitb")
     with pytest.raises(ConfigError, match=r"in1k_vitb.yaml' does not exist; a config is .* or a checkpoint$"):
         load_config("in1k_vitb.yaml")
 

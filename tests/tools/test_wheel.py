@@ -73,9 +73,9 @@ def test_training_and_evaluation(wheel: Path, tmp_path: Path) -> None:
 
     where = run(sys.executable, "-c", "import jepa_kit; print(jepa_kit.__file__)")
     assert where.strip() == str(site / "jepa_kit" / "__init__.py")
-    assert "python -m jepa_kit.tools.train_net --config-file NAME " in tool("train_net", "--help")
+    assert "python -m jepa_kit.tools.train_net --config-file ijepa/NAME " in tool("train_net", "--help")
     assert run(str(site / "bin" / "jepa-train"), "--version") == f"jepa_kit {jepa_kit.__version__}\n"
-    assert "or one of these names: cifar10_quick" in tool("train_net", "--config-file", "quick", status=2)
+    assert "or one of these names: beit/in1k_vitb16" in tool("train_net", "--config-file", "quick", status=2)
     for name, seed in (("train", "0"), ("val", "1")):
         tool("make_shards", "synthetic:scenes", f"shards/{name}", "--num-scenes", "64", "--seed", seed)
     words = ["data.shards=shards/train", "train.batch_size=32", "train.epochs=1", "optim.warmup_epochs=0"]
