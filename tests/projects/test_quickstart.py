@@ -83,7 +83,7 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encoder.depth=1"], "layers (='last4') needs 4 layers, but the encoder has 1"),
+        (["encoder.depth=2"], "layers (='last4') needs 4 layers, but the encoder has 2"),
         (["encoder.num_heads=5"], "num_heads (=5) must divide the width (=96)"),
         (["train.epoch=1"], "train.epoch"),
         (["--train-scenes", "0"], "num_scenes (=0) must be at least 1"),

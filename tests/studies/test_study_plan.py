@@ -86,13 +86,13 @@ def test_arms_that_are_listed(write_study):
 
 
 def test_arms_of_other_recipes(write_study):
-    overrides = {"encoder.depth": 1, "data": {"image_size": 16}, "encoder.patch_size": 4, "optim.warmup_epochs": 0}
+    overrides = {"encoder.depth": 2, "data": {"image_size": 32}, "encoder.patch_size": 4, "optim.warmup_epochs": 0}
     overrides |= {"train": {"epochs": 1, "batch_size": 8}}
     arms = [{"base": "mae/quick"}, {"base": "quickstart", "name": "I-JEPA"}, {}]
     plan = plan_study(write_study(factors=None, arms=arms, overrides=overrides, protocols=["knn"], match="images"))
     assert [arm.name for arm in plan.arms] == ["mae/quick", "I-JEPA", "base"]
     assert [arm.config.slots["target"].name for arm in plan.arms] == ["pixel", "representation", "representation"]
-    assert {arm.config.slots["encoder"].options["depth"] for arm in plan.arms} == {1}
+    assert {arm.config.slots["encoder"].options["depth"] for arm in plan.arms} == {2}
 
 
 @pytest.mark.parametrize("match", ["steps", "images", "flops"])
