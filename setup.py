@@ -25,6 +25,7 @@ TOOLS = {
     "jepa-visualize": "visualize",
     "jepa-demo": "demo",
     "jepa-replay": "replay_step",
+    "jepa-runs": "runs",
 }
 """Command -> module of jepa_kit.tools."""
 

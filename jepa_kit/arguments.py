@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from jepa_kit import __version__
 from jepa_kit.errors import PeerError, StartError
@@ -84,6 +87,55 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="options of the config to change; values in YAML"
     )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``; the tool runs by ``run_with_json``."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON, and nothing else, on the standard output"
+    )
+
+
+Show = Callable[[str, Any], None]
+"""Prints the result of a tool: a text, or with ``--json`` its content."""
+
+
+def run_with_json(run: Callable[[argparse.Namespace, Show], int | None], arguments: argparse.Namespace) -> int | None:
+    """Call the function of a tool with ``--json`` in ``json_alone``."""
+    with json_alone(arguments.json) as show:
+        return run(arguments, show)
+
+
+@contextmanager
+def json_alone(wanted: bool) -> Iterator[Show]:
+    """Yield the function that prints the result of a tool: a text, or with ``--json`` its content.
+
+    With ``--json``, anything else that the block prints goes to stderr. A number that is not finite becomes null.
+
+    Args:
+        wanted: whether ``--json`` is given.
+    """
+    out = sys.stdout
+
+    def show(text: str, content: Any) -> None:
+        if wanted:
+            print(json.dumps(_finite(content), indent=1, allow_nan=False), file=out, flush=True)
+        else:
+            print(text, flush=True)
+
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield show
+
+
+def _finite(content: Any) -> Any:
+    """Return plain values with None for numbers that are not finite."""
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    return content if content is None or isinstance(content, str | int) else str(content)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

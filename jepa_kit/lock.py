@@ -99,6 +99,26 @@ def _is_open_at(descriptor: int, file: Path) -> bool:
         return False
 
 
+def holder_of(file: Path) -> str | None:
+    """Return the process that has the lock of a file, as ``process 17 on host``; None without one, or without locks.
+
+    Call it in another process: closing the file would release a lock of this one.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return os.read(descriptor, 1000).decode(errors="replace") or "another process"
+    finally:
+        os.close(descriptor)
+    return None
+
+
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Lock a run folder, because two runs in it would delete each other's checkpoints.

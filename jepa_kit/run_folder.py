@@ -1,5 +1,10 @@
 """Names of the files in a run folder."""
 
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
 HEADER = "run.pt"
 """In a sharded checkpoint: everything but the state, with the sizes and checksums of the shards."""
 
@@ -23,3 +28,12 @@ SKIPPED = "skipped.jsonl"
 
 WEIGHTS = "weights.safetensors"
 """In the folder of a reference run: its weights, without those of an optimiser."""
+
+
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)(\.pt)?")
+
+
+def step_of(path: Path | str) -> int | None:
+    """Return the step in the name of a checkpoint (a path, a URL, or the name), or None for another name."""
+    match = _CHECKPOINT.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
+    return int(match[1]) if match else None

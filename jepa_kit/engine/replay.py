@@ -26,7 +26,6 @@ from jepa_kit.engine.build import build_run
 from jepa_kit.engine.checkpoint.format import load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import store_in
 from jepa_kit.engine.checkpoint.resume import check_resumable
-from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.nonfinite.policy import DUMP_FORMAT, left_out, read_record
 from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.run import ForeignWeights
@@ -36,7 +35,7 @@ from jepa_kit.errors import reason_of
 from jepa_kit.from_config import build_recipe
 from jepa_kit.precision import autocast_of
 from jepa_kit.recipe import Recipe
-from jepa_kit.run_folder import RUN_CONFIG
+from jepa_kit.run_folder import RUN_CONFIG, step_of
 from jepa_kit.structures import MaskBatch, Progress, View
 
 

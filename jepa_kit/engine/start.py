@@ -11,10 +11,10 @@ from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_ch
 from jepa_kit.engine.checkpoint.manager import Location, Store
 from jepa_kit.engine.checkpoint.resume import advice, check_resumable, note_of_start
 from jepa_kit.engine.checkpoint.state_dict import local_part, state_of
-from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.run import ORIGIN, ForeignWeights, Run, Start
 from jepa_kit.errors import CheckpointError
 from jepa_kit.precision import resolve_precision
+from jepa_kit.run_folder import step_of
 
 
 def resume_run(run: Run, store: Store, latest: Location) -> Start:

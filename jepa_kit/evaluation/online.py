@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ from jepa_kit.engine.run import Run
 from jepa_kit.evaluation.feature_sources import encoder_named
 from jepa_kit.evaluation.features import evaluating
 from jepa_kit.evaluation.health.measure import BATCH, measure_health, tokens_and_features
-from jepa_kit.evaluation.health.verdict import State, Verdict, judge
+from jepa_kit.evaluation.health.states import STATES
+from jepa_kit.evaluation.health.verdict import Verdict, judge
 from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.neighbours import Bank
 from jepa_kit.from_config import masker_of
@@ -46,8 +47,6 @@ from jepa_kit.precision import autocast_of, precision_of
 from jepa_kit.recipe import Recipe
 from jepa_kit.rng import FloatArray, IntArray
 
-STATES: tuple[State, ...] = get_args(State)
-"""``eval/verdict`` is an index: 0 is healthy, 1 not learned, the others are collapses."""
 RANKS = ("token_rank", "feature_rank", "rankme", "effective_rank", "lidar")
 FRACTIONS = ("varying", "of_images", "within_images", "feature_varying")
 PANELS = (

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from jepa_kit.config.typed import plain
 from jepa_kit.engine.checkpoint.format import checkpoints
-from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.files import write_text
+from jepa_kit.run_folder import step_of
 from jepa_kit.studies.cells import Job, Plan, place_of
 from jepa_kit.studies.records import CELLS, Record, read_record
 

@@ -30,11 +30,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jepa_kit.arguments import run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, run_tool, run_with_json, tool_parser
 from jepa_kit.engine.job import add_job_options, job_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print arms and cells with their state, and stop")
     what.add_argument("--dry-run", action="store_true", help="check all cells, print the cost, and stop")
     what.add_argument("--report", action="store_true", help="write the report of what is done, and stop")
+    add_json(p)
     p.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time on this machine (default: 1)")
     p.add_argument("--retry", action="store_true", help="run cells again that failed")
     p.add_argument("--output", metavar="DIR", help="folder of results (default: the study's path without .yaml)")
@@ -72,14 +73,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool(NAME, lambda: run(parser().parse_intermixed_args(argv)))
+    return run_tool(NAME, lambda: run_with_json(run, parser().parse_intermixed_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, show: Show) -> int:
     """Do what the command line says; return the exit status."""
     # imported here, so that --help does not wait for torch
     from jepa_kit.studies.array import submit_array, write_array
-    from jepa_kit.studies.cost import describe_cost
+    from jepa_kit.studies.cost import describe_cost, totals
     from jepa_kit.studies.jobs import open_jobs, records_beside
     from jepa_kit.studies.local import make_queue
     from jepa_kit.studies.plan import plan_study
@@ -92,30 +93,35 @@ def run(arguments: argparse.Namespace) -> int:
     check_overrides(arguments.overrides)
     plan = plan_study(file, arguments.overrides, results)
     if arguments.list:
-        print(list_cells(plan, results, runs))
+        states = states_of(plan, results, runs)
+        show(list_cells(states), states)
         return 0
     if arguments.report:
-        return report(plan, results)
+        return report(plan, results, show)
     jobs = open_jobs(plan, results, runs, retry=arguments.retry)
     beside = {record.id: record for record in records_beside(jobs, results)}
     jobs = [job for job in jobs if job.id not in beside]
     others = f", {len(beside)} by other studies in this folder" if beside else ""
-    print(f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(jobs)} of them done{others}", flush=True)
+    lines = [f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(jobs)} of them done{others}"]
     queue = make_queue(plan, results, runs, arguments.workers)
     if jobs:
-        print(describe_cost(plan, jobs, runs, arguments.workers), flush=True)
+        lines.append(describe_cost(plan, jobs, runs, arguments.workers))
     if arguments.dry_run:
+        images, tflop = totals(jobs)
+        show("\n".join(lines), {"jobs": len(plan.jobs), "left": len(jobs), "images": images, "tflop": tflop})
         return 0
+    print(*lines, sep="\n", flush=True)
     write_data(results, plan.data)
     for record in beside.values():
         write_record(record, results)
     if array is not None and jobs:
         script = write_array(plan, jobs, results, runs, array)
-        print(submit_array(script) if arguments.submit == "slurm" else script.read_text())
+        text = submit_array(script) if arguments.submit == "slurm" else script.read_text()
+        show(text, {"script": str(script), arguments.submit: text})
         print(f"script: {script}; --list shows the state of its jobs", file=sys.stderr)
         return 0
     status = queue.run(jobs) if jobs else 0
-    return status or report(plan, results)
+    return status or report(plan, results, show)
 
 
 def array_of(arguments: argparse.Namespace) -> Array | None:
@@ -145,29 +151,48 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def list_cells(plan: Plan, results: Path, runs: Path) -> str:
-    """Return the arms and jobs with their states as a table."""
-    from jepa_kit.evaluation.tables.table import markdown
+def states_of(plan: Plan, results: Path, runs: Path) -> list[dict[str, Any]]:
+    """Return the jobs with their states; ``step`` is that of an interrupted one, ``seed`` that of a cell."""
     from jepa_kit.studies.jobs import done_steps, state_of
 
-    lines = [["job", "seed", "digest", "state"]]
+    found = []
     for job in plan.jobs:
-        state: str = state_of(job, results, runs)
-        if state == "interrupted" and job.length is not None:
-            state += f" at step {done_steps(job, runs):,} of {job.length.steps:,}"
-        lines.append([job.title, str(job.seed) if job.kind == "cell" else "", job.id, state])
+        state = state_of(job, results, runs)
+        interrupted = state == "interrupted" and job.length is not None
+        found.append(
+            {
+                "job": job.title,
+                "seed": job.seed if job.kind == "cell" else None,
+                "digest": job.id,
+                "state": state,
+                "step": done_steps(job, runs) if interrupted else None,
+                "steps": job.length.steps if job.length is not None else None,
+            }
+        )
+    return found
+
+
+def list_cells(states: Sequence[Mapping[str, Any]]) -> str:
+    """Return jobs with their states as a table."""
+    from jepa_kit.evaluation.tables.table import markdown
+
+    lines = [["job", "seed", "digest", "state"]]
+    for job in states:
+        at = "" if job["step"] is None else f" at step {job['step']:,} of {job['steps']:,}"
+        seed = "" if job["seed"] is None else str(job["seed"])
+        lines.append([job["job"], seed, job["digest"], f"{job['state']}{at}"])
     return markdown(lines)
 
 
-def report(plan: Plan, results: Path) -> int:
+def report(plan: Plan, results: Path, show: Show) -> int:
     """Write and print the report; return 1 if a cell or baseline failed."""
     from jepa_kit.studies.records import read_record
-    from jepa_kit.studies.report import to_markdown, write_report
+    from jepa_kit.studies.report import to_json, to_markdown, write_report
     from jepa_kit.studies.summary import summarize
 
     summary = summarize(plan, results)
     written = write_report(summary, results)
-    print(to_markdown(summary))
+    show(to_markdown(summary), to_json(summary))
     print(f"written: {', '.join(map(str, written))}", file=sys.stderr)
     records = [read_record(results, job.id) for job in plan.jobs]
     return int(any(record is not None and record.state == "failed" for record in records))

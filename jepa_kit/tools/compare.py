@@ -30,7 +30,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_kit.arguments import run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, run_tool, run_with_json, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,24 +43,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", metavar="PATH", help="write PATH.md, PATH.csv and the figure, PATH.png")
     p.add_argument("--format", choices=("png", "pdf", "svg"), help="of the figure (default: png)")
     p.add_argument("--curves", metavar="FILE", help="only draw the runs' curves into this file (.png, .pdf or .svg)")
+    add_json(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("compare.py", lambda: run(parser().parse_args(argv)))
+    return run_tool("compare.py", lambda: run_with_json(run, parser().parse_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Print the table and write the files."""
     # imported here, so that --help does not wait for torch and scikit-learn
     from jepa_kit.engine.logging.curves import drawn
-    from jepa_kit.evaluation.tables.compare import compare, to_csv, to_markdown
+    from jepa_kit.evaluation.tables.compare import compare, to_csv, to_markdown, to_rows
     from jepa_kit.evaluation.tables.figure import figure
     from jepa_kit.evaluation.tables.runs import load
 
     if arguments.curves:
-        draw_curves(arguments)
+        file = str(draw_curves(arguments))
+        show(file, {"curves": file})
         return
     if arguments.format and not arguments.output:
         raise ValueError(f"--format (={arguments.format!r}) would do nothing without --output: there is no figure")
@@ -84,11 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
         Path(f"{base}.csv").write_text(to_csv(found), encoding="utf-8")
         picture = f"{base}.{form}"
         drawn(picture, lambda: figure(found, picture, format=form))  # if it fails, a warning
-    print(table)
+    show(table, to_rows(found))
 
 
-def draw_curves(arguments: argparse.Namespace) -> None:
-    """Draw the curves of the runs, which need no results, and print the file."""
+def draw_curves(arguments: argparse.Namespace) -> Path:
+    """Draw the curves of the runs, which need no results, and return the file."""
     from jepa_kit.config.shipped import find_reference, is_reference
     from jepa_kit.engine.logging.curves import plot_runs
     from jepa_kit.evaluation.online import PANELS
@@ -104,7 +106,7 @@ def draw_curves(arguments: argparse.Namespace) -> None:
     for name in arguments.runs:
         folder = find_reference(name) if is_reference(name) else Path(name)
         runs[name] = next((place for place in (folder, folder / "run") if (place / METRICS).is_file()), folder)
-    print(plot_runs(runs, path, PANELS))
+    return plot_runs(runs, path, PANELS)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from jepa_kit.arguments import run_tool, tool_parser  # first: it sets what torch reads when it is imported
+from jepa_kit.arguments import Show, add_json, run_tool, run_with_json, tool_parser  # first: sets what torch reads
 from jepa_kit.interop.files import Format
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.hf_models import MODELS
@@ -72,22 +72,24 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--sha256", metavar="HEX", help="required checksum of IN")
     p.add_argument("--allow-unchecked", action="store_true", help="read IN even if its checksum is missing or wrong")
+    add_json(p)
     p.add_argument("source", metavar="IN", help="a file, a folder, or the http(s) URL of a file")
     p.add_argument("target", metavar="OUT", help="a file, or a folder for hf; must not exist")
     return p
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Convert, and print what was written."""
-    options = vars(arguments)
+    options = {name: value for name, value in vars(arguments).items() if name != "json"}
     source, target, size = options.pop("source"), options.pop("target"), options.pop("image_size")
     written = convert(source, target, image_size=None if size is None else (size, size), **options)
-    print(f"{target} ({arguments.to}): {written}")
+    content = {"source": source, "target": target, "format": arguments.to, "written": written}
+    show(f"{target} ({arguments.to}): {written}", content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("convert_checkpoint.py", lambda: run(parser().parse_args(argv)))
+    return run_tool("convert_checkpoint.py", lambda: run_with_json(run, parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

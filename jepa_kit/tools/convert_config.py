@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_kit.arguments import run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, run_tool, run_with_json, tool_parser
 
 NAME = "convert_config.py"
 
@@ -40,16 +40,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that it was meant for, one for each GPU; its batch size is that of one of them",
     )
+    add_json(p)
     p.add_argument("--output", metavar="PATH", help="file to write (default: print the config)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool(NAME, lambda: run(parser().parse_args(argv)))
+    return run_tool(NAME, lambda: run_with_json(run, parser().parse_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Write the config, and print the notes on stderr.
 
     Raises:
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output:
         with open(arguments.output, "x", encoding="utf-8") as file:
             file.write(text)
-    else:
-        print(text, end="")
+    if arguments.json or not arguments.output:
+        show(text.rstrip("\n"), {"config": converted.config, "notes": converted.notes})
     for note in notes:
         print(note, file=sys.stderr)
 

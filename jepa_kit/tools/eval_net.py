@@ -53,7 +53,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_kit.arguments import add_trust, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, add_trust, run_tool, run_with_json, tool_parser
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output", metavar="FILE", help="the results as JSON (default: a file in `evaluation` beside the checkpoint)"
     )
+    add_json(p)
     add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the run's config, as train.device=cpu")
     return p
@@ -136,13 +137,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("eval_net.py", lambda: run(parse(argv)))
+    return run_tool("eval_net.py", lambda: run_with_json(run, parse(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Evaluate, or list the protocols; rank 0 prints the table and writes the file."""
     if arguments.list:
-        print(list_protocols())
+        show(list_protocols(), describe_protocols())
         return
     # imported here, so that --help does not import torch and scikit-learn
     from jepa_kit.config import load_config
@@ -175,7 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
             note_shared(train, test)
         rows, checkpoint = evaluate_run(arguments, specs, file, loaded, config, train, test, world, device)
         if world.is_main:
-            report(arguments, rows, config, checkpoint, train, test, built)
+            report(arguments, rows, config, checkpoint, train, test, built, show)
 
 
 def note_shared(train: ShardDataset, test: ShardDataset) -> None:
@@ -257,6 +258,7 @@ def report(
     train: ShardDataset,
     test: ShardDataset,
     built: Sequence[Built],
+    show: Show,
 ) -> None:
     """Write the file of results, with all options of the protocols, and then print the table."""
     from jepa_kit.evaluation.protocols import plain_options
@@ -268,7 +270,7 @@ def report(
     output = arguments.output or (default_output(arguments.checkpoint, content) if checkpoint else None)
     if output:
         write_results(content, output)
-    print(format_table(rows))
+    show(format_table(rows), content)
     if output:
         print(f"results: {output}", file=sys.stderr)
 
@@ -342,6 +344,24 @@ def list_protocols() -> str:
             lines += textwrap.wrap(text, 118, initial_indent="    ", subsequent_indent="        ")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def describe_protocols() -> list[dict[str, Any]]:
+    """Return what ``list_protocols`` shows, as plain values; an option without a default has no ``default``."""
+    from jepa_kit.evaluation.protocols.base import PROTOCOLS
+    from jepa_kit.evaluation.protocols.cards import card_of
+    from jepa_kit.registry import REQUIRED
+
+    found = []
+    for name in PROTOCOLS.names():
+        card = card_of(PROTOCOLS.get(name))
+        options = [
+            {"name": option.name, "description": card.options.get(option.name, "")}
+            | ({} if option.default is REQUIRED else {"default": option.default})
+            for option in PROTOCOLS.options(name).values()
+        ]
+        found.append({"name": name, "title": card.title, "example": card.example or name, "options": options})
+    return found
 
 
 def plain(value: Any) -> str:

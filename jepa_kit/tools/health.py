@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_kit.arguments import add_trust, in_order, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, add_trust, in_order, run_tool, run_with_json, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.health.measure import Health
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--masks", type=int, metavar="N", help="masks of each image (default: 4; none without a masker)")
     p.add_argument("--seed", type=int, default=0, help="seed of the choice of images and of the masks (default: 0)")
     p.add_argument("--output", metavar="FILE", help="file for the figures as JSON")
+    add_json(p)
     add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the runs' configs")
     return p
@@ -85,10 +86,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("health.py", lambda: run(parse(argv)))
+    return run_tool("health.py", lambda: run_with_json(run, parse(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Print the table and the verdicts, and write the file."""
     # here, so that --help does not wait for torch
     from jepa_kit.config import versions
@@ -108,14 +109,14 @@ def run(arguments: argparse.Namespace) -> None:
     for name, (step, health), verdict in zip(names, found, verdicts, strict=True):
         missing = [f"\n  not measured: {line}" for line in health.not_measured]
         lines.append(f"{name}, step {step:,}: {verdict}{''.join(missing)}")
+    entries = [
+        {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
+        for name, (step, health), v in zip(names, found, verdicts, strict=True)
+    ]
+    content = {"seed": arguments.seed, "health": entries, "versions": versions()}
     if arguments.output:
-        entries = [
-            {"checkpoint": name, "step": step, "verdict": v.state, "reason": v.reason, "figures": health.to_dict()}
-            for name, (step, health), v in zip(names, found, verdicts, strict=True)
-        ]
-        content = {"seed": arguments.seed, "health": entries, "versions": versions()}
         write_results(content, arguments.output)
-    print("\n\n".join(lines))
+    show("\n\n".join(lines), content)
 
 
 def measure(checkpoint: str, arguments: argparse.Namespace) -> tuple[int, Health]:

@@ -47,7 +47,7 @@ from contextlib import closing
 from typing import Any
 
 from jepa_kit import __version__
-from jepa_kit.arguments import run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, run_tool, run_with_json, tool_parser
 from jepa_kit.data.making.make_shards import Limits, check_apart, listed, make, orders, split_folder
 from jepa_kit.data.making.verify import verify
 from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
@@ -55,7 +55,7 @@ from jepa_kit.data.sources.labels import LABEL_FROM
 from jepa_kit.data.sources.opening import SourceOptions, open_source
 from jepa_kit.progress import Progress
 
-NOT_IN_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused")
+NOT_IN_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused", "json")
 """Options that do not change the shards."""
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; created if missing")
     p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 if they differ")
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    add_json(p)
     p.add_argument("--overwrite", action="store_true", help="replace shards in OUT_DIR")
     p.add_argument("--max-refused", type=float, default=0.1, metavar="P", help="fraction of bad images (default: 0.1)")
     g = p.add_argument_group("shards")
@@ -110,24 +111,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.verify is None and args.out is None:
         p.error("SOURCE and OUT_DIR must be given, or --verify DIR")
     if args.verify is not None:
-        defaults = {**vars(p.parse_args(["--verify", args.verify])), "workers": args.workers}
+        defaults = {**vars(p.parse_args(["--verify", args.verify])), "workers": args.workers, "json": args.json}
         for name in (name for name, value in vars(args).items() if value != defaults[name]):
-            p.error(f"--verify (={args.verify}) takes only --workers, not {name}: it only reads")
+            p.error(f"--verify (={args.verify}) takes only --workers and --json, not {name}: it only reads")
     return args
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, show: Show) -> int:
     """Make or verify shards; return 0, 1 if --verify finds a difference, or 130 for Ctrl-C."""
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers (={args.workers}) must be at least 1")
     try:
         if args.verify is not None:
-            return _verify(args.verify, args.workers or _cores())
+            return _verify(args.verify, args.workers or _cores(), show)
         limits, options = _limits(args), _source_options(args)
         check_apart(args.source, args.out)
         os.makedirs(args.out, exist_ok=True)
         with lock_output(args.out):
-            return _make(args, limits, options)
+            return _make(args, limits, options, show)
     except BrokenProcessPool as error:
         raise ValueError("a worker died, often for lack of memory: try fewer --workers") from error
     except KeyboardInterrupt:
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("make_shards: error", lambda: run(parse(argv)))
+    return run_tool("make_shards: error", lambda: run_with_json(run, parse(argv)))
 
 
 def _limits(args: argparse.Namespace) -> Limits:
@@ -172,7 +173,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> int:
+def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions, show: Show) -> int:
     print(f"opening {args.source}", flush=True)
     try:
         source = open_source(args.source, options, seed=args.seed, scratch=args.out)
@@ -192,28 +193,37 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions) -> i
                 os.remove(path)
     labels = ", ".join(f"{name} ({len(names)} classes)" for name, names in source.classes.items()) or "none"
     masks = "; with masks" if source.mask_classes else ""
-    if not made:
-        print(f"{args.out} is complete: nothing to do")
-    for log in made:
-        samples, size = sum(shard.samples for shard in log.shards), sum(shard.bytes for shard in log.shards)
-        print(
-            f"{log.folder}: {samples} samples in {len(log.shards)} shards, {size / 1e6:.1f} MB; labels: {labels}{masks}"
-        )
-    for note, count in sum((log.notes for log in made), Counter()).items():
-        print(f"note: {count} of {len(source)} images have {note}")
+    folders: list[dict[str, Any]] = [
+        {
+            "folder": log.folder,
+            "samples": sum(shard.samples for shard in log.shards),
+            "shards": len(log.shards),
+            "bytes": sum(shard.bytes for shard in log.shards),
+        }
+        for log in made
+    ]
+    lines = [
+        f"{f['folder']}: {f['samples']} samples in {f['shards']} shards, {f['bytes'] / 1e6:.1f} MB; "
+        f"labels: {labels}{masks}"
+        for f in folders
+    ] or [f"{args.out} is complete: nothing to do"]
+    notes = sum((log.notes for log in made), Counter())
+    lines += [f"note: {count} of {len(source)} images have {note}" for note, count in notes.items()]
     refused = [entry for log in made for entry in log.refused]
     if refused:
-        print(f"refused {len(refused)} of {len(source)} files: {listed(refused)}")
+        lines.append(f"refused {len(refused)} of {len(source)} files: {listed(refused)}")
+    classes = {name: list(names) for name, names in source.classes.items()}
+    content = {"folders": folders, "labels": classes, "notes": notes, "refused": [r._asdict() for r in refused]}
+    show("\n".join(lines), content)
     return 0
 
 
-def _verify(folder: str, workers: int) -> int:
+def _verify(folder: str, workers: int, show: Show) -> int:
     """Compare shards with their index, and return the exit status."""
     with closing(Progress(1, "MB", scale=10**6)) as progress:
         shards, problems = verify(folder, workers=workers, show=progress.show)
-    for problem in problems:
-        print(problem)
-    print(f"{folder}: {shards} shards, {len(problems)} problems")
+    summary = f"{folder}: {shards} shards, {len(problems)} problems"
+    show("\n".join([*problems, summary]), {"folder": folder, "shards": shards, "problems": problems})
     return 1 if problems else 0
 
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jepa_kit.arguments import add_config, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_config, add_json, run_tool, run_with_json, tool_parser
 
 if TYPE_CHECKING:
     from jepa_kit.evaluation.masks.report import MaskReport
@@ -39,15 +39,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--draws", type=int, default=2048, metavar="N", help="images to draw masks for (default: 2048)")
     p.add_argument("--images-per-batch", type=int, default=128, metavar="N", help="of a process (default: 128)")
     p.add_argument("--output-dir", default="output/mask_report", metavar="DIR", help="default: output/mask_report")
+    add_json(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("mask_report.py", lambda: run(parser().parse_intermixed_args(argv)))
+    return run_tool("mask_report.py", lambda: run_with_json(run, parser().parse_intermixed_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Write the files and print the table."""
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.config import load_config, versions
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"\n\nnote: the pictures show synthetic scenes: data.shards (={shards!r}) has no index.json on this "
             "machine, and a report reads no other data"
         )
-    print(f"{format_table(names, reports)}{note}\n\nwrote {file}, {picture} and {gallery}")
+    show(f"{format_table(names, reports)}{note}\n\nwrote {file}, {picture} and {gallery}", content)
 
 
 def format_table(names: Sequence[str], reports: Sequence[MaskReport]) -> str:

@@ -27,13 +27,12 @@ Exit status: 0, 2 for a mistake in the config or the command, 130 for Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from jepa_kit.arguments import add_config, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_config, add_json, run_tool, run_with_json, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.data.shards.resolve import indexed_samples
 from jepa_kit.planning.device_specs import DEVICES, Device, this_cpu
@@ -83,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--decode-ms", type=float, metavar="MS", help="time of one core per image; gives the number of cores needed"
     )
-    p.add_argument("--json", action="store_true", help="print JSON")
+    add_json(p)
     return p
 
 
@@ -139,7 +138,7 @@ def implied_share(plan: Plan, given: Assumptions, gpu_hours: float) -> float:
     return plan.workload.flop / (gpu_hours * 3600 * given.device.peak(plan.precision) * 1e12)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Print the plan."""
     gpus = numbers(arguments.gpus)
     hours = arguments.gpu_hours
@@ -155,18 +154,16 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plans = plan_run(config, gpus, given)
     share = None if hours is None else implied_share(plans[0], given, hours)
-    if arguments.json:
-        found = {"assumptions": asdict(given), "formula": FORMULA, "plans": [asdict(plan) for plan in plans]}
-        print(json.dumps(found | ({} if share is None else {"implied_share_of_peak": share}), indent=1))
-        return
-    print(describe(plans[0], given) if len(plans) == 1 else table(plans))
+    found = {"assumptions": asdict(given), "formula": FORMULA, "plans": [asdict(plan) for plan in plans]}
+    text = describe(plans[0], given) if len(plans) == 1 else table(plans)
     if share is not None:
-        print(f"{hours:,.0f} GPU hours would be {share:.1%} of the published peak")
+        text += f"\n{hours:,.0f} GPU hours would be {share:.1%} of the published peak"
+    show(text, found | ({} if share is None else {"implied_share_of_peak": share}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("plan_run.py", lambda: run(parser().parse_intermixed_args(argv)))
+    return run_tool("plan_run.py", lambda: run_with_json(run, parser().parse_intermixed_args(argv)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from jepa_kit.arguments import add_trust, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, add_trust, run_tool, run_with_json, tool_parser
 from jepa_kit.distributed.collectives import World, choose_device
 from jepa_kit.engine.replay import read_dump, replay, weights_before
 from jepa_kit.interop import start
@@ -42,13 +42,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="initial weights of the run, if they have been moved; read if no checkpoint before the step is left",
     )
+    add_json(p)
     add_trust(p)
     p.add_argument("--at-once", action="store_true", help="use the last checkpoint's weights without repeating steps")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     return p
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, show: Show) -> int:
     """Replay the step; print and write the findings. Return 0, or 3 if all numbers are finite."""
     dump = read_dump(arguments.dump, trust_imports=arguments.trust_imports)
     device = choose_device(arguments.device, World())
@@ -62,19 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
         dump, folder, device, again=not arguments.at_once, say=print, foreign=start, start_file=arguments.start
     )
     found = replay(dump, jepa, device)
-    for finding in found:
-        print(finding)
-    if not found:
-        print("all numbers are finite this time: the run had other weights, another device, or a hardware fault")
+    nothing = "all numbers are finite this time: the run had other weights, another device, or a hardware fault"
     facts = {"dump": arguments.dump.name, "step": step, "device": str(device), "at_once": arguments.at_once}
     result = arguments.dump.with_name(arguments.dump.name + ".replay.json")
-    result.write_text(json.dumps({**facts, "found": [asdict(finding) for finding in found]}, indent=1) + "\n")
+    content = {**facts, "found": [asdict(finding) for finding in found]}
+    result.write_text(json.dumps(content, indent=1) + "\n")
+    show("\n".join(map(str, found)) or nothing, content)
     return 0 if found else 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("replay_step.py", lambda: run(parser().parse_args(argv)))
+    return run_tool("replay_step.py", lambda: run_with_json(run, parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

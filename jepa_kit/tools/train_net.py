@@ -60,10 +60,10 @@ from jepa_kit.arguments import add_config, fail, in_order, run_tool, tool_parser
 from jepa_kit.config import Config, load_config
 from jepa_kit.distributed.signals import INTERRUPTED, Preempted, requeue
 from jepa_kit.engine.checkpoint.format import checkpoints
-from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.engine.job import Job, add_job_options, job_of
 from jepa_kit.engine.submit import prepare, submit, write_script
 from jepa_kit.errors import RunError
+from jepa_kit.run_folder import step_of
 
 NAME = "train_net.py"
 MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jepa_kit.arguments import add_trust, run_tool, tool_parser
+from jepa_kit.arguments import Show, add_json, add_trust, run_tool, run_with_json, tool_parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--decoder-images", type=int, default=1024, metavar="N", help="to train it on (default: 1024)")
     p.add_argument("--decoder-steps", type=int, default=600, metavar="N", help="updates of the decoder (default: 600)")
     p.add_argument("--seed", type=int, default=0, help="seed of images, masks, decoder and noise (default: 0)")
+    add_json(p)
     add_trust(p)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in the run's config")
     return p
@@ -42,10 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit status, as at the end of ``--help``."""
-    return run_tool("visualize.py", lambda: run(parser().parse_intermixed_args(argv)))
+    return run_tool("visualize.py", lambda: run_with_json(run, parser().parse_intermixed_args(argv)))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, show: Show) -> None:
     """Write the pictures; print the verdict and the files."""
     # here, so that --help does not wait for torch and matplotlib
     from jepa_kit.config.shipped import is_reference
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
         steps=arguments.decoder_steps,
         log=log,
     )
-    print(f"{content['verdict']}: {content['reason']}", *(output / name for name in content["files"]), sep="\n")
+    files = [str(output / name) for name in content["files"]]
+    show("\n".join([f"{content['verdict']}: {content['reason']}", *files]), {**content, "files": files})
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from jepa_kit.engine.checkpoint.dcp import read_full
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state, parameters_of
-from jepa_kit.engine.checkpoint.storage import step_of
 from jepa_kit.errors import CheckpointError
 from jepa_kit.files import atomic_write, write_archive
+from jepa_kit.run_folder import step_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 from jepa_kit.config.load import parse_yaml
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.shipped import find_reference, is_reference
-from jepa_kit.engine.checkpoint.storage import RemoteStorage, checkpoint_names, is_url, open_storage, step_of
-from jepa_kit.run_folder import HEADER, RUN_CONFIG, WEIGHTS
+from jepa_kit.engine.checkpoint.storage import RemoteStorage, checkpoint_names, is_url, open_storage
+from jepa_kit.run_folder import HEADER, RUN_CONFIG, WEIGHTS, step_of
 
 
 def recorded_checkpoint_dir(run: Path) -> str | None:

@@ -16,10 +16,10 @@ from jepa_kit.config import Config
 from jepa_kit.engine.checkpoint.files import verify
 from jepa_kit.engine.checkpoint.format import load_checkpoint
 from jepa_kit.engine.checkpoint.locate import recorded_checkpoint_dir
-from jepa_kit.engine.checkpoint.storage import LocalStorage, Storage, checkpoint_names, is_url, open_storage, step_of
+from jepa_kit.engine.checkpoint.storage import LocalStorage, Storage, checkpoint_names, is_url, open_storage
 from jepa_kit.errors import CheckpointError, cause_of
 from jepa_kit.files import PART, delete
-from jepa_kit.run_folder import METRICS, RUN_CONFIG
+from jepa_kit.run_folder import METRICS, RUN_CONFIG, step_of
 
 ASIDE = ".set_aside"
 """Suffix of a checkpoint that the run was not resumed from."""

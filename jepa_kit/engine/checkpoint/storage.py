@@ -9,7 +9,6 @@ reading, ``_ls``, ``_exists`` and ``_rm``; ``_mkdirs``, ``_mv`` and ``_copy`` ar
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -21,7 +20,7 @@ from jepa_kit.compat import can_rename, prefixes_of
 from jepa_kit.data.remote.fetch import Access, copy, path_manager
 from jepa_kit.errors import RemoteError, UnableError, cause_of
 from jepa_kit.files import PART, atomic_write, delete
-from jepa_kit.run_folder import HEADER
+from jepa_kit.run_folder import HEADER, step_of
 
 
 class LocalStorage:
@@ -274,15 +273,6 @@ def _call(do: Callable[[], object], what: str) -> None:
 def name_of(place: str) -> str:
     """Return the last part of a path or URL."""
     return place.rstrip("/").rpartition("/")[2]
-
-
-_CHECKPOINT = re.compile(r"checkpoint_(\d+)(\.pt)?")
-
-
-def step_of(path: Path | str) -> int | None:
-    """Return the step in the name of a checkpoint (a path, a URL, or the name), or None for another name."""
-    match = _CHECKPOINT.fullmatch(path.name if isinstance(path, Path) else path.rpartition("/")[2])
-    return int(match[1]) if match else None
 
 
 def checkpoint_names(storage: Storage) -> dict[str, int]:

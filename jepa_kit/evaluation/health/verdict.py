@@ -7,11 +7,9 @@ shows runs on either side of each threshold.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from jepa_kit.evaluation.health.measure import NO_PATCHES, Health
-
-State = Literal["healthy", "not learned", "dimensional collapse", "positional collapse", "constant"]
+from jepa_kit.evaluation.health.states import State
 
 CONSTANT = 0.06
 """Minimum of ``varying``, the fraction of the tokens' mean square that varies.

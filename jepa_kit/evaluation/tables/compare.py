@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -240,9 +240,22 @@ def to_markdown(table: Table) -> str:
 def to_csv(table: Table) -> str:
     """Return CSV with a line for each figure, with all digits, and the cost of its recipe."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow((*Line._fields, *Column._fields, *Cell._fields, *Cost._fields))
-    for (line, column), cell in table.cells.items():
-        cost = None if line.is_baseline else table.costs.get(line.recipe)
-        writer.writerow((*line, *column, *cell, *(cost or [""] * len(Cost._fields))))
+    fields = (*Line._fields, *Column._fields, *Cell._fields, *Cost._fields)
+    writer = csv.DictWriter(out, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(to_rows(table))
     return out.getvalue()
+
+
+def to_rows(table: Table) -> list[dict[str, Any]]:
+    """Return a mapping for each figure, with the cost of its recipe, whose values are None if it is unknown."""
+    unknown = dict.fromkeys(Cost._fields)
+    return [
+        {
+            **line._asdict(),
+            **column._asdict(),
+            **cell._asdict(),
+            **(unknown if line.is_baseline or line.recipe not in table.costs else table.costs[line.recipe]._asdict()),
+        }
+        for (line, column), cell in table.cells.items()
+    ]
