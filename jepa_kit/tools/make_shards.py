@@ -63,7 +63,7 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = tool_parser("make_shards.py", __doc__)
-    p.usage = "make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N]"
+    p.usage = "make_shards.py SOURCE OUT_DIR [options]\n       make_shards.py --verify DIR [--workers N] [--json]"
     p.add_argument("source", metavar="SOURCE", nargs="?", help="see above")
     p.add_argument("out", metavar="OUT_DIR", nargs="?", help="folder for the shards; created if missing")
     p.add_argument("--verify", metavar="DIR", help="compare shards with their index; status 1 if they differ")

@@ -20,8 +20,8 @@ from jepa_kit.engine import step as update
 from jepa_kit.training import train
 
 ROOT = Path(__file__).parents[2]
-NO_RESULT = {"train_net"}
-"""Its result is a run folder, whose files are for programs: run.json, metrics.jsonl."""
+NO_RESULT = {"train_net", "demo"}
+"""Their results are files: a run folder, with run.json and metrics.jsonl for programs; a page."""
 RUN = {
     "masker": {"name": "multiblock"},
     "encoder": {"name": "vit", "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4},

@@ -282,8 +282,8 @@ def test_verify(photos, tmp_path, capsys):
     [
         ([], "SOURCE and OUT_DIR must be given, or --verify DIR"),
         (["photos"], "SOURCE and OUT_DIR must be given, or --verify DIR"),
-        (["photos", "--verify", "out"], "--verify (=out) takes only --workers, not source: it only reads"),
-        (["--verify", "out", "--quality", 9], "--verify (=out) takes only --workers, not quality: it only"),
+        (["photos", "--verify", "out"], "--verify (=out) takes only --workers and --json, not source: it only"),
+        (["--verify", "out", "--quality", 9], "--verify (=out) takes only --workers and --json, not quality: it"),
     ],
 )
 def test_what_must_be_given(capsys, arguments, message):

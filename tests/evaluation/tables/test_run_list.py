@@ -129,7 +129,7 @@ def test_runs_are_found(tmp_path):
         write_run(tmp_path / name)
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.yaml").touch()  # of something else
-    assert list(find_runs(tmp_path)) == [tmp_path / "b", tmp_path / "a/run"]
+    assert list(find_runs(tmp_path)) == [tmp_path / "a/run", tmp_path / "b"]
     assert list(find_runs(tmp_path / "b")) == [tmp_path / "b"]
 
 
@@ -146,15 +146,11 @@ NOW = datetime(2024, 5, 2, 12, tzinfo=timezone.utc)
 
 
 def entry(name, state="stopped", **values):
-    values = {
-        "step": 1500,
-        "steps": 12000,
-        "loss": 0.2345678,
-        "images_per_second": 321.4,
-        "verdict": "healthy",
-    } | values
+    usual = {"step": 1500, "steps": 12000, "loss": 0.2345678, "images_per_second": 321.4, "verdict": "healthy"}
     changed = (NOW - timedelta(minutes=3)).isoformat()
-    return RunEntry(run=f"/runs/{name}", state=state, checkpoint=None, verdict_step=None, changed=changed, **values)
+    return RunEntry(
+        run=f"/runs/{name}", state=state, checkpoint=None, verdict_step=None, changed=changed, **(usual | values)
+    )
 
 
 def test_the_table():
@@ -204,7 +200,7 @@ def test_the_tool_sorts_and_selects(tmp_path, capsys):
     assert main([str(tmp_path), "--state", "running"]) == 0
     assert capsys.readouterr().out == f"no such run below {tmp_path}\n"
     assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("bad  failed   90/100")
+    assert capsys.readouterr().out.splitlines()[1].startswith("bad  failed    90/100 ")
     assert main([str(tmp_path), "--state", "done"]) == 2
     assert "--state (='done') must be one of running, finished, stopped, failed, unreadable" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
