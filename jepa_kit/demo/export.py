@@ -78,12 +78,8 @@ def _target_problems(target: nn.Module) -> Iterator[str]:
     if not isinstance(target, RepresentationTarget):
         yield f"target (={type(target).__name__}) must be 'representation'"
         return
-    expected = {"combine": "mean", "final_norm": True, "mean_norm": "none", "masked_at": "output"}
-    if target.layers != 1:
-        yield f"target.layers (={target.layers}) must be 1"
-    for option, value in expected.items():
-        if (found := getattr(target, option)) != value:
-            yield f"target.{option} (={found!r}) must be {value!r}"
+    if target.masked_at != "output":
+        yield f"target.masked_at (={target.masked_at!r}) must be 'output'"
 
 
 def _unwrapped(network: nn.Module | None) -> nn.Module | None:
@@ -104,7 +100,11 @@ def networks(recipe: JEPA, block: TensorBlock) -> dict[str, Any]:
     assert isinstance(predictor, ViTPredictor)
     shapes: dict[str, Any] = {"encoder": _add_encoder("encoder", encoder, block)}
     shapes["target"] = shapes["encoder"] if follower is encoder else _add_encoder("target", follower, block)
-    shapes["target"] = {**shapes["target"], "norm": target.norm}
+    shapes["target"] = {
+        **shapes["target"],
+        "layers": list(target.numbers(follower.depth)),
+        **{name: getattr(target, name) for name in ("norm", "final_norm", "mean_norm", "combine")},
+    }
     assert predictor.pos_embed is not None
     for name, values in (
         ("embed.weight", predictor.embed.weight),

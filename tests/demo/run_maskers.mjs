@@ -2,7 +2,7 @@
 // each batch the mean use of every patch, mean lengths; and the options and defaults of every masker.
 
 const input = JSON.parse((await import("node:fs")).readFileSync(0, "utf8"));
-const { MASKERS, contextOf, drawMasks, fromConfig, optionsOf } = await import(`${process.argv[2]}/maskers.js`);
+const { MASKERS, contextOf, drawMasks, fromConfig, optionsOf, targetsOf } = await import(`${process.argv[2]}/maskers.js`);
 
 const count = (set) => set.reduce((s, v) => s + v, 0);
 const draws = input.draws.map(({ name, options, grid, batch, batches }) =>
@@ -12,18 +12,18 @@ const draws = input.draws.map(({ name, options, grid, batch, batches }) =>
     const context = new Array(grid[0] * grid[1]).fill(0), target = [...context];
     const lengths = [], sizes = [];
     for (const mask of masks) {
-      const seen = contextOf(mask);
+      const seen = contextOf(mask), targets = targetsOf(mask);
       lengths.push(count(seen));
-      sizes.push(...mask.targets.map(count));
+      sizes.push(...targets.map(count));
       for (let i = 0; i < seen.length; i++) {
         context[i] += seen[i] / batch;
-        target[i] += count(mask.targets.map((t) => t[i])) / batch;
+        target[i] += count(targets.map((t) => t[i])) / batch;
       }
     }
     return { context, target, lengths, sizes };
   }),
 );
 const maskers = Object.entries(MASKERS).map(([key, { masker = key, options, changes = {} }]) => ({
-  key, masker, changes, options: Object.fromEntries(options.map((o) => [o.name, o.value])),
+  key, masker, changes, options: Object.fromEntries(options.map((o) => [o.name, o.only ? null : o.value])),
 }));
 console.log(JSON.stringify({ draws, maskers, fromConfig: input.fromConfig.map(fromConfig) }));

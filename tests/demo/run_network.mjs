@@ -13,7 +13,8 @@ const results = input.masks.map(({ image, context, targets }) => {
   const seen = encode(page, tensor, "encoder", x, context);
   const truth = targetTokens(page, tensor, x);
   const predictions = targets.map((target) => predict(page, tensor, seen, context, target));
-  const energies = targets.map((target, k) => target.map((patch, r) => energy(page.losses, predictions[k], r, truth, patch, page.target.width)));
+  const width = truth.length / (page.grid[0] * page.grid[1]);
+  const energies = targets.map((target, k) => target.map((patch, r) => energy(page.losses, predictions[k], r, truth, patch, width)));
   const list = (values) => Array.from(values);
   return { seen: list(seen.patches), prefix: list(seen.prefix), truth: list(truth), predictions: predictions.map(list), energies };
 });

@@ -21,6 +21,9 @@ CASES = [
     case("multiblock", SMALL, num_targets=2, target_scale=[0.1, 0.3], context_scale=[0.5, 0.7], min_keep=12),
     case("multiblock", SMALL, target_scale=[0.3, 0.35], min_keep=9),  # often drawn again
     case("multiblock", TALL, allow_overlap=True, size_per="image", coupled_scale_and_aspect=True),
+    case("multiblock", TALL, truncation="fixed", context_length=30, target_length=9),
+    case("multiblock", SMALL, truncation="fixed", context_length=20),
+    case("multiblock", SMALL, truncation="random", batch=8, batches=60),
     case("released", SMALL, batch=16, batches=60),
     case("released", (14, 14), batch=8, batches=60),
     case("random", SMALL, ratio=0.3),
@@ -94,7 +97,7 @@ def test_the_page_draws_the_masker_of_a_run_or_none(tiny_config, node):
     names = [name for name in MASKERS.names() if MASKERS.get(name).__module__.startswith("jepa_kit.")]
     variants = [
         ("multiblock", "edges: released, min_keep_target: 3, truncation: released", "released"),
-        ("multiblock", "truncation: random", None),
+        ("multiblock", "truncation: fixed, context_length: 12, target_length: 5", "multiblock"),
         ("multiblock", "num_contexts: 2", None),
         ("random", "unit: 8", None),
         ("blockwise", "ratio: [0.3, 0.5]", None),
@@ -106,3 +109,4 @@ def test_the_page_draws_the_masker_of_a_run_or_none(tiny_config, node):
     assert [one and one["name"] for one in found] == [*(key for _, _, key in variants), None]
     assert found[0]["options"]["edges"] == "released"
     assert found[0]["options"]["num_targets"] == 4
+    assert [found[1]["options"][name] for name in ("context_length", "target_length")] == [12, 5]

@@ -27,9 +27,10 @@ CONTEXT, TARGETS = [0, 1, 2, 9, 10, 17, 40, 47], [[3, 4, 11, 12], [25, 26], [33]
         ["encoder.positions=learned", "encoder.class_token=true", "encoder.layer_scale=0.1", "target.norm=none"],
         ["encoder.final_norm=false", "encoder.qkv_bias=false", "encoder.positions=none", "target_update={name: tied}"],
         ["loss=[{name: l2}, {name: cosine, weight: 0.5}, {name: smooth_l1, beta: 0.3}]", "encoder.norm_eps=0.01"],
-        ["loss={name: l1}", "encoder.mlp_ratio=2", "predictor.mlp_ratio=3"],
+        ["loss={name: l1}", "encoder.mlp_ratio=2", "predictor.mlp_ratio=3", "target={layers: 2, combine: concat}"],
+        ["target={layers: [0, 2], final_norm: false, mean_norm: layer}", "encoder.class_token=true"],
     ],
-    ids=["plain", "prefix", "learned", "tied", "losses", "ratio"],
+    ids=["plain", "prefix", "learned", "tied", "losses", "wide", "layers"],
 )
 def test_the_page_computes_what_pytorch_does(tiny_config, node, overrides):
     config = tiny_config(*overrides)
@@ -92,7 +93,6 @@ def test_the_page_draws_what_the_decoder_does(tiny_config, node):
         (["predictor.positions=rotary"], "predictor.positions (='rotary') must be 'sincos'"),
         (["predictor.mask_tokens=2"], "predictor.mask_tokens (=2) must be 1"),
         (["predictor={name: cross, width: 8, depth: 1, num_heads: 2}"], "must be 'vit'"),
-        (["target.layers=2"], "target.layers (=2) must be 1"),
         (["target.masked_at=input"], "target.masked_at (='input') must be 'output'"),
         (["target={name: pixel}", "target_update={name: none}"], "target (=PixelTarget) must be 'representation'"),
         (

@@ -4,7 +4,7 @@ import { cosines, componentColour, meanToken, nearestPatches, principalComponent
 import { buildControls, configLine, element } from "./controls.js";
 import { COLOURS, MAGMA_GRADIENT, changePatches, frame, magma, over, parseColour, show, toRgba } from "./drawing.js";
 import { boxOf, changeMask, hasContextBlock, isRectangle, moveSet, placeOf, resizeSet, targetsAt } from "./editing.js";
-import { MASKERS, contextOf, drawMasks, fromConfig, generator, indices, optionsOf } from "./maskers.js";
+import { MASKERS, contextOf, drawMasks, fromConfig, generator, indices, optionsOf, targetsOf } from "./maskers.js";
 import { decode, encode, energy, imageScale, normalise, predict, targetTokens } from "./network.js";
 import { fromBase64, openTensors } from "./tensors.js";
 
@@ -15,11 +15,12 @@ const { grid, patch_size: p } = page;
 const [rows, columns] = grid;
 const size = [rows * p, columns * p];
 const patches = rows * columns;
-const width = page.target.width;
+const width = page.decoder.width; // of a target
 const NONE = new Uint8Array(patches);
 const USAGE = 512; // images of the maps of usage
 const OTHERS = 6;
 const NEAREST = 10;
+const DRAWINGS = 8; // of a mean
 const trained = fromConfig(page.masker);
 
 /** Images of the page: bytes [3, h, w], RGBA, what the networks are given, and s_y [N, D] once it is computed. */
@@ -58,7 +59,7 @@ function pale() {
 /** Draw masks by the masker; the problem is shown if its options leave too little context. */
 function newMasks() {
   const batch = Math.max(Math.min(page.batch_size, 256), images.length);
-  const whole = state.options.truncation === "released";
+  const whole = ["released", "random"].includes(state.options.truncation); // masks depend on the batch
   const numbers = whole ? Array.from({ length: batch }, (_, i) => i) : [state.image];
   $("problem").textContent = "";
   try {
@@ -75,7 +76,7 @@ function newMasks() {
 /** Keep the patch to look at if it is hidden, else take one in the middle of the active target. */
 function choosePatch() {
   if (state.patch !== null && targetsAt(state.mask, state.patch).length) return;
-  const inside = indices(state.mask.targets[state.active === "context" ? 0 : state.active]);
+  const inside = indices(targetsOf(state.mask)[state.active === "context" ? 0 : state.active]);
   state.patch = inside[Math.floor(inside.length / 2)];
 }
 
@@ -94,7 +95,7 @@ function compute() {
   const context = indices(contextOf(mask));
   const seen = encode(page, tensor, "encoder", images[image].input, context);
   const truth = tokensOf(image);
-  const predictions = mask.targets.map((set) => {
+  const predictions = targetsOf(mask).map((set) => {
     const target = indices(set);
     const tokens = predict(page, tensor, seen, context, target);
     const energies = target.map((patch, r) => energy(page.losses, tokens, r, truth, patch, width));
@@ -191,7 +192,7 @@ function drawFigures() {
   $("energy").textContent = found.total.toFixed(3);
   $("chance").textContent = all ? all.chance.toFixed(3) : "–";
   $("time").textContent = `${found.time.toFixed(0)} ms`;
-  $("counts").textContent = `${found.context.length}, ${state.mask.targets.map((set) => indices(set).length).join(" + ")}`;
+  $("counts").textContent = `${found.context.length}, ${found.predictions.map((one) => one.patches.length).join(" + ")}`;
 }
 
 /** Draw an image on a canvas with its patches changed, the targets framed, and a description. */
@@ -218,29 +219,31 @@ function drawFeatures() {
   $("scale-energy").textContent = all.chance.toFixed(2);
 }
 
-/** Return two normally distributed numbers (Box and Muller 1958). */
+/** Return a normally distributed number (Box and Muller 1958). */
 function normal(draw) {
-  const radius = Math.sqrt(-2 * Math.log(1 - draw())), angle = 2 * Math.PI * draw();
-  return [radius * Math.cos(angle), radius * Math.sin(angle)];
+  return Math.sqrt(-2 * Math.log(1 - draw())) * Math.cos(2 * Math.PI * draw());
 }
 
-/** Return the noise of patches for the decoder: the first half is that of the drawing, the rest of the patch. */
-function noiseOf(those) {
-  const z = page.decoder.noise, half = z / 2;
+/** Return the noise of patches for a drawing: the first half is that of the drawing, the rest of the patch. */
+function noiseOf(those, drawing) {
+  const half = page.decoder.noise / 2;
   const numbers = (seed) => {
-    const draw = generator(state.noise, seed);
-    return Array.from({ length: half }, () => normal(draw)[0]);
+    const draw = generator(drawing, seed);
+    return Array.from({ length: half }, () => normal(draw));
   };
   const shared = numbers(-1);
   return Float32Array.from(those.flatMap((patch) => [...shared, ...numbers(patch)]));
 }
 
-/** Return a function for `changePatches` for each patch of `those`, drawn by the decoder from tokens. */
+/** Return a function for `changePatches` for each patch of `those`, drawn by the decoder from tokens: once, or the mean. */
 function drawingOf(those, tokens) {
   const image = images[state.image].input;
   const { centre, deviation } = imageScale(image, page.encoder.input_norm);
-  const values = decode(page, tensor, tokens, noiseOf(those));
-  const area = p * p;
+  const count = $("average").checked ? DRAWINGS : 1, area = p * p;
+  const values = new Float32Array(those.length * 3 * area);
+  for (let k = 0; k < count; k++) {
+    decode(page, tensor, tokens, noiseOf(those, state.noise + k)).forEach((v, i) => (values[i] += v / count));
+  }
   return new Map(those.map((patch, r) => [patch, (_r, _g, _b, at) => [0, 1, 2].map((c) => {
     const value = values[r * 3 * area + c * area + at] * deviation + centre[c];
     return 255 * (value * page.std[c] + page.mean[c]);
@@ -374,11 +377,11 @@ function drawUsage() {
       return; // `newMasks` shows it
     }
     for (const mask of masks) {
-      const seen = contextOf(mask);
+      const seen = contextOf(mask), targets = targetsOf(mask);
       lengths.push(indices(seen).length);
       for (let i = 0; i < patches; i++) {
         context[i] += seen[i] / USAGE;
-        target[i] += mask.targets.some((set) => set[i]) / USAGE;
+        target[i] += targets.some((set) => set[i]) / USAGE;
       }
     }
   }
@@ -641,8 +644,9 @@ function start() {
   $("seed").addEventListener("change", () => chooseSeed(Math.max(0, Math.floor($("seed").valueAsNumber) || 0)));
   $("again").addEventListener("click", () => chooseSeed(state.seed + 1));
   $("peek").addEventListener("change", drawStage);
+  $("average").addEventListener("change", drawPixels);
   $("redraw").addEventListener("click", () => {
-    state.noise++;
+    state.noise += DRAWINGS;
     drawPixels();
   });
   for (const button of document.querySelectorAll("[data-masker]")) button.addEventListener("click", () => chooseMasker(button.dataset.masker));

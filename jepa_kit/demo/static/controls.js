@@ -82,7 +82,7 @@ export function configLine(name, options) {
   const { masker = name, options: described } = MASKERS[name];
   const written = (v) => (Array.isArray(v) ? `[${v.map(written).join(", ")}]` : typeof v === "number" ? `${+v.toFixed(3)}` : `${v}`);
   const parts = described
-    .filter((o) => written(options[o.name]) !== written(o.value))
+    .filter((o) => (o.only ? options[o.only[0]] === o.only[1] && options[o.name] : written(options[o.name]) !== written(o.value)))
     .map((o) => `${o.name}: ${written(options[o.name])}`);
   return `masker: {${[`name: ${masker}`, ...parts].join(", ")}}`;
 }

@@ -4,7 +4,7 @@
  * A set is a Uint8Array [N] on a grid [H, W]; a box is {top, left, height, width} in patches.
  */
 
-import { contextOf, indices, rectangle } from "./maskers.js";
+import { contextOf, indices, rectangle, targetsOf } from "./maskers.js";
 
 /** Return the bounding box of a set. */
 export function boxOf(set, [, columns]) {
@@ -55,9 +55,15 @@ export function changeMask(mask, which, change) {
   return contextOf(changed).some((v) => v) ? changed : null;
 }
 
-/** Return the numbers of the targets that have a patch. */
+const found = new WeakMap(); // mask -> of each patch, the targets that have it
+
+/** Return the numbers of the targets in which a patch is predicted. */
 export function targetsAt(mask, patch) {
-  return Array.from(mask.targets.keys()).filter((k) => mask.targets[k][patch]);
+  if (!found.has(mask)) {
+    const targets = targetsOf(mask), numbers = Array.from(targets.keys());
+    found.set(mask, Array.from(mask.base, (_, i) => numbers.filter((k) => targets[k][i])));
+  }
+  return found.get(mask)[patch];
 }
 
 /** Return the place of a set: "rows 2 to 4, columns 1 to 3", counted from 1. */

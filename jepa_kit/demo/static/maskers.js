@@ -3,8 +3,9 @@
  *
  * H, W  rows and columns of the grid    N  patches, H * W    a set is a Uint8Array [N] of zeros and ones
  *
- * A mask is {base, targets, keep, overlap}: the context is `base` without the targets (unless `overlap`), truncated to its
- * first `keep` patches in raster order. So a target can be moved, and the context follows.
+ * A mask is {base, targets, keep, keys, overlap}: the context is `base` without the targets (unless `overlap`), truncated to
+ * `keep` patches: those with the smallest `keys` [N], or the first in raster order. So if a target is moved, the context
+ * follows. With `targetKeep`, only so many patches of a target are predicted: those with the smallest `targetKeys` [M][N].
  */
 
 /** Return a function that draws numbers in [0, 1), a pure function of the given integers (Mulberry32). */
@@ -61,13 +62,23 @@ export function rectangle([rows, columns], top, left, height, width) {
 }
 
 /** Return the context of a mask. */
-export function contextOf({ base, targets, keep, overlap }) {
-  let left = keep ?? base.length;
-  return base.map((v, i) => {
-    const shown = v && (overlap || !targets.some((t) => t[i])) && left > 0;
-    if (shown) left--;
-    return shown ? 1 : 0;
-  });
+export function contextOf({ base, targets, keep, keys, overlap }) {
+  const whole = base.map((v, i) => (v && (overlap || !targets.some((t) => t[i])) ? 1 : 0));
+  return keep === undefined ? whole : keepFew(whole, keep, keys);
+}
+
+/** Return the sets that are predicted: the targets, truncated. */
+export function targetsOf({ targets, targetKeep, targetKeys }) {
+  return targetKeep ? targets.map((t, k) => keepFew(t, targetKeep, targetKeys[k])) : targets;
+}
+
+/** Return `count` patches of a set: those with the smallest keys, or the first ones. */
+function keepFew(set, count, keys) {
+  const inside = indices(set);
+  if (keys) inside.sort((a, b) => keys[a] - keys[b]);
+  const kept = new Uint8Array(set.length);
+  for (const i of inside.slice(0, count)) kept[i] = 1;
+  return kept;
 }
 
 /** Return the numbers of the patches of a set, ascending. */
@@ -75,13 +86,8 @@ export function indices(set) {
   return Array.from(set.keys()).filter((i) => set[i]);
 }
 
-/** Return `kept` random patches of a set; those with the smallest numbers. */
-function keepRandom(keys, kept) {
-  const order = Array.from(keys.keys()).sort((a, b) => keys[a] - keys[b]);
-  const set = new Uint8Array(keys.length);
-  for (const i of order.slice(0, kept)) set[i] = 1;
-  return set;
-}
+/** Return the `count` patches with the smallest keys. */
+const keepRandom = (keys, count) => keepFew(new Uint8Array(keys.length).fill(1), count, keys);
 
 /** Return the mask of one target set whose context is everything else. */
 function hide(target) {
@@ -96,6 +102,7 @@ function multiblock(grid, o, seed, images) {
   const [rows, columns] = grid;
   const ranges = [[o.context_scale, o.context_aspect_ratio]];
   for (let m = 0; m < o.num_targets; m++) ranges.push([o.target_scale, o.target_aspect_ratio]);
+  const needed = Math.max(o.min_keep, o.truncation === "fixed" ? o.context_length : 0);
   const ofBatch = generator(seed, -1, 0);
   const shared = [0, 1, 2, 3].map(() => ofBatch());
   const masks = images.map((image) => {
@@ -119,14 +126,22 @@ function multiblock(grid, o, seed, images) {
         return rectangle(grid, top, left, height, width);
       });
       const mask = { base: sets[0], targets: sets.slice(1), overlap: o.allow_overlap };
-      if (count(contextOf(mask)) >= o.min_keep) return mask;
+      if (count(contextOf(mask)) >= needed) return mask;
     }
-    throw new RangeError(`These targets can leave fewer than ${o.min_keep} patches of context: make them fewer or smaller.`);
+    throw new RangeError(`These targets can leave fewer than ${needed} patches of context: make them fewer or smaller.`);
   });
-  if (o.truncation === "released") {
-    const shortest = Math.min(...masks.map((mask) => count(contextOf(mask))));
-    for (const mask of masks) mask.keep = shortest;
-  }
+  if (o.truncation === "none") return masks;
+  const shortest = Math.min(...masks.map((mask) => count(contextOf(mask))));
+  masks.forEach((mask, k) => {
+    const draw = generator(seed, images[k], 2);
+    const keys = () => Array.from({ length: rows * columns }, draw);
+    mask.keep = o.truncation === "fixed" ? o.context_length : shortest;
+    if (o.truncation !== "released") mask.keys = keys();
+    if (o.truncation === "fixed" && o.target_length) {
+      mask.targetKeep = o.target_length;
+      mask.targetKeys = mask.targets.map(keys);
+    }
+  });
   return masks;
 }
 
@@ -211,7 +226,10 @@ function causal([rows, columns], o, draw) {
   return hide(Uint8Array.from({ length: patches }, (_, i) => (i < length ? 0 : 1)));
 }
 
-/** An option: the name in a config, a label, and what it can be; `pair` for (low, high), `more` for the folded part. */
+/**
+ * An option: the name in a config, a label, and what it can be; `pair` for (low, high), `more` for the folded part, `only` for
+ * the option and its value without which this one has no effect and jepa_kit's default is null.
+ */
 const number = (name, label, min, max, step, value, more = false) => ({ name, label, min, max, step, value, more });
 const pair = (name, label, min, max, step, value, more = false) => ({ name, label, min, max, step, value, more, pair: true });
 const choice = (name, label, choices, value) => ({ name, label, choices, value, more: true });
@@ -240,7 +258,9 @@ export const MASKERS = {
       choice("edges", "Places of blocks", ["inclusive", "released"], "inclusive"),
       flag("coupled_scale_and_aspect", "One random number for area and shape", false),
       choice("size_per", "Equal sizes within", ["block", "image", "batch"], "block"),
-      choice("truncation", "Cut contexts to the batch's shortest", ["none", "released"], "none"),
+      choice("truncation", "Truncate contexts", ["none", "released", "random", "fixed"], "none"),
+      { ...number("context_length", "Patches of a context, if fixed", 1, 64, 1, 24, true), only: ["truncation", "fixed"] },
+      { ...number("target_length", "Patches of a target, if fixed (0: all)", 0, 64, 1, 0, true), only: ["truncation", "fixed"] },
     ],
   },
   released: {
@@ -323,7 +343,7 @@ export function optionsOf(name, given = {}) {
 
 /** Options of jepa_kit that the page does not offer: limits that change no mask, and the only value that it draws. */
 const LIMITS = ["min_keep", "min_keep_target"];
-const FIXED = { num_contexts: 1, context_length: null, target_length: null, unit: null, count: "exact", num_masks: 1 };
+const FIXED = { num_contexts: 1, target_length: null, unit: null, count: "exact", num_masks: 1 };
 
 /**
  * Return the masker of a run as {name, options}; null if the page cannot draw it.
@@ -335,6 +355,7 @@ export function fromConfig(given) {
   const fits = name in MASKERS && Object.entries(given).every(([key, value]) => {
     const option = MASKERS[name].options.find((o) => o.name === key);
     if (!option) return key === "name" || LIMITS.includes(key) || FIXED[key] === value;
+    if (option.only) return true;
     return option.choices ? option.choices.includes(value) : Array.isArray(value) === Boolean(option.pair);
   });
   return fits ? { name, options: optionsOf(name, given) } : null;

@@ -105,16 +105,17 @@ function add(x, y) {
   for (let i = 0; i < x.length; i++) x[i] += y[i];
 }
 
-/** Run the pre-norm blocks of a network over one sequence [L, D], in place. */
-function runBlocks(tensor, name, x, length, { depth, heads, width, eps }) {
+/** Run the pre-norm blocks of a network over one sequence [L, D], in place; `after` is called with 0 to depth. */
+function runBlocks(tensor, name, x, length, { depth, heads, width, eps }, after = () => {}) {
+  after(0);
   for (let b = 0; b < depth; b++) {
     const part = (suffix) => tensor(`${name}.${b}.${suffix}`);
     const affine = (input, layer) => linear(input, length, part(`${layer}.weight`), part(`${layer}.bias`));
     const norm = (layer) => layerNorm(x, width, part(`${layer}.weight`), part(`${layer}.bias`), eps);
     add(x, affine(attend(affine(norm("norm1"), "qkv"), length, width, heads), "proj"));
     add(x, affine(gelu(affine(norm("norm2"), "fc1")), "fc2"));
+    after(b + 1);
   }
-  return x;
 }
 
 /** Return the image [3, h, w] that the networks are given, of bytes [3, h, w]: normalised by channel. */
@@ -165,9 +166,11 @@ function patchPixels(image, patches, { centre, deviation }, { grid, patch_size: 
  * @param which "encoder" or "target"
  * @param image [3, h, w] from `normalise`
  * @param patches their numbers in raster order
- * @returns {prefix: [k, D], patches: [patches, D]}
+ * @param layers numbers of the blocks whose outputs are returned; 0 is the input of the first
+ * @param final whether the final norm is applied
+ * @returns of each layer {prefix: [k, D], patches: [patches, D]}
  */
-export function encode(page, tensor, which, image, patches) {
+export function encodeLayers(page, tensor, which, image, patches, layers, final) {
   const shape = page[which], name = shape.tensors, { width } = shape;
   const pixels = patchPixels(image, patches, imageScale(image, shape.input_norm), page);
   const content = linear(pixels, patches.length, tensor(`${name}.patch.weight`), tensor(`${name}.patch.bias`));
@@ -177,10 +180,19 @@ export function encode(page, tensor, which, image, patches) {
   const x = new Float32Array((k + patches.length) * width);
   if (prefix) x.set(prefix.data);
   x.set(content, k * width);
-  runBlocks(tensor, name, x, k + patches.length, shape);
-  const norm = tensor(`${name}.norm.weight`);
-  const out = norm ? layerNorm(x, width, norm, tensor(`${name}.norm.bias`), shape.eps) : x;
-  return { prefix: out.subarray(0, k * width), patches: out.subarray(k * width) };
+  const norm = final && tensor(`${name}.norm.weight`);
+  const outputs = new Map();
+  runBlocks(tensor, name, x, k + patches.length, shape, (layer) => {
+    if (!layers.includes(layer)) return;
+    const out = norm ? layerNorm(x, width, norm, tensor(`${name}.norm.bias`), shape.eps) : x.slice();
+    outputs.set(layer, { prefix: out.subarray(0, k * width), patches: out.subarray(k * width) });
+  });
+  return layers.map((layer) => outputs.get(layer));
+}
+
+/** Return the last layer of `encodeLayers`, after the final norm. */
+export function encode(page, tensor, which, image, patches) {
+  return encodeLayers(page, tensor, which, image, patches, [page[which].depth], true)[0];
 }
 
 function addPositions(x, table, patches, width) {
@@ -190,11 +202,21 @@ function addPositions(x, table, patches, width) {
   });
 }
 
-/** Return s_y [N, D]: the target encoder's tokens of the whole image, normalised as in training. */
+/** Return s_y [N, width of a target]: outputs of the target encoder for the whole image, combined as in training. */
 export function targetTokens(page, tensor, image) {
+  const { width, norm, layers, final_norm, mean_norm, combine } = page.target;
   const every = Array.from({ length: page.grid[0] * page.grid[1] }, (_, i) => i);
-  const { patches } = encode(page, tensor, "target", image, every);
-  return page.target.norm === "layer" ? layerNorm(patches, page.target.width, null, null, 1e-5) : patches;
+  const normalised = (x, mode) => (mode === "layer" ? layerNorm(x, width, null, null, 1e-5) : x);
+  const outputs = encodeLayers(page, tensor, "target", image, every, layers, final_norm).map((x) => normalised(x.patches, norm));
+  if (outputs.length === 1) return normalised(outputs[0], mean_norm);
+  if (combine === "mean") {
+    return normalised(outputs[0].map((_, i) => outputs.reduce((s, x) => s + x[i], 0) / outputs.length), mean_norm);
+  }
+  const wide = new Float32Array(outputs.length * outputs[0].length);
+  every.forEach((r) => outputs.forEach((x, k) => {
+    wide.set(x.subarray(r * width, (r + 1) * width), (r * outputs.length + k) * width);
+  }));
+  return wide;
 }
 
 /**
