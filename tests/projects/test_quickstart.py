@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -9,12 +10,23 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from jepa_kit.config import shipped
+from jepa_kit.engine.logging.curves import Beside
+from jepa_kit.evaluation.features import load_run
 from jepa_kit.evaluation.patch_codes import PatchOptions
-from projects.ijepa.quickstart import main, make_data
+from jepa_kit.evaluation.tables.rows import Row
+from jepa_kit.tools import make_shards
+from projects.ijepa import quickstart as quickstart_module
+from projects.ijepa.quickstart import READ, main, make_data, margins, validation_parts
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = ["--train-scenes", "96", "--test-scenes", "64"]
 TINY = [
@@ -38,25 +50,42 @@ def quickstart(folder: Path, *arguments: str) -> int:
     return main(["--output-dir", str(folder), *arguments])
 
 
-@pytest.mark.integration
-def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    few = PatchOptions(side=8, stride=8, size=(64, 64), centroids=10)  # not a minute for the baseline
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a minute for the baseline and for the page."""
+    few = PatchOptions(side=8, stride=8, size=(64, 64), centroids=10)
     monkeypatch.setattr(PatchOptions, "for_images", lambda image_size: few)
+    for name, value in (("PAGE_IMAGES", 32), ("DECODER_IMAGES", 32), ("DECODER_STEPS", 1)):
+        monkeypatch.setattr(quickstart_module, name, value)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_quick")
+def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "REFERENCES", str(tmp_path / "none"))
     # Options and overrides in any order.
     assert quickstart(tmp_path, TINY[0], *SMALL, *TINY[1:]) == 0
     printed = capsys.readouterr().out
     assert "frozen features on 64 test scenes" in printed
     assert "done: " in printed
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    asked = {(r["network"], r["protocol"], r["label"]) for r in rows}
+    asked = {(r["network"], r["protocol"], r["options"]["pooling"], r["label"]) for r in rows}
     assert asked == {
-        (network, protocol, label)
+        (network, *protocol, label)
         for network in ("target", "untrained", "pixels", "patches")
-        for protocol in ("logistic", "knn")
+        for protocol in (("logistic", "mean"), ("logistic", "quarters"), ("knn", "mean"))
         for label in ("count", "distance", "shape")
     }
-    for file in ("masks.png", "patch_pca.png", "run/curves.png"):
+    widths = {(r["network"], r["pooling"]): r["width"] for r in rows if r["protocol"] == "logistic"}
+    compared_alike = {"target": 4 * 24, "untrained": 4 * 24, "patches": 10}  # four layers, ten centroids
+    for network, width in compared_alike.items():
+        assert (widths[network, "mean"], widths[network, "quarters"]) == (width, 4 * width)
+    for file, sentence in READ.items():
         assert (tmp_path / file).stat().st_size > 1000
+        assert f"{tmp_path / file}\n      {sentence[:60]}" in printed
+    assert (
+        len(re.findall(r"^  .*: [+-]\d+\.\d ± .* against (untrained|pixels), .* against patches$", printed, re.M)) == 9
+    )
     assert len(list((tmp_path / "run").glob("checkpoint_*3.pt"))) == 1  # 96 scenes, 32 at a time
     # What is there is kept.
     index = tmp_path / "shards/train/index.json"
@@ -78,6 +107,66 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         printed = capsys.readouterr().err
         assert message in printed
         assert "it, or give another --output-dir" in printed
+    beside_the_reference_run(tmp_path, monkeypatch)
+
+
+def beside_the_reference_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the pictures of a quickstart again, with itself as the reference run."""
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "dev"))
+        make_reference = importlib.import_module("make_reference")
+    words = ["--name", "ijepa_scenes", "--evaluation", str(folder / "results.json"), "--data", "-", "--machine", "-"]
+    assert make_reference.main([str(folder / "run"), *words, "--output", str(folder / "reference")]) == 0
+    monkeypatch.setattr(shipped, "REFERENCES", str(folder / "reference"))
+    run = load_run(folder / "run")
+    shards = (str(folder / "shards/train"), str(folder / "shards/test"))
+    drawn: list[Beside | None] = []
+    monkeypatch.setattr(quickstart_module, "plot_curves", lambda run, panels, beside: drawn.append(beside))
+    before = Image.open(folder / "patch_pca.png").height
+    quickstart_module.draw(run.config, run, shards, folder)
+    assert [(one.name, len(one.records)) for one in drawn if one] == [("reference:ijepa_scenes, of 3 updates", 2)]
+    assert Image.open(folder / "patch_pca.png").height / before == pytest.approx(4 / 3, abs=0.1), "a row more"
+    data = replace(run.config.data, image_size=(32, 32))
+    assert quickstart_module.reference(data) is None, "it was trained on other images"
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_quick")
+def test_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last quarter of the training shards is left out of training, and the test shards of everything."""
+    options = ["--num-scenes", "128", "--image-size", "64", "--samples-per-shard", "32"]
+    assert make_shards.main(["synthetic:scenes", str(tmp_path / "shards/train"), *options]) == 0
+    made = tmp_path / "shards/train", tmp_path / "nothing"
+    monkeypatch.setattr(quickstart_module, "make_data", lambda *_, **__: made)
+    monkeypatch.setattr(quickstart_module, "draw", lambda *_: None)
+    monkeypatch.setattr(quickstart_module, "PROTOCOLS", ("knn",))
+    assert quickstart(tmp_path, "--validation", *TINY) == 0
+    printed = capsys.readouterr().out
+    assert "frozen features on 32 validation scenes" in printed
+    content = json.loads((tmp_path / "validation/results.json").read_text())
+    assert content["data"]["test_samples_in_train"] == 0
+    assert (content["data"]["train"]["samples"], content["data"]["test"]["samples"]) == (96, 32)
+    run = load_run(tmp_path / "validation/run")
+    assert run.data is not None
+    assert (run.step, run.data["samples"]) == (3, 96)
+    assert not (tmp_path / "results.json").exists()
+    alone = tmp_path / "alone"
+    assert make_shards.main(["synthetic:scenes", str(alone), "--num-scenes", "4", "--image-size", "16"]) == 0
+    with pytest.raises(ValueError, match=r"^--validation needs at least 2 shards, and .*alone has 1: .* above that$"):
+        validation_parts(alone)
+
+
+def test_margins() -> None:
+    def row(network: str, accuracy: float, label: str = "shape", **more: Any) -> Row:
+        fixed: dict[str, Any] = dict.fromkeys(("layers", "pooling", "seed", "validation"))
+        numbers = {"width": 1, "chance": 0.1, "classes": 8, "n_train": 9, "n_test": 9, "settings": {}}
+        options = {"protocol": "knn", "standard_error": 0.03, "label": label, **more}
+        return Row(network=network, accuracy=accuracy, **fixed, **numbers, **options)
+
+    rows = [row("target", 0.5), row("untrained", 0.4), row("pixels", 0.45, standard_error=0.04), row("patches", 0.7)]
+    others = [row(name, 0.9, variant="pooling=quarters") for name in ("target", "untrained", "pixels", "patches")]
+    assert margins([*rows, *others])[0] == "knn, shape: +5.0 ± 5.0 against pixels, -20.0 ± 4.2 against patches"
+    assert margins([*rows, *others])[1].startswith("knn pooling=quarters, shape: +0.0 ± 4.2 against untrained, ")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,13 @@ STEPS = 600
 
 
 def draw_run(
-    material: Material, folder: Path, *, name: str, steps: int = STEPS, log: Callable[[str], None] = lambda text: None
+    material: Material,
+    folder: Path,
+    *,
+    name: str,
+    steps: int = STEPS,
+    singles: bool = True,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write ``page.png``, a PNG for each section, and ``visualize.json``, and return the content of the latter.
 
@@ -60,6 +66,7 @@ def draw_run(
         folder: made if it is missing.
         name: of the run, for the heading.
         steps: updates of the decoder.
+        singles: write the PNG of each section too.
         log: called with the name of each stage.
     """
     run, config = material.run, material.run.config
@@ -113,7 +120,7 @@ def draw_run(
     lines = [f"{config.recipe.name} after {run.step:,} updates; {', '.join(parts)}", str(verdict)]
     lines += [f"left out: {line}" for line in left_out]
     files = [page(sections, folder / "page.png", heading=name, lines=lines, aspect=aspect)]
-    files += [single(section, folder / f"{section.name}.png", aspect=aspect) for section in sections]
+    files += [single(one, folder / f"{one.name}.png", aspect=aspect) for one in sections if singles]
     content = {
         "step": run.step,
         "verdict": verdict.state,
