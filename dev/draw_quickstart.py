@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Draw the results of the quickstart as one strip for the README: masks, loss, patch features, linear probe.
 
+The grey line of the loss and the last row of patch features are the reference run's, if it ships with jepa_kit.
+
 examples:
   make quickstart && python dev/draw_quickstart.py output/quickstart docs/images/quickstart.png
 """
@@ -11,6 +13,7 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,49 +21,117 @@ from draw_figure import BLUE, CARD, GREY, INK, save_small
 from numpy.typing import NDArray
 from PIL import Image
 
-from jepa_kit.plotting import Axes, FancyBboxPatch, Figure
+from jepa_kit.config.shipped import PREFIX, find_reference, reference_names
+from jepa_kit.engine.logging.telemetry import Record, read_metrics
+from jepa_kit.plotting import Axes, FancyBboxPatch, Figure, MaxNLocator
 
 WIDTH, HEIGHT, DPI = 10.0, 2.35, 160
-MASKS = (5, 195, 185, ((270, (1, 2, 6)), (270, (4, 5, 7))))
-FEATURES = (47, 190, 179, ((38, (1, 2, 6)), (234, (1, 2, 6))))
-"""Where samples are in masks.png and in patch_pca.png: left edge, distance and side in pixels; for two rows of tiles
-the top edge, and which of the eight samples."""
-NETWORKS = {"target": ("target encoder", BLUE), "untrained": ("untrained", "#9aa8bd"), "pixels": ("pixels", "#d3dae5")}
+REFERENCE = "ijepa_scenes"
+SAMPLES = (1, 2, 6, 4, 5, 7)
+"""Of the eight samples in masks.png and patch_pca.png, those that are shown, from the first."""
+LEAST = 100
+"""Height and width in pixels from which something in a picture is a panel, not text."""
+SIDE, GAP = 180, 8
+"""Of a panel in the strip, and between panels, in pixels."""
+NETWORKS = {
+    "target": ("target encoder", BLUE),
+    "context": ("context encoder", BLUE),
+    "untrained": ("untrained", "#9aa8bd"),
+    "pixels": ("pixels", "#d3dae5"),
+    "patches": ("k-means on patches", "#e9b872"),
+}
+"""Network of a row of results -> its name and colour, in the order of the bars."""
+
+Pixels = NDArray[np.uint8]
 
 
-def tiles(picture: Path, places: tuple[int, int, int, tuple[tuple[int, tuple[int, ...]], ...]]) -> NDArray[np.uint8]:
-    """Return the chosen samples of a picture, two rows of three: [h, w, 3]."""
+def spans(used: NDArray[np.bool_]) -> list[slice]:
+    """Return the runs of True, from ``LEAST`` on."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], used.astype(np.int8), [0]])))
+    return [slice(first, last) for first, last in edges.reshape(-1, 2) if last - first >= LEAST]
+
+
+def panels(picture: Path) -> list[list[Pixels]]:
+    """Return the panels of a picture by row: large parts that are hardly white, between white lines and text."""
     pixels = np.asarray(Image.open(picture).convert("RGB"))
-    left, distance, side, rows = places
-    gap = 8
-    canvas = np.full((2 * side + gap, 3 * side + 2 * gap, 3), 252, dtype=np.uint8)
-    for row, (top, samples) in enumerate(rows):
-        for column, sample in enumerate(samples):
-            y, x, begin = row * (side + gap), column * (side + gap), left + sample * distance
-            canvas[y : y + side, x : x + side] = pixels[top : top + side, begin : begin + side]
+    used = (pixels != 255).any(axis=2)
+    return [[pixels[row, x] for x in spans(used[row].mean(axis=0) > 0.8)] for row in spans(used.mean(axis=1) > 0.5)]
+
+
+def tiled(rows: Sequence[Sequence[Pixels]]) -> Pixels:
+    """Return panels side by side, in rows below each other: [h, w, 3]. They get ``SIDE`` pixels."""
+    canvas = np.full((len(rows) * (SIDE + GAP) - GAP, len(rows[0]) * (SIDE + GAP) - GAP, 3), 252, dtype=np.uint8)
+    for y, row in enumerate(rows):
+        for x, panel in enumerate(row):
+            top, left = y * (SIDE + GAP), x * (SIDE + GAP)
+            canvas[top : top + SIDE, left : left + SIDE] = Image.fromarray(panel).resize((SIDE, SIDE))
     return canvas
 
 
-def draw_loss(axes: Axes, run: Path) -> None:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=BLUE, lw=1.5)
-    axes.set(
-        xlim=(0, lines[-1]["step"]), ylim=(0, None), xticks=(0, 1000, 2000), xticklabels=("0", "1000", "2000 steps")
-    )
+def draw_masks(axes: Axes, picture: Path) -> None:
+    """Draw six samples with their first context."""
+    _, masked, *_ = panels(picture)
+    axes.imshow(tiled([[masked[k] for k in SAMPLES[:3]], [masked[k] for k in SAMPLES[3:]]]), interpolation="lanczos")
+    axes.set_axis_off()
 
 
-def draw_probe(axes: Axes, results: Path) -> None:
+def draw_features(axes: Axes, picture: Path) -> None:
+    """Draw samples, with the features of the run below them, and below these those of the reference run."""
+    images, own, _, *reference = panels(picture)
+    rows = [images, own, *reference[:1]]
+    shown = SAMPLES[: 3 if len(rows) == 2 else 4]
+    axes.imshow(tiled([[row[k] for k in shown] for row in rows]), interpolation="lanczos")
+    names = ("image", "this run", "reference")[: len(rows)]
+    axes.set_yticks([(k + 0.5) * SIDE + k * GAP for k in range(len(rows))], names, rotation=90, va="center")
+    axes.tick_params(labelsize=8, length=0)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+
+
+def draw_loss(axes: Axes, own: Sequence[Record], reference: Sequence[Record]) -> None:
+    """Draw the loss over the updates of the run."""
+    last = own[-1]["step"]
+    beside = [line for line in reference if line["step"] <= last]
+    if beside:
+        axes.plot([x["step"] for x in beside], [x["loss"] for x in beside], color="0.75", lw=2.2, label="reference run")
+    axes.plot([line["step"] for line in own], [line["loss"] for line in own], color=BLUE, lw=1.5, label="this run")
+    axes.set(xlim=(0, last), ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if beside:
+        axes.legend(
+            fontsize=9.5,
+            frameon=False,
+            loc="upper right",
+            handlelength=0.9,
+            handletextpad=0.4,
+            labelspacing=0.15,
+            borderaxespad=0,
+            labelcolor=INK,
+        )
+
+
+def draw_probe(axes: Axes, results: Path, pooling: str) -> None:
+    """Draw a bar for each network and label: logistic regression on features of one pooling."""
     rows = [row for row in json.loads(results.read_text())["rows"] if row["protocol"] == "logistic"]
-    labels = ("count", "distance", "shape")
-    for k, (network, (name, colour)) in enumerate(NETWORKS.items()):
+    rows = [row for row in rows if row["options"]["pooling"] == pooling]
+    if not rows:
+        raise SystemExit(f"{results} has no rows of the protocol logistic with pooling {pooling!r}")
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    networks = [network for network in NETWORKS if any(row["network"] == network for row in rows)]
+    width = 0.84 / len(networks)
+    for k, network in enumerate(networks):
+        name, colour = NETWORKS[network]
         by_label = {row["label"]: row for row in rows if row["network"] == network}
-        places = np.arange(3) + 0.27 * (k - 1)
-        axes.bar(places, [100 * by_label[label]["accuracy"] for label in labels], 0.25, color=colour, label=name)
+        places = np.arange(len(labels)) + width * (k - (len(networks) - 1) / 2)
+        axes.bar(places, [100 * by_label[one]["accuracy"] for one in labels], 0.92 * width, color=colour, label=name)
     chance = {row["label"]: 100 * row["chance"] for row in rows}
     for place, label in enumerate(labels):
-        axes.plot((place - 0.42, place + 0.42), [chance[label]] * 2, color=INK, lw=1, ls=(0, (2, 1.5)))
-    axes.set(xticks=range(3), xticklabels=labels, ylim=(0, 100), yticks=(0, 20, 40, 60))
-    axes.legend(fontsize=9.5, frameon=False, loc="upper right", handlelength=0.9, handleheight=0.8, labelspacing=0.15,
+        axes.plot((place - 0.44, place + 0.44), [chance[label]] * 2, color=INK, lw=1, ls=(0, (2, 1.5)))
+    most = max(100 * row["accuracy"] for row in rows)
+    ticks = range(0, int(most) + 1, 20)
+    axes.set(xticks=range(len(labels)), xticklabels=labels, ylim=(0, most + 14 * len(networks)), yticks=ticks)
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left", handlelength=0.9, handleheight=0.8, labelspacing=0.15,
                 borderaxespad=0, handletextpad=0.4, labelcolor=INK)  # fmt: skip
 
 
@@ -68,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="output of `make quickstart`")
     parser.add_argument("path", type=Path, help="PNG to write")
+    parser.add_argument("--pooling", default="mean", choices=("mean", "quarters"), help="of the bars (default: mean)")
     arguments = parser.parse_args()
     folder, path = arguments.folder, arguments.path
     figure = Figure(figsize=(WIDTH, HEIGHT))
@@ -82,7 +154,7 @@ def main() -> int:
     bottom, height = 0.32, 1.62
     panels = {
         "masks": (0.22, 2.5),
-        "loss": (3.2, 1.55),
+        "loss, over updates": (3.2, 1.5),
         "patch features (PCA)": (4.97, 2.5),
         "linear probe accuracy, %": (7.85, 1.95),
     }
@@ -94,11 +166,11 @@ def main() -> int:
         axes[title].tick_params(labelsize=10.5, colors=GREY, length=2, pad=2)
         card.text(x + width / 2, bottom + height + 0.19, title, ha="center", va="center", fontsize=11, color=INK)
     masks, loss, features, probe = axes.values()
-    for panel, picture, places in ((masks, "masks.png", MASKS), (features, "patch_pca.png", FEATURES)):
-        panel.imshow(tiles(folder / picture, places), interpolation="lanczos")
-        panel.set_axis_off()
-    draw_loss(loss, folder / "run")
-    draw_probe(probe, folder / "results.json")
+    draw_masks(masks, folder / "masks.png")
+    draw_features(features, folder / "patch_pca.png")
+    known = REFERENCE in reference_names()
+    draw_loss(loss, read_metrics(folder / "run"), read_metrics(find_reference(PREFIX + REFERENCE)) if known else [])
+    draw_probe(probe, folder / "results.json", arguments.pooling)
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, transparent=True)

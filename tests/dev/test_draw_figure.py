@@ -41,17 +41,28 @@ def test_the_context_has_no_patch_of_a_target(figure: ModuleType) -> None:
     assert all(0 <= row < 14 and 0 <= column < 14 for row, column in set.union(*targets))
 
 
+@pytest.mark.parametrize("encoders", [2, 3])
 def test_the_strip_of_a_quickstart_is_drawn(
-    figure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    figure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoders: int
 ) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (635, 1560, 3), dtype=np.uint8)
-    for name in ("masks.png", "patch_pca.png"):
-        Image.fromarray(noise).save(tmp_path / name)
+    """With the features of a run and of an untrained network, and with those of a reference run too."""
+    random = np.random.default_rng(0)
+    noise = {}
+    for name, rows in (("masks.png", 2), ("patch_pca.png", 1 + encoders)):
+        picture = np.full((200 * rows + 40, 1560, 3), 255, dtype=np.uint8)
+        picture[5:20, 700:900:3] = 0  # a heading
+        noise[name] = random.integers(0, 255, (rows, 8, 150, 150, 3), dtype=np.uint8)
+        for row, column in np.ndindex(rows, 8):
+            y, x = 40 + 200 * row, 30 + 190 * column
+            picture[y : y + 150, x : x + 150] = noise[name][row, column]
+            picture[y + 160 : y + 170, x : x + 100 : 4] = 0  # a caption
+        Image.fromarray(picture).save(tmp_path / name)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 9, "loss": 0.5}\n')
     rows = [
         {"protocol": "logistic", "network": network, "label": label, "accuracy": 0.5, "chance": 0.1}
-        for network in ("target", "untrained", "pixels")
+        | {"options": {"pooling": "mean"}}
+        for network in ("target", "untrained", "pixels", "patches")
         for label in ("count", "distance", "shape")
     ]
     (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
@@ -60,5 +71,8 @@ def test_the_strip_of_a_quickstart_is_drawn(
     strip = importlib.import_module("draw_quickstart")
     assert strip.main() == 0
     assert Image.open(path).size == (1600, 376)
-    shown = strip.tiles(tmp_path / "masks.png", strip.MASKS)
-    assert np.array_equal(shown[:185, :185], noise[270 : 270 + 185, 200 : 200 + 185])
+    for name, panels in noise.items():
+        assert np.array_equal(np.array(strip.panels(tmp_path / name)), panels)
+    monkeypatch.setattr(sys, "argv", ["draw_quickstart.py", str(tmp_path), str(path), "--pooling", "quarters"])
+    with pytest.raises(SystemExit, match=r"results.json has no rows of the protocol logistic with pooling 'quarters'"):
+        strip.main()
