@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from jepa_kit.api.configs import AnyConfig, checked_config
 from jepa_kit.config import Config
 from jepa_kit.data.image_options import ImageOptions
+from jepa_kit.data.remote.fetch import expand
 from jepa_kit.data.transforms import CenterCrop, stack
 from jepa_kit.engine.build import open_shards
 from jepa_kit.engine.logging.curves import curves_figure
@@ -26,6 +29,7 @@ from jepa_kit.evaluation.images import random_samples, read_images
 from jepa_kit.evaluation.online import PANELS
 from jepa_kit.evaluation.pictures.draw import mask_figure, patch_figure
 from jepa_kit.evaluation.shard_choice import shown_shards
+from jepa_kit.from_config import build_masker
 from jepa_kit.interfaces import Encoder
 from jepa_kit.interop.frozen import FrozenEncoder, Pictures, opened
 from jepa_kit.plotting import Figure
@@ -53,7 +57,7 @@ def plot_masks(
 
     Args:
         config: as for ``build``, or a recipe from it.
-        images: to show; None for the first of ``data.shards`` if these are on this machine, else synthetic scenes.
+        images: to show; None for the first of ``data.shards`` if they are on this machine, else synthetic scenes.
         count: how many images, at least 1; not used if ``images`` are given.
         columns: images side by side.
         overrides: of the config, as for ``build``: ``masker={"num_targets": 6}``.
@@ -62,15 +66,17 @@ def plot_masks(
         ConfigError: a mistake in the config, or a recipe without masker.
         ValueError: images of another size than the config's, or ``count`` is below 1.
     """
-    from jepa_kit.evaluation.masks.page import first_masks, samples_of  # here: it imports the planner
+    from jepa_kit.evaluation.masks.page import samples_of  # here: it imports the planner
 
     checked = checked_config(_config_of(config) if isinstance(config, Recipe) else config, overrides)
     if count < 1:
         raise ValueError(f"count (={count}) must be at least 1")
-    pixels = samples_of(checked, count) if images is None else _pixels(images, checked.data.image_size)
-    if pixels.shape[2:] != checked.data.image_size:
-        raise ValueError(f"images (={tuple(pixels.shape)}) must be of data.image_size (={checked.data.image_size})")
-    return mask_figure(pixels, first_masks(checked, len(pixels), len(pixels)), columns=columns)
+    masker, size = build_masker(checked), checked.data.image_size
+    pixels = samples_of(_with_data_here(checked), count) if images is None else _pixels(images, size)
+    if pixels.shape[2:] != size:
+        raise ValueError(f"images (={tuple(pixels.shape)}) must be of data.image_size (={size})")
+    masks = masker(np.arange(len(pixels)), seed=checked.train.seed, epoch=0, step=0)
+    return mask_figure(pixels, masks, columns=columns)
 
 
 def plot_patches(
@@ -143,6 +149,14 @@ def _config_of(recipe: Recipe) -> Config:
     if recipe.config is None:
         raise ValueError("the recipe has no config: make it with jepa_kit.build")
     return recipe.config
+
+
+def _with_data_here(config: Config) -> Config:
+    """Return a config without ``data.shards`` if nothing is there, as in configs for a data set of the user's."""
+    shards = config.data.shards
+    if shards is None or any("://" in path or os.path.exists(path) for path in expand(shards)):
+        return config
+    return replace(config, data=replace(config.data, shards=None))
 
 
 def _pixels(images: Shown, size: tuple[int, int]) -> Tensor:

@@ -212,7 +212,12 @@ _ZIP = b"PK\x03\x04"
 
 
 def read_config(
-    file: str, problems: list[str], *, trust_imports: bool = False, above: tuple[str, ...] = ()
+    file: str,
+    problems: list[str],
+    *,
+    trust_imports: bool = False,
+    above: tuple[str, ...] = (),
+    levels: list[dict[Any, Any]] | None = None,
 ) -> dict[Any, Any]:
     """Return the raw mapping of a file laid over its bases, with the ``imports`` of all, the base's first.
 
@@ -222,6 +227,7 @@ def read_config(
         problems: gets lines about mistakes that do not prevent further checks.
         trust_imports: allow any ``imports`` in checkpoints and in files at URLs; a local YAML file may have any.
         above: the files of which this one is a base.
+        levels: gets the mapping of each file, without those of its bases, the lowest base first.
 
     Raises:
         ConfigError: the file or a base is missing or none of these, the bases form a circle, or there are imports that
@@ -235,15 +241,20 @@ def read_config(
         check_trusted(raw["imports"], path)
     if "imports" in raw:
         raw["imports"] = resolve_imports(raw["imports"], os.path.dirname(path), problems)
+    levels = [] if levels is None else levels
     if "_BASE_" not in raw:
-        return modernize(raw, problems=problems)
+        raw = modernize(raw, problems=problems)
+        levels.append(raw)
+        return raw
     base = raw.pop("_BASE_")
     if not isinstance(base, str) or not base:
         raise ConfigError([f"_BASE_ (={base!r}) must be the path of a config, relative to this file, or a name"], path)
     below = find_config(base, os.path.dirname(path))
-    lower = read_config(below, problems, trust_imports=trust_imports, above=(*above, path))
+    lower = read_config(below, problems, trust_imports=trust_imports, above=(*above, path), levels=levels)
     lower.pop("versions", None)
-    merged = merge(lower, modernize(raw, below=lower, problems=problems))
+    raw = modernize(raw, below=lower, problems=problems)
+    levels.append(raw)
+    merged = merge(lower, raw)
     if "imports" in lower and "imports" in raw:
         merged["imports"] = list(dict.fromkeys([*lower["imports"], *raw["imports"]]))
     return merged

@@ -17,6 +17,7 @@ import jepa_kit
 from jepa_kit.config.check import DEFAULT_RECIPE, SECTIONS, Part, check_config
 from jepa_kit.config.data_section import DataConfig
 from jepa_kit.config.imports import check_trusted, import_parts, resolve_imports
+from jepa_kit.config.learning_rate import LearningRate, chosen_rate
 from jepa_kit.config.load import apply_overrides, dump_yaml, read_config
 from jepa_kit.config.renamed import modernize
 from jepa_kit.config.sections import (
@@ -43,6 +44,8 @@ class Config:
         data, optim, train, checkpoint, evaluate: the sections.
         imports: modules (dotted) and .py files (absolute) that registered parts.
         written_by: ``versions`` of the file, if it was a resolved config; not compared.
+        lr_chosen: learning rate of the files and the batch size that it was chosen for (``learning_rate.py``), before
+            overrides; not compared.
     """
 
     recipe: Part = field(default_factory=lambda: Part(DEFAULT_RECIPE["name"], {}))
@@ -55,6 +58,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     imports: tuple[str, ...] = ()
     written_by: Mapping[str, str] = field(default_factory=dict, compare=False)
+    lr_chosen: LearningRate | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which ``config_from_dict`` makes an equal Config, with the present ``versions``."""
@@ -103,8 +107,9 @@ def load_config(file: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     if "://" in path:
         import_named(overrides)
     problems: list[str] = []
-    raw = read_config(path, problems, trust_imports=trust_imports or bool(_own_imports(overrides)))
-    return _check(raw, overrides, folder, path, problems)
+    levels: list[dict[Any, Any]] = []
+    raw = read_config(path, problems, trust_imports=trust_imports or bool(_own_imports(overrides)), levels=levels)
+    return _check(raw, overrides, folder, path, problems, levels)
 
 
 def config_from_dict(
@@ -131,7 +136,8 @@ def config_from_dict(
     if not trust_imports and not _own_imports(overrides):
         check_trusted(raw.get("imports", []), source)
     problems: list[str] = []
-    return _check(modernize(raw, problems=problems), overrides, folder, source, problems)
+    raw = modernize(raw, problems=problems)
+    return _check(raw, overrides, folder, source, problems, [raw])
 
 
 def import_named(overrides: Sequence[str]) -> None:
@@ -152,14 +158,26 @@ def _own_imports(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0].strip() == "imports"]
 
 
-def _check(raw: Mapping[str, Any], overrides: Sequence[str], folder: str, source: str, problems: list[str]) -> Config:
+def _check(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str],
+    folder: str,
+    source: str,
+    problems: list[str],
+    levels: Sequence[Mapping[Any, Any]],
+) -> Config:
     merged = apply_overrides(dict(raw), overrides, problems)
     imports, cause = _import_all(merged.get("imports", []), folder, problems)
     checked = check_config(merged, problems)
     if problems:
         raise ConfigError(problems, source) from cause
     written_by = merged.get("versions")
-    return Config(**checked, imports=imports, written_by=written_by if isinstance(written_by, dict) else {})
+    return Config(
+        **checked,
+        imports=imports,
+        written_by=written_by if isinstance(written_by, dict) else {},
+        lr_chosen=chosen_rate(levels),
+    )
 
 
 def _import_all(raw: Any, folder: str, problems: list[str]) -> tuple[tuple[str, ...], Exception | None]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa_kit.data.folders import file_size, hidden, read_file, walk_files
-from jepa_kit.data.shards.index import LISTED
+from jepa_kit.data.shards.index import NAMES_AND_SIZES
 from jepa_kit.data.shards.writing import KEYS, LABELS, OFFSETS, is_image
 from jepa_kit.data.sources.keys import unique_keys
 from jepa_kit.data.sources.labels import Labels, folder_labels, named_labels, split_folders
@@ -39,6 +39,7 @@ class ListedSamples:
         read: number -> bytes of an image file; it can be pickled, and raises SampleError for an unusable sample.
         digest: the same for the same samples, wherever they are: a run is resumed with an equal one only.
         notes: messages for the user.
+        digest_of: what ``digest`` follows from, for messages.
 
     Raises:
         ValueError: there is no sample, or the lengths differ.
@@ -51,6 +52,7 @@ class ListedSamples:
     read: Callable[[int], bytes]
     digest: str
     notes: tuple[str, ...] = ()
+    digest_of: str = NAMES_AND_SIZES
 
     def __post_init__(self) -> None:
         lengths = {"keys": len(self.keys), "sizes": len(self.sizes)}
@@ -70,7 +72,7 @@ class ListedSamples:
     def shards(self) -> list[dict[str, Any]]:
         """One entry for all samples, as a shard has in an index."""
         name, size = os.path.basename(os.path.abspath(self.path)), int(self.sizes.clip(min=0).sum())
-        return [{"file": name, "samples": len(self.keys), "bytes": size, "sha256": LISTED + self.digest}]
+        return [{"file": name, "samples": len(self.keys), "bytes": size, "sha256": f"{self.digest_of}: {self.digest}"}]
 
     @property
     def unit_sizes(self) -> IntArray:

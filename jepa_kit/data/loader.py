@@ -133,6 +133,7 @@ class TrainLoader:
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.steps_per_epoch = samples // batch_size
+        self.views = views
         self._batches = _TrainBatches(dataset, views, seed)
         self._window_steps = -(-shuffle_window // batch_size)
         if dataset.remote:

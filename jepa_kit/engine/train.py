@@ -31,6 +31,7 @@ from jepa_kit.engine.checkpoint.async_save import Saver
 from jepa_kit.engine.checkpoint.manager import Location, Store, store_of
 from jepa_kit.engine.checkpoint.resume import check_folders, plan_resume
 from jepa_kit.engine.consistency import check_command
+from jepa_kit.engine.estimate import estimate_step
 from jepa_kit.engine.logging.announce import announce, find_places
 from jepa_kit.engine.logging.curves import Panel, drawn, plot_curves
 from jepa_kit.engine.logging.loggers import check_loggers, open_loggers
@@ -112,6 +113,9 @@ def train(
             with products_in(precision_of(run.config), device):
                 places = find_places(world, device, precision_of(run.config))
                 broadcast_from_rank0(lambda: announce(run, store, start, places, resume, resume_from))
+                estimate = estimate_step(run)
+                if world.is_main and estimate is not None:
+                    print(estimate.describe(run.schedule.steps - start.step), flush=True)
                 return run_steps(build_session(run, store, start, hooks, signals, consensus, resume_from))
 
         end = attempt(latest, resume)

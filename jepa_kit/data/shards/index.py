@@ -29,8 +29,8 @@ from jepa_kit.files import sha256_of
 
 SHARDS = "shards"
 """Key of an identity: the entries of its shards."""
-LISTED = "names and sizes: "
-"""Begins the digest of files in no shard, which is in the place of a SHA-256."""
+NAMES_AND_SIZES = "names and sizes"
+"""Followed by ": " and a digest, the digest of files in no shard, in the place of a SHA-256."""
 CACHED_INDEXES = "indexes"
 """Folder of the cache for indexes of shards that have none beside them."""
 MOST = 2**62
@@ -230,12 +230,14 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str | N
             "the checkpoint is of an earlier version and has no checksums of its shards: their names, sample counts "
             "and sizes are equal, contents were not compared"
         )
-    old, new, unsummed, listed = then[SHARDS], now[SHARDS], 0, 0
+    old, new, unsummed, listed = then[SHARDS], now[SHARDS], 0, list[str]()
     for number, (before, after) in enumerate(zip(old, new, strict=False)):
         kind = "shard"
-        if all((entry[3] or "").startswith(LISTED) for entry in (before, after)):
-            kind, listed = "folder", listed + 1
-            parts = {"files": (before[1], after[1]), "digest of names and sizes": (before[3], after[3])}
+        (of, _, was_digest), (of_now, _, now_digest) = ((e[3] or "").rpartition(": ") for e in (before, after))
+        if of and of == of_now:  # samples in no shard
+            listed.append(of)
+            kind, what = ("folder", "files") if of == NAMES_AND_SIZES else ("data set", "samples")
+            parts = {what: (before[1], after[1]), f"digest of {of}": (was_digest, now_digest)}
         elif before[3] and after[3]:
             parts = {"samples": (before[1], after[1]), "SHA-256": (before[3], after[3])}
         else:
@@ -243,13 +245,14 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str | N
             parts = {what: (before[k], after[k]) for k, what in enumerate(("name", "samples", "bytes"))}
         for what, (was, is_now) in parts.items():
             if was != is_now:
-                was, is_now = (str(value).removeprefix(LISTED) for value in (was, is_now))
                 return f"{kind} {number} differs: {before[0]} had {what} {was}, but here {after[0]} has {is_now}", None
     if len(old) != len(new):
         first = (old[len(new) :] or new[len(old) :])[0][0]
         return f"it had {len(old)} shards, but here are {len(new)}: the first that one side lacks is {first}", None
     if listed:
-        return None, f"{listed} of {len(new)} data sets are files in no shard: compared by their names and sizes"
+        kind = "files" if {*listed} == {NAMES_AND_SIZES} else "samples"
+        by = " or ".join(dict.fromkeys(listed))
+        return None, f"{len(listed)} of {len(new)} data sets are {kind} in no shard: compared by their {by}"
     note = f"{unsummed} of {len(new)} shards have no checksum in their index: compared by name, sample count and size"
     return None, note if unsummed else None
 

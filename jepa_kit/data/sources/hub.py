@@ -28,14 +28,23 @@ class HubDataset(Source):
         image_column: column of images, their bytes or their paths; by default the only one of type ``Image``.
         label_columns: columns of labels; by default those of type ``ClassLabel``. A single one is called ``class``.
         recode: whether and how images are encoded again.
+        parts: split -> the data set, if it is loaded already.
 
     Raises:
         ValueError: the package ``datasets`` is not installed, or there is no such data set or column.
     """
 
-    def __init__(self, name: str, *, image_column: str | None, label_columns: Sequence[str], recode: Recode) -> None:
-        self.source, self.recode = name, recode
-        parts = _load(name)
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_column: str | None = None,
+        label_columns: Sequence[str] = (),
+        recode: Recode | None = None,
+        parts: dict[str, Any] | None = None,
+    ) -> None:
+        self.source, self.recode = name, recode or Recode()
+        parts = parts or _load(name)
         features = next(iter(parts.values())).features
         self.column = _image_column(name, features, image_column)
         self.labels = _labels(name, parts, label_columns)
@@ -59,6 +68,14 @@ class HubDataset(Source):
 
     def sample(self, i: int) -> Sample:
         """Make sample i from the bytes of its row, or from the file that the row names."""
+        return self.recode.sample(f"{self._place(i)[1]:08d}", self.image_bytes(i), self.labels.of(i))
+
+    def image_bytes(self, i: int) -> bytes:
+        """Return the bytes of the image file of sample i.
+
+        Raises:
+            Refused: there is no image, or its file cannot be read.
+        """
         part, row = self._place(i)
         cell = self._parts[part][row][self.column]
         data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
@@ -71,7 +88,7 @@ class HubDataset(Source):
                 raise Refused(f"cannot be read: {error.strerror}") from error
         if not isinstance(data, bytes):
             raise Refused("no image in this row")
-        return self.recode.sample(f"{row:08d}", data, self.labels.of(i))
+        return data
 
     def fingerprint(self) -> str:
         labels = [self.classes, *(numbers.tolist() for numbers in self.labels.values.values())]

@@ -14,10 +14,11 @@ import torch
 
 from jepa_kit.config import versions
 from jepa_kit.data.shards.dataset import ShardDataset
-from jepa_kit.data.shards.index import brief
+from jepa_kit.data.shards.index import NAMES_AND_SIZES, brief
 from jepa_kit.distributed.collectives import World, all_gather_object
 from jepa_kit.encoders.attention import describe_backend
 from jepa_kit.engine.checkpoint.manager import Store
+from jepa_kit.engine.fit import notes_on_fit
 from jepa_kit.engine.run import Run, Start
 from jepa_kit.files import write_text
 from jepa_kit.planning.peak_flops import matrix_peak
@@ -48,7 +49,12 @@ class Place:
 
 
 def announce(
-    run: Run, store: Store, start: Start, places: Sequence[Place], resume: bool, resume_from: str | None
+    run: Run,
+    store: Store,
+    start: Start,
+    places: Sequence[Place],
+    resume: bool,
+    resume_from: str | None,
 ) -> None:
     """Print versions, devices, data and sizes of a run, and write ``config.yaml`` and ``run.json``.
 
@@ -110,6 +116,7 @@ def announce(
     if compiled:
         lines.append(f"compiling: the blocks of {' and '.join(compiled)}, in the first steps, which may take minutes")
     lines += [f"steps: {run.schedule.steps:,} ({run.config.train.epochs} epochs of {run.steps_per_epoch:,})"]
+    lines += [f"note: {note}" for note in notes_on_fit(run)]
     lines += start.lines
     if store.apart:
         lines.append(f"checkpoints: {store}")
@@ -122,9 +129,9 @@ def announce(
 def notes_on_files(dataset: ShardDataset) -> list[str]:
     """Return what was left out of folders of images, and when shards are better."""
     notes = [f"note: {note}" for part in dataset.listed for note in part.notes]
-    if dataset.listed:
+    if files := [part for part in dataset.listed if part.digest_of == NAMES_AND_SIZES]:
         notes.append(
-            f"note: {dataset.listed[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
+            f"note: {files[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
             "fewer operations, which matters on network and hard disks, and show damaged images before a run"
         )
     return notes
