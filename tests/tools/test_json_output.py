@@ -1,6 +1,7 @@
 """Every tool with --json prints one JSON document on stdout and nothing else; messages and progress go to stderr."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -97,7 +98,6 @@ COMMANDS = {
     "replay_step": "{0}/run/bad_step_00000001/rank_0000.pt",
     "visualize": "--checkpoint {0}/run --images 32 --decoder-images 64 --decoder-steps 1 --output {0}/pictures",
 }
-"""In an order in which each has what it reads."""
 
 
 def test_every_tool_has_the_option():
@@ -109,15 +109,21 @@ def test_every_tool_has_the_option():
 
 @pytest.fixture(scope="module")
 def printed(place):
-    """What each command prints: (status, stdout, stderr)."""
-    found = {}
-    for name, arguments in COMMANDS.items():
+    """Returns what a command prints, (status, stdout, stderr), and runs it once."""
+
+    @functools.cache
+    def run(name):
         tool = importlib.import_module(f"jepa_kit.tools.{name.partition(' ')[0]}")
         out, err = io.StringIO(), io.StringIO()
+        if name == "make_shards --verify":
+            run("make_shards")
+        if name.startswith("compare"):
+            run("eval_net")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = tool.main([*arguments.format(place).split(), "--json"])
-        found[name] = (status, out.getvalue(), err.getvalue())
-    return found
+            status = tool.main([*COMMANDS[name].format(place).split(), "--json"])
+        return status, out.getvalue(), err.getvalue()
+
+    return run
 
 
 KEYS = {
@@ -141,19 +147,25 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+DRAWS = "visualize"
+"""Takes seconds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == DRAWS else name for name in COMMANDS]
+)
 def test_stdout_is_json(printed, name):
-    status, out, err = printed[name]
+    status, out, err = printed(name)
     assert status == (3 if name == "replay_step" else 0), err
     content = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert KEYS[name] in (content[0] if isinstance(content, list) else content)
 
 
 def test_the_text_is_not_printed_with_it(printed):
-    assert "opening " in printed["make_shards"][2]
-    assert json.loads(printed["make_shards"][1])["folders"][0]["samples"] == 32
-    assert json.loads(printed["compare"][1])[0]["protocol"] == "knn"
-    (entry,) = json.loads(printed["runs"][1])
+    assert "opening " in printed("make_shards")[2]
+    assert json.loads(printed("make_shards")[1])["folders"][0]["samples"] == 32
+    assert json.loads(printed("compare")[1])[0]["protocol"] == "knn"
+    (entry,) = json.loads(printed("runs")[1])
     assert (entry["state"], entry["step"], entry["steps"]) == ("finished", 3, 3)
 
 
