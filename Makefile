@@ -10,7 +10,7 @@ STAMP := $(VENV)/.jepa_kit_clone
 export VENV WORKERS PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow test-gpu docs lint format torture mutate parity bench clean fuzz
+.PHONY: help venv quickstart test test-slow test-gpu docs notebooks lint format torture mutate parity bench clean fuzz
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ test-gpu: ## run the tests that need a CUDA device
 
 docs: $(STAMP) ## build the documentation site in build/site, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
+notebooks: $(STAMP) ## run the notebooks, and store what they show
+	$(RUN) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 lint: $(STAMP) ## run ruff (rules and format), mypy and the words of dev/words.txt, like the pre-commit hooks
 	dev/lint.sh all

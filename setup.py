@@ -76,7 +76,7 @@ setup(
         "webdataset>=0.2.86",
     ],
     extras_require={
-        "docs": ["mkdocs-material>=9.7,<10"],
+        "docs": ["ipykernel>=6.29", "mkdocs-material>=9.7,<10", "nbconvert>=7.16", "pandas>=2.2"],
         "fast": ["simplejpeg>=1.8"],
         "hf": ["datasets>=3.0"],
         "onnx": ["onnx>=1.16", "onnxruntime>=1.17"],

@@ -6,16 +6,18 @@ becomes a page: Markdown as it is, source and configs as code, notebooks with th
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|#)([^)#\s]+)")
+LINK = re.compile(r"(?<=\]\()(?!https?://|mailto:|data:|#)([^)#\s]+)")
 LANGUAGES = {
     ".py": "python",
     ".yaml": "yaml",
@@ -47,11 +49,12 @@ def place(file: Path) -> str:
     if file.is_relative_to(DOCS):
         return str(file.relative_to(DOCS))
     inside = str(file.relative_to(ROOT))
-    return f"{inside}.md" if is_code(file) else inside
+    return f"{inside}.md" if is_shown(file) else inside
 
 
-def is_code(file: Path) -> bool:
-    return file.suffix in LANGUAGES and file.stat().st_size <= LARGEST
+def is_shown(file: Path) -> bool:
+    """Return whether a page shows the content of a file that is not Markdown."""
+    return file.suffix == ".ipynb" or (file.suffix in LANGUAGES and file.stat().st_size <= LARGEST)
 
 
 def rewrite(text: str, folder: Path, page: str) -> str:
@@ -75,7 +78,11 @@ def rewrite(text: str, folder: Path, page: str) -> str:
 def page_of(file: Path) -> str:
     """Return the Markdown of a file outside docs/."""
     text = file.read_text()
-    if file.suffix == ".md":
+    if file.suffix == ".ipynb":
+        text, resources = MarkdownExporter().from_filename(str(file))
+        for name, data in resources["outputs"].items():
+            text = text.replace(f"]({name})", f"](data:image/png;base64,{base64.b64encode(data).decode()})")
+    if file.suffix in {".md", ".ipynb"}:
         return rewrite(text, file.parent, place(file))
     hidden = "---\nsearch: {exclude: true}\n---\n\n"
     return f"{hidden}# {file.relative_to(ROOT)}\n\n````{LANGUAGES[file.suffix]}\n{text.rstrip()}\n````\n"
@@ -90,7 +97,8 @@ def pages_of(nav: Any) -> list[str]:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add what the pages link to, and what those pages link to, except from code."""
-    waiting = [ROOT / page for page in pages_of(config["nav"]) if page not in files.src_uris]
+    listed = [page.replace(".ipynb.md", ".ipynb") for page in pages_of(config["nav"])]
+    waiting = [ROOT / page for page in listed if page not in files.src_uris]
     waiting += [
         file
         for page in files.documentation_pages()
@@ -100,7 +108,7 @@ def on_files(files: Files, config: Any) -> Files:
         file = waiting.pop()
         if not file.is_file() or file.is_relative_to(DOCS) or place(file) in files.src_uris:
             continue
-        if file.suffix == ".md" or is_code(file):
+        if file.suffix == ".md" or is_shown(file):
             files.append(File.generated(config, place(file), content=page_of(file)))
         else:
             files.append(File.generated(config, place(file), abs_src_path=str(file)))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import mkdocs  # noqa: F401  # what the module needs
+import nbconvert  # noqa: F401
 
 sys.path.append(str(Path(__file__).parents[2] / "dev"))
 
@@ -29,3 +30,9 @@ def test_pages_outside_docs() -> None:
     assert place(readme) == "projects/mae/README.md"
     assert "](../../docs/" not in page_of(readme)
     assert page_of(recipe).endswith(f"# jepa_kit/recipe.py\n\n````python\n{recipe.read_text().rstrip()}\n````\n")
+
+
+def test_a_notebook_becomes_a_page_with_its_pictures() -> None:
+    text = page_of(ROOT / "notebooks" / "own_images.ipynb")
+    assert "](data:image/png;base64,iVBORw0KGgo" in text
+    assert "](tutorials/own_images.md)" in text or "](../tutorials/own_images.md)" in text
