@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jepa_kit.config import shipped
-from jepa_kit.engine.logging.curves import Beside
+from jepa_kit.config import load_config
+from jepa_kit.engine.logging.curves import Beside, Panel, plot_curves
 from jepa_kit.evaluation.features import load_run
 from jepa_kit.evaluation.patch_codes import PatchOptions
 from jepa_kit.evaluation.tables.rows import Row
 from jepa_kit.tools import make_shards
 from projects.ijepa import quickstart as quickstart_module
 from projects.ijepa.quickstart import READ, main, make_data, margins, validation_parts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = ["--train-scenes", "96", "--test-scenes", "64"]
 TINY = [
@@ -65,7 +62,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.integration
 @pytest.mark.usefixtures("_quick")
 def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "REFERENCES", str(tmp_path / "none"))
+    drawn: list[Beside] = []
+
+    def plot_beside(run: Path, panels: Sequence[Panel], beside: Beside) -> Path | None:
+        drawn.append(beside)
+        return plot_curves(run, panels, beside)
+
+    monkeypatch.setattr(quickstart_module, "plot_curves", plot_beside)
     # Options and overrides in any order.
     assert quickstart(tmp_path, TINY[0], *SMALL, *TINY[1:]) == 0
     printed = capsys.readouterr().out
@@ -88,6 +91,10 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         assert f"{tmp_path / file}\n      {sentence[:60]}" in printed
     lines = re.findall(r"^  .*: [+-]\d+\.\d ± .* against (untrained|pixels), .* against patches$", printed, re.M)
     assert len(lines) == 9
+    (beside,) = drawn
+    assert re.fullmatch(r"reference:ijepa_scenes, of [\d,]+ updates", beside.name)
+    with Image.open(tmp_path / "patch_pca.png") as picture:
+        assert picture.height / picture.width == pytest.approx(4 / 8, abs=0.1), "image, target, untrained, reference"
     assert len(list((tmp_path / "run").glob("checkpoint_*3.pt"))) == 1  # 96 scenes, 32 at a time
     # What is there is kept.
     index = tmp_path / "shards/train/index.json"
@@ -109,27 +116,17 @@ def test_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         printed = capsys.readouterr().err
         assert message in printed
         assert "it, or give another --output-dir" in printed
-    beside_the_reference_run(tmp_path, monkeypatch)
 
 
-def beside_the_reference_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the pictures of a quickstart again, with itself as the reference run."""
-    with monkeypatch.context() as patched:
-        patched.syspath_prepend(str(ROOT / "dev"))
-        make_reference = importlib.import_module("make_reference")
-    words = ["--name", "ijepa_scenes", "--evaluation", str(folder / "results.json"), "--data", "-", "--machine", "-"]
-    assert make_reference.main([str(folder / "run"), *words, "--output", str(folder / "reference")]) == 0
-    monkeypatch.setattr(shipped, "REFERENCES", str(folder / "reference"))
-    run = load_run(folder / "run")
-    shards = (str(folder / "shards/train"), str(folder / "shards/test"))
-    drawn: list[Beside | None] = []
-    monkeypatch.setattr(quickstart_module, "plot_curves", lambda run, panels, beside: drawn.append(beside))
-    before = Image.open(folder / "patch_pca.png").height
-    quickstart_module.draw(run.config, run, shards, folder)
-    assert [(one.name, len(one.records)) for one in drawn if one] == [("reference:ijepa_scenes, of 3 updates", 2)]
-    assert Image.open(folder / "patch_pca.png").height / before == pytest.approx(4 / 3, abs=0.1), "a row more"
-    data = replace(run.config.data, image_size=(32, 32))
-    assert quickstart_module.reference(data) is None, "it was trained on other images"
+def test_the_reference_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_config("quickstart").data
+    encoder = quickstart_module.reference(data)
+    assert encoder is not None
+    assert encoder.about.startswith("target encoder of reference:ijepa_scenes")
+    assert quickstart_module.reference(replace(data, image_size=(32, 32))) is None, "it was trained on other images"
+    assert quickstart_module.reference(replace(data, mean=(0.5, 0.5, 0.5))) is None
+    monkeypatch.setattr(quickstart_module, "reference_names", list)
+    assert quickstart_module.reference(data) is None, "it does not ship with jepa_kit"
 
 
 @pytest.mark.integration
