@@ -291,7 +291,7 @@ function drawPatch() {
   $("patch-text").textContent =
     `${place(patch)[0].toUpperCase()}${place(patch).slice(1)}, in target ${targetOf(patch) + 1}: energy ${own.toFixed(3)}` +
     ` (random patches ${all.chance.toFixed(3)}). Of all ${total.toLocaleString("en")} patches of the ${images.length} images,` +
-    ` the true one is the ${ordinal(rank)} most similar to the prediction; at this place, ` +
+    ` the true one is the ${rank > 1 ? `${ordinal(rank)} ` : ""}most similar to the prediction; at this place, ` +
     `${closer ? `${closer} of ${images.length - 1}` : "no"} other image${closer === 1 ? " fits" : closer ? "s fit" : " fits"} it better.`;
 }
 
@@ -565,8 +565,9 @@ function move(event) {
   edit(drag.which, (set) => (drag.resize ? resizeSet : moveSet)(set, grid, ...by), drag.mask);
 }
 
-function up() {
-  if (drag && !drag.moved) {
+/** End a drag; a press without movement looks at the patch, unless the browser took it for scrolling. */
+function up(event) {
+  if (drag && !drag.moved && event.type === "pointerup") {
     if (drag.which !== undefined) state.active = drag.which;
     if (drag.patch !== null && !drag.resize) select(drag.patch);
     drawStage();
