@@ -23,8 +23,8 @@ from jepa_kit.trials.recipe_trial import trial_views
 
 FIRST = 2
 """Images of the first measurement; some losses compare the images of a batch."""
-LONG_ENOUGH = 0.5
-"""Seconds; with fewer images than take so long, launches and Python may dominate."""
+LONG_ENOUGH = 1.0
+"""Seconds; with fewer images than take so long, launches and small products may dominate."""
 TOO_LONG = 10.0
 """Seconds of a first measurement that is not repeated, though its first pass chooses kernels."""
 
@@ -75,13 +75,14 @@ def estimate_step(run: Run) -> Estimate | None:
     if train.parallel == "fsdp":
         return None
     own = train.batch_size // world.size  # images of this rank
-    count, seconds = _measure(run, max(1, own // train.accumulate))
+    at_once = max(1, own // train.accumulate)
+    count, seconds = _measure(run, at_once)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)
     loading = None if run.dataset.remote else run.loader.seconds_per_image()
     return Estimate(
-        compute=seconds / count * own,
+        compute=seconds * own / at_once,
         loading=None if loading is None else loading * own,
         workers=run.loader.num_workers,
         images=count,
@@ -89,7 +90,7 @@ def estimate_step(run: Run) -> Estimate | None:
 
 
 def _measure(run: Run, most: int) -> tuple[int, float]:
-    """Return a number of images, at most ``most``, and the seconds of their forward and backward pass."""
+    """Return the number of measured images, and the seconds of forward and backward pass of ``most`` images."""
     jepa = copy.deepcopy(run.jepa)
     for module in jepa.modules():
         if getattr(module, "compiled", False):  # compilation takes longer than a step
@@ -104,7 +105,9 @@ def _measure(run: Run, most: int) -> tuple[int, float]:
 
 
 def grow(measure: Callable[[int], float], most: int) -> tuple[int, float]:
-    """Return a number of images that takes ``LONG_ENOUGH``, or ``most``, and its seconds.
+    """Return a number of images that takes ``LONG_ENOUGH``, or ``most``, and the seconds of ``most`` images.
+
+    These follow from the last two measurements: a part of a step does not depend on the number of images.
 
     Args:
         measure: number of images -> seconds.
@@ -114,10 +117,14 @@ def grow(measure: Callable[[int], float], most: int) -> tuple[int, float]:
     seconds = measure(count)
     if seconds < TOO_LONG:
         seconds = measure(count)
-    while seconds < LONG_ENOUGH and count < most:
-        count = min(2 * count, most)
-        seconds = measure(count)
-    return count, seconds
+    an_image = seconds / count
+    while count < most and seconds < TOO_LONG and (count == FIRST or seconds < LONG_ENOUGH):
+        more = min(2 * count, most)
+        longer = measure(more)
+        least, largest = longer / more / 4, longer / more  # other processes disturb the measurements
+        an_image = min(max((longer - seconds) / (more - count), least), largest)
+        count, seconds = more, longer
+    return count, seconds + an_image * (most - count)
 
 
 def _slowest(train: Callable[[], float]) -> float:

@@ -21,12 +21,13 @@ def test_the_number_of_images_grows_until_they_take_long_enough():
         measured.append(count)
         return 0.01 + 0.03 * count
 
-    assert grow(measure, 256) == (32, pytest.approx(0.97))
-    assert measured == [2, 2, 4, 8, 16, 32]  # the first one twice, since its first pass chooses kernels
+    assert grow(measure, 256) == (64, pytest.approx(0.01 + 0.03 * 256))
+    assert measured == [2, 2, 4, 8, 16, 32, 64]  # the first one twice, since its first pass chooses kernels
     measured.clear()
     assert grow(measure, 5) == (5, pytest.approx(0.16))
     assert measured == [2, 2, 4, 5]
-    assert grow(lambda count: 12.0 * count, 256) == (2, 24.0)
+    assert grow(lambda count: 12.0 * count, 256) == (2, 12.0 * 256)
+    assert grow(lambda count: 2.0 if count == 2 else 1.8, 8) == (4, pytest.approx(1.8 + 4 * 1.8 / 4 / 4))
 
 
 def test_loading_is_added_or_hidden():
