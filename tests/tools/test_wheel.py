@@ -85,6 +85,6 @@ def test_training_and_evaluation(wheel: Path, tmp_path: Path) -> None:
     table = tool("eval_net", "--checkpoint", "run", "--protocol", "knn", "--layers", "last", "--baselines", "none")
     assert "knn" in table
     code = "import jepa_kit as j; print(j.list_configs('ijepa/quick*'), len(j.evaluate('run', 'knn', baselines=[])))"
-    assert run(sys.executable, "-c", code).endswith("['ijepa/quickstart'] 4\n")
+    assert run(sys.executable, "-c", code).endswith("['ijepa/quickstart'] 3\n")
     assert "usage" in run(sys.executable, "-m", "jepa_kit.projects.ijepa.quickstart", "--help")
     assert "usage" in run(sys.executable, "-m", "jepa_kit.projects.ijepa.check_parity", "--help")
