@@ -120,6 +120,6 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Rewrite the links of a page of docs/; the first page has no menu at its side."""
     if page.is_homepage:
-        page.meta["hide"] = ["navigation", "toc"]
+        page.meta["hide"] = ["navigation"]
     file = Path(str(page.file.abs_src_path or ""))
     return rewrite(markdown, file.parent, page.file.src_uri) if file.is_relative_to(DOCS) else markdown

@@ -35,7 +35,7 @@ SHORTER: dict[str, list[str]] = {
     "train_net": [
         *("train.batch_size=8", "train.epochs=2", "train.steps_per_epoch=2", "train.log_every=1", "train.device=cpu"),
         *("train.precision=float32", "train.tensorboard=false", "data.num_workers=0", "optim.warmup_epochs=1"),
-        *("encoder.depth=1", "predictor.depth=1"),
+        *("encoder.depth=2", "predictor.depth=1"),
     ],
     "eval_net": ["--baselines", "none"],
     "health": ["--images", "16"],
