@@ -39,7 +39,7 @@ SHORTER: dict[str, list[str]] = {
     ],
     "eval_net": ["--baselines", "none"],
     "health": ["--images", "16"],
-    "make_shards": ["--num-scenes", "200"],
+    "make_shards": ["--num-scenes", "260"],
     "visualize": ["--images", "32", "--decoder-images", "64", "--decoder-steps", "2"],
 }
 """Tool -> arguments that make it take a second, after those of the page."""
