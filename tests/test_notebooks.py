@@ -36,6 +36,7 @@ def test_a_committed_notebook_has_its_outputs(file: Path) -> None:
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # of the tests; with it, a kernel does not show what pyplot draws
     committed = nbformat.read(file, as_version=4)
     again = nbclient.execute(nbformat.read(file, as_version=4), cwd=str(tmp_path), kernel_name="python3", timeout=600)
     assert outputs(again) == outputs(committed)
