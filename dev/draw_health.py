@@ -3,7 +3,7 @@
     make quickstart
     python dev/draw_health.py output/quickstart/shards output/health --picture docs/images/health.png
 
-Each run is `tools/train_net.py` on the quickstart's config; it measures itself on held-out scenes (`evaluate.every`).
+Each run is `tools/train_net.py` on the quickstart's network with random masks; it measures itself on held-out scenes (`evaluate.every`).
 Complete runs are not repeated. A collapse happens early, so those runs stop after two of their sixteen epochs.
 """
 
@@ -23,13 +23,13 @@ from jepa_kit.evaluation.online import STATES
 from jepa_kit.plotting import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "projects" / "ijepa" / "configs" / "quickstart.yaml"
+CONFIG = ROOT / "projects" / "ijepa" / "studies" / "bases" / "random_masks.yaml"
 WIDTH = 96
 """Of the quickstart's encoder."""
 
 
 class Case(NamedTuple):
-    """A run: its name, its overrides of the quickstart's config, and the style of its line."""
+    """A run: its name, its overrides of that config, and the style of its line."""
 
     name: str
     overrides: tuple[str, ...]
