@@ -322,10 +322,12 @@ def pages() -> dict[str, str]:
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    FOLDER.mkdir(exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FOLDER, metavar="DIR", help="default: docs/reference/")
+    output = parser.parse_args().output
+    output.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text)
+        (output / name).write_text(text)
     return 0
 
 

@@ -164,6 +164,6 @@ def test_of_overrides_around_resume_the_last_counts(monkeypatch: pytest.MonkeyPa
         ["optim.lr=5e-4", "optim.lr=3e-3"],
         ["optim.lr=1", "optim.lr=2"],
     ]
-    monkeypatch.setattr(health, "run", lambda arguments: seen.append(arguments.overrides))
+    monkeypatch.setattr(health, "run", lambda arguments, *_: seen.append(arguments.overrides))
     health.main(["a=1", "--checkpoint", "x", "a=2", "--images", "32", "a=3"])
     assert seen[-1] == ["a=1", "a=2", "a=3"]
