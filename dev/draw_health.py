@@ -3,7 +3,8 @@
     make quickstart
     python dev/draw_health.py output/quickstart/shards output/health --picture docs/images/health.png
 
-Each run is `tools/train_net.py` on the quickstart's network with random masks; it measures itself on held-out scenes (`evaluate.every`).
+Each run is `tools/train_net.py` on the quickstart's network with random masks; it measures itself on held-out scenes
+(`evaluate.every`).
 Complete runs are not repeated. A collapse happens early, so those runs stop after two of their sixteen epochs.
 """
 

@@ -74,7 +74,10 @@ def test_through_submitit(run, tool, tmp_path, monkeypatch, capsys):
             "train.batch_size (=32) must be divisible by the number of processes (=3)",
         ),
         (["--submit", "slurm", "--time", "9", "train.epohs=3"], "train.epohs is not"),
-        (["--submit", "slurm", "--time", "9", "data.shards=null"], "data.shards (=None) must name a folder of images or of shards"),
+        (
+            ["--submit", "slurm", "--time", "9", "data.shards=null"],
+            "data.shards (=None) must name a folder of images or of shards",
+        ),
     ],
 )
 def test_mistakes_are_reported_before_submission(run, capsys, arguments, message):

@@ -274,7 +274,11 @@ def test_health(tiny_run, scenes, tmp_path, capsys):
     [
         ("visualize", ["--images", "31"], "--images (=31) must be at least 32"),
         ("visualize", ["--decoder-steps", "0"], "--decoder-steps (=0) must be at least 1"),
-        ("visualize", ["--checkpoint", "s3://a/b"], "--output must name a folder: --checkpoint (='s3://a/b') is not in a folder"),
+        (
+            "visualize",
+            ["--checkpoint", "s3://a/b"],
+            "--output must name a folder: --checkpoint (='s3://a/b') is not in a folder",
+        ),
         ("visualize", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", [], "--shards must name a folder of shards: the run's config has none (data.shards is null)"),
         ("health", ["--shards", "SCENES", "--images", "15"], "--images (=15) must be at least 16 for meaningful"),
