@@ -1,21 +1,13 @@
 import json
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-import torch
+from demo_cases import HERE, NODE, STATIC, make_recipe
 
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.shards.writing import write_index, write_shard
 from jepa_kit.data.sources.scenes import Scenes
 from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
-from jepa_kit.from_config import build_recipe
-
-HERE = Path(__file__).parent
-STATIC = HERE.parents[1] / "jepa_kit" / "demo" / "static"
-NODE = shutil.which("node")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 TINY = {
     "masker": {"name": "random"},
@@ -29,16 +21,6 @@ TINY = {
     "train": {"batch_size": 4, "epochs": 1, "precision": "float32", "device": "cpu"},
 }
 """A grid of 6 x 8 patches."""
-
-
-def make_recipe(config):
-    """Return a recipe in which every weight matters: all are random, those of the two encoders differ."""
-    torch.manual_seed(0)
-    recipe = build_recipe(config).eval()
-    with torch.no_grad():
-        for parameter in recipe.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.25 + (parameter.ndim == 1) * 0.3)
-    return recipe
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import base64
 import numpy as np
 import pytest
 import torch
-from conftest import make_recipe
+from demo_cases import make_recipe
 
 from jepa_kit.data.transforms import normalize
 from jepa_kit.demo.export import add_decoder, check_run

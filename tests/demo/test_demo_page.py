@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import CHROMIUM, HERE, NODE, STATIC, make_recipe
+from demo_cases import CHROMIUM, HERE, NODE, STATIC, make_recipe
 
 from jepa_kit.data.transforms import normalize
 from jepa_kit.demo import page as demo_page

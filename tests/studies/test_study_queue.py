@@ -32,6 +32,7 @@ def command(file, folders, *options):
     return [str(file), "--output", str(folders[0]), "--runs", str(folders[1]), *options]
 
 
+@pytest.mark.slow
 def test_the_second_call_runs_nothing(write_study, folders, capsys):
     one = {"factors": None, "arms": [{}, {"masker": {"ratio": 0.25}}], "baselines": ["pixels"], "seeds": [0]}
     file = write_study(**one)
@@ -97,6 +98,7 @@ def test_a_cell_that_fails_becomes_a_row_and_the_others_continue(write_study, fo
     assert [job.title for job in open_jobs(plan, *folders, retry=True)] == ["diverges"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_becomes_a_row(write_study, folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "sudden.py").write_text(
         "import os\n"
