@@ -19,7 +19,7 @@ from jepa_kit.structures import MaskBatch
 from jepa_kit.target_updates import EMA
 
 FEW_STEPS = 300
-"""Fewer updates teach little: quickstart's small network has five times as many."""
+"""Fewer updates teach little: the quickstart has 4,032."""
 FEW_IN_EPOCH = 10
 LONG_WARMUP = 0.25
 """Fraction of the schedule; the release has 40 epochs of 300, the paper 15."""
@@ -61,9 +61,10 @@ def notes_on_length(config: Config, samples: int, steps_per_epoch: int, schedule
     batch, epochs = config.train.batch_size, config.train.epochs
     if steps_per_epoch < FEW_IN_EPOCH:
         smaller = 2 ** max(0, int(math.log2(max(1, samples / FEW_IN_EPOCH))))
+        left_out = f", and leaves out {samples % batch:,} of them in each epoch" if samples % batch else ""
         yield (
-            f"train.batch_size (={batch}) makes {steps_per_epoch} updates of {samples:,} images, and leaves out "
-            f"{samples % batch:,} of them in each epoch; train.batch_size={smaller} makes {samples // smaller}"
+            f"train.batch_size (={batch}) makes {steps_per_epoch} updates of {samples:,} images{left_out}; "
+            f"train.batch_size={smaller} makes {samples // smaller}"
         )
     if schedule.steps < FEW_STEPS:
         wanted = math.ceil(FEW_STEPS * epochs / schedule.steps)

@@ -42,6 +42,8 @@ def test_few_updates_in_an_epoch():
         "train.batch_size (=256) makes 3 updates of 900 images, and leaves out 132 of them in each epoch; "
         "train.batch_size=64 makes 14"
     )
+    (note,) = length(768)
+    assert note == "train.batch_size (=256) makes 3 updates of 768 images; train.batch_size=64 makes 12"
     assert length(900, "train.batch_size=64") == []
 
 
