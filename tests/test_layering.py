@@ -207,3 +207,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, jepa_kit; print(jepa_kit.__version__, 'torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split()[1:] == ["False", "False"]
+
+
+def test_a_tool_starts_without_what_sharded_checkpoints_need() -> None:
+    """torch.distributed.checkpoint takes a second to import, and most runs never use it."""
+    code = "import sys; from jepa_kit.tools import train_net; print('torch.distributed.checkpoint' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

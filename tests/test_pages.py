@@ -94,12 +94,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images, with photos/train and photos/val, and a folder for each of two classes."""
     folder = tmp_path_factory.mktemp("reader") / "photos"
     for part, count in (("train", 24), ("val", 12)):
-        for shape in ("ellipse", "rectangle"):
+        for shape, extension in (("ellipse", "png"), ("rectangle", "jpg")):
             (folder / part / shape).mkdir(parents=True)
             for i in range(count):
                 image = Image.new("RGB", (100, 100), (40 + 5 * i, 90, 120))
                 getattr(ImageDraw.Draw(image), shape)((10 + i, 8, 60 + i, 58), fill=(220, 9 * i, 60))
-                image.save(folder / part / shape / f"{i}.png")
+                image.save(folder / part / shape / f"{i}.{extension}")
     return folder
 
 

@@ -51,7 +51,7 @@ def item_samples(dataset: Any, *, labels: bool | Labels = False, name: str | Non
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ValueError(
             f"images (=a {name}) must have a length and items by number: the order of samples, their masks and an "
-            "exact resume are functions of these numbers. Write a stream into shards (tools/make_shards.py), or take "
+            "exact resume are functions of these numbers. Write a stream into shards (jepa-shards), or take "
             "list(stream) if it fits into memory"
         )
     count, read = len(dataset), _Items(dataset, name)

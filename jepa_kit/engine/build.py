@@ -107,7 +107,7 @@ def build_run(config: Config, world: World, device: torch.device, dataset: Shard
     """
     if config.data.shards is None and dataset is None:
         raise ValueError(
-            "data.shards (=None) must name a folder of images or of shards to train; tools/make_shards.py makes shards "
+            "data.shards (=None) must name a folder of images or of shards to train; jepa-shards makes shards "
             "from a folder, an archive, or synthetic:scenes"
         )
     dataset = same_on_all_ranks(dataset) if dataset is not None else open_together(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jepa_kit.distributed.collectives import broadcast_from_rank0, run_on_all_ranks
-from jepa_kit.engine.checkpoint.dcp import layout, load_sharded
 from jepa_kit.engine.checkpoint.files import reading, verify
 from jepa_kit.engine.checkpoint.format import check_finite, check_state, load_checkpoint, restore
 from jepa_kit.engine.checkpoint.manager import Location, Store
@@ -42,6 +41,8 @@ def resume_run(run: Run, store: Store, latest: Location) -> Start:
             f"(={run.schedule.steps}); {broadcast_from_rank0(lambda: advice(store, latest))}"
         )
     if path.is_dir():
+        from jepa_kit.engine.checkpoint.dcp import layout, load_sharded  # a second to import
+
         with reading(path):
             check_state(run.jepa.state_dict(), layout(path)[0], "the model")
             load_sharded(path, run.jepa, run.optimizer)

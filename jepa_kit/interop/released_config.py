@@ -46,13 +46,13 @@ CARRIED: dict[str, tuple[str, ...]] = {
 """Section -> its keys that have a counterpart; a file must have all of them."""
 
 NOT_CARRIED: dict[str, str] = {
-    "data.root_path": "make shards of the images (tools/make_shards.py) and give data.shards",
+    "data.root_path": "make shards of the images (jepa-shards) and give data.shards",
     "data.image_folder": "as data.root_path",
     "data.pin_mem": "batches are pinned whenever the device is a GPU",
     "logging.folder": "give train.output_dir",
     "logging.write_tag": "files of a run folder have fixed names",
     "meta.copy_data": "data.cache keeps remote shards on a local disk",
-    "meta.load_checkpoint": "to resume: tools/train_net.py --resume FILE",
+    "meta.load_checkpoint": "to resume: jepa-train --resume FILE",
     "meta.read_checkpoint": "as meta.load_checkpoint",
 }
 """Key without a counterpart -> what to do instead."""

@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.shards=null"], r"data.shards \(=None\) must name a folder of images or of shards to train; tools/make"),
+        (["data.shards=null"], r"data.shards \(=None\) must name a folder of images or of shards to train; jepa-"),
         (["data.shards=/nowhere"], r"'/nowhere'\) must be a folder of .tar shards, but there is no such folder"),
         (["train.batch_size=21"], r"batch_size \(=21\) must be at most the data set's 20 samples"),
         (["train.device=tpu"], r"device \(='tpu'\) must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),

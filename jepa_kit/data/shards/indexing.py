@@ -271,4 +271,4 @@ def shards_in(folder: str) -> list[str]:
 
 def _suggest_command(source: str) -> str:
     name = os.path.basename(os.path.abspath(source)).partition(".")[0]
-    return f"`python tools/make_shards.py {source} shards/{name}` makes shards of it, for data.shards=shards/{name}"
+    return f"`jepa-shards {source} shards/{name}` makes shards of it, for data.shards=shards/{name}"

@@ -131,7 +131,7 @@ def _open_folder(folder: str, access: Access) -> Part:
         files = glob.glob(os.path.join(glob.escape(folder), "*.tar"))
         fault = _difference(folder, index, files)
         if fault:
-            log.warning("%s: %s", fault, "indexed again" if is_foreign(index) else "run make_shards.py --verify")
+            log.warning("%s: %s", fault, "indexed again" if is_foreign(index) else "run jepa-shards --verify")
         if fault and is_foreign(index):
             index = None
     if index is None:

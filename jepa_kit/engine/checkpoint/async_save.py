@@ -40,7 +40,6 @@ from jepa_kit.distributed.collectives import (
     joined,
     run_on_all_ranks,
 )
-from jepa_kit.engine.checkpoint.dcp import METADATA, save_sharded
 from jepa_kit.engine.checkpoint.files import FORMAT, checksum
 from jepa_kit.engine.checkpoint.format import Checkpoint, checkpoint_path, save_checkpoint
 from jepa_kit.engine.checkpoint.manager import Store, store_in
@@ -183,6 +182,8 @@ class Saver:
 
     def _write_shards(self, model: ModelState, optimizer: OptimizerState, header: Checkpoint, group: Any) -> None:
         """Write this rank's shards; rank 0 completes the checkpoint."""
+        from jepa_kit.engine.checkpoint.dcp import save_sharded  # a second to import
+
         path = checkpoint_path(self.store.folder, header.step, sharded=True)
         part = part_path(path)
 
@@ -220,6 +221,8 @@ def _background_group(world: Any) -> Any:
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
     """Return name -> [bytes, CRC-32] of this rank's files; rank 0 adds the metadata."""
+    from jepa_kit.engine.checkpoint.dcp import METADATA
+
     rank = dist.get_rank() if joined() else 0
     own = [*([folder / METADATA] if rank == 0 else []), *sorted(folder.glob(f"__{rank}_*"))]
     return {path.name: [path.stat().st_size, checksum(path)] for path in own}

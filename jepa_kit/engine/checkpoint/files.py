@@ -155,6 +155,6 @@ def read_archive(path: Path, map_location: str | torch.device) -> dict[str, Any]
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{path} is not a checkpoint of jepa_kit: its format is {found_format!r}, not {FORMAT!r} "
-            f"(it contains: {keys}); tools/convert_checkpoint.py reads those of other code"
+            f"(it contains: {keys}); jepa-convert reads those of other code"
         )
     return content

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_kit.engine.checkpoint.dcp import read_full
 from jepa_kit.engine.checkpoint.files import FORMAT, HEADER, read_archive, read_header, reading, verify
 from jepa_kit.engine.checkpoint.state_dict import load_full_state, parameters_of
 from jepa_kit.errors import CheckpointError
@@ -121,6 +120,8 @@ def load_checkpoint(
         verify(path)
     with reading(path):
         if path.is_dir():
+            from jepa_kit.engine.checkpoint.dcp import read_full  # a second to import
+
             header = read_header(path)
             model, optimizer = read_full(path) if with_state else ({}, {})
             return as_checkpoint({**header, "model": model, "optimizer": optimizer}, path)

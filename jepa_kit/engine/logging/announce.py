@@ -131,7 +131,7 @@ def notes_on_files(dataset: ShardDataset) -> list[str]:
     notes = [f"note: {note}" for part in dataset.listed for note in part.notes]
     if files := [part for part in dataset.listed if part.digest_of == NAMES_AND_SIZES]:
         notes.append(
-            f"note: {files[0].path} is read file by file; shards of it (tools/make_shards.py) are read with "
+            f"note: {files[0].path} is read file by file; shards of it (jepa-shards) are read with "
             "fewer operations, which matters on network and hard disks, and show damaged images before a run"
         )
     return notes

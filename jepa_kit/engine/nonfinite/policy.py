@@ -208,7 +208,7 @@ class BadSteps:
         run_on_all_ranks(lambda: write_dump(own, suspect, bad, self.facts(bad.step, suspect.batch)) if writes else None)
         broadcast_from_rank0(lambda: append_record(self.folder, bad))
         dump = dump_path(self.folder, bad.step, (bad.ranks or [0])[0])
-        replay = f"`python tools/replay_step.py {dump}` shows where the first bad number arises"
+        replay = f"`jepa-replay {dump}` shows where the first bad number arises"
         message = f"{bad} (lr {suspect.hyper.lr:.3g}, momentum {suspect.hyper.momentum:.6g})"
         if settings.on_nonfinite == "stop":
             raise FloatingPointError(

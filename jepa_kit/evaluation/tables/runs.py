@@ -121,7 +121,7 @@ def _files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path} does not exist; a run is a folder or a file of results")
     places = [*path.glob("evaluation/*.json"), *path.glob("results.json"), *path.glob("run/evaluation/*.json")]
     if not places:
-        raise ValueError(f"{path} has no results (evaluation/*.json or results.json): tools/eval_net.py makes them")
+        raise ValueError(f"{path} has no results (evaluation/*.json or results.json): jepa-eval makes them")
     return sorted(places, key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 

@@ -150,7 +150,7 @@ def test_a_shard_that_is_away_stays_in_the_index(foreign):
 def test_our_own_index_is_never_made_again(folder, samples, caplog):
     (folder / "more.tar").write_bytes((folder / "shard-000000.tar").read_bytes())
     assert len(ShardDataset(folder)) == len(samples)
-    assert f"more.tar in {folder} differs from its index.json: run make_shards.py --verify" in caplog.text
+    assert f"more.tar in {folder} differs from its index.json: run jepa-shards --verify" in caplog.text
 
 
 def edited(folder, name, change, *, old):

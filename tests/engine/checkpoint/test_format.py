@@ -211,7 +211,7 @@ def test_objects_are_not_read(tmp_path):
     [
         (
             {"encoder": {}, "epoch": 3},
-            r"its format is None, not 'jepa_kit/1' \(it contains: encoder, epoch\); tools/convert_",
+            r"its format is None, not 'jepa_kit/1' \(it contains: encoder, epoch\); jepa-convert",
         ),
         ({"format": "jepa_kit/9"}, r"its format is 'jepa_kit/9', not 'jepa_kit/1' \(it contains: format\)"),
         ([1, 2], r"its format is None, not 'jepa_kit/1' \(it contains: list\)"),

@@ -63,7 +63,7 @@ def test_a_folder_of_images(shards, tmp_path):
     (tmp_path / "readme").touch()
     notes = notes_on_files(ShardDataset([str(tmp_path), str(shards)]))
     assert notes[0] == f"note: {tmp_path}: left out 1 files without the extension of an image: 1 without one"
-    assert notes[1].startswith(f"note: {tmp_path} is read file by file; shards of it (tools/make_shards.py) are read ")
+    assert notes[1].startswith(f"note: {tmp_path} is read file by file; shards of it (jepa-shards) are read ")
     assert notes_on_files(ShardDataset(shards)) == []
 
 

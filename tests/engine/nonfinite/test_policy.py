@@ -78,7 +78,7 @@ def test_stop(tiny, bad_at):
     folder = Path(config.train.output_dir)
     message = (
         r"the loss is nan at step 4 \(lr .*, momentum .*\): weights were not updated with it, and no checkpoint was "
-        r"written after it. `python tools/replay_step.py .*bad_step_00000004/rank_0000.pt` shows .* train.on_nonf"
+        r"written after it. `jepa-replay .*bad_step_00000004/rank_0000.pt` shows .* train.on_nonf"
     )
     with pytest.raises(FloatingPointError, match=message):
         train(config)
@@ -208,7 +208,7 @@ def test_replay_finds_the_first_bad_number(tiny, replay_tool, capsys):
     config = tiny("optim.lr=1e18", "optim.start_lr=1e18", "train.log_every=100", "checkpoint.every=6")
     with pytest.raises(FloatingPointError) as caught:
         train(config)
-    dump = str(caught.value).split("replay_step.py ")[1].split("`")[0]
+    dump = str(caught.value).split("jepa-replay ")[1].split("`")[0]
     step = read_dump(Path(dump))["step"]
     capsys.readouterr()
     assert replay_tool.main([dump]) == 0
