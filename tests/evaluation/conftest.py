@@ -48,23 +48,27 @@ def tiny_run(tmp_path, tiny_config):
     return folder, jepa
 
 
-def scene_shards(folder, samples, *, seed):
-    """Shards of scenes of 20 x 16 pixels."""
-    source = Scenes(num_scenes=samples, size=(20, 16), seed=seed)
-    folder.mkdir()
-    half = samples // 2
-    parts = [
-        write_shard(str(folder / f"shard-{k:06d}.tar"), [source.sample(i) for i in numbers])
-        for k, numbers in enumerate((range(half), range(half, samples)))
-    ]
-    write_index(
-        str(folder), [p[0] for p in parts], [p[1] for p in parts], classes=source.classes, refused=[], made_by={}
-    )
-    return ShardDataset(folder)
+@pytest.fixture(scope="session")
+def scene_shards():
+    """Writes shards of scenes of 20 x 16 pixels."""
+
+    def write(folder, samples, *, seed):
+        source = Scenes(num_scenes=samples, size=(20, 16), seed=seed)
+        folder.mkdir()
+        half = samples // 2
+        parts = [
+            write_shard(str(folder / f"shard-{k:06d}.tar"), [source.sample(i) for i in numbers])
+            for k, numbers in enumerate((range(half), range(half, samples)))
+        ]
+        infos, rows = zip(*parts, strict=True)
+        write_index(str(folder), infos, rows, classes=source.classes, refused=[], made_by={})
+        return ShardDataset(folder)
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
+def scenes(tmp_path_factory, scene_shards):
     """Training and test shards with the labels count, distance and shape."""
     folder = tmp_path_factory.mktemp("scenes")
     return scene_shards(folder / "train", 96, seed=0), scene_shards(folder / "val", 40, seed=1)

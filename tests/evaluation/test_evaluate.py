@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import scene_shards
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.loader import eval_batches
@@ -341,7 +340,7 @@ def test_shared_samples_are_counted(scenes):
     assert shared_samples(train, mixed) == 48
 
 
-def test_shards_whose_classes_differ(scenes, tmp_path):
+def test_shards_whose_classes_differ(scenes, scene_shards, tmp_path):
     other = scene_shards(tmp_path / "other", 4, seed=0)
     other.classes["shape"] = ("cube", "sphere")
     with pytest.raises(ValueError) as error:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import scene_shards
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.encoders import ViT
@@ -19,7 +18,7 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def shards(tmp_path_factory, scene_shards):
     folder = tmp_path_factory.mktemp("finetune")
     return scene_shards(folder / "train", 64, seed=0), scene_shards(folder / "val", 20, seed=1)
 
@@ -100,7 +99,7 @@ def test_matrix_products_have_the_given_precision(encoder, shards, precision, dt
     assert seen == {dtype}
 
 
-def test_a_sample_that_cannot_be_used_is_named(encoder, tmp_path):
+def test_a_sample_that_cannot_be_used_is_named(encoder, scene_shards, tmp_path):
     """An image of more than ``max_pixels``, and one in a deleted shard."""
     shards = scene_shards(tmp_path / "train", 16, seed=0), scene_shards(tmp_path / "val", 8, seed=1)
     labels = [np.arange(len(part)) % 2 for part in shards]
