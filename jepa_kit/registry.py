@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
 from fvcore.common.registry import Registry
@@ -74,7 +75,8 @@ def check_choice(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, allowed))}")
 
 
-def signature_options(factory: Callable[..., Any]) -> dict[str, Option]:
+@cache
+def signature_options(factory: Callable[..., Any]) -> Mapping[str, Option]:
     """Return the arguments of a callable by name.
 
     Raises:

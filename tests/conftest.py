@@ -19,9 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import bare_runs, run_ranks, start_server
 
 from jepa_kit.config import config_from_dict
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
+from jepa_kit.engine.estimate import estimate_step
+from jepa_kit.engine.logging.curves import plot_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (
@@ -91,6 +94,21 @@ def repository() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_runs():
+    """Runs do only what their numbers need, unless a test asks for ``whole_runs``."""
+    with pytest.MonkeyPatch.context() as patch:
+        bare_runs(patch)
+        yield
+
+
+@pytest.fixture
+def whole_runs(monkeypatch):
+    """Runs of this test do all that those of users do."""
+    monkeypatch.setattr("jepa_kit.engine.train.plot_curves", plot_curves)
+    monkeypatch.setattr("jepa_kit.engine.train.estimate_step", estimate_step)
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The folder of small files of numbers."""
@@ -99,7 +117,7 @@ def fixtures() -> Path:
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Runs a script in several processes, one thread each; fails with what they printed."""
+    """Runs a script under torchrun, one thread each; fails with what the processes printed."""
 
     def run(processes, script, *arguments):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -114,6 +132,22 @@ def torchrun(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def rank_server():
+    """Starts the process that ranks fork from."""
+    start_server(ROOT)
+
+
+@pytest.fixture
+def ranks(rank_server, tmp_path, tmp_path_factory):
+    """Runs a script as ``torchrun`` does, several times as fast; returns what the processes printed."""
+
+    def run(processes, script, *arguments):
+        return run_ranks(processes, script, arguments, tmp_path, tmp_path_factory.mktemp("ranks") / "printed.txt")
 
     return run
 

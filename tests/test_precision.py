@@ -106,9 +106,9 @@ with process_group(world, cpu):
 
 
 @pytest.mark.integration
-def test_rank_0_decides_for_all(tiny, tmp_path, torchrun):
+def test_rank_0_decides_for_all(tiny, tmp_path, ranks):
     (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun(2, tmp_path / "ranks.py", tiny().save(tmp_path / "config"))
+    ranks(2, tmp_path / "ranks.py", tiny().save(tmp_path / "config"))
 
 
 def test_tf32_needs_cuda(tiny):

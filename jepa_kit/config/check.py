@@ -264,7 +264,7 @@ def check_section(name: str, raw: Any, problems: list[str], schema: type[Section
         schema: of the mapping; by default that of the section.
     """
     schema = schema or SECTIONS[name]
-    options = signature_options(schema)
+    options = signature_options(schema)  # type: ignore[arg-type]
     if not isinstance(raw, dict):
         problems.append(f"{name} (={raw!r}) must be a mapping, or left out. {takes(options)}")
         return None
@@ -290,7 +290,8 @@ def check_section(name: str, raw: Any, problems: list[str], schema: type[Section
 def _check_list(path: str, raw: Any, schema: type[Section], problems: list[str]) -> tuple[Any, ...] | None:
     """Return a list of mappings as dataclasses; None for null, or if one has mistakes."""
     if raw is not None and not isinstance(raw, list):
-        problems.append(f"{path} (={raw!r}) must be a list of mappings, or null. {takes(signature_options(schema))}")
+        options = signature_options(schema)  # type: ignore[arg-type]
+        problems.append(f"{path} (={raw!r}) must be a list of mappings, or null. {takes(options)}")
         return None
     items = [check_section(f"{path}[{i}]", item, problems, schema) for i, item in enumerate(raw or [])]
     return None if raw is None or None in items else tuple(items)

@@ -68,16 +68,16 @@ def training_views(config: Config) -> list[ViewMaker]:
     data, makers = config.data, []
     with every_problem(config):
         for path, view in data.entries():
-            size = view.image_size or data.image_size
             with located(path):
                 pipeline = build_pipeline(
                     view.transforms or data.transforms,
-                    image_size=size,
+                    image_size=view.image_size or data.image_size,
                     decoder=data.decoder,
                     max_pixels=data.max_pixels,
                 )
             masked = view.masked and "masker" in config.slots
-            masker = build_masker(config, patch_grid_of(config, size)) if masked else None
+            grid = patch_grid_of(config, view.image_size) if masked and view.image_size else None
+            masker = build_masker(config, grid) if masked else None
             made = ViewMaker(pipeline=pipeline, masker=masker, same_draws=view.same_draws, action=view.action)
             makers += [made] * view.count
     return makers

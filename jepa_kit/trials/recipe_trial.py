@@ -50,7 +50,7 @@ def trial_views(config: Config, device: torch.device, count: int = IMAGES) -> li
     for k, view in enumerate(entries):
         size, masks = view.image_size or config.data.image_size, None
         if view.masked and "masker" in config.slots:
-            masker = build_masker(config, patch_grid_of(config, size))
+            masker = build_masker(config, patch_grid_of(config, size) if view.image_size else None)
             masks = masker(np.arange(count), seed=view_seed(config.train.seed, k), epoch=0, step=0)
         action = None
         if view.action:

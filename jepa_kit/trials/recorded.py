@@ -203,7 +203,8 @@ def _pairs(name: str, ours: Values, theirs: Values) -> dict[str, tuple[Tensor, T
     return pairs
 
 
-def _tolerance(text: str) -> float:
+def tolerance_of(text: str) -> float:
+    """Return the number of a --tolerance, of 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -234,7 +235,7 @@ def run_check(
     )
     parser.add_argument("fixture", metavar="FIXTURE", help="NAME.json, NAME.safetensors, or NAME")
     parser.add_argument(
-        "--tolerance", type=_tolerance, default=TOLERANCE, help="largest difference (default: %(default)g)"
+        "--tolerance", type=tolerance_of, default=TOLERANCE, help="largest difference (default: %(default)g)"
     )
     args = parser.parse_args(argv)
 

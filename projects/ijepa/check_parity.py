@@ -34,6 +34,7 @@ from jepa_kit.from_config import build_recipe, patch_grid_of
 from jepa_kit.interop.official import TABLE, encoder_from_official, predictor_from_official, predictor_name_to_official
 from jepa_kit.recipe import JEPA
 from jepa_kit.structures import Grid, MaskBatch, PatchSets, View
+from jepa_kit.trials.recorded import tolerance_of
 
 from .parity_fixture import DTYPES, Fixture, adamw_of, check_tensors, few, read_fixture
 
@@ -296,16 +297,6 @@ def check(
     return report
 
 
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"(={text}) must be a number of 0 or more")
-    return value
-
-
 def run(argv: list[str] | None) -> int:
     """Print every difference; return 1 if one exceeds the tolerance, else 0."""
     parser = argparse.ArgumentParser(
@@ -316,7 +307,7 @@ def run(argv: list[str] | None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the steps (default: that of the fixture)")
     parser.add_argument(
         "--tolerance",
-        type=_tolerance,
+        type=tolerance_of,
         help="largest absolute and relative difference (default: 1e-8 in float64, 1e-5 in float32)",
     )
     args = parser.parse_args(argv)

@@ -240,10 +240,10 @@ with process_group(world, device, timeout=timedelta(seconds=5)):
 
 
 @pytest.mark.integration
-def test_two_processes(tmp_path, torchrun):
+def test_two_processes(tmp_path, ranks):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    torchrun(2, script)
+    ranks(2, script)
 
 
 AGENT = """
@@ -266,7 +266,7 @@ with process_group(world, torch.device("cpu")):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("shared", ["0", "1"])
+@pytest.mark.parametrize("shared", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_two_agents_start_again(tmp_path, shared):
     """Only the one whose process died counts the restart; with torchrun's store over all starts, or without."""
     (tmp_path / "agent.py").write_text(AGENT)

@@ -10,8 +10,8 @@ from jepa_kit.distributed.collectives import first_row, gather_with_grad, rank_a
 
 
 @pytest.mark.integration
-def test_two_processes_have_the_rows_of_one(torchrun):
-    torchrun(2, rows_cases.__file__)
+def test_two_processes_have_the_rows_of_one(ranks):
+    ranks(2, rows_cases.__file__)
 
 
 def test_alone_nothing_is_gathered():

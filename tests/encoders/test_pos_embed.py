@@ -39,6 +39,13 @@ def test_is_the_released_codes_table(name: str) -> None:
     assert float((sincos_2d(released.shape[1], (side, side)).double() - released).abs().max()) < 1e-10
 
 
+def test_on_the_meta_device_a_table_has_its_shape_alone():
+    with torch.device("meta"):
+        table = sincos_2d(8, (2, 3))
+    wanted = sincos_2d(8, (2, 3)).to("meta")
+    assert (table.shape, table.dtype, table.device) == (wanted.shape, wanted.dtype, wanted.device)
+
+
 def test_every_patch_has_a_position_of_its_own() -> None:
     table = sincos_2d(32, (16, 9))
     assert len(torch.unique(table, dim=0)) == 16 * 9

@@ -69,7 +69,7 @@ def test_fsdp_has_none(tiny):
     assert estimate_step(type(run)(**{**vars(run), "config": sharded})) is None
 
 
-def test_the_run_is_the_same_without_it(tiny, tmp_path, monkeypatch, capsys):
+def test_the_run_is_the_same_without_it(tiny, whole_runs, tmp_path, monkeypatch, capsys):
     first = train(tiny(f"train.output_dir={tmp_path / 'with'}", "encoder.drop_path=0.5"))
     assert "\ntime: about " in capsys.readouterr().out
     monkeypatch.setattr("jepa_kit.engine.train.estimate_step", lambda run: None)

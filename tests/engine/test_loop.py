@@ -43,7 +43,7 @@ def train_until(config, step):
             train(config)
 
 
-def test_a_run_folder(tiny, capsys):
+def test_a_run_folder(tiny, whole_runs, capsys):
     config = tiny()
     folder = train(config)
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -162,10 +162,10 @@ with process_group(read_environment(), cpu):
 
 
 @pytest.mark.integration
-def test_fsdp_adds_up_whole_gradients(tmp_path, torchrun):
+def test_fsdp_adds_up_whole_gradients(tmp_path, ranks):
     """Between the parts of an accumulated step; after it, each of two processes has half of them."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    torchrun(2, tmp_path / "sharded.py", Path(__file__).parent)
+    ranks(2, tmp_path / "sharded.py", Path(__file__).parent)
 
 
 def test_a_network_without_a_formula():

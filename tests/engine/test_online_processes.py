@@ -14,10 +14,10 @@ def evaluations(folder):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_evaluate_as_one(tiny, torchrun, tmp_path, repository, parallel):
+def test_two_processes_evaluate_as_one(tiny, ranks, tmp_path, repository, parallel):
     one = train(tiny("encoder.drop_path=0.0", "evaluate.every=3", "evaluate.samples=16"))
     two, tool = tmp_path / "two", repository / "tools" / "train_net.py"
-    torchrun(2, tool, "--config-file", one / "config.yaml", "--output-dir", two, f"train.parallel={parallel}")
+    ranks(2, tool, "--config-file", one / "config.yaml", "--output-dir", two, f"train.parallel={parallel}")
     assert len(evaluations(one)) == 2
     for ours, theirs in zip(evaluations(one), evaluations(two), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-4)

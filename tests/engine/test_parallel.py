@@ -1,10 +1,6 @@
 """Two and four gloo processes, DDP and FSDP2, whole batches and parts: the numbers of one process."""
 
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import parallel_cases
@@ -23,21 +19,14 @@ from jepa_kit.maskers import RELEASED, MultiBlock
 from jepa_kit.structures import View
 from jepa_kit.training import train
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def run_cases(argument):
-    command = [sys.executable, parallel_cases.__file__, str(argument)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.integration
-def test_two_and_four_processes_train_as_one(tmp_path):
-    run_cases(tmp_path)
-    for folder in (tmp_path / "two", tmp_path / "four"):  # read by one process, which was never told of the others
+@pytest.mark.parametrize("sizes", [["two"], pytest.param(["two", "four"], marks=pytest.mark.slow)])
+def test_several_processes_train_as_one(ranks, tmp_path, sizes):
+    ranks(1, parallel_cases.__file__, tmp_path, *sizes)
+    for folder in [tmp_path / size for size in sizes]:  # read by one process, which knows nothing of the others
         whole = torch.load(folder / "whole.pt", weights_only=True)
         same_state(read_full(folder / "shards"), whole, folder.name, atol=0)
         assert {name: value.shape for name, value in layout(folder / "shards")[0].items()} == {
@@ -50,8 +39,8 @@ def test_two_and_four_processes_train_as_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_two_processes_compiled_and_in_bf16():
-    run_cases("rest")
+def test_two_processes_compiled_and_in_bf16(ranks):
+    ranks(1, parallel_cases.__file__, "rest")
 
 
 @pytest.mark.parametrize("parts", [2, 3])

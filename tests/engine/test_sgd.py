@@ -1,9 +1,6 @@
 """SGD against torch's own, LARS against three steps of released code, and both with bad numbers."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import sgd_cases
@@ -115,11 +112,8 @@ def test_norms():
 
 
 @pytest.mark.integration
-def test_two_processes_step_as_one(repository):
-    command = [sys.executable, sgd_cases.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_processes_step_as_one(ranks):
+    ranks(1, sgd_cases.__file__)
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars"])

@@ -31,8 +31,9 @@ def torture():
 
 
 @pytest.mark.integration
-def test_three_kills_and_a_signal():
-    printed = run("--fork", "--kills", "3", "--signals", "2", "--steps", "18")
+def test_three_kills_and_a_signal(ranks):
+    printed = ranks(1, TORTURE, "--fork", "--kills", "3", "--signals", "2", "--steps", "18")
+    assert "are the same, bit for bit" in printed
     assert printed.count("SIGKILL") == 3
     assert printed.count("SIGINT") == 1
     assert "writing a checkpoint" in printed

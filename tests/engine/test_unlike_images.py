@@ -37,10 +37,10 @@ def test_parts_of_a_batch(tiny, alone):
 
 
 @pytest.mark.integration
-def test_two_processes(tiny, alone, torchrun, tmp_path):
+def test_two_processes(tiny, alone, ranks, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
     folder = tmp_path / "two"
-    torchrun(2, script, tiny(*MASKS).save(tmp_path), f"train.output_dir={folder}")
+    ranks(2, script, tiny(*MASKS).save(tmp_path), f"train.output_dir={folder}")
     for found, wanted in zip(numbers(folder), alone, strict=True):
         assert found == pytest.approx(wanted, rel=0, abs=1e-6)

@@ -238,14 +238,14 @@ train(load_config(sys.argv[1], sys.argv[2:]))
 
 
 @pytest.mark.integration
-def test_two_processes(student, tmp_path, torchrun):
+def test_two_processes(student, tmp_path, ranks):
     """Sharded, with an evaluation; one process resumes from the shards."""
     (tmp_path / "two.py").write_text(SCRIPT)
     together = tmp_path / "together"
     options = ("train.precision=float32", "encoder.drop_path=0.0", "evaluate.every=3", "evaluate.samples=16")
     alone = train(student(*options))
     saved = student(*options).save(tmp_path)
-    torchrun(2, tmp_path / "two.py", saved, f"train.output_dir={together}", "train.parallel=fsdp")
+    ranks(2, tmp_path / "two.py", saved, f"train.output_dir={together}", "train.parallel=fsdp")
     for ours, theirs in zip(read_metrics(together), read_metrics(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
     content = load_checkpoint(together)

@@ -218,8 +218,8 @@ def test_half_precision_does_not_round_the_statistics(name):
 
 
 @pytest.mark.integration
-def test_two_processes_are_one_with_all_images(torchrun):
-    torchrun(2, cases.__file__)
+def test_two_processes_are_one_with_all_images(ranks):
+    ranks(2, cases.__file__)
 
 
 # --- what is refused ---

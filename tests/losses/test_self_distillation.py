@@ -66,8 +66,8 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.integration
-def test_the_centre_of_two_processes_is_that_of_one(torchrun):
-    torchrun(2, centre_cases.__file__)
+def test_the_centre_of_two_processes_is_that_of_one(ranks):
+    ranks(2, centre_cases.__file__)
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(2, 2), (2, 5), (3, 4)])

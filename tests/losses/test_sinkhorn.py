@@ -64,8 +64,8 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.integration
-def test_the_classes_of_two_processes_are_balanced_together(torchrun):
-    torchrun(2, sinkhorn_cases.__file__)
+def test_the_classes_of_two_processes_are_balanced_together(ranks):
+    ranks(2, sinkhorn_cases.__file__)
 
 
 def test_negative_iterations():

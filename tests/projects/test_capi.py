@@ -153,8 +153,8 @@ def test_the_cosine_ends_at_four_fifths() -> None:
 
 
 @pytest.mark.integration
-def test_two_processes_are_as_one(torchrun: Any) -> None:
-    torchrun(2, capi_cases.__file__)
+def test_two_processes_are_as_one(ranks: Any) -> None:
+    ranks(2, capi_cases.__file__)
 
 
 @pytest.mark.parametrize(

@@ -5,5 +5,5 @@ import pytest
 
 
 @pytest.mark.integration
-def test_two_processes_with_half_of_the_images_each(torchrun):
-    torchrun(2, contrast_cases.__file__)
+def test_two_processes_with_half_of_the_images_each(ranks):
+    ranks(2, contrast_cases.__file__)

@@ -71,14 +71,14 @@ def test_a_run_that_is_resumed_after_the_frozen_epoch_is_the_run(
 @pytest.mark.integration
 @pytest.mark.parametrize(("name", "parallel"), [("dino", "ddp"), ("ibot", "fsdp")])
 def test_two_processes_train_as_one(
-    name: str, parallel: str, shards: Path, tmp_path: Path, torchrun: Any, repository: Path
+    name: str, parallel: str, shards: Path, tmp_path: Path, ranks: Any, repository: Path
 ) -> None:
     """The centre is that of all rows, and the teacher follows sharded networks too."""
     # biases of keys, and those before batch norm, have no gradient but rounding errors, which AdamW enlarges
     still = "encoder.qkv_bias=false", "head.norm=none"
     one, two = train(config(name, shards, tmp_path / "one", *still)), tmp_path / "two"
     given = ["--config-file", one / "config.yaml", "--output-dir", two, f"train.parallel={parallel}"]
-    torchrun(2, repository / "tools/train_net.py", *given)
+    ranks(2, repository / "tools/train_net.py", *given)
     for line, other in zip(numbers(one), numbers(two), strict=True):
         assert other == pytest.approx(line, rel=1e-4, abs=1e-5)
     first, second = (load_checkpoint(folder).model for folder in (one, two))

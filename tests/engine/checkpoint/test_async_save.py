@@ -4,13 +4,13 @@ import errno
 import os
 import re
 import subprocess
-import sys
 import threading
 from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import saving_cases
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,8 +25,6 @@ from jepa_kit.files import delete
 from jepa_kit.interop import load_encoder
 from jepa_kit.interop.files import recognise
 from jepa_kit.training import train
-
-ROOT = Path(__file__).parents[3]
 
 
 class Model(torch.nn.Module):
@@ -328,12 +326,12 @@ def test_shards_that_cannot_be_written(in_shards, small_disk):
 
 
 @pytest.mark.integration
-def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, torchrun, tmp_path, repository):
+def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, ranks, tmp_path, repository):
     still = ("encoder.drop_path=0.0", "checkpoint.every=3", "checkpoint.keep=9")
     one = train(tiny(*still))
     two = tmp_path / "two"
     tool = repository / "tools" / "train_net.py"
-    torchrun(2, tool, "--config-file", one / "config.yaml", "--output-dir", two, "train.parallel=fsdp")
+    ranks(2, tool, "--config-file", one / "config.yaml", "--output-dir", two, "train.parallel=fsdp")
     assert [path.name for path in checkpoints(two)] == ["checkpoint_00000003", "checkpoint_00000006"]
     expected, found = load_checkpoint(one).model, load_checkpoint(two).model
     for name, value in expected.items():
@@ -345,22 +343,16 @@ def test_fsdp_writes_shards_that_one_process_goes_on_from(tiny, torchrun, tmp_pa
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
-def run_cases(folder, *cases):
-    command = [sys.executable, str(Path(__file__).parents[1] / "saving_cases.py"), str(folder), *cases]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-
-
 @pytest.mark.integration
-def test_two_processes_write_shards_beside_their_steps(tmp_path):
-    done = run_cases(tmp_path, "beside", "again", "fails", "file_fails", "elsewhere")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_two_processes_write_shards_beside_their_steps(ranks, tmp_path):
+    ranks(1, saving_cases.__file__, tmp_path, "beside", "again", "fails", "file_fails", "elsewhere")
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("case", ["killed", "one_killed"])
-def test_two_processes_killed_while_shards_are_written(tmp_path, case):
-    assert run_cases(tmp_path, case).returncode == 1
+def test_two_processes_killed_while_shards_are_written(ranks, tmp_path, case):
+    with pytest.raises(AssertionError):
+        ranks(1, saving_cases.__file__, tmp_path, case)
     folder = tmp_path / case
     assert [path.name for path in checkpoints(folder)] == ["checkpoint_00000001"]
     if case == "killed":  # a rank that survives cleans up

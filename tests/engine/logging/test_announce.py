@@ -82,7 +82,7 @@ SCRIPT = """
 
 
 @pytest.mark.integration
-def test_two_processes(tmp_path, torchrun):
+def test_two_processes(tmp_path, ranks):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    torchrun(2, script)
+    ranks(2, script)

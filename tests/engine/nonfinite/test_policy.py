@@ -378,7 +378,7 @@ def test_a_dump_that_lacks_something(tiny, bad_at, tmp_path, replay_tool, capsys
 
 @pytest.mark.integration
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_tool):
+def test_nan_in_the_batch_of_one_rank(tiny, ranks, tmp_path, policy, replay_tool):
     script = tmp_path / "bad_rank.py"
     script.write_text(
         "import math, sys\n"
@@ -405,7 +405,7 @@ def test_nan_in_the_batch_of_one_rank(tiny, torchrun, tmp_path, policy, replay_t
     config = tiny(*policies, "train.log_every=100", "encoder.drop_path=0.0")
     folder = Path(config.train.output_dir)
     config.save(tmp_path)
-    printed = torchrun(2, script, tmp_path / "config.yaml", 1).stdout
+    printed = ranks(2, script, tmp_path / "config.yaml", 1)
     assert "the loss of rank 1 of 2 is nan at step 3 (lr" in printed
     assert [path.name for path in (folder / "bad_step_00000003").iterdir()] == ["rank_0001.pt"]
     assert len(read_dump(folder / "bad_step_00000003" / "rank_0001.pt")["keys"]) == 2
