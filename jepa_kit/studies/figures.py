@@ -95,8 +95,8 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
                 )
         for title, found in summary.baselines.items():
             if outcome in found:
-                kind = kinds[title]
-                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=styles[kind], lw=1, label=kind)
+                style, label = styles[kinds[title]], f"{kinds[title]} (baseline)"
+                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=style, lw=1, label=label)
         ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
         ax.set_xlabel(f"arms, {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
         ax.set_ylabel("%", fontsize=8)

@@ -153,7 +153,15 @@ def test_arms_of_one_cost_are_drawn_side_by_side(study, monkeypatch, tmp_path):
     assert drawn([2.0, 2.01, 1.99, 2.0])[:3] == ([0, 1, 2], "linear", [])
     assert drawn([2.0, 4.0, 1.0, 3.0])[:2] == ([2.0, 4.0, 1.0], "linear")
     assert drawn([2.0, 40.0, 1.0, 3.0])[:2] == ([2.0, 40.0, 1.0], "log")
-    assert sorted(drawn([2.0] * 4)[3]) == ["bad", "base", "better", "pixels"]
+    assert sorted(drawn([2.0] * 4)[3]) == ["bad", "base", "better", "pixels (baseline)"]
+
+
+def test_an_arm_named_as_a_baseline_has_its_own_place_in_the_legend(study, monkeypatch, tmp_path):
+    monkeypatch.setattr("jepa_kit.studies.figures.save_figure", lambda fig, file, **options: fig)
+    summary = summarize(*study)
+    arms = [dataclasses.replace(arm, name="pixels") if arm.name == "better" else arm for arm in summary.arms]
+    (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
+    assert {"pixels", "pixels (baseline)"} <= {text.get_text() for text in fig.legends[0].get_texts()}
 
 
 def test_without_results_there_is_nothing_to_draw(write_study, tmp_path):
