@@ -235,6 +235,7 @@ def test_evaluation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         without.setitem(sys.modules, "pandas", None)
         rows = jepa_kit.evaluate(folder, protocol, **parts, device="cpu")
     assert isinstance(rows, list)
+    assert re.search(r"\| knn +\| pixels +\| 768 +\| 100\.0 ± 0\.0 \|", str(rows))
     assert [(row.network, row.label, row.n_train, row.n_test) for row in rows] == [
         (network, "class", 24, 12) for network in ("target", "untrained", "pixels")
     ]

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from test_docs import program_of
@@ -143,6 +145,23 @@ def test_what_is_not_run_says_what_it_needs() -> None:
         for language, title, text in blocks(page):
             assert not title or re.match(r"needs |takes |run in a clone", title), (page, title)
             assert shlex.split(text, comments=True) or language == "text"
+
+
+def test_the_disc_of_the_tutorial_never_reaches_an_edge(reader: Path) -> None:
+    """As its page says of a radius of 0.25, and alike on all four sides."""
+    (disc,) = [text for _, _, text in blocks(DOCS / "tutorials" / "own_masker.md") if text.startswith("# disc.py")]
+    names: dict[str, Any] = {}
+    exec(disc, names)
+    masks = names["Disc"](grid=(8, 8), radius=0.25)(np.arange(2048), seed=0, epoch=0)
+    hidden = np.bincount(masks.targets.index.numpy(), minlength=64).reshape(8, 8) > 0
+    assert hidden[1:7, 2:6].all() and hidden[2:6, 1:7].all()
+    assert not hidden[[0, 7]].any() and not hidden[:, [0, 7]].any()
+
+
+def test_the_transcript_has_commands_of_the_pages() -> None:
+    """Whoever changes a command of a page changes, or runs again, its transcript."""
+    of_pages = {command for page in PAGES for command in commands(page.read_text())}
+    assert {*commands((DOCS / "transcript.md").read_text())} <= of_pages
 
 
 def test_loops() -> None:

@@ -20,6 +20,7 @@ from jepa_kit.evaluation.feature_sources import Network, check_names, patch_netw
 from jepa_kit.evaluation.features import LoadedRun, block_source, latest_checkpoint, load_run
 from jepa_kit.evaluation.shard_choice import evaluation_shards, training_shards
 from jepa_kit.evaluation.tables.rows import BASELINES, Row
+from jepa_kit.evaluation.tables.table import format_table
 from jepa_kit.files import sha256_of
 from jepa_kit.interop.frozen import FrozenEncoder
 from jepa_kit.precision import precision_of, resolve_precision
@@ -76,7 +77,7 @@ def evaluate(
 
     Returns:
         rows by protocol, network and label, with the fields of ``jepa_kit.evaluation.tables.rows.Row``: as a
-        ``pandas.DataFrame`` if pandas is installed, else as a list of ``Row``.
+        ``pandas.DataFrame`` if pandas is installed, else as a list of ``Row`` that prints as a table.
 
     Raises:
         ValueError: no images, an unknown protocol, label or baseline, or images that a protocol rejects.
@@ -173,10 +174,17 @@ def _specs(protocols: str | Spec | Sequence[Spec] | None) -> list[Spec]:
     return [protocols] if isinstance(protocols, Mapping) else list(protocols)
 
 
+class _RowList(list[Row]):
+    """Rows that print as the table of ``tools/eval_net.py``."""
+
+    def __repr__(self) -> str:
+        return format_table(self)
+
+
 def _table(rows: list[Row]) -> Rows:
     try:
         from pandas import DataFrame
     except ImportError:
-        return rows
+        return _RowList(rows)
     table = DataFrame([asdict(row) for row in rows])
     return table[[*FIRST, *(name for name in table.columns if name not in FIRST)]]
