@@ -84,6 +84,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks = {mark.name for mark in item.iter_markers()}
         if not marks & {"integration", "slow", "gpu"}:
             item.add_marker(pytest.mark.unit)
+        if marks & {"slow", "gpu"}:
+            item.fixturenames.append("whole_runs")
         if "gpu" in marks and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 
@@ -96,7 +98,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_runs():
-    """Runs do only what their numbers need, unless a test asks for ``whole_runs``."""
+    """Runs do only what their numbers need, unless a test is slow, needs a GPU or asks for ``whole_runs``."""
     with pytest.MonkeyPatch.context() as patch:
         bare_runs(patch)
         yield

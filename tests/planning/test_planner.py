@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,8 @@ def given(**options):
 def test_every_config_has_a_plan(file, monkeypatch):
     """Without memory for its weights."""
     monkeypatch.setattr(planner, "DRAWN", 16)
+    monkeypatch.setattr(planner, "kept_by_an_image", partial(kept_by_an_image, images=1))
+    monkeypatch.setattr("jepa_kit.planning.flops.count_flops", partial(count_flops, images=1))
     config = load_config(file, ["train.batch_size=16"])
     (plan,) = plan_run(config, [2], given(samples=10_000))
     assert plan.gpu_hours > 0

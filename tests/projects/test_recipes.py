@@ -47,7 +47,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_recipe_does_all_that_a_run_can_do(name, whole_runs, tmp_path):
+def test_a_recipe_does_all_that_a_run_can_do(name, tmp_path):
     cells = matrix.trial(matrix.Project(name, CONFIGS[name], tmp_path), list(matrix.COLUMNS))
     print(matrix.table({name: cells}))
     assert not [cell for cell in cells.items() if cell[1].startswith("no:")], cells
