@@ -25,6 +25,9 @@ FREE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empt
 COPIES = frozenset({"copy_", "_foreach_copy_"})
 """Operators that do not read what they write to."""
 
+WRITTEN = {"_fused_adamw_": (0, 2, 3)}
+"""Arguments that an operator without a result writes to, by position; the first by default."""
+
 ZERO_FILLS = frozenset({"zeros", "zeros_like", "new_zeros", "zero", "zero_", "select_backward", "slice_backward"})
 
 WAITS = frozenset(
@@ -141,7 +144,8 @@ class CountOperators(TorchDispatchMode):
         written = {id(x): size(x) for x in self.tensors(out)}
         read = sum(size(x) for x in self.tensors(args[1] if name in COPIES else (args, kwargs)))
         read = 0 if name in ZERO_FILLS or name == "fill_" else read
-        moved = read + (sum(written.values()) or sum(size(x) for x in self.tensors(args[0])))
+        in_place = [args[i] for i in WRITTEN.get(name, (0,))]
+        moved = read + (sum(written.values()) or sum(size(x) for x in self.tensors(in_place)))
         now.gigabytes += moved / 1e9
         self.bytes_of[name] += moved
         if name in ZERO_FILLS:

@@ -132,3 +132,15 @@ def test_a_copy_reads_its_source_alone():
     with CountOperators(device="cpu") as counter:
         torch._foreach_copy_([torch.empty(8, dtype=torch.bfloat16)], [torch.ones(8)])
     assert counter.bytes_of["_foreach_copy_"] == 8 * 4 + 8 * 2
+
+
+def test_the_optimizer_writes_its_state_too():
+    parameter = nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    for _ in range(2):
+        parameter.grad = torch.ones(8)
+        with CountOperators(device="cpu") as counter:
+            optimizer.step()
+    step = 4
+    read = 4 * 8 * 4  # parameter, gradient, two averages
+    assert counter.bytes_of["_fused_adamw_"] == read + step + 3 * 8 * 4

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal
@@ -56,11 +56,19 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [R, 3, h, d]
         return self.proj(self.attend(qkv, lengths, route, len(x) if rows is None else rows, terms))
 
-    def attend(self, qkv: Tensor, lengths: SetLengths, route: Route | None, rows: int, terms: Terms) -> Tensor:
-        """Attend, without the two projections: [R, 3, h, d] -> [rows, D]."""
+    def attend(
+        self,
+        qkv: Tensor,
+        lengths: SetLengths,
+        route: Route | None,
+        rows: int,
+        terms: Terms,
+        split: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:
+        """Attend, without the two projections: [R, 3, h, d] -> [rows, D]. ``split`` is used in place of ``unbind``."""
         source, kept = (None, None) if route is None else (route.source, route.kept)
         qkv = take_rows(qkv, lengths.total) if source is None else qkv.index_select(0, source)
-        q, k, v = qkv.unbind(1)  # 3 x [P, h, d]
+        q, k, v = qkv.unbind(1) if split is None else split(qkv)  # 3 x [P, h, d]
         if terms.rotation is not None:
             q, k = rotate(q, terms.rotation), rotate(k, terms.rotation)
         out = attend(q, k, v, lengths, self.backend, bias=terms.bias, causal=terms.causal).flatten(1)  # [P, D]

@@ -12,12 +12,13 @@ blocks of the same shape share a program, and a copied block (of a target encode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from jepa_kit.compat import allow_recompiles, mark_dynamic
 from jepa_kit.encoders.casts import Affine, cast_together
@@ -27,6 +28,8 @@ COMPILER = "inductor"
 """The backend of torch.compile."""
 MOST_PROGRAMS = 64
 """Maximum number of programs of a region: one per shape of weights, with and without gradients and drop path."""
+ROWS = 128
+"""Rows of a chunk, which one kernel sums for the gradient of a bias. A batch of one chunk needs its own program."""
 
 
 class Before(NamedTuple):
@@ -61,8 +64,70 @@ class Stream(NamedTuple):
     kept_mlp: Tensor | None
 
 
+def _chunks(x: Tensor) -> Tensor:
+    """Append zero rows and split: [R, N] -> [C, ROWS, N]."""
+    count = -(-len(x) // ROWS)
+    return F.pad(x, (0, 0, 0, count * ROWS - len(x))).view(count, ROWS, x.shape[1])
+
+
+def _sum_rows(chunks: Tensor) -> Tensor:
+    """Sum [C, ROWS, N] -> [N], in float32 or better until it is rounded.
+
+    The compiler fuses the sum over a chunk with what computes it. It would not fuse ``sum(0)`` of [R, N].
+    """
+    return chunks.sum(1, dtype=torch.promote_types(chunks.dtype, torch.float32)).sum(0).to(chunks.dtype)
+
+
+class _LinearGelu(torch.autograd.Function):
+    """The GELU of a linear layer, whose backward pass sums the bias's gradient in the kernel of GELU's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, y)
+        ctx.biased = bias is not None
+        return F.gelu(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight, y = ctx.saved_tensors
+        chunks = torch.ops.aten.gelu_backward(_chunks(grad), _chunks(y))
+        of_bias = _sum_rows(chunks) if ctx.biased else None
+        rows = chunks.flatten(0, 1)
+        # The first product takes the added rows too: so `rows` is written as a whole, and the slice is no copy of it.
+        return (rows @ weight)[: len(x)], rows[: len(x)].t() @ x, of_bias
+
+
+def _join(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Join gradients of q, k and v, each [R, h, d] -> [C, ROWS, 3 * D]; sum their rows -> [3 * D]."""
+    chunks = torch.cat([_chunks(x.flatten(1)) for x in parts], dim=2)
+    return chunks, _sum_rows(chunks)
+
+
+class _Split(torch.autograd.Function):
+    """Views of q, k and v. The backward pass joins their gradients and sums them for the bias in one kernel.
+
+    Args of ``apply``:
+        join: ``Regions.join``.
+        bias: [3 * D] or None; it gets its gradient here alone.
+        qkv: [R, 3, h, d].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, join: Callable[..., Any], bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.join, ctx.biased = join, bias is not None
+        return qkv.unbind(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor]:
+        rows, *heads = grads[0].shape
+        joined, of_bias = ctx.join(*map(mark_dynamic, grads))
+        return None, of_bias if ctx.biased else None, joined.view(-1, len(grads), *heads)[:rows]
+
+
 class Regions:
-    """The three compiled regions.
+    """The compiled regions.
 
     Args:
         eps: of the norms.
@@ -74,14 +139,15 @@ class Regions:
             return F.layer_norm(x, (x.shape[-1],), *weights, eps)
 
         def first(x: Tensor, before: Before) -> Tensor:
-            return F.linear(norm(x, before.norm), *before.qkv)
+            weight, bias = before.qkv
+            return F.linear(norm(x, before.norm), weight, None if bias is None else bias.detach())  # see ``_Split``
 
         def last(stream: Stream, after: After) -> Tensor:
             x, y, kept, kept_mlp = stream
             y = F.linear(y, *after.proj)
             y = y if after.scale1 is None else y * after.scale1
             x = x + (y if kept is None else y * kept)
-            y = F.linear(F.gelu(F.linear(norm(x, after.norm), *after.fc1)), *after.fc2)
+            y = F.linear(_LinearGelu.apply(norm(x, after.norm).to(after.fc1[0].dtype), *after.fc1), *after.fc2)
             y = y if after.scale2 is None else y * after.scale2
             return x + (y if kept_mlp is None else y * kept_mlp)
 
@@ -102,6 +168,7 @@ class Regions:
         """From the attention of one block to that of the next: -> x [R_k, D] and q, k, v [R_k, 3 * D]."""
         self.last: Callable[[Stream, After], Tensor] = compile(last)
         """Everything after the last attention: -> [R_k, D]."""
+        self.join: Callable[..., tuple[Tensor, Tensor]] = compile(_join)
 
 
 _regions = lru_cache(maxsize=None)(Regions)
@@ -123,7 +190,8 @@ def run_compiled(
     before, after = _weights(blocks[0], x)
     qkv = regions.first(mark_dynamic(x), before)
     for block, route, term, following in zip(blocks, routes, terms, (*blocks[1:], None), strict=True):
-        stream = _stream(block, x, qkv, lengths, route, term)
+        split = partial(_Split.apply, regions.join, before.qkv[1])
+        stream = _stream(block, x, qkv, lengths, route, term, split)
         if following is None:
             x = regions.last(stream, after)
         else:
@@ -133,10 +201,10 @@ def run_compiled(
         yield x
 
 
-def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any, terms: Any) -> Stream:
+def _stream(block: Any, x: Tensor, qkv: Tensor, lengths: SetLengths, route: Any, terms: Any, split: Any) -> Stream:
     """Run the attention of a block, which is not compiled."""
     x, after = (x, lengths) if route is None else (route.rows(x), route.lengths)  # [R_k, D]
-    y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x), terms)
+    y = block.attn.attend(qkv.unflatten(-1, (3, block.attn.num_heads, -1)), lengths, route, len(x), terms, split)
     drops = block.training and block.drop_path.rate > 0
     kept, kept_mlp = (mark_dynamic(block.drop_path(x.new_ones(len(x), 1), after)) if drops else None for _ in range(2))
     return Stream(mark_dynamic(x), mark_dynamic(y), kept, kept_mlp)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kit.encoders import ViT, compiled
 from jepa_kit.encoders.blocks import (
@@ -29,15 +31,16 @@ from jepa_kit.structures import PatchSets, View
 from jepa_kit.target_updates import EMA
 from jepa_kit.targets import RepresentationTarget
 
-PROGRAMS = 9
+PROGRAMS = 11
 """Compilations of a whole recipe: three regions (before the first attention, between two, behind the last) for each of
-encoder, target encoder and predictor."""
+encoder, target encoder and predictor; for the two that are trained also the one that joins gradients of q, k and v."""
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled before; a compiler that is quick, except where a test takes another."""
+    """Nothing compiled before; a compiler that is quick, except where a test takes another; several chunks of rows."""
     monkeypatch.setattr(compiled, "COMPILER", "aot_eager")
+    monkeypatch.setattr(compiled, "ROWS", 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -167,7 +170,47 @@ def test_an_encoder_with_every_option_is_the_same(relative_bias: Literal["shared
         y.square().sum().backward()
         outputs.append((y.detach(), [p.grad for p in vit.parameters()]))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
-    assert compilations() == 3
+    assert compilations() == 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_gradients_of_biases_are_the_sums_over_all_rows(rows: int, bias: bool) -> None:
+    """Rows are summed in chunks; the last one may be incomplete."""
+    torch.manual_seed(0)
+    block = Block(8, 2, qkv_bias=bias).double()
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    if not bias:
+        block.mlp.fc1.bias = None
+    x, found = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True), []
+    for block.compiled in (False, True):
+        y = block(x, SetLengths([rows]))
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_wide_gradients_are_read_once_for_product_and_bias() -> None:
+    """Sums over all rows, which the compiler cannot fuse with what writes the rows, are left for two biases alone."""
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names[func.overloadpacket.__name__] += 1
+            if func.overloadpacket is torch.ops.aten.sum and args[0].ndim == 2:
+                sums.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+        @classmethod
+        def ignore_compile_internals(cls) -> bool:
+            return True
+
+    names, sums = Counter[str](), []
+    x, rows = torch.randn(300, 8), 300
+    y = Block(8, 2, compiled=True)(x, SetLengths([rows]))
+    with Sums():
+        y.backward(torch.ones_like(y))
+    assert [shape for shape in sums if shape[0] == rows] == [(rows, 8)] * 2  # mlp.fc2 and attn.proj
+    assert not names["stack"]
 
 
 @pytest.mark.parametrize("why", ["hook", "checkpoint", "one"])
