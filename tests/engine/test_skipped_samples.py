@@ -133,7 +133,8 @@ def _rank(rank, folder):
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("rank_server")
 def test_processes_join_their_lists_and_stop_together(tmp_path):
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+    mp.start_processes(_rank, (tmp_path,), nprocs=2, start_method="forkserver")
     assert [(line["step"], line["sample"]) for line in read_skipped(tmp_path)[:4]] == [(0, 0), (0, 1), (1, 7), (1, 8)]
     assert len(read_skipped(tmp_path)) == 11
