@@ -151,7 +151,7 @@ def test_a_folder_without_shards(tmp_path, folder):
 def test_an_archive_that_is_no_shard(tmp_path):
     """The message has the command that makes shards."""
     (tmp_path / "photos.zip").touch()
-    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it is a file: `python tools/ma"):
+    with pytest.raises(ValueError, match=r"must be a folder of .tar shards, but it is a file: `jepa-shards"):
         ShardDataset(tmp_path / "photos.zip")
 
 
