@@ -138,12 +138,20 @@ def test_the_identity_is_that_of_number_labels_and_images():
 class Damaged(Photos):
     """One item raises the error that Pillow raises for a file that is no image, and one file is missing."""
 
+    def __init__(self):
+        super().__init__()
+        self.opened = []  # kept, so that each has another address in memory, which is in Pillow's message
+
     def __getitem__(self, i):
-        return Image.open(io.BytesIO(b"no image")) if i == 3 else "nowhere/4.png" if i == 4 else super().__getitem__(i)
+        if i == 3:
+            self.opened.append(io.BytesIO(b"no image"))
+            return Image.open(self.opened[-1])
+        return "nowhere/4.png" if i == 4 else super().__getitem__(i)
 
 
 def test_an_item_that_cannot_be_read_is_skipped_and_named():
     dataset = ShardDataset(item_samples(Damaged()))
+    assert identity(dataset.shards) == identity(ShardDataset(item_samples(Damaged())).shards)
     with pytest.raises(SampleError, match=r"^item 3 of Damaged cannot be read: cannot identify image file"):
         dataset.image_bytes(3)
     with pytest.raises(SampleError, match=r"^item 4 of Damaged cannot be read: No such file"):
