@@ -61,7 +61,10 @@ def _figures_note(summary: Summary) -> str:
 
 
 def _differences_note(summary: Summary) -> str:
-    compared = sum(f.against_base is not None for arm in summary.arms for f in arm.figures.values())
+    found = [figure.against_base for arm in summary.arms for figure in arm.figures.values()]
+    compared = sum(difference is not None and difference.low is not None for difference in found)
+    if not compared:
+        return "In points, of the runs with one seed: an interval needs two seeds or more."
     return (
         f"In points: mean over pairs of runs with one seed, with the {100 * CONFIDENCE:.0f} % interval of the paired t "
         "test. An interval that contains 0: the arm is not distinguishable from the base arm by these runs. Intervals "

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jepa_kit.studies.figures import draw_cost, draw_differences
 from jepa_kit.studies.plan import plan_study
-from jepa_kit.studies.records import Record, write_record
+from jepa_kit.studies.records import Record, record_file, write_record
 from jepa_kit.studies.report import COLUMNS, figure_lines, table_of, to_csv, to_markdown, write_report
 from jepa_kit.studies.summary import Outcome, summarize
 
@@ -102,7 +102,17 @@ def test_the_report_says_what_is_and_is_not_distinguishable(study):
     assert "- open, seed 2: no result yet" in text
     assert "7 of 12 cells have figures" in text
     assert "float32 on a CPU, 2 threads" in text
+    assert "among 2 intervals" in text
 
+
+def test_one_seed_gives_no_interval(study):
+    plan, results = study
+    for job in plan.jobs:
+        if job.seed:
+            record_file(results, job.id).unlink(missing_ok=True)
+    text = to_markdown(summarize(plan, results))
+    assert "\nIn points, of the runs with one seed: an interval needs two seeds or more.\n" in text
+    assert "interval of the paired t test" not in text
 
 def test_columns_name_their_protocol_if_there_are_several(study):
     other = Outcome("linear probe on the last layer", "shape")
