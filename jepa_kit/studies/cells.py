@@ -29,6 +29,7 @@ class Job:
         config: of the run; of a baseline, the config whose images and encoder it has.
         length: of the run; None for a baseline.
         evaluations: digest of each evaluation -> its protocol.
+        arms: numbers of the arms whose network and images a baseline has; those of a cell are empty.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Job:
     config: Config
     length: Length | None
     evaluations: Mapping[str, Protocol]
+    arms: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
-"""Figures of a study: a forest plot of differences from the base arm, and accuracy over the FLOP of each arm."""
+"""Figures of a study: a forest plot of differences from the base arm, and accuracy over FLOP or side by side."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jepa_kit.plotting import Axes, Figure, colormaps, save_figure
 from jepa_kit.studies.summary import Summary
@@ -14,6 +16,7 @@ DPI = 150
 PANELS = 3
 """Panels in a row."""
 BETTER, WORSE, NEITHER = "#1b7837", "#b2182b", "0.45"
+OF_ARMS = "#2166ac"
 WIDE = 10
 """Ratio of the largest and the smallest cost from which their axis is logarithmic."""
 ALIKE = 1.05
@@ -32,12 +35,7 @@ def draw_differences(summary: Summary, file: Path) -> list[Path]:
     outcomes = [x for x in summary.outcomes if any(a.figures[x].against_base for a in arms if x in a.figures)]
     if not outcomes:
         return []
-    columns = min(PANELS, len(outcomes))
-    rows = -(-len(outcomes) // columns)
-    names = [textwrap.fill(arm.name, 34) for arm in arms]
-    lines = sum(1 + name.count("\n") for name in names)
-    fig = Figure(figsize=(2.6 + 2.7 * columns, rows * (1.1 + 0.24 * lines)), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+    fig, axes = _panels_of_arms([arm.name for arm in arms], len(outcomes))
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
         for place, arm in enumerate(arms):
             compared = arm.figures[outcome].against_base if outcome in arm.figures else None
@@ -48,12 +46,8 @@ def draw_differences(summary: Summary, file: Path) -> list[Path]:
                 ax.plot([100 * compared.low, 100 * compared.high], [-place] * 2, color=colour, lw=1.6)
             ax.plot(100 * compared.mean, -place, "s", color=colour, ms=5)
         ax.axvline(0, color="black", lw=0.8)
-        ax.set_yticks([-place for place in range(len(arms))], names, fontsize=8)
-        ax.set_ylim(-len(arms) + 0.4, 0.6)
         ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
         ax.set_xlabel("points against the base arm", fontsize=8)
-        ax.tick_params(axis="x", labelsize=8)
-        ax.grid(axis="x", color="0.92")
     _hide(list(axes.flat)[len(outcomes) :])
     _head(fig, summary, f"base arm {summary.arms[0].name}, 95 % intervals over seeds")
     return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
@@ -62,7 +56,7 @@ def draw_differences(summary: Summary, file: Path) -> list[Path]:
 def draw_cost(summary: Summary, file: Path) -> list[Path]:
     """Draw accuracy over the TFLOP of a run, with a panel for each outcome, a mark for each arm, lines for baselines.
 
-    If all runs cost the same, arms stand side by side.
+    If all runs cost the same, arms stand below each other, with their names, and each has its own baselines.
 
     Returns:
         the path; nothing if there is no figure to draw.
@@ -70,48 +64,75 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
     outcomes = [x for x in summary.outcomes if any(x in arm.figures for arm in summary.arms)]
     if not outcomes:
         return []
-    columns = min(PANELS, len(outcomes))
-    rows = -(-len(outcomes) // columns)
-    kinds = {job.title: str(job.baseline) for job in summary.plan.baselines}
-    styles = dict(zip(dict.fromkeys(kinds.values()), itertools.cycle(LINES)))  # of several networks, one
-    entries = len(summary.arms) + len(styles)
-    legend = 0.35 + 0.2 * -(-entries // max(1, columns))
-    fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False)
-    colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    baselines = [job for job in summary.plan.baselines if job.title in summary.baselines]
+    styles = dict(zip(dict.fromkeys(job.baseline for job in baselines), itertools.cycle(LINES)))
     costs = [arm.tflop for arm in summary.arms]
     alike = max(costs) <= ALIKE * min(costs)
-    places = list(range(len(costs))) if alike else costs
+    if alike:
+        fig, axes = _panels_of_arms([arm.name for arm in summary.arms], len(outcomes))
+    else:
+        columns = min(PANELS, len(outcomes))
+        rows = -(-len(outcomes) // columns)
+        legend = 0.35 + 0.2 * -(-(len(summary.arms) + len(styles)) // columns)
+        fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
+        axes = fig.subplots(rows, columns, squeeze=False)
+    colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
-        for k, (arm, place) in enumerate(zip(summary.arms, places, strict=True)):
+        for k, arm in enumerate(summary.arms):
             figure = arm.figures.get(outcome)
-            if figure is not None:
-                bar = None if figure.deviation is None else 100 * figure.deviation
-                colour = colours[k % len(colours)]
-                ax.plot([place] * len(figure.values), [100 * v for v in figure.values.values()], ".", color=colour)
-                form = "o" if k < len(colours) else "s"
-                ax.errorbar(
-                    place, 100 * figure.mean, yerr=bar, fmt=form, capsize=3, color=colour, label=arm.name, alpha=0.75
-                )
-        for title, found in summary.baselines.items():
-            if outcome in found:
-                style, label = styles[kinds[title]], f"{kinds[title]} (baseline)"
-                ax.axhline(100 * found[outcome].accuracy, color="0.4", ls=style, lw=1, label=label)
+            if figure is None:
+                continue
+            mean, values = 100 * figure.mean, [100 * value for value in figure.values.values()]
+            bar = None if figure.deviation is None else 100 * figure.deviation
+            if alike:
+                ax.plot(values, [-k] * len(values), "|", color=NEITHER, ms=7)
+                ax.errorbar(mean, -k, xerr=bar, fmt="s", ms=5, color=OF_ARMS)
+            else:
+                colour, form = colours[k % len(colours)], "o" if k < len(colours) else "s"
+                ax.plot([arm.tflop] * len(values), values, ".", color=colour)
+                ax.errorbar(arm.tflop, mean, yerr=bar, fmt=form, capsize=3, color=colour, label=arm.name, alpha=0.75)
+        for job in baselines:
+            row = summary.baselines[job.title].get(outcome)
+            if row is None:
+                continue
+            look = {"color": "0.4", "ls": styles[job.baseline], "lw": 1, "label": f"{job.baseline} (baseline)"}
+            if alike:  # in the rows of its arms
+                places = [place for k in job.arms for place in (-k + 0.5, -k - 0.5, math.nan)]
+                ax.plot([100 * row.accuracy] * len(places), places, **look)
+            else:
+                ax.axhline(100 * row.accuracy, **look)
         ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
-        ax.set_xlabel(f"arms, {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
-        ax.set_ylabel("%", fontsize=8)
-        ax.tick_params(labelsize=8)
-        ax.grid(color="0.92")
-        ax.margins(x=0.15)
-        if alike:
-            ax.set_xticks([])
-        elif max(costs) > WIDE * min(costs):
-            ax.set_xscale("log")
+        ax.set_xlabel(f"%, with {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
+        if not alike:
+            ax.set_ylabel("%", fontsize=8)
+            ax.tick_params(labelsize=8)
+            ax.grid(color="0.92")
+            ax.margins(x=0.15)
+            if max(costs) > WIDE * min(costs):
+                ax.set_xscale("log")
     _hide(list(axes.flat)[len(outcomes) :])
     _head(fig, summary, "accuracy of each seed, mean and standard deviation")
     handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    if handles:
+        columns = len(handles) if alike else len(axes[0])
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
+
+
+def _panels_of_arms(names: Sequence[str], count: int) -> tuple[Figure, Any]:
+    """Return a figure with panels that share rows, one for each arm from the top, at 0, -1, ..., and the panels."""
+    columns = min(PANELS, count)
+    rows = -(-count // columns)
+    names = [textwrap.fill(name, 34) for name in names]
+    lines = sum(1 + name.count("\n") for name in names)
+    fig = Figure(figsize=(2.6 + 2.7 * columns, rows * (1.4 + 0.26 * lines)), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, sharey=True)
+    for ax in axes.flat:
+        ax.set_yticks([-place for place in range(len(names))], names, fontsize=8)
+        ax.set_ylim(-len(names) + 0.4, 0.6)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.grid(axis="x", color="0.92")
+    return fig, axes
 
 
 def _head(fig: Figure, summary: Summary, text: str) -> None:

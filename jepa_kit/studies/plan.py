@@ -213,7 +213,7 @@ def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Prot
     for name in BASELINES if study.baselines is None else study.baselines:
         fitting = {key: p for key, p in evaluations.items() if name == "untrained" or not p.trains_encoder}
         of_patches = any(pooling == "none" for p in fitting.values() for _, pooling in p.wanted)
-        for arm in arms:
+        for number, arm in enumerate(arms):
             job = Job(
                 id=baseline_digest(name, arm.config, of_patches=of_patches),
                 kind="baseline",
@@ -224,8 +224,8 @@ def _baselines(arms: Sequence[Arm], study: Study, evaluations: Mapping[str, Prot
                 length=None,
                 evaluations=fitting,
             )
-            if job.id in found:
-                continue
-            others = [other for other in found.values() if other.baseline == name]
-            found[job.id] = replace(job, title=f"{name} ({arm.name})") if others else job
+            if any(other.baseline == name for other in found.values()):
+                job = replace(job, title=f"{name} ({arm.name})")
+            job = found.get(job.id, job)
+            found[job.id] = replace(job, arms=(*job.arms, number))
     return [job for job in found.values() if job.evaluations]

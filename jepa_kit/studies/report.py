@@ -54,9 +54,13 @@ def _figures_note(summary: Summary) -> str:
     errors = [100 * f.standard_error for arm in summary.arms for f in arm.figures.values()]
     size = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(errors), max(errors)))) if errors else "unknown"
     heading = f"{summary.protocol[0].upper()}{summary.protocol[1:]}. " if summary.protocol else ""
+    jobs = summary.plan.baselines
+    several = [job for job in jobs if sum(other.baseline == job.baseline for other in jobs) > 1]
+    owners = [f"*{job.title}* is of {', '.join(summary.arms[k].name for k in job.arms)}" for job in several]
     return (
         f"{heading}In %: mean ± standard deviation over seeds; baselines, which have no seeds, with the standard error "
         f"of the test set in brackets. All arms share the test set; its standard error for one figure is {size} points."
+        + (f" Networks differ: {'; '.join(owners)}." if owners else "")
     )
 
 

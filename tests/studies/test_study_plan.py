@@ -70,6 +70,7 @@ def test_each_baseline_is_there_once_for_each_network(write_study):
         "untrained (masker.ratio=0.5, deep)",
         "pixels",
     ]
+    assert [job.arms for job in plan.baselines] == [(0, 2), (1, 3), (0, 1, 2, 3)]
     assert len({job.id for job in plan.jobs}) == len(plan.jobs)
     only_networks = plan_study(write_study(protocols=[{"name": "finetune", "epochs": 1}], baselines=["pixels"]))
     assert only_networks.baselines == []

@@ -114,6 +114,7 @@ def test_one_seed_gives_no_interval(study):
     assert "\nIn points, of the runs with one seed: an interval needs two seeds or more.\n" in text
     assert "interval of the paired t test" not in text
 
+
 def test_columns_name_their_protocol_if_there_are_several(study):
     other = Outcome("linear probe on the last layer", "shape")
     summary = dataclasses.replace(summarize(*study), outcomes=[SHAPE, other])
@@ -149,27 +150,52 @@ def test_every_file_is_written(study):
     assert content["study"]["seeds"] == [0, 1, 2]
 
 
-def test_arms_of_one_cost_are_drawn_side_by_side(study, monkeypatch, tmp_path):
+def test_arms_of_one_cost_are_drawn_below_each_other(study, monkeypatch, tmp_path):
     monkeypatch.setattr("jepa_kit.studies.figures.save_figure", lambda fig, file, **options: fig)
     summary = summarize(*study)
 
     def drawn(costs):
         arms = [dataclasses.replace(arm, tflop=cost) for arm, cost in zip(summary.arms, costs, strict=True)]
         (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
-        ax = fig.axes[0]
-        means = [box.lines[0].get_xdata()[0] for box in ax.containers]
-        return means, ax.get_xscale(), list(ax.get_xticks()), [text.get_text() for text in fig.legends[0].get_texts()]
+        return fig.axes[0], sorted(text.get_text() for text in fig.legends[0].get_texts())
 
-    assert drawn([2.0, 2.01, 1.99, 2.0])[:3] == ([0, 1, 2], "linear", [])
-    assert drawn([2.0, 4.0, 1.0, 3.0])[:2] == ([2.0, 4.0, 1.0], "linear")
-    assert drawn([2.0, 40.0, 1.0, 3.0])[:2] == ([2.0, 40.0, 1.0], "log")
-    assert sorted(drawn([2.0] * 4)[3]) == ["bad", "base", "better", "pixels (baseline)"]
+    def means(ax, of):
+        return [float(getattr(box.lines[0], f"get_{of}data")()[0]) for box in ax.containers]
+
+    ax, legend = drawn([2.0, 2.01, 1.99, 2.0])
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["base", "better", "bad", "open"]
+    assert (means(ax, "y"), means(ax, "x")) == ([0, -1, -2], pytest.approx([31.0, 36.1667, 20.0], abs=1e-3))
+    assert legend == ["pixels (baseline)"]
+    ax, legend = drawn([2.0, 4.0, 1.0, 3.0])
+    assert (means(ax, "x"), ax.get_xscale()) == ([2.0, 4.0, 1.0], "linear")
+    assert legend == ["bad", "base", "better", "pixels (baseline)"]
+    ax, _ = drawn([2.0, 40.0, 1.0, 3.0])
+    assert (means(ax, "x"), ax.get_xscale()) == ([2.0, 40.0, 1.0], "log")
+
+
+def test_arms_have_the_baselines_of_their_networks(write_study, monkeypatch, tmp_path):
+    monkeypatch.setattr("jepa_kit.studies.figures.save_figure", lambda fig, file, **options: fig)
+    plan = plan_study(write_study(seeds=[0], protocols=["knn"]))
+    for k, job in enumerate(plan.jobs):
+        rows = {next(iter(job.evaluations)): [row("x", "shape", k / 10)]}
+        write_record(Record(id=job.id, kind=job.kind, title=job.title, seed=0, rows=rows), tmp_path)
+    summary = summarize(plan, tmp_path)
+    assert (
+        "Networks differ: *untrained* is of masker.ratio=0.5, encoder.depth=2, masker.ratio=0.25, encoder.depth=2; "
+        "*untrained (masker.ratio=0.5, deep)* is of masker.ratio=0.5, deep, masker.ratio=0.25, deep.\n"
+    ) in to_markdown(summary)
+    arms = [dataclasses.replace(arm, tflop=1.0) for arm in summary.arms]
+    (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
+    lines = [line for line in fig.axes[0].lines if line.get_label().endswith("(baseline)")]
+    rows_of = [(line.get_xdata()[0], {-round(y - 0.1) for y in line.get_ydata()[::3]}) for line in lines]
+    assert rows_of == [(0, {0, 2}), (pytest.approx(10), {1, 3}), (pytest.approx(20), {0, 1, 2, 3})]
 
 
 def test_an_arm_named_as_a_baseline_has_its_own_place_in_the_legend(study, monkeypatch, tmp_path):
     monkeypatch.setattr("jepa_kit.studies.figures.save_figure", lambda fig, file, **options: fig)
     summary = summarize(*study)
-    arms = [dataclasses.replace(arm, name="pixels") if arm.name == "better" else arm for arm in summary.arms]
+    arms = [dataclasses.replace(arm, tflop=float(k + 1)) for k, arm in enumerate(summary.arms)]
+    arms = [dataclasses.replace(arm, name="pixels") if arm.name == "better" else arm for arm in arms]
     (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
     assert {"pixels", "pixels (baseline)"} <= {text.get_text() for text in fig.legends[0].get_texts()}
 
