@@ -14,6 +14,13 @@ from jepa_kit.encoders.packed import add_rows, fill_rows
 from jepa_kit.encoders.products import linear
 from jepa_kit.structures import PatchSets
 
+NEARNESS = 0.95
+"""Correlation of pixels next to each other."""
+COLOUR = 0.9
+"""Correlation of two channels of a pixel."""
+REGULARISATION = 0.004
+"""Of eigenvalues, relative to the largest: what is less is noise of the camera or of JPEG."""
+
 
 class PatchEmbed(nn.Module):
     """Map the pixels of each selected patch to a token, linearly.
@@ -36,6 +43,25 @@ class PatchEmbed(nn.Module):
             view = rearrange(images, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
             pixels = view[patches.image_of_token, patches.index // w, patches.index % w].flatten(1)
         return linear(fill_rows(pixels), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def whiten(weight: Tensor) -> Tensor:
+    """Return embeddings [D, C, p, p] times the whitening (ZCA) of patches of natural images, of the same power.
+
+    Neighbouring pixels are nearly equal, so a random embedding is mostly one of the mean colour of a patch. The
+    covariance is a model without data: ``NEARNESS`` to the power of the distance in pixels, times ``COLOUR`` between
+    channels. Its eigenvalues are regularised as in Coates, Lee & Ng 2011.
+    """
+    _, c, p, _ = weight.shape
+    at = torch.cartesian_prod(*2 * [torch.arange(p, dtype=torch.float64, device="cpu")])
+    colour = COLOUR + (1 - COLOUR) * torch.eye(c, dtype=torch.float64, device="cpu")
+    (power_c, of_c), (power_x, of_x) = torch.linalg.eigh(colour), torch.linalg.eigh(NEARNESS ** torch.cdist(at, at))
+    power = power_c[:, None] * power_x  # [C, p * p]
+    gain = (power + REGULARISATION * power.max()).rsqrt()
+    gain *= (power.sum() / (power * gain**2).sum()).sqrt()
+    of_c, of_x, gain = (x.to(weight.device, weight.dtype) for x in (of_c, of_x, gain))
+    coefficients = gain * (of_c.T @ weight.flatten(2) @ of_x)
+    return (of_c @ coefficients @ of_x.T).view_as(weight)
 
 
 def hide(content: Tensor, patches: PatchSets, mask_token: Tensor | None) -> Tensor:

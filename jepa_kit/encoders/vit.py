@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jepa_kit.encoders.blocks import Compile, Init, init_transformer, make_blocks, run_blocks
 from jepa_kit.encoders.packed import Terms, add_rows, fill_rows, take_rows
-from jepa_kit.encoders.patch_embed import PatchEmbed, hide, standardise
+from jepa_kit.encoders.patch_embed import PatchEmbed, hide, standardise, whiten
 from jepa_kit.encoders.positions import (
     RelativeBias,
     Rotary,
@@ -31,7 +31,7 @@ from jepa_kit.registry import ENCODERS, Backend, check_choice
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import Grid, PatchSets, Tokens
 
-PatchInit = Literal["released", "xavier"]
+PatchInit = Literal["released", "xavier", "whitened"]
 InputNorm = Literal["none", "image"]
 Positions = Literal["sincos", "learned", "rotary", "rotary_video", "none"]
 Bias = Literal["none", "shared", "per_block"]
@@ -75,7 +75,8 @@ class ViT(nn.Module):
         init: initial weights as released, scaled down by depth, or Xavier-uniform (``init_transformer``).
         patch_init: initial patch embedding: ``released`` is a truncated normal (0.02), ``xavier`` is Xavier-uniform
             over flattened pixels, as in MAE. With small patches, the released one makes a token's content much
-            smaller than its position (a fifth with 4 x 4 pixels), and training learns positions only.
+            smaller than its position (a fifth with 4 x 4 pixels), and training learns positions only. ``whitened`` is
+            ``xavier`` for whitened patches (``patch_embed.whiten``): edges count as much as the mean colour.
         compile: torch.compile for everything in a block except attention: fewer kernels, but minutes before the first
             step. ``auto`` compiles in training on CUDA if the encoder is a ViT-B or wider (``compile_blocks``).
         attention: the backend of ``attend``; supplied by the recipe.
@@ -199,10 +200,13 @@ class ViT(nn.Module):
         if self.positions == "sincos":
             self.pos_embed.copy_(sincos_2d(self.embed_dim, self.grid))
         init_transformer(self, self.blocks, self.init)
-        if self.patch_init == "xavier":
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
+        weight = self.patch_embed.proj.weight
+        if self.patch_init == "released":
+            nn.init.trunc_normal_(weight, std=0.02)
         else:
-            nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+            nn.init.xavier_uniform_(weight.view(self.embed_dim, -1))
+        if self.patch_init == "whitened":
+            weight.copy_(whiten(weight))
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
         for token in (self.mask_token, self.cls_token, self.register_tokens, self.pos_embed):

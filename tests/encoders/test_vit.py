@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from jepa_kit.encoders import SIZES, ViT
 from jepa_kit.encoders.patch_embed import PatchEmbed
 from jepa_kit.encoders.positions import interpolate_pos_embed, patch_grid, sincos_2d
+from jepa_kit.encoders.vit import PatchInit
 from jepa_kit.set_lengths import SetLengths
 from jepa_kit.structures import PatchSets
 
@@ -254,7 +257,7 @@ def test_a_value_replaces_that_of_the_size() -> None:
 # --- initialisation ---
 
 
-@pytest.mark.parametrize("patch_init", ["released", "xavier"])
+@pytest.mark.parametrize("patch_init", get_args(PatchInit))
 @pytest.mark.parametrize("init", ["released", "depth_scaled"])
 def test_init_leaves_nothing_as_it_was(init: str, patch_init: str) -> None:
     vit = ViT(**SMALL, init=init, patch_init=patch_init)  # type: ignore[arg-type]
@@ -276,6 +279,21 @@ def test_patch_init_has_the_scale_it_says() -> None:
     assert float(xavier.abs().max()) <= bound
     assert float(xavier.abs().max()) > 0.99 * bound
     assert float(xavier.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_whitened_patch_init_is_xavier_times_the_root_of_an_inverse_covariance() -> None:
+    weights = []
+    for patch_init in ("xavier", "whitened"):
+        torch.manual_seed(0)
+        vit = ViT(**{**SMALL, "patch_size": 4}, patch_init=patch_init)  # type: ignore[arg-type]
+        weights.append(vit.patch_embed.proj.weight.detach().double().flatten(1).numpy())
+    y, x = np.divmod(np.arange(16), 4)
+    distance = np.hypot(y[:, None] - y, x[:, None] - x)
+    covariance = np.kron(0.9 + 0.1 * np.eye(3), 0.95**distance)
+    largest = np.linalg.eigvalsh(covariance)[-1]
+    root = scipy.linalg.fractional_matrix_power(covariance + 0.004 * largest * np.eye(48), -0.5)
+    root *= math.sqrt(np.trace(covariance) / np.trace(root @ covariance @ root))
+    assert weights[1] == pytest.approx(weights[0] @ root, abs=1e-6)
 
 
 def content_over_position(patch_init: str) -> float:
@@ -316,7 +334,7 @@ def test_with_small_patches_the_released_init_drowns_content_in_position() -> No
         ({"drop_path": 1.0}, r"drop_path \(=1.0\) must be in \[0, 1\)"),
         ({"init": "he"}, r"init \(='he'\) must be one of 'released', 'depth_scaled', 'xavier'"),
         ({"input_norm": "layer"}, r"input_norm \(='layer'\) must be one of 'none', 'image'"),
-        ({"patch_init": "mae"}, r"patch_init \(='mae'\) must be one of 'released', 'xavier'"),
+        ({"patch_init": "mae"}, r"patch_init \(='mae'\) must be one of 'released', 'xavier', 'whitened'"),
         ({"attention": "flash"}, r"attention \(='flash'\) must be one of 'auto', 'xformers', 'sdpa', 'reference'"),
     ],
 )
