@@ -9,4 +9,5 @@ items.py     data sets of other libraries, whose items have numbers
 images.py    decoding of image files;  segmentation.py  masks of classes
 transforms/  crops, flips and colours; views, normalisation
 loader.py    batches as a function of (seed, step);  workers.py  loader processes;  device.py  copies to the device
+ignored_signals.py  signals of a process group that reach workers while they start
 """

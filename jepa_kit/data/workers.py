@@ -15,11 +15,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jepa_kit.compat import worker_error
+from jepa_kit.data.ignored_signals import held, ignore
 from jepa_kit.machine import cores_of_rank
 
 FILES = 40
 """Open files per worker and view, in it and in the main process: batches in flight and pipes."""
 SHARED_MEMORY = "/dev/shm"
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a run: they reach the whole process group, but only the main process handles them.
+
+It finishes its step and writes a checkpoint, and needs its workers until then. It stops them itself; if it is killed,
+torch's watchdog in each worker ends it.
+"""
 
 Workers = int | Literal["auto"]
 
@@ -59,8 +66,9 @@ def load(
         generator=torch.Generator(),  # for the seed of the workers, so that it does not advance the run's generator
         worker_init_fn=_start,
     )
-    made = iter(loader)
-    _workers.update(getattr(made, "_workers", ()))
+    with held(IGNORED):  # a worker that has just started does not ignore them yet
+        made = iter(loader)
+        _workers.update(getattr(made, "_workers", ()))
     try:
         yield from made
     except (RuntimeError, EOFError, OSError) as error:
@@ -141,7 +149,7 @@ def _end(made: Any) -> None:
 
 def _start(worker: int) -> None:
     """Set up signals and error handling of a worker."""
-    _ignore_signals()
+    ignore(IGNORED)
     # by default, failing to send a batch prints a traceback in a thread, and the main process waits forever
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_reason  # type: ignore[attr-defined]
 
@@ -160,16 +168,6 @@ def _kill_workers() -> None:
 
 
 atexit.register(_kill_workers)  # registered after multiprocessing's handler, so it runs before that one
-
-
-def _ignore_signals() -> None:
-    """Ignore signals that end a run: they reach the whole process group, but only the main process handles them.
-
-    The main process finishes its step and writes a checkpoint, and needs its workers until then. It stops them itself;
-    if it is killed, torch's watchdog in each worker ends it.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_death(error: Exception) -> bool:

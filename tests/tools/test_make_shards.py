@@ -22,7 +22,7 @@ from jepa_kit.data.shards.dataset import ShardDataset
 from jepa_kit.scenes.scenes import CLASSES, render
 from jepa_kit.tools import make_shards
 
-TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+ROOT = Path(__file__).parents[2]
 
 
 def png(seed):
@@ -383,52 +383,84 @@ def test_help_has_examples(capsys):
     assert "python tools/make_shards.py synthetic:scenes" in text
 
 
-def started(out, *options):
-    """Start a run in its own process group; Ctrl-C reaches it even if the tests run in the background of a script."""
-    command = [sys.executable, TOOL, "synthetic:scenes", out, *options]
+def started(out, script, *options):
+    """Start a script with the tool, in its own process group; Ctrl-C reaches it also from tests in the background."""
+    command = [sys.executable, "-c", script, "synthetic:scenes", out, *options]
     return subprocess.Popen(
         [str(c) for c in command],
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # such a script ignores SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # processes in the background ignore it
     )
 
 
-def wait_for(found, process):
-    deadline = time.monotonic() + 120
-    while not found() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert found()
+LATE = """
+import os, signal, sys, time
+from jepa_kit.data.making import sample_workers
+from jepa_kit.tools import make_shards
+
+def start(*arguments, plain=sample_workers._start):
+    try:
+        os.mkdir(f"{sys.argv[2]}/first")
+    except FileExistsError:
+        while signal.SIGINT not in signal.sigpending():  # the second worker starts late
+            time.sleep(0.01)
+    plain(*arguments)
+
+sample_workers._start = start
+sys.exit(make_shards.main())
+"""
 
 
 @pytest.mark.integration
 def test_stopped_by_hand(tmp_path):
-    """Ctrl-C: a line, status 130, and a folder that counts as unfinished."""
-    process = started(tmp_path / "out", "--num-scenes", 50000, "--workers", 2)
-    wait_for(lambda: list(tmp_path.glob("out/.shard-*.part")), process)
+    """Ctrl-C: a line, status 130, and a folder that counts as unfinished; also while a worker starts."""
+    process = started(tmp_path / "out", LATE, "--num-scenes", 50000, "--workers", 2)
+    deadline = time.monotonic() + 600
+    while not list(tmp_path.glob("out/.shard-*.part")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130, error
     assert error == b"make_shards: stopped; run the same command to resume\n"
     with pytest.raises(ValueError, match="are unfinished"):
         ShardDataset(tmp_path / "out")
+    (tmp_path / "out/first").rmdir()
     assert run("synthetic:scenes", tmp_path / "out", "--num-scenes", 20, "--image-size", 16, "--overwrite") == 0
     assert not list((tmp_path / "out").glob(".*"))
 
 
 SMALL = ("--num-scenes", 400, "--image-size", 16, "--samples-per-shard", 20, "--split-val", 0.2)
 
+KILLED = """
+import os, signal, sys
+from jepa_kit.data.making import make_shards as making
+from jepa_kit.tools import make_shards
+
+def write_packed(path, samples, plain=making.write_packed):
+    def some():
+        for number, sample in enumerate(samples):
+            if path.endswith("train/shard-{:06d}.tar") and number == 10:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield sample
+
+    return plain(path, some())
+
+making.write_packed = write_packed
+sys.exit(make_shards.main())
+"""
+
 
 @pytest.mark.integration
 def test_killed_twice_and_continued(tmp_path, capsys):
     """SIGKILL to the tool only: its workers end by themselves, and the same command resumes to the same bytes."""
     for shards in (1, 7):
-        process = started(tmp_path / "out", *SMALL, "--workers", 2)
-        wait_for(lambda count=shards: len(list(tmp_path.glob("out/*/*.tar"))) >= count, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-        deadline = time.monotonic() + 60
+        process = started(tmp_path / "out", KILLED.format(shards), *SMALL, "--workers", 2)
+        _, error = process.communicate(timeout=600)
+        assert process.returncode == -signal.SIGKILL, error
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:  # a process group ends with its last process
             try:
                 os.killpg(process.pid, 0)
@@ -438,7 +470,8 @@ def test_killed_twice_and_continued(tmp_path, capsys):
         else:
             pytest.fail("the workers outlive their parent")
         with pytest.raises(ValueError, match="are unfinished"):
-            ShardDataset(tmp_path / "out/val")
+            ShardDataset(tmp_path / "out/train")
+        assert len(list(tmp_path.glob("out/*/*.tar"))) == shards
         for path in tmp_path.glob("out/*/*.tar"):
             with tarfile.open(path) as tar:
                 assert len(tar.getnames()) == 3 * 20

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 
+from jepa_kit.data.ignored_signals import held, ignore
 from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
 from jepa_kit.data.sources.base import Refused, Source
@@ -23,6 +24,9 @@ CHUNK_BYTES = 1 << 20
 MAX_CHUNK = 128
 AHEAD = 3
 """Chunks per worker that are requested in advance."""
+
+IGNORED = (signal.SIGINT,)
+"""Ctrl-C reaches all processes of a terminal; a worker that died of it would look like a crash."""
 
 _source: Source
 
@@ -53,7 +57,8 @@ class Workers(AbstractContextManager["Workers"]):
         start, chunk = 0, 1
         while pending or start < len(numbers):
             while start < len(numbers) and len(pending) < AHEAD * self._workers:
-                pending.append(self._pool.submit(_make, numbers[start : start + chunk].tolist()))
+                with held(IGNORED):  # the first chunk starts the workers
+                    pending.append(self._pool.submit(_make, numbers[start : start + chunk].tolist()))
                 start += chunk
             made = pending.popleft().result()
             size = sum(len(sample.data) for sample in made if isinstance(sample, Packed))
@@ -65,8 +70,7 @@ class Workers(AbstractContextManager["Workers"]):
 def _start(source: Source, parent: int) -> None:
     global _source
     _source = source
-    # Ctrl-C reaches all processes of a terminal; a worker that died of it would look like a crash
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore(IGNORED)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
