@@ -7,6 +7,7 @@ import os
 # Before torch is imported: two test processes with threads of their own each slow one another down on small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["no_proxy"] = "127.0.0.1"  # the servers of tests, where a proxy is set
 
 import ast
 import io
@@ -130,7 +131,7 @@ def torchrun(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

@@ -10,7 +10,8 @@ import os
 import runpy
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -28,6 +29,15 @@ PRELOADED = [
     "torch.utils.tensorboard",
 ]
 """What a run imports, some of it only when it is needed; a module that is not installed is left out."""
+
+
+@contextmanager
+def free_port() -> Iterator[str]:
+    """A port that no other process is given meanwhile: it is bound, and a store may listen at it all the same."""
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", 0))
+        yield str(bound.getsockname()[1])
 
 
 def bare_runs(patch: pytest.MonkeyPatch) -> None:
@@ -68,27 +78,23 @@ def run_ranks(count: int, script: Path | str, arguments: Sequence[object], folde
         folder: in which it runs.
         log: the file of what it prints.
     """
-    environment: dict[str, str] = {}
-    if count > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        environment["WORLD_SIZE"] = str(count)
-    ranks = []
-    for rank in range(count):
-        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})
-        given = (str(script), [str(argument) for argument in arguments], own, folder, log)
-        ranks.append(SERVER.Process(target=run_script, args=given))
-        ranks[-1].start()
-    running = {rank.sentinel: rank for rank in ranks}
-    while running:
-        ended = wait(list(running), timeout=600)
-        if not ended or any(running.pop(sentinel).exitcode for sentinel in ended):  # the others would wait for it
-            for rank in running.values():
-                rank.kill()
-            break
-    for rank in ranks:
-        rank.join()
+    with free_port() as port:
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        ranks = []
+        for rank in range(count):
+            own = together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            given = (str(script), [str(argument) for argument in arguments], own, folder, log)
+            ranks.append(SERVER.Process(target=run_script, args=given))
+            ranks[-1].start()
+        running = {rank.sentinel: rank for rank in ranks}
+        while running:
+            ended = wait(list(running), timeout=600)
+            if not ended or any(running.pop(sentinel).exitcode for sentinel in ended):  # the others would wait for it
+                for rank in running.values():
+                    rank.kill()
+                break
+        for rank in ranks:
+            rank.join()
     printed = log.read_text()
     assert not any(rank.exitcode for rank in ranks), printed
     return printed

@@ -27,7 +27,7 @@ print(matplotlib.rcParams._get("backend"))
 def test_any_backend(backend, kept, tmp_path):
     environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "a.png"), backend]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (done.stdout.strip() == backend) == kept  # what the user asked for, if matplotlib knows it
 

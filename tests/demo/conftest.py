@@ -37,7 +37,7 @@ def node():
 
     def run(script, value):
         command = [NODE, str(HERE / script), STATIC.as_uri()]
-        done = subprocess.run(command, input=json.dumps(value), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, input=json.dumps(value), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

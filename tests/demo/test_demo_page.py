@@ -144,7 +144,7 @@ def masks_of(cells):
 @pytest.mark.skipif(NODE is None, reason="needs Node.js to drive Chromium")
 def test_the_page_in_a_browser(html, run_folder):
     command = [NODE, str(HERE / "use_page.mjs"), CHROMIUM, html.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["problems"] == []

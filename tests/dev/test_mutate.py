@@ -100,7 +100,7 @@ def test_a_toy_package(tmp_path):
     def mutate(*options):
         command = [sys.executable, "-c", RUN.format(dev=str(DEV)), "--tree", str(tree), "--mutants", str(sample)]
         plain = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins take most of the time of a toy's test
-        done = subprocess.run([*command, *options], env=plain, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, *options], env=plain, capture_output=True, text=True, timeout=600)
         read = map(json.loads, sample.read_text().splitlines())
         return done, {(m["line"], m["was"], m["now"]): m for m in read}
 

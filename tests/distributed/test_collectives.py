@@ -1,6 +1,5 @@
 import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port
 from torch import nn
 
 from jepa_kit.distributed import collectives, rendezvous
@@ -113,10 +113,8 @@ def test_devices_that_there_are_not(monkeypatch, name, world, gpus, message):
 
 
 def test_a_failed_start_names_rank_and_cause(monkeypatch):
-    with socket.socket() as taken:  # a port where nothing answers in time
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        for name, value in (ENVIRONMENT | {"MASTER_PORT": str(port)}).items():
+    with free_port() as port:  # nothing answers there in time
+        for name, value in (ENVIRONMENT | {"MASTER_PORT": port}).items():
             monkeypatch.setenv(name, value)
         message = rf"(?s)rank 3 of 4 could not join the others over gloo at 127.0.0.1:{port}: .+"
         with (
@@ -140,13 +138,9 @@ def test_a_failed_start_names_rank_and_cause(monkeypatch):
 )
 def test_a_start_that_waits_names_whom_and_how_long(monkeypatch, capfd, host, rank, line):
     monkeypatch.setattr(rendezvous, "NOTICE", 0.1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        for name, value in (ENVIRONMENT | {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(rank)}).items():
+    with free_port() as port:
+        for name, value in (ENVIRONMENT | {"MASTER_ADDR": host, "MASTER_PORT": port, "RANK": str(rank)}).items():
             monkeypatch.setenv(name, value)
-        if rank == 0:
-            free.close()
         with (
             pytest.raises(StartError, match=rf"rank {rank} of 4 could not join the others over gloo at {host}:{port}"),
             process_group(read_environment(), torch.device("cpu"), timeout=timedelta(seconds=1)),
@@ -260,7 +254,7 @@ with process_group(world, torch.device("cpu")):
     if first and agent == "A":
         os._exit(1)
     if first:
-        time.sleep(60)  # as in a step; its agent ends it
+        time.sleep(600)  # as in a step; its agent ends it
     print(f"agent {agent}, count {os.environ['TORCHELASTIC_RESTART_COUNT']}: restarted {restarted()}")
 """
 
@@ -270,29 +264,27 @@ with process_group(world, torch.device("cpu")):
 def test_two_agents_start_again(tmp_path, shared):
     """Only the one whose process died counts the restart; with torchrun's store over all starts, or without."""
     (tmp_path / "agent.py").write_text(AGENT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        end = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={end}", "--rdzv-id=7", "--monitor-interval=0.1", "agent.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = shared
-    agents = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env={**environment, "AGENT": name},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in "AB"
-    ]
-    try:
-        printed = [agent.communicate(timeout=100)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-id=7", "--monitor-interval=0.1"]
+    with free_port() as port:
+        agents = [
+            subprocess.Popen(
+                [*command, f"--rdzv-endpoint=127.0.0.1:{port}", "agent.py"],
+                cwd=tmp_path,
+                env={**environment, "AGENT": name},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for name in "AB"
+        ]
+        try:
+            printed = [agent.communicate(timeout=600)[0] for agent in agents]
+        finally:
+            for agent in agents:
+                agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], printed
     assert "agent A, count 1: restarted True" in printed[0]
     assert "agent B, count 0: restarted True" in printed[1]

@@ -1,11 +1,11 @@
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 
 from jepa_kit.distributed.slurm import PORTS, first_host, minutes, torchrun_variables
 
@@ -144,21 +144,19 @@ def test_two_tasks_meet_without_torchrun(tmp_path):
     """With the variables that srun sets, and no Slurm."""
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    common = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     common |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [task.communicate(timeout=120) for task in tasks]
+    with free_port() as port:
+        tasks = [
+            subprocess.Popen(
+                [sys.executable, str(script)],
+                env=common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": port},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        printed = [task.communicate(timeout=600) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], printed
     assert [out.split() for out, _ in printed] == [["0", "2", "3.0"], ["1", "2", "3.0"]]

@@ -4,15 +4,15 @@ python parallel_cases.py FOLDER two [four]
 """
 
 import multiprocessing
-import os
-import socket
 import sys
 from contextlib import nullcontext
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from ranks import free_port
 from torch.distributed.tensor.debug import CommDebugMode
 
 from jepa_kit.distributed.collectives import World, mean_over_ranks, process_group
@@ -202,19 +202,19 @@ def one_rank(world, folder=None, other=None):
 
 def launch(size, work, *arguments):
     """Runs ``work(world, *arguments)`` in so many processes; exits with 1 where one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=work, args=(World(k, k, size), *arguments), daemon=True) for k in range(size)]
-    for rank in ranks:
-        rank.start()
-    running = list(ranks)
-    while running:
-        wait([rank.sentinel for rank in running])
-        if any(rank.exitcode for rank in running):  # the others wait for it: they end with this process, as daemons do
-            sys.exit(1)
-        running = [rank for rank in running if rank.exitcode is None]
+    with free_port() as port, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", port)
+        for rank in ranks:
+            rank.start()
+        running = list(ranks)
+        while running:
+            wait([rank.sentinel for rank in running])
+            if any(rank.exitcode for rank in running):  # the others wait for it, and end with this process, as daemons
+                sys.exit(1)
+            running = [rank for rank in running if rank.exitcode is None]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_cases import launch
+from ranks import free_port
 
 from jepa_kit.config import config_from_dict
 from jepa_kit.distributed.collectives import process_group
@@ -104,23 +104,21 @@ def test_the_tool_ends_with_status_2_on_all_ranks(tiny, tmp_path):
     (tmp_path / "tool.py").write_text(TOOL)
     (tmp_path / "config.yaml").write_text(tiny().to_yaml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "tool.py", "--config-file", "config.yaml"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    with free_port() as port:
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [
+            subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     for rank, text in enumerate(printed):
         assert f"train_net.py (rank {rank}): the processes of this run must agree, but these differ:" in text

@@ -69,7 +69,7 @@ def test_what_shows_is_told(torture, tmp_path, monkeypatch):
 
 def test_a_run_that_fails_says_why(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(TORTURE), "--fork", "train.nope=1"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(TORTURE), "--fork", "train.nope=1"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "train.nope is not an option" in done.stdout

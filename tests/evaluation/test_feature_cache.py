@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import free_port
 
 from jepa_kit.data.image_options import ImageOptions
 from jepa_kit.data.shards.dataset import ShardDataset
@@ -144,13 +145,9 @@ def extract_in_part(rank, run_folder, shards, folder, port):
 @pytest.mark.integration
 @pytest.mark.usefixtures("rank_server")
 def test_two_processes_extract_the_same_as_one(run, tiny_run, scenes, tmp_path):
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    given = (str(tiny_run[0]), scenes[0].path, str(tmp_path), port)
-    mp.start_processes(extract_in_part, given, nprocs=2, start_method="forkserver")
+    with free_port() as port:
+        given = (str(tiny_run[0]), scenes[0].path, str(tmp_path), port)
+        mp.start_processes(extract_in_part, given, nprocs=2, start_method="forkserver")
     alone = FeatureStore().extract(wanted(run), scenes[0], IMAGES)
     together = FeatureStore(tmp_path).extract(wanted(run), scenes[0], IMAGES)
     for key, array in alone.items():

@@ -188,7 +188,7 @@ def test_refusals_come_first(
 @pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_while_it_trains(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics, end = tmp_path / "run/metrics.jsonl", time.monotonic() + 60
+    metrics, end = tmp_path / "run/metrics.jsonl", time.monotonic() + 600
 
     def stop() -> None:
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:

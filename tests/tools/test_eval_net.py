@@ -108,7 +108,7 @@ def test_a_run_is_evaluated_from_any_directory(run, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     table = done.stdout.splitlines()
@@ -416,7 +416,7 @@ def test_two_processes_give_the_table_of_one(run, tmp_path):
     outputs = []
     for name, start in (("one", [sys.executable, *command]), ("two", [*several, "--features", str(tmp_path / "f")])):
         start = [*start, "--output", str(tmp_path / f"{name}.json")]
-        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         outputs.append((done.stdout, json.loads((tmp_path / f"{name}.json").read_text())["rows"]))
     assert len(outputs[0][1]) == len(outputs[1][1]) == 12
@@ -442,6 +442,6 @@ def test_an_error_of_one_process_ends_all(run, tmp_path):
     command += ["--checkpoint", str(run), "--protocol", "knn", "train.device=cpu", "--features", str(tmp_path / "f")]
     command += ["--train-shards", str(shards), "--test-shards", str(run.parent / "scenes" / "val")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert f"eval_net.py (rank 0): sample 95 ({dataset.key(95)!r}) of {shards} cannot be used: " in done.stderr

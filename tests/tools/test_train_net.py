@@ -104,7 +104,7 @@ def test_runs_from_any_directory(command, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"done: {tmp_path / 'run'}\n")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def pip(*arguments: object) -> None:
     command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", *map(str, arguments)]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_training_and_evaluation(wheel: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
     def run(*words: str, status: int = 0) -> str:
-        done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 

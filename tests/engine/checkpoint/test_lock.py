@@ -24,22 +24,23 @@ from jepa_kit.lock import only_run_in
 
 with only_run_in(Path(sys.argv[1])):
     if os.fork() == 0:  # a loader worker, which outlives it for a while
-        time.sleep(30)
+        time.sleep(600)
         os._exit(0)
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
 
 
 @pytest.fixture
 def hold():
-    """Start another process that locks a folder for some seconds, and return it."""
+    """Start another process that locks a folder until its stdin is closed, and return it."""
     started = []
 
-    def start(folder, seconds):
+    def start(folder):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", HOLDER, str(folder), str(seconds)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        command = [sys.executable, "-c", HOLDER, str(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -48,12 +49,13 @@ def hold():
     for process in started:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        process.stdin.close()
         process.stdout.close()
 
 
 def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
     config = tiny()
-    hold(Path(config.train.output_dir), 60)
+    hold(Path(config.train.output_dir))
     file = config.save(tmp_path)
     script = "import sys; from jepa_kit.config import load_config; from jepa_kit.training import train\n"
     script += "train(load_config(sys.argv[1]))"
@@ -62,13 +64,13 @@ def test_a_signal_ends_a_start_that_waits(tiny, tmp_path, hold):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("waiting up to 120 s for process ")
         process.terminate()
-        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.wait(timeout=100) == -signal.SIGTERM
 
 
 def test_a_second_run_in_a_folder(tiny, tmp_path, hold, monkeypatch, capsys):
     monkeypatch.setattr(lock, "TIMEOUT", 1.0)
     run = train(tiny("checkpoint.every=2"))
-    other = hold(run, 60)
+    other = hold(run)
     (run / ".checkpoint_00000008.pt.part").write_text("the other is writing it")
     message = rf"train.output_dir \(='{run}'\) is in use by process {other.pid} on \S+: wait for that run, end it, or"
     with pytest.raises(ValueError, match=message):
@@ -77,15 +79,19 @@ def test_a_second_run_in_a_folder(tiny, tmp_path, hold, monkeypatch, capsys):
     assert (run / ".checkpoint_00000008.pt.part").exists()
     other.kill()
     other.wait()
-    start = time.monotonic()
     train(tiny("checkpoint.every=2"), resume=True)  # nothing is left behind, though the worker is still there
-    assert time.monotonic() - start < 20
     assert "resumed at step 6\n" in capsys.readouterr().out
     assert not (run / ".lock").exists()
 
 
-def test_one_that_is_on_its_way_out_is_waited_for(tmp_path, hold, capsys):
-    other = hold(tmp_path / "run", 1)
+def test_one_that_is_on_its_way_out_is_waited_for(tmp_path, hold, monkeypatch, capsys):
+    other, plain = hold(tmp_path / "run"), time.sleep
+
+    def sleep(seconds):
+        other.stdin.close()  # it ends while it is waited for
+        plain(seconds)
+
+    monkeypatch.setattr(time, "sleep", sleep)
     with only_run_in(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert capsys.readouterr().out.startswith(f"waiting up to 120 s for process {other.pid} on ")
@@ -93,10 +99,11 @@ def test_one_that_is_on_its_way_out_is_waited_for(tmp_path, hold, capsys):
 
 def test_a_lock_whose_machine_is_gone(tmp_path, hold):
     """A file server may keep the lock: the file is deleted by hand, and the next run locks a new one."""
-    hold(tmp_path, 1)
+    other = hold(tmp_path)
     (tmp_path / ".lock").unlink()
     with only_run_in(tmp_path):
-        time.sleep(1.5)
+        other.stdin.close()
+        assert other.wait() == 0
         assert (tmp_path / ".lock").exists()
 
 
