@@ -13,6 +13,8 @@ import ast
 import io
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from jepa_kit.config import config_from_dict
 from jepa_kit.data.shards.writing import Sample, write_index, write_shard
 from jepa_kit.engine.estimate import estimate_step
 from jepa_kit.engine.logging.curves import plot_curves
+from jepa_kit.random_state import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = (
@@ -89,6 +92,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames.append("whole_runs")
         if "gpu" in marks and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Random numbers of a test do not depend on those before it, which are others each time with several workers."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nor do those of a fixture that several tests share, and of the test that makes it."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with seeded(zlib.crc32(f"{request.node.nodeid} {fixturedef.argname}".encode())):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
