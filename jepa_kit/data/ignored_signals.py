@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held(numbers: Sequence[signal.Signals]) -> Iterator[None]:
-    """Hold signals back, here and in processes that start inside, which may die of them until they ``ignore`` them."""
+def blocked(numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Block signals, here and in processes that start inside, which may die of them until they ``ignore`` them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -18,7 +18,7 @@ def held(numbers: Sequence[signal.Signals]) -> Iterator[None]:
 
 
 def ignore(numbers: Sequence[signal.Signals]) -> None:
-    """Ignore signals in this process, also those that were held back."""
+    """Ignore signals in this process, also those that were blocked."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from jepa_kit.compat import worker_error
-from jepa_kit.data.ignored_signals import held, ignore
+from jepa_kit.data.ignored_signals import blocked, ignore
 from jepa_kit.machine import cores_of_rank
 
 FILES = 40
@@ -66,7 +66,7 @@ def load(
         generator=torch.Generator(),  # for the seed of the workers, so that it does not advance the run's generator
         worker_init_fn=_start,
     )
-    with held(IGNORED):  # a worker that has just started does not ignore them yet
+    with blocked(IGNORED):  # a worker that has just started does not ignore them yet
         made = iter(loader)
         _workers.update(getattr(made, "_workers", ()))
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager
 
-from jepa_kit.data.ignored_signals import held, ignore
+from jepa_kit.data.ignored_signals import blocked, ignore
 from jepa_kit.data.shards.tars import Refusal
 from jepa_kit.data.shards.writing import Packed, pack
 from jepa_kit.data.sources.base import Refused, Source
@@ -57,7 +57,7 @@ class Workers(AbstractContextManager["Workers"]):
         start, chunk = 0, 1
         while pending or start < len(numbers):
             while start < len(numbers) and len(pending) < AHEAD * self._workers:
-                with held(IGNORED):  # the first chunk starts the workers
+                with blocked(IGNORED):  # the first chunk starts the workers
                     pending.append(self._pool.submit(_make, numbers[start : start + chunk].tolist()))
                 start += chunk
             made = pending.popleft().result()
