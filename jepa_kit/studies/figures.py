@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jepa_kit.plotting import Axes, Figure, colormaps, save_figure
-from jepa_kit.studies.summary import Summary
+from jepa_kit.studies.cells import Job
+from jepa_kit.studies.summary import Outcome, Summary
 
 DPI = 150
 PANELS = 3
@@ -64,59 +65,79 @@ def draw_cost(summary: Summary, file: Path) -> list[Path]:
     outcomes = [x for x in summary.outcomes if any(x in arm.figures for arm in summary.arms)]
     if not outcomes:
         return []
-    baselines = [job for job in summary.plan.baselines if job.title in summary.baselines]
-    styles = dict(zip(dict.fromkeys(job.baseline for job in baselines), itertools.cycle(LINES)))
+    kinds = [job.baseline for job in summary.plan.baselines if job.title in summary.baselines]
+    styles = dict(zip(dict.fromkeys(kinds), itertools.cycle(LINES)))
     costs = [arm.tflop for arm in summary.arms]
-    alike = max(costs) <= ALIKE * min(costs)
-    if alike:
+    columns = min(PANELS, len(outcomes))
+    if max(costs) <= ALIKE * min(costs):
+        draw, legend_columns = _draw_rows, len(styles)
         fig, axes = _panels_of_arms([arm.name for arm in summary.arms], len(outcomes))
     else:
-        columns = min(PANELS, len(outcomes))
+        draw, legend_columns = _draw_over_cost, columns
         rows = -(-len(outcomes) // columns)
         legend = 0.35 + 0.2 * -(-(len(summary.arms) + len(styles)) // columns)
         fig = Figure(figsize=(0.8 + 3.0 * columns, 2.9 * rows + legend), layout="constrained")
         axes = fig.subplots(rows, columns, squeeze=False)
-    colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
     for ax, outcome in zip(axes.flat, outcomes, strict=False):
-        for k, arm in enumerate(summary.arms):
-            figure = arm.figures.get(outcome)
-            if figure is None:
-                continue
-            mean, values = 100 * figure.mean, [100 * value for value in figure.values.values()]
-            bar = None if figure.deviation is None else 100 * figure.deviation
-            if alike:
-                ax.plot(values, [-k] * len(values), "|", color=NEITHER, ms=7)
-                ax.errorbar(mean, -k, xerr=bar, fmt="s", ms=5, color=OF_ARMS)
-            else:
-                colour, form = colours[k % len(colours)], "o" if k < len(colours) else "s"
-                ax.plot([arm.tflop] * len(values), values, ".", color=colour)
-                ax.errorbar(arm.tflop, mean, yerr=bar, fmt=form, capsize=3, color=colour, label=arm.name, alpha=0.75)
-        for job in baselines:
-            row = summary.baselines[job.title].get(outcome)
-            if row is None:
-                continue
-            look = {"color": "0.4", "ls": styles[job.baseline], "lw": 1, "label": f"{job.baseline} (baseline)"}
-            if alike:  # in the rows of its arms
-                places = [place for k in job.arms for place in (-k + 0.5, -k - 0.5, math.nan)]
-                ax.plot([100 * row.accuracy] * len(places), places, **look)
-            else:
-                ax.axhline(100 * row.accuracy, **look)
+        draw(ax, summary, outcome, styles)
         ax.set_title(summary.heading(outcome, "\n"), fontsize=9)
-        ax.set_xlabel(f"%, with {costs[0]:.3g} TFLOP a run" if alike else "TFLOP of a run", fontsize=8)
-        if not alike:
-            ax.set_ylabel("%", fontsize=8)
-            ax.tick_params(labelsize=8)
-            ax.grid(color="0.92")
-            ax.margins(x=0.15)
-            if max(costs) > WIDE * min(costs):
-                ax.set_xscale("log")
     _hide(list(axes.flat)[len(outcomes) :])
     _head(fig, summary, "accuracy of each seed, mean and standard deviation")
     handles = {name: mark for ax in axes.flat for mark, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
-        columns = len(handles) if alike else len(axes[0])
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=legend_columns, fontsize=8)
     return [save_figure(fig, file, dpi=DPI, format=file.suffix[1:])]
+
+
+def _draw_rows(ax: Axes, summary: Summary, outcome: Outcome, styles: Mapping[str | None, Any]) -> None:
+    """Draw arms in rows of a panel of ``_panels_of_arms``, and baselines in the rows of their arms."""
+    for k, values, mean, bar in _accuracies(summary, outcome):
+        ax.plot(values, [-k] * len(values), "|", color=NEITHER, ms=7)
+        ax.errorbar(mean, -k, xerr=bar, fmt="s", ms=5, color=OF_ARMS)
+    for job, accuracy, look in _baselines(summary, outcome, styles):
+        places = [place for k in job.arms for place in (-k + 0.5, -k - 0.5, math.nan)]
+        ax.plot([accuracy] * len(places), places, **look)
+    ax.set_xlabel(f"%, with {summary.arms[0].tflop:.3g} TFLOP a run", fontsize=8)
+
+
+def _draw_over_cost(ax: Axes, summary: Summary, outcome: Outcome, styles: Mapping[str | None, Any]) -> None:
+    """Draw arms over their cost, and baselines as lines."""
+    colours = colormaps["tab10" if len(summary.arms) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    costs = [arm.tflop for arm in summary.arms]
+    for k, values, mean, bar in _accuracies(summary, outcome):
+        colour, form = colours[k % len(colours)], "o" if k < len(colours) else "s"
+        ax.plot([costs[k]] * len(values), values, ".", color=colour)
+        label = summary.arms[k].name
+        ax.errorbar(costs[k], mean, yerr=bar, fmt=form, capsize=3, color=colour, label=label, alpha=0.75)
+    for _, accuracy, look in _baselines(summary, outcome, styles):
+        ax.axhline(accuracy, **look)
+    ax.set_xlabel("TFLOP of a run", fontsize=8)
+    ax.set_ylabel("%", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(color="0.92")
+    ax.margins(x=0.15)
+    if max(costs) > WIDE * min(costs):
+        ax.set_xscale("log")
+
+
+def _accuracies(summary: Summary, outcome: Outcome) -> Iterator[tuple[int, list[float], float, float | None]]:
+    """Yield the number of each arm with figures, and in % those of its seeds, their mean and their deviation."""
+    for k, arm in enumerate(summary.arms):
+        figure = arm.figures.get(outcome)
+        if figure is not None:
+            bar = None if figure.deviation is None else 100 * figure.deviation
+            yield k, [100 * value for value in figure.values.values()], 100 * figure.mean, bar
+
+
+def _baselines(
+    summary: Summary, outcome: Outcome, styles: Mapping[str | None, Any]
+) -> Iterator[tuple[Job, float, dict[str, Any]]]:
+    """Yield each baseline that has a figure, the figure in %, and how its line looks."""
+    for job in summary.plan.baselines:
+        row = summary.baselines.get(job.title, {}).get(outcome)
+        if row is not None:
+            look = {"color": "0.4", "ls": styles[job.baseline], "lw": 1, "label": f"{job.baseline} (baseline)"}
+            yield job, 100 * row.accuracy, look
 
 
 def _panels_of_arms(names: Sequence[str], count: int) -> tuple[Figure, Any]:

@@ -166,6 +166,8 @@ def test_arms_of_one_cost_are_drawn_below_each_other(study, monkeypatch, tmp_pat
     assert [text.get_text() for text in ax.get_yticklabels()] == ["base", "better", "bad", "open"]
     assert (means(ax, "y"), means(ax, "x")) == ([0, -1, -2], pytest.approx([31.0, 36.1667, 20.0], abs=1e-3))
     assert legend == ["pixels (baseline)"]
+    (fig,) = draw_cost(dataclasses.replace(summary, arms=summary.arms[:1], baselines={}), tmp_path / "cost.png")
+    assert fig.legends == []
     ax, legend = drawn([2.0, 4.0, 1.0, 3.0])
     assert (means(ax, "x"), ax.get_xscale()) == ([2.0, 4.0, 1.0], "linear")
     assert legend == ["bad", "base", "better", "pixels (baseline)"]
