@@ -20,7 +20,8 @@ class Masker(Protocol):
     """Interface of a masker, a class registered in ``MASKERS``: masks are a pure function of its arguments.
 
     A masker that truncates sets may also have ``before_truncation``, with the same arguments, which returns the
-    complete sets; tools/mask_report.py shows both.
+    complete sets; tools/mask_report.py shows both. One whose contexts may contain patches of their targets has
+    ``allow_overlap``, true; otherwise a run with such masks does not start.
     """
 
     grid: Grid
@@ -46,6 +47,9 @@ class Encoder(Protocol):
         patch_size: side of a patch in pixels.
         embed_dim: D, the width of its tokens.
         depth: number of layers; ``forward_layers`` returns any of them.
+
+    With ``patches``, tokens may depend on the pixels of these alone, and not on those of ``patches.hidden``. An encoder
+    for which this does not hold has ``mixes_patches``, true; otherwise a run with masks does not start.
     """
 
     grid: Grid

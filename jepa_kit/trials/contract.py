@@ -12,7 +12,7 @@ B images    N patches of an image    P_c, P_t patches of all contexts and target
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -33,7 +33,7 @@ from jepa_kit.random_state import seeded
 from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.registry import ENCODERS, HEADS, LOSSES, RECIPES, TRANSFORMS, registry_of
 from jepa_kit.structures import MaskBatch, Output, PatchSets, Prediction, View
-from jepa_kit.trials.data_contract import check_masker, check_transform
+from jepa_kit.trials.data_contract import check_masker, check_transform, with_members
 from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
@@ -59,17 +59,10 @@ def check_parts(config: Config, device: torch.device, *, weights_of: Recipe | No
             if every or not of_jepa_kit(transform):
                 check_transform(Trial("transform", name), transform)
     masker = build_masker(config) if "masker" in config.slots else None
-    if masker and (every or not all(map(of_jepa_kit, _with_members(masker)))):
+    if masker and (every or not all(map(of_jepa_kit, with_members(masker)))):
         check_masker(Trial("masker", config.slots["masker"].name), masker, config)
     if weights_of is None or every or not all(of_jepa_kit(part) for _, _, part in _parts_of(config, weights_of)):
         _check_networks(config, device, weights_of, every)
-
-
-def _with_members(masker: Any) -> Iterator[Any]:
-    """Yield a masker and those that it is made of."""
-    yield masker
-    for member in getattr(masker, "members", ()):
-        yield from _with_members(member)
 
 
 def _ships_with_jepa_kit(config: Config) -> bool:
@@ -129,6 +122,8 @@ def _check_network(trial: Trial, jepa: Recipe, views: Sequence[View]) -> None:
         half = torch.arange(max(1, encoder.grid[0] * encoder.grid[1] // 2), device=images.device)
         some = PatchSets.from_padded(half.expand(len(images), -1)) if masks is None else masks.context
         check_encoder(trial, encoder, images, some)
+        if masks is not None and not getattr(encoder, "mixes_patches", False):
+            check_sight(trial, encoder, images, some)
     elif registry is HEADS:
         check_head(trial, jepa, images)
     elif registry is None:
@@ -190,6 +185,31 @@ def check_encoder(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSet
         trial.same(layers, again)
 
 
+def check_sight(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSets) -> None:
+    """Check that tokens of contexts do not depend on the pixels of patches that are hidden, or in no context.
+
+    These patches are turned by 180 degrees, which keeps the mean and the variance of each image.
+    """
+    p, (rows, columns) = encoder.patch_size, encoder.grid
+    seen = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
+    at = slice(None) if contexts.hidden is None else ~contexts.hidden
+    seen[contexts.image_of_token[at], contexts.index[at]] = True
+    turned = images.clone()
+    patches = turned[..., : rows * p, : columns * p].unflatten(3, (columns, p)).unflatten(2, (rows, p))
+    here = seen.view(-1, 1, rows, 1, columns, 1)
+    patches.copy_(torch.where(here, patches, patches.flip(3, 5)))
+    encoder.eval()
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        before, after = (trial.twice(lambda x=x: encoder(x, contexts))[0] for x in (images, turned))
+    encoder.train()
+    trial.need(
+        float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()),
+        "gave other tokens of a context if pixels outside of the context, or of its hidden patches, change, so it sees "
+        "what is to be predicted: select the patches before tokens are mixed, and put a mask token in place of hidden "
+        "ones (patches.hidden). An encoder that means this declares mixes_patches = True",
+    )
+
+
 def check_target(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> None:
     """Check the attributes, and the targets of all target patches, which may be codes."""
     target: Any = jepa.target
@@ -234,9 +254,10 @@ def check_loss(trial: Trial, jepa: JEPA, images: Tensor, masks: MaskBatch) -> No
     one, other = trial.twice(lambda: loss(at), pure=True)
     trial.need(agree(one, other), f"{but} draws random numbers: a regulariser declares is_distance = False")
     right = trial.call(lambda: loss(Prediction(truth, truth, context, masks)))
+    exact, apart = float(right.detach()), float(first.detach())
     trial.need(
-        float(right) <= float(first) * (1 + 1e-6) + 1e-6,
-        f"{but} is {float(right):.4g} if predictions equal targets, and {float(first):.4g} if they do not: "
+        exact <= apart * (1 + 1e-6) + 1e-6,
+        f"{but} is {exact:.4g} if predictions equal targets, and {apart:.4g} if they do not: "
         "a loss that is not a distance declares is_distance = False",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -63,3 +64,27 @@ def check_masker(trial: Trial, masker: Any, config: Config) -> None:
         trial.need(not missing, f"gave no {name} set for image {missing[:1]} of {IMAGES}")
         trial.need(images <= set(range(IMAGES)), f"gave a {name} set for image {max(images)}, but there are {IMAGES}")
     trial.same(first, second)
+    if not any(getattr(part, "allow_overlap", False) for part in with_members(masker)):
+        _check_apart(trial, first)
+
+
+def with_members(masker: Any) -> Iterator[Any]:
+    """Yield a masker and those that it is made of."""
+    yield masker
+    for member in getattr(masker, "members", ()):
+        yield from with_members(member)
+
+
+def _check_apart(trial: Trial, masks: MaskBatch) -> None:
+    """Check that no target patch is in the context that it is predicted from, unless contexts say what is hidden."""
+    if masks.context.hidden is not None:
+        return
+    contexts = masks.context.split()
+    for target, of, image in zip(masks.targets.split(), masks.context_of, masks.targets.image, strict=True):
+        both = np.intersect1d(target, contexts[of])
+        trial.need(
+            not len(both),
+            f"gave {len(both)} of the {len(target)} patches of a target (first patch {both[:1]} of image {int(image)}) to "
+            "the context that it is predicted from, so nothing needs to be predicted there: a masker that means this "
+            "declares allow_overlap = True",
+        )

@@ -25,6 +25,8 @@ class Sequence:
         grid: (H, W), each at least 4.
     """
 
+    allow_overlap = True
+
     def __init__(self, *, grid: Grid) -> None:
         self.grid = check_grid(grid)
 

@@ -1,6 +1,7 @@
 """The contract of user-defined parts: each way to break it has a message, and the check itself changes nothing."""
 
 import contextlib
+import dataclasses
 import json
 import random
 import re
@@ -231,6 +232,13 @@ class OtherGrid(OwnMasker):
         super().__init__(grid=(grid[0] * 2, grid[1]))
 
 
+class Shown(OwnMasker):
+    def __call__(self, samples, *, seed, epoch, step=0):
+        masks = super().__call__(samples, seed=seed, epoch=epoch)
+        whole = PatchSets.full(len(samples), 16)
+        return MaskBatch(whole, masks.targets, masks.grid, masks.context_of)
+
+
 class FewImages(OwnMasker):
     def __call__(self, samples, *, seed, epoch, step=0):
         return super().__call__(samples[:-1], seed=seed, epoch=epoch)
@@ -265,6 +273,20 @@ class OwnViT(NumpyNoise):
 class Dense(OwnViT):
     def forward(self, images, patches=None):
         return super().forward(images)
+
+
+class Mixing(OwnViT):
+    """Attends to all patches of an image, and takes those of the context afterwards."""
+
+    def forward(self, images, patches=None):
+        tokens = super().forward(images)
+        return tokens if patches is None else patches.gather(tokens.unflatten(0, (len(images), -1)))
+
+
+class NotHiding(OwnViT):
+    def forward(self, images, patches=None):
+        seen = None if patches is None else dataclasses.replace(patches, hidden=None)
+        return super().forward(images, seen)
 
 
 class TwoLayers(OwnViT):
@@ -442,9 +464,11 @@ BREACHES = [
     ("masker", NoGridAttribute, r"has the attribute grid None, not \(4, 4\)"),
     ("masker", OtherGrid, r"gave masks of the grid \(8, 4\), but images have \(4, 4\)"),
     ("masker", FewImages, r"gave no context set for image \[3\] of 4"),
+    ("masker", Shown, r"gave 8 of the 8 patches of a target .first patch \[\d+\] of image 0. to the context"),
     ("masker", Table, "failed in a trial call: ValueError: index must be a 1-D int64 tensor"),
     ("encoder", NumpyNoise, "gave different results in two calls"),
     ("encoder", Dense, r"gave a tensor of shape \[64, 16\] for the contexts \[P_c, embed_dim\], not \["),
+    ("encoder", Mixing, "gave other tokens of a context if pixels outside of the context, or of its hidden patches"),
     ("encoder", TwoLayers, r"gave 2 tensors for one layer of forward_layers"),
     ("encoder", Unused, r"no gradient reaches 2 of \d+ parameters, first encoder.head.weight, with encoder 'own'"),
     ("encoder", NumpyWeights, r"the first weights differ in two builds with one train.seed, first encoder.norm.weight"),
@@ -482,6 +506,31 @@ def test_a_breach_is_named(own, slot, part, message):
     with pytest.raises(ContractError, match=rf"(?s){message}") as caught:
         check_parts(config, CPU, weights_of=jepa)
     assert f"{slot} 'own'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("slot", "part", "declaration"), [("masker", Shown, "allow_overlap"), ("encoder", Mixing, "mixes_patches")]
+)
+def test_what_would_be_a_leak_can_be_meant(own, slot, part, declaration):
+    meant = type("Meant", (part,), {declaration: True})
+    check_parts(own(slot, meant), CPU)
+
+
+def test_the_pixels_of_hidden_patches_do_not_reach_an_encoder(own):
+    own("encoder", NotHiding)
+    raw = {**RAW, "encoder": {**RAW["encoder"], "name": "own"}, "masker": {"name": "in_place"}}
+    with pytest.raises(ContractError, match="encoder 'own' gave other tokens of a context if pixels outside"):
+        check_parts(config_from_dict({**raw, "predictor": {"name": "tokens"}}), CPU)
+
+
+@pytest.mark.parametrize("input_norm", ["none", "image"])
+def test_statistics_of_the_whole_image_are_no_leak(own, input_norm):
+    class Normalising(ViT):
+        pass
+
+    raw = own("encoder", Normalising).to_dict()
+    raw["encoder"]["input_norm"] = input_norm
+    check_parts(config_from_dict(raw), CPU)
 
 
 def test_num_draws(own):
