@@ -174,7 +174,10 @@ def _plan(
         else:
             own = given if probe.label is None else [probe.label]
             if not own:
-                raise ValueError(f"labels (=[]) must name at least one; the shards in {train.path} carry none")
+                raise ValueError(
+                    f"labels (=[]) must name at least one; the shards in {train.path} carry none: images in a "
+                    "sub-folder for each class have them, and jepa-shards --labels reads them from a table"
+                )
             needed += own
         fitting = [n for n in networks if n.encoder is not None or not probe.trains_encoder]
         if not fitting:

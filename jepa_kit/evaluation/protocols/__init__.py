@@ -12,6 +12,7 @@ finetune        the encoder itself, trained with labels
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,15 +67,10 @@ def plain_options(built: Sequence[Built]) -> list[dict[str, Any]]:
 
 
 def parse_specs(texts: Sequence[str]) -> list[Spec]:
-    """Parse a user's specs: names separated by commas, or mappings in YAML: ``{name: knn, neighbours: [5]}``.
+    """Parse a user's specs: names, and mappings in YAML, separated by commas: ``linear, {name: knn, neighbours: [5]}``.
 
     Raises:
         ConfigError: a text that begins with { and is not YAML.
     """
-    specs: list[Spec] = []
-    for text in texts:
-        if text.lstrip().startswith("{"):
-            specs.append(parse_yaml(text, "--protocol"))
-        else:
-            specs += [name.strip() for name in text.split(",")]
-    return specs
+    parts = [part.strip() for text in texts for part in re.split(r",(?![^{]*\})", text)]  # no comma inside {}
+    return [parse_yaml(part, "--protocol") if part.startswith("{") else part for part in parts]

@@ -238,6 +238,11 @@ def test_invalid_specs(specs, message):
 def test_specs_as_a_user_writes_them():
     texts = ["linear, knn", "{name: logistic, subsets: [1%, 10/class]}"]
     assert parse_specs(texts) == ["linear", "knn", {"name": "logistic", "subsets": ["1%", "10/class"]}]
+    assert parse_specs([f"{texts[0]}, {texts[1]},{{name: knn, pooling: class}}, dense"]) == [
+        *parse_specs(texts),
+        {"name": "knn", "pooling": "class"},
+        "dense",
+    ]
     with pytest.raises(ConfigError):
         parse_specs(["{name: knn"])
     (first, second) = build_protocols(["knn", {"name": "knn", "neighbours": [5]}])
