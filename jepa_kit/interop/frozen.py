@@ -6,7 +6,7 @@ B = images    N = H * W patches of an image    D = width
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,12 @@ Pictures = Image.Image | str | os.PathLike[str] | NDArray[np.uint8]
 def opened(image: Pictures) -> Image.Image:
     """Return an image in RGB."""
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"images must have pixels, and one has {image.height} x {image.width}")
         return to_rgb(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
+        if image.dtype != np.uint8 or not shaped or not image.size:
             raise ValueError(f"images must be uint8 [h, w, 3] or [h, w], not {image.dtype} of shape {image.shape}")
         return Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image).convert("RGB")
     if not isinstance(image, str | os.PathLike):
@@ -102,9 +105,8 @@ class FrozenEncoder(nn.Module):
                     f"images must be uint8 [B, 3, h, w], not {images.dtype} of shape {tuple(images.shape)}"
                 )
             return normalize(images, self.provenance.mean, self.provenance.std)
-        one = isinstance(images, Image.Image | str | os.PathLike) or (
-            isinstance(images, np.ndarray) and images.ndim < 4
-        )
+        one = not isinstance(images, Iterable) or isinstance(images, Image.Image | str | os.PathLike)
+        one = one or (isinstance(images, np.ndarray) and images.ndim < 4)
         several = [images] if one else list(images)  # type: ignore[arg-type]
         if not several:
             raise ValueError("there must be at least one image")
@@ -129,6 +131,20 @@ class FrozenEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return ``forward_features(images)``."""
         return self.forward_features(images)
+
+
+def sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return (height, width) of a size in pixels, one number for a square; None for None.
+
+    Raises:
+        ValueError: it is not one whole number above 0, or two.
+    """
+    if image_size is None:
+        return None
+    found = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size,) * 2
+    if len(found) != 2 or not all(type(side) is int and side > 0 for side in found):
+        raise ValueError(f"image_size (={image_size!r}) must be a number of pixels, or (height, width)")
+    return found
 
 
 def load_encoder(
@@ -166,6 +182,7 @@ def load_encoder(
         CheckpointError: it cannot be read, has no known format, or does not contain this encoder.
         ValueError: an option has an invalid value.
     """
+    size = sides(image_size)
     weights = read_encoder(
         path_or_url,
         encoder,
@@ -175,5 +192,4 @@ def load_encoder(
         prefix=prefix,
         allow_unchecked=allow_unchecked,
     )
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return FrozenEncoder(weights, image_size=size, attention=attention)

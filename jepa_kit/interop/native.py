@@ -95,7 +95,8 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
     part = PARTS["context"] if which == "target" and tied else PARTS[which]
     if part not in there:
         others = ", ".join(map(repr, held)) or "no encoder"
-        raise CheckpointError(f"{source} has no {which} encoder; it contains {others}")
+        take = f"; encoder={held[0]!r} takes it" if held else ""
+        raise CheckpointError(f"{source} has no {which} encoder; it contains {others}{take}")
     state, architecture = checkpoint.part(part), architecture_of(config)
     check_shapes(architecture, state, source)
     positions = checkpoint.origin.get("positions", {}).get(part)

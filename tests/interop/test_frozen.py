@@ -82,6 +82,12 @@ def test_preprocessing_of_paths_and_arrays(make_weights, tmp_path):
         encoder.preprocess(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match="images must be of Pillow, paths, numpy arrays or a tensor, not a int"):
         encoder.preprocess([3])
+    with pytest.raises(ValueError, match="images must be of Pillow, paths, numpy arrays or a tensor, not a NoneType"):
+        encoder.preprocess(None)
+    with pytest.raises(ValueError, match=r"images must be uint8 .*, not uint8 of shape \(0, 4, 3\)"):
+        encoder.preprocess(np.zeros((0, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="images must have pixels, and one has 4 x 0"):
+        encoder.preprocess(Image.new("RGB", (0, 4)))
 
 
 def test_another_image_size_is_said(make_weights, tmp_path):
@@ -99,6 +105,14 @@ def test_another_image_size_is_said(make_weights, tmp_path):
     assert (placed[:36] - content[:36] - table.flatten(2)[0].T).abs().max() < 1e-5
     with pytest.raises(ValueError, match=r"patch_size \(=8\) must divide the height \(=50\) and the width \(=50\)"):
         jepa_kit.load_encoder(tmp_path / "a", image_size=50)
+
+
+@pytest.mark.parametrize("size", [(32,), (32, 32, 3), 0, (32, -8), 32.0, "32", True])
+def test_a_size_that_is_none(size):
+    """It is refused before anything is read."""
+    with pytest.raises(ValueError) as error:
+        jepa_kit.load_encoder("nowhere.pt", image_size=size)
+    assert str(error.value) == f"image_size (={size!r}) must be a number of pixels, or (height, width)"
 
 
 def test_images_of_the_wrong_kind(make_weights, tmp_path):

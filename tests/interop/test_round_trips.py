@@ -96,7 +96,10 @@ def test_an_encoder_alone_becomes_a_checkpoint_with_it_alone(make_weights, tmp_p
     words = write(make_weights(encoder="context"), tmp_path / "a", format)
     assert words.startswith("encoder of a test; step 3; no optimiser")
     assert read_encoder(tmp_path / "a", "context", num_heads=2).provenance.step == 3
-    with pytest.raises(CheckpointError, match=r"a \(jepa_kit\) has no target encoder; it contains 'context'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"a \(jepa_kit\) has no target encoder; it contains 'context'; encoder='context' takes it",
+    ):
         read_encoder(tmp_path / "a", "target", num_heads=2)
     with pytest.raises(
         CheckpointError, match="a test does not state which encoder it contains, and this format has both"
