@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
@@ -18,6 +19,7 @@ from jepa_kit.registry import (
     ENCODERS,
     HEADS,
     LOSSES,
+    MASKERS,
     PREDICTORS,
     RECIPES,
     TARGET_UPDATES,
@@ -171,6 +173,9 @@ def _build(part: Part, slot: str, supplied: Mapping[str, Any]) -> Any:
             if registry.get(part.name).__module__.startswith("jepa_kit."):
                 raise
             raise ValueError(f"{part.name!r} failed in its constructor: {type(error).__name__}: {error}") from error
+        made = isinstance(built, nn.Module) and "_modules" in vars(built)
+        if not made and registry not in (MASKERS, TARGET_UPDATES):
+            raise ValueError(f"{part.name!r} must be a torch.nn.Module whose constructor calls super().__init__()")
         if missing := [name for name in ATTRIBUTES.get(registry.slot, ()) if not hasattr(built, name)]:
             raise ValueError(f"{part.name!r} must have the attribute {', '.join(missing)}, which the recipe reads")
         return built

@@ -80,10 +80,17 @@ def signature_options(factory: Callable[..., Any]) -> Mapping[str, Option]:
     """Return the arguments of a callable by name.
 
     Raises:
-        TypeError: an argument has no annotation or is not keyword-only, or there are ``*args`` or ``**kwargs``.
+        TypeError: an argument has no annotation, or one with an unknown name, or is not keyword-only, or there are
+            ``*args`` or ``**kwargs``.
     """
     init = factory.__init__ if inspect.isclass(factory) else factory
-    hints = typing.get_type_hints(init)
+    try:
+        hints = typing.get_type_hints(init)
+    except (AttributeError, NameError) as error:
+        raise TypeError(
+            f"{factory.__qualname__}: an annotation of its constructor is unknown when the module runs: {error}; an "
+            "import under TYPE_CHECKING is not enough, because annotations are the types of options"
+        ) from error
     options: dict[str, Option] = {}
     for name, p in inspect.signature(factory).parameters.items():
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
@@ -216,7 +223,7 @@ def located(path: str) -> Iterator[None]:
 
     Raises:
         ConfigError: instead of a ValueError, its cause; a ConfigError passes unchanged.
-        TypeError: instead of a TypeError, its cause.
+        TypeError, FileNotFoundError: instead of one, its cause.
     """
     try:
         yield
@@ -226,6 +233,8 @@ def located(path: str) -> Iterator[None]:
         raise ConfigError([f"{path}: {error}"]) from error
     except TypeError as error:
         raise TypeError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}") from error
 
 
 def build_part(path: str, raw: Mapping[str, Any], registry: PartRegistry, **supplied: Any) -> Any:

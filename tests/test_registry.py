@@ -71,6 +71,10 @@ class Bare:
     def __init__(self, *, ratio) -> None: ...  # type: ignore[no-untyped-def]
 
 
+class Unknown:
+    def __init__(self, *, ratio: Ratio) -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+
 class Open:
     def __init__(self, **options: int) -> None: ...
 
@@ -80,6 +84,10 @@ class Open:
     [
         (Positional, "Positional: argument 'ratio' must be keyword-only (put a * before it)"),
         (Bare, "Bare: argument 'ratio' needs an annotation: it is the option's type"),
+        (
+            Unknown,
+            "Unknown: an annotation of its constructor is unknown when the module runs: name 'Ratio' is not defined",
+        ),
         (Open, "Open: **options must be replaced by the options themselves, each keyword-only with an annotation"),
     ],
 )

@@ -26,7 +26,7 @@ def resolve_imports(raw: Any, folder: str, problems: list[str]) -> list[str]:
         problems: gets a line if ``raw`` is not a list of names; the result is empty then.
     """
     if not isinstance(raw, list) or not all(isinstance(x, str) and x for x in raw):
-        problems.append(f"imports (={raw!r}) must be a list of modules, such as [projects.my_variant.masker]")
+        problems.append(f"imports (={raw!r}) must be a list of files and modules, such as [my_masker.py]")
         return []
     return [os.path.abspath(os.path.join(folder, os.path.expanduser(x))) if x.endswith(".py") else x for x in raw]
 

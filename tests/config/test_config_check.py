@@ -96,7 +96,7 @@ BLOCKS = "It takes: num_targets, scale, overlap"
             "data.image_size (='big') must be a list of 2 (an int, an int), or one int for a square",
         ),
         ("data: {image_size: 32.0}", "data.image_size (=32.0) must be a list of 2 (an int, an int), or one int for"),
-        ("imports: a.b", "imports (='a.b') must be a list of modules, such as [projects.my_variant.masker]"),
+        ("imports: a.py", "imports (='a.py') must be a list of files and modules, such as [my_masker.py]"),
     ],
 )
 def test_one_mistake(problems: Problems, text: str, line: str) -> None:

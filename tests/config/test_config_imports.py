@@ -173,7 +173,7 @@ def test_a_bug_of_a_module_keeps_its_traceback(write: Write) -> None:
 
 @pytest.mark.parametrize("value", ["my_part", "[3]", "['']", "{a: b}"])
 def test_imports_that_are_no_list_of_modules(write: Write, value: str) -> None:
-    message = r"imports \(=.*\) must be a list of modules, such as \[projects\.my_variant"
+    message = r"imports \(=.*\) must be a list of files and modules, such as \[my_masker"
     valid = write(name="valid.yaml")
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(write(f"_BASE_: valid.yaml\nimports: {value}"), ["train.epochs=0"])

@@ -164,13 +164,13 @@ def test_a_teacher_that_does_not_fit(student, other, options, message):
 
 
 def test_a_missing_teacher_hides_no_other_mistake(student):
-    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"^target_update: there is no file nowhere\.pt"):
         build_recipe(student(weights="nowhere.pt"))
     with pytest.raises(ConfigError) as caught:
         build_recipe(student("encoder.depth=0", weights="nowhere.pt"))
     depth, missing = caught.value.problems
     assert depth.startswith("encoder: depth (=0)")
-    assert missing == "there is no file nowhere.pt"
+    assert missing == "target_update: there is no file nowhere.pt"
 
 
 def test_layers_that_the_teacher_does_not_have(student, teacher):

@@ -328,6 +328,15 @@ class Broken(nn.Module):
         self.weight = {}["weight"]
 
 
+class NoSuper(nn.Module):
+    def __init__(self, *, image_size: tuple[int, int], patch_size: int, embed_dim: int, depth: int, num_heads: int):
+        self.grid, self.patch_size, self.embed_dim, self.depth = (4, 4), patch_size, embed_dim, depth
+
+
+class NoModule:
+    __init__ = NoSuper.__init__
+
+
 class Detached(ViTPredictor):
     def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
         super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid, width=8, depth=1, num_heads=2)
@@ -533,6 +542,17 @@ def test_statistics_of_the_whole_image_are_no_leak(own, input_norm):
     check_parts(config_from_dict(raw), CPU)
 
 
+def test_a_transform_without_num_draws(own):
+    class Plain:
+        def __init__(self) -> None: ...
+
+        def __call__(self, image, draws):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"transforms\[1\]: 'own' must have the attribute num_draws, how many random"):
+        check_parts(own("transform", Plain), CPU)
+
+
 def test_num_draws(own):
     trial = contract.Trial("transform", "own")
     with pytest.raises(ContractError, match=r"transform 'own' has num_draws \(=1.5\), not a number of at least 0"):
@@ -553,6 +573,8 @@ def test_a_window_of_another_kind():
     [
         (NoDepth, "encoder: 'own' must have the attribute depth, which the recipe reads"),
         (Broken, "encoder: 'own' failed in its constructor: KeyError: 'weight'"),
+        (NoSuper, "encoder: 'own' must be a torch.nn.Module whose constructor calls super().__init__()"),
+        (NoModule, "encoder: 'own' must be a torch.nn.Module whose constructor calls super().__init__()"),
     ],
 )
 def test_a_part_that_cannot_be_built(own, part, message):

@@ -212,12 +212,19 @@ def build_pipeline(
         decoder, max_pixels: see ``Pipeline``.
 
     Raises:
-        ValueError: an unregistered name, an unknown option or a value outside its range.
+        ValueError: an unregistered name, an unknown option, a value outside its range, or a transform without
+            ``num_draws``.
     """
     built = [
         (part.get("name", ""), build_part(f"transforms[{i}]", part, TRANSFORMS, image_size=image_size))
         for i, part in enumerate(transforms)
     ]
+    for i, (name, transform) in enumerate(built):
+        if not hasattr(transform, "num_draws"):
+            raise ValueError(
+                f"transforms[{i}]: {name!r} must have the attribute num_draws, how many random numbers it needs for an "
+                "image"
+            )
     return Pipeline(built, decoder=decoder, max_pixels=max_pixels)
 
 
