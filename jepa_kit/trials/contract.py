@@ -200,7 +200,7 @@ def check_sight(trial: Trial, encoder: Any, images: Tensor, contexts: PatchSets)
     patches.copy_(torch.where(here, patches, patches.flip(3, 5)))
     encoder.eval()
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        before, after = (trial.twice(lambda x=x: encoder(x, contexts))[0] for x in (images, turned))
+        before, after = (trial.twice(partial(encoder, x, contexts))[0] for x in (images, turned))
     encoder.train()
     trial.need(
         float((before - after).abs().max()) <= 1e-3 * float(before.abs().max()),

@@ -85,6 +85,6 @@ def _check_apart(trial: Trial, masks: MaskBatch) -> None:
         trial.need(
             not len(both),
             f"gave {len(both)} of the {len(target)} patches of a target (first patch {both[:1]} of image {int(image)}) "
-            "to the context that it is predicted from, so nothing needs to be predicted there: a masker that means this "
-            "declares allow_overlap = True",
+            "to the context that it is predicted from, so nothing needs to be predicted there: a masker that means "
+            "this declares allow_overlap = True",
         )
