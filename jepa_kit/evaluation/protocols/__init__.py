@@ -12,7 +12,6 @@ finetune        the encoder itself, trained with labels
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +69,7 @@ def parse_specs(texts: Sequence[str]) -> list[Spec]:
     """Parse a user's specs: names, and mappings in YAML, separated by commas: ``linear, {name: knn, neighbours: [5]}``.
 
     Raises:
-        ConfigError: a text that begins with { and is not YAML.
+        ConfigError: a text is not YAML.
     """
-    parts = [part.strip() for text in texts for part in re.split(r",(?![^{]*\})", text)]  # no comma inside {}
-    return [parse_yaml(part, "--protocol") if part.startswith("{") else part for part in parts]
+    lists = [parse_yaml(f"[{text}]", "--protocol") for text in texts]
+    return [spec if isinstance(spec, Mapping) else str(spec) for specs in lists for spec in specs]

@@ -243,8 +243,10 @@ def test_specs_as_a_user_writes_them():
         {"name": "knn", "pooling": "class"},
         "dense",
     ]
-    with pytest.raises(ConfigError):
-        parse_specs(["{name: knn"])
+    assert parse_specs(["dense,{name: x, options: {a: 1, b: 2}}"]) == ["dense", {"name": "x", "options": {"a": 1, "b": 2}}]
+    for text in ("{name: knn", "{name: knn}}"):
+        with pytest.raises(ConfigError):
+            parse_specs([text])
     (first, second) = build_protocols(["knn", {"name": "knn", "neighbours": [5]}])
     assert first[1]["neighbours"] == (10, 20, 100, 200)
     assert second[1]["neighbours"] == (5,)
