@@ -243,7 +243,8 @@ def test_specs_as_a_user_writes_them():
         {"name": "knn", "pooling": "class"},
         "dense",
     ]
-    assert parse_specs(["dense,{name: x, options: {a: 1, b: 2}}"]) == ["dense", {"name": "x", "options": {"a": 1, "b": 2}}]
+    nested = {"name": "x", "options": {"a": 1, "b": 2}}
+    assert parse_specs(["dense,{name: x, options: {a: 1, b: 2}}"]) == ["dense", nested]
     for text in ("{name: knn", "{name: knn}}"):
         with pytest.raises(ConfigError):
             parse_specs([text])
