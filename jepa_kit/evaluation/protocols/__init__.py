@@ -71,5 +71,6 @@ def parse_specs(texts: Sequence[str]) -> list[Spec]:
     Raises:
         ConfigError: a text is not YAML.
     """
-    lists = [parse_yaml(f"[{text}]", "--protocol") for text in texts]
-    return [spec if isinstance(spec, Mapping) else str(spec) for specs in lists for spec in specs]
+    lists = [f"[{text}]" for text in texts]
+    specs = [spec for text in lists for spec in parse_yaml(text, f"--protocol {text}")]
+    return [spec if isinstance(spec, Mapping) else str(spec) for spec in specs]

@@ -1,5 +1,7 @@
 """Properties of every registered protocol of labels, and errors in samples and specs."""
 
+import re
+
 import numpy as np
 import pytest
 from protocol_problems import PROBLEM, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, clusters, task
@@ -246,7 +248,7 @@ def test_specs_as_a_user_writes_them():
     nested = {"name": "x", "options": {"a": 1, "b": 2}}
     assert parse_specs(["dense,{name: x, options: {a: 1, b: 2}}"]) == ["dense", nested]
     for text in ("{name: knn", "{name: knn}}"):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=re.escape(f"--protocol [{text}]: 1 mistake")):
             parse_specs([text])
     (first, second) = build_protocols(["knn", {"name": "knn", "neighbours": [5]}])
     assert first[1]["neighbours"] == (10, 20, 100, 200)
