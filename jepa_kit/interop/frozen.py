@@ -133,7 +133,7 @@ class FrozenEncoder(nn.Module):
         return self.forward_features(images)
 
 
-def sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Return (height, width) of a size in pixels, one number for a square; None for None.
 
     Raises:
@@ -182,7 +182,7 @@ def load_encoder(
         CheckpointError: it cannot be read, has no known format, or does not contain this encoder.
         ValueError: an option has an invalid value.
     """
-    size = sides(image_size)
+    size = _sides(image_size)
     weights = read_encoder(
         path_or_url,
         encoder,

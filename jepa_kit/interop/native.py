@@ -89,13 +89,13 @@ def encoder_of(checkpoint: Checkpoint, encoder: str | None, source: str) -> Enco
     check_which(encoder)
     config = config_of(checkpoint.config, source)
     there = {name.partition(".")[0] for name in checkpoint.model if not name.endswith(EXTRA_STATE)}
-    held = [which for which, part in PARTS.items() if part in there]
+    contained = [which for which, part in PARTS.items() if part in there]
     tied = "target_update" in config.slots and config.slots["target_update"].name == "tied"
-    which = encoder or ("target" if "target" in held or tied else "context")
+    which = encoder or ("target" if "target" in contained or tied else "context")
     part = PARTS["context"] if which == "target" and tied else PARTS[which]
     if part not in there:
-        others = ", ".join(map(repr, held)) or "no encoder"
-        take = f"; encoder={held[0]!r} takes it" if held else ""
+        others = ", ".join(map(repr, contained)) or "no encoder"
+        take = f"; encoder={contained[0]!r} takes it" if contained else ""
         raise CheckpointError(f"{source} has no {which} encoder; it contains {others}{take}")
     state, architecture = checkpoint.part(part), architecture_of(config)
     check_shapes(architecture, state, source)
