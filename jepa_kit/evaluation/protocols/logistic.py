@@ -197,23 +197,24 @@ class Logistic(Probe):
         penalties, cuts, holdout = self.penalties, self.cuts or CUTS, self.holdout or HOLDOUT
         if np.unique(train_labels, return_counts=True)[1].min() == 1:  # no split is possible
             penalties, cuts = (_middle(penalties),), (_middle(cuts),)
-        prepared: dict[int, Callable[[Array], NDArray[np.float32]]]  # number of components -> what computes them
+        prepare: Callable[[Array], NDArray[np.float32]]
         if self.whiten:
             whitening = Whitening(train)
-            prepared = {n: partial(whitening, components=n) for n in map(whitening.above, cuts)}
+            kept = [*dict.fromkeys(map(whitening.above, cuts))]  # numbers of components, ascending
+            prepare = partial(whitening, components=kept[-1])  # the largest variance first: fewer are a slice of these
         else:
-            prepared = {train.shape[1]: Standardising(train)}
+            kept, prepare = [train.shape[1]], Standardising(train)
+        known = prepare(train)
         tried: list[dict[str, float]] = []
-        if len(prepared) > 1 or len(penalties) > 1:
+        if len(kept) > 1 or len(penalties) > 1:
             pairs = _pairs(train_labels, holdout, seed)
-            for components, prepare in prepared.items():
-                trials = _path(prepare(train), train_labels, pairs, penalties, self.max_iter)
+            for components in kept:
+                trials = _path(known[:, :components], train_labels, pairs, penalties, self.max_iter)
                 tried += [{"components": components, **trial} for trial in trials]
         best = min(tried, key=lambda trial: trial["cross_entropy"], default=None)
-        components = int(best["components"]) if best else next(iter(prepared))
+        components = int(best["components"]) if best else kept[0]
         penalty = best["penalty"] if best else penalties[0]
-        prepare = prepared[components]
-        classifier = _fit(prepare(train), train_labels, penalty, self.max_iter)
+        classifier = _fit(known[:, :components], train_labels, penalty, self.max_iter)
         settings = {
             "whiten": self.whiten,
             "components": components,
@@ -223,7 +224,7 @@ class Logistic(Probe):
             "holdout": holdout if tried else None,
             "converged": int(classifier.n_iter_.max()) < self.max_iter,
         }
-        predictions = classifier.predict(prepare(test))
+        predictions = classifier.predict(prepare(test)[:, :components])
         validation = best["accuracy"] if best else None
         return classification_result("logistic", predictions, train_labels, test_labels, validation, settings)
 

@@ -61,6 +61,6 @@ class Whitening:
         return max(1, int(np.sum(self.variances > cut * self.variances[0])))
 
     def __call__(self, features: Array, components: int) -> NDArray[np.float32]:
-        """Return whitened features: [M, D] -> [M, components]."""
+        """Return whitened features, the largest variance first: [M, D] -> [M, components]."""
         axes = self.axes[:, :components] / np.sqrt(np.maximum(self.variances[:components], 1e-30))
         return np.concatenate([(part @ axes).astype(np.float32) for part in self.standardised(features)])
