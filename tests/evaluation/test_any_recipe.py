@@ -1,6 +1,7 @@
 """Health, pictures, protocols and evaluation inside a run, for recipes of every kind."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -371,6 +372,13 @@ def test_report_of_masks_in_place():
     assert report.probability.context.mean() == 0.5
     np.testing.assert_allclose(report.probability.context + report.probability.target, 1)
     assert report.cost.encoder.tokens == 16
+
+
+@pytest.mark.parametrize(("varying", "state"), [(0.024, "healthy"), (0.013, "constant")])
+def test_a_large_common_mean_of_features_alone_is_no_collapse(varying, state, images):
+    """MSN on scenes, whose probes are good, had 0.024, and a run without anything against collapse 0.013."""
+    health = measure_health(build_recipe(config_of("two views")), images, None)
+    assert judge(replace(health, feature_varying=varying)).state == state
 
 
 def test_predictions_are_of_what_the_encoder_was_shown(images):
