@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from jepa_kit.config import Config
 from jepa_kit.config.check import Part
@@ -25,6 +26,7 @@ from jepa_kit.registry import (
     TARGET_UPDATES,
     TARGETS,
     TRANSFORMS,
+    PartRegistry,
     located,
     registry_of,
 )
@@ -73,8 +75,15 @@ def build_recipe(config: Config) -> Recipe:
             if channels != CHANNELS:
                 raise ConfigError([f"{slot}: in_chans (={channels}) must be {CHANNELS}: the data are colour images"])
         parts = _build_parts(config, _build, build_order(config))
+        name = config.recipe.name
         with located("recipe"):
-            recipe: Recipe = RECIPES.get(config.recipe.name)(**parts, **config.recipe.options)
+            with _constructor_of(RECIPES, name):
+                recipe: Recipe = RECIPES.get(name)(**parts, **config.recipe.options)
+            followers = getattr(recipe, "_followers", ())
+            if missing := [network for network in followers if not hasattr(recipe, f"target_{network}")]:
+                raise ValueError(
+                    f"{name!r} must keep self.follow({missing[0]!r}) as self.target_{missing[0]}, where it is updated"
+                )
             return recipe
 
 
@@ -167,18 +176,30 @@ def _build(part: Part, slot: str, supplied: Mapping[str, Any]) -> Any:
     registry = registry_of(slot)
     assert registry is not None, slot
     with located(slot):
-        try:
+        with _constructor_of(registry, part.name):
             built = registry.build(part.name, part.options, **{k: supplied[k] for k in registry.supplied})
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            if registry.get(part.name).__module__.startswith("jepa_kit."):
-                raise
-            raise ValueError(f"{part.name!r} failed in its constructor: {type(error).__name__}: {error}") from error
         made = isinstance(built, nn.Module) and "_modules" in vars(built)
-        if not made and registry not in (MASKERS, TARGET_UPDATES):
+        if not made and (isinstance(built, nn.Module) or registry not in (MASKERS, TARGET_UPDATES)):
             raise ValueError(f"{part.name!r} must be a torch.nn.Module whose constructor calls super().__init__()")
+        if made and any(is_lazy(p) for p in built.parameters()):
+            raise ValueError(
+                f"{part.name!r} has parameters whose shape is unknown before its first call: give its layers all "
+                "sizes, nn.Linear in place of nn.LazyLinear"
+            )
         if missing := [name for name in ATTRIBUTES.get(registry.slot, ()) if not hasattr(built, name)]:
             raise ValueError(f"{part.name!r} must have the attribute {', '.join(missing)}, which the recipe reads")
         return built
+
+
+@contextmanager
+def _constructor_of(registry: PartRegistry, name: str) -> Iterator[None]:
+    """Raise ValueError, with the name, in place of an error in the constructor of a user-defined part."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if registry.get(name).__module__.startswith("jepa_kit."):
+            raise
+        raise ValueError(f"{name!r} failed in its constructor: {type(error).__name__}: {error}") from error
 
 
 def _check_memory(config: Config) -> None:

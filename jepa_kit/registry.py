@@ -141,9 +141,11 @@ class PartRegistry(Registry):
         """Return a decorator that registers a class, or a function that returns a part, as ``name``.
 
         Raises:
-            TypeError: the signature breaks the contract (see the module's text).
+            TypeError: the signature breaks the contract (see the module's text), or ``name`` is the class itself.
             ValueError: the name is taken.
         """
+        if not isinstance(name, str):
+            raise TypeError(f'register(name={name!r}) needs a name: write @register("my_{self.slot}")')
 
         def add(cls: T) -> T:
             signature_options(cls)

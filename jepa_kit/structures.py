@@ -287,8 +287,17 @@ class Prediction:
         All images have the same weight, and all target blocks of an image, whatever their lengths. So an image's loss
         does not depend on the rest of its batch, and ranks with equally many images can average theirs. If all sets
         have one length and all images equally many sets, this is the plain mean.
+
+        Raises:
+            ValueError: ``values`` are not one number per target patch.
         """
         lengths, shares = self.masks.targets.lengths, self.masks.shares
+        count = self.masks.targets.num_patches
+        if values.shape != (count,):
+            raise ValueError(
+                f"values {tuple(values.shape)} must be one number for each of the {count} target patches [{count}]: "
+                "average over their width first, without keepdim"
+            )
         if lengths.uniform and shares is None:
             return values.mean()
         length = (lengths.offsets[1:] - lengths.offsets[:-1]).to(values.dtype)
@@ -305,12 +314,24 @@ class Output:
         terms: [] by name, unweighted.
         prediction: None for a recipe that predicts no patches.
         figures: [] by name, further numbers for the log.
+
+    Raises:
+        ValueError: a term or a figure is no tensor [].
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
     prediction: Prediction | None = None
     figures: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, values in (("terms", self.terms), ("figures", self.figures)):
+            if not isinstance(values, dict):
+                raise ValueError(f"{what} (={type(values).__name__}) must be a mapping from names to tensors []")
+            for name, value in values.items():
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                if shape != ():
+                    raise ValueError(f"{what}[{name!r}] (={shape}) must be a tensor []")
 
 
 @dataclass(frozen=True, eq=False)

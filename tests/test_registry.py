@@ -97,6 +97,11 @@ def test_a_constructor_outside_the_contract_is_refused(registry: PartRegistry, p
     assert registry.names() == []
 
 
+def test_a_decorator_without_a_name(registry: PartRegistry) -> None:
+    with pytest.raises(TypeError, match=r'register\(name=<class .*\) needs a name: write @register\("my_masker"\)'):
+        registry.register(Checkerboard)  # type: ignore[arg-type]
+
+
 def test_a_name_is_given_once(registry: PartRegistry) -> None:
     registry.register("a")(Checkerboard)
     with pytest.raises(ValueError, match=r"masker 'a' is already registered by \S*\.Checkerboard"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from jepa_kit.set_lengths import SetLengths
-from jepa_kit.structures import MaskBatch, PatchSets, Prediction, Progress, View
+from jepa_kit.structures import MaskBatch, Output, PatchSets, Prediction, Progress, View
 
 LENGTHS = (3, 1, 4)
 
@@ -261,6 +262,19 @@ def prediction_of(lengths: tuple[int, ...]) -> Prediction:
 def test_prediction_refuses_unlike_rows() -> None:
     with pytest.raises(ValueError, match=r"prediction \(6, 5\) and target \(5, 5\) differ in rows"):
         Prediction(torch.zeros(6, 5), torch.zeros(5, 5), torch.zeros(8, 5), make_masks())
+
+
+@pytest.mark.parametrize(
+    ("terms", "figures", "message"),
+    [
+        ({"a": 0.5}, {}, "terms['a'] (=float) must be a tensor []"),
+        ({}, {"std": torch.ones(8)}, "figures['std'] (=(8,)) must be a tensor []"),
+        ([torch.ones(())], {}, "terms (=list) must be a mapping from names to tensors []"),
+    ],
+)
+def test_terms_and_figures_are_numbers_by_name(terms: Any, figures: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Output(torch.zeros(()), terms, figures=figures)
 
 
 def test_every_set_counts_the_same_in_a_mean() -> None:

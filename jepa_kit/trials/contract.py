@@ -34,6 +34,7 @@ from jepa_kit.recipe import JEPA, Recipe
 from jepa_kit.registry import ENCODERS, HEADS, LOSSES, RECIPES, TRANSFORMS, registry_of
 from jepa_kit.structures import MaskBatch, Output, PatchSets, Prediction, View
 from jepa_kit.trials.data_contract import check_masker, check_transform, with_members
+from jepa_kit.trials.kept import attributes, check_attributes, check_restored, check_trained, restore
 from jepa_kit.trials.part_trial import Trial, agree
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
@@ -107,10 +108,16 @@ def _check_networks(config: Config, device: torch.device, weights_of: Recipe | N
     for trial in trials:
         if trial.slot.endswith("target_update"):
             check_target_update(trial, jepa)
-    with seeded(0):
-        with autocast():
-            loss = jepa(*views).loss
-        check_gradients(jepa, loss, named)
+    other = trial_recipe(config, device, seed=config.train.seed + 1)
+    restore(other, jepa, named)
+    losses = []
+    for recipe in (jepa, other):
+        with seeded(0), autocast():
+            losses.append(recipe(*views).loss)
+    check_trained(jepa, losses[0], named)
+    check_gradients(jepa, losses[0], named)
+    losses[1].backward()
+    check_restored((jepa, other), losses, named)
 
 
 def _check_network(trial: Trial, jepa: Recipe, views: Sequence[View]) -> None:
@@ -283,7 +290,19 @@ def check_target_update(trial: Trial, jepa: Recipe) -> None:
         update.update(made, jepa.encoder, float(momenta[0]))
         return [value.detach().clone() for value in jepa.parameters()]
 
+    with unchanged_buffers(jepa):
+        trial.call(moved)
+    after_one = attributes(update)
     first, second = trial.twice(moved)
+    check_attributes(trial, after_one, attributes(update))
+    followed = {p.data_ptr() for p in jepa.encoder.parameters() if p.requires_grad}
+    trial.need(
+        made is None or not followed <= {p.data_ptr() for p in made.parameters()},
+        "gave a target encoder whose weights are the encoder's own tensors: copy the encoder, and later its values "
+        "(a.copy_(b), not a.data = b.data), or declare tied = True",
+    )
+    for name, value in jepa.named_parameters():
+        trial.need(value.is_leaf, f"recorded a gradient of {name}: decorate update with @torch.no_grad()")
     for name, value in zip(before, first, strict=True):
         trial.need(bool(value.isfinite().all()), f"made {name} not finite")
         untouched = not name.startswith("encoder.") or made is None or torch.equal(value, before[name] * 1.5)
@@ -308,7 +327,9 @@ def _check_call(
     for name, value in tables.items():
         same = name in now and torch.equal(now[name], value)
         trial.need(same, f"changes its buffer {name}, which is not persistent: a resumed run would not have it")
+    before = attributes(module)
     first, second = trial.twice(do)
+    check_attributes(trial, before, attributes(module))
     if codes and isinstance(first, Tensor) and not first.is_floating_point():
         trial.codes(first, shape[0], codes)
     else:

@@ -87,6 +87,8 @@ class Trial:
         """Return the result of a call of the part; its errors become ContractError."""
         try:
             return do()
+        except ContractError:
+            raise
         except CALL_ERRORS as error:
             self.fail(f"failed in a trial call: {type(error).__name__}: {error}".rstrip(". \n"), error)
 
@@ -126,7 +128,7 @@ class Trial:
         why = (
             f"gave different results in two {what} with the same arguments and the same state of torch: numbers that "
             "are drawn must come from torch (networks, losses) or from the arguments (maskers, transforms: "
-            "jepa_kit.rng), or two runs of one command differ"
+            "jepa_kit.rng), or two runs of one command differ; arguments must not be changed in place"
         )
         self.need(agree(first, second), why)
 

@@ -21,13 +21,19 @@ from jepa_kit.trials.part_trial import IMAGES
 
 
 def trial_recipe(
-    config: Config, device: torch.device, *, other_seed: int = 1, attention: Backend = "reference"
+    config: Config,
+    device: torch.device,
+    *,
+    seed: int | None = None,
+    other_seed: int = 1,
+    attention: Backend = "reference",
 ) -> Recipe:
     """Build the recipe of a config as a run does, with its first weights, in training mode, uncompiled.
 
     Args:
         config: a checked config.
         device: of the parameters.
+        seed: of torch's random state; None for that of the run, which gives its first weights.
         other_seed: of numpy's and Python's random states, on which first weights must not depend.
         attention: backend of ``attend``; torch's counter knows the operations of the plain one.
     """
@@ -36,7 +42,7 @@ def trial_recipe(
         for slot, part in config.slots.items()
     }
     train = dataclasses.replace(config.train, attention=attention)
-    with seeded(config.train.seed, other_seed):
+    with seeded(config.train.seed if seed is None else seed, other_seed):
         return build_recipe(dataclasses.replace(config, slots=slots, train=train)).to(device).train()
 
 

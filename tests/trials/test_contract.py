@@ -19,6 +19,7 @@ from jepa_kit.engine import build
 from jepa_kit.engine.logging.telemetry import MEASURED, read_metrics
 from jepa_kit.errors import ContractError
 from jepa_kit.from_config import build_masker, build_recipe
+from jepa_kit.interfaces import TargetUpdate
 from jepa_kit.maskers import Random
 from jepa_kit.predictors import ViTPredictor
 from jepa_kit.random_state import seeded
@@ -151,7 +152,7 @@ def recipes(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "head", "message"),
     [
-        ("forgetful", "mlp", r"recipe 'forgetful' gave a Tensor, not a jepa_kit.structures.Output"),
+        ("forgetful", "mlp", r"^recipe 'forgetful' gave a Tensor, not a jepa_kit.structures.Output"),
         (
             "two_views",
             "wide",
@@ -345,6 +346,69 @@ class Detached(ViTPredictor):
         return super().forward(context.detach(), masks)
 
 
+class OwnPredictor(Detached):
+    def forward(self, context, masks):
+        return ViTPredictor.forward(self, self.before(context), masks)
+
+    def before(self, context):
+        return context
+
+
+class Listed(OwnPredictor):
+    """Layers in a list: not trained, and in no checkpoint."""
+
+    def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid)
+        self.layers = [nn.Linear(embed_dim, embed_dim)]
+
+    def before(self, context):
+        return self.layers[0](context)
+
+
+class Frozen(Listed):
+    """A layer in a list that is not trained, whose effect on the first loss is rounded away."""
+
+    def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid)
+        self.layers = [nn.Linear(embed_dim, embed_dim).requires_grad_(False)]
+
+
+class Scaled(OwnPredictor):
+    """A tensor that should be an nn.Parameter."""
+
+    def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid)
+        self.scale = torch.ones(embed_dim, requires_grad=True)
+
+    def before(self, context):
+        return context * self.scale
+
+
+class Late(OwnPredictor):
+    """A layer that the optimiser does not have."""
+
+    def before(self, context):
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(context.shape[-1], context.shape[-1])
+        return self.late(context)
+
+
+class Counting(OwnPredictor):
+    """A warm-up that a resumed run would begin again."""
+
+    calls = 0
+
+    def before(self, context):
+        self.calls += 1
+        return context * (1 if self.calls < 100 else 2)
+
+
+class Lazy(OwnPredictor):
+    def __init__(self, *, embed_dim: int, out_dim: int, grid: tuple[int, int]) -> None:
+        super().__init__(embed_dim=embed_dim, out_dim=out_dim, grid=grid)
+        self.before = nn.LazyLinear(embed_dim)
+
+
 class NarrowPredictor(Detached):
     def forward(self, context, masks):
         return super().forward(context, masks)[:, :-1]
@@ -356,6 +420,17 @@ class OwnTarget(RepresentationTarget):
 
     def forward(self, images, patches, encoder):
         return super().forward(images, patches, encoder).mean(-1)
+
+
+class Drawn(OwnTarget):
+    """A fixed random projection, which no checkpoint has."""
+
+    def __init__(self, *, embed_dim: int) -> None:
+        super().__init__(embed_dim=embed_dim)
+        self.register_buffer("projection", torch.randn(embed_dim, embed_dim), persistent=False)
+
+    def forward(self, images, patches, encoder):
+        return RepresentationTarget.forward(self, images, patches, encoder) @ self.projection
 
 
 class Codes(OwnTarget):
@@ -396,6 +471,13 @@ class Variance(OwnLoss):
         return -super().forward(prediction).mean()
 
 
+class Wide_(OwnLoss):
+    """Values [P, 1], whose product with the weights [P] would be [P, P]."""
+
+    def forward(self, prediction):
+        return prediction.mean(super().forward(prediction)[:, None])
+
+
 class FloatLoss(OwnLoss):
     def forward(self, prediction):
         return super().forward(prediction).mean().item()
@@ -415,6 +497,39 @@ class Meddling(OwnEMA):
     def update(self, target_encoder, encoder, momentum):
         with torch.no_grad():
             encoder.norm.weight.zero_()
+
+
+class Every(OwnEMA):
+    """Every hundredth step, counted from the start of the process."""
+
+    momentum = EMA.momentum
+    steps = 0
+
+    def update(self, target_encoder, encoder, momentum):
+        self.steps += 1
+        if self.steps % 100 == 0:
+            super().update(target_encoder, encoder, momentum)
+
+
+class Same(Every):
+    """The encoder, not a copy of it."""
+
+    def update(self, target_encoder, encoder, momentum):
+        for own, value in zip(target_encoder.parameters(), encoder.parameters(), strict=True):
+            own.data = value.data
+
+
+class WithGraph(Every):
+    def update(self, target_encoder, encoder, momentum):
+        for own, value in zip(target_encoder.parameters(), encoder.parameters(), strict=True):
+            own.lerp_(value, 1 - momentum)
+
+
+class UpdateNoSuper(nn.Module):
+    tied, stop_gradient = False, True
+
+    def __init__(self, *, steps: int = 2) -> None:
+        self.steps = steps
 
 
 # --- transforms ---
@@ -484,6 +599,12 @@ BREACHES = [
     ("encoder", Table_, "changes its buffer pos_embed, which is not persistent"),
     ("predictor", Detached, "no gradient reaches .* first encoder.patch_embed.* with predictor 'own'"),
     ("predictor", NarrowPredictor, r"gave a tensor of shape \[\d+, 15\] for the predictions \[P_t, out_dim\], not \["),
+    ("predictor", Listed, r"a tensor \(of a layer\) of shape \[16, 16\] has a gradient, but is no parameter"),
+    ("predictor", Frozen, r"if another build loads the state dict, .* differ, with predictor 'own'.* nn.ModuleList"),
+    ("predictor", Scaled, r"a tensor \(scale\) of shape \[16\] has a gradient, but is no parameter of the recipe"),
+    ("predictor", Late, r"predictor.late.bias is made in a forward pass, with predictor 'own'"),
+    ("predictor", Counting, "changes its attribute calls in each call, and no checkpoint has it"),
+    ("target", Drawn, "if another build loads the state dict, .* differ, with target 'own'.* a buffer .* persistent"),
     ("target", OwnTarget, r"gave a tensor of shape \[\d+\] for the targets \[P_t, out_dim\]"),
     ("target", NarrowCodes, r"gave torch.int32 of shape \[\d+\] for the targets: codes must be int64 of shape \["),
     ("target", LargeCodes, r"gave codes from \d+ to \d+, but out_dim \(=\d+\) means 0 to \d+"),
@@ -494,10 +615,14 @@ BREACHES = [
         RandomLoss,
         "counts as a distance .* but draws random numbers: a regulariser declares is_distance = False",
     ),
+    ("loss", Wide_, r"ValueError: values \(\d+, 1\) must be one number for each of the \d+ target patches"),
     ("loss", Variance, "counts as a distance .* but is -?0 if predictions equal targets, and -"),
     ("loss", FloatLoss, r"gave a float for the loss \[\], not a tensor"),
     ("target_update", OwnEMA, "gave the momentum nan, not a finite number"),
     ("target_update", Meddling, "changed encoder.norm.weight, which the optimiser alone may change"),
+    ("target_update", Every, "changes its attribute steps in each call, and no checkpoint has it"),
+    ("target_update", Same, "gave a target encoder whose weights are the encoder's own tensors"),
+    ("target_update", WithGraph, r"recorded a gradient of target_encoder\S+: decorate update with @torch.no_grad"),
     ("transform", OwnTransform, "gave different results in two calls"),
     ("transform", Array, "gave a ndarray, not a Pillow image"),
     ("transform", GreyImage, "gave an image in mode 'L', not 'RGB'"),
@@ -566,6 +691,42 @@ def test_a_window_of_another_kind():
 
     with pytest.raises(ContractError, match="gave a tuple as its window"):
         contract.check_transform(contract.Trial("transform", "own"), Cropping())
+
+
+@pytest.mark.parametrize(
+    ("slot", "part", "message"),
+    [
+        (
+            "target_update",
+            UpdateNoSuper,
+            "target_update: 'own' must be a torch.nn.Module whose constructor calls super()",
+        ),
+        ("predictor", Lazy, "predictor: 'own' has parameters whose shape is unknown before its first call"),
+    ],
+)
+def test_a_module_that_cannot_be_built(own, slot, part, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_recipe(own(slot, part))
+
+
+def test_a_recipe_that_cannot_be_built():
+    class Unready(TwoViews):
+        def __init__(self, *, encoder: nn.Module, head: nn.Module) -> None:
+            self.head = head
+
+    class Misnamed(TwoViews):
+        def __init__(self, *, encoder: nn.Module, head: nn.Module, target_update: TargetUpdate) -> None:
+            Recipe.__init__(self, encoder=encoder, target_update=target_update)
+            self.head, self.teacher = head, self.follow("encoder")
+            self.teacher_head = self.follow("head")
+
+    RECIPES._obj_map |= {"unready": Unready, "misnamed": Misnamed}
+    raw = {"head": {"name": "mlp", "out_dim": 4, "layers": 1}, "recipe": {"name": "unready"}}
+    with pytest.raises(ValueError, match="recipe: 'unready' failed in its constructor: AttributeError: cannot assign"):
+        build_recipe(config_from_dict(two_views(**raw)))
+    raw |= {"recipe": {"name": "misnamed"}, "target_update": {"name": "ema"}}
+    with pytest.raises(ValueError, match=r"recipe: 'misnamed' must keep self.follow\('head'\) as self.target_head"):
+        build_recipe(config_from_dict(two_views(**raw)))
 
 
 @pytest.mark.parametrize(
