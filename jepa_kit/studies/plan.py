@@ -72,6 +72,8 @@ def plan_study(file: str | Path, machine: Sequence[str] = (), results: Path | No
     lengths = _check_arms(arms, study, data, protocols, problems)
     if data and test is not None and place_of(test) in data:
         _check_labels(study, protocols, data[place_of(test)], problems)
+        if train is not None and data.get(place_of(train)) == data[place_of(test)]:
+            problems.append(f"test_shards (={test}) must be others than the training shards, {train}")
     if problems or train is None or test is None:
         raise ConfigError(list(dict.fromkeys(problems)), str(file))
     _check_different(arms, data, problems)

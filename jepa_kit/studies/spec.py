@@ -95,6 +95,8 @@ def _override_problems(place: str, given: Mapping[Any, Any], match: Match) -> li
     for key in keys:
         if key == "train.seed":
             problems.append(f"{place}: train.seed must be left out: seeds are those of the study")
+        if key == "train.output_dir":
+            problems.append(f"{place}: train.output_dir must be left out: each run has a folder of the study's output")
         if key in DERIVED and match != "none" and place != "overrides":
             problems.append(f"{place}: {key} must be left out, as match (={match}) sets it; match: none keeps it")
     return problems

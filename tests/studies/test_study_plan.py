@@ -1,5 +1,7 @@
 """From the file of a study to its checked cells."""
 
+import shutil
+
 import pytest
 
 from jepa_kit.errors import ConfigError
@@ -164,6 +166,7 @@ def test_what_parts_refuse_is_reported_with_their_arm(write_study):
         ({"arms": [{}]}, "factors or arms must be given, and not both"),
         ({"factors": {"a": []}}, "factors.a (=[]) must have at least one level"),
         ({"factors": {"a": [{"train.seed": 1}]}}, "factors.a[0]: train.seed must be left out"),
+        ({"overrides": {"train.output_dir": "runs"}}, "overrides: train.output_dir must be left out"),
         (
             {"factors": {"a": [{"train": {"epochs": 2}}]}},
             "factors.a[0]: train.epochs must be left out, as match (=steps)",
@@ -207,6 +210,13 @@ def test_mistakes_of_the_file(write_study, changes, message):
 def test_mistakes_of_what_it_names(write_study, changes, message):
     found = problems_of(write_study(**{"match": "images", **changes}))
     assert any(message in line for line in found), found
+
+
+def test_probes_are_not_tested_on_what_they_learn_from(write_study, labelled, tmp_path):
+    copy = shutil.copytree(labelled / "train", tmp_path / "copy")
+    for test in (labelled / "train", copy):
+        found = problems_of(write_study(test_shards=str(test)))
+        assert found == [f"test_shards (={test}) must be others than the training shards, {labelled / 'train'}"]
 
 
 def test_a_protocol_of_masks_needs_shards_with_masks(write_study, shards):
