@@ -29,8 +29,9 @@ the brightness of the whole image fell to 0.10; a network of rank 8 in 128 dimen
 FEATURES_CONSTANT = 0.018
 """Minimum of ``feature_varying``. ViTs of width 64 on scenes, by mean or class token, untrained and in 200 steps of
 InfoNCE or VICReg: 0.27 or more. The same without anything against collapse: 0.013 or less from step 50 on, 0.07 on the
-way there; without a head 6e-6 after 40 steps. Class tokens may have a large common mean and still differ in what
-matters: MSN's on scenes, three seeds with probes among the best of all recipes, had 0.024 to 0.038 after 651 steps."""
+way there; 96 wide without a head, 6e-6 after 40 steps. Class tokens may have a large common mean and still differ in
+what matters: MSN on scenes, three seeds with probes among the best of all recipes, had 0.024 to 0.038 after 651 steps.
+"""
 FEATURE_DIRECTIONS = 4.0
 """Minimum of ``feature_rank``. The same runs: 16 untrained (15 to 29 for ViT-T and ViT-S), 10 or more after 200 steps
 of InfoNCE, and 3 to 5 in the first steps of all runs with a class token, when it knows little but brightness."""
