@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ class Study(Section):
 
     base: str = option("the name or path of a config", bool)
     overrides: Mapping[str, Any] | None = None
-    factors: Mapping[str, Sequence[Mapping[str, Any]]] | None = option("at least one", bool, None)
-    arms: Sequence[Mapping[str, Any]] | None = option("at least one", bool, None)
+    factors: Mapping[str, Any] | None = option("at least one", bool, None)
+    arms: Sequence[Any] | None = option("at least one", bool, None)
     seeds: tuple[int, ...] = option(
         "at least one, different and not negative",
         lambda x: len(x) == len(set(x)) > 0 and min(x) >= 0,
@@ -68,6 +69,18 @@ class Study(Section):
     protocol_seed: int = at_least(0, 0)
 
     @classmethod
+    def out_of_range(cls, values: Mapping[str, Any]) -> list[str]:
+        """Return a message for each value that is out of range, and for each arm or level that is no mapping."""
+        problems = super().out_of_range(values)
+        for factor, levels in (values.get("factors") or {}).items():
+            if isinstance(levels, list | tuple) and levels:
+                problems += _level_problems(f"factors.{factor}", factor, levels)
+            else:
+                right = f"a list of levels, at least one, each {_right_level(factor, levels)}"
+                problems.append(f"factors.{factor} (={levels!r}) must be {right}")
+        return problems + _level_problems("arms", "", values.get("arms") or ())
+
+    @classmethod
     def relations(cls, values: Mapping[str, Any]) -> list[str]:
         """Return problems between values that are valid alone."""
         problems = []
@@ -76,12 +89,28 @@ class Study(Section):
         places = {"overrides": values["overrides"] or {}}
         places |= {f"arms[{i}]": arm for i, arm in enumerate(values["arms"] or ())}
         for factor, levels in (values["factors"] or {}).items():
-            if not levels:
-                problems.append(f"factors.{factor} (=[]) must have at least one level")
             places |= {f"factors.{factor}[{i}]": level for i, level in enumerate(levels)}
         for place, given in places.items():
             problems += _override_problems(place, given, values["match"])
         return problems
+
+
+def _level_problems(place: str, factor: str, levels: Sequence[Any]) -> list[str]:
+    """Return a message for each arm or level that is no mapping."""
+    return [
+        f"{place}[{i}] (={level!r}) must be {_right_level(factor, level)}"
+        for i, level in enumerate(levels)
+        if not isinstance(level, Mapping)
+    ]
+
+
+def _right_level(factor: str, wrong: Any) -> str:
+    """Return what a level must be, with what ``wrong`` probably means as the example."""
+    key, equals, value = wrong.partition("=") if isinstance(wrong, str) else ("", "", "")
+    example = f"{key}: {value}" if equals else "masker.ratio: 0.6"
+    if "." in factor and isinstance(wrong, str | int | float) and not equals:
+        example = f"{factor}: {json.dumps(wrong)}"
+    return f"a mapping of overrides, such as {{{example}}}, or {{}} for the base as it is"
 
 
 def _override_problems(place: str, given: Mapping[Any, Any], match: Match) -> list[str]:

@@ -164,7 +164,10 @@ def test_what_parts_refuse_is_reported_with_their_arm(write_study):
         ({"seeds": None}, "seeds is missing"),
         ({"factors": None}, "factors or arms must be given, and not both"),
         ({"arms": [{}]}, "factors or arms must be given, and not both"),
-        ({"factors": {"a": []}}, "factors.a (=[]) must have at least one level"),
+        ({"factors": {"a": []}}, "factors.a (=[]) must be a list of levels, at least one, each a mapping of overrides"),
+        ({"factors": {"a": {"encoder.depth": 3}}}, "factors.a (={'encoder.depth': 3}) must be a list of levels"),
+        ({"factors": {"encoder.depth": 3}}, "at least one, each a mapping of overrides, such as {encoder.depth: 3}"),
+        ({"factors": ["a"]}, "factors (=['a']) must be a mapping"),
         ({"factors": {"a": [{"train.seed": 1}]}}, "factors.a[0]: train.seed must be left out"),
         ({"overrides": {"train.output_dir": "runs"}}, "overrides: train.output_dir must be left out"),
         (
@@ -181,6 +184,33 @@ def test_what_parts_refuse_is_reported_with_their_arm(write_study):
 )
 def test_mistakes_of_the_file(write_study, changes, message):
     assert any(message in line for line in problems_of(write_study(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("factor", "level", "meant"),
+    [
+        ("depth", 3, "masker.ratio: 0.6"),
+        ("depth", None, "masker.ratio: 0.6"),
+        ("depth", "encoder.depth=3", "encoder.depth: 3"),
+        ("encoder.depth", 3, "encoder.depth: 3"),
+        ("encoder.positions", "rotary", 'encoder.positions: "rotary"'),
+        ("encoder.depth", "encoder.depth=3", "encoder.depth: 3"),
+        ("encoder.depth", ["encoder.depth=3"], "masker.ratio: 0.6"),
+    ],
+)
+def test_a_level_that_is_no_mapping_is_named_alone(write_study, factor, level, meant):
+    right = f"must be a mapping of overrides, such as {{{meant}}}, or {{}} for the base as it is"
+    factors = {"mask": [{"masker": {"ratio": 0.5}}], factor: [{}, level]}
+    found = problems_of(write_study(factors=factors, sedes=[1]))
+    assert found[1:] == [f"factors.{factor}[1] (={level!r}) {right}"]
+    assert found[0].startswith("sedes is not an option")
+
+
+def test_an_arm_that_is_no_mapping_is_named_alone(write_study):
+    assert problems_of(write_study(factors=None, arms=[{}, "masker.ratio=0.3"])) == [
+        "arms[1] (='masker.ratio=0.3') must be a mapping of overrides, such as {masker.ratio: 0.3}, or {} for the base "
+        "as it is"
+    ]
 
 
 @pytest.mark.parametrize(
