@@ -14,7 +14,7 @@ from typing import Any
 from jepa_kit.config import Config, load_config
 from jepa_kit.config.shipped import find_config
 from jepa_kit.errors import ConfigError
-from jepa_kit.studies.spec import OWN_KEYS, Overrides, Study, flat_keys
+from jepa_kit.studies.spec import OWN_KEYS, Overrides, Study, flatten
 
 Level = Mapping[str, Any]
 
@@ -82,13 +82,23 @@ def _load(study: Study, levels: Sequence[Level], folder: Path, machine: Sequence
     overrides.append(f"train.precision={study.precision}")
     if study.train_shards is not None:
         overrides.append(f"data.shards={json.dumps(study.train_shards)}")
-    for level in levels:
-        overrides += as_texts({key: value for key, value in level.items() if key not in OWN_KEYS})
+    # names of parts first: a part replaces that of the study's overrides, and not what another factor sets inside it
+    own = sorted((item for level in levels for item in _own(level).items()), key=lambda item: not _names_a_part(*item))
+    overrides += [text for item in own for text in as_texts(dict([item]))]
     beside = find_config(base, str(folder))
     config = load_config(beside if os.path.exists(beside) else base, [*overrides, *machine])
     if config.train.precision == "auto":
         raise ConfigError(["train.precision (='auto') must be another: it would differ between machines"])
     return replace(config, train=replace(config.train, seed=min(study.seeds)))
+
+
+def _names_a_part(key: str, value: Any) -> bool:
+    return key.endswith(".name") or (isinstance(value, Mapping) and "name" in value)
+
+
+def _own(level: Level) -> Overrides:
+    """Return the overrides of an arm or a level."""
+    return {key: value for key, value in level.items() if key not in OWN_KEYS}
 
 
 def as_texts(overrides: Overrides) -> list[str]:
@@ -115,14 +125,14 @@ def arm_names(levels: Sequence[Sequence[Level]], configs: Sequence[Mapping[str, 
 
 
 def _keys(level: Level) -> list[str]:
-    return (["base"] if "base" in level else []) + flat_keys({k: v for k, v in level.items() if k not in OWN_KEYS})
+    return (["base"] if "base" in level else []) + list(flatten(_own(level)))
 
 
 def _describe(level: Level, config: Mapping[str, Any] | None, keys: Sequence[str]) -> str:
     """Return ``masker=random masker.ratio=0.6``: the values of keys that a resolved config has."""
     if config is None:
-        own = {key: value for key, value in level.items() if key not in OWN_KEYS}
-        return " ".join([*([level["base"]] if "base" in level else []), *as_texts(own)]).replace('"', "") or "base"
+        given = [level["base"]] if "base" in level else []
+        return " ".join([*given, *as_texts(_own(level))]).replace('"', "") or "base"
     texts = [str(level["base"])] if "base" in level else []
     for key in keys:
         value: Any = config

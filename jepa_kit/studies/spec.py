@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ class Study(Section):
             places |= {f"factors.{factor}[{i}]": level for i, level in enumerate(levels)}
         for place, given in places.items():
             problems += _override_problems(place, given, values["match"])
-        return problems
+        return problems + _shared_keys(values["factors"] or {})
 
 
 def _level_problems(place: str, factor: str, levels: Sequence[Any]) -> list[str]:
@@ -120,8 +121,7 @@ def _override_problems(place: str, given: Mapping[Any, Any], match: Match) -> li
         for key in OWN_KEYS
         if key in given and (place == "overrides" or not isinstance(given[key], str) or not given[key])
     ]
-    keys = flat_keys({key: value for key, value in given.items() if key not in OWN_KEYS})
-    for key in keys:
+    for key in flatten({key: value for key, value in given.items() if key not in OWN_KEYS}):
         if key == "train.seed":
             problems.append(f"{place}: train.seed must be left out: seeds are those of the study")
         if key == "train.output_dir":
@@ -131,12 +131,42 @@ def _override_problems(place: str, given: Mapping[Any, Any], match: Match) -> li
     return problems
 
 
-def flat_keys(overrides: Overrides, above: str = "") -> list[str]:
-    """Return the dotted keys of all values: {"train": {"epochs": 1}, "optim.lr": 1} -> train.epochs, optim.lr."""
-    found = []
+def _shared_keys(factors: Mapping[str, Sequence[Overrides]]) -> list[str]:
+    """Return a message for each key that two factors set to different values, or that one sets inside another's value.
+
+    An arm has a level of each factor, so one of the two would have no effect. Equal values are no mistake: both factors
+    may write ``masker.name``.
+    """
+    problems: dict[tuple[str, ...], str] = {}
+    for (one, levels), (other, others) in itertools.combinations(factors.items(), 2):
+        for (i, level), (j, beside) in itertools.product(enumerate(levels), enumerate(others)):
+            for (key, value), (inner, changed) in itertools.product(_settings(level), _settings(beside)):
+                if (value != changed) if key == inner else _hides(key, value, inner) or _hides(inner, changed, key):
+                    problems.setdefault(
+                        (one, other, key, inner),
+                        f"factors.{one}[{i}] sets {key} (={value!r}) and factors.{other}[{j}] sets {inner} "
+                        f"(={changed!r}), but an arm can have only one of them: set it in one factor, or list the arms "
+                        "(arms) in place of factors",
+                    )
+    return list(problems.values())
+
+
+def _settings(level: Overrides) -> list[tuple[str, Any]]:
+    """Return the dotted keys that a level sets, ``base`` too, with their values."""
+    return [*flatten({key: value for key, value in level.items() if key != "name"}).items()]
+
+
+def _hides(key: str, value: Any, other: str) -> bool:
+    """Return whether a value has no place for another key: null and lists have none, and {} leaves the base's."""
+    return value != {} and other.startswith(f"{key}.")
+
+
+def flatten(overrides: Overrides, above: str = "") -> dict[str, Any]:
+    """Return all values by dotted keys: {"train": {"epochs": 1}, "optim.lr": 1} -> train.epochs and optim.lr."""
+    found: dict[str, Any] = {}
     for key, value in overrides.items():
         path = f"{above}{key}"
-        found += flat_keys(value, f"{path}.") if isinstance(value, Mapping) and value else [path]
+        found |= flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
     return found
 
 

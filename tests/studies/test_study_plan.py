@@ -7,7 +7,7 @@ import pytest
 from jepa_kit.errors import ConfigError
 from jepa_kit.studies.plan import plan_study
 from jepa_kit.studies.records import write_data
-from jepa_kit.studies.spec import flat_keys, protocol_title, read_study
+from jepa_kit.studies.spec import flatten, protocol_title, read_study
 
 
 def problems_of(file, machine=()):
@@ -96,6 +96,54 @@ def test_arms_of_other_recipes(write_study):
     assert [arm.name for arm in plan.arms] == ["mae/quick", "I-JEPA", "base"]
     assert [arm.config.slots["target"].name for arm in plan.arms] == ["pixel", "representation", "representation"]
     assert {arm.config.slots["encoder"].options["depth"] for arm in plan.arms} == {2}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "sets", "also_sets"),
+    [
+        (
+            [{"masker": {"ratio": 0.5}}, {}],
+            [{}, {"masker.ratio": 0.6}],
+            "0] sets masker.ratio (=0.5)",
+            "masker.ratio (=0.6)",
+        ),
+        (
+            [{"masker.ratio": 0.6}, {"masker": {"name": "block"}}],
+            [{"masker.ratio": 0.6}, {"masker": {"name": "random"}}],
+            "1] sets masker.name (='block')",
+            "masker.name (='random')",
+        ),
+        ([{}, {"head": None}], [{}, {"head.layers": 2}], "1] sets head (=None)", "head.layers (=2)"),
+        (
+            [{}, {"loss.weight": 2}],
+            [{}, {"loss": [{"name": "l1"}]}],
+            "1] sets loss.weight (=2)",
+            "loss (=[{'name': 'l1'}])",
+        ),
+        ([{"base": "base.yaml"}], [{}, {"base": "quickstart"}], "0] sets base (='base.yaml')", "base (='quickstart')"),
+    ],
+)
+def test_two_factors_that_set_one_key_are_an_error(write_study, one, other, sets, also_sets):
+    factors = {"one": one, "depth": [{}, {"encoder.depth": 3}], "other": other}
+    assert problems_of(write_study(factors=factors)) == [
+        f"factors.one[{sets} and factors.other[1] sets {also_sets}, but an arm can have only one of them: set it in "
+        "one factor, or list the arms (arms) in place of factors"
+    ]
+
+
+def test_two_factors_may_set_one_key_to_the_same_value(write_study):
+    more = [{"masker": {"name": "random"}}, {"masker": {"name": "random"}, "encoder.depth": 3, "loss": {}}]
+    plan = plan_study(write_study(factors={"ratio": [{"masker": {"name": "random", "ratio": 0.3}}], "more": more}))
+    assert [arm.config.slots["masker"].options["ratio"] for arm in plan.arms] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("order", [("kind", "ratio"), ("ratio", "kind")])
+def test_a_factor_that_replaces_a_part_keeps_what_another_sets_inside_it(write_study, order):
+    factors = {"kind": [{}, {"masker": {"name": "blockwise"}}], "ratio": [{"masker.ratio": x} for x in (0.3, 0.4)]}
+    masker = {"name": "random", "ratio": 0.6}
+    plan = plan_study(write_study(overrides={"masker": masker}, factors={name: factors[name] for name in order}))
+    parts = {(part.name, part.options["ratio"]) for part in (arm.config.slots["masker"] for arm in plan.arms)}
+    assert parts == {("random", 0.3), ("random", 0.4), ("blockwise", 0.3), ("blockwise", 0.4)}
 
 
 @pytest.mark.parametrize("match", ["steps", "images", "flops"])
@@ -270,9 +318,9 @@ def test_shards_that_are_elsewhere_are_known_by_their_record(write_study, tmp_pa
 
 
 def test_dotted_and_nested_keys_are_the_same():
-    assert flat_keys({"train": {"epochs": 1, "seed": 2}, "optim.lr": 1, "loss": {}}) == [
-        "train.epochs",
-        "train.seed",
-        "optim.lr",
-        "loss",
-    ]
+    assert flatten({"train": {"epochs": 1, "seed": 2}, "optim.lr": 1, "loss": {}}) == {
+        "train.epochs": 1,
+        "train.seed": 2,
+        "optim.lr": 1,
+        "loss": {},
+    }
