@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,15 +106,21 @@ def evaluate(
 
     def answer_own() -> dict[int, list[Row]]:
         """Return place -> rows of every job of this process: each ``world.size``-th."""
-        rows = {}
+        rows: dict[int, list[Row]] = {}
+        known: dict[tuple[object, ...], list[tuple[ProbeResult, float]]] = {}
         own = range(store.world.rank, len(jobs), store.world.size)
         with bar("protocols", len(own), "question", progress) as shown:
-            for place in own:
-                job = jobs[place]
-                parts = [_part(job, layers, datasets[k], arrays[k], classes, k) for k in (0, 1)]
-                task = new_task(train=parts[0], test=parts[1], encoder=job.network.encoder)
-                rows[place] = _answer(job, task, progress)
-                shown.update()
+            for _, places in groupby(own, lambda place: (id(jobs[place].protocol), jobs[place].network.name)):
+                kept: dict[str, Any] = {}
+                for place in places:
+                    job = jobs[place]
+                    parts = [_part(job, layers, datasets[k], arrays[k], classes, k) for k in (0, 1)]
+                    task = new_task(train=parts[0], test=parts[1], encoder=job.network.encoder, kept=kept)
+                    question = _question(job, layers)
+                    if question not in known:
+                        known[question] = _answer(job, task, progress)
+                    rows[place] = [_row(job, task, *answer) for answer in known[question]]
+                    shown.update()
         return rows
 
     answers = all_gather_object(run_on_all_ranks(answer_own))
@@ -138,15 +145,23 @@ def _part(job: _Job, layers: str, dataset: ShardDataset, arrays: Arrays, classes
     return Part(features, classes[job.label][k] if job.label in classes else None, dataset)
 
 
-def _answer(job: _Job, task: Task, progress: bool) -> list[Row]:
-    """Return what a job's protocol finds."""
+def _question(job: _Job, layers: str) -> tuple[object, ...]:
+    """Return what decides a job's figures; without layers, poolings that give the same features are one question."""
+    name, options, _ = job.protocol
+    views = () if job.network.depth else tuple(view for _, view in _views(job, layers))
+    asked = {key: value for key, value in options.items() if not (views and key == "pooling")}
+    return name, repr(asked), views, job.network.name, job.label
+
+
+def _answer(job: _Job, task: Task, progress: bool) -> list[tuple[ProbeResult, float]]:
+    """Return what a job's protocol finds, and in how many seconds."""
     start = time.perf_counter()
     with _naming(job):
         found = job.protocol.probe(task)
     seconds = time.perf_counter() - start
     figures = ", ".join(f"{one.variant} {100 * one.accuracy:.1f} %".strip() for one in found)
     say(f"{job.protocol.name}, {job.label}, {job.network.name}: {figures}, {seconds:.1f} s", progress)
-    return [_row(job, task, one, seconds) for one in found]
+    return [(one, seconds) for one in found]
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from jepa_kit.evaluation.health.measure import BATCH, measure_health, tokens_and
 from jepa_kit.evaluation.health.states import STATES
 from jepa_kit.evaluation.health.verdict import Verdict, judge
 from jepa_kit.evaluation.images import random_samples, read_images
-from jepa_kit.evaluation.neighbours import Bank
+from jepa_kit.evaluation.neighbours import nearest, vote
 from jepa_kit.from_config import masker_of
 from jepa_kit.interfaces import Masker
 from jepa_kit.precision import autocast_of, precision_of
@@ -182,16 +182,16 @@ def online_evaluation(run: Run) -> OnlineEvaluation | None:
 
 
 def knn_accuracy(features: FloatArray, labels: IntArray) -> float:
-    """Return the leave-one-out accuracy of a vote of the 20 nearest neighbours by cosine; see ``Bank``.
+    """Return the leave-one-out accuracy of a vote of the 20 nearest neighbours by cosine; see ``vote``.
 
     Args:
         features: [N, D].
         labels: [N].
     """
     classes, truth = np.unique(labels, return_inverse=True)
-    own = np.arange(len(features))
-    votes = Bank(features, truth, len(classes)).classify(features, [min(NEIGHBOURS, len(own) - 1)], own)
-    return float(np.mean(votes[0] == truth))
+    k = min(NEIGHBOURS, len(features) - 1)
+    found = nearest(features, features, k, leave_out=np.arange(len(features)))
+    return float(np.mean(vote(found, truth, len(classes), [k])[0] == truth))
 
 
 def linear_accuracy(features: FloatArray, labels: IntArray) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 from dataclasses import replace
 
@@ -49,14 +50,44 @@ def test_rows_equal_the_probes_on_the_same_features(loaded, scenes):
     data = loaded.config.data
     for name, encoder in (("target", loaded.jepa.target_encoder), ("untrained", untrained_encoder(loaded.config, 11))):
         x, y = (extract_features(encoder, part, mean=data.mean, std=data.std) for part in images)
-        for protocol, probe in (("logistic", Logistic()), ("knn", KNN())):
-            row = next(r for r in rows if (r.protocol, r.network, r.label) == (protocol, name, "distance"))
-            found = probe.classify(x, train.labels("distance"), y, test.labels("distance"))
+        for (protocol, probe), label in itertools.product((("logistic", Logistic()), ("knn", KNN())), labels):
+            row = next(r for r in rows if (r.protocol, r.network, r.label) == (protocol, name, label))
+            found = probe.classify(x, train.labels(label), y, test.labels(label))
             assert row.accuracy == found.accuracy
             assert row.settings == found.settings
             assert (row.width, row.layers, row.pooling) == (16, "last", "mean")
     assert next(r for r in rows if r.network == "untrained").seed == 11
     assert next(r for r in rows if r.network == "pixels").layers is None
+
+
+def test_what_no_label_changes_is_computed_once_for_a_network(loaded, scenes, monkeypatch):
+    made = []
+    for part, name in ((Logistic, "inputs"), (KNN, "find")):
+        method = getattr(part, name)
+        monkeypatch.setattr(
+            part, name, lambda *args, m=method, n=name, **options: made.append(n) or m(*args, **options)
+        )
+    networks = run_networks(loaded, encoders=["target"], baselines=["untrained"])
+    evaluate(networks, *scenes, IMAGES, protocols=[LOGISTIC, "knn"], labels=["distance", "count", "shape"])
+    assert made == ["inputs", "inputs", "find", "find"]
+
+
+def test_poolings_are_one_question_for_pixels(loaded, scenes, monkeypatch):
+    asked = []
+    classify = Logistic.classify
+    monkeypatch.setattr(Logistic, "classify", lambda *args, **given: asked.append(0) or classify(*args, **given))
+    networks = [*run_networks(loaded, encoders=["target"], baselines=["pixels"])]
+    rows = evaluate(
+        networks, *scenes, IMAGES, protocols=[LOGISTIC, {**LOGISTIC, "pooling": "quarters"}], labels=["count"]
+    )
+    assert len(asked) == 3
+    assert [(r.network, r.pooling, r.variant) for r in rows] == [
+        ("target", "mean", "pooling=mean"),
+        ("pixels", None, "pooling=mean"),
+        ("target", "quarters", "pooling=quarters"),
+        ("pixels", None, "pooling=quarters"),
+    ]
+    assert rows[1].accuracy == rows[3].accuracy
 
 
 EVERYTHING = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from jepa_kit.registry import PartRegistry
 from jepa_kit.rng import IntArray, Stream, generator
 from jepa_kit.structures import Pooling
 
+T = TypeVar("T")
 Array = NDArray[np.floating[Any]]
 Pair = tuple[IntArray, IntArray]
 """Indices of samples to fit on, and of samples to choose on."""
@@ -97,6 +98,7 @@ class Task:
         device: for the protocol's computation.
         encoder: for protocols that train a copy of it; None for raw pixels.
         images: how images and masks are read, for protocols that read them.
+        kept: what ``once`` made, for tasks that differ in the label alone.
     """
 
     train: Part
@@ -106,6 +108,13 @@ class Task:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     encoder: nn.Module | None = None
     images: ImageOptions | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Return ``make()``, which does not depend on the label: the other labels of one network get the same."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return cast(T, self.kept[name])
 
     def labels(self) -> tuple[IntArray, IntArray]:
         """Return the classes of the training samples [N] and the test samples [M]."""

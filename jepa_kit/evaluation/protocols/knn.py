@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from jepa_kit.evaluation.neighbours import TEMPERATURE, Bank
+from jepa_kit.evaluation.neighbours import TEMPERATURE, Nearest, nearest, vote
 from jepa_kit.evaluation.protocols.base import (
     PROTOCOLS,
     Array,
@@ -29,6 +30,17 @@ from jepa_kit.rng import IntArray, Stream, generator
 
 NEIGHBOURS = (10, 20, 100, 200)
 """The numbers of neighbours that DINO reports (Caron et al. 2021, arXiv 2104.14294, F)."""
+
+
+class Found(NamedTuple):
+    """Neighbours among the training samples."""
+
+    chosen: IntArray
+    """[Q] the training samples that choose k."""
+    own: Nearest
+    """Theirs, without themselves."""
+    test: Nearest
+    """Those of the test samples."""
 
 
 @PROTOCOLS.register("knn")
@@ -79,9 +91,27 @@ class KNN(Probe):
 
     def __call__(self, task: Task) -> list[ProbeResult]:
         """Return one figure."""
-        train, test = task.both(*self.wanted(task.layers))
+        train, test = (part.array for part in task.both(*self.wanted(task.layers)))
         labels = task.labels()
-        return [self.classify(train.array, labels[0], test.array, labels[1], seed=task.seed, device=task.device)]
+        found = task.once("neighbours", lambda: self.find(train, test, seed=task.seed, device=task.device))
+        return [self.classify(train, labels[0], test, labels[1], found=found)]
+
+    def find(self, train: Array, test: Array, *, seed: int = 0, device: torch.device | str = "cpu") -> Found:
+        """Return the neighbours of training samples that choose k, and of test samples.
+
+        Args:
+            train, test: [N, D] and [M, D] features.
+            seed: of the choice of ``queries``.
+            device: of similarities.
+
+        Raises:
+            ValueError: no k from 1 to N - 1.
+        """
+        most, chosen = self._fitting(len(train))[-1], np.arange(len(train))
+        if len(train) > self.queries:
+            chosen = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[: self.queries])
+        own = nearest(train, train[chosen], most, leave_out=chosen, device=device)
+        return Found(chosen, own, nearest(train, test, most, device=device))
 
     def classify(
         self,
@@ -92,6 +122,7 @@ class KNN(Probe):
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        found: Found | None = None,
     ) -> ProbeResult:
         """Classify test samples, and return the figure.
 
@@ -100,21 +131,19 @@ class KNN(Probe):
             train_labels, test_labels: [N] and [M] classes, integers.
             seed: of the choice of ``queries``.
             device: of similarities.
+            found: what ``find`` returned for the features, if that is known.
 
         Raises:
             ValueError: see ``check_samples``; no k from 1 to N - 1.
         """
         train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
         ks = self._fitting(len(train))
+        found = found or self.find(train, test, seed=seed, device=device)
         classes, answers = np.unique(train_labels, return_inverse=True)
-        bank = Bank(train, answers, len(classes), self.temperature, device)
-        chosen = np.arange(len(train))
-        if len(train) > self.queries:
-            chosen = np.sort(generator(Stream.EVALUATION, seed=seed, lane=1).permutation(len(train))[: self.queries])
-        votes = bank.classify(train[chosen], ks, leave_out=chosen)  # [len(ks), Q]
-        validation = [float(v) for v in (votes == answers[chosen]).mean(axis=1)]
+        votes, predicted = (vote(near, answers, len(classes), ks, self.temperature) for near in (found.own, found.test))
+        validation = [float(v) for v in (votes == answers[found.chosen]).mean(axis=1)]
         best = int(np.argmax(validation))
-        predictions = classes[bank.classify(test, ks)]  # [len(ks), M]
+        predictions = classes[predicted]  # [len(ks), M]
         settings = {
             "k": ks[best],
             "neighbours": ks,

@@ -8,10 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +27,7 @@ from jepa_kit.evaluation.protocols.base import (
     Pair,
     Probe,
     ProbeResult,
+    T,
     Task,
     check_samples,
     check_values,
@@ -49,6 +49,17 @@ SPLITS = 5
 SUBSETS = ("1%", "10%", "all")
 DRAWS = 3
 HOLDOUT = 0.2
+
+
+class Inputs(NamedTuple):
+    """Inputs of classifiers, C columns of which each takes the first few; they do not depend on the label."""
+
+    components: tuple[int, ...]
+    """The number of columns for each cut, ascending to C."""
+    train: NDArray[np.float32]
+    """[N, C]"""
+    test: NDArray[np.float32]
+    """[M, C]"""
 
 
 @PROTOCOLS.register("logistic")
@@ -160,10 +171,12 @@ class Logistic(Probe):
         """Return the mean over draws; its error is their deviation."""
         train, test = task.both(*self.wanted(task.layers))
         train_labels, test_labels = task.labels()
-        found = [
-            self.classify(train.array[chosen], train_labels[chosen], test.array, test_labels, seed=task.seed + d)
-            for d, chosen in enumerate(draws)
-        ]
+        found = []
+        for d, chosen in enumerate(draws):
+            samples = train.array[chosen], train_labels[chosen], test.array, test_labels
+            whole = len(chosen) == len(train_labels)
+            given = task.once("inputs", lambda: self.inputs(train.array, test.array)) if whole else None
+            found.append(self.classify(*samples, seed=task.seed + d, given=given))
         if len(found) == 1:
             return replace(found[0], variant=variant)
         accuracies = [one.accuracy for one in found]
@@ -180,8 +193,24 @@ class Logistic(Probe):
             draws=len(found),
         )
 
+    def inputs(self, train: Array, test: Array) -> Inputs:
+        """Return the inputs of classifiers: [N, D] and [M, D] features whitened, or standardised without ``whiten``."""
+        if not self.whiten:
+            scaled = Standardising(train)
+            return Inputs((train.shape[1],), scaled(train), scaled(test))
+        whitening = Whitening(train)
+        components = tuple(map(whitening.above, self.cuts or CUTS))
+        return Inputs(components, *(whitening(part, components[-1]) for part in (train, test)))
+
     def classify(
-        self, train: Array, train_labels: IntArray, test: Array, test_labels: IntArray, *, seed: int = 0
+        self,
+        train: Array,
+        train_labels: IntArray,
+        test: Array,
+        test_labels: IntArray,
+        *,
+        seed: int = 0,
+        given: Inputs | None = None,
     ) -> ProbeResult:
         """Fit one classifier, and return its figure.
 
@@ -189,22 +218,17 @@ class Logistic(Probe):
             train, test: [N, D] and [M, D] features.
             train_labels, test_labels: [N] and [M] classes, integers.
             seed: of the splits.
+            given: what ``inputs`` made of the features, if that is known.
 
         Raises:
             ValueError: see ``check_samples``.
         """
         train_labels, test_labels = check_samples(train, train_labels, test, test_labels)
-        penalties, cuts, holdout = self.penalties, self.cuts or CUTS, self.holdout or HOLDOUT
+        given = given or self.inputs(train, test)
+        penalties, kept, known, holdout = self.penalties, given.components, given.train, self.holdout or HOLDOUT
         if np.unique(train_labels, return_counts=True)[1].min() == 1:  # no split is possible
-            penalties, cuts = (_middle(penalties),), (_middle(cuts),)
-        prepare: Callable[[Array], NDArray[np.float32]]
-        if self.whiten:
-            whitening = Whitening(train)
-            kept = [*dict.fromkeys(map(whitening.above, cuts))]  # numbers of components, ascending
-            prepare = partial(whitening, components=kept[-1])  # the largest variance first: fewer are a slice of these
-        else:
-            kept, prepare = [train.shape[1]], Standardising(train)
-        known = prepare(train)
+            penalties, kept = (_middle(penalties),), (_middle(kept),)
+        kept = tuple(dict.fromkeys(kept))
         tried: list[dict[str, float]] = []
         if len(kept) > 1 or len(penalties) > 1:
             pairs = _pairs(train_labels, holdout, seed)
@@ -224,12 +248,12 @@ class Logistic(Probe):
             "holdout": holdout if tried else None,
             "converged": int(classifier.n_iter_.max()) < self.max_iter,
         }
-        predictions = classifier.predict(prepare(test)[:, :components])
+        predictions = classifier.predict(given.test[:, :components])
         validation = best["accuracy"] if best else None
         return classification_result("logistic", predictions, train_labels, test_labels, validation, settings)
 
 
-def _middle(values: Sequence[float]) -> float:
+def _middle(values: Sequence[T]) -> T:
     """Return the middle value; of an even number, the first of the middle two."""
     return values[(len(values) - 1) // 2]
 

@@ -43,10 +43,14 @@ def test_knn_chooses_k_by_leave_one_out():
 
 
 def test_votes_do_not_depend_on_the_batch(monkeypatch):
-    bank = neighbours.Bank(TRAIN.astype(np.float64), TRAIN_LABELS, 4)
-    answers = [bank.classify(TRAIN.astype(np.float64), [3, 20], np.arange(len(TRAIN)))]
-    monkeypatch.setattr(neighbours, "SIMILARITIES", 7 * len(TRAIN))
-    answers.append(bank.classify(TRAIN.astype(np.float64), [3, 20], np.arange(len(TRAIN))))
+    def answer():
+        known, own = TRAIN.astype(np.float64), np.arange(len(TRAIN))
+        found = neighbours.nearest(known, known, 20, leave_out=own)
+        return neighbours.vote(found, TRAIN_LABELS, 4, [3, 20])
+
+    answers = [answer()]
+    monkeypatch.setattr(neighbours, "SIMILARITIES", 3 * len(TRAIN))
+    answers.append(answer())
     assert answers[0].shape == (2, 400)
     assert np.array_equal(*answers)
 
