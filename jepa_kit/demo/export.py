@@ -68,6 +68,8 @@ def _encoder_problems(name: str, encoder: nn.Module | None) -> Iterator[str]:
         yield f"{name}.positions (={encoder.positions!r}) must be 'sincos', 'learned' or 'none'"
     if encoder.relative is not None:
         yield f"{name}.relative_bias must be 'none'"
+    if encoder.mask_token is not None:
+        yield f"{name}.mask_token (=True) must be false: a page leaves hidden patches out, and hides none in place"
     if encoder.causal:
         yield f"{name}.causal (=True) must be false"
     if encoder.in_chans != 3:

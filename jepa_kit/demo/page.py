@@ -22,6 +22,8 @@ LIMIT = 5_000_000
 """Largest size of a page in bytes."""
 SCRIPTS = ("tensors.js", "network.js", "maskers.js", "analysis.js", "editing.js", "drawing.js", "controls.js", "app.js")
 """In the order of their imports: what a module imports stands before it."""
+DRAWN = ("multiblock", "block", "random", "rasterized", "blockwise", "inverse_block", "kept_block", "causal")
+"""Maskers that static/maskers.js draws."""
 HIDDEN = 128
 """Width of the decoder's hidden layers: half of that of pictures of a run, for the size of the page."""
 
@@ -95,6 +97,9 @@ def build_page(
         ValueError: the page is larger than 5 MB.
     """
     run, block = network.run, network.block
+    masker = run.config.slots.get("masker")
+    if masker is not None and masker.name not in DRAWN:
+        log(f"note: the page does not draw the masker of the run (={masker.name!r}), only {', '.join(DRAWN)}")
     log(f"decoder: {steps} updates on {len(material.others)} images")
     pixels, _, _ = material.pixels(material.others)
     decoder = train_decoder(material.targets(material.others), pixels, steps=steps, seed=material.seed, hidden=HIDDEN)

@@ -4,10 +4,10 @@ import inspect
 
 import numpy as np
 
+from jepa_kit.demo.page import DRAWN
 from jepa_kit.maskers.multiblock import RELEASED
 from jepa_kit.registry import MASKERS
 
-DRAWN = ["multiblock", "block", "random", "rasterized", "blockwise", "inverse_block", "kept_block", "causal"]
 RELEASED_OPTIONS = {name: value for name, value in RELEASED.items() if name != "min_keep_target"}
 SMALL, TALL = (8, 8), (9, 14)
 

@@ -91,6 +91,10 @@ def test_the_page_draws_what_the_decoder_does(tiny_config, node):
         (["encoder.causal=true"], "encoder.causal (=True) must be false"),
         (["encoder={name: conv, patch_size: 4, embed_dim: 16, depth: 1}"], "encoder (=ConvEncoder) must be 'vit'"),
         (["predictor.positions=rotary"], "predictor.positions (='rotary') must be 'sincos'"),
+        (
+            ["masker={name: in_place}", "encoder.mask_token=true"],
+            "encoder.mask_token (=True) must be false: a page leaves hidden patches out, and hides none in place",
+        ),
         (["predictor.mask_tokens=2"], "predictor.mask_tokens (=2) must be 1"),
         (["predictor={name: cross, width: 8, depth: 1, num_heads: 2}"], "must be 'vit'"),
         (["target.masked_at=input"], "target.masked_at (='input') must be 'output'"),

@@ -14,6 +14,7 @@ from jepa_kit.data.transforms import normalize
 from jepa_kit.demo import page as demo_page
 from jepa_kit.demo.page import SCRIPTS, prepare_network, script
 from jepa_kit.demo.tensors import TensorBlock
+from jepa_kit.engine.checkpoint.format import Checkpoint, save_checkpoint
 from jepa_kit.evaluation.features import LoadedRun, load_run
 from jepa_kit.structures import MaskBatch, PatchSets, View
 from jepa_kit.tools import demo
@@ -124,6 +125,28 @@ def test_a_checkpoint_of_others_needs_an_output(capsys, checkpoint):
 def test_a_run_without_data_needs_images(run_folder, capsys, tmp_path):
     assert demo.main([str(run_folder[0]), "--output", str(tmp_path / "demo.html"), *FEW]) == 2
     assert "--images must name a folder of shards: the run's config has none" in capsys.readouterr().err
+
+
+OTHER_MASKERS = {
+    "multigroup": "target_scale: [[0.1, 0.1], [0.2, 0.2]]",
+    "mixture": "maskers: [{name: random}, {name: block}]",
+    "subset": "masker: {name: random}, fraction: 0.5",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MASKERS)
+def test_a_masker_that_the_page_does_not_draw_is_named(tiny_config, scenes, tmp_path, capsys, name):
+    config = tiny_config(f"masker={{name: {name}, {OTHER_MASKERS[name]}}}")
+    kept = {"data": {"samples": 8, "digest": ""}, "versions": {}, "optimizer": {}}
+    save_checkpoint(
+        tmp_path, Checkpoint(step=3, model=make_recipe(config).state_dict(), config=config.to_dict(), **kept)
+    )
+    assert demo.main([str(tmp_path), "--images", str(scenes), *FEW]) == 0
+    assert (
+        f"note: the page does not draw the masker of the run (={name!r}), only multiblock, block, random, rasterized, "
+        "blockwise, inverse_block, kept_block, causal\n"
+    ) in capsys.readouterr().err
+    assert json.loads(part(tmp_path / "demo.html", "data"))["masker"]["name"] == name
 
 
 def masks_of(cells):
