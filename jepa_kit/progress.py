@@ -61,6 +61,18 @@ class Progress:
             self._bar.close()
 
 
+def number_of(thing: str, count: int) -> str:
+    """Return ``1 run`` or ``2 runs``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration with its unit, such as ``7 s``, ``12 min`` or ``3.1 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
 def clock(seconds: float) -> str:
     """Return a duration such as ``0:07``, ``12:30`` or ``3:05:00``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jepa_kit import progress as module
-from jepa_kit.progress import Progress, clock
+from jepa_kit.progress import Progress, clock, duration, number_of
 
 
 @pytest.fixture
@@ -70,3 +70,15 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (7, "0:07"), (750, "12:30"), (11100, "3:05:00")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (36, "36 s"), (91, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (4e6, "1,111.1 h")],
+)
+def test_a_duration_has_its_unit(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_number_of_things():
+    assert [number_of("run", count) for count in (0, 1, 1200)] == ["0 runs", "1 run", "1,200 runs"]

@@ -60,7 +60,9 @@ def load_arms(study: Study, folder: Path, machine: Sequence[str], problems: list
         problems.append(where + line)
     loaded_names = [name for name, config in zip(names, configs, strict=True) if config is not None]
     problems += [
-        f"{count} arms are the same ({name}): leave one" for name, count in Counter(loaded_names).items() if count > 1
+        f"{count} arms have the name {name}: leave one out if they are the same, else name their levels"
+        for name, count in Counter(loaded_names).items()
+        if count > 1
     ]
     return [Arm(name, config) for name, config in zip(names, configs, strict=True) if config is not None]
 

@@ -14,6 +14,7 @@ from jepa_kit.engine.optimizer import optimizer_of
 from jepa_kit.engine.schedules import Hyper
 from jepa_kit.engine.step import train_step
 from jepa_kit.precision import autocast_of, precision_of, products_in
+from jepa_kit.progress import duration, number_of
 from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.jobs import done_steps, totals
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
@@ -77,16 +78,17 @@ def describe_cost(plan: Plan, jobs: Sequence[Job], runs: Path, workers: int) -> 
             continue
         each = seconds_per_image(arm.config, length.flop_per_image)
         images = sum(length.images - done_steps(job, runs) * length.batch_size for job in left)
-        hours = 0.0 if each is None else images * each / 3600
-        total, unknown = total + hours, unknown + (each is None)
+        seconds = 0.0 if each is None else images * each
+        total, unknown = total + seconds, unknown + (each is None)
         lines.append(
             f"{arm.name}: {length.steps:,} steps of {length.batch_size} images, {length.flop / 1e12:.3g} TFLOP a run; "
-            f"{len(left)} runs, " + ("too much for this CPU to measure" if each is None else f"{hours:.2f} h")
+            f"{number_of('run', len(left))}, "
+            + ("too much for this CPU to measure" if each is None else duration(seconds))
         )
     images, tflop = totals(jobs)
     lines.append(
-        f"{len(jobs)} jobs: {images:,} images, {tflop:.4g} TFLOP, {total / workers:.2f} h on this machine with "
-        f"{workers} workers (measured steps, without reading images and evaluation"
-        + (f"; {unknown} arms were not measured)" if unknown else ")")
+        f"{number_of('job', len(jobs))}: {images:,} images, {tflop:.4g} TFLOP, {duration(total / workers)} on this "
+        f"machine with {number_of('worker', workers)} (from measured steps, without reading images and evaluation"
+        + (f"; {number_of('arm', unknown)} could not be measured)" if unknown else ")")
     )
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.errors import ConfigError
 from jepa_kit.lock import LockedError, lock_file
 from jepa_kit.machine import usable_cores
+from jepa_kit.progress import duration
 from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.jobs import job_file, log_file, state_of
 from jepa_kit.studies.records import read_record
@@ -79,7 +80,7 @@ class Queue:
 
     def _run(self, waiting: list[Job]) -> int:
         running: list[_Worker] = []
-        every, interrupted = list(waiting), False
+        every, interrupted = self.plan.jobs, False
         self.first = self._fraction(every)
         while running or (waiting and self.signal is None):
             while waiting and len(running) < self.workers and self.signal is None:
@@ -119,7 +120,7 @@ class Queue:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops the workers
             )
-        self._say(f"{_name(job)}: {state_of(job, self.results, self.runs)}, starts")
+        self._say(f"{_name(job)}: {state_of(job, self.results, self.runs)}, starts; log {log_file(self.runs, job)}")
         return _Worker(job, place, process)
 
     def cores_of(self, place: int) -> list[int]:
@@ -168,6 +169,9 @@ class Queue:
             return 1.0
         return last_step(self.runs / job.id) / job.length.steps if job.length is not None else 0.0
 
+    def _part(self, job: Job) -> str:
+        return _name(job) if job.length is None else f"{_name(job)} {100 * self._progress(job):.0f} %"
+
     def _show(self, jobs: Sequence[Job], running: Sequence[_Worker]) -> None:
         """Print the progress line: each second on a terminal, else each minute."""
         now, terminal = time.monotonic(), sys.stderr.isatty()
@@ -177,10 +181,10 @@ class Queue:
         fraction = self._fraction(jobs)
         done = sum(read_record(self.results, job.id) is not None for job in jobs)
         parts = [f"{done} of {len(jobs)} done, {100 * fraction:.0f} % of the FLOP"]
-        parts += [f"{_name(worker.job)} {100 * self._progress(worker.job):.0f} %" for worker in running]
+        parts += [self._part(worker.job) for worker in running]
         if fraction > self.first:
             left = (now - self.started) * (1 - fraction) / (fraction - self.first)
-            parts.append(f"{left / 60:.0f} min left")
+            parts.append(f"{duration(left)} left")
         line = " | ".join(parts)
         print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 

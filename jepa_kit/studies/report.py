@@ -11,6 +11,7 @@ from typing import Any
 
 from jepa_kit.evaluation.tables.table import chance_text, markdown
 from jepa_kit.files import write_text
+from jepa_kit.progress import number_of
 from jepa_kit.studies.records import write_json
 from jepa_kit.studies.statistics import CONFIDENCE, POWER
 from jepa_kit.studies.summary import ArmSummary, Figure, Outcome, Summary
@@ -56,7 +57,7 @@ def _figures_note(summary: Summary) -> str:
     heading = f"{summary.protocol[0].upper()}{summary.protocol[1:]}. " if summary.protocol else ""
     jobs = summary.plan.baselines
     several = [job for job in jobs if sum(other.baseline == job.baseline for other in jobs) > 1]
-    owners = [f"*{job.title}* is of {', '.join(summary.arms[k].name for k in job.arms)}" for job in several]
+    owners = [f"*{job.title}* is of {' and of '.join(summary.arms[k].name for k in job.arms)}" for job in several]
     return (
         f"{heading}In %: mean ± standard deviation over seeds; baselines, which have no seeds, with the standard error "
         f"of the test set in brackets. All arms share the test set; its standard error for one figure is {size} points."
@@ -72,8 +73,8 @@ def _differences_note(summary: Summary) -> str:
     return (
         f"In points: mean over pairs of runs with one seed, with the {100 * CONFIDENCE:.0f} % interval of the paired t "
         "test. An interval that contains 0: the arm is not distinguishable from the base arm by these runs. Intervals "
-        f"cover the variation between seeds, not that between test sets; among {compared} intervals, "
-        f"{(1 - CONFIDENCE) * compared:.1f} would miss the truth by chance. The last column is the number of seeds "
+        f"cover the variation between seeds, not that between test sets; among {number_of('interval', compared)}, "
+        f"{(1 - CONFIDENCE) * compared:.3g} would miss the truth by chance. The last column is the number of seeds "
         f"with which a difference of one point would be found with probability {POWER} (noncentral t), if "
         "the deviation of the differences is as estimated here."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_kit.evaluation.tables.rows import Row
+from jepa_kit.progress import number_of
 from jepa_kit.studies.cells import Job, Plan
 from jepa_kit.studies.records import Record, read_record
 from jepa_kit.studies.statistics import Comparison, compare_paired, mean_and_deviation
@@ -113,7 +114,8 @@ def summarize(plan: Plan, results: Path) -> Summary:
     base = plan.cells[0]
     arms = [_arm(name.name, number, plan, outcomes, records, rows, base) for number, name in enumerate(plan.arms)]
     found = [record for record in records.values() if record is not None]
-    names = [f"{r.machine['device']}, {r.machine['threads']} threads" for r in found if r.kind == "cell" and r.machine]
+    on = [record.machine for record in found if record.kind == "cell" and record.machine]
+    names = [f"{machine['device']}, {number_of('thread', machine['threads'])}" for machine in on]
     return Summary(
         plan,
         outcomes,

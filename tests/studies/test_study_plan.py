@@ -266,7 +266,7 @@ def test_an_arm_that_is_no_mapping_is_named_alone(write_study):
     [
         ({"train_shards": "/nowhere"}, "/nowhere"),
         ({"train_shards": None}, "train_shards must name a folder of shards, as the base config has none"),
-        ({"factors": {"a": [{}, {}]}}, "2 arms are the same (base): leave one"),
+        ({"factors": {"a": [{}, {}]}}, "2 arms have the name base: leave one out if they are the same, else name"),
         ({"base": "nothing"}, "nothing"),
         ({"protocols": ["knn", "knn"]}, "protocols[1] (=nearest neighbours on the last layer) is in the list already"),
         ({"protocols": [{"name": "knn", "neighbours": []}]}, "protocols[0]: "),

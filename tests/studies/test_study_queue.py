@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.studies.jobs import JOBS, done_steps, job_file, open_jobs, state_of
-from jepa_kit.studies.local import LOCK, make_queue
+from jepa_kit.studies.local import LOCK, _Worker, make_queue
 from jepa_kit.studies.plan import plan_study
-from jepa_kit.studies.records import read_record, record_file
+from jepa_kit.studies.records import Record, read_record, record_file, write_record
 from jepa_kit.studies.worker import main as work
 from jepa_kit.tools import ablate
 
@@ -139,6 +140,16 @@ def test_a_worker_that_dies_becomes_a_row(write_study, folders, tmp_path, monkey
     assert bad.reason.startswith("killed by SIGABRT; ")
 
 
+def test_the_progress_line_counts_all_jobs_of_the_study(write_study, folders, capsys):
+    plan = plan_study(write_study(seeds=[0]))
+    first, *left = plan.jobs
+    write_record(Record(id=first.id, kind=first.kind, title=first.title, seed=0), folders[0])
+    queue = make_queue(plan, *folders, 1)
+    queue._show(plan.jobs, [_Worker(left[0], 0, None), _Worker(plan.cells[0][0], 1, None)])
+    other, cell = left[0].title, plan.arms[0].name
+    assert capsys.readouterr().err == f"1 of 7 done, 0 % of the FLOP | {other} | {cell}, seed 0 0 %\n"
+
+
 def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
@@ -181,7 +192,7 @@ def test_a_study_that_is_killed_continues(write_study, folders, how, capsys):
     assert 20 <= stopped < 200
     assert f"stopped by SIGTERM after {stopped}" in log.read_text()
     assert ablate.main(command(file, folders)) == 0
-    assert "interrupted, starts" in capsys.readouterr().err
+    assert f"interrupted, starts; log {log}\n" in capsys.readouterr().err
     assert f"resumed at step {stopped}" in log.read_text()
     assert [line["step"] for line in read_metrics(runs / job.id)] == list(range(200))
 
@@ -263,6 +274,7 @@ def test_the_cost_before_it_starts(write_study, folders, capsys):
     printed = capsys.readouterr().out
     assert "masker.ratio=0.5, deep: 12 steps of 8 images" in printed
     assert "11 jobs: 768 images, " in printed
+    assert re.search(r" (\d+ s|\d+ min|\d+\.\d h) on this machine with 1 worker \(from measured steps", printed)
     assert not folders[0].exists()
 
 
@@ -272,4 +284,4 @@ def test_a_network_that_is_too_large_to_measure(write_study, folders, capsys, mo
     printed = capsys.readouterr().out
     assert "1 runs, too much" not in printed
     assert "2 runs, too much for this CPU to measure" in printed
-    assert "arms were not measured)" in printed
+    assert "; 4 arms could not be measured)" in printed

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jepa_kit.studies.figures import draw_cost, draw_differences
 from jepa_kit.studies.plan import plan_study
-from jepa_kit.studies.records import Record, record_file, write_record
+from jepa_kit.studies.records import Record, read_record, record_file, write_record
 from jepa_kit.studies.report import COLUMNS, figure_lines, table_of, to_csv, to_markdown, write_report
 from jepa_kit.studies.summary import Outcome, summarize
 
@@ -102,7 +102,18 @@ def test_the_report_says_what_is_and_is_not_distinguishable(study):
     assert "- open, seed 2: no result yet" in text
     assert "7 of 12 cells have figures" in text
     assert "float32 on a CPU, 2 threads" in text
-    assert "among 2 intervals" in text
+    assert "among 2 intervals, 0.1 would" in text
+
+
+def test_one_interval_and_one_thread(study):
+    plan, results = study
+    for job in plan.cells[0]:
+        record = read_record(results, job.id)
+        rows = {key: rows[:1] for key, rows in record.rows.items()}
+        write_record(dataclasses.replace(record, machine={"device": "a CPU", "threads": 1}, rows=rows), results)
+    text = to_markdown(summarize(plan, results))
+    assert "among 1 interval, 0.05 would miss" in text
+    assert "on a CPU, 1 thread and on a CPU, 2 threads." in text
 
 
 def test_one_seed_gives_no_interval(study):
@@ -183,8 +194,9 @@ def test_arms_have_the_baselines_of_their_networks(write_study, monkeypatch, tmp
         write_record(Record(id=job.id, kind=job.kind, title=job.title, seed=0, rows=rows), tmp_path)
     summary = summarize(plan, tmp_path)
     assert (
-        "Networks differ: *untrained* is of masker.ratio=0.5, encoder.depth=2, masker.ratio=0.25, encoder.depth=2; "
-        "*untrained (masker.ratio=0.5, deep)* is of masker.ratio=0.5, deep, masker.ratio=0.25, deep.\n"
+        "Networks differ: *untrained* is of masker.ratio=0.5, encoder.depth=2 and of masker.ratio=0.25, "
+        "encoder.depth=2; *untrained (masker.ratio=0.5, deep)* is of masker.ratio=0.5, "
+        "deep and of masker.ratio=0.25, deep.\n"
     ) in to_markdown(summary)
     arms = [dataclasses.replace(arm, tflop=1.0) for arm in summary.arms]
     (fig,) = draw_cost(dataclasses.replace(summary, arms=arms), tmp_path / "cost.png")
