@@ -44,7 +44,8 @@ def config_of(config: Mapping[str, Any], what: str) -> Config:
     named = {slot: part.get("name") for slot in SLOTS if isinstance(part := raw.get(slot), dict)}
     if named.get("encoder") != "vit":
         raise CheckpointError(
-            f"{what}: encoder.name (={named.get('encoder')!r}) must be 'vit', the only one that formats share"
+            f"{what}: encoder.name (={named.get('encoder')!r}) must be 'vit', the only one that formats share; another "
+            "stays in the format 'jepa_kit', which tools that build the whole run can read, such as eval_net.py"
         )
     slots = {slot: Part(str(name), {}) for slot, name in named.items()}
     sections = {name: dict(raw.get(name) or {}) for name in ("data", "optim", "train")}

@@ -23,6 +23,9 @@ examples:
   python tools/convert_checkpoint.py --to official runs/first first.pth.tar
   python tools/convert_checkpoint.py --to jepa_kit first.pth.tar first.pt
 
+No `imports` of a run are executed, so --trust-imports is not needed: a masker, target, loss or predictor of your own is
+no obstacle. An encoder of your own stays in the format jepa_kit, as other formats have no names for it.
+
 Without --from, the format is recognised by the content. Exit status: 0, 2 for an unusable file or command, 130 for
 Ctrl-C.
 """

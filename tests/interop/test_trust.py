@@ -10,7 +10,7 @@ from jepa_kit.from_config import build_recipe
 from jepa_kit.interop.formats import convert
 from jepa_kit.interop.frozen import load_encoder
 from jepa_kit.registry import MASKERS
-from jepa_kit.tools import eval_net, health, visualize
+from jepa_kit.tools import convert_checkpoint, eval_net, health, visualize
 
 PARTS = """
 import pathlib
@@ -43,6 +43,21 @@ def test_an_encoder_is_loaded_and_converted_without_imports(foreign, tmp_path):
         convert(file, tmp_path / format, to=format)
         assert load_encoder(tmp_path / format, num_heads=2).architecture.depth == 2
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("slot", ["predictor", "target", "loss", "target_update", "encoder"])
+def test_only_an_encoder_of_ones_own_stays_in_our_format(tiny, tmp_path, capsys, slot):
+    config = tiny()
+    raw = config.to_dict() | {"imports": [str(tmp_path / "nowhere.py")], slot: {"name": "mine", "sharpness": 3}}
+    file = save_checkpoint(tmp_path, Checkpoint(3, build_recipe(config).state_dict(), {}, raw, {}, {}))
+    for to in ("hf", "timm", "safetensors", "jepa_kit"):
+        status = convert_checkpoint.main(["--to", to, str(file), str(tmp_path / to)])
+        error = capsys.readouterr().err
+        if slot == "encoder" and to != "jepa_kit":
+            assert (status, (tmp_path / to).exists()) == (2, False)
+            assert "encoder.name (='mine') must be 'vit', the only one that formats share; another stays in" in error
+        else:
+            assert (status, error) == (0, "")
 
 
 def test_a_run_needs_trust(foreign, shards, capsys):
