@@ -16,7 +16,7 @@ from jepa_kit.engine.step import train_step
 from jepa_kit.precision import autocast_of, precision_of, products_in
 from jepa_kit.progress import duration, number_of
 from jepa_kit.studies.cells import Job, Plan
-from jepa_kit.studies.jobs import done_steps, totals
+from jepa_kit.studies.jobs import totals
 from jepa_kit.trials.recipe_trial import trial_recipe, trial_views
 
 MOST_IMAGES = 64
@@ -77,15 +77,14 @@ def describe_cost(plan: Plan, jobs: Sequence[Job], runs: Path, workers: int) -> 
         if not left:
             continue
         each = seconds_per_image(arm.config, length.flop_per_image)
-        images = sum(length.images - done_steps(job, runs) * length.batch_size for job in left)
-        seconds = 0.0 if each is None else images * each
+        seconds = 0.0 if each is None else totals(left, runs)[0] * each
         total, unknown = total + seconds, unknown + (each is None)
         lines.append(
             f"{arm.name}: {length.steps:,} steps of {length.batch_size} images, {length.flop / 1e12:.3g} TFLOP a run; "
             f"{number_of('run', len(left))}, "
             + ("too much for this CPU to measure" if each is None else duration(seconds))
         )
-    images, tflop = totals(jobs)
+    images, tflop = totals(jobs, runs)
     lines.append(
         f"{number_of('job', len(jobs))}: {images:,} images, {tflop:.4g} TFLOP, {duration(total / workers)} on this "
         f"machine with {number_of('worker', workers)} (from measured steps, without reading images and evaluation"

@@ -96,7 +96,8 @@ def log_file(runs: Path, job: Job) -> Path:
     return runs / JOBS / f"{job.id}.log"
 
 
-def totals(jobs: Sequence[Job]) -> tuple[int, float]:
-    """Return images and TFLOP of the runs of jobs."""
-    lengths = [job.length for job in jobs if job.length is not None]
-    return sum(length.images for length in lengths), sum(length.flop for length in lengths) / 1e12
+def totals(jobs: Sequence[Job], runs: Path) -> tuple[int, float]:
+    """Return images and TFLOP of the runs of jobs, without those before their latest checkpoints."""
+    left = [(job.length, job.length.steps - done_steps(job, runs)) for job in jobs if job.length is not None]
+    images = sum(length.batch_size * steps for length, steps in left)
+    return images, sum(length.flop * steps / length.steps for length, steps in left) / 1e12

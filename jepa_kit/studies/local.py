@@ -23,7 +23,7 @@ from jepa_kit.lock import LockedError, lock_file
 from jepa_kit.machine import usable_cores
 from jepa_kit.progress import duration
 from jepa_kit.studies.cells import Job, Plan
-from jepa_kit.studies.jobs import job_file, log_file, state_of
+from jepa_kit.studies.jobs import done_steps, job_file, log_file, state_of
 from jepa_kit.studies.records import read_record
 from jepa_kit.studies.worker import fail
 
@@ -120,7 +120,9 @@ class Queue:
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops the workers
             )
-        self._say(f"{_name(job)}: {state_of(job, self.results, self.runs)}, starts; log {log_file(self.runs, job)}")
+        step = done_steps(job, self.runs)
+        starts = f"resumes at step {step}" if step else "starts"
+        self._say(f"{_name(job)}: {state_of(job, self.results, self.runs)}, {starts}; log {log_file(self.runs, job)}")
         return _Worker(job, place, process)
 
     def cores_of(self, place: int) -> list[int]:

@@ -138,7 +138,7 @@ def cost_lines(arms: Sequence[ArmSummary]) -> list[list[str]]:
     """Return the lines of the table of cost and verdicts."""
     lines = [["arm", "steps", "images", "TFLOP", "hours", "verdict (seeds)"]]
     for arm in arms:
-        hours = "" if arm.hours is None else f"{arm.hours:.3f}"
+        hours = "" if arm.hours is None else f"{arm.hours:,.4g}"
         lines.append([arm.name, f"{arm.steps:,}", f"{arm.images:,}", f"{arm.tflop:,.4g}", hours, arm.verdict])
     return lines
 

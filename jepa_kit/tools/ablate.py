@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, show: Show) -> int:
     if jobs:
         lines.append(describe_cost(plan, jobs, runs, arguments.workers))
     if arguments.dry_run:
-        images, tflop = totals(jobs)
+        images, tflop = totals(jobs, runs)
         show("\n".join(lines), {"jobs": len(plan.jobs), "left": len(jobs), "images": images, "tflop": tflop})
         return 0
     print(*lines, sep="\n", flush=True)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from jepa_kit.engine.logging.telemetry import read_metrics
-from jepa_kit.studies.jobs import JOBS, done_steps, job_file, open_jobs, state_of
+from jepa_kit.studies.jobs import JOBS, done_steps, job_file, open_jobs, state_of, totals
 from jepa_kit.studies.local import LOCK, _Worker, make_queue
 from jepa_kit.studies.plan import plan_study
 from jepa_kit.studies.records import Record, read_record, record_file, write_record
@@ -192,7 +192,7 @@ def test_a_study_that_is_killed_continues(write_study, folders, how, capsys):
     assert 20 <= stopped < 200
     assert f"stopped by SIGTERM after {stopped}" in log.read_text()
     assert ablate.main(command(file, folders)) == 0
-    assert f"interrupted, starts; log {log}\n" in capsys.readouterr().err
+    assert f"interrupted, resumes at step {stopped}; log {log}\n" in capsys.readouterr().err
     assert f"resumed at step {stopped}" in log.read_text()
     assert [line["step"] for line in read_metrics(runs / job.id)] == list(range(200))
 
@@ -276,6 +276,15 @@ def test_the_cost_before_it_starts(write_study, folders, capsys):
     assert "11 jobs: 768 images, " in printed
     assert re.search(r" (\d+ s|\d+ min|\d+\.\d h) on this machine with 1 worker \(from measured steps", printed)
     assert not folders[0].exists()
+
+
+def test_the_cost_of_an_interrupted_run_is_that_of_the_rest(write_study, folders):
+    plan = plan_study(write_study())
+    first, second = (cell[0] for cell in plan.cells[:2])
+    (folders[1] / second.id).mkdir(parents=True)
+    (folders[1] / second.id / "checkpoint_00000009.pt").touch()
+    flop = first.length.flop + second.length.flop * 3 / 12
+    assert totals([*plan.baselines, first, second], folders[1]) == (96 + 24, pytest.approx(flop / 1e12))
 
 
 def test_a_network_that_is_too_large_to_measure(write_study, folders, capsys, monkeypatch):

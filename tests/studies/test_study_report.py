@@ -95,6 +95,7 @@ def test_the_report_says_what_is_and_is_not_distinguishable(study):
     assert ["arm", "shape", "count"] in lines
     assert "\nNearest neighbours on the last layer. In %: mean" in text
     assert ["base", "12", "96"] in [line[:3] for line in lines]
+    assert {"0.5"} == {line[4] for line in lines if line[:1] in (["base"], ["better"]) and line[1] == "12"}
     assert "healthy (3)" in text
     assert "failed (1), constant (1)" in text
     assert "- bad, seed 0: failed: the loss is nan" in text
