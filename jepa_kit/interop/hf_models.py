@@ -43,8 +43,12 @@ class Model:
         unlike = [name for name in shape.own if name not in (*self.needs, *self.drops)]
         unlike += [name for name, values in self.needs.items() if values and getattr(shape, name) not in values]
         problems = [f"{name} (={getattr(shape, name)!r})" for name in unlike]
-        if shape.relative_bias != "none" and shape.grid[0] != shape.grid[1]:  # numbered by another rule there
-            problems.append(f"relative_bias (={shape.relative_bias!r}) of a grid of {shape.grid[0]} x {shape.grid[1]}")
+        if shape.grid[0] != shape.grid[1] and not self.key_bias:  # BEiT's
+            of_grid = f"of a grid of {shape.grid[0]} x {shape.grid[1]}"
+            if shape.relative_bias != "none":  # numbered by another rule there
+                problems.append(f"relative_bias (={shape.relative_bias!r}) {of_grid}")
+            if shape.positions == "learned":  # it takes every table for that of a square
+                problems.append(f"positions (='learned') {of_grid}")
         return problems
 
 
@@ -101,7 +105,8 @@ def to_options(shape: Architecture, model_type: str) -> dict[str, Any]:
         "use_absolute_position_embeddings": shape.positions == "learned",
         "use_relative_position_bias": shape.relative_bias == "per_block",
         "use_shared_relative_position_bias": shape.relative_bias == "shared",
-        "layer_scale_init_value": shape.layer_scale or 0.0,
+        # the model has factors only if this is above 0; it is no more than their first value
+        "layer_scale_init_value": 0.0 if shape.layer_scale is None else abs(shape.layer_scale) or 1.0,
         "use_mean_pooling": not shape.final_norm,
         "drop_path_rate": 0.0,
     }

@@ -27,6 +27,7 @@ CASES = {
     "beit": ("beit", {**BEIT, "relative_bias": "per_block", "layer_scale": 0.1, "final_norm": False}),
     "beit, shared": ("beit", {**BEIT, "relative_bias": "shared"}),
     "beit, absolute": ("beit", {**BEIT, "positions": "learned", "mask_token": False}),
+    "beit, factors from 0": ("beit", {**BEIT, "layer_scale": 0.0}),
     "data2vec": ("data2vec-vision", {**BEIT, "relative_bias": "shared", "layer_scale": 1e-4}),
     "data2vec, per block": ("data2vec-vision", {**BEIT, "relative_bias": "per_block"}),
 }
@@ -125,6 +126,7 @@ def test_our_encoder_gives_the_tokens_of_transformers(tmp_path, case):
         ({**CLASS, "positions": "rotary"}, None, r"encoder.positions \(='rotary'\)"),
         (LEARNED, "vit_mae", "not the model .vit_mae. of transformers has it"),
         ({**BEIT, "relative_bias": "shared", "image_size": (32, 48)}, "beit", "relative_bias .* of a grid of 4 x 6"),
+        ({**LEARNED, "image_size": (32, 48)}, "beit", r"positions \(='learned'\) of a grid of 4 x 6"),
         ({}, "vit", r"encoder.class_token \(=False\)"),
     ],
 )
