@@ -38,12 +38,14 @@ class Estimate:
         loading: seconds of one core for these images; None if that is unknown, as for remote shards.
         workers: loader processes of a rank.
         images: measured at a time.
+        untrained: names of parameters that require a gradient and got none.
     """
 
     compute: float
     loading: float | None
     workers: int
     images: int
+    untrained: tuple[str, ...] = ()
 
     @property
     def step(self) -> float:
@@ -53,15 +55,20 @@ class Estimate:
         return max(self.compute, (self.loading or 0.0) / self.workers)
 
     def describe(self, steps: int) -> str:
-        """Return a line for a run with so many steps left."""
-        loading = ""
+        """Return a line for a run with so many steps left, and a note if some parameters are not trained."""
+        loading = note = ""
+        if self.untrained:
+            note = (
+                f"\nnote: no gradient reaches {len(self.untrained)} parameters, first {self.untrained[0]}: nothing "
+                "trains them, and DDP fails in the second step; leave out the option that makes them"
+            )
         if self.loading is not None:
             by = f"over {self.workers} workers" if self.workers else "in the same process"
             loading = f", {_seconds(self.loading)} of one core to load its images, {by}"
         return (
             f"time: about {_seconds(self.step)} a step, {timedelta(seconds=round(self.step * steps))} for {steps:,} "
             f"steps without evaluations and checkpoints (forward and backward {_seconds(self.compute)}{loading}; "
-            f"measured on {self.images} images)"
+            f"measured on {self.images} images){note}"
         )
 
 
@@ -76,7 +83,7 @@ def estimate_step(run: Run) -> Estimate | None:
         return None
     own = train.batch_size // world.size  # images of this rank
     at_once = max(1, own // train.accumulate)
-    count, seconds = _measure(run, at_once)
+    count, seconds, untrained = _measure(run, at_once)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -86,11 +93,15 @@ def estimate_step(run: Run) -> Estimate | None:
         loading=None if loading is None else loading * own,
         workers=run.loader.num_workers,
         images=count,
+        untrained=untrained,
     )
 
 
-def _measure(run: Run, most: int) -> tuple[int, float]:
-    """Return the number of measured images, and the seconds of forward and backward pass of ``most`` images."""
+def _measure(run: Run, most: int) -> tuple[int, float, tuple[str, ...]]:
+    """Return the number of measured images, the seconds of a pass of ``most``, and parameters without a gradient.
+
+    A pass is forward and backward.
+    """
     jepa = copy.deepcopy(run.jepa)
     for module in jepa.modules():
         if getattr(module, "compiled", False):  # compilation takes longer than a step
@@ -98,10 +109,12 @@ def _measure(run: Run, most: int) -> tuple[int, float]:
 
     def measure(count: int) -> float:
         views = trial_views(run.config, run.device, count)
+        jepa.zero_grad(set_to_none=True)
         with seeded(0):
             return _slowest(lambda: _train(jepa, views, run.config.train.precision, run.device))
 
-    return grow(measure, most)
+    found = grow(measure, most)
+    return *found, tuple(name for name, p in jepa.named_parameters() if p.requires_grad and p.grad is None)
 
 
 def grow(measure: Callable[[int], float], most: int) -> tuple[int, float]:
@@ -141,6 +154,4 @@ def _train(jepa: Recipe, views: Sequence[View], precision: str, device: torch.de
         loss.backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    jepa.zero_grad(set_to_none=True)
-    return seconds
+    return time.perf_counter() - start

@@ -46,6 +46,19 @@ def test_what_people_read():
     )
 
 
+def test_a_parameter_that_nothing_trains(tiny):
+    """The masker hides no patch in place."""
+    for option, untrained in (("true", ("encoder.mask_token",)), ("false", ())):
+        config = tiny(f"encoder.mask_token={option}", "train.precision=float32")
+        found = estimate_step(build_run(config, World(), torch.device("cpu")))
+        assert found.untrained == untrained
+        note = (
+            "\nnote: no gradient reaches 1 parameters, first encoder.mask_token: nothing trains them, and DDP fails in "
+            "the second step; leave out the option that makes them"
+        )
+        assert found.describe(5).endswith(f"measured on 4 images){note if untrained else ''}")
+
+
 def test_a_step_takes_what_was_estimated(tiny, monkeypatch):
     """With a clock that only a forward pass moves, by 10 ms an image."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
