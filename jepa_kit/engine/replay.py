@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from jepa_kit.engine.start import resume_run
 from jepa_kit.engine.step import normalized, seed_torch, train_on
 from jepa_kit.errors import reason_of
 from jepa_kit.from_config import build_recipe
-from jepa_kit.precision import autocast_of
+from jepa_kit.precision import autocast_of, deterministic, products_in
 from jepa_kit.recipe import Recipe
 from jepa_kit.run_folder import RUN_CONFIG, step_of
 from jepa_kit.structures import MaskBatch, Progress, View
@@ -104,6 +105,19 @@ def config_of(dump: dict[str, Any]) -> Config:
     config = config_from_dict(dump["config"])
     parts = config.train.accumulate * dump["world_size"]
     return replace(config, train=replace(config.train, parallel="auto", accumulate=parts))
+
+
+@contextmanager
+def as_in_run(dump: dict[str, Any], device: torch.device) -> Iterator[None]:
+    """Compute with the kernels and the products of the dump's run; must begin before the first use of cuBLAS.
+
+    Raises:
+        ValueError: the run's precision is tf32, and ``device`` is a CUDA device without it.
+    """
+    train = dump["config"]["train"]
+    precision = "float32" if device.type == "cpu" else train["precision"]  # a CPU does not round factors to tf32
+    with deterministic(train.get("deterministic", False)), products_in(precision, device):
+        yield
 
 
 def weights_before(

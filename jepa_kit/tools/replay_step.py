@@ -28,7 +28,7 @@ from pathlib import Path
 
 from jepa_kit.arguments import Show, add_json, add_trust, run_tool, run_with_json, tool_parser
 from jepa_kit.distributed.collectives import World, choose_device
-from jepa_kit.engine.replay import read_dump, replay, weights_before
+from jepa_kit.engine.replay import as_in_run, read_dump, replay, weights_before
 from jepa_kit.interop import start
 
 
@@ -59,10 +59,11 @@ def run(arguments: argparse.Namespace, show: Show) -> int:
     print(f"losses of all ranks: {', '.join(bad['losses'])}")
     print(f"{len(dump['keys'])} images: {', '.join(map(str, dump['keys'][:8]))}{', ...' * (len(dump['keys']) > 8)}")
     folder = arguments.run or arguments.dump.resolve().parent.parent
-    jepa = weights_before(
-        dump, folder, device, again=not arguments.at_once, say=print, foreign=start, start_file=arguments.start
-    )
-    found = replay(dump, jepa, device)
+    with as_in_run(dump, device):
+        jepa = weights_before(
+            dump, folder, device, again=not arguments.at_once, say=print, foreign=start, start_file=arguments.start
+        )
+        found = replay(dump, jepa, device)
     nothing = "all numbers are finite this time: the run had other weights, another device, or a hardware fault"
     facts = {"dump": arguments.dump.name, "step": step, "device": str(device), "at_once": arguments.at_once}
     result = arguments.dump.with_name(arguments.dump.name + ".replay.json")

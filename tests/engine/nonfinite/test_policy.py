@@ -17,7 +17,7 @@ from jepa_kit.engine.checkpoint.format import checkpoints, load_checkpoint
 from jepa_kit.engine.logging.telemetry import read_metrics
 from jepa_kit.engine.nonfinite import policy
 from jepa_kit.engine.nonfinite.policy import BadStep, append_record, left_out, over_limit, read_record
-from jepa_kit.engine.replay import config_of, read_dump, weights_before
+from jepa_kit.engine.replay import as_in_run, config_of, read_dump, weights_before
 from jepa_kit.errors import SaveError
 from jepa_kit.interop import start as foreign
 from jepa_kit.interop.formats import convert
@@ -330,6 +330,30 @@ def test_a_dump_that_cannot_be_written_leaves_nothing(tiny, bad_at, monkeypatch)
     with pytest.raises(SaveError, match="cannot be written to: No space left on device; there is no checkpoint"):
         train(config)
     assert list((Path(config.train.output_dir) / "bad_step_00000002").iterdir()) == []
+
+
+def test_replay_computes_as_the_run_did(tiny, bad_at, replay_tool, monkeypatch):
+    bad_at(1)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with pytest.raises(FloatingPointError):
+        train(tiny("train.deterministic=true"))
+    path, seen = Path(tiny().train.output_dir) / "bad_step_00000001" / "rank_0000.pt", []
+
+    def note(*arguments, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return []
+
+    monkeypatch.setattr(replay_tool, "replay", note)
+    assert replay_tool.main([str(path)]) == 3
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+    dump = read_dump(path)
+    dump["config"]["train"] |= {"precision": "tf32", "deterministic": False}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    for device, flag in (("cuda:0", "high"), ("cpu", "highest")):
+        with as_in_run(dump, torch.device(device)):
+            assert torch.get_float32_matmul_precision() == flag
 
 
 def test_replay_names_the_module(tiny, bad_at, replay_tool, capsys):
