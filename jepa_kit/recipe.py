@@ -255,7 +255,10 @@ class JEPA(PatchRecipe):
         """Return the targets at some patches; see ``PatchRecipe``."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.target_update.stop_gradient):
             targets: Tensor = self.target(images, patches, self.target_network)
-            return targets
+        if self.target_update.tied:
+            # older torch (pull request 165068) keeps autocast's copies of weights that were made without gradients
+            torch.clear_autocast_cache()
+        return targets
 
     def predict(self, view: View, progress: Progress = START, *, of: Tensor | None = None) -> Prediction:
         """Return predictions from a view's context, and targets; see ``PatchRecipe``.

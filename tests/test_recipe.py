@@ -208,6 +208,17 @@ def test_without_stop_gradient_the_target_is_trained() -> None:
     assert any(not torch.allclose(a, b) for a, b in zip(both, one, strict=True))
 
 
+@pytest.mark.parametrize("encoder", ["vit", "conv"])
+def test_a_tied_encoder_gets_all_gradients_under_autocast(encoder: str) -> None:
+    """Older torch leaves out the weights whose copies in bf16 were made for targets, without gradients."""
+    own = BASE["encoder"] if encoder == "vit" else {"name": "conv", "patch_size": 8, "embed_dim": 16, "depth": 2}
+    config = config_with(encoder=own, target_update={"name": "tied"})
+    jepa = build_recipe(config).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = jepa(View(*draw(config))).loss
+    torch.autograd.grad(loss, list(jepa.encoder.parameters()))  # an error for a parameter without a gradient
+
+
 def test_a_tied_encoder_is_in_the_weights_once() -> None:
     jepa = build_recipe(config_with(target_update={"name": "tied"}))
     assert not any(k.startswith("target_encoder") for k in jepa.state_dict())
