@@ -66,9 +66,11 @@ def run_stage(stage: Stage, limit: float, stem: Path) -> dict[str, Any]:
     """Run a stage and return its rows and data, status ("ok", or the error) and seconds."""
     begin, file = time.monotonic(), stem.with_suffix(".json")
     file.unlink(missing_ok=True)
+    # unbuffered: a log in the order of its lines, and whole if the stage is killed
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with stem.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(
-            [*stage.command, str(file)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*stage.command, str(file)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )
         try:
             code = process.wait(timeout=limit)

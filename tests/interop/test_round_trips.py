@@ -179,7 +179,7 @@ class _Unwritable:
 
     class architecture:
         own: dict[str, object] = {}  # noqa: RUF012
-        relative_bias, positions, class_token = "none", "sincos", False
+        relative_bias, positions, class_token, grid = "none", "sincos", False, (4, 4)
 
     def about(self, sealed=True):
         raise CheckpointError("gone")

@@ -42,7 +42,7 @@ def blocks(width: int, depth: int, hidden: int) -> int:
 def overrides() -> list[list[str]]:
     """What the lines of "Ablations are overrides" change, each in the config that its first command names."""
     block = README.partition("## Ablations are overrides")[2].partition("\n## ")[0]
-    lines = [line.strip() for line in block.splitlines()]
+    lines = [line.strip() for line in block.replace("\\\n", "").splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith(("...", "python"))]
     assert len(commands) > 15
     return [[word for word in words if "=" in word] for words in commands]
