@@ -16,6 +16,7 @@ import torch
 from jepa_kit.distributed.collectives import all_gather_object
 from jepa_kit.engine.run import Run
 from jepa_kit.precision import autocast_of
+from jepa_kit.progress import number_of
 from jepa_kit.random_state import seeded
 from jepa_kit.recipe import Recipe
 from jepa_kit.structures import View
@@ -59,8 +60,9 @@ class Estimate:
         loading = note = ""
         if self.untrained:
             note = (
-                f"\nnote: no gradient reaches {len(self.untrained)} parameters, first {self.untrained[0]}: nothing "
-                "trains them, and DDP fails in the second step; leave out the option that makes them"
+                f"\nnote: no gradient reaches {number_of('parameter', len(self.untrained))}, first "
+                f"{self.untrained[0]}: nothing trains them, and DDP fails in the second step; "
+                "leave out the option that makes them"
             )
         if self.loading is not None:
             by = f"over {self.workers} workers" if self.workers else "in the same process"

@@ -53,7 +53,7 @@ def test_a_parameter_that_nothing_trains(tiny):
         found = estimate_step(build_run(config, World(), torch.device("cpu")))
         assert found.untrained == untrained
         note = (
-            "\nnote: no gradient reaches 1 parameters, first encoder.mask_token: nothing trains them, and DDP fails in "
+            "\nnote: no gradient reaches 1 parameter, first encoder.mask_token: nothing trains them, and DDP fails in "
             "the second step; leave out the option that makes them"
         )
         assert found.describe(5).endswith(f"measured on 4 images){note if untrained else ''}")
