@@ -1,10 +1,11 @@
 """One training step on several processes, or in several parts: DDP, FSDP2, gradient accumulation.
 
 Losses and gradients are those of one process on the whole batch, to rounding: a loss is a mean over images, so the mean
-over ranks with equally many images, and over parts weighted by their images, is the mean over all. Three things differ:
+over ranks with equally many images, and over parts weighted by their images, is the mean over all. Four things differ:
 stochastic depth is drawn per process and part; a loss term that compares the samples of a batch sees those of a part;
-and masks that depend on the batch (the released truncation) depend on a rank's batch. Parts are taken from the masks of
-the rank's batch, so accumulation changes no mask.
+buffers that move in a forward pass (statistics of batch norm, a centre) move once a part; and masks that depend on the
+batch (the released truncation) depend on a rank's batch. Parts are taken from the masks of the rank's batch, so
+accumulation changes no mask.
 
 bf16 is autocast around the forward pass, also under FSDP: parameters are gathered in float32 and cast by autocast.
 ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)`` would halve the communication, but it makes LayerNorm's weights and

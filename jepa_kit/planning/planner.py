@@ -316,7 +316,7 @@ def describe(plan: Plan, given: Assumptions) -> str:
         + (f"; forward: {flop}" if flop else " (counted, as these networks have no formula)"),
         f"the run      {work.steps:,} steps, {work.images:,} images, {work.flop:.3g} FLOP",
         f"time         {plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, "
-        f"{plan.hours:,.1f} hours, {plan.gpu_hours:,.0f} GPU hours",
+        f"{plan.hours:,.1f} hours, {_rate(plan.gpu_hours)} GPU hours",
         f"data         {data / 1e9:,.0f} GB in {max(1, round(data / SHARD_BYTES)):,} shards of "
         f"{SHARD_BYTES / 1e6:.0f} MB; {plan.read_mb_per_second:,.0f} MB/s to read"
         + (f", {plan.decode_cores:,.0f} cores to decode" if plan.decode_cores is not None else ""),
@@ -349,7 +349,7 @@ def table(plans: Sequence[Plan]) -> str:
     rows: list[tuple[str, ...]] = [head]
     for p in plans:
         network = [_rate(p.network_gb_per_second.get(name, 0.0)) for name in ("DDP", "FSDP")]
-        times = f"{p.images_per_second:,.0f}", f"{p.hours:,.1f}", f"{p.gpu_hours:,.0f}", f"{p.read_mb_per_second:,.0f}"
+        times = f"{p.images_per_second:,.0f}", f"{p.hours:,.1f}", _rate(p.gpu_hours), f"{p.read_mb_per_second:,.0f}"
         fits = [name for name, fits in p.fits.items() if fits]
         fits += ["nothing: train.accumulate"]
         rows.append((f"{p.gpus}", f"{p.images_per_gpu}", f"{p.step_seconds:.3g}", *times, *network, fits[0]))

@@ -53,7 +53,7 @@ from jepa_kit.data.making.verify import verify
 from jepa_kit.data.making.write_log import WriteLog, lock_output, prepare_folders, unfinished
 from jepa_kit.data.sources.labels import LABEL_FROM
 from jepa_kit.data.sources.opening import SourceOptions, open_source
-from jepa_kit.progress import Progress
+from jepa_kit.progress import Progress, number_of
 
 NOT_IN_THE_BYTES = ("out", "verify", "workers", "overwrite", "max_refused", "json")
 """Options that do not change the shards."""
@@ -203,7 +203,7 @@ def _make(args: argparse.Namespace, limits: Limits, options: SourceOptions, show
         for log in made
     ]
     lines = [
-        f"{f['folder']}: {f['samples']} samples in {f['shards']} shards, {f['bytes'] / 1e6:.1f} MB; "
+        f"{f['folder']}: {f['samples']} samples in {number_of('shard', f['shards'])}, {f['bytes'] / 1e6:.1f} MB; "
         f"labels: {labels}{masks}"
         for f in folders
     ] or [f"{args.out} is complete: nothing to do"]
@@ -222,7 +222,7 @@ def _verify(folder: str, workers: int, show: Show) -> int:
     """Compare shards with their index, and return the exit status."""
     with closing(Progress(1, "MB", scale=10**6)) as progress:
         shards, problems = verify(folder, workers=workers, show=progress.show)
-    summary = f"{folder}: {shards} shards, {len(problems)} problems"
+    summary = f"{folder}: {number_of('shard', shards)}, {number_of('problem', len(problems))}"
     show("\n".join([*problems, summary]), {"folder": folder, "shards": shards, "problems": problems})
     return 1 if problems else 0
 

@@ -227,7 +227,7 @@ def test_cifar10s_own_archive(tmp_path, capsys):
     test = ShardDataset(out / "test")
     found = sorted(np.asarray(test.image(i)).transpose(2, 0, 1).tobytes() for i in range(10))
     assert found == sorted(row.tobytes() for row in files["test_batch"]["data"])
-    assert f"{out}/test: 10 samples in 1 shards" in capsys.readouterr().out
+    assert f"{out}/test: 10 samples in 1 shard," in capsys.readouterr().out
 
 
 def test_shards_into_other_shards(photos, tmp_path):
