@@ -108,15 +108,8 @@ class PatchCodes:
             yield self.code(cut(block, self.options))
 
     def code(self, patches: Tensor) -> Tensor:
-        """Return codes of patches: [..., P] -> [..., K].
-
-        The distance is sqrt(|w|^2 - 2 w c + |c|^2), with one matrix product for all patches and centroids.
-        """
-        white = (normalised(patches) - self.mean) @ self.whitening
-        squares = white.square().sum(-1, keepdim=True)
-        z = (white @ self.centroids.T).mul_(-2).add_(squares).add_(self.centroids.square().sum(1))  # [..., K]
-        z = z.clamp_(min=0).sqrt_()
-        return z.neg_().sub_(z.mean(-1, keepdim=True)).clamp_(min=0)
+        """Return codes of patches: [..., P] -> [..., K]."""
+        return triangle_codes(patches, self.mean, self.whitening, self.centroids)
 
     def features(self, images: Tensor, poolings: Sequence[Pooling], grid: tuple[int, int]) -> list[Tensor]:
         """Return features of images in several poolings: [B, K]; [B, 4 K] for ``quarters``; [B, H * W, K] for ``none``.
@@ -136,6 +129,18 @@ class PatchCodes:
             planes = codes.transpose(1, 2).unflatten(2, self.options.grid)  # [b, K, rows, columns]
             return F.adaptive_avg_pool2d(planes, grid).flatten(2).transpose(1, 2)
         return codes.mean(1)
+
+
+def triangle_codes(patches: Tensor, mean: Tensor, whitening: Tensor, centroids: Tensor) -> Tensor:
+    """Return codes of patches: [..., P] -> [..., K]; see ``PatchCodes``.
+
+    The distance is sqrt(|w|^2 - 2 w c + |c|^2), with one matrix product for all patches and centroids.
+    """
+    white = (normalised(patches) - mean) @ whitening
+    squares = white.square().sum(-1, keepdim=True)
+    z = (white @ centroids.T).mul_(-2).add_(squares).add_(centroids.square().sum(1))  # [..., K]
+    z = z.clamp_(min=0).sqrt_()
+    return z.neg_().sub_(z.mean(-1, keepdim=True)).clamp_(min=0)
 
 
 def cut(images: Tensor, options: PatchOptions) -> Tensor:
