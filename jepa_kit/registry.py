@@ -284,7 +284,13 @@ PREDICTORS = PartRegistry(
 )
 TARGETS = PartRegistry(
     "target",
-    {"embed_dim": "the target encoder's", "depth": "the target encoder's", "patch_size": "the encoder's"},
+    {
+        "embed_dim": "the target encoder's",
+        "depth": "the target encoder's",
+        "patch_size": "the encoder's",
+        "mean": "data.mean",
+        "std": "data.std",
+    },
     package="jepa_kit.targets",
 )
 HEADS = PartRegistry("head", {"in_dim": "the encoder's width, or another head's"}, package="jepa_kit.heads")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from jepa_kit.data.image_options import ImageOptions
@@ -170,6 +169,8 @@ def learn_patches(options: PatchOptions, dataset: ShardDataset, images: ImageOpt
     Raises:
         ValueError: an image that cannot be read.
     """
+    from sklearn.cluster import MiniBatchKMeans  # here, so that a target that computes codes does not wait for it
+
     random = generator(Stream.EVALUATION, seed=options.seed, lane=4)
     samples = np.sort(permutation(random, len(dataset))[: options.images])
     positions = options.grid[0] * options.grid[1]

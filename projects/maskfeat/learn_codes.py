@@ -80,9 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
             f"number (={k}) of codes must be at most that of different windows (={len(arrays['centroids'])})"
         )
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    tensors |= {"pixel_mean": torch.tensor(data.mean), "pixel_std": torch.tensor(data.std)}
     tensors |= {"code_mean": torch.zeros(k), "code_std": torch.ones(k)}
-    raw = Codes(tensors, size[0] // patch_grid_of(config)[0], stride)
+    patch_size = size[0] // patch_grid_of(config)[0]
+    raw = Codes(tensors, patch_size=patch_size, stride=stride, mean=data.mean, std=data.std)
     samples = random_samples(dataset, arguments.images, seed=seed)
     total = torch.zeros(3, k, dtype=torch.float64)  # of codes, of their squares, and of how many are 0
     patches = 0
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     tensors |= {"code_mean": mean.float(), "code_std": deviation.float()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as part:
-        write_file(part, tensors, {})
+        write_file(part, tensors, {"number": str(k), "patch_size": str(patch_size), "stride": str(stride)})
     print(
         f"{file}: {k} codes of windows of {side} x {side} pixels; over {patches:,} patches, a code is 0 in "
         f"{zero.mean():.0%}, and has mean {mean.mean():.2f} and standard deviation {deviation.mean():.2f}"

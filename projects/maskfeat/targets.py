@@ -7,6 +7,7 @@ K = centroids
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +22,13 @@ from jepa_kit.interop.tensor_files import read_file
 from jepa_kit.registry import TARGETS
 from jepa_kit.structures import PatchSets
 
-PARTS = ("mean", "whitening", "centroids", "code_mean", "code_std", "pixel_mean", "pixel_std")
-"""Tensors of a file of learn_codes.py."""
+BLOCK = 2**27
+"""Numbers in the largest array of a block of images on a GPU (0.5 GB); on a CPU ``NUMBERS``."""
 
 
 @TARGETS.register("hog")
 class HOGTarget(nn.Module):
-    """Return the histograms of oriented gradients of each target patch (MaskFeat, Wei et al. 2022, section 3.2).
+    """Return the histograms of oriented gradients of each target patch (MaskFeat, Wei et al. 2022).
 
     Gradients are Sobel's, of each channel of the image, which is reflected at its border. Each votes with its magnitude
     for one of ``bins`` orientations in [0, pi), without interpolation. Histograms, one for each cell and channel, have
@@ -64,98 +65,119 @@ class HOGTarget(nn.Module):
         gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]  # [B, C, h, w]
         gx = right[..., :-2, :] + 2 * right[..., 1:-1, :] + right[..., 2:, :]
         orientation = (torch.atan2(gx, gy) * (self.bins / math.pi)).floor().long() % self.bins
-        votes = x.new_zeros(*gx.shape, self.bins).scatter_(-1, orientation[..., None], torch.hypot(gx, gy)[..., None])
-        sums = reduce(votes, "b c (h i) (w j) n -> b h w c n", "sum", i=self.cell, j=self.cell)
+        magnitude = torch.hypot(gx, gy)
+        votes = [magnitude * (orientation == k) for k in range(self.bins)]  # a sum over pixels at once is less to keep
+        cells = [reduce(v, "b c (h i) (w j) -> b h w c", "sum", i=self.cell, j=self.cell) for v in votes]
         n = self.cells
-        return patches.gather(rearrange(F.normalize(sums, dim=-1), "b (h i) (w j) c n -> b (h w) (i j c n)", i=n, j=n))
+        return patches.gather(
+            rearrange(F.normalize(torch.stack(cells, -1), dim=-1), "b (h i) (w j) c n -> b (h w) (i j c n)", i=n, j=n)
+        )
 
 
 class Codes(nn.Module):
-    """Return the codes of an image's patches: normalised pixels [B, 3, h, w] -> [B, N, K], standardised.
+    """Return the code vectors of an image's patches: normalised pixels [B, 3, h, w] -> [B, N, K] float32.
 
     Args:
-        tensors: of a file of learn_codes.py.
+        tensors: ``mean``, ``whitening`` and ``centroids`` of windows, see
+            ``jepa_kit.evaluation.patch_codes.PatchCodes``; ``code_mean`` and ``code_std`` [K] of code vectors.
         patch_size: p.
         stride: pixels between windows.
+        mean, std: [3], by which the images were normalised.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], patch_size: int, stride: int) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        patch_size: int,
+        stride: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
         super().__init__()
-        self.side = side_of(tensors["mean"])
+        self.side = math.isqrt(len(tensors["mean"]) // 3)
         self.windows, self.stride = patch_size // stride, stride
-        for name in PARTS:
-            self.register_parameter(name, nn.Parameter(tensors[name].float()))
+        self.mean, self.whitening, self.centroids, self.code_mean, self.code_std = (
+            nn.Parameter(tensors[name]) for name in ("mean", "whitening", "centroids", "code_mean", "code_std")
+        )
+        self.pixel_mean, self.pixel_std = (nn.Parameter(torch.tensor(x)[:, None, None]) for x in (mean, std))
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(
-            images.device.type, enabled=False
-        ):  # half precision would round differences of distances away
-            return (self.code(images.float()) - self.code_mean) / self.code_std
-
-    def code(self, images: Tensor) -> Tensor:
-        """Return the codes before they are standardised, by images and windows averaged over patches."""
-        levels = (images * self.pixel_std[:, None, None] + self.pixel_mean[:, None, None]) * 255
-        before = (self.side - self.stride) // 2  # the windows of a patch lie symmetrically about it
-        levels = F.pad(levels, (before, self.side - self.stride - before) * 2, mode="replicate")
-        rows = (levels.shape[2] - self.side) // self.stride + 1
-        columns = (levels.shape[3] - self.side) // self.stride + 1
-        found = []
-        for block in levels.split(max(1, NUMBERS // (rows * columns * max(self.centroids.shape)))):
-            windows = F.unfold(block, self.side, stride=self.stride).transpose(1, 2)  # [b, rows * columns, 3 side^2]
-            codes = triangle_codes(windows, self.mean, self.whitening, self.centroids)
-            n = self.windows
-            found.append(reduce(codes, "b (h i w j) k -> b (h w) k", "mean", h=rows // n, i=n, j=n))
-        return torch.cat(found)
-
-
-def side_of(mean: Tensor) -> int:
-    """Return the side of the windows whose mean [3 * side * side] this is."""
-    return math.isqrt(mean.numel() // 3)
+        with torch.autocast(images.device.type, enabled=False):  # half precision would round distances away
+            levels = (images.float() * self.pixel_std + self.pixel_mean) * 255
+            before = (self.side - self.stride) // 2
+            levels = F.pad(levels, (before, self.side - self.stride - before) * 2, mode="replicate")
+            rows, columns = ((length - self.side) // self.stride + 1 for length in levels.shape[2:])
+            most = NUMBERS if images.device.type == "cpu" else BLOCK
+            n, found = self.windows, []
+            for block in levels.split(max(1, most // (rows * columns * max(self.centroids.shape)))):
+                windows = F.unfold(block, self.side, stride=self.stride)  # [b, 3 side^2, rows * columns]
+                codes = triangle_codes(windows.transpose(1, 2), self.mean, self.whitening, self.centroids)
+                found.append(reduce(codes, "b (h i w j) k -> b (h w) k", "mean", h=rows // n, i=n, j=n))
+            return (torch.cat(found) - self.code_mean) / self.code_std
 
 
 @TARGETS.register("patch_codes")
 class PatchCodeTarget(nn.Module):
     """Return triangle codes of k-means on whitened windows (Coates, Lee & Ng 2011), averaged over each target patch.
 
-    Windows may be larger than a patch and overlap; those of a patch lie symmetrically about it, and the image is
-    continued by its border. Codes are standardised, by the training images' mean and standard deviation.
+    A code vector has a number for each centroid. Windows may be larger than a patch and overlap. Those of a patch lie
+    symmetrically about it (if side minus stride is odd, a pixel further to the right and below), and the image is
+    continued by its border. Code vectors are standardised, by the training images' mean and deviation.
+
+    Windows of 6 pixels suit small images: in one of 224 they are as many as pixels / stride^2, and see little. With
+    ``train.precision: tf32`` distances are rounded as other products are.
 
     Args:
-        codes: file that projects/maskfeat/learn_codes.py writes, of the same ``data.mean`` and ``data.std``; it stays
-            outside of checkpoints.
-        number: K, the number of codes.
+        codes: file that projects/maskfeat/learn_codes.py writes; it stays outside of checkpoints.
+        number: K, the number of centroids.
         patch_size: p; supplied by the recipe.
+        mean, std: of the channels of the images; supplied by the recipe.
         stride: pixels between windows; it divides p.
 
     Raises:
-        ValueError: there is no such file, learn_codes.py did not write it, it has another number of codes, or windows
-            that are smaller than ``stride``; or ``stride`` does not divide p.
+        ValueError: there is no such file, learn_codes.py did not write it, or it is for another number, patch size or
+            stride; or ``stride`` does not divide p.
     """
 
     needs_encoder = False
 
-    def __init__(self, *, codes: str, number: int, patch_size: int, stride: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        codes: str,
+        number: int,
+        patch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        stride: int = 2,
+    ) -> None:
         super().__init__()
         if stride < 1 or patch_size % stride:
             raise ValueError(f"stride (={stride}) must divide patch_size (={patch_size})")
         self.out_dim = number
-        self.codes = FrozenNetwork(Codes(read_codes(codes, number, stride), patch_size, stride), codes)
+        tensors = read_codes(codes, number=number, patch_size=patch_size, stride=stride)
+        network = Codes(tensors, patch_size=patch_size, stride=stride, mean=mean, std=std)
+        self.codes = FrozenNetwork(network, codes)
 
     def forward(self, images: Tensor, patches: PatchSets, encoder: Encoder | None) -> Tensor:
         """[B, 3, h, w] -> [P, K] float32, packed as ``patches``."""
         return patches.gather(self.codes(images))
 
 
-def read_codes(file: str, number: int, stride: int) -> dict[str, Tensor]:
-    """Return the tensors that learn_codes.py wrote; see ``PatchCodeTarget`` for errors."""
+def read_codes(file: str, **sizes: int) -> dict[str, Tensor]:
+    """Return the tensors that learn_codes.py wrote, for these sizes; see ``PatchCodeTarget`` for errors."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"codes (={file!r}) is not a file: projects/maskfeat/learn_codes.py makes it")
-    tensors = read_file(path)[0]
-    if missing := [name for name in PARTS if name not in tensors]:
-        raise ValueError(f"codes (={file!r}) has no {missing[0]}: projects/maskfeat/learn_codes.py did not write it")
-    if len(tensors["centroids"]) != number:
-        raise ValueError(f"number (={number}) must be the number of codes of {file} (={len(tensors['centroids'])})")
-    if stride > (side := side_of(tensors["mean"])):
-        raise ValueError(f"stride (={stride}) must be at most the side of the windows of {file} (={side})")
+    tensors, written = read_file(path)
+    for name, value in sizes.items():
+        if name not in written:
+            raise ValueError(
+                f"codes (={file!r}) does not say its {name}: projects/maskfeat/learn_codes.py did not write it"
+            )
+        if written[name] != str(value):
+            raise ValueError(
+                f"{name} (={value}) must be that of {file} (={written[name]}); learn_codes.py makes another"
+            )
     return tensors

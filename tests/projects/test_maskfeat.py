@@ -20,7 +20,7 @@ from jepa_kit.interop.tensor_files import write_file
 from jepa_kit.structures import PatchSets
 from jepa_kit.training import train
 from projects.maskfeat import learn_codes
-from projects.maskfeat.targets import PARTS, HOGTarget, PatchCodeTarget
+from projects.maskfeat.targets import HOGTarget, PatchCodeTarget
 
 CONFIGS = Path(__file__).parents[2] / "projects/maskfeat/configs"
 SMALL = ["data.image_size=16", "encoder.embed_dim=16", "encoder.depth=1", "encoder.num_heads=2", "target.number=5"]
@@ -82,22 +82,30 @@ def test_histograms_of_other_sizes_are_refused(options: dict[str, int], message:
         HOGTarget(patch_size=16, **options)
 
 
-def codes_of(folder: Path, *, number: int = 5, side: int = 6, without: str = "") -> Path:
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def codes_of(folder: Path, *, side: int = 6, stride: int = 2, without: str = "") -> Path:
+    """A file of 5 codes for patches of 4 pixels."""
     random = torch.Generator().manual_seed(0)
     p = 3 * side**2
-    sizes = {"mean": (p,), "whitening": (p, p), "centroids": (number, p), "code_mean": (number,)}
+    sizes = {"mean": (p,), "whitening": (p, p), "centroids": (5, p), "code_mean": (5,)}
     tensors = {name: torch.randn(size, generator=random) / p**0.5 for name, size in sizes.items()}
-    tensors["code_std"] = torch.rand(number, generator=random) + 0.5
-    tensors["pixel_mean"], tensors["pixel_std"] = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
-    tensors.pop(without, None)
-    write_file(folder / "codes.safetensors", tensors, {})
+    tensors["code_std"] = torch.rand(5, generator=random) + 0.5
+    written = {"number": "5", "patch_size": "4", "stride": str(stride)}
+    written.pop(without, None)
+    write_file(folder / "codes.safetensors", tensors, written)
     return folder / "codes.safetensors"
+
+
+def target_of(file: Path, **options: int) -> PatchCodeTarget:
+    return PatchCodeTarget(codes=str(file), **{"number": 5, "patch_size": 4} | options, mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize(("side", "stride"), [(6, 2), (5, 4), (4, 4), (3, 1)])
 def test_codes_of_windows_about_a_patch(tmp_path: Path, side: int, stride: int) -> None:
-    file = codes_of(tmp_path, side=side)
-    target = PatchCodeTarget(codes=str(file), number=5, patch_size=4, stride=stride)
+    file = codes_of(tmp_path, side=side, stride=stride)
+    target = target_of(file, stride=stride)
     images = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(1))
     found = target(images, PatchSets.pack([torch.tensor([0, 4]), torch.tensor([5])]), None)
     t = {name: value.double().numpy() for name, value in load_file(file).items()}
@@ -105,7 +113,7 @@ def test_codes_of_windows_about_a_patch(tmp_path: Path, side: int, stride: int) 
     edges = ((0, 0), (before, side), (before, side))
     want = []
     for b, i, j in [(0, 0, 0), (0, 1, 1), (1, 1, 2)]:
-        pixels = images[b].double().numpy() * t["pixel_std"][:, None, None] + t["pixel_mean"][:, None, None]
+        pixels = images[b].double().numpy() * np.array(STD)[:, None, None] + np.array(MEAN)[:, None, None]
         levels = np.pad(255 * pixels, edges, mode="edge")
         codes = []
         for y in range(4 * i, 4 * i + 4, stride):
@@ -119,7 +127,7 @@ def test_codes_of_windows_about_a_patch(tmp_path: Path, side: int, stride: int) 
 
 
 def test_half_precision_leaves_codes_as_they_are(tmp_path: Path) -> None:
-    target = PatchCodeTarget(codes=str(codes_of(tmp_path)), number=5, patch_size=4)
+    target = target_of(codes_of(tmp_path))
     images, patches = torch.randn(1, 3, 8, 8), PatchSets.full(1, 4)
     with torch.autocast("cpu", torch.bfloat16):
         found = target(images, patches, None)
@@ -127,7 +135,7 @@ def test_half_precision_leaves_codes_as_they_are(tmp_path: Path) -> None:
 
 
 def test_codes_stay_out_of_the_state(tmp_path: Path) -> None:
-    target = PatchCodeTarget(codes=str(codes_of(tmp_path)), number=5, patch_size=4)
+    target = target_of(codes_of(tmp_path))
     assert list(target.parameters()) == []
     assert list(target.state_dict()) == ["codes._extra_state"]
 
@@ -135,21 +143,21 @@ def test_codes_stay_out_of_the_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"number": 6}, r"number \(=6\) must be the number of codes of .*codes.safetensors \(=5\)"),
-        ({"stride": 3}, r"stride \(=3\) must divide patch_size \(=8\)"),
-        ({"stride": 8}, r"stride \(=8\) must be at most the side of the windows of .*codes.safetensors \(=6\)"),
+        ({"number": 6}, r"number \(=6\) must be that of .*codes.safetensors \(=5\); learn_codes.py makes another"),
+        ({"patch_size": 8}, r"patch_size \(=8\) must be that of .*codes.safetensors \(=4\)"),
+        ({"stride": 4}, r"stride \(=4\) must be that of .*codes.safetensors \(=2\)"),
+        ({"stride": 3}, r"stride \(=3\) must divide patch_size \(=4\)"),
     ],
 )
 def test_codes_of_other_sizes_are_refused(tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PatchCodeTarget(**{"codes": str(codes_of(tmp_path)), "number": 5, "patch_size": 8} | options)
+        target_of(codes_of(tmp_path), **options)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["number", "patch_size", "stride"])
 def test_a_file_that_has_no_codes_is_refused(tmp_path: Path, part: str) -> None:
-    file = codes_of(tmp_path, without=part)
-    with pytest.raises(ValueError, match=f"has no {part}: projects/maskfeat/learn_codes.py did not write it"):
-        PatchCodeTarget(codes=str(file), number=5, patch_size=4)
+    with pytest.raises(ValueError, match=f"does not say its {part}: projects/maskfeat/learn_codes.py did not write it"):
+        target_of(codes_of(tmp_path, without=part))
 
 
 def test_missing_codes_are_named_by_their_slot(tmp_path: Path) -> None:
@@ -190,8 +198,9 @@ def test_codes_that_are_learned_are_standardised(shards: Path, tmp_path: Path) -
     dataset = open_shards(config)
     images = read_images(dataset, ImageOptions.from_config(config.data), np.arange(len(dataset)))
     file = tmp_path / "made/codes.safetensors"
-    target = PatchCodeTarget(codes=str(file), number=5, patch_size=4)
-    found = target(normalize(images, config.data.mean, config.data.std), PatchSets.full(len(images), 16), None)
+    mean, std = config.data.mean, config.data.std
+    target = PatchCodeTarget(codes=str(file), number=5, patch_size=4, mean=mean, std=std)
+    found = target(normalize(images, mean, std), PatchSets.full(len(images), 16), None)
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(found.std(0, correction=0), 1, atol=1e-3)
     first = load_file(file)
