@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
 from jepa_kit.evaluation.patch_codes import NUMBERS, triangle_codes
@@ -66,11 +66,11 @@ class HOGTarget(nn.Module):
         gx = right[..., :-2, :] + 2 * right[..., 1:-1, :] + right[..., 2:, :]
         orientation = (torch.atan2(gx, gy) * (self.bins / math.pi)).floor().long() % self.bins
         magnitude = torch.hypot(gx, gy)
-        votes = [magnitude * (orientation == k) for k in range(self.bins)]  # a sum over pixels at once is less to keep
-        cells = [reduce(v, "b c (h i) (w j) -> b h w c", "sum", i=self.cell, j=self.cell) for v in votes]
-        n = self.cells
+        # an orientation at a time, so that votes of all pixels for all of them are not kept
+        votes = [F.avg_pool2d(magnitude * (orientation == k), self.cell) for k in range(self.bins)]
+        histograms = F.normalize(torch.stack(votes, -1), dim=-1)
         return patches.gather(
-            rearrange(F.normalize(torch.stack(cells, -1), dim=-1), "b (h i) (w j) c n -> b (h w) (i j c n)", i=n, j=n)
+            rearrange(histograms, "b c (h i) (w j) n -> b (h w) (i j c n)", i=self.cells, j=self.cells)
         )
 
 
